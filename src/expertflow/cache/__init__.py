@@ -1,0 +1,1 @@
+"""What to keep in the slots, decided without torch: table, policies, strategies, controller."""

@@ -1,0 +1,81 @@
+"""`expertflow plan`: what goes where, from config and shard headers alone."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from expertflow.config import EngineConfig
+from expertflow.engine.build import prepare
+from expertflow.engine.llm import shipped_model
+from expertflow.engine.plan import Plan
+from expertflow.units import format_bytes
+
+
+def main(*, model: str | None, engine: dict[str, Any], as_json: bool) -> None:
+    """Plan and print."""
+    transformers_logging.set_verbosity_error()
+    wanted = {key: value for key, value in engine.items() if value is not None}
+    wanted.setdefault("max_batch", 1)
+    prepared = prepare(model or shipped_model(), EngineConfig.from_mapping(wanted))
+    if as_json:
+        print(json.dumps(as_dict(prepared.plan)))  # noqa: T201 - the output
+    else:
+        _show(prepared.plan, str(prepared.skeleton.folder))
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain numbers, in bytes."""
+    names = ("device", "strategy", "budget", "dense", "kv", "workspace", "row", "slots", "slot_bytes", "total", "host")
+    sizes = {
+        name: getattr(plan, name) for name in (*names, "resident_total", "max_batch", "max_length", "prefill_chunk")
+    }
+    shape = plan.shape
+    return {
+        "model_type": shape.model_type,
+        "dtype": shape.dtype,
+        "layers": shape.layers,
+        "experts": shape.experts,
+        "top_k": shape.top_k,
+        **sizes,
+    }
+
+
+def _show(plan: Plan, folder: str) -> None:
+    shape = plan.shape
+    table = Table(title=f"{folder}: {shape.model_type}, {shape.dtype}, on {plan.device}", title_justify="left")
+    table.add_column("where")
+    table.add_column("what")
+    table.add_column("bytes", justify="right")
+    sequences = f"{plan.max_batch} x {plan.max_length} tokens"
+    table.add_row("device", "dense weights", format_bytes(plan.dense))
+    table.add_row("device", f"keys and values, {sequences}", format_bytes(plan.kv))
+    table.add_row("device", f"workspace, {plan.prefill_chunk} tokens a prefill pass", format_bytes(plan.workspace))
+    table.add_row(
+        "device",
+        f"{plan.slots} expert slots of {format_bytes(plan.row)} ({plan.share:.1%})",
+        format_bytes(plan.slot_bytes),
+    )
+    table.add_section()
+    budget = "" if plan.budget is None else f" of {format_bytes(plan.budget)}"
+    table.add_row("device", "in all", f"[bold]{format_bytes(plan.total)}[/]{budget}")
+    table.add_row("device", "in all with every expert resident", format_bytes(plan.resident_total))
+    table.add_row("host", f"{shape.layers} layers x {shape.experts} experts", format_bytes(plan.host))
+    console = Console()
+    console.print(table)
+    console.print(_meaning(plan))
+
+
+def _meaning(plan: Plan) -> str:
+    """What the slots are worth, in the terms of the model."""
+    a_layer = plan.slots / plan.shape.layers
+    least = plan.dense + plan.kv + plan.workspace + plan.row
+    text = (
+        f"{a_layer:.1f} slots a layer; a token uses {plan.shape.top_k} of {plan.shape.experts} experts a layer. "
+        f"With nothing kept, a token moves {format_bytes(plan.shape.layers * plan.shape.top_k * plan.row)}."
+    )
+    if plan.slots >= plan.shape.total_experts:
+        return text + " Every expert fits: after the first use nothing is moved."
+    return text + f" The least budget that works is {format_bytes(least)}."

@@ -1,0 +1,156 @@
+"""`expertflow run`: prompts in, text as it is generated, then a summary."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from expertflow.config import SamplingParams
+from expertflow.engine.llm import LLM, shipped_model
+from expertflow.engine.request import RequestOutput
+from expertflow.errors import PromptError
+from expertflow.units import format_bytes
+
+_LARGEST_BATCH = 8
+
+
+def main(
+    *,
+    model: str | None,
+    prompts: list[str],
+    prompts_file: Path | None,
+    engine: dict[str, Any],
+    sampling: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Load, generate, report."""
+    prompts = prompts + (read_prompts(prompts_file) if prompts_file else [])
+    if not prompts:
+        raise PromptError("there is no prompt", "Give --prompt TEXT or --prompts-file FILE.")
+    params = SamplingParams.from_mapping(sampling)
+    wanted = {key: value for key, value in engine.items() if value is not None}
+    wanted.setdefault("max_batch", min(len(prompts), _LARGEST_BATCH))
+    transformers_logging.set_verbosity_error()
+    console = Console(stderr=True)
+    with LLM(model or shipped_model(), progress=console.is_terminal and not as_json, **wanted) as llm:
+        outputs: list[RequestOutput] = []
+        interrupted = False
+        try:
+            _generate(llm, prompts, params, outputs, as_json=as_json)
+        except KeyboardInterrupt:
+            interrupted = True
+        if as_json:
+            print(json.dumps(_report(llm, outputs, interrupted=interrupted), ensure_ascii=False))  # noqa: T201 - the output
+        else:
+            _summary(llm, console)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a file: JSON lines with a field `prompt` if it ends in .jsonl, otherwise a prompt a line.
+
+    Raises:
+        PromptError: if the file cannot be read, holds no prompt, or a line is malformed.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read: {error}", "Give a UTF-8 text file.") from error
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
+        raise PromptError(f"{path} holds no prompt", "Put one prompt a line.")
+    if path.suffix != ".jsonl":
+        return [line for _, line in filled]
+    return [_json_prompt(path, number, line) for number, line in filled]
+
+
+def _json_prompt(path: Path, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise PromptError(f"{path}, line {number} is no JSON object with a field 'prompt'", "Mend the line.") from error
+    if not isinstance(prompt, str):
+        raise PromptError(f"{path}, line {number}: 'prompt' is no text", "Mend the line.")
+    return prompt
+
+
+def _generate(
+    llm: LLM, prompts: list[str], params: SamplingParams, outputs: list[RequestOutput], *, as_json: bool
+) -> None:
+    """Collect finished requests; show one prompt's text as it comes, several prompts' texts as they finish."""
+    live = len(prompts) == 1 and not as_json
+    if live:
+        sys.stdout.write(prompts[0])
+    for item in llm.stream(prompts, params):
+        if live:
+            sys.stdout.write(item.text)
+            sys.stdout.flush()
+        if item.output is None:
+            continue
+        outputs.append(item.output)
+        if live:
+            sys.stdout.write("\n")
+        elif not as_json:
+            sys.stdout.write(f"--- {item.index}\n{item.output.prompt}{item.output.text}\n")
+    sys.stdout.flush()
+
+
+def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dict[str, Any]:
+    stats, plan = llm.stats, llm.plan
+    return {
+        "outputs": [
+            {
+                "index": o.index,
+                "prompt": o.prompt,
+                "text": o.text,
+                "token_ids": o.token_ids,
+                "finish_reason": o.finish_reason,
+            }
+            for o in sorted(outputs, key=lambda output: output.index)
+        ],
+        "interrupted": interrupted,
+        "device": plan.device,
+        "strategy": plan.strategy,
+        "budget_bytes": plan.budget,
+        "planned_bytes": plan.total,
+        "peak_bytes": stats.peak_bytes,
+        "resident_bytes": plan.resident_total,
+        "slots": plan.slots,
+        "experts": plan.shape.total_experts,
+        "hit_ratio": stats.cache.hit_ratio,
+        "hits": stats.cache.hits,
+        "loads": stats.cache.loads,
+        "evictions": stats.cache.evictions,
+        "bytes_moved": stats.cache.bytes_moved,
+        "tokens": stats.tokens,
+        "prompt_tokens": stats.prompt_tokens,
+        "seconds": stats.seconds,
+        "first_token_seconds": stats.first_token_seconds,
+        "tokens_per_second": stats.tokens_per_second,
+    }
+
+
+def _summary(llm: LLM, console: Console) -> None:
+    stats, plan = llm.stats, llm.plan
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    budget = "none stated" if plan.budget is None else format_bytes(plan.budget)
+    rows = (
+        ("budget", f"{budget} on {plan.device}"),
+        (
+            "measured peak",
+            f"{format_bytes(stats.peak_bytes)} (all experts resident: {format_bytes(plan.resident_total)})",
+        ),
+        ("slots", f"{plan.slots} of {plan.shape.total_experts} experts ({plan.share:.1%}), strategy {plan.strategy}"),
+        ("hit ratio", f"{stats.cache.hit_ratio:.1%} of {stats.cache.accesses} accesses"),
+        ("loads", f"{stats.cache.loads}, {format_bytes(stats.cache.bytes_moved)} moved"),
+        ("speed", f"{stats.tokens} tokens in {stats.seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s"),
+    )
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print()
+    console.print(table)

@@ -1,0 +1,110 @@
+"""What a user may wish: engine options and sampling options, checked when they are made.
+
+Frozen and keyword-only. An unknown key is an error that names the nearest one. Knows no model and no device.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from expertflow.errors import ConfigError
+from expertflow.types import DTYPE_BYTES
+from expertflow.units import parse_bytes
+
+DEVICES = ("auto", "cuda", "cpu")
+DTYPES = ("auto", *DTYPE_BYTES)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Say which known word is meant, or list them all: the remedy of an unknown name."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."
+
+
+def _require(ok: bool, what: str, remedy: str) -> None:  # noqa: FBT001 - the condition reads best first
+    if not ok:
+        raise ConfigError(what, remedy)
+
+
+def doc(text: str, **kwargs: Any) -> Any:
+    """A dataclass field with its documentation line."""
+    return field(metadata={"doc": text}, **kwargs)
+
+
+class _Checked:
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> Self:
+        """Build from plain options.
+
+        Raises:
+            ConfigError: for a key that is no option (names the nearest) or a value out of range.
+        """
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every subclass is a dataclass
+        for key in options:
+            _require(key in known, f"unknown option {key!r}", nearest(key, known))
+        return cls(**options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(_Checked):
+    """How to run a model. Everything here is a wish; `engine.plan` turns it into numbers."""
+
+    gpu_memory: str | int | None = doc(
+        "device memory budget for everything, such as 6GiB; None: no limit", default=None
+    )
+    slots: str | int | None = doc(
+        "expert slots: a count, a share such as 25%, or None: all the budget buys", default=None
+    )
+    strategy: str = doc("row of the strategy table that decides what is kept", default="lru")
+    max_batch: int = doc("sequences computed together at most", default=8)
+    max_length: int | None = doc(
+        "prompt plus generated tokens a sequence; None: the model's context, at most 4096", default=None
+    )
+    prefill_chunk: int = doc("tokens a prefill pass, over all its sequences", default=512)
+    device: str = doc("auto, cuda or cpu", default="auto")
+    dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16", default="auto")
+    host_memory: str | int | None = doc("host memory the expert store may take; None: what is free now", default=None)
+    progress: bool = doc("show progress bars on long work", default=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything."""
+        _require(self.device in DEVICES, f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
+        _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown", nearest(self.dtype, DTYPES))
+        for name in ("max_batch", "prefill_chunk"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name}={value} is too small", "Use 1 or more.")
+        _require(
+            self.max_length is None or self.max_length >= 2,
+            f"max_length={self.max_length} is too small",
+            "Leave room for one prompt token and one generated token.",
+        )
+        if self.gpu_memory is not None:
+            parse_bytes(self.gpu_memory, "gpu_memory")
+        if self.host_memory is not None:
+            parse_bytes(self.host_memory, "host_memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(_Checked):
+    """How to choose tokens and when to stop."""
+
+    max_tokens: int = doc("tokens to generate at most", default=128)
+    temperature: float = doc("0 is greedy; larger is more random", default=0.0)
+    top_k: int = doc("sample among the k most probable tokens; 0: all", default=0)
+    top_p: float = doc("sample among the most probable tokens that together reach this probability", default=1.0)
+    seed: int = doc("seed of the request's own random numbers", default=0)
+    stop: str | tuple[str, ...] = doc("texts that end the generation (not part of the output)", default=())
+    stop_token_ids: tuple[int, ...] = doc("token ids that end the generation, beside the model's own", default=())
+    ignore_eos: bool = doc("do not stop at the model's end-of-text token", default=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything."""
+        _require(self.max_tokens >= 1, f"max_tokens={self.max_tokens} is too small", "Use 1 or more.")
+        _require(self.temperature >= 0, f"temperature={self.temperature} is negative", "Use 0 (greedy) or more.")
+        _require(self.top_k >= 0, f"top_k={self.top_k} is negative", "Use 0 (no limit) or more.")
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p} is not a probability", "Use a value in (0, 1].")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        _require(all(self.stop), "stop contains an empty text", "Remove it: an empty text would stop at once.")

@@ -1,0 +1,1 @@
+"""From a wish to tokens: plan, build, run."""

@@ -1,0 +1,146 @@
+"""Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from expertflow.cache.controller import CacheController
+from expertflow.cache.strategy import find_strategy
+from expertflow.config import EngineConfig
+from expertflow.engine.plan import Plan, make_plan
+from expertflow.engine.provider import CachedExperts
+from expertflow.errors import DeviceError
+from expertflow.events import CacheCounters, EventStream
+from expertflow.memory.layout import RowLayout
+from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
+from expertflow.memory.slots import SlotPool
+from expertflow.memory.store import HostStore, check_host_memory
+from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
+from expertflow.models.checkpoint import resolve, walk
+from expertflow.models.load import bind_experts, fill_rows, load_dense
+from expertflow.models.mapping import ExpertPiece, map_experts
+from expertflow.models.shape import shape_of
+from expertflow.models.skeleton import Skeleton, build_skeleton
+from expertflow.units import parse_bytes
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device for `auto`, `cuda` or `cpu`.
+
+    Raises:
+        DeviceError: if CUDA is asked for and not there.
+    """
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise DeviceError(
+            "device='cuda', but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
+        )
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A checkpoint that was looked at but not loaded: skeleton, where its experts are, and the plan."""
+
+    skeleton: Skeleton
+    pieces: list[ExpertPiece]
+    plan: Plan
+
+
+def prepare(model: str | Path, config: EngineConfig) -> Prepared:
+    """Read config and shard headers, check them against each other, and plan. Loads no weights.
+
+    Raises:
+        ExpertFlowError: for anything that would make loading or running fail later.
+    """
+    skeleton = build_skeleton(resolve(model), config.dtype)
+    pieces = map_experts(skeleton, walk(skeleton.folder), convert=config.dtype != "auto")
+    plan = make_plan(config, shape_of(skeleton), resolve_device(config.device).type)
+    return Prepared(skeleton=skeleton, pieces=pieces, plan=plan)
+
+
+class OffloadedModel:
+    """A transformers model whose experts come through the slot cache, and everything that serves it.
+
+    Attributes:
+        model: the ordinary transformers model.
+        plan: what it was built from.
+        events: everything the cache does.
+        counters: running totals of it.
+        meter: measures device memory.
+    """
+
+    def __init__(self, prepared: Prepared, config: EngineConfig) -> None:
+        """Load. See `load_model`."""
+        self.plan = plan = prepared.plan
+        self.skeleton = prepared.skeleton
+        self.device = torch.device(plan.device)
+        check_host_memory(
+            plan.host, None if config.host_memory is None else parse_bytes(config.host_memory, "host_memory")
+        )
+        if self.device.type == "cuda":
+            cuda_meter = CudaMeter(self.device)
+        layout = RowLayout.of(plan.shape.specs)
+        self.model: PreTrainedModel = load_dense(prepared.skeleton, self.device)
+        self.store = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
+        _fill(prepared.pieces, self.store, show=config.progress)
+        self.store.lock()
+        pool = SlotPool(layout, plan.slots, self.device)
+        self.events = EventStream()
+        self.counters = CacheCounters()
+        self.events.subscribe(self.counters.count)
+        self.controller = CacheController(
+            layers=plan.shape.layers,
+            experts=plan.shape.experts,
+            slots=plan.slots,
+            strategy=find_strategy(plan.strategy),
+            row_bytes=plan.row,
+            events=self.events,
+        )
+        self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
+        bind_experts(self.model, prepared.skeleton, CachedExperts(self.controller, self._transfer, pool))
+        self._hooks = [module.register_forward_pre_hook(self._begin_step) for module in self._steppers()]
+        resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
+        self.meter: Meter = (
+            cuda_meter if self.device.type == "cuda" else CpuMeter(resident, exclude=[self.store.buffer])
+        )
+
+    def _steppers(self) -> list[torch.nn.Module]:
+        """Modules whose forward is a step: the model, and an encoder that is called on its own."""
+        return [self.model, self.model.get_encoder()] if self.skeleton.encoder_decoder else [self.model]
+
+    def _begin_step(self, *_: object) -> None:
+        self.controller.begin_step()
+
+    def close(self) -> None:
+        """Wait for copies under way and give the host memory back. The model cannot run afterwards."""
+        self._transfer.close()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.store.close()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def load_model(model: str | Path, config: EngineConfig) -> OffloadedModel:
+    """Plan, check, load and wire.
+
+    Args:
+        model: checkpoint folder, or a Hugging Face id in the local cache.
+        config: the wish.
+
+    Raises:
+        ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
+    """
+    return OffloadedModel(prepare(model, config), config)
+
+
+def _fill(pieces: list[ExpertPiece], store: HostStore, *, show: bool) -> None:
+    columns = (TextColumn("loading experts"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, disable=not show, transient=True) as bar:
+        task = bar.add_task("experts", total=sum(piece.nbytes for piece in pieces))
+        fill_rows(pieces, store, lambda count: bar.advance(task, count))

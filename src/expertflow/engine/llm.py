@@ -1,0 +1,250 @@
+"""The Python front door: `LLM(model, gpu_memory="6GiB").generate([...])`, `.stream(...)`, and `from_pretrained`.
+
+Turns prompts into requests, requests into batches, logits into tokens.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from expertflow.config import EngineConfig, SamplingParams
+from expertflow.engine.build import OffloadedModel, load_model
+from expertflow.engine.plan import Plan
+from expertflow.engine.request import Request, RequestOutput, StreamOutput
+from expertflow.engine.runner import Batch, make_batch
+from expertflow.engine.sampler import choose
+from expertflow.errors import PromptError
+from expertflow.events import CacheCounters
+
+Prompt = str | Sequence[int]
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+
+
+def shipped_model() -> Path:
+    """The folder of the model that comes with the package."""
+    return Path(__file__).parents[1] / "assets" / "novella"
+
+
+@dataclass(kw_only=True)
+class RunStats:
+    """What generation cost so far.
+
+    Attributes:
+        tokens: generated tokens.
+        prompt_tokens: tokens read.
+        seconds: time in `generate` and `stream`, the consumer's included.
+        first_token_seconds: time to the first token of the last batch.
+        peak_bytes: measured peak of device memory.
+        cache: what the expert cache did.
+    """
+
+    tokens: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    peak_bytes: int = 0
+    cache: CacheCounters
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second, prefill included."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class LLM:
+    """A model inside a memory budget.
+
+    Args:
+        model: checkpoint folder or cached Hugging Face id; None: the shipped model.
+        options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
+
+    Raises:
+        ExpertFlowError: if model, budget, device or host memory cannot do it; nothing is loaded then.
+    """
+
+    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+        """Load the model."""
+        self.config = EngineConfig.from_mapping(options)
+        self._offloaded: OffloadedModel = load_model(model or shipped_model(), self.config)
+        self.tokenizer = _load_tokenizer(self._offloaded.skeleton.folder)
+        self._ends = _end_tokens(self._offloaded.model)
+        self._stats = RunStats(cache=self._offloaded.counters)
+
+    @property
+    def plan(self) -> Plan:
+        """What goes where."""
+        return self._offloaded.plan
+
+    @property
+    def stats(self) -> RunStats:
+        """What generation cost so far."""
+        return replace(
+            self._stats, peak_bytes=self._offloaded.meter.peak_bytes, cache=replace(self._offloaded.counters)
+        )
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Generate for every prompt.
+
+        Args:
+            prompts: one or many; text, or token ids.
+            params: for all, or one a prompt.
+
+        Returns:
+            Finished requests in the order of the prompts.
+
+        Raises:
+            PromptError: if a prompt is empty or too long; nothing is generated then.
+        """
+        finished = [item.output for item in self.stream(prompts, params) if item.output is not None]
+        return sorted(finished, key=lambda output: output.index)
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[StreamOutput]:
+        """Like `generate`, token by token. Prompts are checked at the call, before the first token is asked for."""
+        requests = self._requests(_as_list(prompts), params)
+        return self._run(requests)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._offloaded.close()
+
+    def __enter__(self) -> Self:
+        """Use as a context manager."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise PromptError(
+                f"{len(params)} sampling parameters for {len(prompts)} prompts", "Give one a prompt, or one for all."
+            )
+        if not prompts:
+            raise PromptError("there is no prompt", "Give at least one.")
+        return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        tokens = self._tokens(index, prompt)
+        room = self.plan.max_length if self.plan.shape.encoder_decoder else self.plan.max_length - len(tokens)
+        if len(tokens) > self.plan.max_length or room < 1:
+            raise PromptError(
+                f"prompt {index} has {len(tokens)} tokens; with one to generate, {self.plan.max_length} fit",
+                "Shorten it, or raise max_length (at most the model's context).",
+            )
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._ends)}
+        return Request(
+            index=index,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=tokens,
+            params=params,
+            ends=ends,
+            limit=min(params.max_tokens, room),
+            decoder=self.tokenizer,
+        )
+
+    def _tokens(self, index: int, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise PromptError("the model's folder has no tokenizer", "Give token ids instead of text.")
+            tokens = tuple(self.tokenizer(prompt)["input_ids"])
+        else:
+            tokens = tuple(int(token) for token in prompt)
+        if not tokens:
+            raise PromptError(f"prompt {index} is empty", "Give at least one token.")
+        vocabulary = self.plan.shape.vocabulary
+        if bad := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise PromptError(f"prompt {index} holds token {bad[0]}", f"The model knows tokens 0 to {vocabulary - 1}.")
+        return tokens
+
+    def _run(self, requests: list[Request]) -> Iterator[StreamOutput]:
+        for begin in range(0, len(requests), self.plan.max_batch):
+            yield from self._run_batch(requests[begin : begin + self.plan.max_batch])
+
+    def _run_batch(self, running: list[Request]) -> Iterator[StreamOutput]:
+        started = time.perf_counter()
+        self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in running)
+        first = True
+        try:
+            batch = make_batch(
+                self._offloaded.model, [request.prompt_token_ids for request in running], self.plan.prefill_chunk
+            )
+            tokens: list[int] | None = None
+            while running:
+                outputs = self._step(batch, running, tokens)
+                if first:
+                    self._stats.first_token_seconds, first = time.perf_counter() - started, False
+                self._stats.tokens += len(outputs)
+                yield from outputs
+                rows = [row for row, request in enumerate(running) if request.finish_reason is None]
+                if rows and len(rows) < len(running):
+                    batch.keep(rows)
+                running = [running[row] for row in rows]
+                tokens = [outputs[row].token_id for row in rows]
+        finally:
+            self._stats.seconds += time.perf_counter() - started
+
+    def _step(self, batch: Batch, running: list[Request], tokens: list[int] | None) -> list[StreamOutput]:
+        with self._offloaded.meter.watch():
+            logits = batch.prefill() if tokens is None else batch.decode(tokens)
+            chosen = [choose(logits[row], request.params, request.generator) for row, request in enumerate(running)]
+        return [request.append(token) for request, token in zip(running, chosen, strict=True)]
+
+
+def from_pretrained(model: str | Path | None = None, **options: Any) -> PreTrainedModel:
+    """The ordinary transformers model, its experts offloaded; `.generate()` and everything else work as usual.
+
+    Memory of keys, values and activations is then the caller's: `max_batch` and `max_length` say what to leave room for.
+
+    Args:
+        model: checkpoint folder or cached Hugging Face id; None: the shipped model.
+        options: fields of `EngineConfig`.
+
+    Returns:
+        The model; its attribute `expertflow` is the `OffloadedModel` (plan, counters, events, `close`).
+    """
+    offloaded = load_model(model or shipped_model(), EngineConfig.from_mapping(options))
+    offloaded.model.expertflow = offloaded
+    return offloaded.model
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]  # one prompt: text or token ids
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    if ends is None:
+        ends = model.config.get_text_config(decoder=True).eos_token_id
+    if ends is None:
+        return ()
+    return tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)

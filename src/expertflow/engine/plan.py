@@ -1,0 +1,201 @@
+"""What goes where: a wish and a model's figures in, every number of the run out.
+
+Pure: no weights, no device, nothing allocated. The engine builds from the plan it returns, and `expertflow plan`
+prints it. The workspace is an upper bound from tensor sizes; tests hold it against measured peaks (law 3).
+"""
+
+from dataclasses import dataclass
+
+from expertflow.cache.strategy import find_strategy
+from expertflow.config import EngineConfig
+from expertflow.errors import BudgetError, ConfigError
+from expertflow.memory.layout import RowLayout
+from expertflow.memory.slots import SlotPool
+from expertflow.models.shape import ModelShape
+from expertflow.types import DTYPE_BYTES
+from expertflow.units import format_bytes, parse_bytes, parse_slots
+
+DEFAULT_CONTEXT = 4096
+"""Longest sequence planned for when the user states none and the model allows it."""
+CUDA_LIBRARY_BYTES = 96 * 2**20
+"""What cuBLAS keeps for itself on a Hopper card, measured (docs/lab-notes.md)."""
+_SLACK = 1.1
+"""Allocators round up; temporaries of operators are counted by name, not by trace."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every number of a run. Bytes unless said otherwise.
+
+    Attributes:
+        shape: the model's figures.
+        device: `cuda` or `cpu`.
+        strategy: row of the strategy table.
+        budget: the stated budget, or None.
+        dense: dense weights on the device.
+        kv: keys and values of `max_batch` sequences of `max_length` tokens.
+        workspace: activations of the largest step, logits and sampling.
+        row: one expert.
+        slots: number of slots.
+        max_batch: sequences at once.
+        max_length: tokens of a sequence.
+        prefill_chunk: tokens of a prefill pass.
+        host: the expert store in host memory.
+    """
+
+    shape: ModelShape
+    device: str
+    strategy: str
+    budget: int | None
+    dense: int
+    kv: int
+    workspace: int
+    row: int
+    slots: int
+    max_batch: int
+    max_length: int
+    prefill_chunk: int
+    host: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Device memory of all slots."""
+        return SlotPool.nbytes(self.row, self.slots)
+
+    @property
+    def total(self) -> int:
+        """Device memory in all."""
+        return self.dense + self.kv + self.workspace + self.slot_bytes
+
+    @property
+    def resident_total(self) -> int:
+        """Device memory the same run takes with every expert resident."""
+        return self.dense + self.kv + self.workspace + self.shape.total_experts * self.row
+
+    @property
+    def share(self) -> float:
+        """Share of all experts that have a slot."""
+        return self.slots / self.shape.total_experts
+
+
+def make_plan(config: EngineConfig, shape: ModelShape, device: str) -> Plan:
+    """Turn a wish into numbers.
+
+    Args:
+        config: the wish.
+        shape: the model's figures.
+        device: `cuda` or `cpu`, resolved.
+
+    Raises:
+        BudgetError: if the budget cannot hold even one slot, or not the slots asked for; names the least that works.
+        ConfigError: if an option is impossible for this model.
+    """
+    find_strategy(config.strategy)
+    max_length = _max_length(config, shape)
+    row = RowLayout.of(shape.specs).row_bytes
+    kv = shape.kv_bytes(max_length) * config.max_batch
+    workspace = workspace_bytes(shape, config.max_batch, max_length, config.prefill_chunk)
+    if device == "cuda":
+        workspace += CUDA_LIBRARY_BYTES
+    budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
+    fixed = shape.dense_bytes + kv + workspace
+    slots = _slots(config, shape, row, fixed, budget)
+    return Plan(
+        shape=shape,
+        device=device,
+        strategy=config.strategy,
+        budget=budget,
+        dense=shape.dense_bytes,
+        kv=kv,
+        workspace=workspace,
+        row=row,
+        slots=slots,
+        max_batch=config.max_batch,
+        max_length=max_length,
+        prefill_chunk=config.prefill_chunk,
+        host=row * shape.total_experts,
+    )
+
+
+def _max_length(config: EngineConfig, shape: ModelShape) -> int:
+    if config.max_length is None:
+        return min(shape.context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    if shape.context is not None and config.max_length > shape.context:
+        raise ConfigError(
+            f"max_length={config.max_length} is more than the model's context of {shape.context} tokens",
+            f"Use {shape.context} or less.",
+        )
+    return config.max_length
+
+
+def _slots(config: EngineConfig, shape: ModelShape, row: int, fixed: int, budget: int | None) -> int:
+    total = shape.total_experts
+    asked = None if config.slots is None else parse_slots(config.slots, total)
+    least = fixed + SlotPool.nbytes(row, asked or 1)
+    if budget is not None and budget < least:
+        need = f"{asked} slots" if asked else "a single slot"
+        raise BudgetError(
+            f"gpu_memory={format_bytes(budget)} is too small: dense weights, KV and workspace take "
+            f"{format_bytes(fixed)}, and {need} of {format_bytes(row)} must fit beside them",
+            f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length or "
+            "prefill_chunk lowers it.",
+            least,
+        )
+    if asked is not None:
+        return asked
+    if budget is None:
+        return total
+    return min(total, (budget - fixed - SlotPool.nbytes(row, 0)) // row)
+
+
+def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int) -> int:
+    """Upper bound on the temporary device memory of one step.
+
+    The phases of a layer follow one another, so the largest counts; what lives through all of them is added.
+
+    Args:
+        shape: the model's figures.
+        batch: sequences.
+        length: tokens of a sequence, prompt included.
+        chunk: tokens of a prefill pass over all sequences.
+    """
+    element = DTYPE_BYTES[shape.dtype]
+    tokens = max(chunk, batch)
+    if shape.encoder_decoder:
+        tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
+    columns = max(1, tokens // batch)
+    state = tokens * shape.hidden
+    # residual, normed input, positions, masks and their copies
+    steady = state * element * 6 + state * 4 * 2 + batch * columns * length * (element + 5) + tokens * 8 * 8
+    return int(
+        _SLACK * (steady + max(_attention(shape, batch, length, columns), _moe(shape, tokens), _head(shape, batch)))
+    )
+
+
+def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
+    element = DTYPE_BYTES[shape.dtype]
+    tokens = batch * columns
+    # queries, keys, values and their rotated copies (in float32 while rotating)
+    heads = tokens * shape.head_width * (6 * element + 3 * 4)
+    # the layer's cache is copied when it grows; keys and values are repeated over grouped heads
+    cache = max((layer.bytes_per_token for layer in shape.kv), default=0) * batch * length
+    repeated = 3 * batch * length * shape.head_width * element
+    scores = batch * shape.heads * columns * length * (4 if not shape.encoder_decoder and not shape.scores else 16)
+    return heads + cache + repeated + scores
+
+
+def _moe(shape: ModelShape, tokens: int) -> int:
+    element = DTYPE_BYTES[shape.dtype]
+    pairs = tokens * shape.top_k
+    router = tokens * shape.experts * 4 * 5
+    sorting = pairs * 8 * 6 + pairs * 4 * 2
+    parts = pairs * shape.hidden * element + 3 * tokens * shape.hidden * element
+    # one expert may get every token: gathered input, inner states, output, weighted output in float32
+    expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
+    dense = tokens * shape.dense_width * element * 4
+    return router + sorting + parts + max(expert, dense)
+
+
+def _head(shape: ModelShape, batch: int) -> int:
+    # logits, their float32 copy, probabilities, sorted values, indices and running sums of one row at a time
+    return batch * shape.vocabulary * (DTYPE_BYTES[shape.dtype] + 8) + shape.vocabulary * 40

@@ -1,0 +1,37 @@
+"""The expert provider: what the controller decides, carried out by the transfer, handed to the model.
+
+Starts every copy as early as its slot allows, so copies of later experts run while earlier ones compute.
+"""
+
+from collections.abc import Generator
+
+from expertflow.cache.controller import CacheController
+from expertflow.memory.slots import SlotPool
+from expertflow.memory.transfer import Transfer
+from expertflow.models.experts import Row
+
+
+class CachedExperts:
+    """Experts through the slot cache."""
+
+    def __init__(self, controller: CacheController, transfer: Transfer, pool: SlotPool) -> None:
+        """Drive `transfer` as `controller` says, and lend out `pool`'s tensors."""
+        self.controller = controller
+        self._transfer, self._pool = transfer, pool
+
+    def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:
+        """Yield every needed expert once; its tensors are valid until the generator is resumed."""
+        schedule = self.controller.access(layer, experts)
+        first = layer * self.controller.table.experts
+        begun = 0
+        for turn, access in enumerate(schedule):
+            while begun < len(schedule) and schedule[begun].after < turn:
+                if schedule[begun].load:
+                    self._transfer.start(first + schedule[begun].expert, schedule[begun].slot)
+                begun += 1
+            if access.load:
+                self._transfer.wait(access.slot)
+            try:
+                yield access.expert, self._pool.views[access.slot]
+            finally:
+                self._transfer.release(access.slot)

@@ -1,0 +1,140 @@
+"""One request while it runs: its tokens, its text so far, and when it is over.
+
+Text is decoded token by token, so it can be streamed: a token that ends inside a character, or text that may be the
+beginning of a stop text, is held back until it is decided. Knows no model and no batch.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from expertflow.config import SamplingParams
+from expertflow.engine.sampler import make_generator
+
+_UNFINISHED = "\ufffd"
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that is needed here."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """A finished request.
+
+    Attributes:
+        index: position of the prompt in the call.
+        prompt: text, or None if token ids were given.
+        prompt_token_ids: tokens of the prompt.
+        token_ids: generated tokens, the ending one included.
+        text: generated text without special tokens and without the stop text.
+        finish_reason: `stop` or `length`.
+    """
+
+    index: int
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOutput:
+    """One step of one request.
+
+    Attributes:
+        index: position of the prompt in the call.
+        token_id: the new token.
+        text: new text that is certain; may be empty.
+        output: the whole request, once it has finished.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    output: RequestOutput | None = None
+
+
+@dataclass(kw_only=True)
+class Request:
+    """Mutable state of a request.
+
+    Args:
+        index: position of the prompt in the call.
+        prompt: text, if there was one.
+        prompt_token_ids: tokens of the prompt.
+        params: how to sample and stop.
+        ends: token ids that end it.
+        limit: tokens it may generate at most.
+        decoder: makes text of tokens; None if the model has no tokenizer.
+    """
+
+    index: int
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    ends: Collection[int]
+    limit: int
+    decoder: Decoder | None
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    _shown: int = 0
+    _read: int = 0
+    _done: int = 0
+
+    def __post_init__(self) -> None:
+        """Make the request's random numbers."""
+        self.generator = make_generator(self.params)
+
+    def append(self, token: int) -> StreamOutput:
+        """Take the next token; says what is new and whether this was the last."""
+        self.token_ids.append(token)
+        if self.decoder is not None:
+            self._decode(self.decoder)
+        if token in self.ends:
+            self.finish_reason = "stop"
+        elif (cut := self._stop_position()) is not None:
+            self.text, self.finish_reason = self.text[:cut], "stop"
+        elif len(self.token_ids) >= self.limit:
+            self.finish_reason = "length"
+        sure = len(self.text) if self.finish_reason else self._certain()
+        fresh = self.text[self._shown : sure]
+        self._shown = max(self._shown, sure)
+        return StreamOutput(index=self.index, token_id=token, text=fresh, output=self._output())
+
+    def _decode(self, decoder: Decoder) -> None:
+        """Extend the text by what the new tokens say, seen behind the tokens already read."""
+        before = decoder.decode(self.token_ids[self._done : self._read], skip_special_tokens=True)
+        after = decoder.decode(self.token_ids[self._done :], skip_special_tokens=True)
+        if len(after) > len(before) and not after.endswith(_UNFINISHED):
+            self.text += after[len(before) :]
+            self._done, self._read = self._read, len(self.token_ids)
+
+    def _stop_position(self) -> int | None:
+        found = [self.text.find(stop) for stop in self.params.stop]
+        return min((position for position in found if position >= 0), default=None)
+
+    def _certain(self) -> int:
+        """How much of the text cannot be the beginning of a stop text."""
+        longest = max((len(stop) for stop in self.params.stop), default=0)
+        for held in range(min(longest - 1, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-held:]) for stop in self.params.stop):
+                return len(self.text) - held
+        return len(self.text)
+
+    def _output(self) -> RequestOutput | None:
+        if self.finish_reason is None:
+            return None
+        return RequestOutput(
+            index=self.index,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            token_ids=tuple(self.token_ids),
+            text=self.text,
+            finish_reason=self.finish_reason,
+        )

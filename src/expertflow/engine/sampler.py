@@ -1,0 +1,38 @@
+"""The next token of one sequence from its logits. Deterministic in (logits, parameters, uniform number).
+
+Inverse-CDF sampling over sorted probabilities: one uniform number a token, drawn from the request's own generator on
+the host, so that neither the device nor the rest of the batch changes what is drawn.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from expertflow.config import SamplingParams
+
+
+def make_generator(params: SamplingParams) -> torch.Generator:
+    """The request's own source of random numbers."""
+    return torch.Generator().manual_seed(params.seed)
+
+
+def choose(logits: Float[Tensor, " V"], params: SamplingParams, generator: torch.Generator) -> int:
+    """Pick a token.
+
+    Args:
+        logits: of one sequence, any float dtype.
+        params: temperature 0 takes the most probable token, the lowest id among equals.
+        generator: advanced by one number unless greedy.
+    """
+    if params.temperature == 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits.float() / params.temperature, dim=-1)
+    values, tokens = probabilities.sort(descending=True, stable=True)
+    if params.top_k:
+        values[params.top_k :] = 0
+    before = values.cumsum(0) - values
+    values[before >= params.top_p] = 0
+    running = values.double().cumsum(0)
+    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+    position = int(torch.searchsorted(running, uniform * float(running[-1]), right=True))
+    return int(tokens[min(position, int((values > 0).sum()) - 1)])

@@ -1,0 +1,58 @@
+"""The one error tree. Every message says what went wrong, with which value, and what to do about it.
+
+Knows nothing of the rest of the package, so that every room may raise from it.
+"""
+
+
+class ExpertFlowError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        what: what went wrong, naming the offending value.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        """Join both halves into the message a user reads."""
+        super().__init__(f"{what}. {remedy}" if remedy else what)
+        self.what = what
+        self.remedy = remedy
+
+
+class ConfigError(ExpertFlowError):
+    """An option is unknown, has a bad value, or contradicts another."""
+
+
+class BudgetError(ConfigError):
+    """The stated GPU memory budget cannot work; the message names the least that does.
+
+    Args:
+        what: what went wrong.
+        remedy: what to do.
+        least_bytes: the smallest budget, in bytes, for which the same request works.
+    """
+
+    def __init__(self, what: str, remedy: str, least_bytes: int) -> None:
+        """Keep the least working budget for programs that want to retry."""
+        super().__init__(what, remedy)
+        self.least_bytes = least_bytes
+
+
+class HostMemoryError(ExpertFlowError):
+    """The host has too little free memory for the expert store."""
+
+
+class DeviceError(ExpertFlowError):
+    """The requested device is not there."""
+
+
+class CheckpointError(ExpertFlowError):
+    """A checkpoint folder is incomplete, damaged, or disagrees with its own config."""
+
+
+class UnsupportedModelError(ExpertFlowError):
+    """The model is not an MoE, or not of a family this package can run exactly."""
+
+
+class PromptError(ExpertFlowError):
+    """A prompt is empty, unreadable, or longer than the model's context."""

@@ -1,0 +1,95 @@
+"""One stream of events that counters, reports, recorders and tests subscribe to.
+
+Knows what can happen; refuses to know who listens. With no listener an event costs one comparison.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class EventKind(StrEnum):
+    """What can happen to an expert, a layer, or a step."""
+
+    STEP = "step"
+    """A forward pass begins."""
+    LAYER = "layer"
+    """A layer's routing is known; `value` is the number of distinct experts it needs."""
+    HIT = "hit"
+    """A needed expert was in its slot."""
+    MISS = "miss"
+    """A needed expert has to be loaded into `slot`; `value` is the bytes moved."""
+    EVICT = "evict"
+    """An expert leaves `slot`."""
+
+
+class Event(NamedTuple):
+    """One event. Fields that do not apply are -1 (or 0 for `value`)."""
+
+    kind: EventKind
+    step: int
+    layer: int = -1
+    expert: int = -1
+    slot: int = -1
+    value: int = 0
+
+
+Listener = Callable[[Event], None]
+
+
+class EventStream:
+    """Fans events out to listeners, in the order they happened."""
+
+    def __init__(self) -> None:
+        """Start with nobody listening."""
+        self._listeners: list[Listener] = []
+
+    def subscribe(self, listener: Listener) -> None:
+        """Call `listener` with every later event."""
+        self._listeners.append(listener)
+
+    def unsubscribe(self, listener: Listener) -> None:
+        """Stop calling `listener`."""
+        self._listeners.remove(listener)
+
+    def emit(self, event: Event) -> None:
+        """Tell every listener."""
+        for listener in self._listeners:
+            listener(event)
+
+
+@dataclass(kw_only=True)
+class CacheCounters:
+    """Running totals of what the expert cache did; subscribe `CacheCounters.count`."""
+
+    steps: int = 0
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+    bytes_moved: int = 0
+
+    def count(self, event: Event) -> None:
+        """Take one event into the totals."""
+        match event.kind:
+            case EventKind.HIT:
+                self.hits += 1
+            case EventKind.MISS:
+                self.loads += 1
+                self.bytes_moved += event.value
+            case EventKind.EVICT:
+                self.evictions += 1
+            case EventKind.STEP:
+                self.steps += 1
+            case EventKind.LAYER:
+                pass
+
+    @property
+    def accesses(self) -> int:
+        """Distinct experts needed, summed over layers and steps."""
+        return self.hits + self.loads
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of accesses found in a slot; 0 before the first access."""
+        return self.hits / self.accesses if self.accesses else 0.0

@@ -1,0 +1,95 @@
+"""How many bytes of device memory were in use at most, measured.
+
+On CUDA the allocator knows. On a CPU, where "device memory" is what would be on the GPU, a dispatch mode follows
+every tensor that operations create and counts it until its storage dies; temporaries inside one operator are not
+seen, as the allocator of a GPU would see them. Knows no plan and no budget.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Meter(Protocol):
+    """Measures the peak of device memory."""
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """Measure what runs inside."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was in use at once, in bytes, since the meter was made."""
+
+
+class CudaMeter:
+    """Reads the CUDA caching allocator; the peak counts from the meter's making."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start a new peak."""
+        self._device = device
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """The allocator always watches."""
+        return nullcontext()
+
+    @property
+    def peak_bytes(self) -> int:
+        """`torch.cuda.max_memory_allocated`."""
+        return torch.cuda.max_memory_allocated(self._device)
+
+
+class CpuMeter:
+    """Counts CPU tensors: the resident ones it is told of, and those created while watching."""
+
+    def __init__(self, resident: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> None:
+        """Count `resident` tensors from the start; never count `exclude` (host memory)."""
+        self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+        self._now = 0
+        self.peak_bytes = 0
+        for tensor in resident:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it dies."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()  # noqa: SLF001 - the storage's identity; its address may be null
+        if key in self._live or storage.data_ptr() in self._excluded:
+            return
+        self._live[key] = weakref.ref(storage, self._forget(key, size))
+        self._now += size
+        self.peak_bytes = max(self.peak_bytes, self._now)
+
+    def _forget(self, key: int, size: int) -> Callable[[Any], None]:
+        def gone(_: Any) -> None:
+            if self._live.pop(key, None) is not None:
+                self._now -= size
+
+        return gone
+
+    def watch(self) -> AbstractContextManager[Any]:
+        """Count every tensor that operators create inside."""
+        return _Counting(self)
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, meter: CpuMeter) -> None:
+        super().__init__()
+        self._meter = meter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._meter.add(result)
+        elif result is not None:
+            for item in tree_iter(result):
+                if isinstance(item, Tensor):
+                    self._meter.add(item)
+        return result

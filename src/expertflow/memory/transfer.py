@@ -1,0 +1,83 @@
+"""Copies of rows into slots, and who waits for whom.
+
+`PlainTransfer` copies at once (any device). `StreamTransfer` copies on a second CUDA stream: a slot's events order
+the copy behind the last computation that read the slot, and the computation behind the copy, so that the next
+experts' copies overlap the current expert's computation. Both have the same four verbs; neither decides anything.
+"""
+
+from typing import Protocol
+
+import torch
+
+from expertflow.memory.slots import SlotPool
+from expertflow.memory.store import HostStore
+
+
+class Transfer(Protocol):
+    """Moves rows. `start` and `wait` pair up for a load, `release` ends every use of a slot."""
+
+    def start(self, row: int, slot: int) -> None:
+        """Begin copying a store row into a slot, behind the slot's last release."""
+
+    def wait(self, slot: int) -> None:
+        """Later computation sees the row in the slot."""
+
+    def release(self, slot: int) -> None:
+        """Computation queued so far is the last that reads the slot; a copy may follow it."""
+
+    def close(self) -> None:
+        """Wait until nothing is under way."""
+
+
+class PlainTransfer:
+    """Copies when told, on the current stream."""
+
+    def __init__(self, store: HostStore, pool: SlotPool) -> None:
+        """Copy from `store` to `pool`."""
+        self._store, self._pool = store, pool
+
+    def start(self, row: int, slot: int) -> None:
+        """Copy now."""
+        self._pool.slot(slot).copy_(self._store.row(row))
+
+    def wait(self, slot: int) -> None:
+        """Nothing to wait for: the copy is done."""
+
+    def release(self, slot: int) -> None:
+        """Nothing to order."""
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+
+class StreamTransfer:
+    """Copies page-locked rows on a stream of their own."""
+
+    def __init__(self, store: HostStore, pool: SlotPool) -> None:
+        """Copy from `store` (page-locked) to `pool` (CUDA)."""
+        self._store, self._pool = store, pool
+        self._stream = torch.cuda.Stream(pool.buffer.device)
+        slots = len(pool.views)
+        self._loaded = [torch.cuda.Event() for _ in range(slots)]
+        self._released = [torch.cuda.Event() for _ in range(slots)]
+        # the pool's memory may have been used by work queued before it was allocated
+        self._stream.wait_stream(torch.cuda.current_stream(pool.buffer.device))
+
+    def start(self, row: int, slot: int) -> None:
+        """Queue the copy behind the slot's last release."""
+        self._stream.wait_event(self._released[slot])
+        with torch.cuda.stream(self._stream):
+            self._pool.slot(slot).copy_(self._store.row(row), non_blocking=True)
+            self._loaded[slot].record(self._stream)
+
+    def wait(self, slot: int) -> None:
+        """Order the current stream behind the slot's copy."""
+        torch.cuda.current_stream().wait_event(self._loaded[slot])
+
+    def release(self, slot: int) -> None:
+        """Mark the current stream's position as the last that reads the slot."""
+        self._released[slot].record(torch.cuda.current_stream())
+
+    def close(self) -> None:
+        """Wait for the copy stream."""
+        self._stream.synchronize()

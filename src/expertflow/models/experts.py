@@ -1,0 +1,174 @@
+"""The hook: transformers' experts call, computed with weights that a provider brings one expert at a time.
+
+Registered in transformers' experts interface under `IMPLEMENTATION`, so an unmodified model calls it. Results are
+bit-equal to the family's eager code: the same linear calls over the same token order, and each token's
+contributions added in ascending order of expert, whatever the order in which experts were computed.
+Knows the contract of the experts modules; refuses to know slots, copies and families.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.moe import ExpertsInterface
+
+IMPLEMENTATION = "expertflow"
+
+Row = Mapping[str, Tensor]
+"""One expert's tensors by parameter name, on the compute device."""
+
+
+class ExpertProvider(Protocol):
+    """Brings experts to the device."""
+
+    def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:
+        """Yield every expert once with its tensors, in an order of the provider's choice.
+
+        The tensors are valid until the generator is resumed or closed.
+        """
+
+
+@dataclass(kw_only=True)
+class Binding:
+    """What an experts module needs to know to run offloaded; set as its attribute `expertflow`."""
+
+    layer: int
+    provider: ExpertProvider
+    own_forward: bool = field(default=False)
+    """Run the family's own eager forward (the universal fallback) instead of the expert loop."""
+
+
+Mlp = Callable[[Tensor, Row], Tensor]
+
+
+def is_registry_experts(module: nn.Module) -> bool:
+    """Whether a module is an experts module of transformers' registry (decorated, with a stock eager forward)."""
+    return (
+        hasattr(type(module).forward, "__wrapped__")
+        and hasattr(module, "is_transposed")
+        and hasattr(module, "has_gate")
+    )
+
+
+def run_experts(
+    binding: Binding,
+    mlp: Mlp,
+    hidden: Float[Tensor, "T H"],
+    index: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    experts: int,
+) -> Float[Tensor, "T H"]:
+    """Apply each token's experts and add their weighted results.
+
+    Args:
+        binding: layer and provider.
+        mlp: one expert: tokens and weights in, tokens out.
+        hidden: token states.
+        index: expert of each token and rank; `experts` itself means none.
+        weights: router weight of each; may be of a wider dtype than `hidden`.
+        experts: experts a layer.
+    """
+    tokens, top_k = index.shape
+    # the stock code takes an expert's tokens rank by rank, so sort by (expert, rank, token)
+    flat = index.t().reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    token_of = order % tokens
+    weight_of = weights.t().reshape(-1)[order]
+    ends = torch.bincount(flat, minlength=experts + 1).cumsum(0).tolist()  # the one host sync of a layer
+    begins = [0, *ends[:experts]]
+    needed = [expert for expert in range(experts) if ends[expert] > begins[expert]]
+    # a row a (token, rank) pair, sorted by expert; pairs without an expert stay zero
+    parts = hidden.new_empty(flat.shape[0], hidden.shape[1])
+    parts[ends[experts - 1] :] = 0
+    with closing(binding.provider.stream(binding.layer, needed)) as rows:
+        for expert, row in rows:
+            mine = slice(begins[expert], ends[expert])
+            out = mlp(hidden[token_of[mine]], row)
+            parts[mine] = (out * weight_of[mine, None]).to(hidden.dtype)
+    position = torch.empty_like(order)
+    position[order] = torch.arange(order.shape[0], device=order.device)
+    ascending = position.view(top_k, tokens).sort(dim=0).values
+    total = torch.zeros_like(hidden)
+    for rank in range(top_k):
+        total += parts[ascending[rank]]
+    return total
+
+
+def offloaded_forward(
+    self: nn.Module,
+    hidden_states: Float[Tensor, "T H"],
+    top_k_index: Int[Tensor, "T K"],
+    top_k_weights: Float[Tensor, "T K"],
+) -> Float[Tensor, "T H"]:
+    """The experts implementation `expertflow`, called by transformers in place of the family's own."""
+    binding = self.expertflow
+    assert isinstance(binding, Binding)
+    if binding.own_forward:
+        return _own_forward(self, binding, hidden_states, top_k_index, top_k_weights)
+
+    def mlp(tokens: Tensor, row: Row) -> Tensor:
+        return _registry_mlp(self, tokens, row)
+
+    return run_experts(binding, mlp, hidden_states, top_k_index, top_k_weights, int(self.num_experts))  # type: ignore[arg-type]
+
+
+def _registry_mlp(module: Any, tokens: Tensor, row: Row) -> Tensor:
+    """One expert as the registry's layout attributes describe it: [gate and] up, activation, down."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = _project(module, tokens, row, up)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # noqa: SLF001 - the registry's contract
+    return _project(module, inner, row, "down_proj")
+
+
+def _project(module: Any, tokens: Tensor, row: Row, name: str) -> Tensor:
+    out = tokens @ row[name] if module.is_transposed else functional.linear(tokens, row[name])
+    return out + row[f"{name}_bias"] if module.has_bias else out
+
+
+class _Weights:
+    """Stands where a stacked parameter was: `weights[e]` brings expert e."""
+
+    def __init__(self, current: "_Current", name: str) -> None:
+        self._current, self._name = current, name
+
+    def __getitem__(self, expert: Tensor | int) -> Tensor:
+        return self._current.row(int(expert))[self._name]
+
+
+class _Current:
+    """The expert whose weights are lent out; asking for another one gives it back first."""
+
+    def __init__(self, binding: Binding) -> None:
+        self._binding = binding
+        self._expert = -1
+        self._row: Row = {}
+        self._stream: Generator[tuple[int, Row], None, None] | None = None
+
+    def row(self, expert: int) -> Row:
+        if expert != self._expert:
+            self.close()
+            self._stream = self._binding.provider.stream(self._binding.layer, [expert])
+            self._expert, self._row = next(self._stream)
+        return self._row
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._expert, self._row, self._stream = -1, {}, None
+
+
+def _own_forward(module: Any, binding: Binding, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The family's eager forward, with every `weights[e]` fetching expert e: exact for any eager code, no overlap."""
+    with closing(_Current(binding)) as current:
+        for name, _ in module.expert_shapes:
+            setattr(module, name, _Weights(current, name))
+        out: Tensor = type(module).forward.__wrapped__(module, hidden, index, weights)
+    return out
+
+
+ExpertsInterface.register(IMPLEMENTATION, offloaded_forward)

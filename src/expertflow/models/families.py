@@ -1,0 +1,122 @@
+"""The families with an exactness test of their own, one row each.
+
+A family listed here is run by the expert loop (`models.experts`) or a class swap (`models.switch`), and the tests
+make a small checkpoint of it from `tiny`. Any other family of transformers' experts registry is run by its own
+forward with weights fetched one expert at a time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+_BASE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MLA = {
+    **_BASE,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        model_type: as in config.json.
+        title: name for people.
+        examples: checkpoints people know.
+        hook: `loop` computes routed experts in our loop, `switch` swaps the experts class.
+        tiny: config values of a small model of the family, for tests and demos.
+        expert_key: pattern of expert tensors in checkpoints, where transformers' conversion table does not say it;
+            groups `module`, `expert` and `tensor`.
+    """
+
+    model_type: str
+    title: str
+    examples: str
+    hook: Literal["loop", "switch"] = "loop"
+    tiny: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    expert_key: str | None = None
+
+
+def _row(model_type: str, title: str, examples: str, **tiny: Any) -> Family:
+    return Family(model_type=model_type, title=title, examples=examples, tiny=MappingProxyType({**_BASE, **tiny}))
+
+
+_ROWS = (
+    _row("mixtral", "Mixtral", "Mixtral-8x7B, 8x22B", intermediate_size=32, num_local_experts=8, num_experts_per_tok=2),
+    _row(
+        "qwen2_moe", "Qwen2-MoE", "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", moe_intermediate_size=32, num_experts=8,
+        num_experts_per_tok=4, shared_expert_intermediate_size=64, intermediate_size=64,
+    ),
+    _row(
+        "qwen3_moe", "Qwen3-MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B, Novella", moe_intermediate_size=32, num_experts=8,
+        num_experts_per_tok=2, head_dim=16, norm_topk_prob=True, intermediate_size=64,
+    ),
+    _row("olmoe", "OLMoE", "OLMoE-1B-7B", intermediate_size=32, num_experts=8, num_experts_per_tok=2),
+    Family(
+        model_type="deepseek_v2", title="DeepSeek-V2", examples="DeepSeek-V2, V2-Lite, DeepSeek-Coder-V2",
+        tiny=MappingProxyType({**_MLA, "topk_method": "greedy"}),
+    ),
+    Family(
+        model_type="deepseek_v3", title="DeepSeek-V3", examples="DeepSeek-V3, R1 (bf16), Moonlight, Kimi-K2 (bf16)",
+        tiny=MappingProxyType(_MLA),
+    ),
+    _row(
+        "gpt_oss", "GPT-OSS", "gpt-oss-20b, 120b (bf16)", intermediate_size=32, num_local_experts=8,
+        num_experts_per_tok=2, head_dim=16, sliding_window=8,
+    ),
+    _row(
+        "phimoe", "PhiMoE", "Phi-3.5-MoE, Phi-mini-MoE", intermediate_size=32, num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    _row(
+        "granitemoe", "Granite MoE", "granite-3.1-1b-a400m, 3b-a800m", intermediate_size=32, num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    _row(
+        "glm4_moe", "GLM-4 MoE", "GLM-4.5, GLM-4.5-Air, GLM-4.6", moe_intermediate_size=32, n_routed_experts=8,
+        num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, intermediate_size=64, head_dim=16,
+    ),
+    _row(
+        "ernie4_5_moe", "ERNIE 4.5 MoE", "ERNIE-4.5-21B-A3B, 300B-A47B", moe_intermediate_size=32, moe_num_experts=8,
+        moe_k=2, moe_num_shared_experts=1, intermediate_size=64,
+    ),
+    _row(
+        "minimax_m2", "MiniMax M2", "MiniMax-M2 (bf16)", intermediate_size=32, num_local_experts=8,
+        num_experts_per_tok=2, head_dim=16, rotary_dim=16,
+    ),
+    Family(
+        model_type="switch_transformers", title="Switch Transformers", examples="switch-base-8 ... 256", hook="switch",
+        expert_key=r"(?P<module>.+\.experts)\.expert_(?P<expert>\d+)\.(?P<tensor>w[io])\.weight",
+        tiny=MappingProxyType({
+            "d_model": 64, "d_kv": 16, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+            "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 8, "vocab_size": 96,
+            "decoder_start_token_id": 0,
+        }),
+    ),
+)  # fmt: skip
+FAMILIES = {row.model_type: row for row in _ROWS}

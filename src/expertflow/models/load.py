@@ -1,0 +1,116 @@
+"""Weights from a checkpoint folder: the dense part into a transformers model, experts straight into host rows.
+
+Expert tensors are read from the file into their place in the row, by several threads, without a memory map and
+without a second copy. Dense tensors are loaded by transformers itself, which never sees the expert keys.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from expertflow.errors import CheckpointError
+from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor
+from expertflow.models.experts import Binding, ExpertProvider
+from expertflow.models.mapping import ExpertPiece
+from expertflow.models.skeleton import Skeleton
+
+_READERS = 8
+_Advance = Callable[[int], None]
+
+
+class Rows(Protocol):
+    """Where expert tensors go."""
+
+    def tensor(self, row: int, name: str) -> Tensor:
+        """The named tensor of a row, contiguous, in host memory."""
+
+
+def load_dense(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
+    """Load everything but the experts through transformers, then move it to the device.
+
+    Raises:
+        CheckpointError: if a dense weight is missing, has another shape than the config says, or cannot be read.
+    """
+    dtype = getattr(torch, skeleton.dtype)
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # it would list every expert key as unexpected
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = skeleton.model_class.from_pretrained(
+            skeleton.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{skeleton.folder} cannot be loaded: {str(error).splitlines()[0]}",
+            "Checkpoint and config.json disagree: fetch both again.",
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} weights, first {missing[0]!r}", "Fetch the checkpoint again."
+        )
+    model.eval().requires_grad_(False)
+    return model.to(device)
+
+
+def fill_rows(pieces: Sequence[ExpertPiece], rows: Rows, advance: _Advance) -> None:
+    """Read every expert tensor into its row.
+
+    Args:
+        pieces: what to read, in file order.
+        rows: where it goes.
+        advance: called with the bytes read, from several threads.
+
+    Raises:
+        CheckpointError: if a file ends early or cannot be read.
+    """
+    descriptors = {path: os.open(path, os.O_RDONLY) for path in {piece.source.file for piece in pieces}}
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            jobs = [pool.submit(_read_piece, descriptors[p.source.file], p, rows, advance) for p in pieces]
+            for job in jobs:
+                job.result()
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _read_piece(descriptor: int, piece: ExpertPiece, rows: Rows, advance: _Advance) -> None:
+    source = piece.source
+    stored = getattr(torch, FLOAT_NAMES[source.dtype])
+    elements = piece.nbytes // stored.itemsize
+    target = rows.tensor(piece.row, piece.name).view(-1)[piece.begin : piece.begin + elements]
+    direct = target.dtype == stored
+    landing = target if direct else torch.empty(elements, dtype=stored)
+    _read_into(descriptor, landing.view(torch.uint8), source, piece.offset)
+    if not direct:
+        target.copy_(landing)
+    advance(piece.nbytes)
+
+
+def _read_into(descriptor: int, target: Tensor, source: StoredTensor, offset: int) -> None:
+    view = memoryview(target.numpy().data)
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], source.start + offset + done)
+        if count == 0:
+            raise CheckpointError(f"{source.file.name} ended while reading {source.key!r}", "Fetch the file again.")
+        done += count
+
+
+def bind_experts(model: nn.Module, skeleton: Skeleton, provider: ExpertProvider) -> None:
+    """Tell every experts module of a loaded model its layer and where its weights come from."""
+    for layer, path in enumerate(skeleton.expert_modules):
+        module = model.get_submodule(path)
+        module.expertflow = Binding(  # type: ignore[assignment]  # plain data on a module
+            layer=layer, provider=provider, own_forward=skeleton.family is None
+        )

@@ -1,0 +1,169 @@
+"""The numbers a planner needs of a model: layers, experts, dense bytes, KV bytes, sizes that drive the workspace.
+
+Pure figures, taken from a skeleton; refuses to know budgets and devices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from expertflow.models.skeleton import Skeleton
+from expertflow.types import DTYPE_BYTES, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvLayer:
+    """Key and value memory of one attention layer.
+
+    Attributes:
+        bytes_per_token: of keys and values together, for one sequence.
+        window: tokens kept at most (sliding window), or None.
+        source_length: whether the layer holds the encoder's tokens (cross-attention) instead of generated ones.
+    """
+
+    bytes_per_token: int
+    window: int | None = None
+    source_length: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What a model needs, apart from how much of it is kept on the device.
+
+    Attributes:
+        model_type: as in config.json.
+        layers: MoE layers (L).
+        experts: experts a layer (E).
+        top_k: experts a token uses a layer (K).
+        specs: tensors of one expert.
+        dtype: dtype the model runs in.
+        dense_bytes: everything but the experts, buffers included.
+        kv: attention layers of one sequence.
+        hidden: hidden size (H).
+        expert_width: elements of the widest intermediate of one token in one expert.
+        dense_width: width of the widest dense feed-forward block.
+        heads: attention heads of the widest layer.
+        head_width: elements of one token's queries over all heads.
+        vocabulary: rows of the output head.
+        context: longest sequence the model can take, or None if unbounded.
+        encoder_decoder: whether there is an encoder.
+        scores: whether attention keeps scores in memory (eager attention).
+    """
+
+    model_type: str
+    layers: int
+    experts: int
+    top_k: int
+    specs: tuple[TensorSpec, ...]
+    dtype: str
+    dense_bytes: int
+    kv: tuple[KvLayer, ...]
+    hidden: int
+    expert_width: int
+    dense_width: int
+    heads: int
+    head_width: int
+    vocabulary: int
+    context: int | None
+    encoder_decoder: bool
+    scores: bool
+
+    @property
+    def total_experts(self) -> int:
+        """Experts in the whole model."""
+        return self.layers * self.experts
+
+    def kv_bytes(self, length: int) -> int:
+        """Bytes of one sequence's keys and values at `length` tokens."""
+        return sum(layer.bytes_per_token * min(length, layer.window or length) for layer in self.kv)
+
+
+def shape_of(skeleton: Skeleton) -> ModelShape:
+    """Measure a skeleton."""
+    config = skeleton.config.get_text_config(decoder=True)
+    element = DTYPE_BYTES[skeleton.dtype]
+    heads = int(config.num_attention_heads)
+    key_width, value_width, head_width = _head_widths(config, heads)
+    return ModelShape(
+        model_type=skeleton.config.model_type,
+        layers=len(skeleton.expert_modules),
+        experts=skeleton.experts,
+        top_k=skeleton.top_k,
+        specs=skeleton.specs,
+        dtype=skeleton.dtype,
+        dense_bytes=_dense_bytes(skeleton),
+        kv=_kv_layers(skeleton, (key_width + value_width) * element),
+        hidden=int(config.hidden_size),
+        expert_width=max(max(spec.shape) for spec in skeleton.specs),
+        dense_width=_dense_width(skeleton.model),
+        heads=heads,
+        head_width=head_width,
+        vocabulary=int(config.vocab_size),
+        context=None if skeleton.encoder_decoder else getattr(config, "max_position_embeddings", None),
+        encoder_decoder=skeleton.encoder_decoder,
+        scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - the only place transformers says it
+    )
+
+
+def _head_widths(config: Any, heads: int) -> tuple[int, int, int]:
+    """Elements a token of cached keys, cached values and queries, over all heads."""
+    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention, cached decompressed by transformers
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+        return heads * key, heads * config.v_head_dim, heads * key
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return kv_heads * head_dim, kv_heads * head_dim, heads * head_dim
+
+
+def _kv_layers(skeleton: Skeleton, bytes_per_token: int) -> tuple[KvLayer, ...]:
+    config = skeleton.config.get_text_config(decoder=True)
+    if skeleton.encoder_decoder:
+        own = KvLayer(bytes_per_token=bytes_per_token)
+        cross = KvLayer(bytes_per_token=bytes_per_token, source_length=True)
+        return (own, cross) * int(config.num_decoder_layers)
+    kinds, options = get_layer_types_and_kwargs(config)
+    window = options.get("sliding_window")
+    return tuple(
+        KvLayer(bytes_per_token=bytes_per_token, window=window if kind != "full_attention" else None) for kind in kinds
+    )
+
+
+def _dense_bytes(skeleton: Skeleton) -> int:
+    """Parameters and buffers that are not experts, in the dtype transformers gives each on loading."""
+    model = skeleton.model
+    runs_in = getattr(torch, skeleton.dtype)
+    wide = model._keep_in_fp32_modules_strict or ()  # noqa: SLF001 - transformers' own loading rule
+    if skeleton.dtype == "float16":
+        wide = {*wide, *(model._keep_in_fp32_modules or ())}  # noqa: SLF001
+    total = 0
+    for name, tensor in unique_tensors(model):
+        if not tensor.is_floating_point():
+            dtype = tensor.dtype
+        elif any(part in name for part in wide) or (name in _buffer_names(model) and tensor.dtype == torch.float32):
+            dtype = torch.float32
+        else:
+            dtype = runs_in
+        total += tensor.numel() * dtype.itemsize
+    return total
+
+
+def _buffer_names(model: PreTrainedModel) -> set[str]:
+    return {name for name, _ in model.named_buffers()}
+
+
+def unique_tensors(model: PreTrainedModel) -> Sequence[tuple[str, torch.Tensor]]:
+    """Parameters and buffers by name; tensors the model ties together come once."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return [(name, tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()] if name not in tied]
+
+
+def _dense_width(model: PreTrainedModel) -> int:
+    """Output width of the widest linear layer that is no output head."""
+    head = model.get_output_embeddings()
+    widths = [m.out_features for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return max(widths, default=1)

@@ -1,0 +1,193 @@
+"""A model built from its config alone, on the meta device, with its experts found and emptied.
+
+Everything later steps need to know about a checkpoint's model comes from here: which modules hold experts, what one
+expert's tensors are, which class loads the rest. Reads no weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+
+from expertflow.errors import CheckpointError, UnsupportedModelError
+from expertflow.models.checkpoint import read_json
+from expertflow.models.experts import IMPLEMENTATION, is_registry_experts
+from expertflow.models.families import FAMILIES, Family
+from expertflow.models.switch import SwitchExperts, swap_switch_experts
+from expertflow.types import TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A model without weights.
+
+    Attributes:
+        folder: the checkpoint folder.
+        config: its parsed config.
+        model_class: the transformers class, with experts that hold no parameters.
+        model: an instance on the meta device.
+        family: its row, or None for a family that runs by the universal fallback.
+        expert_modules: module path of each MoE layer's experts, in order of execution.
+        experts: experts a layer.
+        top_k: experts a token uses in a layer.
+        specs: the tensors of one expert, in `dtype`.
+        dtype: dtype the model will run in.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
+    model: PreTrainedModel
+    family: Family | None
+    expert_modules: tuple[str, ...]
+    experts: int
+    top_k: int
+    specs: tuple[TensorSpec, ...]
+    dtype: str
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the model has an encoder."""
+        return bool(self.config.is_encoder_decoder)
+
+
+def build_skeleton(folder: Path, dtype: str) -> Skeleton:
+    """Read the config, build the model on the meta device, find and empty its experts.
+
+    Args:
+        folder: checkpoint folder.
+        dtype: dtype to run in, or `auto` for the one the config states (float32 if it states none).
+
+    Raises:
+        CheckpointError: if the config cannot be read.
+        UnsupportedModelError: if the model is no MoE, is quantised, needs remote code, or its experts cannot be
+            run exactly.
+    """
+    config = _read_config(folder)
+    base_class = _model_class(config)
+    model_class = _emptied_class(base_class)
+    with torch.device("meta"):
+        model = model_class(config)
+    found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
+    if not found:
+        raise UnsupportedModelError(
+            f"{config.model_type!r} in {folder} has no experts that can be offloaded",
+            "Give a Mixture-of-Experts checkpoint; `expertflow models` lists the families.",
+        )
+    runs_in = dtype if dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+    shapes = {_shapes(module) for _, module in found}
+    counts = {module.num_experts for _, module in found}
+    if len(shapes) != 1 or len(counts) != 1:
+        raise UnsupportedModelError(
+            f"the MoE layers of {config.model_type!r} have experts of different sizes",
+            "Only equal sizes are supported.",
+        )
+    return Skeleton(
+        folder=folder,
+        config=config,
+        model_class=model_class,
+        model=model,
+        family=FAMILIES.get(config.model_type),
+        expert_modules=tuple(path for path, _ in found),
+        experts=counts.pop(),
+        top_k=_top_k(config),
+        specs=tuple(TensorSpec(name=name, shape=shape, dtype=runs_in) for name, shape in shapes.pop()),
+        dtype=runs_in,
+    )
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    raw = read_json(folder / "config.json")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedModelError(
+            f"{folder} holds a checkpoint quantised with {method!r}",
+            "Only float32, bfloat16 and float16 run exactly: convert it to bfloat16 first.",
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if "auto_map" in raw:
+            raise UnsupportedModelError(
+                f"{folder} asks to run code of its own (auto_map), which is never done",
+                "Use a checkpoint of a family that transformers itself knows.",
+            ) from error
+        if "model_type" not in raw or "does not recognize this architecture" in str(error):
+            raise UnsupportedModelError(
+                f"model_type {raw.get('model_type')!r} is unknown to transformers",
+                "`expertflow models` lists the families.",
+            ) from error
+        raise CheckpointError(
+            f"{folder / 'config.json'} is not valid: {error}", "Fetch the checkpoint again."
+        ) from error
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    try:
+        found = mapping[type(config)]
+    except KeyError as error:
+        raise UnsupportedModelError(
+            f"{config.model_type!r} is not a text-generating model", "`expertflow models` lists the families."
+        ) from error
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return isinstance(module, SwitchExperts) or is_registry_experts(module)
+
+
+def _emptied_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The same model class, whose experts hold no parameters: their checkpoint keys are then never read."""
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        config._experts_implementation = IMPLEMENTATION  # noqa: SLF001 - transformers offers no public setter before init
+        base.__init__(self, config, *args, **kwargs)
+        swap_switch_experts(self)
+        for module in self.modules():
+            if is_registry_experts(module):
+                _empty(module)
+
+    def save_pretrained(self: PreTrainedModel, *_: Any, **__: Any) -> None:
+        raise UnsupportedModelError(
+            f"this {type(self).__name__} holds no experts, so saving it would lose them", "Copy the checkpoint folder."
+        )
+
+    return type(
+        base.__name__,  # transformers looks conversions up by class name
+        (base,),
+        {
+            "__init__": __init__,
+            "__module__": base.__module__,
+            "save_pretrained": save_pretrained,
+            "_keys_to_ignore_on_load_unexpected": [r"\.experts\."],
+        },
+    )
+
+
+def _empty(module: nn.Module) -> None:
+    shapes = tuple((name, tuple(parameter.shape[1:])) for name, parameter in module.named_parameters(recurse=False))
+    for name, _ in shapes:
+        delattr(module, name)
+    module.expert_shapes = shapes  # type: ignore[assignment]  # plain data on a module
+    module._is_hf_initialized = True  # type: ignore[assignment]  # noqa: SLF001 - nothing is left to initialise
+
+
+def _shapes(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return module.expert_shapes  # type: ignore[return-value]
+
+
+def _top_k(config: PreTrainedConfig) -> int:
+    text = config.get_text_config(decoder=True)
+    for name in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"):
+        value = getattr(text, name, None)
+        if isinstance(value, int):
+            return value
+    return 1

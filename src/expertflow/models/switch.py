@@ -1,0 +1,55 @@
+"""Switch Transformers, which are outside the experts registry: their experts class is swapped for ours.
+
+The stock class keeps every expert as a submodule and receives the routing as one-hot vectors. Source of the
+semantics: transformers 5.17 `SwitchTransformersExperts`.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
+
+from expertflow.models.experts import Binding, Row, run_experts
+
+
+class SwitchExperts(nn.Module):
+    """Stands where `SwitchTransformersExperts` was, without parameters."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        """Take sizes and activation from the config."""
+        super().__init__()
+        self.num_experts = int(config.num_experts)
+        self.act_fn: Any = ACT2FN[config.dense_act_fn]
+        self.expert_shapes = (("wi", (config.d_ff, config.d_model)), ("wo", (config.d_model, config.d_ff)))
+        self.expertflow: Binding | None = None
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "T H"],
+        selected_experts: Int[Tensor, "T 1 E"],
+        routing_weights: Float[Tensor, "T 1"],
+    ) -> Float[Tensor, "T H"]:
+        """One expert a token, times its router probability; a token over capacity (all zeros) gets nothing."""
+        binding = self.expertflow
+        assert binding is not None
+        chosen = selected_experts.argmax(dim=-1)
+        index = torch.where(selected_experts.any(dim=-1), chosen, self.num_experts)
+        return run_experts(binding, self._mlp, hidden_states, index, routing_weights, self.num_experts)
+
+    def _mlp(self, tokens: Tensor, row: Row) -> Tensor:
+        inner = self.act_fn(functional.linear(tokens, row["wi"])).to(row["wo"].dtype)
+        return functional.linear(inner, row["wo"])
+
+
+def swap_switch_experts(model: PreTrainedModel) -> None:
+    """Replace every Switch experts module of a model; other models are left alone."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, SwitchTransformersExperts):
+            parent = model.get_submodule(path.rpartition(".")[0])
+            parent.experts = SwitchExperts(model.config)
+            parent._is_hf_initialized = True  # noqa: SLF001 - or transformers indexes experts

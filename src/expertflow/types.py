@@ -1,0 +1,58 @@
+"""The words of the project as types: experts, expert tensors, accesses.
+
+Stdlib only, so that cache, trace and simulator never need torch.
+
+*expert* one feed-forward block of one MoE layer · *row* all tensors of one expert as one record ·
+*slot* room for one row on the device · *access* one expert's turn in one layer of one step.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes an element of each dtype an expert may have."""
+
+
+class ExpertId(NamedTuple):
+    """One expert: MoE layer (counted over MoE layers only, from 0) and index within it."""
+
+    layer: int
+    expert: int
+
+
+class Access(NamedTuple):
+    """One expert's turn in a layer, as the controller decided it.
+
+    Attributes:
+        expert: index of the expert within its layer.
+        slot: the slot its row is (or will be) in.
+        load: whether the row must be copied into the slot first.
+        after: position, in the same schedule, of the last access that uses the slot before this one; -1 if none.
+            The copy may start once that access has been computed.
+    """
+
+    expert: int
+    slot: int
+    load: bool
+    after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One tensor of an expert, without its values.
+
+    Attributes:
+        name: parameter name in the experts module, such as `gate_up_proj`.
+        shape: shape for one expert (the expert dimension is gone).
+        dtype: a key of `DTYPE_BYTES`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]

@@ -1,0 +1,76 @@
+"""Sizes and shares as people write them: `6GiB`, `500MB`, `25%`. Knows nothing else."""
+
+import math
+import re
+
+from expertflow.errors import ConfigError
+
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "k": 2**10,
+    "m": 2**20,
+    "g": 2**30,
+    "t": 2**40,
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int, option: str = "size") -> int:
+    """Read a size such as `6GiB`, `500MB` or `1024` into bytes.
+
+    Args:
+        text: the size; a bare number is bytes, `K/M/G/T` alone mean KiB and so on.
+        option: the option's name, for the message.
+
+    Raises:
+        ConfigError: if the text is no size, or the size is not positive.
+    """
+    match = _SIZE.fullmatch(str(text))
+    if match is None or match[2].lower() not in _FACTORS:
+        raise ConfigError(f"{option}={text!r} is not a size", "Write it like 6GiB, 500MB or 1073741824.")
+    size = int(float(match[1]) * _FACTORS[match[2].lower()])
+    if size <= 0:
+        raise ConfigError(f"{option}={text!r} must be more than zero bytes", "Write it like 6GiB or 500MB.")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """Write bytes for people, in binary units with two or three digits that matter."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def parse_slots(text: str | int, total: int) -> int:
+    """Read a number of expert slots: `96`, or a share of all experts such as `25%`.
+
+    Args:
+        text: the count or the share.
+        total: how many experts the model has (layers x experts a layer).
+
+    Raises:
+        ConfigError: if the text is neither, or asks for less than one slot.
+    """
+    raw = str(text).strip()
+    try:
+        slots = math.floor(float(raw[:-1]) / 100 * total) if raw.endswith("%") else int(raw)
+    except ValueError as error:
+        raise ConfigError(f"slots={text!r} is neither a count nor a share", "Write it like 96 or 25%.") from error
+    if slots < 1:
+        raise ConfigError(
+            f"slots={text!r} gives {slots} slots of {total} experts",
+            "Ask for at least one slot (1, or a larger share).",
+        )
+    return min(slots, total)

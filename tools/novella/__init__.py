@@ -1,0 +1,1 @@
+"""Everything that makes Novella: corpus, tokenizer, training, export and model card."""
