@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from novella.constants import MIB
-from novella.loop import Run, record, synchronise, train_step
+from novella.loop import Run, probe, record, resume, save_checkpoint, synchronise, train_step
+from novella.report import MODEL_DIR, check_size, export, samples
 
 PROFILED_STEPS = 3
 TOP = 12
@@ -37,8 +40,24 @@ def smoke(run: Run, seconds: float) -> None:
     )
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(run.device) / MIB
-        run.console.log(f"peak memory {peak:,.0f} MiB; steps an epoch {run.batches.steps_per_epoch}")
+        run.console.log(f"peak memory {peak:,.0f} MiB, {run.batches.steps_per_epoch} steps an epoch")
     top_kernels(run)
+
+
+def rehearse(run: Run, out: Path, tokenizer_file: Path) -> None:
+    """Try everything that follows training, so that a long run cannot fail at its end."""
+    begin = time.perf_counter()
+    save_checkpoint(run, out, 0.0)
+    resume(run, out)
+    train_step(run)
+    probe(run)
+    run.twin.use_eager()
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    text = samples(run.twin, tokenizer, run.recipe.seed, length=20)[0]["text"]
+    run.console.log(f"sample: {text!r}")
+    run.console.log(f"export: {export(run.twin, out / MODEL_DIR, run.recipe)}")
+    run.console.log(f"size: {check_size(out / MODEL_DIR, tokenizer_file.parent, run.recipe)}")
+    run.console.log(f"checkpoint, probe, samples and export: {time.perf_counter() - begin:.1f} s")
 
 
 def top_kernels(run: Run) -> None:

@@ -32,7 +32,7 @@ from novella.report import (
     samples,
     shape_summary,
 )
-from novella.smoke import smoke
+from novella.smoke import rehearse, smoke
 
 SAFETY = 0.97
 STARTED = time.perf_counter()
@@ -207,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(Recipe().seed)
     torch.set_float32_matmul_precision("high")
+    if (index := torch.device(options.device).index) is not None:
+        torch.cuda.set_device(index)
     corpus = load_corpus(options.data, options.cache or options.out / "cache", options.workers)
     console.log(
         f"{len(corpus.train) / 1e6:.2f} M training tokens, {len(corpus.heldout) / 1e6:.2f} M held "
@@ -217,6 +219,9 @@ def main(argv: list[str] | None = None) -> None:
         device, compiled = torch.device(options.device), not options.no_compile
         run = start_run(shape, recipe, device, corpus, console, compiled=compiled, lr_scale=options.lr_scale)
         smoke(run, options.smoke)
+        rehearse(run, options.out / "smoke", options.data / TOKENIZER_DIR / "tokenizer.json")
+        if options.which == "both":
+            measure(make(options, corpus, console, moe=False))
         return
     path = options.out / "report.json"
     facts = {"environment": environment(options), "seed": recipe.seed, "recipe": asdict(recipe)}

@@ -57,6 +57,7 @@ def prepare(model: str | Path, config: EngineConfig) -> Prepared:
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
     """
+    find_strategy(config.strategy)  # before anything is read
     skeleton = build_skeleton(resolve(model), config.dtype)
     pieces = map_experts(skeleton, walk(skeleton.folder), convert=config.dtype != "auto")
     plan = make_plan(config, shape_of(skeleton), resolve_device(config.device).type)

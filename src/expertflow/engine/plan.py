@@ -6,7 +6,6 @@ prints it. The workspace is an upper bound from tensor sizes; tests hold it agai
 
 from dataclasses import dataclass
 
-from expertflow.cache.strategy import find_strategy
 from expertflow.config import EngineConfig
 from expertflow.errors import BudgetError, ConfigError
 from expertflow.memory.layout import RowLayout
@@ -90,7 +89,6 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str) -> Plan:
         BudgetError: if the budget cannot hold even one slot, or not the slots asked for; names the least that works.
         ConfigError: if an option is impossible for this model.
     """
-    find_strategy(config.strategy)
     max_length = _max_length(config, shape)
     row = RowLayout.of(shape.specs).row_bytes
     kv = shape.kv_bytes(max_length) * config.max_batch
