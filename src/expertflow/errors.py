@@ -56,3 +56,7 @@ class UnsupportedModelError(ExpertFlowError):
 
 class PromptError(ExpertFlowError):
     """A prompt is empty, unreadable, or longer than the model's context."""
+
+
+class TraceError(ExpertFlowError):
+    """A routing trace is truncated, foreign, empty, of another model than stated, or lacks what is asked of it."""

@@ -1,0 +1,295 @@
+"""The decisions themselves: which slot, who leaves, what is prefetched, as functions over flat arrays.
+
+The engine calls them through `CacheController`, the simulator compiles them (`cache.shared`); the device kernels are
+their twins. Facts in, log rows out: no clock, no copies, no torch.
+
+Every expert has a rank, and who leaves is the extremum: the smallest rank, the lowest expert number among equals.
+An expert that may not leave now (its layer is running, or the plan still needs it) ranks infinitely high.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.cache.shared import shared
+
+EMPTY = -1
+LOG, PENDING, TICK, RESIDENT = 0, 1, 2, 3
+"""Places in `Tables.cursor`."""
+LAYER, HIT, MISS, PREFETCH, EVICT, WASTED = 0, 1, 2, 3, 4, 5
+"""Kinds of log rows; the order of `controller.KINDS`."""
+FAR = np.iinfo(np.int64).max
+_NUDGE = 1e-6
+"""Orders equal ranks inside a wave; ranks that differ, differ by more."""
+
+
+class Tables(NamedTuple):
+    """Everything that is remembered of L layers x E experts and S slots.
+
+    Attributes:
+        slot_of: `[L, E]` int32, the expert's slot or -1.
+        owner: `[S]` int32, the flat expert number `layer * E + index` in the slot, or -1.
+        rank: `[L, E]` float64, what eviction looks at; infinite if absent or not allowed to leave.
+        pinned: `[L, E]` bool, experts the plan of this step still needs: resident, or promised a slot.
+        fresh: `[L, E]` bool, prefetched and not used yet.
+        held: `[L]` int64, residents of each layer.
+        share: `[L]` int64, the most a layer may hold.
+        freed: `[S]` int64, when an empty slot became empty.
+        turn: `[S]` int32, place of the slot's last access in the running schedule, or -1.
+        pending: `[L * E, 3]` int32, planned loads that wait for a layer: flat expert, slot, that layer.
+        log: `[N, 5]` int32, what was decided: kind, layer, expert, slot, and a detail of the kind.
+        cursor: `[4]` int64, see `LOG`.
+    """
+
+    slot_of: npt.NDArray[np.int32]
+    owner: npt.NDArray[np.int32]
+    rank: npt.NDArray[np.float64]
+    pinned: npt.NDArray[np.bool_]
+    fresh: npt.NDArray[np.bool_]
+    held: npt.NDArray[np.int64]
+    share: npt.NDArray[np.int64]
+    freed: npt.NDArray[np.int64]
+    turn: npt.NDArray[np.int32]
+    pending: npt.NDArray[np.int32]
+    log: npt.NDArray[np.int32]
+    cursor: npt.NDArray[np.int64]
+
+
+class Planes(NamedTuple):
+    """A policy's ranks for one step, `[L, E]` float64 each; the smallest leaves.
+
+    Attributes:
+        before: while the expert's layer has not run in this step.
+        used: from then on, if the layer used it.
+        unused: from then on, if not.
+    """
+
+    before: npt.NDArray[np.float64]
+    used: npt.NDArray[np.float64]
+    unused: npt.NDArray[np.float64]
+
+
+class Rules(NamedTuple):
+    """A strategy's numbers.
+
+    Attributes:
+        retain: whether experts stay after their layer.
+        prefetch: whether there is a plan at all.
+        threshold: a demand from which an expert is prefetched.
+        reserve: slots the plan leaves to corrections.
+        ahead: layers a prefetch may run ahead of its layer.
+        rolling: plan anew after every layer instead of once a step.
+        wraps: a rolling plan goes on into the next step's first layers.
+        wave: loads of a layer after which its slots may be used again within it.
+    """
+
+    retain: bool
+    prefetch: bool
+    threshold: float
+    reserve: int
+    ahead: int
+    rolling: bool
+    wraps: bool
+    wave: int
+
+
+def make_tables(layers: int, experts: int, slots: int, *, divided: bool) -> Tables:
+    """Every slot empty.
+
+    Args:
+        layers: MoE layers.
+        experts: experts a layer.
+        slots: slots in all.
+        divided: give each layer an equal share (the first layers one more if it does not divide); with fewer slots
+            than layers they are shared all the same.
+    """
+    share = np.full(layers, slots, dtype=np.int64)
+    if divided and slots >= layers:
+        base, extra = divmod(slots, layers)
+        share[:] = base
+        share[:extra] += 1
+    return Tables(
+        slot_of=np.full((layers, experts), EMPTY, dtype=np.int32),
+        owner=np.full(slots, EMPTY, dtype=np.int32),
+        rank=np.full((layers, experts), np.inf),
+        pinned=np.zeros((layers, experts), dtype=np.bool_),
+        fresh=np.zeros((layers, experts), dtype=np.bool_),
+        held=np.zeros(layers, dtype=np.int64),
+        share=share,
+        freed=np.arange(slots, dtype=np.int64) - slots,
+        turn=np.full(slots, -1, dtype=np.int32),
+        pending=np.zeros((layers * experts, 3), dtype=np.int32),
+        log=np.zeros((4 * experts + 6 * slots + 8, 5), dtype=np.int32),
+        cursor=np.zeros(4, dtype=np.int64),
+    )
+
+
+@shared
+def tell(t: Tables, kind: int, layer: int, expert: int, slot: int, detail: int) -> None:
+    """Write a log row."""
+    row = t.log[t.cursor[LOG]]
+    row[0], row[1], row[2], row[3], row[4] = kind, layer, expert, slot, detail
+    t.cursor[LOG] += 1
+
+
+@shared
+def put(t: Tables, layer: int, expert: int, slot: int) -> None:
+    """An expert enters an empty slot and may not leave for now."""
+    t.slot_of[layer, expert] = slot
+    t.owner[slot] = layer * t.slot_of.shape[1] + expert
+    t.held[layer] += 1
+    t.cursor[RESIDENT] += 1
+
+
+@shared
+def evict(t: Tables, slot: int) -> None:
+    """A slot's expert leaves."""
+    layer, expert = divmod(t.owner[slot], t.slot_of.shape[1])
+    if t.fresh[layer, expert]:
+        t.fresh[layer, expert] = False
+        tell(t, WASTED, layer, expert, slot, 0)
+    t.slot_of[layer, expert] = EMPTY
+    t.rank[layer, expert] = np.inf
+    t.owner[slot] = EMPTY
+    t.held[layer] -= 1
+    t.cursor[RESIDENT] -= 1
+    t.cursor[TICK] += 1
+    t.freed[slot] = t.cursor[TICK]
+    tell(t, EVICT, layer, expert, slot, 0)
+
+
+@shared
+def make_room(t: Tables, layer: int) -> int:
+    """A slot for the layer: the longest empty one, else the smallest rank leaves; -1 if nobody may."""
+    slots = t.owner.shape[0]
+    if t.cursor[RESIDENT] < slots and t.held[layer] < t.share[layer]:
+        return int(np.argmin(np.where(t.owner == EMPTY, t.freed, FAR)))
+    if t.share[layer] < slots:
+        row, column = layer, int(np.argmin(t.rank[layer]))
+    else:
+        row, column = divmod(int(np.argmin(t.rank)), t.rank.shape[1])
+    if t.rank[row, column] == np.inf:
+        return -1
+    slot = int(t.slot_of[row, column])
+    evict(t, slot)
+    return slot
+
+
+@shared
+def settle(t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_]) -> None:
+    """Rank a layer's residents by what is known once the layer has run: all of them may leave."""
+    after = np.where(needed, planes.used[layer], planes.unused[layer])
+    t.rank[layer] = np.where(t.slot_of[layer] >= 0, after, np.inf)
+
+
+@shared
+def end_wave(t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_]) -> None:
+    """The running layer's experts whose turn is over may leave; among equals the latest turn first.
+
+    So experts of little worth pass through few slots, and the rest of what the layer found stays.
+    """
+    settle(t, planes, layer, needed)
+    for expert in np.flatnonzero(t.slot_of[layer] >= 0):
+        t.rank[layer, expert] -= _NUDGE * (t.turn[t.slot_of[layer, expert]] + 1)
+
+
+@shared
+def begin_step(t: Tables, planes: Planes) -> None:
+    """A step starts: rank everybody by what is known before it. Prefetches across the border stay pinned."""
+    t.pinned[:] = t.pinned & t.fresh
+    t.rank[:] = np.where((t.slot_of >= 0) & ~t.pinned, planes.before, np.inf)
+
+
+@shared
+def access(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDArray[np.bool_]) -> None:
+    """A layer's routing is known: give every needed expert its turn.
+
+    Residents go first: they compute while the others are copied, and none of them can leave before its turn. Then
+    come the loads, in waves of `rules.wave`: when a wave is over, its experts and those before it may leave for the
+    next one. So a layer that needs more experts than there are slots runs all the same, and an expert that is not
+    worth a slot takes none for longer than its turn.
+
+    Args:
+        t: changed in place; log rows are LAYER (detail: how many), HIT (detail: 1 if prefetched and unused so far)
+            and MISS (detail: place in the schedule of the last access that uses the slot, or -1).
+        planes: ranks of this step.
+        rules: the strategy's numbers.
+        layer: which.
+        needed: `[E]` bool.
+    """
+    present = t.slot_of[layer] >= 0
+    hits = np.flatnonzero(needed & present)
+    misses = np.flatnonzero(needed & ~present)
+    tell(t, LAYER, layer, -1, -1, hits.size + misses.size)
+    t.pinned[layer] = False
+    settle(t, planes, layer, needed)
+    for turn in range(hits.size):
+        expert = hits[turn]
+        slot = t.slot_of[layer, expert]
+        t.turn[slot] = turn
+        tell(t, HIT, layer, expert, slot, int(t.fresh[layer, expert]))
+        t.fresh[layer, expert] = False
+        t.rank[layer, expert] = np.inf
+    if misses.size:
+        load(t, planes, rules, layer, needed, misses[np.argsort(planes.used[layer][misses], kind="mergesort")])
+    t.turn[:] = -1
+    settle(t, planes, layer, needed)
+    if not rules.retain:
+        for expert in np.flatnonzero(t.slot_of[layer] >= 0):
+            evict(t, t.slot_of[layer, expert])
+
+
+@shared
+def load(
+    t: Tables,
+    planes: Planes,
+    rules: Rules,
+    layer: int,
+    needed: npt.NDArray[np.bool_],
+    misses: npt.NDArray[np.int64],
+) -> None:
+    """Give the missing experts of a running layer slots; those worth keeping come last, because the last ones stay."""
+    first = int(np.sum(needed)) - misses.size
+    for number in range(misses.size):
+        expert = misses[number]
+        if number % rules.wave == 0:
+            end_wave(t, planes, layer, needed)
+        slot = make_room(t, layer)
+        if slot < 0:
+            end_wave(t, planes, layer, needed)
+            slot = make_room(t, layer)
+        put(t, layer, expert, slot)
+        tell(t, MISS, layer, expert, slot, t.turn[slot])
+        t.turn[slot] = first + number
+
+
+@shared
+def carry_out(t: Tables, now: int) -> None:
+    """Bind the planned loads whose slots are free once layer `now` is done; a log row PREFETCH each."""
+    waiting = t.cursor[PENDING]
+    kept = 0
+    for entry in range(waiting):
+        flat, slot = t.pending[entry, 0], t.pending[entry, 1]
+        if t.pending[entry, 2] > now:
+            t.pending[kept] = t.pending[entry]
+            kept += 1
+            continue
+        if t.owner[slot] != EMPTY:
+            evict(t, slot)
+        layer, expert = divmod(flat, t.slot_of.shape[1])
+        put(t, layer, expert, slot)
+        t.fresh[layer, expert] = True
+        tell(t, PREFETCH, layer, expert, slot, now)
+    t.cursor[PENDING] = kept
+
+
+@shared
+def close(t: Tables) -> None:
+    """The end: what was prefetched and never used is told as wasted."""
+    for slot in range(t.owner.shape[0]):
+        if t.owner[slot] != EMPTY:
+            layer, expert = divmod(t.owner[slot], t.slot_of.shape[1])
+            if t.fresh[layer, expert]:
+                t.fresh[layer, expert] = False
+                tell(t, WASTED, layer, expert, slot, 0)

@@ -1,0 +1,1 @@
+"""Recorded routing: the file format, converters, made-up traces. No torch."""

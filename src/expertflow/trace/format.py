@@ -1,0 +1,330 @@
+"""The routing trace: every token's experts, as arrays in a zip file that any tool can read.
+
+A trace is a zip archive:
+
+* `header.json`: `format` ("expertflow-trace"), `version` (1), `layers`, `experts`, `top_k`, `model` (a name),
+  `fingerprint` (of the model's shape; may be empty), `source` and `licence` (free text).
+* `NNNNNN/<column>.npy`, chunk by chunk, n rows each; a row is one token in one forward pass:
+  `experts` `[n, L, K]` uint8 or uint16, descending router weight, the value E means none;
+  `weights` `[n, L, K]` float16; `tokens` `[n]` int32, the token fed in, -1 unknown; `phase` `[n]` uint8, 0 prefill,
+  1 decode; `sequence` `[n]` int32; `step` `[n]` int32, the forward pass (in imported traces: the row's place in its
+  sequence).
+* `footer.json`, written last: `rows`, `chunks` (rows of each), `sequences` (a list of objects, one a sequence, free
+  keys beside `sequence`), `vocabulary` (token texts by id, may be empty).
+
+Rows are written as they come, a chunk at a time, and read chunk by chunk. Knows no model and no cache.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.errors import TraceError
+
+FORMAT = "expertflow-trace"
+VERSION = 1
+CHUNK_ROWS = 8192
+PREFILL, DECODE = 0, 1
+UNKNOWN_TOKEN = -1
+_COLUMNS = ("experts", "weights", "tokens", "phase", "sequence", "step")
+_FOREIGN = "Give a file written by `expertflow trace`, or convert yours with `expertflow trace import`."
+_TRUNCATED = "The recording was cut off or the copy is incomplete: record or copy it again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a trace is of.
+
+    Attributes:
+        layers: MoE layers.
+        experts: experts a layer.
+        top_k: experts a token uses in a layer.
+        model: a name for people.
+        fingerprint: of the model's shape; empty if unknown.
+        source: where the data comes from.
+        licence: terms of the data.
+    """
+
+    layers: int
+    experts: int
+    top_k: int
+    model: str = ""
+    fingerprint: str = ""
+    source: str = ""
+    licence: str = ""
+
+    @property
+    def dtype(self) -> npt.DTypeLike:
+        """The smallest type that holds every expert and the value for none."""
+        return np.uint8 if self.experts < 256 else np.uint16
+
+
+class Rows(NamedTuple):
+    """Columns of `n` rows; see the module's docstring for shapes and types."""
+
+    experts: npt.NDArray[Any]
+    weights: npt.NDArray[np.float16]
+    tokens: npt.NDArray[np.int32]
+    phase: npt.NDArray[np.uint8]
+    sequence: npt.NDArray[np.int32]
+    step: npt.NDArray[np.int32]
+
+    def take(self, index: Any) -> "Rows":
+        """Some of the rows, by anything that indexes an array."""
+        return Rows(*(column[index] for column in self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A trace in memory.
+
+    Attributes:
+        header: what it is of.
+        rows: the columns.
+        sequences: one mapping a sequence, with the key `sequence` and whatever the source knew.
+        vocabulary: token texts by id; empty if the source had ids.
+    """
+
+    header: Header
+    rows: Rows
+    sequences: tuple[dict[str, Any], ...] = ()
+    vocabulary: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.rows.tokens)
+
+    def without(self, flag: str) -> "Trace":
+        """The trace without sequences whose mapping has a true `flag`, such as `repetition`."""
+        dropped = [entry["sequence"] for entry in self.sequences if entry.get(flag)]
+        kept = tuple(entry for entry in self.sequences if not entry.get(flag))
+        return replace(self, rows=self.rows.take(~np.isin(self.rows.sequence, dropped)), sequences=kept)
+
+
+class TraceWriter:
+    """Writes a trace while it is made; use as a context manager.
+
+    Args:
+        path: file to write; an unfinished one is left behind as `path` + `.part`.
+        header: what it is of.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        """Open the file and write the header."""
+        self.header = header
+        self._path, self._part = path, path.with_name(path.name + ".part")
+        try:
+            self._zip = zipfile.ZipFile(self._part, "w", zipfile.ZIP_DEFLATED)
+        except OSError as error:
+            raise TraceError(f"{path} cannot be written: {error.strerror}", "Choose another place.") from error
+        self._write_json("header.json", {"format": FORMAT, "version": VERSION, **asdict(header)})
+        self._waiting: list[Rows] = []
+        self._chunks: list[int] = []
+        self.sequences: list[dict[str, Any]] = []
+        self.vocabulary: Sequence[str] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows taken so far."""
+        return sum(self._chunks) + sum(len(rows.tokens) for rows in self._waiting)
+
+    def append(self, rows: Rows) -> None:
+        """Take rows; a full chunk goes to disk."""
+        self._waiting.append(rows)
+        if sum(len(part.tokens) for part in self._waiting) >= CHUNK_ROWS:
+            self._flush()
+
+    def __enter__(self) -> Self:
+        """Write inside a with block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish the file, or leave the unfinished part if the block failed."""
+        self._flush()
+        if kind is None:
+            footer = {
+                "rows": sum(self._chunks), "chunks": self._chunks, "sequences": self.sequences,
+                "vocabulary": list(self.vocabulary),
+            }  # fmt: skip
+            self._write_json("footer.json", footer)
+        self._zip.close()
+        if kind is None:
+            self._part.replace(self._path)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        joined = Rows(*(np.concatenate(parts) for parts in zip(*self._waiting, strict=True)))
+        types = (self.header.dtype, np.float16, np.int32, np.uint8, np.int32, np.int32)
+        for name, column, dtype in zip(_COLUMNS, joined, types, strict=True):
+            buffer = BytesIO()
+            np.save(buffer, np.ascontiguousarray(column, dtype=dtype), allow_pickle=False)
+            self._zip.writestr(f"{len(self._chunks):06d}/{name}.npy", buffer.getvalue())
+        self._chunks.append(len(joined.tokens))
+        self._waiting = []
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        self._zip.writestr(name, json.dumps(content, ensure_ascii=False))
+
+
+@dataclass(kw_only=True)
+class TraceFile:
+    """A trace on disk, opened: header, footer, and the rows chunk by chunk.
+
+    Attributes:
+        path: the file.
+        header: what it is of.
+        chunks: rows of each chunk.
+        sequences: as in `Trace`.
+        vocabulary: as in `Trace`.
+    """
+
+    path: Path
+    header: Header
+    chunks: tuple[int, ...]
+    sequences: tuple[dict[str, Any], ...]
+    vocabulary: tuple[str, ...]
+    _names: frozenset[str] = field(repr=False)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return sum(self.chunks)
+
+    def read(self) -> Iterator[Rows]:
+        """The rows, one chunk at a time.
+
+        Raises:
+            TraceError: if a chunk is damaged or does not fit the header.
+        """
+        with zipfile.ZipFile(self.path) as archive:
+            for chunk, count in enumerate(self.chunks):
+                rows = Rows(*(self._column(archive, chunk, name) for name in _COLUMNS))
+                self._check(rows, chunk, count)
+                yield rows
+
+    def _column(self, archive: zipfile.ZipFile, chunk: int, name: str) -> npt.NDArray[Any]:
+        member = f"{chunk:06d}/{name}.npy"
+        if member not in self._names:
+            raise TraceError(f"{self.path} lacks {member}", _TRUNCATED)
+        try:
+            loaded: npt.NDArray[Any] = np.load(BytesIO(archive.read(member)), allow_pickle=False)
+        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+            raise TraceError(f"{self.path}: {member} is damaged ({error})", _TRUNCATED) from error
+        return loaded
+
+    def _check(self, rows: Rows, chunk: int, count: int) -> None:
+        shape = (count, self.header.layers, self.header.top_k)
+        if rows.experts.shape != shape or rows.weights.shape != shape or any(len(c) != count for c in rows):
+            raise TraceError(
+                f"{self.path}: chunk {chunk} has experts of shape {rows.experts.shape}, the header says {shape}",
+                _FOREIGN,
+            )
+        largest = int(rows.experts.max(initial=0))
+        if largest > self.header.experts:
+            raise TraceError(
+                f"{self.path}: chunk {chunk} names expert {largest} of {self.header.experts}",
+                "The header is of another model: record or convert the trace again.",
+            )
+
+
+def open_trace(path: Path) -> TraceFile:
+    """Open a trace without reading its rows.
+
+    Raises:
+        TraceError: if the file is missing, truncated, foreign, or of a newer version.
+    """
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(2)
+        with zipfile.ZipFile(path) as archive:
+            names = frozenset(archive.namelist())
+            if "header.json" not in names:
+                raise TraceError(f"{path} is no routing trace: it has no header.json", _FOREIGN)
+            header = json.loads(archive.read("header.json"))
+            footer = json.loads(archive.read("footer.json")) if "footer.json" in names else None
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read: {error.strerror or error}", "Give an existing trace file.") from error
+    except zipfile.BadZipFile as error:
+        if magic == b"PK":  # the archive's directory stands at its end
+            raise TraceError(f"{path} is truncated", _TRUNCATED) from error
+        raise TraceError(f"{path} is no routing trace: it is no zip archive", _FOREIGN) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TraceError(f"{path} is no routing trace: its header is no JSON", _FOREIGN) from error
+    parsed = _parse_header(path, header)
+    if not isinstance(footer, dict):
+        raise TraceError(f"{path} is truncated: it has no footer.json", _TRUNCATED)
+    try:
+        return TraceFile(
+            path=path, header=parsed, chunks=tuple(int(n) for n in footer["chunks"]),
+            sequences=tuple(footer["sequences"]), vocabulary=tuple(footer["vocabulary"]), _names=names,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise TraceError(f"{path}: footer.json lacks {error}", _FOREIGN) from error
+
+
+def _parse_header(path: Path, header: Any) -> Header:
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise TraceError(f"{path} is no routing trace: its header does not say {FORMAT!r}", _FOREIGN)
+    if header.get("version") != VERSION:
+        raise TraceError(
+            f"{path} is of trace version {header.get('version')!r}, this program reads {VERSION}",
+            "Update expertflow, or record the trace again.",
+        )
+    texts = {name: str(header.get(name, "")) for name in ("model", "fingerprint", "source", "licence")}
+    sizes = {name: header.get(name) for name in ("layers", "experts", "top_k")}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise TraceError(f"{path}: the header says {name}={value!r}", _FOREIGN)
+    return Header(**sizes, **texts)  # type: ignore[arg-type]  # checked above
+
+
+def load_trace(path: Path) -> Trace:
+    """Read a whole trace.
+
+    Raises:
+        TraceError: as `open_trace`, or if it has no rows.
+    """
+    opened = open_trace(path)
+    chunks = list(opened.read())
+    if not sum(opened.chunks):
+        raise TraceError(f"{path} is empty: it has no rows", "Record at least one token.")
+    rows = Rows(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)))
+    return Trace(header=opened.header, rows=rows, sequences=opened.sequences, vocabulary=opened.vocabulary)
+
+
+def save_trace(trace: Trace, path: Path) -> None:
+    """Write a whole trace.
+
+    Raises:
+        TraceError: if the file cannot be written.
+    """
+    with TraceWriter(path, trace.header) as writer:
+        for begin in range(0, len(trace), CHUNK_ROWS):
+            writer.append(trace.rows.take(slice(begin, begin + CHUNK_ROWS)))
+        writer.sequences = list(trace.sequences)
+        writer.vocabulary = trace.vocabulary
+
+
+def check_model(trace: Trace, *, layers: int, experts: int, top_k: int) -> None:
+    """Refuse a trace of another model than stated.
+
+    Raises:
+        TraceError: if layers, experts or experts a token differ.
+    """
+    header = trace.header
+    stated, found = (layers, experts, top_k), (header.layers, header.experts, header.top_k)
+    if stated != found:
+        raise TraceError(
+            f"the trace is of {header.model or 'a model'} with (layers, experts, top-k) = {found}, not {stated}",
+            "Give a trace recorded from this model.",
+        )
