@@ -57,7 +57,7 @@ class EngineConfig(_Checked):
     slots: str | int | None = doc(
         "expert slots: a count, a share such as 25%, or None: all the budget buys", default=None
     )
-    strategy: str = doc("row of the strategy table that decides what is kept", default="lru")
+    strategy: str = doc("row of the strategy table that decides what is kept", default="next-use")
     max_batch: int = doc("sequences computed together at most", default=8)
     max_length: int | None = doc(
         "prompt plus generated tokens a sequence; None: the model's context, at most 4096", default=None

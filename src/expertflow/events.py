@@ -17,11 +17,17 @@ class EventKind(StrEnum):
     LAYER = "layer"
     """A layer's routing is known; `value` is the number of distinct experts it needs."""
     HIT = "hit"
-    """A needed expert was in its slot."""
+    """A needed expert was in its slot; `value` is 1 if it was prefetched and this is its first use."""
     MISS = "miss"
     """A needed expert has to be loaded into `slot`; `value` is the bytes moved."""
+    PREFETCH = "prefetch"
+    """An expert is loaded into `slot` ahead of its layer; `value` is the bytes moved."""
+    LATE = "late"
+    """A prefetched expert had not arrived when its layer asked; told by whoever keeps the clock."""
     EVICT = "evict"
     """An expert leaves `slot`."""
+    WASTED = "wasted"
+    """A prefetched expert leaves (or the run ends) without having been used."""
 
 
 class Event(NamedTuple):
@@ -66,6 +72,10 @@ class CacheCounters:
     steps: int = 0
     hits: int = 0
     loads: int = 0
+    prefetched: int = 0
+    prefetch_hits: int = 0
+    wasted: int = 0
+    late: int = 0
     evictions: int = 0
     bytes_moved: int = 0
 
@@ -74,9 +84,17 @@ class CacheCounters:
         match event.kind:
             case EventKind.HIT:
                 self.hits += 1
+                self.prefetch_hits += event.value
             case EventKind.MISS:
                 self.loads += 1
                 self.bytes_moved += event.value
+            case EventKind.PREFETCH:
+                self.prefetched += 1
+                self.bytes_moved += event.value
+            case EventKind.WASTED:
+                self.wasted += 1
+            case EventKind.LATE:
+                self.late += 1
             case EventKind.EVICT:
                 self.evictions += 1
             case EventKind.STEP:

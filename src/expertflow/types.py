@@ -28,6 +28,7 @@ class Access(NamedTuple):
         expert: index of the expert within its layer.
         slot: the slot its row is (or will be) in.
         load: whether the row must be copied into the slot first.
+        fresh: whether a copy that was started ahead brings it, and this is its first use.
         after: position, in the same schedule, of the last access that uses the slot before this one; -1 if none.
             The copy may start once that access has been computed.
     """
@@ -35,7 +36,16 @@ class Access(NamedTuple):
     expert: int
     slot: int
     load: bool
+    fresh: bool
     after: int
+
+
+class Load(NamedTuple):
+    """A copy started ahead: the expert's row goes into a slot that nothing reads any more."""
+
+    layer: int
+    expert: int
+    slot: int
 
 
 @dataclass(frozen=True, kw_only=True)

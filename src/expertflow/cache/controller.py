@@ -1,107 +1,187 @@
-"""The decision maker: routed experts in, a schedule of accesses and loads out.
+"""The decision maker as the engine sees it: facts in, a schedule of accesses and loads out, events told.
 
-Pure bookkeeping over `SlotTable`: no torch, no clock, no copies. The engine and the simulator drive the same
-object, so what was simulated is what runs (design law 2).
+A thin cover over `core` and `prefetch`: it makes the step's ranks from policy and forecast, calls the same functions the
+simulator compiles, and turns their log rows into events and commands. No torch, no clock, no copies (design law 2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from expertflow.cache.policy import Slots, Usage, lru
-from expertflow.cache.strategy import Strategy
-from expertflow.cache.table import EMPTY, SlotTable
+from expertflow.cache.core import LOG, Planes, Rules, Tables, close, make_tables
+from expertflow.cache.forecast import Forecast, Step
+from expertflow.cache.policy import Outlook, Usage
+from expertflow.cache.prefetch import open_step, run_layer
+from expertflow.cache.strategy import Setting, Strategy
+from expertflow.cache.table import SlotTable
 from expertflow.events import Event, EventKind, EventStream
-from expertflow.types import Access, ExpertId
+from expertflow.types import Access, Load
+
+KINDS = (EventKind.LAYER, EventKind.HIT, EventKind.MISS, EventKind.PREFETCH, EventKind.EVICT, EventKind.WASTED)
+"""Event kinds by the numbers of log rows."""
+
+
+class LayerPlan(NamedTuple):
+    """What to do for a layer.
+
+    Attributes:
+        accesses: every needed expert's turn, in order.
+        loads: copies to start once the layer is done, for later layers.
+    """
+
+    accesses: list[Access]
+    loads: list[Load]
+
+
+class Brain:
+    """What is known and expected, and the ranks that follow from it, step by step.
+
+    Shared by controller and replay: everything that decides, but the tables.
+    """
+
+    def __init__(self, strategy: Strategy, setting: Setting, forecast: Forecast | None = None) -> None:
+        """Know nothing yet; `forecast` replaces the strategy's own source."""
+        self.strategy = strategy
+        self.forecast = forecast or strategy.make_forecast(setting)
+        self.usage = Usage(layers=setting.layers, experts=setting.experts)
+        self._none = np.zeros((setting.layers, setting.experts))
+
+    def begin(self, step: Step) -> tuple[Planes, npt.NDArray[np.float64]]:
+        """Ranks and this step's demand, before it."""
+        outlook: Outlook | None = self.forecast.outlook(step)
+        demand = self._none if outlook is None else outlook.demand[0]
+        return self.strategy.policy(self.usage, outlook), demand
+
+    def end(self, step: Step) -> None:
+        """Learn from a finished step."""
+        assert step.needed is not None
+        self.usage.learn(step.needed)
+        self.forecast.learn(step)
 
 
 class CacheController:
-    """Decides, layer by layer, in which slot each needed expert is and who leaves for it.
-
-    Within a layer the experts already resident go first: they compute while the others are copied, and none can be
-    evicted before its turn. If a layer needs more experts than there are slots, slots of experts whose turn is over
-    are used again: the layer runs in waves and nothing is skipped.
+    """Decides, layer by layer, in which slot each needed expert is, who leaves for it, and what is loaded ahead.
 
     Args:
-        layers: MoE layers.
-        experts: experts a layer.
+        setting: layers, experts, and a recording if the strategy needs one.
         slots: slots in all, at least 1.
         strategy: row of the strategy table.
         row_bytes: bytes of one expert, for the event stream.
-        events: where hits, misses and evictions are told.
+        events: where everything is told.
+        forecast: replaces the strategy's own source of expectations.
     """
 
     def __init__(
-        self, *, layers: int, experts: int, slots: int, strategy: Strategy, row_bytes: int, events: EventStream
+        self,
+        setting: Setting,
+        slots: int,
+        *,
+        strategy: Strategy,
+        row_bytes: int,
+        events: EventStream,
+        forecast: Forecast | None = None,
     ) -> None:
         """Start with every slot empty."""
-        self.table = SlotTable(layers, experts, slots)
-        self.strategy = strategy
-        self.events = events
+        self.strategy, self.events = strategy, events
         self.step = -1
+        self._tables: Tables = make_tables(
+            setting.layers, setting.experts, slots, divided=strategy.partition == "layer"
+        )
+        self.table = SlotTable(self._tables)
+        self._rules: Rules = strategy.rules(setting.layers, slots)
+        self._brain = Brain(strategy, setting, forecast)
         self._row_bytes = row_bytes
-        self._usage = Usage(last_use=np.zeros(slots, dtype=np.int64))
-        self._clock = 0
-        base, extra = divmod(slots, layers)
-        divided = strategy.partition == "layer" and slots >= layers  # fewer slots than layers can only be shared
-        self._shares = [base + (layer < extra) for layer in range(layers)] if divided else None
+        self._needed = np.zeros((setting.layers, setting.experts), dtype=np.bool_)
+        self._tokens: npt.NDArray[np.int32] | None = None
+        self._routes: list[npt.NDArray[np.int64]] = []
 
-    def begin_step(self) -> None:
-        """A forward pass starts."""
+    @property
+    def per_token(self) -> bool:
+        """Whether the forecast learns from single tokens: then `begin_step` and `observe` have to be told of them."""
+        return self._brain.forecast.per_token
+
+    def begin(self, tokens: npt.NDArray[np.int32] | None) -> None:
+        """Nothing: `begin_step` says it all."""
+
+    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None) -> list[Load]:
+        """A forward pass starts.
+
+        Args:
+            tokens: `[T]` ids of the tokens fed in, if they are known.
+
+        Returns:
+            Copies to start now.
+        """
+        self.end_step()
         self.step += 1
+        self._tokens = tokens
+        self._planes, self._demand = self._brain.begin(Step(self.step, tokens))
         self.events.emit(Event(EventKind.STEP, self.step))
+        open_step(self._tables, self._planes, self._demand, self._rules)
+        return [load for load in self._drain() if isinstance(load, Load)]
 
-    def access(self, layer: int, needed: Sequence[int]) -> list[Access]:
-        """Decide a layer: which slot each needed expert uses, in which order, and what is loaded when.
+    def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:  # noqa: ARG002 - an observer's signature
+        """Take note of a layer's `[T, K]` choices, for forecasts that learn from single tokens."""
+        if layer == len(self._routes):
+            self._routes.append(routes)
+
+    def access(self, layer: int, needed: Sequence[int]) -> LayerPlan:
+        """Decide a layer.
 
         Args:
             layer: MoE layer.
             needed: distinct expert indexes the layer's tokens were routed to.
-
-        Returns:
-            One access an expert: hits in ascending order, then misses in ascending order.
         """
-        slot_of = self.table.slot_of[layer]
-        order = sorted(needed, key=lambda index: (slot_of[index] == EMPTY, index))
-        self.events.emit(Event(EventKind.LAYER, self.step, layer, value=len(order)))
-        last_turn: dict[int, int] = {}
-        schedule: list[Access] = []
-        for turn, index in enumerate(order):
-            slot = int(slot_of[index])
-            load = slot == EMPTY
-            if load:
-                slot = self._make_room(layer)
-                self.table.bind(ExpertId(layer, index), slot)
-            self._clock += 1
-            self._usage.last_use[slot] = self._clock
-            kind, moved = (EventKind.MISS, self._row_bytes) if load else (EventKind.HIT, 0)
-            self.events.emit(Event(kind, self.step, layer, index, slot, moved))
-            schedule.append(Access(index, slot, load, last_turn.get(slot, -1)))
-            last_turn[slot] = turn
-        if not self.strategy.retain:
-            for slot in last_turn:
-                self._evict(slot)
-        return schedule
+        mask = np.zeros(self.table.experts, dtype=np.bool_)
+        mask[list(needed)] = True
+        self._needed[layer] |= mask
+        run_layer(self._tables, self._planes, self._demand, self._rules, layer, mask)
+        commands = list(self._drain())
+        return LayerPlan(
+            [command for command in commands if isinstance(command, Access)],
+            [command for command in commands if isinstance(command, Load)],
+        )
 
-    def _make_room(self, layer: int) -> int:
-        """An empty slot, or the one the strategy's policy gives up."""
-        candidates = self._candidates(layer)
-        empty = candidates[self.table.owner[candidates] == EMPTY]
-        if len(empty):
-            return lru(empty, self._usage)  # a copy into it then waits for the oldest computation
-        victim = self.strategy.policy(candidates, self._usage)
-        self._evict(victim)
-        return victim
+    def end_step(self) -> None:
+        """Learn from the step that is over; `begin_step` does it for the one before."""
+        if self.step < 0:
+            return
+        self._brain.end(Step(self.step, self._tokens, self._needed, self._token_routes()))
+        self._needed[:] = False
+        self._routes = []
 
-    def _candidates(self, layer: int) -> Slots:
-        """Slots the layer may take now: all, or within its share."""
-        if self._shares is None:
-            return np.arange(self.table.slots)
-        owner = self.table.owner
-        of_layer = (owner != EMPTY) & (owner // self.table.experts == layer)
-        # no layer exceeds its share, so a layer below its own always finds an empty slot
-        return np.flatnonzero(of_layer if of_layer.sum() >= self._shares[layer] else owner == EMPTY)
+    def close(self) -> None:
+        """The end of the run: tell what was prefetched in vain."""
+        close(self._tables)
+        for _ in self._drain():
+            pass
 
-    def _evict(self, slot: int) -> None:
-        expert = self.table.release(slot)
-        self.events.emit(Event(EventKind.EVICT, self.step, expert.layer, expert.expert, slot))
+    def _token_routes(self) -> npt.NDArray[np.uint16] | None:
+        complete = self._tokens is not None and len(self._routes) == self.table.layers
+        if not complete or any(len(routes) != len(self._routes[0]) for routes in self._routes):
+            return None
+        return np.stack(self._routes, axis=1).astype(np.uint16)
+
+    def _drain(self) -> Iterator[Access | Load]:
+        """Turn log rows into events and commands."""
+        rows = self._tables.log[: self._tables.cursor[LOG]].tolist()
+        self._tables.cursor[LOG] = 0
+        for row in rows:
+            event = as_event(row, self.step, self._row_bytes)
+            self.events.emit(event)
+            if event.kind is EventKind.HIT:
+                yield Access(event.expert, event.slot, load=False, fresh=bool(row[4]), after=-1)
+            elif event.kind is EventKind.MISS:
+                yield Access(event.expert, event.slot, load=True, fresh=False, after=row[4])
+            elif event.kind is EventKind.PREFETCH:
+                yield Load(event.layer, event.expert, event.slot)
+
+
+def as_event(row: Sequence[int], step: int, row_bytes: int) -> Event:
+    """A log row as an event."""
+    kind = KINDS[row[0]]
+    moved = row_bytes if kind in (EventKind.MISS, EventKind.PREFETCH) else 0
+    value = row[4] if kind in (EventKind.LAYER, EventKind.HIT) else moved
+    return Event(kind, step, row[1], row[2], row[3], value)

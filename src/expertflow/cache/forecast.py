@@ -33,7 +33,9 @@ class Step(NamedTuple):
 
 
 class Forecast(Protocol):
-    """Says what is expected."""
+    """Says what is expected. `per_token` says whether it learns from single tokens (`tokens`, `routes` of a step)."""
+
+    per_token: bool
 
     def outlook(self, step: Step) -> Outlook | None:
         """Before a step; None if nothing is known."""
@@ -44,6 +46,8 @@ class Forecast(Protocol):
 
 class Nothing:
     """Knows nothing."""
+
+    per_token = False
 
     def outlook(self, step: Step) -> Outlook | None:  # noqa: ARG002 - the protocol's signature
         """Nothing."""
@@ -68,6 +72,8 @@ class LayerOrder(Nothing):
 class PreviousStep:
     """The step will use what the last one used."""
 
+    per_token = False
+
     def __init__(self, layers: int, experts: int) -> None:
         """Nothing seen yet."""
         self._last = np.zeros((1, layers, experts))
@@ -84,6 +90,8 @@ class PreviousStep:
 
 class Frequency:
     """How often an expert was used, recent steps weighing more."""
+
+    per_token = False
 
     def __init__(self, layers: int, experts: int, fade: float = 0.95) -> None:
         """Nothing seen yet; a step's weight falls to `fade` with each later one."""
@@ -108,6 +116,7 @@ class TokenCounts:
     tokens does.
     """
 
+    per_token = True
     PRIOR = 1.0
 
     def __init__(self, layers: int, experts: int) -> None:

@@ -71,17 +71,21 @@ class Usage:
         self.step += 1
 
 
-FADE = (0.8, 0.98)
+FADE = (0.7, 0.97)
 """How fast `Usage.recent` and `Usage.steady` forget; measured, see docs/lab-notes.md."""
 
 Policy = Callable[[Usage, Outlook | None], Planes]
 """What is known at the start of a step in, ranks for the step out."""
 
 
-def lru(usage: Usage, outlook: Outlook | None) -> Planes:  # noqa: ARG001 - a policy's signature
-    """Least recently used leaves; a layer's experts are used at one time."""
-    now = np.broadcast_to(usage.step * usage.layers + usage.place, usage.last_use.shape)
-    return Planes(usage.last_use, np.ascontiguousarray(now), usage.last_use)
+def lru(usage: Usage, outlook: Outlook | None) -> Planes:
+    """Least recently used leaves; a layer's experts are used at one time.
+
+    An expert that a forecast names for this step counts as used then, or a load ahead would never be worth a slot.
+    """
+    now = np.ascontiguousarray(np.broadcast_to(usage.step * usage.layers + usage.place, usage.last_use.shape))
+    before = usage.last_use if outlook is None else np.where(outlook.demand[0] > 0, now, usage.last_use)
+    return Planes(before, now, usage.last_use)
 
 
 def lfu(usage: Usage, outlook: Outlook | None) -> Planes:  # noqa: ARG001 - a policy's signature
@@ -107,3 +111,38 @@ def in_time(usage: Usage, before: Plane, used: Plane, unused: Plane) -> Planes:
     return Planes(
         -(now + before * usage.layers), -(following + used * usage.layers), -(following + unused * usage.layers)
     )
+
+
+def belady(usage: Usage, outlook: Outlook | None) -> Planes:
+    """The farthest known next use leaves (Belady 1966); falls back to `next_use` where nothing is recorded."""
+    if outlook is None or outlook.beyond is None:
+        return next_use(usage, outlook)
+    later = outlook.beyond
+    return in_time(usage, np.where(outlook.demand[0] > 0, 0.0, later + 1), later, later)
+
+
+def gap(rate: Plane) -> Plane:
+    """Expected steps until the next use of an expert that a share `rate` of steps use."""
+    return 1 / np.maximum(rate, 1e-6) - 1
+
+
+def next_use(usage: Usage, outlook: Outlook | None) -> Planes:
+    """The latest expected next use leaves: demand as far as a forecast goes, faded counts behind it.
+
+    An expert used by a share r of the steps is expected after 1/r - 1 steps, at its layer's place in the step. With
+    demand p_0, p_1, ... for this step and further ones the expectation is p_0 * 0 + (1 - p_0) * (1 + ...).
+    """
+    recent, steady = usage.recent * (1 - FADE[0]), usage.steady * (1 - FADE[1])
+    mean = MIX * recent + (1 - MIX) * steady
+    gain = MIX * (1 - FADE[0]) + (1 - MIX) * (1 - FADE[1])
+    faded = MIX * FADE[0] * recent + (1 - MIX) * FADE[1] * steady
+    before, used, unused = gap(mean), gap(faded + gain), gap(faded)
+    if outlook is not None:
+        for demand in outlook.demand[:0:-1]:  # from the farthest step known to the next one
+            used, unused = (1 - demand) * (1 + used), (1 - demand) * (1 + unused)
+        before = (1 - outlook.demand[0]) * (1 + unused)
+    return in_time(usage, before, used, unused)
+
+
+MIX = 0.3
+"""Weight of `Usage.recent` beside `Usage.steady`; measured, see docs/lab-notes.md."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from expertflow.errors import ExpertFlowError
 
@@ -30,7 +31,9 @@ GpuMemory = Annotated[str | None, typer.Option(help="Device memory for everythin
 Slots = Annotated[
     str | None, typer.Option(help="Expert slots: a count, or a share such as 25%. Default: all the budget buys.")
 ]
-Strategy = Annotated[str, typer.Option(help="What to keep in the slots.")]
+Strategy = Annotated[
+    str | None, typer.Option(help="What to keep in the slots, see `expertflow strategies`. Default: next-use.")
+]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 MaxBatch = Annotated[
@@ -42,6 +45,26 @@ MaxLength = Annotated[
 PrefillChunk = Annotated[int, typer.Option(help="Tokens of one prefill pass.")]
 HostMemory = Annotated[str | None, typer.Option(help="Host memory the experts may take. Default: what is free.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+TraceArgument = Annotated[Path, typer.Argument(help="A trace file.")]
+
+
+class _TraceGroup(TyperGroup):
+    """`trace MODEL ...` means `trace record MODEL ...`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Insert `record` before anything that is no subcommand."""
+        if args and args[0] not in self.commands:
+            args = ["record", *args]
+        return super().resolve_command(ctx, args)
+
+
+trace_app = typer.Typer(
+    cls=_TraceGroup, help="Record, inspect and convert routing traces.", no_args_is_help=True,
+    context_settings={"ignore_unknown_options": True},
+)  # fmt: skip
+app.add_typer(trace_app, name="trace")
 
 
 def _call(command: str, **options: Any) -> None:
@@ -57,7 +80,7 @@ def run(
     ] = None,
     gpu_memory: GpuMemory = None,
     slots: Slots = None,
-    strategy: Strategy = "lru",
+    strategy: Strategy = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most, a prompt.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0: all.")] = 0,
@@ -101,7 +124,7 @@ def plan(
     model: Model = None,
     gpu_memory: GpuMemory = None,
     slots: Slots = None,
-    strategy: Strategy = "lru",
+    strategy: Strategy = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
@@ -121,6 +144,90 @@ def plan(
 def models(json: Json = False) -> None:
     """List the model families."""
     _call("models", as_json=json)
+
+
+@trace_app.command("record")
+def trace_record(
+    prompts_file: Annotated[Path, typer.Option(help="A prompt a line, or JSON lines with a field 'prompt'.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
+    model: Model = None,
+    gpu_memory: GpuMemory = None,
+    slots: Slots = None,
+    strategy: Strategy = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most, a prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option(help="Go on behind the end-of-text token.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_batch: MaxBatch = 8,
+    max_length: MaxLength = None,
+) -> None:
+    """Run a model, offloaded, and record every token's experts (`expertflow trace MODEL` is short for this)."""
+    engine = {
+        "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
+        "max_batch": max_batch, "max_length": max_length,
+    }  # fmt: skip
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
+    _call("record", model=model, prompts_file=prompts_file, out=out, engine=engine, sampling=sampling)
+
+
+@trace_app.command("info")
+def trace_info(trace: TraceArgument, json: Json = False) -> None:
+    """Say what is in a trace."""
+    import_module("expertflow.cli.trace").info(path=trace, as_json=json)
+
+
+@trace_app.command("import")
+def trace_import(
+    source: Annotated[Path, typer.Argument(help="Folder with routing.npz and sequences.json.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
+    model: Annotated[str, typer.Option(help="Name of the model. Default: the folder's name.")] = "",
+    experts: Annotated[int | None, typer.Option(help="Experts a layer. Default: what the data needs.")] = None,
+    note: Annotated[str, typer.Option(help="Source and licence of the data.")] = "",
+) -> None:
+    """Convert a folder of recorded routing into a trace."""
+    import_module("expertflow.cli.trace").convert(source=source, out=out, model=model, experts=experts, note=note)
+
+
+@app.command()
+def simulate(
+    trace: TraceArgument,
+    slots: Annotated[str, typer.Option(help="Counts or shares, separated by commas.")] = "12.5%,25%,50%",
+    batch: Annotated[
+        str, typer.Option(help="Live sequences, separated by commas; 'recorded': the passes as they happened.")
+    ] = "1,4,8,16",
+    strategy: Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")] = "all",
+    groups: Annotated[int, typer.Option(help="Groups of the batch that take turns.")] = 1,
+    link_gbps: Annotated[float, typer.Option(help="Bandwidth of the link, GB/s.")] = 50.0,
+    row_mb: Annotated[float, typer.Option(help="One expert, MB.")] = 49.8,
+    copy_us: Annotated[float, typer.Option(help="Fixed cost of a copy, microseconds.")] = 10.0,
+    layer_us: Annotated[float, typer.Option(help="A layer without its experts, microseconds.")] = 25.0,
+    expert_us: Annotated[float, typer.Option(help="One expert's computation, microseconds.")] = 17.0,
+    gate_recall: Annotated[float, typer.Option(help="Share of the path the next-layer gate foresees.")] = 0.85,
+    skip: Annotated[str, typer.Option(help="Leave out sequences with this flag; empty: none.")] = "repetition",
+    seed: Annotated[int, typer.Option(help="Seed of the order of sequences.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw hit ratio and bytes a token against slots.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
+) -> None:
+    """Replay a trace: what strategies, slots and batches would give, with the engine's own decisions."""
+    cost = {
+        "row_bytes": round(row_mb * 1e6), "link_gbps": link_gbps, "copy_us": copy_us, "layer_us": layer_us,
+        "expert_us": expert_us,
+    }  # fmt: skip
+    options = {"groups": groups, "gate_recall": gate_recall, "skip": skip, "seed": seed}
+    _call(
+        "simulate",
+        trace=trace, slots=slots, batch=batch, strategy=strategy, cost=cost, options=options, plot=plot, json_file=json,
+    )  # fmt: skip
+
+
+@app.command()
+def strategies(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/strategies.md.")] = False,
+) -> None:
+    """List the strategies."""
+    _call("strategies", markdown=markdown)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -9,8 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController
-from expertflow.cache.strategy import find_strategy
+from expertflow.cache.forecast import Forecast
+from expertflow.cache.strategy import Setting, find_strategy
 from expertflow.config import EngineConfig
+from expertflow.engine.observe import StepObserver, step_tokens, tell_all
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.provider import CachedExperts
 from expertflow.errors import DeviceError
@@ -51,13 +54,15 @@ class Prepared:
     plan: Plan
 
 
-def prepare(model: str | Path, config: EngineConfig) -> Prepared:
+def prepare(model: str | Path, config: EngineConfig, forecast: Forecast | None = None) -> Prepared:
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
     """
-    find_strategy(config.strategy)  # before anything is read
+    strategy = find_strategy(config.strategy)  # before anything is read
+    if forecast is None:
+        strategy.check_future(None)
     skeleton = build_skeleton(resolve(model), config.dtype)
     pieces = map_experts(skeleton, walk(skeleton.folder), convert=config.dtype != "auto")
     plan = make_plan(config, shape_of(skeleton), resolve_device(config.device).type)
@@ -75,7 +80,7 @@ class OffloadedModel:
         meter: measures device memory.
     """
 
-    def __init__(self, prepared: Prepared, config: EngineConfig) -> None:
+    def __init__(self, prepared: Prepared, config: EngineConfig, forecast: Forecast | None = None) -> None:
         """Load. See `load_model`."""
         self.plan = plan = prepared.plan
         self.skeleton = prepared.skeleton
@@ -95,16 +100,21 @@ class OffloadedModel:
         self.counters = CacheCounters()
         self.events.subscribe(self.counters.count)
         self.controller = CacheController(
-            layers=plan.shape.layers,
-            experts=plan.shape.experts,
-            slots=plan.slots,
+            Setting(layers=plan.shape.layers, experts=plan.shape.experts),
+            plan.slots,
             strategy=find_strategy(plan.strategy),
             row_bytes=plan.row,
             events=self.events,
+            forecast=forecast,
         )
+        self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
         self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
-        bind_experts(self.model, prepared.skeleton, CachedExperts(self.controller, self._transfer, pool))
-        self._hooks = [module.register_forward_pre_hook(self._begin_step) for module in self._steppers()]
+        self._provider = CachedExperts(self.controller, self._transfer, pool)
+        bind_experts(self.model, prepared.skeleton, self._provider)
+        self.watch()
+        self._hooks = [
+            module.register_forward_pre_hook(self._begin_step, with_kwargs=True) for module in self._steppers()
+        ]
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
         self.meter: Meter = (
             cuda_meter if self.device.type == "cuda" else CpuMeter(resident, exclude=[self.store.buffer])
@@ -114,11 +124,30 @@ class OffloadedModel:
         """Modules whose forward is a step: the model, and an encoder that is called on its own."""
         return [self.model, self.model.get_encoder()] if self.skeleton.encoder_decoder else [self.model]
 
-    def _begin_step(self, *_: object) -> None:
-        self.controller.begin_step()
+    def _begin_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.observers:
+            self._provider.begin_step()
+            return
+        tokens = step_tokens(args, kwargs)
+        for observer in self.observers:
+            observer.begin(tokens)
+        self._provider.begin_step(tokens)
+
+    def watch(self, *observers: StepObserver) -> None:
+        """From now on also tell `observers` every step's tokens and every layer's routing."""
+        self.observers = [*self.observers, *observers]
+        told = tell_all(self.observers) if self.observers else None
+        for path in self.skeleton.expert_modules:
+            self.model.get_submodule(path).expertflow.observe = told  # type: ignore[union-attr]
+
+    def unwatch(self, observer: StepObserver) -> None:
+        """Stop telling an observer."""
+        self.observers.remove(observer)
+        self.watch()
 
     def close(self) -> None:
         """Wait for copies under way and give the host memory back. The model cannot run afterwards."""
+        self.controller.close()
         self._transfer.close()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -127,17 +156,18 @@ class OffloadedModel:
             hook.remove()
 
 
-def load_model(model: str | Path, config: EngineConfig) -> OffloadedModel:
+def load_model(model: str | Path, config: EngineConfig, forecast: Forecast | None = None) -> OffloadedModel:
     """Plan, check, load and wire.
 
     Args:
         model: checkpoint folder, or a Hugging Face id in the local cache.
         config: the wish.
+        forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
 
     Raises:
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
-    return OffloadedModel(prepare(model, config), config)
+    return OffloadedModel(prepare(model, config, forecast), config, forecast)
 
 
 def _fill(pieces: list[ExpertPiece], store: HostStore, *, show: bool) -> None:

@@ -5,12 +5,14 @@ Turns prompts into requests, requests into batches, logits into tokens.
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import OffloadedModel, load_model
 from expertflow.engine.plan import Plan
@@ -19,6 +21,8 @@ from expertflow.engine.runner import Batch, make_batch
 from expertflow.engine.sampler import choose
 from expertflow.errors import PromptError
 from expertflow.events import CacheCounters
+from expertflow.trace.format import Header, TraceWriter
+from expertflow.trace.recorder import Recorder
 
 Prompt = str | Sequence[int]
 _TOKENIZER_FILES = (
@@ -67,19 +71,22 @@ class LLM:
 
     Args:
         model: checkpoint folder or cached Hugging Face id; None: the shipped model.
+        forecast: replaces the strategy's own source of expectations, such as a recorded future.
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 
     Raises:
         ExpertFlowError: if model, budget, device or host memory cannot do it; nothing is loaded then.
     """
 
-    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
+    def __init__(self, model: str | Path | None = None, *, forecast: Forecast | None = None, **options: Any) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
-        self._offloaded: OffloadedModel = load_model(model or shipped_model(), self.config)
+        self._offloaded: OffloadedModel = load_model(model or shipped_model(), self.config, forecast)
         self.tokenizer = _load_tokenizer(self._offloaded.skeleton.folder)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
+        self._recorder: Recorder | None = None
+        self._recorded = self._started = 0
 
     @property
     def plan(self) -> Plan:
@@ -117,6 +124,26 @@ class LLM:
         """Like `generate`, token by token. Prompts are checked at the call, before the first token is asked for."""
         requests = self._requests(_as_list(prompts), params)
         return self._run(requests)
+
+    @contextmanager
+    def record(self, path: str | Path) -> Iterator[None]:
+        """Record the routing of everything generated in the block into a trace file."""
+        offloaded, shape = self._offloaded, self.plan.shape
+        header = Header(
+            layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=shape.model_type
+        )
+        with TraceWriter(Path(path), header) as writer:
+            recorder = Recorder(writer)
+            offloaded.watch(recorder)
+            self._recorder = recorder
+            try:
+                yield
+            finally:
+                recorder.flush()
+                writer.sequences = [{"sequence": number} for number in range(self._recorded)]
+                self._recorder = None
+                self._recorded = 0
+                offloaded.unwatch(recorder)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -177,6 +204,8 @@ class LLM:
         return tokens
 
     def _run(self, requests: list[Request]) -> Iterator[StreamOutput]:
+        self._started = len(requests)
+        self._recorded += len(requests)
         for begin in range(0, len(requests), self.plan.max_batch):
             yield from self._run_batch(requests[begin : begin + self.plan.max_batch])
 
@@ -204,6 +233,12 @@ class LLM:
             self._stats.seconds += time.perf_counter() - started
 
     def _step(self, batch: Batch, running: list[Request], tokens: list[int] | None) -> list[StreamOutput]:
+        if self._recorder is not None:
+            self._recorder.expect(
+                [self._recorded - self._started + request.index for request in running],
+                [len(request.prompt_token_ids) for request in running] if tokens is None else None,
+                padded_left=not self.plan.shape.encoder_decoder,
+            )
         with self._offloaded.meter.watch():
             logits = batch.prefill() if tokens is None else batch.decode(tokens)
             chosen = [choose(logits[row], request.params, request.generator) for row, request in enumerate(running)]

@@ -5,10 +5,14 @@ Starts every copy as early as its slot allows, so copies of later experts run wh
 
 from collections.abc import Generator
 
+import numpy as np
+import numpy.typing as npt
+
 from expertflow.cache.controller import CacheController
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.transfer import Transfer
 from expertflow.models.experts import Row
+from expertflow.types import Load
 
 
 class CachedExperts:
@@ -19,19 +23,30 @@ class CachedExperts:
         self.controller = controller
         self._transfer, self._pool = transfer, pool
 
+    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None) -> None:
+        """A forward pass starts: its plan's first copies start."""
+        self._prefetch(self.controller.begin_step(tokens))
+
     def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:
         """Yield every needed expert once; its tensors are valid until the generator is resumed."""
-        schedule = self.controller.access(layer, experts)
+        schedule, ahead = self.controller.access(layer, experts)
         first = layer * self.controller.table.experts
         begun = 0
-        for turn, access in enumerate(schedule):
-            while begun < len(schedule) and schedule[begun].after < turn:
-                if schedule[begun].load:
-                    self._transfer.start(first + schedule[begun].expert, schedule[begun].slot)
-                begun += 1
-            if access.load:
-                self._transfer.wait(access.slot)
-            try:
-                yield access.expert, self._pool.views[access.slot]
-            finally:
-                self._transfer.release(access.slot)
+        try:
+            for turn, access in enumerate(schedule):
+                while begun < len(schedule) and schedule[begun].after < turn:
+                    if schedule[begun].load:
+                        self._transfer.start(first + schedule[begun].expert, schedule[begun].slot)
+                    begun += 1
+                if access.load or access.fresh:
+                    self._transfer.wait(access.slot)
+                try:
+                    yield access.expert, self._pool.views[access.slot]
+                finally:
+                    self._transfer.release(access.slot)
+        finally:
+            self._prefetch(ahead)  # also when the consumer closes the stream at its last expert
+
+    def _prefetch(self, loads: list[Load]) -> None:
+        for load in loads:
+            self._transfer.start(load.layer * self.controller.table.experts + load.expert, load.slot)

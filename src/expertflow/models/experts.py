@@ -33,6 +33,9 @@ class ExpertProvider(Protocol):
         """
 
 
+Observer = Callable[[int, Tensor, Tensor], None]
+
+
 @dataclass(kw_only=True)
 class Binding:
     """What an experts module needs to know to run offloaded; set as its attribute `expertflow`."""
@@ -41,6 +44,8 @@ class Binding:
     provider: ExpertProvider
     own_forward: bool = field(default=False)
     """Run the family's own eager forward (the universal fallback) instead of the expert loop."""
+    observe: Observer | None = field(default=None)
+    """Told the layer's routing before it runs: layer, experts `[T, K]`, weights `[T, K]`."""
 
 
 Mlp = Callable[[Tensor, Row], Tensor]
@@ -73,6 +78,8 @@ def run_experts(
         weights: router weight of each; may be of a wider dtype than `hidden`.
         experts: experts a layer.
     """
+    if binding.observe is not None:
+        binding.observe(binding.layer, index, weights)
     tokens, top_k = index.shape
     # the stock code takes an expert's tokens rank by rank, so sort by (expert, rank, token)
     flat = index.t().reshape(-1)
@@ -164,6 +171,8 @@ class _Current:
 
 def _own_forward(module: Any, binding: Binding, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The family's eager forward, with every `weights[e]` fetching expert e: exact for any eager code, no overlap."""
+    if binding.observe is not None:
+        binding.observe(binding.layer, index, weights)
     with closing(_Current(binding)) as current:
         for name, _ in module.expert_shapes:
             setattr(module, name, _Weights(current, name))

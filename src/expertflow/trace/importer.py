@@ -44,9 +44,7 @@ def import_folder(folder: Path, *, model: str = "", experts: int | None = None, 
     count = experts or 1 << largest.bit_length()
     if largest >= count:
         raise TraceError(f"{folder} names expert {largest}, but {count} a layer are stated", "State the right number.")
-    header = Header(
-        layers=ids.shape[1], experts=count, top_k=ids.shape[2], model=model or folder.name, source=source
-    )
+    header = Header(layers=ids.shape[1], experts=count, top_k=ids.shape[2], model=model or folder.name, source=source)
     texts = _read_texts(folder / "decoded_tokens.jsonl.gz", sequences)
     vocabulary = tuple(sorted({text for line in texts.values() for text in line}))
     number = {text: token for token, text in enumerate(vocabulary)}

@@ -1,0 +1,30 @@
+"""`expertflow trace MODEL`: run prompts through an offloaded model and record every token's experts."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from transformers.utils import logging as transformers_logging
+
+from expertflow.cli.run import read_prompts
+from expertflow.config import SamplingParams
+from expertflow.engine.llm import LLM, shipped_model
+from expertflow.units import format_bytes
+
+
+def main(*, model: str | None, prompts_file: Path, out: Path, engine: dict[str, Any], sampling: dict[str, Any]) -> None:
+    """Load, generate, record."""
+    prompts = read_prompts(prompts_file)
+    params = SamplingParams.from_mapping(sampling)
+    transformers_logging.set_verbosity_error()
+    console = Console(stderr=True)
+    wanted = {key: value for key, value in engine.items() if value is not None}
+    with LLM(model or shipped_model(), **wanted) as llm, llm.record(out):
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("recording", total=len(prompts))
+            for item in llm.stream(prompts, params):
+                if item.output is not None:
+                    bar.advance(task)
+        tokens = llm.stats.tokens
+    console.print(f"{out}: {len(prompts)} prompts, {tokens} generated tokens, {format_bytes(out.stat().st_size)}")

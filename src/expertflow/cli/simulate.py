@@ -1,0 +1,106 @@
+"""`expertflow simulate`: a recorded trace through strategies, slots and batches; table, picture, JSON."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from expertflow.errors import ConfigError
+from expertflow.sim.clock import Cost
+from expertflow.sim.replay import Outcome
+from expertflow.sim.sweep import AS_RECORDED, Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
+
+
+def main(
+    *,
+    trace: Path,
+    slots: str,
+    batch: str,
+    strategy: str,
+    cost: dict[str, Any],
+    options: dict[str, Any],
+    plot: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Replay, print, draw, write."""
+    grid = Grid(
+        trace=trace,
+        slots=tuple(part.strip() for part in slots.split(",")),
+        batches=tuple(_batch(part) for part in batch.split(",")),
+        strategies=strategy_names(strategy),
+        cost=Cost(**cost),
+        **options,
+    )
+    for path in (plot, json_file):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"the folder {path.parent} does not exist", "Make it, or choose another place.")
+    started = time.perf_counter()
+    console = Console(stderr=True)
+    total = len(grid.batches) * len(set(grid.slots)) * len(grid.strategies)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("replaying", total=total)
+        outcomes = run_grid(grid, lambda outcome: bar.advance(task))  # noqa: ARG005 - only counted
+    seconds = time.perf_counter() - started
+    show(grid, outcomes)
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_result(grid, outcomes, seconds), indent=1, default=str) + "\n")
+    if plot is not None:
+        draw_picture(outcomes, plot)
+    console.print(f"{len(outcomes)} replays in {seconds:.1f} s")
+
+
+def _batch(text: str) -> int:
+    if text.strip() == "recorded":
+        return AS_RECORDED
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ConfigError(f"batch={text.strip()!r} is no number of sequences", "Write it like 1,4,8 or recorded.")
+    return int(text)
+
+
+def draw_picture(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Draw, if the extra `plot` is installed."""
+    try:
+        from expertflow.sim.plot import draw  # noqa: PLC0415 - matplotlib is an extra
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib", "Install it: pip install 'expertflow-moe[plot]'.") from error
+    draw(outcomes, path)
+
+
+def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
+    """Print a table a batch and number of slots."""
+    console = Console()
+    for batch, slots in dict.fromkeys((outcome.batch, outcome.slots) for outcome in outcomes):
+        cells = [outcome for outcome in outcomes if (outcome.batch, outcome.slots) == (batch, slots)]
+        console.print(_table(grid, cells))
+        belady = next((cell for cell in cells if cell.strategy == "oracle"), None)
+        if belady is not None:
+            bound = bound_tokens_per_second(belady, belady, grid.cost)
+            console.print(
+                f"bound: {bound:.1f} tokens/s (Belady's bytes at {grid.cost.link_gbps:g} GB/s, or computation)"
+            )
+    console.print(
+        "hit: needs in their slot when their layer ran; kept: of all needs, those no load was made for; clean: steps "
+        "without a miss; times are of the virtual clock."
+    )
+
+
+def _table(grid: Grid, cells: Sequence[Outcome]) -> Table:
+    first = cells[0]
+    turns = f" in {first.groups} groups" if first.groups > 1 else ""
+    title = f"{first.batch} live sequences{turns}, {first.slots} slots ({first.share:.1%}), {first.tokens} tokens"
+    table = Table(title=title, title_justify="left")
+    table.add_column("strategy")
+    for name in ("hit", "kept", "loads/token", "MB/token", "wasted", "late", "clean", "stall", "tokens/s"):
+        table.add_column(name, justify="right")
+    for cell in cells:
+        table.add_row(
+            cell.strategy, f"{cell.hit_ratio:.3f}", f"{cell.kept_ratio:.3f}", f"{cell.loads / cell.tokens:.2f}",
+            f"{cell.bytes_per_token / 1e6:.0f}", f"{cell.wasted / cell.tokens:.2f}", f"{cell.late / cell.tokens:.2f}",
+            f"{cell.clean_share:.1%}", f"{cell.stall_seconds / cell.seconds:.0%}", f"{cell.tokens_per_second:.1f}",
+        )  # fmt: skip
+    return table

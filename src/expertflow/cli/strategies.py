@@ -1,0 +1,41 @@
+"""`expertflow strategies`: the live strategy table, for eyes or as the page docs/strategies.md."""
+
+from rich.console import Console
+from rich.table import Table
+
+from expertflow.cache.strategy import ALL_LAYERS, DEFAULT, STRATEGIES, Strategy
+
+_INTRO = f"""# Strategies
+
+Generated from the live table by `expertflow strategies --markdown`; a test compares. A strategy is a forecast (what is
+expected), a plan (what is loaded ahead) and a policy (who leaves): one row of `src/expertflow/cache/strategy.py`.
+The default is `{DEFAULT}`. Rows that need a recording of the run itself work in `expertflow simulate` and where a
+recorded future is given to the engine; elsewhere they are refused.
+
+| name | slots | loads ahead | who leaves | needs a recording | what it does |
+|---|---|---|---|---|---|
+"""
+
+
+def main(*, markdown: bool) -> None:
+    """Print the table."""
+    if markdown:
+        print(page(), end="")  # noqa: T201 - the output
+        return
+    table = Table("name", "slots", "loads ahead", "who leaves", "needs a recording", "what it does")
+    for row in STRATEGIES.values():
+        table.add_row(*_cells(row))
+    Console().print(table)
+
+
+def page() -> str:
+    """The page docs/strategies.md."""
+    return _INTRO + "".join(f"| {' | '.join(_cells(row))} |\n" for row in STRATEGIES.values())
+
+
+def _cells(row: Strategy) -> tuple[str, ...]:
+    slots = "an equal share a layer" if row.partition == "layer" else "one pool"
+    far = "any layer" if row.ahead == ALL_LAYERS else f"{row.ahead} layer{'s' if row.ahead > 1 else ''}"
+    ahead = "no" if row.prefetch == "none" else f"planned every {row.prefetch}, {far} ahead"
+    who = (row.policy.__doc__ or "").splitlines()[0].rstrip(".") if row.retain else "everybody after its layer"
+    return row.name, slots, ahead, who, "yes" if row.needs_future else "no", row.summary

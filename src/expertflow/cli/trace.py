@@ -1,0 +1,68 @@
+"""`expertflow trace`: record a model's routing, look at a trace, convert a foreign one."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from expertflow.trace.format import PREFILL, open_trace, save_trace
+from expertflow.trace.importer import import_folder
+from expertflow.units import format_bytes
+
+
+def info(*, path: Path, as_json: bool) -> None:
+    """Say what is in a trace, reading it chunk by chunk."""
+    trace = open_trace(path)
+    header = trace.header
+    phases: Counter[int] = Counter()
+    known, used = 0, np.zeros((header.layers, header.experts + 1), dtype=np.int64)
+    for rows in trace.read():
+        phases.update(rows.phase.tolist())
+        known += int((rows.tokens >= 0).sum())
+        for layer in range(header.layers):
+            used[layer] += np.bincount(rows.experts[:, layer].reshape(-1), minlength=header.experts + 1)
+    shares = used[:, : header.experts] / np.maximum(used[:, : header.experts].sum(axis=1, keepdims=True), 1)
+    facts: dict[str, Any] = {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "model": header.model,
+        "fingerprint": header.fingerprint,
+        "layers": header.layers,
+        "experts": header.experts,
+        "top_k": header.top_k,
+        "rows": len(trace),
+        "prefill_rows": phases[PREFILL],
+        "decode_rows": len(trace) - phases[PREFILL],
+        "sequences": len(trace.sequences),
+        "sequences_with_repetition": sum(bool(entry.get("repetition")) for entry in trace.sequences),
+        "rows_with_token": known,
+        "vocabulary": len(trace.vocabulary),
+        "busiest_expert_share": round(float(shares.max()), 4),
+        "unused_experts": int((used[:, : header.experts] == 0).sum()),
+        "source": header.source,
+        "licence": header.licence,
+    }
+    if as_json:
+        print(json.dumps(facts))  # noqa: T201 - the output
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts["bytes"] = format_bytes(facts["bytes"])
+    for name, value in facts.items():
+        if value != "":
+            table.add_row(f"[bold]{name.replace('_', ' ')}[/]", str(value))
+    Console().print(table)
+
+
+def convert(*, source: Path, out: Path, model: str, experts: int | None, note: str) -> None:
+    """Convert a folder of recorded routing into a trace."""
+    trace = import_folder(source, model=model, experts=experts, source=note)
+    save_trace(trace, out)
+    header = trace.header
+    Console(stderr=True).print(
+        f"{out}: {len(trace)} rows of {len(trace.sequences)} sequences, {header.layers} layers x {header.experts} "
+        f"experts, top-{header.top_k}, {format_bytes(out.stat().st_size)}"
+    )

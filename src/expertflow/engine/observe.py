@@ -1,0 +1,45 @@
+"""Who else sees the routing: observers of steps and layers, fed with NumPy arrays.
+
+The seam between the running model and trace recorder or learning forecasts. With nobody watching a layer pays one
+comparison; with somebody, one copy of its routing to the host.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from expertflow.models.experts import Observer
+
+
+class StepObserver(Protocol):
+    """Sees every forward pass."""
+
+    def begin(self, tokens: npt.NDArray[np.int32] | None) -> None:
+        """A forward pass starts; `[T]` ids fed in, row by row of the batch."""
+
+    def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:
+        """A layer's routing, both `[T, K]`."""
+
+
+def step_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> npt.NDArray[np.int32] | None:
+    """The token ids of a forward call, flattened `[B * C]`; None if it was given embeddings."""
+    given = [kwargs.get("decoder_input_ids"), kwargs.get("input_ids"), *args[:1]]
+    ids = next((value for value in given if isinstance(value, Tensor)), None)
+    if ids is None or ids.is_floating_point():
+        return None
+    flat: npt.NDArray[np.int32] = ids.reshape(-1).cpu().numpy().astype(np.int32)
+    return flat
+
+
+def tell_all(observers: Sequence[StepObserver]) -> Observer:
+    """One function for the experts hook that tells every observer."""
+
+    def observe(layer: int, index: Tensor, weights: Tensor) -> None:
+        routes, shares = index.cpu().numpy(), weights.float().cpu().numpy()
+        for observer in observers:
+            observer.observe(layer, routes, shares)
+
+    return observe

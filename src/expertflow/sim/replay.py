@@ -1,0 +1,279 @@
+"""A workload through a strategy and a number of slots: the same decisions as the engine's, on a virtual clock.
+
+`replay` gives totals and is compiled; `replay_events` gives the event sequence, for tests and for eyes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.cache.controller import Brain, as_event
+from expertflow.cache.core import LOG, Planes, Rules, Tables, close, make_tables
+from expertflow.cache.forecast import Forecast
+from expertflow.cache.prefetch import open_step, run_layer
+from expertflow.cache.shared import compiled
+from expertflow.cache.strategy import Setting, Strategy
+from expertflow.errors import ConfigError
+from expertflow.events import Event, EventKind
+from expertflow.sim.clock import (
+    BUSY,
+    CLEAN,
+    FRESH,
+    HITS,
+    LATE,
+    MISSES,
+    NEEDED,
+    NOW,
+    PREFETCHED,
+    STALL,
+    WASTES,
+    Clock,
+    Cost,
+    Rates,
+    make_clock,
+    tick,
+)
+from expertflow.sim.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Totals of a replay.
+
+    Attributes:
+        strategy: name of the row.
+        batch: live sequences.
+        groups: groups that take turns.
+        slots: slots in all.
+        share: slots over experts.
+        steps: steps replayed.
+        tokens: tokens replayed.
+        needed: distinct (layer, expert) needs, summed over steps.
+        hits: needs in their slot when their layer ran, prefetched ones included.
+        kept: needs that were there without a load of their own: what retention alone gave.
+        misses: needs loaded when their layer ran.
+        prefetched: loads ahead.
+        wasted: of those, never used.
+        late: of those, not yet there when their layer ran.
+        clean_steps: steps without a miss.
+        row_bytes: one expert.
+        seconds: virtual time.
+        stall_seconds: of it, waiting for rows.
+        link_seconds: of it, link busy.
+        compute_seconds: the same work with everything resident.
+    """
+
+    strategy: str
+    batch: int
+    groups: int
+    slots: int
+    share: float
+    steps: int
+    tokens: int
+    needed: int
+    hits: int
+    kept: int
+    misses: int
+    prefetched: int
+    wasted: int
+    late: int
+    clean_steps: int
+    row_bytes: int
+    seconds: float
+    stall_seconds: float
+    link_seconds: float
+    compute_seconds: float
+
+    @property
+    def loads(self) -> int:
+        """Rows moved."""
+        return self.misses + self.prefetched
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of needs found in a slot when their layer ran (loaded ahead or kept)."""
+        return self.hits / max(self.needed, 1)
+
+    @property
+    def kept_ratio(self) -> float:
+        """Share of needs found without any load for them: retention alone, comparable with demand loading."""
+        return self.kept / max(self.needed, 1)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes over the link."""
+        return self.loads * self.row_bytes / max(self.tokens, 1)
+
+    @property
+    def clean_share(self) -> float:
+        """Share of steps without a miss."""
+        return self.clean_steps / max(self.steps, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """On the virtual clock."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@compiled
+def _run_step(
+    t: Tables,
+    planes: Planes,
+    demand: npt.NDArray[np.float64],
+    rules: Rules,
+    needed: npt.NDArray[np.bool_],
+    c: Clock,
+    rates: Rates,
+) -> None:
+    missed = c.count[MISSES]
+    t.cursor[LOG] = 0
+    open_step(t, planes, demand, rules)
+    tick(c, rates, t.log, 0, t.cursor[LOG])
+    for layer in range(needed.shape[0]):
+        if not np.any(needed[layer]):
+            continue
+        t.cursor[LOG] = 0
+        run_layer(t, planes, demand, rules, layer, needed[layer])
+        tick(c, rates, t.log, 0, t.cursor[LOG])
+    t.cursor[LOG] = 0
+    c.count[CLEAN] += missed == c.count[MISSES]
+
+
+@compiled
+def _finish(t: Tables, c: Clock, rates: Rates) -> None:
+    t.cursor[LOG] = 0
+    close(t)
+    tick(c, rates, t.log, 0, t.cursor[LOG])
+
+
+def check_slots(workload: Workload, slots: int) -> None:
+    """Refuse a pool that cannot be replayed.
+
+    Raises:
+        ConfigError: if there are fewer slots than the experts one token needs in one layer.
+    """
+    header = workload.trace.header
+    if slots < header.top_k:
+        raise ConfigError(
+            f"slots={slots} is less than one layer's need: a token uses {header.top_k} experts a layer",
+            f"Give {header.top_k} slots or more.",
+        )
+
+
+def setting_of(workload: Workload, gate_recall: float = 0.85) -> Setting:
+    """What forecasts of a replay may be made from: everything, the future included."""
+    header = workload.trace.header
+    return Setting(layers=header.layers, experts=header.experts, future=workload.needed, gate_recall=gate_recall)
+
+
+def replay(
+    workload: Workload,
+    strategy: Strategy,
+    slots: int,
+    cost: Cost,
+    *,
+    forecast: Forecast | None = None,
+    gate_recall: float = 0.85,
+) -> Outcome:
+    """Replay a workload.
+
+    Args:
+        workload: the steps.
+        strategy: row of the strategy table.
+        slots: slots in all.
+        cost: link and computation.
+        forecast: replaces the strategy's own.
+        gate_recall: of the next-layer gate, where a strategy uses it.
+
+    Raises:
+        ConfigError: if the slots are too few for one token in one layer.
+    """
+    check_slots(workload, slots)
+    header = workload.trace.header
+    brain = Brain(strategy, setting_of(workload, gate_recall), forecast)
+    tables = make_tables(header.layers, header.experts, slots, divided=strategy.partition == "layer")
+    rules, clock = strategy.rules(header.layers, slots), make_clock(header.experts, slots)
+    rates = Rates(cost.load_us, cost.layer_us, cost.expert_us)
+    for number in range(len(workload)):
+        planes, demand = brain.begin(workload.before(number))
+        _run_step(tables, planes, demand, rules, workload.needed[number], clock, rates)
+        brain.end(workload.after(number))
+    _finish(tables, clock, rates)
+    return _outcome(workload, strategy, slots, cost, clock)
+
+
+def _outcome(workload: Workload, strategy: Strategy, slots: int, cost: Cost, clock: Clock) -> Outcome:
+    header, count = workload.trace.header, clock.count.tolist()
+    compute = len(workload) * header.layers * cost.layer_us + count[NEEDED] * cost.expert_us
+    return Outcome(
+        strategy=strategy.name,
+        batch=workload.batch,
+        groups=workload.groups,
+        slots=slots,
+        share=slots / (header.layers * header.experts),
+        steps=len(workload),
+        tokens=workload.tokens,
+        needed=count[NEEDED],
+        hits=count[HITS],
+        kept=count[HITS] - count[FRESH],
+        misses=count[MISSES],
+        prefetched=count[PREFETCHED],
+        wasted=count[WASTES],
+        late=count[LATE],
+        clean_steps=count[CLEAN],
+        row_bytes=cost.row_bytes,
+        seconds=float(clock.time[NOW]) / 1e6,
+        stall_seconds=float(clock.time[STALL]) / 1e6,
+        link_seconds=float(clock.time[BUSY]) / 1e6,
+        compute_seconds=compute / 1e6,
+    )
+
+
+@compiled
+def _open_step(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rules) -> None:
+    open_step(t, planes, demand, rules)
+
+
+@compiled
+def _run_layer(
+    t: Tables,
+    planes: Planes,
+    demand: npt.NDArray[np.float64],
+    rules: Rules,
+    layer: int,
+    needed: npt.NDArray[np.bool_],
+) -> None:
+    run_layer(t, planes, demand, rules, layer, needed)
+
+
+def replay_events(
+    workload: Workload, strategy: Strategy, slots: int, row_bytes: int = 1, forecast: Forecast | None = None
+) -> list[Event]:
+    """The event sequence of a replay, from the compiled decisions: what the engine must tell on the same routing.
+
+    Times are no part of it: LATE is told by a clock, not by a decision.
+    """
+    header = workload.trace.header
+    brain = Brain(strategy, setting_of(workload), forecast)
+    tables = make_tables(header.layers, header.experts, slots, divided=strategy.partition == "layer")
+    rules = strategy.rules(header.layers, slots)
+    events: list[Event] = []
+
+    def tell(number: int) -> None:
+        rows = tables.log[: tables.cursor[LOG]].tolist()
+        events.extend(as_event(row, number, row_bytes) for row in rows)
+        tables.cursor[LOG] = 0
+
+    for number in range(len(workload)):
+        planes, demand = brain.begin(workload.before(number))
+        events.append(Event(EventKind.STEP, number))
+        _open_step(tables, planes, demand, rules)
+        tell(number)
+        for layer in np.flatnonzero(workload.needed[number].any(axis=1)).tolist():
+            _run_layer(tables, planes, demand, rules, layer, workload.needed[number, layer])
+            tell(number)
+        brain.end(workload.after(number))
+    close(tables)
+    tell(len(workload) - 1)
+    return events

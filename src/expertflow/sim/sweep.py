@@ -1,0 +1,154 @@
+"""A table of replays: strategies x slots x batches, over the machine's cores, with the bounds beside them."""
+
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from expertflow.cache.strategy import STRATEGIES, find_strategy
+from expertflow.errors import ConfigError
+from expertflow.sim.clock import Cost
+from expertflow.sim.replay import Outcome, check_slots, replay
+from expertflow.sim.workload import as_recorded, live_sequences
+from expertflow.trace.format import load_trace
+from expertflow.units import parse_slots
+
+AS_RECORDED = 0
+"""A batch of 0: the forward passes as they were recorded."""
+
+
+class Advance(Protocol):
+    """Told of every finished replay."""
+
+    def __call__(self, outcome: Outcome) -> None:
+        """One more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What to replay.
+
+    Attributes:
+        trace: the file.
+        slots: counts or shares, as the user writes them.
+        batches: live sequences; `AS_RECORDED` for the passes as they were.
+        strategies: names of rows.
+        cost: link and computation.
+        groups: groups that take turns.
+        gate_recall: of the next-layer gate.
+        skip: a flag of sequences to leave out, such as `repetition`; empty: none.
+        seed: of the order of sequences.
+    """
+
+    trace: Path
+    slots: tuple[str, ...]
+    batches: tuple[int, ...]
+    strategies: tuple[str, ...]
+    cost: Cost
+    groups: int = 1
+    gate_recall: float = 0.85
+    skip: str = "repetition"
+    seed: int = 0
+
+
+def strategy_names(text: str) -> tuple[str, ...]:
+    """`all`, or names separated by commas.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if text == "all":
+        return tuple(STRATEGIES)
+    return tuple(find_strategy(name.strip()).name for name in text.split(","))
+
+
+def run_grid(grid: Grid, advance: Advance, workers: int | None = None) -> list[Outcome]:
+    """Replay every cell.
+
+    Raises:
+        ExpertFlowError: for a bad trace, slots or batch; before anything long begins.
+    """
+    _check(grid)
+    tasks = [(batch, name) for batch in grid.batches for name in grid.strategies]
+    count = min(workers or os.cpu_count() or 1, len(tasks))
+    outcomes: list[Outcome] = []
+    if count == 1:
+        for batch, name in tasks:
+            outcomes += _report(_column(grid, batch, name), advance)
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, mp_context=context) as pool:
+            jobs = [pool.submit(_column, grid, batch, name) for batch, name in tasks]
+            for job in as_completed(jobs):
+                outcomes += _report(job.result(), advance)
+    order = {name: place for place, name in enumerate(grid.strategies)}
+    return sorted(outcomes, key=lambda o: (o.batch, o.slots, order[o.strategy]))
+
+
+def _report(outcomes: list[Outcome], advance: Advance) -> list[Outcome]:
+    for outcome in outcomes:
+        advance(outcome)
+    return outcomes
+
+
+def _check(grid: Grid) -> None:
+    trace = load_trace(grid.trace)
+    trace = trace.without(grid.skip) if grid.skip else trace
+    for batch in grid.batches:
+        workload = live_sequences(trace, batch, grid.groups, grid.seed) if batch else as_recorded(trace)
+        for text in grid.slots:
+            check_slots(workload, parse_slots(text, trace.header.layers * trace.header.experts))
+    if not grid.slots or not grid.batches:
+        raise ConfigError("there is nothing to simulate", "Give at least one slot count and one batch size.")
+
+
+def _column(grid: Grid, batch: int, name: str) -> list[Outcome]:
+    """One strategy and batch, every number of slots."""
+    trace = load_trace(grid.trace)
+    trace = trace.without(grid.skip) if grid.skip else trace
+    workload = live_sequences(trace, batch, grid.groups, grid.seed) if batch else as_recorded(trace)
+    total = trace.header.layers * trace.header.experts
+    sizes = sorted({parse_slots(text, total) for text in grid.slots})
+    return [replay(workload, find_strategy(name), slots, grid.cost, gate_recall=grid.gate_recall) for slots in sizes]
+
+
+def bound_tokens_per_second(outcome: Outcome, belady: Outcome, cost: Cost) -> float:
+    """No strategy with these slots is faster: Belady's bytes over the link, or the computation, whichever is longer."""
+    link = belady.loads * cost.load_us / 1e6
+    return outcome.tokens / max(link, outcome.compute_seconds)
+
+
+def as_result(grid: Grid, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+    """The result file: what was run, on what, and every cell."""
+    belady = {(o.batch, o.slots): o for o in outcomes if o.strategy == "oracle"}
+    cells = []
+    for outcome in outcomes:
+        best = belady.get((outcome.batch, outcome.slots))
+        bound = None if best is None else bound_tokens_per_second(outcome, best, grid.cost)
+        cells.append(
+            {
+                **asdict(outcome),
+                "loads": outcome.loads,
+                "hit_ratio": round(outcome.hit_ratio, 5),
+                "kept_ratio": round(outcome.kept_ratio, 5),
+                "bytes_per_token": round(outcome.bytes_per_token),
+                "clean_share": round(outcome.clean_share, 5),
+                "tokens_per_second": round(outcome.tokens_per_second, 3),
+                "bound_tokens_per_second": None if bound is None else round(bound, 3),
+            }
+        )
+    return {
+        "benchmark": "simulate",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("numpy", "numba")} | {"python": platform.python_version()},
+        "config": {**asdict(grid), "trace": grid.trace.name},
+        "seconds": round(seconds, 1),
+        "cells": cells,
+    }
