@@ -14,7 +14,9 @@ from expertflow.types import Access, ExpertId
 
 LAYERS, EXPERTS, ROW = 3, 6, 1000
 routing = st.lists(
-    st.lists(st.sets(st.integers(0, EXPERTS - 1), min_size=1), min_size=LAYERS, max_size=LAYERS), min_size=1, max_size=12
+    st.lists(st.sets(st.integers(0, EXPERTS - 1), min_size=1), min_size=LAYERS, max_size=LAYERS),
+    min_size=1,
+    max_size=12,
 )
 slot_counts = st.integers(1, LAYERS * EXPERTS)
 
@@ -55,8 +57,7 @@ def test_every_needed_expert_gets_exactly_one_turn(strategy: str, slots: int, st
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(steps=routing, slots=slot_counts)
 def test_a_slot_holds_the_right_expert_at_its_turn(strategy: str, slots: int, steps: list[list[set[int]]]) -> None:
-    """Carrying out the loads of a schedule in order puts each expert into its slot before its turn, and not before
-    the slot's earlier turn in the layer is over."""
+    """Loads carried out in order put each expert into its slot by its turn, after the slot's earlier turn."""
     schedules, _ = replay(strategy, slots, steps)
     content: dict[int, tuple[int, int]] = {}
     for number, schedule in enumerate(schedules):

@@ -26,7 +26,9 @@ def _slot_counts(config: object) -> list[int]:
 @pytest.mark.parametrize("device", _devices())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_logits_equal_the_stock_model(model_type: str, dtype: str, device: str, make_checkpoint: MakeCheckpoint) -> None:
+def test_logits_equal_the_stock_model(
+    model_type: str, dtype: str, device: str, make_checkpoint: MakeCheckpoint
+) -> None:
     """Logits and greedy tokens are the stock eager model's bits, for every family, strategy and slot count."""
     folder = make_checkpoint(model_type, dtype)
     resident = load_resident(folder).to(device)

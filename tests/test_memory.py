@@ -1,6 +1,7 @@
 """Rows, slots, copies, and the meter that measures device memory."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,7 +80,12 @@ class RecordingTransfer:
 
 def _provider(slots: int, transfer: Transfer, pool: SlotPool, strategy: str = "lru-global") -> CachedExperts:
     controller = CacheController(
-        layers=2, experts=8, slots=slots, strategy=STRATEGIES[strategy], row_bytes=LAYOUT.row_bytes, events=EventStream()
+        layers=2,
+        experts=8,
+        slots=slots,
+        strategy=STRATEGIES[strategy],
+        row_bytes=LAYOUT.row_bytes,
+        events=EventStream(),
     )
     return CachedExperts(controller, transfer, pool)
 
@@ -170,9 +176,9 @@ def test_too_little_host_memory_is_refused_before_loading() -> None:
     check_host_memory(10, 10)
 
 
-def test_a_control_group_limit_counts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_group_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Free memory is what the control group leaves, if that is less than what the machine has."""
-    monkeypatch.setattr(store_module.psutil, "virtual_memory", lambda: type("M", (), {"available": 10_000})())
+    monkeypatch.setattr(store_module.psutil, "virtual_memory", type("Memory", (), {"available": 10_000}))
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("3000\n")
     assert available_host_bytes(tmp_path) == 2000

@@ -50,7 +50,11 @@ def test_bad_slots_are_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("cls", "wrong", "meant"),
-    [(EngineConfig, "gpu_memroy", "gpu_memory"), (EngineConfig, "slot", "slots"), (SamplingParams, "temprature", "temperature")],
+    [
+        (EngineConfig, "gpu_memroy", "gpu_memory"),
+        (EngineConfig, "slot", "slots"),
+        (SamplingParams, "temprature", "temperature"),
+    ],
 )
 def test_an_unknown_option_names_the_nearest(cls: type, wrong: str, meant: str) -> None:
     """A misspelt option is an error that says which one was meant."""
@@ -83,7 +87,7 @@ def test_values_out_of_range_are_refused(cls: type, options: dict) -> None:
 
 def test_an_unknown_strategy_names_the_nearest() -> None:
     """A misspelt strategy is an error that says which row was meant."""
-    with pytest.raises(ConfigError, match="'lru-globl'.*'lru-global'"):
+    with pytest.raises(ConfigError, match=r"'lru-globl'.*'lru-global'"):
         find_strategy("lru-globl")
 
 
