@@ -231,7 +231,7 @@ class Layer(nn.Module):
         """Add attention and MLP to the residual stream."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         out: LayerOut = self.mlp(self.post_attention_layernorm(x))
-        return out._replace(hidden=x + out.hidden)
+        return LayerOut(x + out.hidden, *out[1:])
 
 
 class Body(nn.Module):
@@ -252,10 +252,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
-def run_layer(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> LayerOut:
-    """Call one layer (the unit that torch.compile sees, the same code for every layer)."""
-    out: LayerOut = layer(x, cos, sin)
-    return out
+def run_layer(layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call one layer (the unit that torch.compile sees, the same code for every layer).
+
+    A plain tuple of `LayerOut`'s fields: torch 2.11 cannot return a named tuple from a compiled function.
+    """
+    hidden, balance, z, counts = layer(x, cos, sin)
+    return hidden, balance, z, counts
 
 
 def token_losses(hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
@@ -283,7 +286,7 @@ class Twin(nn.Module):
         self.shape = shape
         self.dtype = dtype
         self.model = Body(shape)
-        self.run_layer: Callable[..., LayerOut] = run_layer
+        self.run_layer: Callable[..., tuple[Tensor, ...]] = run_layer
         self.loss_of: Callable[..., Tensor] = token_losses
         self.tables: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
@@ -323,7 +326,7 @@ class Twin(nn.Module):
         x = F.embedding(tokens, self.model.embed_tokens.weight).to(self.dtype)
         outs: list[LayerOut] = []
         for layer in self.model.layers:
-            outs.append(self.run_layer(layer, x, cos, sin))
+            outs.append(LayerOut(*self.run_layer(layer, x, cos, sin)))
             x = outs[-1].hidden
         return self.model.norm(x), outs
 

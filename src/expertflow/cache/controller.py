@@ -4,8 +4,7 @@ A thin cover over `core` and `prefetch`: it makes the step's ranks from policy a
 simulator compiles, and turns their log rows into events and commands. No torch, no clock, no copies (design law 2).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +20,6 @@ from expertflow.types import Access, Load
 
 KINDS = (EventKind.LAYER, EventKind.HIT, EventKind.MISS, EventKind.PREFETCH, EventKind.EVICT, EventKind.WASTED)
 """Event kinds by the numbers of log rows."""
-
-
-class LayerPlan(NamedTuple):
-    """What to do for a layer.
-
-    Attributes:
-        accesses: every needed expert's turn, in order.
-        loads: copies to start once the layer is done, for later layers.
-    """
-
-    accesses: list[Access]
-    loads: list[Load]
 
 
 class Brain:
@@ -65,37 +52,44 @@ class CacheController:
     """Decides, layer by layer, in which slot each needed expert is, who leaves for it, and what is loaded ahead.
 
     Args:
-        setting: layers, experts, and a recording if the strategy needs one.
+        layers: MoE layers.
+        experts: experts a layer.
         slots: slots in all, at least 1.
         strategy: row of the strategy table.
         row_bytes: bytes of one expert, for the event stream.
         events: where everything is told.
+        future: `[N, L, E]` bool, the coming run's routing, for strategies that need a recording of it.
         forecast: replaces the strategy's own source of expectations.
+
+    Raises:
+        ConfigError: if the strategy needs a recording and there is neither that nor a forecast.
     """
 
     def __init__(
         self,
-        setting: Setting,
-        slots: int,
         *,
+        layers: int,
+        experts: int,
+        slots: int,
         strategy: Strategy,
         row_bytes: int,
         events: EventStream,
+        future: npt.NDArray[np.bool_] | None = None,
         forecast: Forecast | None = None,
     ) -> None:
         """Start with every slot empty."""
         self.strategy, self.events = strategy, events
         self.step = -1
-        self._tables: Tables = make_tables(
-            setting.layers, setting.experts, slots, divided=strategy.partition == "layer"
-        )
+        self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
         self.table = SlotTable(self._tables)
-        self._rules: Rules = strategy.rules(setting.layers, slots)
-        self._brain = Brain(strategy, setting, forecast)
+        self._rules: Rules = strategy.rules(layers, slots)
+        self._brain = Brain(strategy, Setting(layers=layers, experts=experts, future=future), forecast)
+        self._planes, self._demand = self._brain.begin(Step(0))
         self._row_bytes = row_bytes
-        self._needed = np.zeros((setting.layers, setting.experts), dtype=np.bool_)
+        self._needed = np.zeros((layers, experts), dtype=np.bool_)
         self._tokens: npt.NDArray[np.int32] | None = None
         self._routes: list[npt.NDArray[np.int64]] = []
+        self._loads: list[Load] = []
 
     @property
     def per_token(self) -> bool:
@@ -105,14 +99,11 @@ class CacheController:
     def begin(self, tokens: npt.NDArray[np.int32] | None) -> None:
         """Nothing: `begin_step` says it all."""
 
-    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None) -> list[Load]:
-        """A forward pass starts.
+    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None) -> None:
+        """A forward pass starts; `take_loads` then has the copies to start now.
 
         Args:
             tokens: `[T]` ids of the tokens fed in, if they are known.
-
-        Returns:
-            Copies to start now.
         """
         self.end_step()
         self.step += 1
@@ -120,29 +111,35 @@ class CacheController:
         self._planes, self._demand = self._brain.begin(Step(self.step, tokens))
         self.events.emit(Event(EventKind.STEP, self.step))
         open_step(self._tables, self._planes, self._demand, self._rules)
-        return [load for load in self._drain() if isinstance(load, Load)]
+        self._drain()
 
     def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:  # noqa: ARG002 - an observer's signature
         """Take note of a layer's `[T, K]` choices, for forecasts that learn from single tokens."""
         if layer == len(self._routes):
             self._routes.append(routes)
 
-    def access(self, layer: int, needed: Sequence[int]) -> LayerPlan:
-        """Decide a layer.
+    def access(self, layer: int, needed: Sequence[int]) -> list[Access]:
+        """Decide a layer: which slot each needed expert uses, in which order, and what is loaded when.
+
+        `take_loads` then has the copies for later layers, to be started once this layer is done.
 
         Args:
             layer: MoE layer.
             needed: distinct expert indexes the layer's tokens were routed to.
+
+        Returns:
+            One access an expert: hits in ascending order, then misses, those worth keeping last.
         """
         mask = np.zeros(self.table.experts, dtype=np.bool_)
         mask[list(needed)] = True
         self._needed[layer] |= mask
         run_layer(self._tables, self._planes, self._demand, self._rules, layer, mask)
-        commands = list(self._drain())
-        return LayerPlan(
-            [command for command in commands if isinstance(command, Access)],
-            [command for command in commands if isinstance(command, Load)],
-        )
+        return self._drain()
+
+    def take_loads(self) -> list[Load]:
+        """The copies decided since the last call that run ahead of their layer, in order."""
+        loads, self._loads = self._loads, []
+        return loads
 
     def end_step(self) -> None:
         """Learn from the step that is over; `begin_step` does it for the one before."""
@@ -155,8 +152,7 @@ class CacheController:
     def close(self) -> None:
         """The end of the run: tell what was prefetched in vain."""
         close(self._tables)
-        for _ in self._drain():
-            pass
+        self._drain()
 
     def _token_routes(self) -> npt.NDArray[np.uint16] | None:
         complete = self._tokens is not None and len(self._routes) == self.table.layers
@@ -164,19 +160,21 @@ class CacheController:
             return None
         return np.stack(self._routes, axis=1).astype(np.uint16)
 
-    def _drain(self) -> Iterator[Access | Load]:
-        """Turn log rows into events and commands."""
+    def _drain(self) -> list[Access]:
+        """Turn log rows into events, accesses and loads."""
         rows = self._tables.log[: self._tables.cursor[LOG]].tolist()
         self._tables.cursor[LOG] = 0
+        accesses = []
         for row in rows:
             event = as_event(row, self.step, self._row_bytes)
             self.events.emit(event)
             if event.kind is EventKind.HIT:
-                yield Access(event.expert, event.slot, load=False, fresh=bool(row[4]), after=-1)
+                accesses.append(Access(event.expert, event.slot, load=False, fresh=bool(row[4]), after=-1))
             elif event.kind is EventKind.MISS:
-                yield Access(event.expert, event.slot, load=True, fresh=False, after=row[4])
+                accesses.append(Access(event.expert, event.slot, load=True, fresh=False, after=row[4]))
             elif event.kind is EventKind.PREFETCH:
-                yield Load(event.layer, event.expert, event.slot)
+                self._loads.append(Load(event.layer, event.expert, event.slot))
+        return accesses
 
 
 def as_event(row: Sequence[int], step: int, row_bytes: int) -> Event:

@@ -42,7 +42,9 @@ MaxBatch = Annotated[
 MaxLength = Annotated[
     int | None, typer.Option(help="Tokens of a sequence, prompt included. Default: what the run needs.")
 ]
-PrefillChunk = Annotated[int, typer.Option(help="Tokens of one prefill pass.")]
+PrefillChunk = Annotated[
+    int | None, typer.Option(help="Tokens of one prefill pass. Default: the prompts', at most 512.")
+]
 HostMemory = Annotated[str | None, typer.Option(help="Host memory the experts may take. Default: what is free.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
@@ -95,7 +97,7 @@ def run(
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,
-    prefill_chunk: PrefillChunk = 512,
+    prefill_chunk: PrefillChunk = None,
     host_memory: HostMemory = None,
     json: Json = False,
 ) -> None:
@@ -129,7 +131,7 @@ def plan(
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,
-    prefill_chunk: PrefillChunk = 512,
+    prefill_chunk: PrefillChunk = None,
     json: Json = False,
 ) -> None:
     """Say what goes where and what a budget buys, from config and headers alone."""
@@ -240,3 +242,7 @@ def main() -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -10,12 +10,14 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from expertflow.config import SamplingParams
-from expertflow.engine.llm import LLM, shipped_model
+from expertflow.engine.llm import LLM, load_tokenizer, shipped_model
 from expertflow.engine.request import RequestOutput
 from expertflow.errors import PromptError
+from expertflow.models.checkpoint import context_of, resolve
 from expertflow.units import format_bytes
 
 _LARGEST_BATCH = 8
+_LARGEST_PASS = 512
 
 
 def main(
@@ -33,10 +35,11 @@ def main(
         raise PromptError("there is no prompt", "Give --prompt TEXT or --prompts-file FILE.")
     params = SamplingParams.from_mapping(sampling)
     wanted = {key: value for key, value in engine.items() if value is not None}
-    wanted.setdefault("max_batch", min(len(prompts), _LARGEST_BATCH))
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
-    with LLM(model or shipped_model(), progress=console.is_terminal and not as_json, **wanted) as llm:
+    folder = resolve(model or shipped_model())
+    wanted = {**_needs(folder, prompts, params), **wanted}
+    with LLM(folder, progress=console.is_terminal and not as_json, **wanted) as llm:
         outputs: list[RequestOutput] = []
         interrupted = False
         try:
@@ -49,6 +52,19 @@ def main(
             _summary(llm, console)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _needs(folder: Path, prompts: list[str], params: SamplingParams) -> dict[str, int]:
+    """The smallest batch, length and prefill pass that do these prompts in one piece: what is not reserved is slots."""
+    tokenizer = load_tokenizer(folder)
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts] if tokenizer is not None else []
+    batch = min(len(prompts), _LARGEST_BATCH)
+    if not lengths:
+        return {"max_batch": batch}
+    longest = max(lengths)
+    most = context_of(folder)
+    length = max(2, longest + params.max_tokens if most is None else min(longest + params.max_tokens, most))
+    return {"max_batch": batch, "max_length": length, "prefill_chunk": min(_LARGEST_PASS, max(1, longest * batch))}
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast
-from expertflow.cache.strategy import Setting, find_strategy
+from expertflow.cache.strategy import find_strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.observe import StepObserver, step_tokens, tell_all
 from expertflow.engine.plan import Plan, make_plan
@@ -100,8 +100,9 @@ class OffloadedModel:
         self.counters = CacheCounters()
         self.events.subscribe(self.counters.count)
         self.controller = CacheController(
-            Setting(layers=plan.shape.layers, experts=plan.shape.experts),
-            plan.slots,
+            layers=plan.shape.layers,
+            experts=plan.shape.experts,
+            slots=plan.slots,
             strategy=find_strategy(plan.strategy),
             row_bytes=plan.row,
             events=self.events,

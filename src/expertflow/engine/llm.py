@@ -82,7 +82,7 @@ class LLM:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
         self._offloaded: OffloadedModel = load_model(model or shipped_model(), self.config, forecast)
-        self.tokenizer = _load_tokenizer(self._offloaded.skeleton.folder)
+        self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
         self._recorder: Recorder | None = None
@@ -268,7 +268,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer, or None if it has none."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

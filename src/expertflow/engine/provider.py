@@ -25,11 +25,13 @@ class CachedExperts:
 
     def begin_step(self, tokens: npt.NDArray[np.int32] | None = None) -> None:
         """A forward pass starts: its plan's first copies start."""
-        self._prefetch(self.controller.begin_step(tokens))
+        self.controller.begin_step(tokens)
+        self._prefetch(self.controller.take_loads())
 
     def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:
         """Yield every needed expert once; its tensors are valid until the generator is resumed."""
-        schedule, ahead = self.controller.access(layer, experts)
+        schedule = self.controller.access(layer, experts)
+        ahead = self.controller.take_loads()
         first = layer * self.controller.table.experts
         begun = 0
         try:

@@ -6,7 +6,7 @@ beginning of a stop text, is held back until it is decided. Knows no model and n
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from expertflow.config import SamplingParams
 from expertflow.engine.sampler import make_generator
@@ -14,6 +14,7 @@ from expertflow.engine.sampler import make_generator
 _UNFINISHED = "\ufffd"
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """The part of a tokenizer that is needed here."""
 

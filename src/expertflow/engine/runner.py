@@ -4,7 +4,7 @@ Decoder-only prompts are padded on the left, encoder prompts on the right. Knows
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 
+@runtime_checkable
 class Batch(Protocol):
     """Sequences that step together."""
 

@@ -8,7 +8,7 @@ seen, as the allocator of a GPU would see them. Knows no plan and no budget.
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
+@runtime_checkable
 class Meter(Protocol):
     """Measures the peak of device memory."""
 

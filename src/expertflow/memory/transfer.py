@@ -5,7 +5,7 @@ the copy behind the last computation that read the slot, and the computation beh
 experts' copies overlap the current expert's computation. Both have the same four verbs; neither decides anything.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -13,6 +13,7 @@ from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 
 
+@runtime_checkable
 class Transfer(Protocol):
     """Moves rows. `start` and `wait` pair up for a load, `release` ends every use of a slot."""
 

@@ -92,6 +92,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def context_of(folder: Path) -> int | None:
+    """The longest sequence the config allows, or None if it sets no bound.
+
+    Raises:
+        CheckpointError: if the config cannot be read.
+    """
+    length = read_json(folder / "config.json").get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
 def walk(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, by key, from the shard headers alone.
 

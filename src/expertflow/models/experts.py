@@ -9,7 +9,7 @@ Knows the contract of the experts modules; refuses to know slots, copies and fam
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,7 @@ Row = Mapping[str, Tensor]
 """One expert's tensors by parameter name, on the compute device."""
 
 
+@runtime_checkable
 class ExpertProvider(Protocol):
     """Brings experts to the device."""
 

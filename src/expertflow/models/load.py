@@ -7,7 +7,7 @@ without a second copy. Dense tensors are loaded by transformers itself, which ne
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ _READERS = 8
 _Advance = Callable[[int], None]
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Where expert tensors go."""
 
@@ -59,7 +60,10 @@ def load_dense(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
             f"the checkpoint lacks {len(missing)} weights, first {missing[0]!r}", "Fetch the checkpoint again."
         )
     model.eval().requires_grad_(False)
-    return model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # out of the file's memory map: there it is 16-byte aligned only, and results depend on alignment
+        tensor.data = tensor.data.to(device) if device.type != "cpu" else tensor.data.clone()
+    return model
 
 
 def fill_rows(pieces: Sequence[ExpertPiece], rows: Rows, advance: _Advance) -> None:

@@ -1,0 +1,86 @@
+"""Small random checkpoints of every family, made once a session; tensor shapes are checked in every test."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# before anything of torch or expertflow is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if os.environ.get("EXPERTFLOW_CHECK_SHAPES", "1") == "1":
+    from jaxtyping import install_import_hook
+
+    WITH_SHAPES = ["models.experts", "models.switch", "engine.runner", "engine.sampler"]
+    install_import_hook([f"expertflow.{name}" for name in WITH_SHAPES], "beartype.beartype")
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from expertflow.models.families import FAMILIES
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def model_class(config: object) -> type[PreTrainedModel]:
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping[type(config)]
+
+
+def load_resident(folder: Path) -> PreTrainedModel:
+    """The stock model with every expert in memory, running its family's own eager code."""
+    config = AutoConfig.from_pretrained(folder)
+    # Switch is outside the experts registry and has no other implementation than its own
+    options = {} if config.model_type == "switch_transformers" else {"experts_implementation": "eager"}
+    model = model_class(config).from_pretrained(folder, dtype="auto", **options).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # out of the memory map, whose alignment would change the bits of a GEMM
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """Save a small random model of a family, once for each set of arguments."""
+    made: dict[tuple, Path] = {}
+
+    def make(model_type: str = "qwen3_moe", dtype: str = "float32", *, shard: str = "5GB", **overrides: object) -> Path:
+        key = (model_type, dtype, shard, json.dumps(overrides, sort_keys=True))
+        if key not in made:
+            tiny = FAMILIES[model_type].tiny if model_type in FAMILIES else {}
+            config = AutoConfig.for_model(model_type, **{**tiny, **overrides})
+            torch.manual_seed(len(made))
+            folder = tmp_path_factory.mktemp(f"{model_type}-{dtype}")
+            model_class(config)(config).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+            _save_tokenizer(folder, config.get_text_config(decoder=True).vocab_size)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def _save_tokenizer(folder: Path, size: int) -> None:
+    """A byte-level tokenizer of printable characters, enough to read prompts and show text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [chr(code) for code in range(33, 127)]
+    words = ["<pad>", "<s>", "</s>", *printable, *(c for c in alphabet if c not in printable)][:size]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")

@@ -1,0 +1,179 @@
+"""The command as its user meets it: output, summaries, errors, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import MakeCheckpoint
+from expertflow.cli.main import app
+from expertflow.cli.run import read_prompts
+from expertflow.engine.llm import shipped_model
+from expertflow.errors import ExpertFlowError, PromptError
+from expertflow.models.families import FAMILIES
+
+COMMAND = [sys.executable, "-m", "expertflow.cli.main"]
+
+
+def invoke(*arguments: object) -> str:
+    """Run a command in this process; its error, if any, is raised."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_run_prints_text_and_summary(make_checkpoint: MakeCheckpoint) -> None:
+    """One prompt: its text as it grows, then budget, peak, slots, hits, loads, bytes, speed."""
+    out = invoke(
+        "run",
+        make_checkpoint("qwen3_moe"),
+        "--prompt",
+        "abc",
+        "--gpu-memory",
+        "600KiB",
+        "--max-tokens",
+        5,
+        "--device",
+        "cpu",
+    )
+    assert out.startswith("abc")
+    for word in ("budget", "600.0 KiB", "measured peak", "slots", "hit ratio", "loads", "moved", "tokens/s"):
+        assert word in out
+
+
+def test_run_as_json_accounts_for_everything(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Many prompts from a file: outputs in order, peak within budget, bytes moved = loads x row (law 4)."""
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": "p" * n}) for n in range(1, 12)))
+    folder = make_checkpoint("mixtral")
+    report = json.loads(
+        invoke("run", folder, "--prompts-file", tmp_path / "prompts.jsonl", "--gpu-memory", "2MiB", "--slots", "25%",
+               "--strategy", "lru-global", "--max-tokens", 4, "--json", "--device", "cpu")
+    )  # fmt: skip
+    assert [output["prompt"] for output in report["outputs"]] == ["p" * n for n in range(1, 12)]
+    assert report["peak_bytes"] <= report["planned_bytes"] <= report["budget_bytes"]
+    assert (report["slots"], report["experts"]) == (6, 24)
+    row = json.loads(invoke("plan", folder, "--json", "--device", "cpu"))["row"]
+    assert report["bytes_moved"] == report["loads"] * row
+    assert report["tokens"] == sum(len(output["token_ids"]) for output in report["outputs"])
+
+
+def test_plan_needs_no_weights_and_says_what_the_budget_buys(make_checkpoint: MakeCheckpoint) -> None:
+    """The plan adds up, on screen and as JSON."""
+    folder = make_checkpoint("deepseek_v2", "bfloat16")
+    plan = json.loads(
+        invoke("plan", folder, "--gpu-memory", "1MiB", "--max-length", 64, "--prefill-chunk", 64, "--json")
+    )
+    assert plan["dense"] + plan["kv"] + plan["workspace"] + plan["slot_bytes"] == plan["total"] <= plan["budget"]
+    assert plan["host"] == plan["row"] * plan["layers"] * plan["experts"]
+    text = invoke("plan", folder, "--slots", 5, "--max-length", 64, "--prefill-chunk", 64)
+    for word in ("dense weights", "keys and values", "workspace", "expert slots", "least budget"):
+        assert word in text
+
+
+def test_models_lists_the_live_table() -> None:
+    """Every family row is listed."""
+    assert {row["model_type"] for row in json.loads(invoke("models", "--json"))} == set(FAMILIES)
+    assert all(row.title in invoke("models") for row in FAMILIES.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["run"], "there is no prompt"),
+        (["run", "--prompt", "x", "--strategy", "lrv"], "unknown strategy 'lrv'.*'lru'"),
+        (["run", "--prompt", "x", "--gpu-memory", "plenty"], "gpu_memory='plenty' is not a size"),
+        (["run", "--prompt", "x", "--slots", "none"], "slots='none'"),
+        (["run", "--prompt", "x", "--device", "gpu"], "device='gpu' is unknown"),
+        (["run", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0 is negative"),
+        (["run", "/no/such/model", "--prompt", "x"], "neither a folder"),
+        (["plan", "--gpu-memory", "1MiB"], "least that works"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments: list[str], match: str) -> None:
+    """Every user error is of our tree and names what, value and remedy."""
+    with pytest.raises(ExpertFlowError, match=match):
+        invoke(*arguments)
+
+
+def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_errors_go_to_stderr_with_exit_code_two() -> None:
+    """The process ends with code 2, one line on stderr, no traceback, nothing on stdout."""
+    result = _command("run", "/no/such/model", "--prompt", "x")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    misspelt = _command("run", "--prompt", "x", "--gpu-memroy", "1GiB")
+    assert misspelt.returncode == 2
+    assert "--gpu-memory" in misspelt.stderr
+
+
+def test_help_needs_no_torch() -> None:
+    """`--help` and `import expertflow` load neither torch nor transformers."""
+    probe = "import sys, expertflow.cli.main, expertflow; assert not {'torch', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
+
+
+def test_ctrl_c_ends_cleanly() -> None:
+    """An interrupt while generating gives the summary of what was done, exit code 130 and no traceback."""
+    process = subprocess.Popen(
+        [*COMMAND, "run", "--prompt", "Once", "--max-tokens", "900", "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.read(20)  # it is generating
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert b"measured peak" in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("empty.txt", "\n  \n", "holds no prompt"),
+        ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2"),
+        ("broken.jsonl", "{", "line 1"),
+        ("number.jsonl", '{"prompt": 3}', "is no text"),
+    ],
+)
+def test_bad_prompt_files_are_refused(tmp_path: Path, name: str, content: str, match: str) -> None:
+    """An empty or malformed prompts file names file and line."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PromptError, match=match):
+        read_prompts(tmp_path / name)
+    with pytest.raises(PromptError, match="cannot be read"):
+        read_prompts(tmp_path / "missing.txt")
+
+
+def test_the_shipped_model_writes_english_within_a_quarter_of_its_size() -> None:
+    """The demo's job: sentences of ordinary words, peak within a budget well under the model's size."""
+    report = json.loads(
+        invoke(
+            "run",
+            "--prompt",
+            "It was a dark night, and",
+            "--gpu-memory",
+            "12MiB",
+            "--max-tokens",
+            60,
+            "--json",
+            "--device",
+            "cpu",
+        )
+    )
+    size = sum(path.stat().st_size for path in shipped_model().glob("*.safetensors"))
+    assert report["peak_bytes"] <= report["budget_bytes"] == 12 * 2**20 < 0.3 * size
+    words = report["outputs"][0]["text"].lower().split()
+    common = {"the", "and", "of", "to", "a", "in", "was", "he", "she", "it", "that", "had", "with", "his", "her", "i"}
+    assert sum(word.strip(".,;!?\"'") in common for word in words) >= 0.2 * len(words)

@@ -1,0 +1,116 @@
+"""Law 1: offloaded equals resident, bit for bit."""
+
+import pytest
+import torch
+
+from conftest import MakeCheckpoint, load_resident
+from expertflow import LLM, SamplingParams, from_pretrained
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.models.families import FAMILIES
+
+DTYPES = ("float32", "bfloat16")
+NEW_TOKENS = 6
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _slot_counts(config: object) -> list[int]:
+    """1, top-k, E/2 and E a layer, as totals of the model, and every expert."""
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    top_k = getattr(config, "num_experts_per_tok", 1)
+    return sorted({1, top_k, experts // 2, experts, 2 * experts, 1000})
+
+
+@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_equal_the_stock_model(
+    model_type: str, dtype: str, device: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """Logits and greedy tokens are the stock eager model's bits, for every family, strategy and slot count."""
+    folder = make_checkpoint(model_type, dtype)
+    resident = load_resident(folder).to(device)
+    ids = torch.randint(3, 90, (3, 13), generator=torch.Generator().manual_seed(5)).to(device)
+    extra = {"decoder_input_ids": ids[:, :5]} if resident.config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        expected = resident(ids, **extra).logits
+        tokens = resident.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    for slots in _slot_counts(resident.config):
+        for strategy in STRATEGIES:
+            model = from_pretrained(folder, slots=slots, strategy=strategy, device=device)
+            with torch.inference_mode():
+                assert torch.equal(model(ids, **extra).logits, expected), (slots, strategy)
+                again = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+            assert torch.equal(again, tokens), (slots, strategy)
+            model.expertflow.controller.table.check_integrity()
+            model.expertflow.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_engine_generates_the_stock_tokens(model_type: str, dtype: str, make_checkpoint: MakeCheckpoint) -> None:
+    """`LLM.generate` gives the tokens of transformers' own greedy `generate`, padded batch included."""
+    folder = make_checkpoint(model_type, dtype)
+    resident = load_resident(folder)
+    encoder_decoder = resident.config.is_encoder_decoder
+    lengths = (4, 11, 7)
+    prompts = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    width = max(lengths)
+    rows = [(p + [0] * (width - len(p))) if encoder_decoder else ([0] * (width - len(p)) + p) for p in prompts]
+    ids = torch.tensor(rows)
+    tokens = resident.generate(
+        ids, attention_mask=(ids != 0).long(), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+    )
+    expected = tokens[:, 1:] if encoder_decoder else tokens[:, width:]
+    with LLM(folder, slots=5, device="cpu", max_length=32, max_batch=3) as llm:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
+    assert [output.token_ids for output in outputs] == [tuple(row) for row in expected.tolist()]
+
+
+FALLBACK = {
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 8, "moe_intermediate_size": 32, "n_shared_experts": 1,
+              "first_k_dense_replace": 1, "intermediate_size": 64, "n_group": 1, "topk_group": 1, "head_dim": 16},
+    "flex_olmo": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "granitemoeshared": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32,
+                         "shared_intermediate_size": 32},
+    "nemotron_h": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_groups": 1,
+                   "moe_shared_expert_intermediate_size": 32, "intermediate_size": 64, "mamba_num_heads": 4,
+                   "mamba_head_dim": 16, "ssm_state_size": 8, "head_dim": 16, "chunk_size": 8,
+                   "layers_block_type": ["moe", "attention", "moe"], "n_shared_experts": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model_type", FALLBACK)
+def test_other_registry_families_run_by_their_own_forward(
+    model_type: str, dtype: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """A registry family without a row of its own is bit-equal through the universal fallback, with one slot."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vocab_size": 96, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    folder = make_checkpoint(model_type, dtype, **{**sizes, **FALLBACK[model_type]})
+    resident = load_resident(folder)
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = resident(ids).logits
+        for slots in (1, 3, 1000):
+            model = from_pretrained(folder, slots=slots, device="cpu")
+            assert torch.equal(model(ids).logits, expected), slots
+            model.expertflow.close()
+
+
+def test_order_of_experts_does_not_change_the_sum(make_checkpoint: MakeCheckpoint) -> None:
+    """Results do not depend on which experts happened to be resident: warm and cold caches give the same bits."""
+    folder = make_checkpoint("qwen3_moe", "bfloat16")
+    model = from_pretrained(folder, slots=20, strategy="lru-global", device="cpu")
+    ids = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        cold = model(ids).logits
+        assert model.expertflow.counters.hits == 0
+        model(ids.flip(0)[:, :7])
+        warm = model(ids).logits
+    assert model.expertflow.counters.hits > 0
+    assert torch.equal(cold, warm)
+    model.expertflow.close()

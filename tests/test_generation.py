@@ -1,0 +1,197 @@
+"""Tokens and text: batches, chunks, sampling, stopping, streaming."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import MakeCheckpoint
+from expertflow import LLM, SamplingParams, from_pretrained
+from expertflow.engine.request import Request
+from expertflow.engine.sampler import choose, make_generator
+from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
+
+GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, top_k=20, top_p=0.95, seed=4)
+
+
+@pytest.fixture(scope="module")
+def llm(make_checkpoint: MakeCheckpoint) -> Iterator[LLM]:
+    with LLM(make_checkpoint("qwen3_moe"), slots=7, device="cpu", max_length=64, max_batch=3, prefill_chunk=12) as llm:
+        yield llm
+
+
+def _prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randint(3, 90, (3 + 5 * i,), generator=generator).tolist() for i in range(count)]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_tokens_do_not_depend_on_the_batch(llm: LLM, params: SamplingParams) -> None:
+    """In float32 a prompt's tokens are the same alone, in a padded batch, and in any order (law 5)."""
+    prompts = _prompts(5)
+    alone = [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
+    together = [output.token_ids for output in llm.generate(prompts, params)]
+    reversed_order = [output.token_ids for output in llm.generate(prompts[::-1], params)][::-1]
+    assert alone == together == reversed_order
+
+
+def test_tokens_do_not_depend_on_the_prefill_chunk(make_checkpoint: MakeCheckpoint) -> None:
+    """In float32 a long prompt gives the same tokens however it is cut into passes."""
+    prompts = _prompts(4)
+    results = []
+    for chunk in (1, 7, 512):
+        with LLM(make_checkpoint("gpt_oss"), device="cpu", max_length=64, max_batch=4, prefill_chunk=chunk) as llm:
+            results.append([output.token_ids for output in llm.generate(prompts, GREEDY)])
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_finished_sequence_leaves_the_batch(llm: LLM) -> None:
+    """Sequences of different lengths in one batch all get their own tokens, and the short ones stop costing."""
+    prompts = _prompts(3)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 6, 4)]
+    alone = [llm.generate([prompt], p)[0].token_ids for prompt, p in zip(prompts, params, strict=True)]
+    together = llm.generate(prompts, params)
+    assert [output.token_ids for output in together] == alone
+    assert [len(output.token_ids) for output in together] == [2, 6, 4]
+
+
+def test_encoder_decoder_sequences_leave_the_batch(make_checkpoint: MakeCheckpoint) -> None:
+    """The same holds for an encoder-decoder model."""
+    prompts = _prompts(3)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 6, 4)]
+    with LLM(make_checkpoint("switch_transformers"), slots=3, device="cpu", max_length=64) as llm:
+        alone = [llm.generate([prompt], p)[0].token_ids for prompt, p in zip(prompts, params, strict=True)]
+        assert [output.token_ids for output in llm.generate(prompts, params)] == alone
+
+
+def test_stop_token_and_length(llm: LLM) -> None:
+    """Generation ends at a stop token, at max_tokens, or where the context is full."""
+    (prompt,) = _prompts(1)
+    free = llm.generate(prompt, GREEDY)[0]
+    assert (len(free.token_ids), free.finish_reason) == (6, "length")
+    stopped = llm.generate(prompt, SamplingParams(max_tokens=6, stop_token_ids=(free.token_ids[2],)))[0]
+    first = free.token_ids.index(free.token_ids[2])
+    assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[: first + 1], "stop")
+    full = llm.generate([5] * 60, SamplingParams(max_tokens=50, ignore_eos=True))[0]
+    assert (len(full.token_ids), full.finish_reason) == (4, "length")
+
+
+def test_stream_pieces_make_the_text(llm: LLM) -> None:
+    """What is streamed, joined, is the text of the finished request; every token comes once."""
+    pieces = list(llm.stream(["hello there", "good"], SamplingParams(max_tokens=12, ignore_eos=True, temperature=2.0)))
+    for index in range(2):
+        mine = [piece for piece in pieces if piece.index == index]
+        output = mine[-1].output
+        assert output is not None
+        assert "".join(piece.text for piece in mine) == output.text
+        assert tuple(piece.token_id for piece in mine) == output.token_ids
+
+
+class Letters:
+    """A decoder of one byte a token, so that characters can be cut in two."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:  # noqa: ARG002
+        return bytes(token_ids).decode("utf-8", errors="replace")
+
+
+@given(text=st.text(max_size=20), stops=st.lists(st.text(min_size=1, max_size=4), max_size=3))
+@settings(max_examples=300)
+def test_streamed_text_never_shows_a_stop_text(text: str, stops: list[str]) -> None:
+    """Streamed text is exactly what stands before the first stop text, whatever the bytes of the tokens."""
+    tokens = list(text.encode("utf-8", errors="ignore")) or [65]
+    request = Request(
+        index=0, prompt=None, prompt_token_ids=(1,), params=SamplingParams(stop=tuple(stops)), ends=(),
+        limit=len(tokens), decoder=Letters(),
+    )  # fmt: skip
+    shown = ""
+    for token in tokens:
+        piece = request.append(token)
+        shown += piece.text
+        if piece.output is not None:
+            break
+    whole = bytes(tokens[: len(request.token_ids)]).decode("utf-8", errors="replace")
+    cut = min((whole.find(stop) for stop in stops if stop in whole), default=len(whole))
+    assert shown == request.text == whole[:cut]
+    assert request.finish_reason == ("stop" if any(stop in whole for stop in stops) else "length")
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    """Frequencies of many draws match softmax; top-k and top-p cut the tail and renormalise."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    expected = torch.softmax(logits / 0.8, 0)
+
+    def frequencies(**options: float) -> torch.Tensor:
+        params = SamplingParams(temperature=0.8, seed=1, **options)
+        generator = make_generator(params)
+        draws = [choose(logits, params, generator) for _ in range(4000)]
+        return torch.bincount(torch.tensor(draws), minlength=4) / 4000
+
+    assert torch.allclose(frequencies(), expected, atol=0.03)
+    two = torch.where(torch.arange(4) < 2, expected, 0) / expected[:2].sum()
+    assert torch.allclose(frequencies(top_k=2), two, atol=0.03)
+    assert torch.allclose(frequencies(top_p=float(expected[0]) + 0.01), two, atol=0.03)
+    assert frequencies(top_p=0.01)[0] == 1
+
+
+def test_the_same_seed_gives_the_same_text(llm: LLM) -> None:
+    """Sampling is repeatable, and another seed gives something else."""
+    (prompt,) = _prompts(1)
+    draw = [llm.generate(prompt, SamplingParams(max_tokens=8, temperature=1.5, seed=s))[0].token_ids for s in (1, 1, 2)]
+    assert draw[0] == draw[1] != draw[2]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "match"),
+    [
+        ([], "no prompt"),
+        ("", "prompt 0 is empty"),
+        ([[1, 2], []], "prompt 1 is empty"),
+        ([[5] * 64], "prompt 0 has 64 tokens"),
+        ([[5, 96]], "holds token 96"),
+        ([[-1]], "holds token -1"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_runs(llm: LLM, prompts: object, match: str) -> None:
+    """A bad prompt among good ones stops the call before a token is generated."""
+    before = llm.stats.tokens
+    with pytest.raises(PromptError, match=match):
+        llm.stream(prompts, GREEDY)
+    assert llm.stats.tokens == before
+
+
+def test_one_set_of_parameters_a_prompt(llm: LLM) -> None:
+    """Parameters are one for all or one each."""
+    with pytest.raises(PromptError, match="2 sampling parameters for 1 prompts"):
+        llm.generate([[3, 4]], [GREEDY, GREEDY])
+
+
+def test_text_needs_a_tokenizer(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """A folder without a tokenizer takes token ids and says so when given text."""
+    for path in make_checkpoint("olmoe").iterdir():
+        if "token" not in path.name:
+            (tmp_path / path.name).symlink_to(path)
+    with LLM(tmp_path, device="cpu", max_length=32) as llm:
+        assert len(llm.generate([3, 4, 5], GREEDY)[0].token_ids) == 6
+        with pytest.raises(PromptError, match=r"no tokenizer.*token ids"):
+            llm.generate("text")
+
+
+def test_length_beyond_the_context_is_refused(make_checkpoint: MakeCheckpoint) -> None:
+    """max_length cannot exceed what the model was made for."""
+    with pytest.raises(ConfigError, match="max_length=500 is more than the model's context of 128"):
+        LLM(make_checkpoint("qwen3_moe"), device="cpu", max_length=500)
+
+
+def test_the_transformers_model_is_an_ordinary_one(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """`from_pretrained` gives the stock class, counts what the cache does, and refuses to save half a model."""
+    model = from_pretrained(make_checkpoint("olmoe"), slots="25%", device="cpu")
+    assert type(model).__mro__[1].__name__ == "OlmoeForCausalLM"
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    assert model.expertflow.counters.loads > 0
+    with pytest.raises(UnsupportedModelError, match="holds no experts"):
+        model.save_pretrained(tmp_path)
+    model.expertflow.close()

@@ -1,0 +1,186 @@
+"""Rows, slots, copies, and the meter that measures device memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expertflow.cache.controller import CacheController
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.engine.provider import CachedExperts
+from expertflow.errors import HostMemoryError
+from expertflow.events import EventStream
+from expertflow.memory import store as store_module
+from expertflow.memory.layout import ALIGNMENT, RowLayout
+from expertflow.memory.meter import CpuMeter
+from expertflow.memory.slots import SlotPool
+from expertflow.memory.store import HostStore, available_host_bytes, check_host_memory
+from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
+from expertflow.types import DTYPE_BYTES, TensorSpec
+
+shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
+spec_lists = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPE_BYTES))), min_size=1, max_size=4).map(
+    lambda pairs: tuple(TensorSpec(name=f"t{i}", shape=shape, dtype=dtype) for i, (shape, dtype) in enumerate(pairs))
+)
+LAYOUT = RowLayout.of((TensorSpec(name="w", shape=(5, 7), dtype="float32"),))
+
+
+@given(specs=spec_lists)
+def test_a_row_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> None:
+    """Tensors written into a row through views are read back unchanged, aligned and without overlap."""
+    layout = RowLayout.of(specs)
+    store = HostStore(layout, 2, pin=False)
+    written = {spec.name: torch.randn(spec.shape).to(getattr(torch, spec.dtype)) for spec in specs}
+    for name, value in written.items():
+        store.tensor(1, name).copy_(value)
+    for name, view in layout.views(store.row(1)).items():
+        assert torch.equal(view, written[name])
+        assert view.data_ptr() % ALIGNMENT == 0
+    assert not store.row(0).any()
+    assert layout.row_bytes % ALIGNMENT == 0
+    store.close()
+
+
+@given(specs=spec_lists, slots=st.integers(1, 5))
+def test_slots_are_aligned_and_disjoint(specs: tuple[TensorSpec, ...], slots: int) -> None:
+    """Each slot starts on the alignment, and filling one leaves the others alone; the pool's size is as planned."""
+    layout = RowLayout.of(specs)
+    pool = SlotPool(layout, slots, torch.device("cpu"))
+    pool.buffer.zero_()
+    pool.slot(slots - 1).fill_(1)
+    assert all(pool.slot(s).data_ptr() % ALIGNMENT == 0 for s in range(slots))
+    assert int(pool.buffer.sum()) == layout.row_bytes
+    assert pool.buffer.untyped_storage().nbytes() == SlotPool.nbytes(layout.row_bytes, slots)
+
+
+class RecordingTransfer:
+    """Notes the order of verbs and refuses a copy into a slot that is still lent out."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, int]] = []
+        self.lent: set[int] = set()
+
+    def start(self, row: int, slot: int) -> None:
+        assert slot not in self.lent
+        self.log.append(("start", row))
+
+    def wait(self, slot: int) -> None:
+        self.log.append(("wait", slot))
+
+    def release(self, slot: int) -> None:
+        self.lent.discard(slot)
+        self.log.append(("release", slot))
+
+    def close(self) -> None:
+        pass
+
+
+def _provider(slots: int, transfer: Transfer, pool: SlotPool, strategy: str = "lru-global") -> CachedExperts:
+    controller = CacheController(
+        layers=2,
+        experts=8,
+        slots=slots,
+        strategy=STRATEGIES[strategy],
+        row_bytes=LAYOUT.row_bytes,
+        events=EventStream(),
+    )
+    return CachedExperts(controller, transfer, pool)
+
+
+def test_copies_start_before_earlier_experts_compute() -> None:
+    """With room for all, every copy is under way before the first expert is lent: the link is busy while computing."""
+    transfer = RecordingTransfer()
+    provider = _provider(4, transfer, SlotPool(LAYOUT, 4, torch.device("cpu")))
+    next(provider.stream(1, [2, 5, 6]))
+    assert transfer.log[:3] == [("start", 10), ("start", 13), ("start", 14)]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_copy_never_overwrites_a_lent_slot(slots: int, strategy: str) -> None:
+    """In waves, a slot is copied into only after the expert that used it was given back."""
+    transfer = RecordingTransfer()
+    pool = SlotPool(LAYOUT, slots, torch.device("cpu"))
+    provider = _provider(slots, transfer, pool, strategy)
+    place = {pool.views[s]["w"].data_ptr(): s for s in range(slots)}
+    for needed in ([0, 1, 2, 3, 4, 5, 6, 7], [1, 3], [0, 2, 4, 6]):
+        for _, row in provider.stream(0, needed):
+            transfer.lent.add(place[row["w"].data_ptr()])
+    assert not transfer.lent
+
+
+def _filled_store(*, pin: bool) -> HostStore:
+    store = HostStore(LAYOUT, 16, pin=pin)
+    for number in range(16):
+        store.tensor(number, "w").fill_(number + 1)
+    store.lock()
+    return store
+
+
+def _check_values(provider: CachedExperts, rounds: Sequence[list[int]], delay: int = 0) -> None:
+    for needed in rounds:
+        for layer in range(2):
+            seen = []
+            for expert, row in provider.stream(layer, needed):
+                if delay:
+                    torch.cuda._sleep(delay)
+                seen.append((expert, row["w"].mean()))
+            assert {expert: float(value) for expert, value in seen} == {e: layer * 8 + e + 1.0 for e in needed}
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 16])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_plain_transfer_brings_the_right_rows(slots: int, strategy: str) -> None:
+    """Every lent row holds its own expert's values, in waves and with reuse."""
+    store, pool = _filled_store(pin=False), SlotPool(LAYOUT, slots, torch.device("cpu"))
+    provider = _provider(slots, PlainTransfer(store, pool), pool, strategy)
+    _check_values(provider, [[0, 1, 2, 3, 4, 5, 6, 7], [2], [7, 1], [3, 4, 5], [2]])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("slots", [1, 2, 5, 16])
+@pytest.mark.parametrize("delay", [0, 2_000_000])
+def test_stream_transfer_brings_the_right_rows(slots: int, delay: int, cuda: torch.device) -> None:
+    """On CUDA the same holds when computation lags far behind the host and copies could overtake it."""
+    store, pool = _filled_store(pin=True), SlotPool(LAYOUT, slots, cuda)
+    provider = _provider(slots, StreamTransfer(store, pool), pool)
+    _check_values(provider, [[0, 1, 2, 3, 4, 5, 6, 7], [2], [7, 1], [3, 4, 5], [2]] * 4, delay)
+    store.close()
+
+
+def test_the_meter_counts_what_is_alive() -> None:
+    """The peak is resident tensors plus the most temporary bytes alive at once; freed and excluded ones do not count."""
+    host, weights = torch.zeros(1000), torch.zeros(10, 10)
+    meter = CpuMeter([weights], exclude=[host])
+    assert meter.peak_bytes == 400
+    with meter.watch():
+        first = weights + 1
+        view = first[2:]
+        del first, view
+        second = torch.cat([weights, weights])
+        third = second * 2
+        meter.add(host)
+    assert meter.peak_bytes == 400 + 800 + 800
+    del second, third
+
+
+def test_too_little_host_memory_is_refused_before_loading() -> None:
+    """The error says what is needed and what there is, for the machine and for a stated limit."""
+    with pytest.raises(HostMemoryError, match=r"need 1024.00 GiB of host memory, .* free on this host"):
+        check_host_memory(2**40 * 1, None)
+    with pytest.raises(HostMemoryError, match="allowed by host_memory"):
+        check_host_memory(11, 10)
+    check_host_memory(10, 10)
+
+
+def test_a_control_group_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory is what the control group leaves, if that is less than what the machine has."""
+    monkeypatch.setattr(store_module.psutil, "virtual_memory", type("Memory", (), {"available": 10_000}))
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("3000\n")
+    assert available_host_bytes(tmp_path) == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_host_bytes(tmp_path) == 10_000
