@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -86,6 +87,7 @@ def _provider(slots: int, transfer: Transfer, pool: SlotPool, strategy: str = "l
         strategy=STRATEGIES[strategy],
         row_bytes=LAYOUT.row_bytes,
         events=EventStream(),
+        future=np.random.default_rng(1).random((30, 2, 8)) < 0.4,
     )
     return CachedExperts(controller, transfer, pool)
 
@@ -122,6 +124,7 @@ def _filled_store(*, pin: bool) -> HostStore:
 
 def _check_values(provider: CachedExperts, rounds: Sequence[list[int]], delay: int = 0) -> None:
     for needed in rounds:
+        provider.begin_step()
         for layer in range(2):
             seen = []
             for expert, row in provider.stream(layer, needed):

@@ -5,10 +5,12 @@ most probable first, and take them from whoever has the smallest rank by then (p
 by predicted demand, slots of finished layers are used again). What the sweep finds is immutable in the step.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.cache.core import EMPTY, FAR, PENDING, Planes, Rules, Tables, access, begin_step, carry_out
+from expertflow.cache.core import EMPTY, FAR, PENDING, RESIDENT, Planes, Rules, Tables, access, begin_step, carry_out
 from expertflow.cache.shared import shared
 
 
@@ -19,18 +21,43 @@ def pin_residents(t: Tables, demand: npt.NDArray[np.float64], rules: Rules, now:
     Returns:
         `[2 L]` how many experts are pinned while each coming layer runs, counted from this step's first layer.
     """
-    layers, experts = t.slot_of.shape
+    layers = t.slot_of.shape[0]
     room = t.owner.shape[0] - rules.reserve
     pins = np.zeros(2 * layers, dtype=np.int64)
+    total = 0
     for place in range(now + 1, now + 1 + layers):
         layer = place % layers
-        for expert in range(experts):
-            wanted = demand[layer, expert] >= rules.threshold and place < layers and t.slot_of[layer, expert] >= 0
-            if t.pinned[layer, expert] or (wanted and pins[now + 1] < room):
+        wanted = t.pinned[layer]
+        if place < layers:
+            wanted = wanted | ((demand[layer] >= rules.threshold) & (t.slot_of[layer] >= 0))
+        before = total
+        for expert in np.flatnonzero(wanted):
+            if t.pinned[layer, expert] or total < room:
                 t.pinned[layer, expert] = True
                 t.rank[layer, expert] = np.inf
-                pins[now + 1 : place + 1] += 1
+                total += 1
+        pins[now + 1 : place + 1] += total - before
     return pins
+
+
+class Sweep(NamedTuple):
+    """The sweep's copy of the tables, and what it keeps track of.
+
+    Attributes:
+        slot_of: as in `Tables`.
+        owner: as in `Tables`.
+        rank: as in `Tables`.
+        busy: `[S]` int64, the place after which the slot is free.
+        pins: `[2 L]` int64, experts pinned while each place runs.
+        left: `[2]` int64, empty slots left, and the place from which the plan is made.
+    """
+
+    slot_of: npt.NDArray[np.int32]
+    owner: npt.NDArray[np.int32]
+    rank: npt.NDArray[np.float64]
+    busy: npt.NDArray[np.int64]
+    pins: npt.NDArray[np.int64]
+    left: npt.NDArray[np.int64]
 
 
 @shared
@@ -38,80 +65,81 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
     """Fill `t.pending` for the layers after `now` (-1: before the step).
 
     A load runs at most `rules.ahead` layers ahead, never takes the slot of an expert that is used sooner than its
-    own, and at no layer are more than all but `rules.reserve` slots pinned.
+    own, and at no layer are more than all but `rules.reserve` slots pinned. Places count layers from this step's
+    first one; those from L on are the next step's.
     """
-    layers = t.slot_of.shape[0]
+    layers, slots = t.slot_of.shape[0], t.owner.size
     pins = pin_residents(t, demand, rules, now)
-    slot_of, owner, rank = t.slot_of.copy(), t.owner.copy(), t.rank.copy()
-    busy = np.full(owner.size, now, dtype=np.int64)  # the layer after which a slot is free
+    left = np.array([slots - t.cursor[RESIDENT], now])
+    sweep = Sweep(t.slot_of.copy(), t.owner.copy(), t.rank.copy(), np.full(slots, now, dtype=np.int64), pins, left)
     last = now + 1 + rules.ahead if rules.rolling else layers
     last = min(last, now + layers) if rules.wraps else min(last, layers)
     for place in range(now + 1, last):
         layer = place % layers
         wanted = demand[layer] >= rules.threshold
         value = planes.before[layer] if place < layers else planes.used[layer]
-        if np.any(wanted & (slot_of[layer] < 0)):
-            for expert in np.argsort(-demand[layer], kind="mergesort"):
-                if not wanted[expert]:
-                    break
-                if slot_of[layer, expert] >= 0:
-                    continue
-                slot = find_slot(owner, t.freed, rank, slot_of, value[expert])
-                if slot < 0:
-                    break
-                after = max(busy[slot], place - 1 - rules.ahead)
-                for passing in range(place, after, -1):
-                    if pins[passing] >= owner.size - rules.reserve:
-                        after = passing
-                        break
-                if after >= place or (rules.rolling and after > now):
-                    break
-                pins[after + 1 : place + 1] += 1
-                take(owner, slot_of, rank, slot, layer * slot_of.shape[1] + expert)
-                t.pinned[layer, expert] = True
-                entry = t.pending[t.cursor[PENDING]]
-                entry[0], entry[1], entry[2] = layer * slot_of.shape[1] + expert, slot, after
-                t.cursor[PENDING] += 1
+        missing = wanted & (sweep.slot_of[layer] < 0)
+        if np.any(missing):
+            ordered = np.argsort(np.where(missing, -demand[layer], np.inf), kind="mergesort")[: np.sum(missing)]
+            served = plan_layer(t, sweep, rules, place, ordered, value)
+            if rules.rolling and not served:
+                return
         if place < layers:  # the layer passes: what it used is free, and ranked by its next use
             after_use = np.where(wanted, planes.used[layer], planes.unused[layer])
-            rank[layer] = np.where(slot_of[layer] >= 0, after_use, np.inf)
-            for expert in np.flatnonzero(wanted & (slot_of[layer] >= 0)):
-                busy[slot_of[layer, expert]] = place
+            sweep.rank[layer] = np.where(sweep.slot_of[layer] >= 0, after_use, np.inf)
+            for expert in np.flatnonzero(wanted & (sweep.slot_of[layer] >= 0)):
+                sweep.busy[sweep.slot_of[layer, expert]] = place
 
 
 @shared
-def find_slot(
-    owner: npt.NDArray[np.int32],
-    freed: npt.NDArray[np.int64],
-    rank: npt.NDArray[np.float64],
-    slot_of: npt.NDArray[np.int32],
-    value: float,
-) -> int:
+def plan_layer(
+    t: Tables, sweep: Sweep, rules: Rules, place: int, ordered: npt.NDArray[np.int64], value: npt.NDArray[np.float64]
+) -> bool:
+    """Plan the loads of one layer, in the order given; False once there is no slot for one of them."""
+    layers, experts = t.slot_of.shape
+    layer, room = place % layers, sweep.owner.size - rules.reserve
+    for expert in ordered:
+        slot = find_slot(sweep, t.freed, value[expert])
+        if slot < 0:
+            return False
+        after = max(sweep.busy[slot], place - 1 - rules.ahead)
+        for passing in range(place, after, -1):
+            if sweep.pins[passing] >= room:
+                after = passing
+                break
+        if after >= place or (rules.rolling and after > sweep.left[1]):
+            return False
+        sweep.pins[after + 1 : place + 1] += 1
+        take(sweep, slot, layer, expert)
+        t.pinned[layer, expert] = True
+        entry = t.pending[t.cursor[PENDING]]
+        entry[0], entry[1], entry[2] = layer * experts + expert, slot, after
+        t.cursor[PENDING] += 1
+    return True
+
+
+@shared
+def find_slot(sweep: Sweep, freed: npt.NDArray[np.int64], value: float) -> int:
     """An empty slot, else that of the smallest rank below `value`; -1 if there is none."""
-    empty = owner == EMPTY
-    if np.any(empty):
-        return int(np.argmin(np.where(empty, freed, FAR)))
-    row, column = divmod(int(np.argmin(rank)), rank.shape[1])
-    return int(slot_of[row, column]) if rank[row, column] < value else -1
+    if sweep.left[0]:
+        return int(np.argmin(np.where(sweep.owner == EMPTY, freed, FAR)))
+    row, column = divmod(int(np.argmin(sweep.rank)), sweep.rank.shape[1])
+    return int(sweep.slot_of[row, column]) if sweep.rank[row, column] < value else -1
 
 
 @shared
-def take(
-    owner: npt.NDArray[np.int32],
-    slot_of: npt.NDArray[np.int32],
-    rank: npt.NDArray[np.float64],
-    slot: int,
-    flat: int,
-) -> None:
+def take(sweep: Sweep, slot: int, layer: int, expert: int) -> None:
     """In the sweep's copy, an expert takes a slot and stays until its layer has passed."""
-    if owner[slot] != EMPTY:
-        row, column = divmod(owner[slot], slot_of.shape[1])
-        slot_of[row, column] = EMPTY
-        rank[row, column] = np.inf
-    row, column = divmod(flat, slot_of.shape[1])
-    owner[slot] = flat
-    slot_of[row, column] = slot
-    rank[row, column] = np.inf
+    experts = sweep.slot_of.shape[1]
+    if sweep.owner[slot] == EMPTY:
+        sweep.left[0] -= 1
+    else:
+        row, column = divmod(sweep.owner[slot], experts)
+        sweep.slot_of[row, column] = EMPTY
+        sweep.rank[row, column] = np.inf
+    sweep.owner[slot] = layer * experts + expert
+    sweep.slot_of[layer, expert] = slot
+    sweep.rank[layer, expert] = np.inf
 
 
 @shared

@@ -158,6 +158,7 @@ _ROWS = (
         policy=next_use,
         forecast=lambda s: TokenCounts(s.layers, s.experts),
         prefetch="step",
+        threshold=0.9,  # measured: below it wasted loads cost more than hits give, docs/lab-notes.md
     ),
     Strategy(
         name="oracle-step",

@@ -245,19 +245,22 @@ class LLM:
         return [request.append(token) for request, token in zip(running, chosen, strict=True)]
 
 
-def from_pretrained(model: str | Path | None = None, **options: Any) -> PreTrainedModel:
+def from_pretrained(
+    model: str | Path | None = None, *, forecast: Forecast | None = None, **options: Any
+) -> PreTrainedModel:
     """The ordinary transformers model, its experts offloaded; `.generate()` and everything else work as usual.
 
     Memory of keys, values and activations is then the caller's: `max_batch` and `max_length` say what to leave room for.
 
     Args:
         model: checkpoint folder or cached Hugging Face id; None: the shipped model.
+        forecast: replaces the strategy's own source of expectations, such as a recorded future.
         options: fields of `EngineConfig`.
 
     Returns:
         The model; its attribute `expertflow` is the `OffloadedModel` (plan, counters, events, `close`).
     """
-    offloaded = load_model(model or shipped_model(), EngineConfig.from_mapping(options))
+    offloaded = load_model(model or shipped_model(), EngineConfig.from_mapping(options), forecast)
     offloaded.model.expertflow = offloaded
     return offloaded.model
 

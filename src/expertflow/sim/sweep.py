@@ -75,7 +75,8 @@ def run_grid(grid: Grid, advance: Advance, workers: int | None = None) -> list[O
         ExpertFlowError: for a bad trace, slots or batch; before anything long begins.
     """
     _check(grid)
-    tasks = [(batch, name) for batch in grid.batches for name in grid.strategies]
+    tasks = [(batch, name) for batch in sorted(grid.batches) for name in grid.strategies]  # long ones first
+    tasks.sort(key=lambda task: (task[1] != "ring", task[0] or 1))
     count = min(workers or os.cpu_count() or 1, len(tasks))
     outcomes: list[Outcome] = []
     if count == 1:
