@@ -74,7 +74,7 @@ class Recorder:
         phase = DECODE if self._lengths is None else PREFILL
         rows = Rows(
             experts.astype(header.dtype), weights.astype(np.float16),
-            np.where(real, tokens, UNKNOWN_TOKEN).astype(np.int32), np.full(count, phase, dtype=np.uint8),
+            tokens.astype(np.int32), np.full(count, phase, dtype=np.uint8),
             np.where(real, sequence, NOBODY).astype(np.int32), np.full(count, self._step, dtype=np.int32),
         )  # fmt: skip
         self._writer.append(rows)
