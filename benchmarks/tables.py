@@ -43,18 +43,22 @@ def host_execution() -> str:
             _median(row["first_token_seconds"], 2),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", _circumstances(result)]
+    return "\n".join(lines)
+
+
+def _circumstances(result: dict[str, Any]) -> str:
+    """Machine, repeats, exactness, roofline and loading, as a paragraph."""
     loading, environment = result["loading"], result["environment"]
-    lines += [
-        "",
+    cold, cached = loading["cold"], loading["cached"]
+    return (
         f"{environment['device']}, torch {environment['torch']}, transformers {environment['transformers']}; medians of "
         f"{result['settings']['repeats']} (smallest-largest). Logits bit-equal to the stock resident model in every row: "
         f"{'yes' if result['bit_equal'] else 'NO'}. Copies of one row's size reach "
-        f"{result['link_gb_per_second']:.1f} GB/s back to back. Loading {loading['cold']['store_bytes'] / GIB:.1f} GiB "
-        f"of experts: {loading['cold']['seconds']:.1f} s from a disk that reads "
-        f"{result['loading']['disk_bytes_per_second'] / 1e9:.2f} GB/s, {loading['cached']['seconds']:.1f} s from the page "
-        f"cache; peak host memory {loading['cold']['host_peak_over_store']:.4f} times the store.",
-    ]
-    return "\n".join(lines)
+        f"{result['link_gb_per_second']:.1f} GB/s back to back. Loading {cold['store_bytes'] / GIB:.1f} GiB of experts: "
+        f"{cold['seconds']:.1f} s from a disk that reads {loading['disk_bytes_per_second'] / 1e9:.2f} GB/s, "
+        f"{cached['seconds']:.1f} s from the page cache; peak host memory {cold['host_peak_over_store']:.4f} times the store."
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {"host-execution": host_execution}

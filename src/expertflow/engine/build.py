@@ -131,7 +131,7 @@ def load_model(model: str | Path, config: EngineConfig) -> OffloadedModel:
     """Plan, check, load and wire.
 
     Args:
-        model: checkpoint folder, or a Hugging Face id in the local cache.
+        model: checkpoint folder, or a Hugging Face id.
         config: the wish.
 
     Raises:
