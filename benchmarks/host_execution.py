@@ -323,7 +323,6 @@ def measure(
         for batch, logits in zip(BATCHES, expected, strict=True):
             got = model(torch.tensor(prompts(batch, vocabulary), device=device)).logits.cpu()
             equal &= torch.equal(got, logits)
-    release()
     return rows, equal
 
 
@@ -429,6 +428,7 @@ def main() -> None:
         result["rows"], result["bit_equal"] = [], True
         for share, strategy in product(SHARES, STRATEGIES):
             rows, equal = measure(folder, device, strategy, share, expected)
+            release()
             result["rows"] += [asdict(row) for row in rows]
             result["bit_equal"] &= equal
             print(f"{strategy} {share}: equal {equal}", flush=True)

@@ -10,6 +10,7 @@ import pytest
 # before anything of torch or expertflow is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: spinning threads would starve each other
 if os.environ.get("EXPERTFLOW_CHECK_SHAPES", "1") == "1":
     from jaxtyping import install_import_hook
 
@@ -26,7 +27,7 @@ from expertflow.models.families import FAMILIES
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 MakeCheckpoint = Callable[..., Path]
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig
 from expertflow.engine.build import prepare
 from expertflow.errors import BudgetError, CheckpointError, DeviceError, HostMemoryError, UnsupportedModelError
+from expertflow.models import checkpoint
 from expertflow.models.checkpoint import INDEX_NAME, SINGLE_NAME, walk
 
 
@@ -111,8 +113,23 @@ def test_no_weights_at_all(folder: Path) -> None:
 
 def test_no_such_folder(tmp_path: Path) -> None:
     """Neither a folder nor a cached model: the error says how to get one."""
-    refused(tmp_path / "nothing", CheckpointError, "neither a folder nor a model in the Hugging Face cache")
-    refused("someone/some-model", CheckpointError, "neither a folder nor a model in the Hugging Face cache")
+    refused(tmp_path / "nothing", CheckpointError, "is not a folder")
+    refused("someone/some-model", CheckpointError, "neither a folder nor in the Hugging Face cache.*hf download")
+
+
+def test_an_id_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint) -> None:
+    """A Hugging Face id is fetched: weights as safetensors, configs and tokenizer, and nothing else."""
+    asked: list[tuple] = []
+
+    def fetch(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns, ignore_patterns))
+        return str(make_checkpoint("qwen3_moe"))
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
+    assert checkpoint.resolve("someone/some-model") == make_checkpoint("qwen3_moe")
+    assert asked[0][0] == "someone/some-model"
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in asked[0][1])
+    assert any(fnmatch("consolidated.00.safetensors", pattern) for pattern in asked[0][2])
 
 
 def _edit_config(folder: Path, **changes: object) -> None:

@@ -91,7 +91,7 @@ def test_models_lists_the_live_table() -> None:
         (["run", "--prompt", "x", "--slots", "none"], "slots='none'"),
         (["run", "--prompt", "x", "--device", "gpu"], "device='gpu' is unknown"),
         (["run", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0 is negative"),
-        (["run", "/no/such/model", "--prompt", "x"], "neither a folder"),
+        (["run", "/no/such/model", "--prompt", "x"], "is not a folder"),
         (["plan", "--gpu-memory", "1MiB"], "least that works"),
     ],
 )

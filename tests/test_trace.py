@@ -77,9 +77,14 @@ def test_a_long_trace_is_written_and_read_in_parts(tmp_path: Path) -> None:
 def test_an_unfinished_recording_leaves_no_trace_under_its_name(tmp_path: Path) -> None:
     """A writer that fails leaves a part file, which is refused as truncated."""
     path = tmp_path / "t.trace"
-    with pytest.raises(RuntimeError, match="crash"), TraceWriter(path, Header(layers=1, experts=2, top_k=1)) as writer:
-        writer.append(make_trace(3, 1, 2, 1).rows)
-        raise RuntimeError("crash")
+
+    def crash() -> None:
+        with TraceWriter(path, Header(layers=1, experts=2, top_k=1)) as writer:
+            writer.append(make_trace(3, 1, 2, 1).rows)
+            raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        crash()
     assert not path.exists()
     with pytest.raises(TraceError, match=r"truncated: it has no footer"):
         open_trace(path.with_name("t.trace.part"))

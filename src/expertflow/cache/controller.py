@@ -65,7 +65,7 @@ class CacheController:
         ConfigError: if the strategy needs a recording and there is neither that nor a forecast.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all by keyword
         self,
         *,
         layers: int,

@@ -25,7 +25,7 @@ app = typer.Typer(
 
 Model = Annotated[
     str | None,
-    typer.Argument(help="Checkpoint folder, or Hugging Face id in the local cache. Default: the shipped model."),
+    typer.Argument(help="Checkpoint folder, or Hugging Face id. Default: the shipped model."),
 ]
 GpuMemory = Annotated[str | None, typer.Option(help="Device memory for everything, such as 6GiB. Default: no limit.")]
 Slots = Annotated[

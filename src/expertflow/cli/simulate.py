@@ -76,7 +76,7 @@ def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
     console = Console()
     for batch, slots in dict.fromkeys((outcome.batch, outcome.slots) for outcome in outcomes):
         cells = [outcome for outcome in outcomes if (outcome.batch, outcome.slots) == (batch, slots)]
-        console.print(_table(grid, cells))
+        console.print(_table(cells))
         belady = next((cell for cell in cells if cell.strategy == "oracle"), None)
         if belady is not None:
             bound = bound_tokens_per_second(belady, belady, grid.cost)
@@ -89,7 +89,7 @@ def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
     )
 
 
-def _table(grid: Grid, cells: Sequence[Outcome]) -> Table:
+def _table(cells: Sequence[Outcome]) -> Table:
     first = cells[0]
     turns = f" in {first.groups} groups" if first.groups > 1 else ""
     title = f"{first.batch} live sequences{turns}, {first.slots} slots ({first.share:.1%}), {first.tokens} tokens"

@@ -139,7 +139,7 @@ class OffloadedModel:
         self.observers = [*self.observers, *observers]
         told = tell_all(self.observers) if self.observers else None
         for path in self.skeleton.expert_modules:
-            self.model.get_submodule(path).expertflow.observe = told  # type: ignore[union-attr]
+            self.model.get_submodule(path).expertflow.observe = told
 
     def unwatch(self, observer: StepObserver) -> None:
         """Stop telling an observer."""
@@ -161,7 +161,7 @@ def load_model(model: str | Path, config: EngineConfig, forecast: Forecast | Non
     """Plan, check, load and wire.
 
     Args:
-        model: checkpoint folder, or a Hugging Face id in the local cache.
+        model: checkpoint folder, or a Hugging Face id.
         config: the wish.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
 

@@ -70,7 +70,7 @@ class LLM:
     """A model inside a memory budget.
 
     Args:
-        model: checkpoint folder or cached Hugging Face id; None: the shipped model.
+        model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 
@@ -253,7 +253,7 @@ def from_pretrained(
     Memory of keys, values and activations is then the caller's: `max_batch` and `max_length` say what to leave room for.
 
     Args:
-        model: checkpoint folder or cached Hugging Face id; None: the shipped model.
+        model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
         options: fields of `EngineConfig`.
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from expertflow.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+_UNWANTED = ["original/*", "consolidated*", "onnx/*"]
 _LARGEST_HEADER = 100_000_000
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
@@ -49,30 +51,24 @@ class StoredTensor:
 
 
 def resolve(model: str | Path) -> Path:
-    """The checkpoint folder for a path, or for a Hugging Face id that is in the local cache.
+    """The checkpoint folder for a path, or for a Hugging Face id (from the local cache, or fetched into it).
 
     Raises:
-        CheckpointError: if there is no such folder or cached model.
+        CheckpointError: if there is no such folder, and no such model in the cache or on the hub.
     """
     folder = Path(model)
     if folder.is_dir():
         return folder
-    cached = _cached_snapshot(str(model))
-    if cached is None:
-        raise CheckpointError(
-            f"{str(model)!r} is neither a folder nor a model in the Hugging Face cache",
-            "Give a checkpoint folder, or fetch the model first with `hf download`.",
-        )
-    return cached
-
-
-def _cached_snapshot(model_id: str) -> Path | None:
-    if model_id.count("/") > 1 or model_id.startswith((".", "/", "~")):
-        return None
+    name = str(model)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name!r} is not a folder", "Give a checkpoint folder or a Hugging Face id.")
     try:
-        return Path(snapshot_download(model_id, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
+        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise CheckpointError(
+            f"{name!r} is neither a folder nor in the Hugging Face cache, and cannot be fetched: {str(error).splitlines()[0]}",
+            "Give a checkpoint folder, or fetch the model with `hf download` where there is a network.",
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from expertflow.errors import ConfigError
 NOW, LINK, STALL, BUSY = 0, 1, 2, 3
 """Places in `Clock.time`, microseconds."""
 NEEDED, HITS, FRESH, MISSES, PREFETCHED, WASTES, LATE, CLEAN = 0, 1, 2, 3, 4, 5, 6, 7
-"""Places in `Clock.count`."""
+"""Places in `Clock.tally`."""
 HEAD, TAIL = 0, 1
 
 
@@ -67,7 +67,7 @@ class Clock(NamedTuple):
 
     Attributes:
         time: `[4]` float64, see `NOW`.
-        count: `[8]` int64, see `NEEDED`; CLEAN counts steps that found everything in its slot.
+        tally: `[8]` int64, see `NEEDED`; CLEAN counts steps that found everything in its slot.
         arrival: `[S]` float64, when the slot's row is there.
         done: `[E]` float64, when each turn of the running layer ends.
         queue: `[Q]` int32, slots whose loads ahead wait for the link.
@@ -77,7 +77,7 @@ class Clock(NamedTuple):
     """
 
     time: npt.NDArray[np.float64]
-    count: npt.NDArray[np.int64]
+    tally: npt.NDArray[np.int64]
     arrival: npt.NDArray[np.float64]
     done: npt.NDArray[np.float64]
     queue: npt.NDArray[np.int32]
@@ -90,7 +90,7 @@ def make_clock(experts: int, slots: int) -> Clock:
     """Time zero, link and queue empty."""
     room = 8 * slots + 64
     return Clock(
-        time=np.zeros(4), count=np.zeros(8, dtype=np.int64), arrival=np.zeros(slots), done=np.zeros(experts),
+        time=np.zeros(4), tally=np.zeros(8, dtype=np.int64), arrival=np.zeros(slots), done=np.zeros(experts),
         queue=np.zeros(room, dtype=np.int32), issued=np.zeros(room), ends=np.zeros(2, dtype=np.int64),
         waiting=np.full(slots, -1, dtype=np.int64),
     )  # fmt: skip
@@ -134,43 +134,43 @@ def enqueue(c: Clock, rates: Rates, slot: int) -> None:
 
 
 @shared
-def tick(c: Clock, rates: Rates, log: npt.NDArray[np.int32], begin: int, end: int) -> None:
+def tick(c: Clock, rates: Rates, log: npt.NDArray[np.int32], begin: int, end: int) -> None:  # noqa: C901 - a branch a kind
     """Let the log rows from `begin` to `end` happen: a layer's, or those before the first layer."""
     turn, turns, start = 0, 0, 0.0
     for row in range(begin, end):
         kind, slot, detail = log[row, 0], log[row, 3], log[row, 4]
         if kind == LAYER:
             turns = detail
-            c.count[NEEDED] += turns
+            c.tally[NEEDED] += turns
             start = c.time[NOW] + rates.layer  # the router's answer
             c.time[NOW] = start
             drain(c, rates, start)
         elif kind == HIT:
             ready = start
-            c.count[HITS] += 1
+            c.tally[HITS] += 1
             if detail:
-                c.count[FRESH] += 1
+                c.tally[FRESH] += 1
                 if c.waiting[slot] >= 0:  # asked for, not begun: now it goes first
                     c.queue[c.waiting[slot] % c.queue.shape[0]] = -1
                     c.waiting[slot] = -1
                     carry(c, rates, slot, start)
                 if c.arrival[slot] > start:
-                    c.count[LATE] += 1
+                    c.tally[LATE] += 1
                     ready = c.arrival[slot]
             c.time[NOW] = max(c.time[NOW], ready) + rates.expert
             c.done[turn] = c.time[NOW]
             turn += 1
         elif kind == MISS:
-            c.count[MISSES] += 1
+            c.tally[MISSES] += 1
             free = start if detail < 0 else max(start, c.done[detail])
             ready = carry(c, rates, slot, free)
             c.time[NOW] = max(c.time[NOW], ready) + rates.expert
             c.done[turn] = c.time[NOW]
             turn += 1
         elif kind == PREFETCH:
-            c.count[PREFETCHED] += 1
+            c.tally[PREFETCHED] += 1
             enqueue(c, rates, slot)
         elif kind == WASTED:
-            c.count[WASTES] += 1
+            c.tally[WASTES] += 1
     if turns:
         c.time[STALL] += c.time[NOW] - start - turns * rates.expert

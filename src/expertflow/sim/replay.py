@@ -117,7 +117,7 @@ class Outcome:
 
 
 @compiled
-def _run_step(
+def _run_step(  # noqa: PLR0913, PLR0917 - state of three parts, each used as it is
     t: Tables,
     planes: Planes,
     demand: npt.NDArray[np.float64],
@@ -126,7 +126,7 @@ def _run_step(
     c: Clock,
     rates: Rates,
 ) -> None:
-    missed = c.count[MISSES]
+    missed = c.tally[MISSES]
     t.cursor[LOG] = 0
     open_step(t, planes, demand, rules)
     tick(c, rates, t.log, 0, t.cursor[LOG])
@@ -137,7 +137,7 @@ def _run_step(
         run_layer(t, planes, demand, rules, layer, needed[layer])
         tick(c, rates, t.log, 0, t.cursor[LOG])
     t.cursor[LOG] = 0
-    c.count[CLEAN] += missed == c.count[MISSES]
+    c.tally[CLEAN] += missed == c.tally[MISSES]
 
 
 @compiled
@@ -204,7 +204,7 @@ def replay(
 
 
 def _outcome(workload: Workload, strategy: Strategy, slots: int, cost: Cost, clock: Clock) -> Outcome:
-    header, count = workload.trace.header, clock.count.tolist()
+    header, count = workload.trace.header, clock.tally.tolist()
     compute = len(workload) * header.layers * cost.layer_us + count[NEEDED] * cost.expert_us
     return Outcome(
         strategy=strategy.name,

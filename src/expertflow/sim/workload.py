@@ -61,7 +61,7 @@ class Workload:
         return Step(number, self.trace.rows.tokens[rows], self.needed[number], self.trace.rows.experts[rows])
 
     def _rows(self, number: int) -> npt.NDArray[Any]:
-        rows = self.members[number]
+        rows: npt.NDArray[np.int64] = self.members[number]
         return rows if rows[-1] >= 0 else rows[rows >= 0]
 
 
@@ -95,7 +95,8 @@ def live_sequences(trace: Trace, batch: int, groups: int = 1, seed: int = 0) -> 
 
 def _fill(waiting: list[npt.NDArray[np.int64]], batch: int) -> npt.NDArray[np.int64]:
     """Place by place, sequence after sequence: always the next one to the place that is free first."""
-    ends, places = np.zeros(batch, dtype=np.int64), [[] for _ in range(batch)]  # type: list[list[npt.NDArray[np.int64]]]
+    ends = np.zeros(batch, dtype=np.int64)
+    places: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(batch)]
     for part in waiting:
         place = int(np.argmin(ends))
         places[place].append(part)

@@ -52,10 +52,10 @@ def import_folder(folder: Path, *, model: str = "", experts: int | None = None, 
     step = np.zeros(len(ids), dtype=np.int32)
     tokens = np.full(len(ids), UNKNOWN_TOKEN, dtype=np.int32)
     for index, entry in enumerate(sequences):
-        rows = slice(entry["offset"], entry["offset"] + entry["n_rows"])
-        sequence[rows], step[rows] = index, np.arange(entry["n_rows"])
+        place = slice(entry["offset"], entry["offset"] + entry["n_rows"])
+        sequence[place], step[place] = index, np.arange(entry["n_rows"])
         if line := texts.get(entry["offset"]):
-            tokens[rows] = [number[text] for text in line]
+            tokens[place] = [number[text] for text in line]
     listed = sequence >= 0
     rows = Rows(
         ids.astype(header.dtype), weights.astype(np.float16), tokens,

@@ -1,0 +1,92 @@
+"""How far must the future be known, and how well? Retention with perfect and with imperfect knowledge.
+
+Replays a trace with the default policy (`next-use`, no prefetch) and hands it this step's true path and further steps:
+perfectly (0, 1, 2, 4, 8 steps, all of them: Belady), or the next step only, each expert known with probability q and
+false alarms at the same rate. Merged batches and two groups taking turns.
+
+usage: horizon_study.py TRACE RESULT.json [--steps N]
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from expertflow.cache.forecast import PredictedPath, Recorded, Step, blur
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.sim.clock import Cost
+from expertflow.sim.replay import replay
+from expertflow.sim.workload import Workload, live_sequences
+from expertflow.trace.format import load_trace
+
+HORIZONS = (0, 1, 2, 4, 8, None)
+QUALITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+CASES = ((4, 1, 192), (4, 1, 384), (8, 2, 192), (8, 2, 384), (8, 1, 384), (8, 1, 192), (4, 2, 192), (1, 1, 192))
+"""Live sequences, groups, slots of 768."""
+
+
+def imperfect(workload: Workload, quality: float) -> PredictedPath:
+    """This step's truth, and the next step as a calibrated guess of the given recall and precision."""
+
+    def predict(step: Step) -> np.ndarray:
+        now = workload.needed[step.number].astype(np.float64)
+        if step.number + 1 >= len(workload):
+            return now[None]
+        truth = workload.needed[step.number + 1]
+        guess = blur(truth, quality, np.random.default_rng((7, step.number)))
+        count = truth.sum(axis=1, keepdims=True)
+        missed = (1 - quality) * count / np.maximum(truth.shape[1] - count, 1)
+        return np.stack([now, np.where(guess > 0, quality, np.minimum(missed, quality))])
+
+    return PredictedPath(predict)
+
+
+def run_case(path: Path, case: tuple[int, int, int], steps: int) -> dict[str, object]:
+    """One workload and number of slots, every amount of knowledge."""
+    batch, groups, slots = case
+    trace = load_trace(path).without("repetition")
+    drawn = live_sequences(trace, batch, groups)
+    workload = Workload(trace=trace, members=drawn.members[:steps], batch=batch, groups=groups)
+    row, cost = STRATEGIES["next-use"], Cost()
+    forecasts = {"nothing": None}
+    forecasts |= {"all" if h is None else f"+{h}": Recorded(workload.needed, h or 0) for h in HORIZONS if h is not None}
+    forecasts |= {f"q={quality}": imperfect(workload, quality) for quality in QUALITIES}
+    found: dict[str, object] = {"batch": batch, "groups": groups, "slots": slots, "steps": len(workload)}
+    for name, forecast in forecasts.items():
+        outcome = replay(workload, row, slots, cost, forecast=forecast)
+        found[name] = {"kept_ratio": round(outcome.kept_ratio, 4), "loads_per_token": round(outcome.loads / outcome.tokens, 3)}
+    best = replay(workload, STRATEGIES["oracle"], slots, cost)
+    found["all"] = {"kept_ratio": round(best.kept_ratio, 4), "loads_per_token": round(best.loads / best.tokens, 3)}
+    return found
+
+
+def main() -> None:
+    """Run every case, write the result, print a line a case."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--steps", type=int, default=4000)
+    options = parser.parse_args()
+    cases = []
+    with ProcessPoolExecutor(2) as pool:
+        jobs = [pool.submit(run_case, options.trace, case, options.steps) for case in CASES]
+        for job in jobs:
+            cases.append(job.result())
+            print(json.dumps(cases[-1]), flush=True)
+            result = {
+                "benchmark": "horizon_study",
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
+                "config": {"trace": options.trace.name, "steps": options.steps, "policy": "next-use", "seed": 0},
+                "cases": cases,
+            }
+            options.result.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
