@@ -59,7 +59,10 @@ def run_case(path: Path, case: tuple[int, int, int], steps: int) -> dict[str, ob
     found: dict[str, object] = {"batch": batch, "groups": groups, "slots": slots, "steps": len(workload)}
     for name, forecast in forecasts.items():
         outcome = replay(workload, row, slots, cost, forecast=forecast)
-        found[name] = {"kept_ratio": round(outcome.kept_ratio, 4), "loads_per_token": round(outcome.loads / outcome.tokens, 3)}
+        found[name] = {
+            "kept_ratio": round(outcome.kept_ratio, 4),
+            "loads_per_token": round(outcome.loads / outcome.tokens, 3),
+        }
     best = replay(workload, STRATEGIES["oracle"], slots, cost)
     found["all"] = {"kept_ratio": round(best.kept_ratio, 4), "loads_per_token": round(best.loads / best.tokens, 3)}
     return found

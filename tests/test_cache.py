@@ -123,9 +123,7 @@ def test_events_tell_the_whole_story(strategy: str, slots: int, steps: list[list
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(steps=routing, slots=slot_counts)
 @settings(max_examples=30)
-def test_every_prefetched_expert_ends_as_used_or_wasted(
-    strategy: str, slots: int, steps: list[list[set[int]]]
-) -> None:
+def test_every_prefetched_expert_ends_as_used_or_wasted(strategy: str, slots: int, steps: list[list[set[int]]]) -> None:
     """After the run, loads ahead = first uses of them + wasted ones, and bytes moved = loads x row bytes."""
     controller, _, counters = make(strategy, slots, steps)
     for step in steps:
@@ -193,9 +191,7 @@ def test_global_lru_is_lru(steps: list[list[set[int]]], slots: int) -> None:
 @pytest.mark.parametrize("strategy", ["lru-global", "lfu", "oracle"])
 @given(steps=routing, slots=slot_counts, more=st.integers(1, 6))
 @settings(max_examples=60)
-def test_more_slots_never_mean_more_misses(
-    strategy: str, steps: list[list[set[int]]], slots: int, more: int
-) -> None:
+def test_more_slots_never_mean_more_misses(strategy: str, steps: list[list[set[int]]], slots: int, more: int) -> None:
     """Stack policies over single accesses: a larger pool contains the smaller one's experts."""
     single = [[{expert}] for step in steps for layer in step[:1] for expert in sorted(layer)]
     few, many = (total_loads(strategy, min(count, EXPERTS), single) for count in (slots, slots + more))

@@ -152,9 +152,7 @@ def test_a_foreseen_load_overlaps_and_a_late_one_is_counted() -> None:
     assert late.seconds < demand.seconds
 
 
-def _trace_of(
-    steps: list[list[list[int]]], experts: int, top_k: int = 2, sequences: list[int] | None = None
-) -> Trace:
+def _trace_of(steps: list[list[list[int]]], experts: int, top_k: int = 2, sequences: list[int] | None = None) -> Trace:
     ids = np.array(steps, dtype=np.uint8)
     made = make_trace(len(steps), ids.shape[1], experts, top_k)
     number = np.array(sequences if sequences is not None else [0] * len(steps), dtype=np.int32)
@@ -193,9 +191,7 @@ def test_next_uses_are_those_of_a_plain_search() -> None:
             assert found[step, layer, expert] == (step + later[0] if len(later) else 1e8)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: PreviousStep(24, 32), lambda: Frequency(24, 32), lambda: TokenCounts(24, 32)]
-)
+@pytest.mark.parametrize("make", [lambda: PreviousStep(24, 32), lambda: Frequency(24, 32), lambda: TokenCounts(24, 32)])
 def test_forecasts_learn(make: object, real: Trace) -> None:
     """Each learning forecast ranks a step's true experts above the others far better than chance (1/8)."""
     workload = live_sequences(real, 1)
@@ -255,9 +251,7 @@ def test_bad_wishes_are_refused(real: Trace, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'oracle'"):
         STRATEGIES["oracle"].make_forecast(Setting(layers=2, experts=4))
     save_trace(make_trace(20), tmp_path / "t.trace")
-    grid = Grid(
-        trace=tmp_path / "t.trace", slots=("1",), batches=(1,), strategies=("lru",), cost=Cost(), skip=""
-    )
+    grid = Grid(trace=tmp_path / "t.trace", slots=("1",), batches=(1,), strategies=("lru",), cost=Cost(), skip="")
     with pytest.raises(ConfigError, match="slots=1 is less"):
         run_grid(grid, lambda _: None)
 
