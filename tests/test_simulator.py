@@ -52,8 +52,7 @@ def outcomes(real: Trace) -> dict[tuple[str, int, int], Outcome]:
     return found
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize("slots", [2, 5, 12])
+@pytest.mark.parametrize(("model_type", "slots"), [("mixtral", 2), ("gpt_oss", 5), ("mixtral", 12)])
 def test_engine_and_simulator_tell_the_same_events(
     model_type: str, slots: int, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
