@@ -5,8 +5,10 @@ it and is translated to machine code together with it. So the simulator decides 
 runs. Knows nothing of what the functions do.
 """
 
+import hashlib
 from collections.abc import Callable
-from typing import TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from numba import njit
 from numba.extending import register_jitable
@@ -20,5 +22,17 @@ def shared(function: Function) -> Function:
 
 
 def compiled(function: Function) -> Function:
-    """Translate a function at its first call; the result is kept on disk for the next process."""
-    return cast("Function", njit(cache=True, nogil=True)(function))
+    """Translate a function at its first call; the result is kept on disk for the next process.
+
+    Numba takes a kept result for fresh as long as the function's own file has not changed. Here it is also stale when
+    any file of the rooms that decide has: the digest of all of them stands in for the file's time stamp.
+    """
+    dispatcher: Any = njit(cache=True, nogil=True)(function)
+    dispatcher._cache._cache_file._source_stamp = _digest()  # noqa: SLF001 - numba has no public way
+    return cast("Function", dispatcher)
+
+
+def _digest() -> str:
+    rooms = Path(__file__).parents[1]
+    files = sorted(path for room in ("cache", "sim") for path in (rooms / room).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -117,6 +117,23 @@ class Outcome:
 
 
 @compiled
+def _open_step(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rules) -> None:
+    open_step(t, planes, demand, rules)
+
+
+@compiled
+def _run_layer(
+    t: Tables,
+    planes: Planes,
+    demand: npt.NDArray[np.float64],
+    rules: Rules,
+    layer: int,
+    needed: npt.NDArray[np.bool_],
+) -> None:
+    run_layer(t, planes, demand, rules, layer, needed)
+
+
+@compiled
 def _run_step(  # noqa: PLR0913, PLR0917 - state of three parts, each used as it is
     t: Tables,
     planes: Planes,
@@ -128,13 +145,13 @@ def _run_step(  # noqa: PLR0913, PLR0917 - state of three parts, each used as it
 ) -> None:
     missed = c.tally[MISSES]
     t.cursor[LOG] = 0
-    open_step(t, planes, demand, rules)
+    _open_step(t, planes, demand, rules)
     tick(c, rates, t.log, 0, t.cursor[LOG])
     for layer in range(needed.shape[0]):
         if not np.any(needed[layer]):
             continue
         t.cursor[LOG] = 0
-        run_layer(t, planes, demand, rules, layer, needed[layer])
+        _run_layer(t, planes, demand, rules, layer, needed[layer])
         tick(c, rates, t.log, 0, t.cursor[LOG])
     t.cursor[LOG] = 0
     c.tally[CLEAN] += missed == c.tally[MISSES]
@@ -228,23 +245,6 @@ def _outcome(workload: Workload, strategy: Strategy, slots: int, cost: Cost, clo
         link_seconds=float(clock.time[BUSY]) / 1e6,
         compute_seconds=compute / 1e6,
     )
-
-
-@compiled
-def _open_step(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rules) -> None:
-    open_step(t, planes, demand, rules)
-
-
-@compiled
-def _run_layer(
-    t: Tables,
-    planes: Planes,
-    demand: npt.NDArray[np.float64],
-    rules: Rules,
-    layer: int,
-    needed: npt.NDArray[np.bool_],
-) -> None:
-    run_layer(t, planes, demand, rules, layer, needed)
 
 
 def replay_events(
