@@ -61,7 +61,19 @@ def _circumstances(result: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"host-execution": host_execution}
+def policies() -> str:
+    """Share of needs kept, by strategy, slots and live sequences, on the gpt-oss-20b trace."""
+    cells = json.loads((RESULTS / "simulate_gpt_oss_20b.json").read_text())["cells"]
+    names = list(dict.fromkeys(cell["strategy"] for cell in cells))
+    kept = {(cell["batch"], cell["share"], cell["strategy"]): cell["kept_ratio"] for cell in cells}
+    lines = [f"| live sequences | slots | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for batch, share in dict.fromkeys((batch, share) for batch, share, _ in kept):
+        row = (f"{kept[batch, share, name]:.3f}" for name in names)
+        lines.append(f"| {batch} | {share:.1%} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"host-execution": host_execution, "policies": policies}
 
 
 def fill(text: str) -> str:

@@ -1,11 +1,15 @@
 """Law 3: measured peak device memory is at most what was planned, and what was planned is at most the budget."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.build import prepare
+from expertflow.errors import ClosedError, ConfigError
 from expertflow.models.families import FAMILIES
 
 LENGTH, BATCH, CHUNK = 48, 3, 60
@@ -71,3 +75,28 @@ def test_a_larger_budget_buys_more_slots(make_checkpoint: MakeCheckpoint) -> Non
         plan = prepare(folder, EngineConfig(**options, gpu_memory=one.total + more * one.row)).plan
         assert plan.slots == min(1 + more, 24)
         assert plan.total <= one.total + more * one.row
+
+
+def test_memory_that_cannot_be_planned_is_not_promised(make_checkpoint: MakeCheckpoint) -> None:
+    """A budget for a model with state-space layers is refused, since the plan does not cover their state."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "head_dim": 16}
+    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8}
+    moe = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1,
+           "moe_shared_expert_intermediate_size": 32, "intermediate_size": 64}  # fmt: skip
+    layers = {"layers_block_type": ["mamba", "moe", "attention"]}
+    folder = make_checkpoint("nemotron_h", **sizes, **mamba, **moe, **layers)
+    with pytest.raises(ConfigError, match=r"cannot be promised.*state slots"):
+        prepare(folder, EngineConfig(device="cpu", gpu_memory="1GiB"))
+    assert prepare(folder, EngineConfig(device="cpu", slots=3, max_length=32)).plan.slots == 3
+
+
+def test_a_closed_model_gives_its_memory_back(make_checkpoint: MakeCheckpoint) -> None:
+    """After `close` store and slots are gone, using the model is a clear error, and closing again is fine."""
+    llm = LLM(make_checkpoint("mixtral"), device="cpu", max_length=32)
+    parts = [weakref.ref(llm._offloaded.store.buffer.untyped_storage()), weakref.ref(llm._offloaded._provider._pool)]
+    llm.close()
+    gc.collect()
+    assert [part() for part in parts] == [None, None]
+    with pytest.raises(ClosedError, match="was closed"):
+        llm.generate([3, 4, 5])
+    llm.close()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -121,7 +122,8 @@ def test_an_id_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch, make_
     """A Hugging Face id is fetched: weights as safetensors, configs and tokenizer, and nothing else."""
     asked: list[tuple] = []
 
-    def fetch(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def fetch(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
+        assert not local_files_only
         asked.append((name, allow_patterns, ignore_patterns))
         return str(make_checkpoint("qwen3_moe"))
 
@@ -258,3 +260,84 @@ def test_planning_reads_no_weights(model_type: str, make_checkpoint: MakeCheckpo
     plan = prepare(folder, EngineConfig(device="cpu", slots="50%", max_length=64)).plan
     assert plan.slots == 12
     assert plan.host == 24 * plan.row
+
+
+def _save_changed(folder: Path, key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / SINGLE_NAME)
+    tensors[key] = change(tensors[key]).contiguous()
+    save_file(tensors, folder / SINGLE_NAME, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda w: w.half(), CheckpointError, "'lm_head.weight' is stored as float16, the config says float32"),
+        (lambda w: w.to(torch.int8), UnsupportedModelError, "'lm_head.weight' is stored as I8"),
+        (lambda w: w[:, :-1], CheckpointError, r"'lm_head.weight' is \[96, 63\], the config says \[96, 64\]"),
+    ],
+)
+def test_dense_weights_that_disagree_with_the_config(
+    folder: Path, change: Callable, error: type[Exception], match: str
+) -> None:
+    """Dense weights are checked from their headers, by plan and run alike."""
+    _save_changed(folder, "lm_head.weight", change)
+    refused(folder, error, match)
+    with pytest.raises(error, match=match):
+        prepare(folder, EngineConfig(device="cpu"))
+
+
+def test_dense_weights_are_converted_when_asked(folder: Path) -> None:
+    """Stating a dtype is asking for conversion."""
+    _save_changed(folder, "lm_head.weight", lambda w: w.half())
+    with LLM(folder, device="cpu", dtype="float32", max_length=16) as llm:
+        assert llm._offloaded.model.lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "abc"},
+        {"max_position_embeddings": "many"},
+        {"hidden_act": "no_such_function"},
+        {"num_attention_heads": 0},
+        {"num_experts_per_tok": 99},
+        {"pad_token_id": 10_000},
+    ],
+)
+def test_nonsense_in_the_config(folder: Path, changes: dict) -> None:
+    """Values no model can be built from are refused as what they are."""
+    _edit_config(folder, **changes)
+    refused(folder, CheckpointError, "config.json")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"x": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+    ],
+)
+def test_header_of_wrong_types(folder: Path, header: object) -> None:
+    """Valid JSON that is no safetensors header is refused."""
+    raw = json.dumps(header).encode()
+    (folder / SINGLE_NAME).write_bytes(struct.pack("<Q", len(raw)) + raw + b"\x00" * 64)
+    refused(folder, CheckpointError, "model.safetensors")
+
+
+def test_index_of_wrong_types(sharded: Path) -> None:
+    """An index whose shards are no names is refused."""
+    (sharded / INDEX_NAME).write_text('{"weight_map": {"a": 3}}')
+    refused(sharded, CheckpointError, "names shards that are no text")
+
+
+def test_broken_tokenizer(folder: Path) -> None:
+    """A tokenizer that cannot be read is named."""
+    (folder / "tokenizer.json").write_text("{broken")
+    refused(folder, CheckpointError, "the tokenizer in .* cannot be loaded", max_length=16)
+
+
+def test_a_family_the_caches_cannot_serve(folder: Path) -> None:
+    """A registry family that would fail while generating is refused before loading."""
+    _edit_config(folder, model_type="minimax")
+    refused(folder, UnsupportedModelError, "needs a cache class of its own")

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams, from_pretrained
+from expertflow.cache.strategy import STRATEGIES
 from expertflow.engine.request import Request
 from expertflow.engine.sampler import choose, make_generator
 from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
+from expertflow.models import experts
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, top_k=20, top_p=0.95, seed=4)
@@ -119,6 +121,23 @@ def test_streamed_text_never_shows_a_stop_text(text: str, stops: list[str]) -> N
     assert request.finish_reason == ("stop" if any(stop in whole for stop in stops) else "length")
 
 
+class Stripping:
+    """A decoder that drops the space a text begins with, as SentencePiece tokenizers do."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:  # noqa: ARG002
+        return "".join([" the", " sea", " was", " calm"][token] for token in token_ids).removeprefix(" ")
+
+
+def test_text_continues_the_prompt() -> None:
+    """The space between prompt and first generated word survives tokenizers that strip leading spaces."""
+    request = Request(
+        index=0, prompt="the sea was", prompt_token_ids=(0, 1, 2), params=SamplingParams(), ends=(), limit=2,
+        decoder=Stripping(),
+    )  # fmt: skip
+    request.append(3)
+    assert request.append(2).output.text == " calm was"
+
+
 def test_sampling_follows_the_probabilities() -> None:
     """Frequencies of many draws match softmax; top-k and top-p cut the tail and renormalise."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
@@ -178,6 +197,40 @@ def test_text_needs_a_tokenizer(make_checkpoint: MakeCheckpoint, tmp_path: Path)
         assert len(llm.generate([3, 4, 5], GREEDY)[0].token_ids) == 6
         with pytest.raises(PromptError, match=r"no tokenizer.*token ids"):
             llm.generate("text")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("slots", [1, 4, 9])
+def test_an_interrupted_step_leaves_nothing_wrong(
+    strategy: str, slots: int, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever expert an error or Ctrl-C falls into, what is generated afterwards is right."""
+    if STRATEGIES[strategy].needs_future:
+        pytest.skip("needs a recording; it shares the code under test")
+    model = from_pretrained(make_checkpoint("qwen3_moe"), slots=slots, strategy=strategy)
+    device = model.device
+    ids = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(2)).to(device)
+    one = torch.tensor([[7]], device=device)
+    with torch.inference_mode():
+        whole, single = model(ids).logits, model(one).logits
+        mlp, calls = experts._registry_mlp, [0]
+
+        def failing(*arguments: object) -> torch.Tensor:
+            calls[0] -= 1
+            if calls[0] == 0:
+                raise KeyboardInterrupt
+            return mlp(*arguments)
+
+        monkeypatch.setattr(experts, "_registry_mlp", failing)
+        for place in range(1, 18, 3):
+            calls[0] = place
+            with pytest.raises(KeyboardInterrupt):
+                model(ids)
+            model.expertflow.controller.table.check_integrity()
+            calls[0] = 0
+            assert torch.equal(model(one).logits, single), place
+            assert torch.equal(model(ids).logits, whole), place
+    model.expertflow.close()
 
 
 def test_length_beyond_the_context_is_refused(make_checkpoint: MakeCheckpoint) -> None:

@@ -172,7 +172,7 @@ def test_the_meter_counts_what_is_alive() -> None:
 
 def test_too_little_host_memory_is_refused_before_loading() -> None:
     """The error says what is needed and what there is, for the machine and for a stated limit."""
-    with pytest.raises(HostMemoryError, match=r"need 1024.00 GiB of host memory, .* free on this host"):
+    with pytest.raises(HostMemoryError, match=r"needs 1024.00 GiB of host memory, .* free on this host"):
         check_host_memory(2**40 * 1, None)
     with pytest.raises(HostMemoryError, match="allowed by host_memory"):
         check_host_memory(11, 10)

@@ -102,7 +102,12 @@ class SamplingParams(_Checked):
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
         _require(self.max_tokens >= 1, f"max_tokens={self.max_tokens} is too small", "Use 1 or more.")
-        _require(self.temperature >= 0, f"temperature={self.temperature} is negative", "Use 0 (greedy) or more.")
+        _require(
+            self.temperature == 0 or self.temperature >= 1e-3,
+            f"temperature={self.temperature} is {'negative' if self.temperature < 0 else 'too small'}",
+            "Use 0 (greedy), or 0.001 and more.",
+        )
+        _require(0 <= self.seed < 2**63, f"seed={self.seed} is out of range", "Use 0 to 2**63 - 1.")
         _require(self.top_k >= 0, f"top_k={self.top_k} is negative", "Use 0 (no limit) or more.")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} is not a probability", "Use a value in (0, 1].")
         if isinstance(self.stop, str):

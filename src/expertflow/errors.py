@@ -54,6 +54,10 @@ class UnsupportedModelError(ExpertFlowError):
     """The model is not an MoE, or not of a family this package can run exactly."""
 
 
+class ClosedError(ExpertFlowError):
+    """The model was closed and its memory given back."""
+
+
 class PromptError(ExpertFlowError):
     """A prompt is empty, unreadable, or longer than the model's context."""
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 
 from expertflow.errors import ConfigError
 
@@ -65,8 +66,8 @@ def parse_slots(text: str | int, total: int) -> int:
     """
     raw = str(text).strip()
     try:
-        slots = math.floor(float(raw[:-1]) / 100 * total) if raw.endswith("%") else int(raw)
-    except ValueError as error:
+        slots = math.floor(Fraction(raw[:-1]) * total / 100) if raw.endswith("%") else int(raw)
+    except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"slots={text!r} is neither a count nor a share", "Write it like 96 or 25%.") from error
     if slots < 1:
         raise ConfigError(

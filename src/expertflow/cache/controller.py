@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.cache.core import LOG, Planes, Rules, Tables, close, make_tables
+from expertflow.cache.core import LOG, Planes, Rules, Tables, close, forget, make_tables
 from expertflow.cache.forecast import Forecast, Step
 from expertflow.cache.policy import Outlook, Usage
 from expertflow.cache.prefetch import open_step, run_layer
@@ -140,6 +140,12 @@ class CacheController:
         """The copies decided since the last call that run ahead of their layer, in order."""
         loads, self._loads = self._loads, []
         return loads
+
+    def forget(self) -> None:
+        """Empty every slot: what was decided was not carried out, so what the slots hold is unknown."""
+        forget(self._tables)
+        self._drain()
+        self._loads = []
 
     def end_step(self) -> None:
         """Learn from the step that is over; `begin_step` does it for the one before."""

@@ -284,6 +284,16 @@ def carry_out(t: Tables, now: int) -> None:
     t.cursor[PENDING] = kept
 
 
+def forget(t: Tables) -> None:
+    """Evict everybody, and the running plan with them."""
+    t.cursor[LOG] = 0
+    for slot in np.flatnonzero(t.owner != EMPTY):
+        evict(t, int(slot))
+    t.pinned[:] = False
+    t.turn[:] = -1
+    t.cursor[PENDING] = 0
+
+
 @shared
 def close(t: Tables) -> None:
     """The end: what was prefetched and never used is told as wasted."""

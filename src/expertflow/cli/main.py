@@ -1,7 +1,7 @@
 """The command `expertflow`: options of every command, and nothing else.
 
 Each command's work is in a module of its own, imported when it runs. Errors of our tree become one clear line and
-exit code 2; Ctrl-C becomes exit code 130.
+exit code 2; Ctrl-C ends with exit code 130, as typer does it.
 """
 
 from importlib import import_module
@@ -239,9 +239,6 @@ def main() -> None:
     except ExpertFlowError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def main(*, model: str | None, engine: dict[str, Any], as_json: bool) -> None:
     transformers_logging.set_verbosity_error()
     wanted = {key: value for key, value in engine.items() if value is not None}
     wanted.setdefault("max_batch", 1)
-    prepared = prepare(model or shipped_model(), EngineConfig.from_mapping(wanted))
+    prepared = prepare(shipped_model() if model is None else model, EngineConfig.from_mapping(wanted), fetch=False)
     if as_json:
         print(json.dumps(as_dict(prepared.plan)))  # noqa: T201 - the output
     else:
@@ -71,11 +71,10 @@ def _show(plan: Plan, folder: str) -> None:
 def _meaning(plan: Plan) -> str:
     """What the slots are worth, in the terms of the model."""
     a_layer = plan.slots / plan.shape.layers
-    least = plan.dense + plan.kv + plan.workspace + plan.row
     text = (
         f"{a_layer:.1f} slots a layer; a token uses {plan.shape.top_k} of {plan.shape.experts} experts a layer. "
         f"With nothing kept, a token moves {format_bytes(plan.shape.layers * plan.shape.top_k * plan.row)}."
     )
     if plan.slots >= plan.shape.total_experts:
         return text + " Every expert fits: after the first use nothing is moved."
-    return text + f" The least budget that works is {format_bytes(least)}."
+    return text + f" The least budget that works is {format_bytes(plan.least)} ({plan.least} bytes)."

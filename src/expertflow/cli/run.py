@@ -37,7 +37,7 @@ def main(
     wanted = {key: value for key, value in engine.items() if value is not None}
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
-    folder = resolve(model or shipped_model())
+    folder = resolve(shipped_model() if model is None else model)
     wanted = {**_needs(folder, prompts, params), **wanted}
     with LLM(folder, progress=console.is_terminal and not as_json, **wanted) as llm:
         outputs: list[RequestOutput] = []
@@ -61,8 +61,14 @@ def _needs(folder: Path, prompts: list[str], params: SamplingParams) -> dict[str
     batch = min(len(prompts), _LARGEST_BATCH)
     if not lengths:
         return {"max_batch": batch}
+    if 0 in lengths:
+        raise PromptError(f"prompt {lengths.index(0)} is empty", "Give at least one token.")
     longest = max(lengths)
     most = context_of(folder)
+    if most is not None and longest >= most:
+        raise PromptError(
+            f"prompt {lengths.index(longest)} has {longest} tokens; with one to generate, {most} fit", "Shorten it."
+        )
     length = max(2, longest + params.max_tokens if most is None else min(longest + params.max_tokens, most))
     return {"max_batch": batch, "max_length": length, "prefill_chunk": min(_LARGEST_PASS, max(1, longest * batch))}
 
@@ -155,7 +161,7 @@ def _summary(llm: LLM, console: Console) -> None:
     stats, plan = llm.stats, llm.plan
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     budget = "none stated" if plan.budget is None else format_bytes(plan.budget)
-    rows = (
+    rows: tuple[tuple[str, str], ...] = (
         ("budget", f"{budget} on {plan.device}"),
         (
             "measured peak",
@@ -166,6 +172,11 @@ def _summary(llm: LLM, console: Console) -> None:
         ("loads", f"{stats.cache.loads}, {format_bytes(stats.cache.bytes_moved)} moved"),
         ("speed", f"{stats.tokens} tokens in {stats.seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s"),
     )
+    if plan.budget is not None and stats.peak_bytes > plan.budget:
+        rows = (
+            *rows,
+            ("[red]over budget[/]", f"by {format_bytes(stats.peak_bytes - plan.budget)}: please report this"),
+        )
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", value)
     console.print()

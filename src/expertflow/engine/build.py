@@ -16,7 +16,7 @@ from expertflow.config import EngineConfig
 from expertflow.engine.observe import StepObserver, step_tokens, tell_all
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.provider import CachedExperts
-from expertflow.errors import DeviceError
+from expertflow.errors import BudgetError, ClosedError, DeviceError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
@@ -24,11 +24,11 @@ from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_host_memory
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.models.checkpoint import resolve, walk
-from expertflow.models.load import bind_experts, fill_rows, load_dense
-from expertflow.models.mapping import ExpertPiece, map_experts
+from expertflow.models.load import bind_experts, fill_rows, load_dense, unbind_experts
+from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
-from expertflow.units import parse_bytes
+from expertflow.units import format_bytes, parse_bytes
 
 
 def resolve_device(device: str) -> torch.device:
@@ -54,7 +54,9 @@ class Prepared:
     plan: Plan
 
 
-def prepare(model: str | Path, config: EngineConfig, forecast: Forecast | None = None) -> Prepared:
+def prepare(
+    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, *, fetch: bool = True
+) -> Prepared:
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
     Raises:
@@ -63,8 +65,10 @@ def prepare(model: str | Path, config: EngineConfig, forecast: Forecast | None =
     strategy = find_strategy(config.strategy)  # before anything is read
     if forecast is None:
         strategy.check_future(None)
-    skeleton = build_skeleton(resolve(model), config.dtype)
-    pieces = map_experts(skeleton, walk(skeleton.folder), convert=config.dtype != "auto")
+    skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype)
+    tensors, convert = walk(skeleton.folder), config.dtype != "auto"
+    pieces = map_experts(skeleton, tensors, convert=convert)
+    check_dense(skeleton, tensors, convert=convert)
     plan = make_plan(config, shape_of(skeleton), resolve_device(config.device).type)
     return Prepared(skeleton=skeleton, pieces=pieces, plan=plan)
 
@@ -85,9 +89,7 @@ class OffloadedModel:
         self.plan = plan = prepared.plan
         self.skeleton = prepared.skeleton
         self.device = torch.device(plan.device)
-        check_host_memory(
-            plan.host, None if config.host_memory is None else parse_bytes(config.host_memory, "host_memory")
-        )
+        _check_memory(plan, config)
         if self.device.type == "cuda":
             cuda_meter = CudaMeter(self.device)
         layout = RowLayout.of(plan.shape.specs)
@@ -110,12 +112,11 @@ class OffloadedModel:
         )
         self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
         self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
-        self._provider = CachedExperts(self.controller, self._transfer, pool)
+        self._provider: CachedExperts | None = CachedExperts(self.controller, self._transfer, pool)
         bind_experts(self.model, prepared.skeleton, self._provider)
         self.watch()
-        self._hooks = [
-            module.register_forward_pre_hook(self._begin_step, with_kwargs=True) for module in self._steppers()
-        ]
+        for module in self._steppers():
+            module.register_forward_pre_hook(self._begin_step, with_kwargs=True)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
         self.meter: Meter = (
             cuda_meter if self.device.type == "cuda" else CpuMeter(resident, exclude=[self.store.buffer])
@@ -126,6 +127,8 @@ class OffloadedModel:
         return [self.model, self.model.get_encoder()] if self.skeleton.encoder_decoder else [self.model]
 
     def _begin_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._provider is None:
+            raise ClosedError("this model was closed", "Load it again.")
         if not self.observers:
             self._provider.begin_step()
             return
@@ -147,14 +150,17 @@ class OffloadedModel:
         self.watch()
 
     def close(self) -> None:
-        """Wait for copies under way and give the host memory back. The model cannot run afterwards."""
+        """Wait for copies under way, give store and slots back. The model cannot run afterwards; closing twice is fine."""
+        if self._provider is None:
+            return
         self.controller.close()
         self._transfer.close()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        unbind_experts(self.model, self.skeleton)
+        self._provider = None
+        del self._transfer
         self.store.close()
-        for hook in self._hooks:
-            hook.remove()
 
 
 def load_model(model: str | Path, config: EngineConfig, forecast: Forecast | None = None) -> OffloadedModel:
@@ -169,6 +175,29 @@ def load_model(model: str | Path, config: EngineConfig, forecast: Forecast | Non
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
     return OffloadedModel(prepare(model, config, forecast), config, forecast)
+
+
+def _check_memory(plan: Plan, config: EngineConfig) -> None:
+    """Refuse before loading what the host or the device cannot hold.
+
+    Raises:
+        HostMemoryError: if the host lacks memory.
+        BudgetError: if the device has less free memory than the plan takes.
+    """
+    if config.host_memory is not None:
+        check_host_memory(plan.host, parse_bytes(config.host_memory, "host_memory"))
+    elif plan.device == "cpu":
+        check_host_memory(plan.host + plan.total, None)
+    else:
+        check_host_memory(plan.host, None)
+    if plan.device == "cuda":
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if plan.total > free:
+            raise BudgetError(
+                f"the plan takes {format_bytes(plan.total)}, the device has {format_bytes(free)} free",
+                "State a smaller gpu_memory or fewer slots.",
+                plan.least,
+            )
 
 
 def _fill(pieces: list[ExpertPiece], store: HostStore, *, show: bool) -> None:

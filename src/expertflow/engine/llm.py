@@ -19,7 +19,7 @@ from expertflow.engine.plan import Plan
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
 from expertflow.engine.runner import Batch, make_batch
 from expertflow.engine.sampler import choose
-from expertflow.errors import PromptError
+from expertflow.errors import CheckpointError, PromptError
 from expertflow.events import CacheCounters
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
@@ -81,7 +81,7 @@ class LLM:
     def __init__(self, model: str | Path | None = None, *, forecast: Forecast | None = None, **options: Any) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
-        self._offloaded: OffloadedModel = load_model(model or shipped_model(), self.config, forecast)
+        self._offloaded: OffloadedModel = load_model(shipped_model() if model is None else model, self.config, forecast)
         self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
@@ -187,6 +187,7 @@ class LLM:
             ends=ends,
             limit=min(params.max_tokens, room),
             decoder=self.tokenizer,
+            continues=not self.plan.shape.encoder_decoder,
         )
 
     def _tokens(self, index: int, prompt: Prompt) -> tuple[int, ...]:
@@ -260,7 +261,7 @@ def from_pretrained(
     Returns:
         The model; its attribute `expertflow` is the `OffloadedModel` (plan, counters, events, `close`).
     """
-    offloaded = load_model(model or shipped_model(), EngineConfig.from_mapping(options), forecast)
+    offloaded = load_model(shipped_model() if model is None else model, EngineConfig.from_mapping(options), forecast)
     offloaded.model.expertflow = offloaded
     return offloaded.model
 
@@ -275,7 +276,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The folder's tokenizer, or None if it has none."""
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be loaded: {error}", "Fetch it again; code of its own is never run."
+        ) from error
     return tokenizer
 
 

@@ -67,6 +67,11 @@ class Plan:
         return self.dense + self.kv + self.workspace + self.slot_bytes
 
     @property
+    def least(self) -> int:
+        """The smallest budget for which the same run works, with a single slot."""
+        return self.dense + self.kv + self.workspace + SlotPool.nbytes(self.row, 1)
+
+    @property
     def resident_total(self) -> int:
         """Device memory the same run takes with every expert resident."""
         return self.dense + self.kv + self.workspace + self.shape.total_experts * self.row
@@ -96,6 +101,12 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str) -> Plan:
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
     budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
+    if budget is not None and shape.unplanned:
+        raise ConfigError(
+            f"gpu_memory={format_bytes(budget)} cannot be promised: the memory of {', '.join(shape.unplanned)} layers of "
+            f"{shape.model_type!r} is not planned",
+            "Leave the budget out and state slots.",
+        )
     fixed = shape.dense_bytes + kv + workspace
     slots = _slots(config, shape, row, fixed, budget)
     return Plan(

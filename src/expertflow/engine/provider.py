@@ -3,7 +3,8 @@
 Starts every copy as early as its slot allows, so copies of later experts run while earlier ones compute.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +26,17 @@ class CachedExperts:
 
     def begin_step(self, tokens: npt.NDArray[np.int32] | None = None) -> None:
         """A forward pass starts: its plan's first copies start."""
-        self.controller.begin_step(tokens)
-        self._prefetch(self.controller.take_loads())
+        with self._or_forget():
+            self.controller.begin_step(tokens)
+            self._prefetch(self.controller.take_loads())
 
     def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:
         """Yield every needed expert once; its tensors are valid until the generator is resumed."""
-        schedule = self.controller.access(layer, experts)
-        ahead = self.controller.take_loads()
+        with self._or_forget():
+            schedule = self.controller.access(layer, experts)
+            ahead = self.controller.take_loads()
         first = layer * self.controller.table.experts
-        begun = 0
+        begun = reached = 0
         try:
             for turn, access in enumerate(schedule):
                 while begun < len(schedule) and schedule[begun].after < turn:
@@ -42,12 +45,27 @@ class CachedExperts:
                     begun += 1
                 if access.load or access.fresh:
                     self._transfer.wait(access.slot)
+                reached += 1
                 try:
                     yield access.expert, self._pool.views[access.slot]
                 finally:
                     self._transfer.release(access.slot)
         finally:
-            self._prefetch(ahead)  # also when the consumer closes the stream at its last expert
+            # a consumer may close the stream at its last expert; before that, the layer was given up half-way
+            with self._or_forget():
+                if reached < len(schedule):
+                    self.controller.forget()
+                else:
+                    self._prefetch(ahead)
+
+    @contextmanager
+    def _or_forget(self) -> Iterator[None]:
+        """If a decision may not have been carried out (an error, Ctrl-C), no slot is trusted any more."""
+        try:
+            yield
+        except BaseException:
+            self.controller.forget()
+            raise
 
     def _prefetch(self, loads: list[Load]) -> None:
         for load in loads:

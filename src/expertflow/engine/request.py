@@ -12,6 +12,8 @@ from expertflow.config import SamplingParams
 from expertflow.engine.sampler import make_generator
 
 _UNFINISHED = "\ufffd"
+_CONTEXT = 6
+"""Prompt tokens that generated text is decoded behind."""
 
 
 @runtime_checkable
@@ -72,6 +74,7 @@ class Request:
         ends: token ids that end it.
         limit: tokens it may generate at most.
         decoder: makes text of tokens; None if the model has no tokenizer.
+        continues: whether the text continues the prompt (decoder-only) or stands by itself.
     """
 
     index: int
@@ -84,19 +87,23 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
+    continues: bool = True
     _shown: int = 0
-    _read: int = 0
-    _done: int = 0
 
     def __post_init__(self) -> None:
-        """Make the request's random numbers."""
+        """Make the request's random numbers; begin decoding at the prompt's end."""
         self.generator = make_generator(self.params)
+        # some tokenizers drop the space a text begins with, so tokens are decoded behind those that precede them
+        self._ids = list(self.prompt_token_ids[-_CONTEXT:]) if self.continues else []
+        self._done, self._read = 0, len(self._ids)
 
     def append(self, token: int) -> StreamOutput:
         """Take the next token; says what is new and whether this was the last."""
         self.token_ids.append(token)
+        self._ids.append(token)
+        last = token in self.ends or len(self.token_ids) >= self.limit
         if self.decoder is not None:
-            self._decode(self.decoder)
+            self._decode(self.decoder, last=last)
         if token in self.ends:
             self.finish_reason = "stop"
         elif (cut := self._stop_position()) is not None:
@@ -108,13 +115,13 @@ class Request:
         self._shown = max(self._shown, sure)
         return StreamOutput(index=self.index, token_id=token, text=fresh, output=self._output())
 
-    def _decode(self, decoder: Decoder) -> None:
+    def _decode(self, decoder: Decoder, *, last: bool) -> None:
         """Extend the text by what the new tokens say, seen behind the tokens already read."""
-        before = decoder.decode(self.token_ids[self._done : self._read], skip_special_tokens=True)
-        after = decoder.decode(self.token_ids[self._done :], skip_special_tokens=True)
-        if len(after) > len(before) and not after.endswith(_UNFINISHED):
+        before = decoder.decode(self._ids[self._done : self._read], skip_special_tokens=True)
+        after = decoder.decode(self._ids[self._done :], skip_special_tokens=True)
+        if len(after) > len(before) and (last or not after.endswith(_UNFINISHED)):
             self.text += after[len(before) :]
-            self._done, self._read = self._read, len(self.token_ids)
+            self._done, self._read = self._read, len(self._ids)
 
     def _stop_position(self) -> int | None:
         found = [self.text.find(stop) for stop in self.params.stop]

@@ -30,6 +30,7 @@ def choose(logits: Float[Tensor, " V"], params: SamplingParams, generator: torch
     values, tokens = probabilities.sort(descending=True, stable=True)
     if params.top_k:
         values[params.top_k :] = 0
+        values /= values.sum()
     before = values.cumsum(0) - values
     values[before >= params.top_p] = 0
     running = values.double().cumsum(0)

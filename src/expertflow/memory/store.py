@@ -5,6 +5,7 @@ does not round up to powers of two. Knows rows by flat number; refuses to know c
 """
 
 import mmap
+import weakref
 from pathlib import Path
 
 import psutil
@@ -29,15 +30,23 @@ def available_host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         if limit.is_file() and usage.is_file():
             text = limit.read_text().strip()
             if text.isdigit():
-                free = min(free, int(text) - int(usage.read_text()))
+                free = min(free, int(text) - int(usage.read_text()) + _reclaimable(cgroup / "memory.stat"))
     return max(free, 0)
+
+
+def _reclaimable(stat: Path) -> int:
+    """Page cache that the control group counts as used and gives back on demand."""
+    if not stat.is_file():
+        return 0
+    fields = dict(line.split() for line in stat.read_text().splitlines() if line)
+    return int(fields.get("inactive_file", 0))
 
 
 def check_host_memory(needed: int, allowed: int | None) -> None:
     """Refuse before anything is loaded if the store cannot fit.
 
     Args:
-        needed: bytes of the store.
+        needed: bytes of the store, and of everything else where the device is the host.
         allowed: bytes the user allows; None: what is free now.
 
     Raises:
@@ -47,7 +56,7 @@ def check_host_memory(needed: int, allowed: int | None) -> None:
     if needed > limit:
         source = "free on this host" if allowed is None else "allowed by host_memory"
         raise HostMemoryError(
-            f"the experts need {format_bytes(needed)} of host memory, {format_bytes(limit)} is {source}",
+            f"the run needs {format_bytes(needed)} of host memory, {format_bytes(limit)} is {source}",
             "Free memory, use a smaller dtype, or a machine with more of it.",
         )
 
@@ -64,12 +73,19 @@ class HostStore:
     def __init__(self, layout: RowLayout, rows: int, *, pin: bool) -> None:
         """Reserve the memory; pages are touched when rows are written."""
         self.layout = layout
-        self._map = mmap.mmap(-1, rows * layout.row_bytes)
+        try:
+            # private: shared anonymous memory counts as a file, and gets no huge pages
+            memory = mmap.mmap(-1, rows * layout.row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise HostMemoryError(
+                f"the host refused {format_bytes(rows * layout.row_bytes)} for the experts: {error}",
+                "Free memory, use a smaller dtype, or a machine with more of it.",
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self.buffer = torch.frombuffer(self._map, dtype=torch.uint8).view(rows, layout.row_bytes)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.buffer = torch.frombuffer(memory, dtype=torch.uint8).view(rows, layout.row_bytes)
         self._pin = pin
-        self._pinned = False
+        self._unlock: weakref.finalize[..., HostStore] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -86,18 +102,20 @@ class HostStore:
 
     def lock(self) -> None:
         """Page-lock the rows if this store was made for a CUDA device. Call once they are filled."""
-        if self._pin and not self._pinned:
-            code = torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.nbytes, 0)
-            if int(code) != 0:
-                raise HostMemoryError(
-                    f"the driver refused to page-lock {format_bytes(self.nbytes)} (CUDA error {int(code)})",
-                    "Raise the limit on locked memory (ulimit -l) or free host memory.",
-                )
-            self._pinned = True
+        if not self._pin or self._unlock is not None:
+            return
+        address = self.buffer.data_ptr()
+        code = torch.cuda.cudart().cudaHostRegister(address, self.nbytes, 0)
+        if int(code) != 0:
+            raise HostMemoryError(
+                f"the driver refused to page-lock {format_bytes(self.nbytes)} (CUDA error {int(code)})",
+                "Raise the limit on locked memory (ulimit -l) or free host memory.",
+            )
+        # also when the store is dropped without being closed: memory must not go back while it is registered
+        self._unlock = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
 
     def close(self) -> None:
         """Give the memory back; later use of a row is an error."""
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr())
-            self._pinned = False
+        if self._unlock is not None:
+            self._unlock()
         self.buffer = torch.empty(0, 0, dtype=torch.uint8)

@@ -50,8 +50,12 @@ class StoredTensor:
     nbytes: int
 
 
-def resolve(model: str | Path) -> Path:
-    """The checkpoint folder for a path, or for a Hugging Face id (from the local cache, or fetched into it).
+def resolve(model: str | Path, *, fetch: bool = True) -> Path:
+    """The checkpoint folder for a path, or for a Hugging Face id.
+
+    Args:
+        model: folder or id.
+        fetch: whether an id that is not in the local cache may be fetched into it.
 
     Raises:
         CheckpointError: if there is no such folder, and no such model in the cache or on the hub.
@@ -63,10 +67,13 @@ def resolve(model: str | Path) -> Path:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name!r} is not a folder", "Give a checkpoint folder or a Hugging Face id.")
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(
+            snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=not fetch)
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
         raise CheckpointError(
-            f"{name!r} is neither a folder nor in the Hugging Face cache, and cannot be fetched: {str(error).splitlines()[0]}",
+            f"{name!r} is neither a folder nor in the Hugging Face cache"
+            + (f", and cannot be fetched: {str(error).splitlines()[0]}" if fetch else ""),
             "Give a checkpoint folder, or fetch the model with `hf download` where there is a network.",
         ) from error
 
@@ -108,6 +115,8 @@ def walk(folder: Path) -> dict[str, StoredTensor]:
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map", "Fetch the checkpoint again.")
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{folder / INDEX_NAME} names shards that are no text", "Fetch the checkpoint again.")
         shards = sorted(set(weight_map.values()))
     elif (folder / SINGLE_NAME).is_file():
         weight_map, shards = None, [SINGLE_NAME]
@@ -139,17 +148,21 @@ def _refuse_without_safetensors(folder: Path) -> NoReturn:
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
-    size = path.stat().st_size
     remedy = "The file is damaged or incomplete: fetch it again."
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 < length <= min(size - 8, _LARGEST_HEADER):
-            raise CheckpointError(f"{path.name} has no safetensors header ({size} bytes in all)", remedy)
-        try:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 0 < length <= min(size - 8, _LARGEST_HEADER):
+                raise CheckpointError(f"{path.name} has no safetensors header ({size} bytes in all)", remedy)
             header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path.name} has an unreadable header: {error}", remedy) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", "Check the file and its permissions.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path.name} has an unreadable header: {error}", remedy) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path.name} has an unreadable header: no JSON object", remedy)
     tensors = [_entry(path, key, entry, 8 + length) for key, entry in header.items() if key != "__metadata__"]
     for tensor in tensors:
         bits = _BITS.get(tensor.dtype)
@@ -167,7 +180,9 @@ def _read_header(path: Path) -> list[StoredTensor]:
 
 def _entry(path: Path, key: str, entry: Any, base: int) -> StoredTensor:
     try:
-        begin, end = entry["data_offsets"]
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+        if not 0 <= begin <= end or not isinstance(entry["dtype"], str):
+            raise ValueError(entry)  # noqa: TRY301 - one message for every kind of malformed entry
         return StoredTensor(
             key=key,
             file=path,

@@ -120,3 +120,5 @@ _ROWS = (
     ),
 )  # fmt: skip
 FAMILIES = {row.model_type: row for row in _ROWS}
+REFUSED = {"minimax": "its linear attention needs a cache class of its own"}
+"""Registry families that the engine's caches cannot serve, and why."""

@@ -7,6 +7,7 @@ without a second copy. Dense tensors are loaded by transformers itself, which ne
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -77,12 +78,20 @@ def fill_rows(pieces: Sequence[ExpertPiece], rows: Rows, advance: _Advance) -> N
     Raises:
         CheckpointError: if a file ends early or cannot be read.
     """
-    descriptors = {path: os.open(path, os.O_RDONLY) for path in {piece.source.file for piece in pieces}}
+    descriptors: dict[Path, int] = {}
     try:
+        for path in {piece.source.file for piece in pieces}:
+            descriptors[path] = os.open(path, os.O_RDONLY)
         with ThreadPoolExecutor(_READERS) as pool:
             jobs = [pool.submit(_read_piece, descriptors[p.source.file], p, rows, advance) for p in pieces]
-            for job in jobs:
-                job.result()
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:  # an error or Ctrl-C does not wait for the rest of the files
+                pool.shutdown(cancel_futures=True)
+                raise
+    except OSError as error:
+        raise CheckpointError(f"expert weights cannot be read: {error}", "Check the files and the disk.") from error
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
@@ -118,3 +127,9 @@ def bind_experts(model: nn.Module, skeleton: Skeleton, provider: ExpertProvider)
         module.expertflow = Binding(  # type: ignore[assignment]  # plain data on a module
             layer=layer, provider=provider, own_forward=skeleton.family is None
         )
+
+
+def unbind_experts(model: nn.Module, skeleton: Skeleton) -> None:
+    """Make the experts modules forget their provider, so that its memory can go."""
+    for path in skeleton.expert_modules:
+        del model.get_submodule(path).expertflow

@@ -77,6 +77,34 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
     return sorted(pieces, key=lambda piece: (piece.source.file, piece.source.start + piece.offset))
 
 
+def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, convert: bool) -> None:
+    """Hold every tensor that is no expert's against the model, from headers alone.
+
+    Tensors that transformers computes from several others are left to its own checks on loading. float32 is accepted
+    for any dtype, as transformers does: checkpoints keep some router biases in it.
+
+    Args:
+        skeleton: the model.
+        tensors: the checkpoint.
+        convert: whether tensors may be of another float dtype than the model runs in.
+
+    Raises:
+        CheckpointError: if a tensor has another shape or dtype than the config says.
+        UnsupportedModelError: if weights are stored as integers.
+    """
+    wanted = dict([*skeleton.model.named_parameters(), *skeleton.model.named_buffers()])
+    transforms = get_model_conversion_mapping(skeleton.model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    for key, tensor in tensors.items():
+        renamed, pattern = rename_source_key(key, renamings, converters)
+        named = renamed if renamed in wanted else f"{skeleton.model.base_model_prefix}.{renamed}"
+        if pattern is None and named in wanted:
+            _check_shape(tensor, tuple(wanted[named].shape))
+            if wanted[named].is_floating_point():
+                _check_dtype(tensor, skeleton.dtype, convert=convert or tensor.dtype == "F32")
+
+
 _Stored = dict[tuple[int, int], StoredTensor]
 """(expert, part) -> tensor; expert -1 holds all experts stacked."""
 
@@ -123,7 +151,11 @@ def _place(key: str, pattern: str, converters: list[Any]) -> tuple[int, int]:
         )
     regex = re.escape(pattern).replace(r"\*", r"(\d+)")
     match = re.search(regex, key)
-    assert match is not None, (key, pattern)
+    if match is None or not match.groups():
+        raise UnsupportedModelError(
+            f"expert tensor {key!r} is stored in a way that is not understood ({pattern})",
+            "This family is unsupported.",
+        )
     return int(match[1]), converter.source_patterns.index(pattern)
 
 
@@ -167,10 +199,10 @@ def _check_dtype(tensor: StoredTensor, dtype: str, *, convert: bool) -> None:
     stored = FLOAT_NAMES.get(tensor.dtype)
     if stored is None:
         raise UnsupportedModelError(
-            f"{tensor.key!r} is stored as {tensor.dtype}", "Only float32, bfloat16 and float16 experts run exactly."
+            f"{tensor.key!r} is stored as {tensor.dtype}", "Only float32, bfloat16 and float16 weights run exactly."
         )
     if stored != dtype and not convert:
         raise CheckpointError(
             f"{tensor.key!r} is stored as {stored}, the config says {dtype}",
-            f"State the dtype to run in (--dtype {stored} or --dtype {dtype}); experts are then converted on loading.",
+            f"State the dtype to run in (--dtype {stored} or --dtype {dtype}); weights are then converted on loading.",
         )

@@ -15,6 +15,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from expertflow.models.skeleton import Skeleton
 from expertflow.types import DTYPE_BYTES, TensorSpec
 
+PLANNED = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers whose memory is keys and values."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KvLayer:
@@ -53,6 +56,7 @@ class ModelShape:
         context: longest sequence the model can take, or None if unbounded.
         encoder_decoder: whether there is an encoder.
         scores: whether attention keeps scores in memory (eager attention).
+        unplanned: kinds of layers whose state and workspace the planner cannot foresee, such as state-space layers.
     """
 
     model_type: str
@@ -72,6 +76,7 @@ class ModelShape:
     context: int | None
     encoder_decoder: bool
     scores: bool
+    unplanned: tuple[str, ...]
 
     @property
     def total_experts(self) -> int:
@@ -106,6 +111,9 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         vocabulary=int(config.vocab_size),
         context=None if skeleton.encoder_decoder else getattr(config, "max_position_embeddings", None),
         encoder_decoder=skeleton.encoder_decoder,
+        unplanned=()
+        if skeleton.encoder_decoder
+        else tuple(sorted(set(get_layer_types_and_kwargs(config)[0]) - PLANNED)),
         scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - the only place transformers says it
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -19,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.models.checkpoint import read_json
 from expertflow.models.experts import IMPLEMENTATION, is_registry_experts
-from expertflow.models.families import FAMILIES, Family
+from expertflow.models.families import FAMILIES, REFUSED, Family
 from expertflow.models.switch import SwitchExperts, swap_switch_experts
 from expertflow.types import TensorSpec
 
@@ -73,17 +74,27 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
     config = _read_config(folder)
     base_class = _model_class(config)
     model_class = _emptied_class(base_class)
-    with torch.device("meta"):
-        model = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes no model that can be built: {type(error).__name__}: {error}",
+            "Checkpoint and config.json disagree: fetch both again.",
+        ) from error
     found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
     if not found:
         raise UnsupportedModelError(
             f"{config.model_type!r} in {folder} has no experts that can be offloaded",
             "Give a Mixture-of-Experts checkpoint; `expertflow models` lists the families.",
         )
+    top_k = _top_k(config)
+    if not 1 <= top_k <= max(counts := {module.num_experts for _, module in found}):
+        raise CheckpointError(
+            f"{folder / 'config.json'} routes a token to {top_k} of {max(counts)} experts", "Fetch the config again."
+        )
     runs_in = dtype if dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
     shapes = {_shapes(module) for _, module in found}
-    counts = {module.num_experts for _, module in found}
     if len(shapes) != 1 or len(counts) != 1:
         raise UnsupportedModelError(
             f"the MoE layers of {config.model_type!r} have experts of different sizes",
@@ -97,7 +108,7 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
         family=FAMILIES.get(config.model_type),
         expert_modules=tuple(path for path, _ in found),
         experts=counts.pop(),
-        top_k=_top_k(config),
+        top_k=top_k,
         specs=tuple(TensorSpec(name=name, shape=shape, dtype=runs_in) for name, shape in shapes.pop()),
         dtype=runs_in,
     )
@@ -105,15 +116,15 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     raw = read_json(folder / "config.json")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(
             f"{folder} holds a checkpoint quantised with {method!r}",
             "Only float32, bfloat16 and float16 run exactly: convert it to bfloat16 first.",
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         if "auto_map" in raw:
             raise UnsupportedModelError(
                 f"{folder} asks to run code of its own (auto_map), which is never done",
@@ -131,6 +142,11 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.model_type in REFUSED:
+        raise UnsupportedModelError(
+            f"{config.model_type!r} cannot be run: {REFUSED[config.model_type]}",
+            "`expertflow models` lists the families.",
+        )
     try:
         found = mapping[type(config)]
     except KeyError as error:
