@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController
+from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.errors import ConfigError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
@@ -249,3 +250,36 @@ def test_integrity_check_sees_a_broken_table() -> None:
     controller.table.owner[0] = 5
     with pytest.raises(AssertionError):
         controller.table.check_integrity()
+
+
+visits = st.lists(
+    st.tuples(
+        st.integers(1, 2),  # how often a step is begun: a model and its encoder both tell of it
+        st.dictionaries(st.integers(0, LAYERS - 1), st.sets(st.integers(0, EXPERTS - 1), min_size=1)),
+        st.booleans(),  # whether experts are asked for one by one, as the universal fallback does
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(steps=visits, slots=slot_counts, seed=st.integers(0, 99))
+@settings(max_examples=150)
+def test_layers_may_be_passed_over(strategy: str, steps: list, slots: int, seed: int) -> None:
+    """Steps that run only some layers, twice begun or expert by expert, still give each needed expert a slot."""
+    future = np.random.default_rng(seed).random((2 * len(steps), LAYERS, EXPERTS)) < 0.4
+    controller = CacheController(
+        layers=LAYERS, experts=EXPERTS, slots=slots, strategy=STRATEGIES[strategy], row_bytes=ROW, events=EventStream(),
+        forecast=Recorded(future) if STRATEGIES[strategy].needs_future else None,
+    )  # fmt: skip
+    for begins, layers, single in steps:
+        for _ in range(begins):
+            controller.begin_step()
+        for layer in sorted(layers):
+            needed = sorted(layers[layer])
+            for part in [[expert] for expert in needed] if single else [needed]:
+                schedule = controller.access(layer, part)
+                assert sorted(access.expert for access in schedule) == part
+                assert all(0 <= access.slot < slots for access in schedule)
+                controller.table.check_integrity()

@@ -197,6 +197,7 @@ def end_wave(t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_
 @shared
 def begin_step(t: Tables, planes: Planes) -> None:
     """A step starts: rank everybody by what is known before it. Prefetches across the border stay pinned."""
+    t.cursor[PENDING] = 0  # what waited for a layer that did not run
     t.pinned[:] = t.pinned & t.fresh
     t.rank[:] = np.where((t.slot_of >= 0) & ~t.pinned, planes.before, np.inf)
 
@@ -241,6 +242,14 @@ def access(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDAr
 
 
 @shared
+def give_up_plan(t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_]) -> None:
+    """Every slot is held for layers that were passed over (a decoder runs without its encoder): they may leave."""
+    t.pinned[:] = False
+    t.rank[:] = np.where(t.slot_of >= 0, planes.before, np.inf)
+    end_wave(t, planes, layer, needed)
+
+
+@shared
 def load(
     t: Tables,
     planes: Planes,
@@ -259,6 +268,9 @@ def load(
         if slot < 0:
             end_wave(t, planes, layer, needed)
             slot = make_room(t, layer)
+        if slot < 0:
+            give_up_plan(t, planes, layer, needed)
+            slot = make_room(t, layer)
         put(t, layer, expert, slot)
         tell(t, MISS, layer, expert, slot, t.turn[slot])
         t.turn[slot] = first + number
@@ -275,9 +287,11 @@ def carry_out(t: Tables, now: int) -> None:
             t.pending[kept] = t.pending[entry]
             kept += 1
             continue
+        layer, expert = divmod(flat, t.slot_of.shape[1])
+        if t.slot_of[layer, expert] >= 0:
+            continue  # a layer that was passed over did not free the slot in time, and the expert came on its own
         if t.owner[slot] != EMPTY:
             evict(t, slot)
-        layer, expert = divmod(flat, t.slot_of.shape[1])
         put(t, layer, expert, slot)
         t.fresh[layer, expert] = True
         tell(t, PREFETCH, layer, expert, slot, now)
