@@ -256,14 +256,12 @@ def access(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDAr
     misses = np.flatnonzero(needed & ~present)
     tell(t, LAYER, layer, -1, -1, hits.size + misses.size)
     t.pinned[layer] = False
-    settle(t, planes, layer, needed)
     for turn in range(hits.size):
         expert = hits[turn]
         slot = t.slot_of[layer, expert]
         t.turn[slot] = turn
         tell(t, HIT, layer, expert, slot, int(t.fresh[layer, expert]))
         t.fresh[layer, expert] = False
-        t.rank[layer, expert] = np.inf
     if misses.size:
         load(t, planes, rules, layer, needed, misses[np.argsort(planes.used[layer][misses], kind="mergesort")])
     t.turn[:] = -1

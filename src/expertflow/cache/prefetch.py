@@ -25,17 +25,18 @@ def pin_residents(t: Tables, demand: npt.NDArray[np.float64], rules: Rules, now:
     room = t.owner.shape[0] - rules.reserve
     pins = np.zeros(2 * layers, dtype=np.int64)
     total = 0
+    wanted = (demand >= rules.threshold) & (t.slot_of >= 0)
+    added = wanted & ~t.pinned
     for place in range(now + 1, now + 1 + layers):
         layer = place % layers
-        already = np.count_nonzero(t.pinned[layer])
-        if place >= layers or already == t.held[layer]:  # nobody to add
+        if place >= layers or not np.any(added[layer]):
+            already = np.count_nonzero(t.pinned[layer])
             if already:
                 pins[now + 1 : place + 1] += already
                 total += already
             continue
-        wanted = t.pinned[layer] | ((demand[layer] >= rules.threshold) & (t.slot_of[layer] >= 0))
         before = total
-        for expert in np.flatnonzero(wanted):
+        for expert in np.flatnonzero(t.pinned[layer] | wanted[layer]):
             if t.pinned[layer, expert] or total < room:
                 t.pinned[layer, expert] = True
                 t.rank[layer, expert] = np.inf
@@ -80,6 +81,8 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
     layers, slots = t.slot_of.shape[0], t.owner.size
     pins = pin_residents(t, demand, rules, now)
     left = np.array([slots - t.cursor[RESIDENT], now, t.newer[slots]])
+    if not left[0]:
+        find_lowest(t.rank, t.low, t.lowest)  # once for the tables, and not for each copy of them
     busy = np.full(slots, now, dtype=np.int64)
     slot_of, owner, rank = t.slot_of.copy(), t.owner.copy(), t.rank.copy()
     sweep = Sweep(slot_of, owner, rank, t.low.copy(), t.lowest.copy(), busy, pins, left)
@@ -153,9 +156,7 @@ def take(sweep: Sweep, newer: npt.NDArray[np.int32], slot: int, flat: int) -> No
         sweep.lowest[row] = -1
     layer, expert = divmod(flat, experts)
     sweep.owner[slot] = flat
-    sweep.slot_of[layer, expert] = slot
-    sweep.rank[layer, expert] = np.inf
-    sweep.lowest[layer] = -1
+    sweep.slot_of[layer, expert] = slot  # its rank was infinite, and stays so
 
 
 @shared
