@@ -10,7 +10,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.cache.core import EMPTY, PENDING, RESIDENT, Planes, Rules, Tables, access, begin_step, carry_out, find_lowest
+from expertflow.cache.core import (
+    EMPTY,
+    PENDING,
+    RESIDENT,
+    Planes,
+    Rules,
+    Tables,
+    access,
+    begin_step,
+    carry_out,
+    find_lowest,
+)
 from expertflow.cache.shared import shared
 
 

@@ -210,7 +210,7 @@ def replay(
     return replay_sizes(workload, strategy, (slots,), cost, forecast=forecast, gate_recall=gate_recall)[0]
 
 
-def replay_sizes(  # noqa: PLR0913 - what `replay` takes
+def replay_sizes(
     workload: Workload,
     strategy: Strategy,
     sizes: Sequence[int],
@@ -254,9 +254,7 @@ def replay_sizes(  # noqa: PLR0913 - what `replay` takes
         brain.end(workload.after(number))
     for tables, _, clock in pools:
         _finish(tables, clock, rates)
-    return [
-        _outcome(workload, strategy, slots, cost, clock) for slots, (_, _, clock) in zip(sizes, pools, strict=True)
-    ]
+    return [_outcome(workload, strategy, slots, cost, clock) for slots, (_, _, clock) in zip(sizes, pools, strict=True)]
 
 
 def _outcome(workload: Workload, strategy: Strategy, slots: int, cost: Cost, clock: Clock) -> Outcome:
