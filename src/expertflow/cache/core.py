@@ -15,11 +15,10 @@ import numpy.typing as npt
 from expertflow.cache.shared import shared
 
 EMPTY = -1
-LOG, PENDING, TICK, RESIDENT = 0, 1, 2, 3
+LOG, PENDING, RESIDENT = 0, 1, 2
 """Places in `Tables.cursor`."""
 LAYER, HIT, MISS, PREFETCH, EVICT, WASTED = 0, 1, 2, 3, 4, 5
 """Kinds of log rows; the order of `controller.KINDS`."""
-FAR = np.iinfo(np.int64).max
 _NUDGE = 1e-6
 """Orders equal ranks inside a wave; ranks that differ, differ by more."""
 
@@ -35,11 +34,14 @@ class Tables(NamedTuple):
         fresh: `[L, E]` bool, prefetched and not used yet.
         held: `[L]` int64, residents of each layer.
         share: `[L]` int64, the most a layer may hold.
-        freed: `[S]` int64, when an empty slot became empty.
+        low: `[L]` float64, the smallest rank of each layer.
+        lowest: `[L]` int64, the lowest expert number that has it; -1 if both have to be found anew.
+        newer: `[S + 1]` int32, the empty slots as a ring, the longest empty first: who follows; S is the ring's joint.
+        older: `[S + 1]` int32, who comes before.
         turn: `[S]` int32, place of the slot's last access in the running schedule, or -1.
         pending: `[L * E, 3]` int32, planned loads that wait for a layer: flat expert, slot, that layer.
         log: `[N, 5]` int32, what was decided: kind, layer, expert, slot, and a detail of the kind.
-        cursor: `[4]` int64, see `LOG`.
+        cursor: `[3]` int64, see `LOG`.
     """
 
     slot_of: npt.NDArray[np.int32]
@@ -49,7 +51,10 @@ class Tables(NamedTuple):
     fresh: npt.NDArray[np.bool_]
     held: npt.NDArray[np.int64]
     share: npt.NDArray[np.int64]
-    freed: npt.NDArray[np.int64]
+    low: npt.NDArray[np.float64]
+    lowest: npt.NDArray[np.int64]
+    newer: npt.NDArray[np.int32]
+    older: npt.NDArray[np.int32]
     turn: npt.NDArray[np.int32]
     pending: npt.NDArray[np.int32]
     log: npt.NDArray[np.int32]
@@ -117,11 +122,14 @@ def make_tables(layers: int, experts: int, slots: int, *, divided: bool) -> Tabl
         fresh=np.zeros((layers, experts), dtype=np.bool_),
         held=np.zeros(layers, dtype=np.int64),
         share=share,
-        freed=np.arange(slots, dtype=np.int64) - slots,
+        low=np.full(layers, np.inf),
+        lowest=np.full(layers, -1, dtype=np.int64),
+        newer=np.roll(np.arange(slots + 1, dtype=np.int32), -1),
+        older=np.roll(np.arange(slots + 1, dtype=np.int32), 1),
         turn=np.full(slots, -1, dtype=np.int32),
         pending=np.zeros((layers * experts, 3), dtype=np.int32),
         log=np.zeros((4 * experts + 6 * slots + 8, 5), dtype=np.int32),
-        cursor=np.zeros(4, dtype=np.int64),
+        cursor=np.zeros(3, dtype=np.int64),
     )
 
 
@@ -136,6 +144,8 @@ def tell(t: Tables, kind: int, layer: int, expert: int, slot: int, detail: int) 
 @shared
 def put(t: Tables, layer: int, expert: int, slot: int) -> None:
     """An expert enters an empty slot and may not leave for now."""
+    older, newer = t.older[slot], t.newer[slot]
+    t.newer[older], t.older[newer] = newer, older
     t.slot_of[layer, expert] = slot
     t.owner[slot] = layer * t.slot_of.shape[1] + expert
     t.held[layer] += 1
@@ -151,12 +161,23 @@ def evict(t: Tables, slot: int) -> None:
         tell(t, WASTED, layer, expert, slot, 0)
     t.slot_of[layer, expert] = EMPTY
     t.rank[layer, expert] = np.inf
+    t.lowest[layer] = -1
     t.owner[slot] = EMPTY
     t.held[layer] -= 1
     t.cursor[RESIDENT] -= 1
-    t.cursor[TICK] += 1
-    t.freed[slot] = t.cursor[TICK]
+    joint = t.owner.shape[0]
+    last = t.older[joint]
+    t.newer[last], t.older[slot], t.newer[slot], t.older[joint] = slot, last, joint, slot
     tell(t, EVICT, layer, expert, slot, 0)
+
+
+@shared
+def find_lowest(rank: npt.NDArray[np.float64], low: npt.NDArray[np.float64], lowest: npt.NDArray[np.int64]) -> int:
+    """The layer with the smallest rank of all, the first among equals; looks only where something has changed."""
+    for layer in np.flatnonzero(lowest < 0):
+        lowest[layer] = np.argmin(rank[layer])
+        low[layer] = rank[layer, lowest[layer]]
+    return int(np.argmin(low))
 
 
 @shared
@@ -164,11 +185,12 @@ def make_room(t: Tables, layer: int) -> int:
     """A slot for the layer: the longest empty one, else the smallest rank leaves; -1 if nobody may."""
     slots = t.owner.shape[0]
     if t.cursor[RESIDENT] < slots and t.held[layer] < t.share[layer]:
-        return int(np.argmin(np.where(t.owner == EMPTY, t.freed, FAR)))
+        return int(t.newer[slots])
     if t.share[layer] < slots:
         row, column = layer, int(np.argmin(t.rank[layer]))
     else:
-        row, column = divmod(int(np.argmin(t.rank)), t.rank.shape[1])
+        row = find_lowest(t.rank, t.low, t.lowest)
+        column = int(t.lowest[row])
     if t.rank[row, column] == np.inf:
         return -1
     slot = int(t.slot_of[row, column])
@@ -181,17 +203,27 @@ def settle(t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_])
     """Rank a layer's residents by what is known once the layer has run: all of them may leave."""
     after = np.where(needed, planes.used[layer], planes.unused[layer])
     t.rank[layer] = np.where(t.slot_of[layer] >= 0, after, np.inf)
+    t.lowest[layer] = -1
 
 
 @shared
-def end_wave(t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_]) -> None:
-    """The running layer's experts whose turn is over may leave; among equals the latest turn first.
+def end_wave(
+    t: Tables,
+    planes: Planes,
+    layer: int,
+    needed: npt.NDArray[np.bool_],
+    over: npt.NDArray[np.int64],
+) -> None:
+    """The running layer's experts `over`, whose turn is over, may leave; among equals the latest turn first.
 
     So experts of little worth pass through few slots, and the rest of what the layer found stays.
     """
-    settle(t, planes, layer, needed)
-    for expert in np.flatnonzero(t.slot_of[layer] >= 0):
-        t.rank[layer, expert] -= _NUDGE * (t.turn[t.slot_of[layer, expert]] + 1)
+    for expert in over:
+        slot = t.slot_of[layer, expert]
+        if slot >= 0:
+            after = planes.used[layer, expert] if needed[expert] else planes.unused[layer, expert]
+            t.rank[layer, expert] = after - _NUDGE * (t.turn[slot] + 1)
+    t.lowest[layer] = -1
 
 
 @shared
@@ -200,6 +232,7 @@ def begin_step(t: Tables, planes: Planes) -> None:
     t.cursor[PENDING] = 0  # what waited for a layer that did not run
     t.pinned[:] = t.pinned & t.fresh
     t.rank[:] = np.where((t.slot_of >= 0) & ~t.pinned, planes.before, np.inf)
+    t.lowest[:] = -1
 
 
 @shared
@@ -224,14 +257,12 @@ def access(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDAr
     misses = np.flatnonzero(needed & ~present)
     tell(t, LAYER, layer, -1, -1, hits.size + misses.size)
     t.pinned[layer] = False
-    settle(t, planes, layer, needed)
     for turn in range(hits.size):
         expert = hits[turn]
         slot = t.slot_of[layer, expert]
         t.turn[slot] = turn
         tell(t, HIT, layer, expert, slot, int(t.fresh[layer, expert]))
         t.fresh[layer, expert] = False
-        t.rank[layer, expert] = np.inf
     if misses.size:
         load(t, planes, rules, layer, needed, misses[np.argsort(planes.used[layer][misses], kind="mergesort")])
     t.turn[:] = -1
@@ -262,11 +293,13 @@ def load(
     first = int(np.sum(needed)) - misses.size
     for number in range(misses.size):
         expert = misses[number]
-        if number % rules.wave == 0:
-            end_wave(t, planes, layer, needed)
+        if number == 0:
+            end_wave(t, planes, layer, needed, np.flatnonzero(t.slot_of[layer] >= 0))
+        elif number % rules.wave == 0:
+            end_wave(t, planes, layer, needed, misses[number - rules.wave : number])
         slot = make_room(t, layer)
         if slot < 0:
-            end_wave(t, planes, layer, needed)
+            end_wave(t, planes, layer, needed, misses[number // rules.wave * rules.wave : number])
             slot = make_room(t, layer)
         if slot < 0:
             give_up_plan(t, planes, layer, needed)

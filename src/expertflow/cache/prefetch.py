@@ -10,7 +10,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.cache.core import EMPTY, FAR, PENDING, RESIDENT, Planes, Rules, Tables, access, begin_step, carry_out
+from expertflow.cache.core import (
+    EMPTY,
+    PENDING,
+    RESIDENT,
+    Planes,
+    Rules,
+    Tables,
+    access,
+    begin_step,
+    carry_out,
+    find_lowest,
+)
 from expertflow.cache.shared import shared
 
 
@@ -25,17 +36,23 @@ def pin_residents(t: Tables, demand: npt.NDArray[np.float64], rules: Rules, now:
     room = t.owner.shape[0] - rules.reserve
     pins = np.zeros(2 * layers, dtype=np.int64)
     total = 0
+    wanted = (demand >= rules.threshold) & (t.slot_of >= 0)
+    added = wanted & ~t.pinned
     for place in range(now + 1, now + 1 + layers):
         layer = place % layers
-        wanted = t.pinned[layer]
-        if place < layers:
-            wanted = wanted | ((demand[layer] >= rules.threshold) & (t.slot_of[layer] >= 0))
+        if place >= layers or not np.any(added[layer]):
+            already = np.count_nonzero(t.pinned[layer])
+            if already:
+                pins[now + 1 : place + 1] += already
+                total += already
+            continue
         before = total
-        for expert in np.flatnonzero(wanted):
+        for expert in np.flatnonzero(t.pinned[layer] | wanted[layer]):
             if t.pinned[layer, expert] or total < room:
                 t.pinned[layer, expert] = True
                 t.rank[layer, expert] = np.inf
                 total += 1
+        t.lowest[layer] = -1
         pins[now + 1 : place + 1] += total - before
     return pins
 
@@ -47,14 +64,18 @@ class Sweep(NamedTuple):
         slot_of: as in `Tables`.
         owner: as in `Tables`.
         rank: as in `Tables`.
+        low: as in `Tables`.
+        lowest: as in `Tables`.
         busy: `[S]` int64, the place after which the slot is free.
         pins: `[2 L]` int64, experts pinned while each place runs.
-        left: `[2]` int64, empty slots left, and the place from which the plan is made.
+        left: `[3]` int64, empty slots left, the place from which the plan is made, and the longest empty slot.
     """
 
     slot_of: npt.NDArray[np.int32]
     owner: npt.NDArray[np.int32]
     rank: npt.NDArray[np.float64]
+    low: npt.NDArray[np.float64]
+    lowest: npt.NDArray[np.int64]
     busy: npt.NDArray[np.int64]
     pins: npt.NDArray[np.int64]
     left: npt.NDArray[np.int64]
@@ -70,8 +91,12 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
     """
     layers, slots = t.slot_of.shape[0], t.owner.size
     pins = pin_residents(t, demand, rules, now)
-    left = np.array([slots - t.cursor[RESIDENT], now])
-    sweep = Sweep(t.slot_of.copy(), t.owner.copy(), t.rank.copy(), np.full(slots, now, dtype=np.int64), pins, left)
+    left = np.array([slots - t.cursor[RESIDENT], now, t.newer[slots]])
+    if not left[0]:
+        find_lowest(t.rank, t.low, t.lowest)  # once for the tables, and not for each copy of them
+    busy = np.full(slots, now, dtype=np.int64)
+    slot_of, owner, rank = t.slot_of.copy(), t.owner.copy(), t.rank.copy()
+    sweep = Sweep(slot_of, owner, rank, t.low.copy(), t.lowest.copy(), busy, pins, left)
     last = now + 1 + rules.ahead if rules.rolling else layers
     last = min(last, now + layers) if rules.wraps else min(last, layers)
     for place in range(now + 1, last):
@@ -87,6 +112,7 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
         if place < layers:  # the layer passes: what it used is free, and ranked by its next use
             after_use = np.where(wanted, planes.used[layer], planes.unused[layer])
             sweep.rank[layer] = np.where(sweep.slot_of[layer] >= 0, after_use, np.inf)
+            sweep.lowest[layer] = -1
             for expert in np.flatnonzero(wanted & (sweep.slot_of[layer] >= 0)):
                 sweep.busy[sweep.slot_of[layer, expert]] = place
 
@@ -99,7 +125,7 @@ def plan_layer(
     layers, experts = t.slot_of.shape
     layer, room = place % layers, sweep.owner.size - rules.reserve
     for expert in ordered:
-        slot = find_slot(sweep, t.freed, value[expert])
+        slot = find_slot(sweep, value[expert])
         if slot < 0:
             return False
         after = max(sweep.busy[slot], place - 1 - rules.ahead)
@@ -110,7 +136,7 @@ def plan_layer(
         if after >= place or (rules.rolling and after > sweep.left[1]):
             return False
         sweep.pins[after + 1 : place + 1] += 1
-        take(sweep, slot, layer, expert)
+        take(sweep, t.newer, slot, layer * experts + expert)
         t.pinned[layer, expert] = True
         entry = t.pending[t.cursor[PENDING]]
         entry[0], entry[1], entry[2] = layer * experts + expert, slot, after
@@ -119,27 +145,29 @@ def plan_layer(
 
 
 @shared
-def find_slot(sweep: Sweep, freed: npt.NDArray[np.int64], value: float) -> int:
+def find_slot(sweep: Sweep, value: float) -> int:
     """An empty slot, else that of the smallest rank below `value`; -1 if there is none."""
     if sweep.left[0]:
-        return int(np.argmin(np.where(sweep.owner == EMPTY, freed, FAR)))
-    row, column = divmod(int(np.argmin(sweep.rank)), sweep.rank.shape[1])
-    return int(sweep.slot_of[row, column]) if sweep.rank[row, column] < value else -1
+        return int(sweep.left[2])
+    row = find_lowest(sweep.rank, sweep.low, sweep.lowest)
+    return int(sweep.slot_of[row, sweep.lowest[row]]) if sweep.low[row] < value else -1
 
 
 @shared
-def take(sweep: Sweep, slot: int, layer: int, expert: int) -> None:
+def take(sweep: Sweep, newer: npt.NDArray[np.int32], slot: int, flat: int) -> None:
     """In the sweep's copy, an expert takes a slot and stays until its layer has passed."""
     experts = sweep.slot_of.shape[1]
     if sweep.owner[slot] == EMPTY:
         sweep.left[0] -= 1
+        sweep.left[2] = newer[slot]
     else:
         row, column = divmod(sweep.owner[slot], experts)
         sweep.slot_of[row, column] = EMPTY
         sweep.rank[row, column] = np.inf
-    sweep.owner[slot] = layer * experts + expert
-    sweep.slot_of[layer, expert] = slot
-    sweep.rank[layer, expert] = np.inf
+        sweep.lowest[row] = -1
+    layer, expert = divmod(flat, experts)
+    sweep.owner[slot] = flat
+    sweep.slot_of[layer, expert] = slot  # its rank was infinite, and stays so
 
 
 @shared

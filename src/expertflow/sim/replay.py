@@ -3,6 +3,7 @@
 `replay` gives totals and is compiled; `replay_events` gives the event sequence, for tests and for eyes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,18 +207,54 @@ def replay(
     Raises:
         ConfigError: if the slots are too few for one token in one layer.
     """
-    check_slots(workload, slots)
+    return replay_sizes(workload, strategy, (slots,), cost, forecast=forecast, gate_recall=gate_recall)[0]
+
+
+def replay_sizes(
+    workload: Workload,
+    strategy: Strategy,
+    sizes: Sequence[int],
+    cost: Cost,
+    *,
+    forecast: Forecast | None = None,
+    gate_recall: float = 0.85,
+) -> list[Outcome]:
+    """`replay` for several pools side by side: what is known and expected of a step does not depend on the slots.
+
+    Args:
+        workload: the steps.
+        strategy: row of the strategy table.
+        sizes: slots of each pool.
+        cost: link and computation.
+        forecast: replaces the strategy's own.
+        gate_recall: of the next-layer gate, where a strategy uses it.
+
+    Raises:
+        ConfigError: if the slots of a pool are too few for one token in one layer.
+    """
+    for slots in sizes:
+        check_slots(workload, slots)
     header = workload.trace.header
     brain = Brain(strategy, setting_of(workload, gate_recall), forecast)
-    tables = make_tables(header.layers, header.experts, slots, divided=strategy.partition == "layer")
-    rules, clock = strategy.rules(header.layers, slots), make_clock(header.experts, slots)
+    divided = strategy.partition == "layer"
+    pools = [
+        (
+            make_tables(header.layers, header.experts, slots, divided=divided),
+            strategy.rules(header.layers, slots),
+            make_clock(header.experts, slots),
+        )
+        for slots in sizes
+    ]
     rates = Rates(cost.load_us, cost.layer_us, cost.expert_us)
     for number in range(len(workload)):
         planes, demand = brain.begin(workload.before(number))
-        _run_step(tables, planes, demand, rules, workload.needed[number], clock, rates)
+        needed = workload.needed[number]
+        for tables, rules, clock in pools:
+            _run_step(tables, planes, demand, rules, needed, clock, rates)
         brain.end(workload.after(number))
-    _finish(tables, clock, rates)
-    return _outcome(workload, strategy, slots, cost, clock)
+    for tables, _, clock in pools:
+        _finish(tables, clock, rates)
+    return [_outcome(workload, strategy, slots, cost, clock) for slots, (_, _, clock) in zip(sizes, pools, strict=True)]
 
 
 def _outcome(workload: Workload, strategy: Strategy, slots: int, cost: Cost, clock: Clock) -> Outcome:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +15,8 @@ from typing import Any, Protocol
 from expertflow.cache.strategy import STRATEGIES, find_strategy
 from expertflow.errors import ConfigError
 from expertflow.sim.clock import Cost
-from expertflow.sim.replay import Outcome, check_slots, replay
-from expertflow.sim.workload import as_recorded, live_sequences
+from expertflow.sim.replay import Outcome, check_slots, replay_sizes
+from expertflow.sim.workload import Workload, as_recorded, live_sequences
 from expertflow.trace.format import load_trace
 from expertflow.units import parse_slots
 
@@ -75,8 +76,8 @@ def run_grid(grid: Grid, advance: Advance, workers: int | None = None) -> list[O
         ExpertFlowError: for a bad trace, slots or batch; before anything long begins.
     """
     _check(grid)
-    tasks = [(batch, name) for batch in sorted(grid.batches) for name in grid.strategies]  # long ones first
-    tasks.sort(key=lambda task: (task[1] != "ring", task[0] or 1))
+    tasks = [(batch, name) for batch in grid.batches for name in grid.strategies]
+    tasks.sort(key=lambda task: (task[0] or 1, STRATEGIES[task[1]].prefetch != "layer"))  # long ones first
     count = min(workers or os.cpu_count() or 1, len(tasks))
     outcomes: list[Outcome] = []
     if count == 1:
@@ -111,12 +112,18 @@ def _check(grid: Grid) -> None:
 
 def _column(grid: Grid, batch: int, name: str) -> list[Outcome]:
     """One strategy and batch, every number of slots."""
+    workload = _workload(grid, batch)
+    total = workload.trace.header.layers * workload.trace.header.experts
+    sizes = sorted({parse_slots(text, total) for text in grid.slots})
+    return replay_sizes(workload, find_strategy(name), sizes, grid.cost, gate_recall=grid.gate_recall)
+
+
+@lru_cache(maxsize=1)
+def _workload(grid: Grid, batch: int) -> Workload:
+    """The steps of a batch; kept for the process's next strategy, which mostly has the same batch."""
     trace = load_trace(grid.trace)
     trace = trace.without(grid.skip) if grid.skip else trace
-    workload = live_sequences(trace, batch, grid.groups, grid.seed) if batch else as_recorded(trace)
-    total = trace.header.layers * trace.header.experts
-    sizes = sorted({parse_slots(text, total) for text in grid.slots})
-    return [replay(workload, find_strategy(name), slots, grid.cost, gate_recall=grid.gate_recall) for slots in sizes]
+    return live_sequences(trace, batch, grid.groups, grid.seed) if batch else as_recorded(trace)
 
 
 def bound_tokens_per_second(outcome: Outcome, belady: Outcome, cost: Cost) -> float:
