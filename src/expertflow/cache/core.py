@@ -277,7 +277,8 @@ def give_up_plan(t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.b
     """Every slot is held for layers that were passed over (a decoder runs without its encoder): they may leave."""
     t.pinned[:] = False
     t.rank[:] = np.where(t.slot_of >= 0, planes.before, np.inf)
-    end_wave(t, planes, layer, needed)
+    t.lowest[:] = -1
+    end_wave(t, planes, layer, needed, np.flatnonzero(t.slot_of[layer] >= 0))
 
 
 @shared

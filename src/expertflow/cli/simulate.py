@@ -15,6 +15,9 @@ from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome
 from expertflow.sim.sweep import AS_RECORDED, Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
 
+_PIPED_WIDTH = 120
+"""Columns of the tables where there is no terminal to ask."""
+
 
 def main(
     *,
@@ -74,6 +77,8 @@ def draw_picture(outcomes: Sequence[Outcome], path: Path) -> None:
 def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
     """Print a table a batch and number of slots."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED_WIDTH)
     for batch, slots in dict.fromkeys((outcome.batch, outcome.slots) for outcome in outcomes):
         cells = [outcome for outcome in outcomes if (outcome.batch, outcome.slots) == (batch, slots)]
         console.print(_table(cells))
@@ -94,7 +99,7 @@ def _table(cells: Sequence[Outcome]) -> Table:
     turns = f" in {first.groups} groups" if first.groups > 1 else ""
     title = f"{first.batch} live sequences{turns}, {first.slots} slots ({first.share:.1%}), {first.tokens} tokens"
     table = Table(title=title, title_justify="left")
-    table.add_column("strategy")
+    table.add_column("strategy", no_wrap=True)
     for name in ("hit", "kept", "loads/token", "MB/token", "wasted", "late", "clean", "stall", "tokens/s"):
         table.add_column(name, justify="right")
     for cell in cells:
