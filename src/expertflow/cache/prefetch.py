@@ -41,7 +41,7 @@ def pin_residents(t: Tables, demand: npt.NDArray[np.float64], rules: Rules, now:
     for place in range(now + 1, now + 1 + layers):
         layer = place % layers
         if place >= layers or not np.any(added[layer]):
-            already = np.count_nonzero(t.pinned[layer])
+            already = int(np.count_nonzero(t.pinned[layer]))
             if already:
                 pins[now + 1 : place + 1] += already
                 total += already
