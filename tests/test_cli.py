@@ -15,7 +15,7 @@ from conftest import MakeCheckpoint
 from expertflow.cli.main import app
 from expertflow.cli.run import read_prompts
 from expertflow.engine.llm import shipped_model
-from expertflow.errors import ExpertFlowError, PromptError
+from expertflow.errors import ExpertFlowError, PromptError, TraceError
 from expertflow.models.families import FAMILIES
 
 COMMAND = [sys.executable, "-m", "expertflow.cli.main"]
@@ -177,3 +177,10 @@ def test_the_shipped_model_writes_english_within_a_quarter_of_its_size() -> None
     words = report["outputs"][0]["text"].lower().split()
     common = {"the", "and", "of", "to", "a", "in", "was", "he", "she", "it", "that", "had", "with", "his", "her", "i"}
     assert sum(word.strip(".,;!?\"'") in common for word in words) >= 0.2 * len(words)
+
+
+def test_simulate_refuses_a_trace_of_another_model(make_checkpoint: MakeCheckpoint) -> None:
+    """Stating the model checks the trace against it."""
+    trace = Path(__file__).parent / "data" / "gpt_oss_20b_excerpt" / "routing.trace"
+    with pytest.raises(TraceError, match=r"\(24, 32, 4\), not \(3, 8, 2\)"):
+        invoke("simulate", trace, "--model", make_checkpoint("gpt_oss"))

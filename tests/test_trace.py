@@ -139,7 +139,7 @@ def test_other_versions_models_and_empty_traces_are_refused(tmp_path: Path) -> N
     with pytest.raises(TraceError, match=r"shape \(10, 2, 2\), the header says \(10, 3, 2\)"):
         load_trace(path)
     with pytest.raises(TraceError, match=r"\(2, 8, 2\), not \(24, 32, 4\)"):
-        check_model(trace, layers=24, experts=32, top_k=4)
+        check_model(trace.header, layers=24, experts=32, top_k=4)
     save_trace(replace(trace, rows=trace.rows.take(slice(0))), path)
     with pytest.raises(TraceError, match="is empty"):
         load_trace(path)
@@ -171,7 +171,7 @@ def test_a_folder_of_recorded_routing_is_converted(tmp_path: Path) -> None:
 def test_the_excerpt_is_what_its_note_says() -> None:
     """The shipped excerpt is real gpt-oss-20b routing, small, licensed, with token ids."""
     trace = load_trace(EXCERPT)
-    check_model(trace, layers=24, experts=32, top_k=4)
+    check_model(trace.header, layers=24, experts=32, top_k=4)
     assert EXCERPT.stat().st_size <= 2**20
     assert (trace.header.licence, (EXCERPT.parent / "LICENSE").exists()) == ("Apache-2.0", True)
     assert (trace.without("repetition").rows.tokens >= 0).all()

@@ -202,7 +202,10 @@ def simulate(
     strategy: Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")] = "all",
     groups: Annotated[int, typer.Option(help="Groups of the batch that take turns.")] = 1,
     link_gbps: Annotated[float, typer.Option(help="Bandwidth of the link, GB/s.")] = 50.0,
-    row_mb: Annotated[float, typer.Option(help="One expert, MB.")] = 49.8,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint the trace is of: checks that, and takes the size of an expert.")
+    ] = None,
+    row_mb: Annotated[float, typer.Option(help="One expert, MB, where no model is stated.")] = 49.8,
     copy_us: Annotated[float, typer.Option(help="Fixed cost of a copy, microseconds.")] = 10.0,
     layer_us: Annotated[float, typer.Option(help="A layer without its experts, microseconds.")] = 25.0,
     expert_us: Annotated[float, typer.Option(help="One expert's computation, microseconds.")] = 17.0,
@@ -217,6 +220,8 @@ def simulate(
         "row_bytes": round(row_mb * 1e6), "link_gbps": link_gbps, "copy_us": copy_us, "layer_us": layer_us,
         "expert_us": expert_us,
     }  # fmt: skip
+    if model is not None:
+        cost["row_bytes"] = import_module("expertflow.cli.stated").row_bytes_of(model, trace)
     options = {"groups": groups, "gate_recall": gate_recall, "skip": skip, "seed": seed}
     _call(
         "simulate",

@@ -315,13 +315,12 @@ def save_trace(trace: Trace, path: Path) -> None:
         writer.vocabulary = trace.vocabulary
 
 
-def check_model(trace: Trace, *, layers: int, experts: int, top_k: int) -> None:
+def check_model(header: Header, *, layers: int, experts: int, top_k: int) -> None:
     """Refuse a trace of another model than stated.
 
     Raises:
         TraceError: if layers, experts or experts a token differ.
     """
-    header = trace.header
     stated, found = (layers, experts, top_k), (header.layers, header.experts, header.top_k)
     if stated != found:
         raise TraceError(

@@ -1,0 +1,24 @@
+"""What `expertflow simulate --model` asks of a checkpoint: is the trace of it, and how large is one expert."""
+
+from pathlib import Path
+
+from expertflow.config import EngineConfig
+from expertflow.engine.build import prepare
+from expertflow.trace.format import check_model, open_trace
+
+
+def row_bytes_of(model: str, trace: Path) -> int:
+    """Bytes of one expert of a checkpoint, from its headers alone.
+
+    Args:
+        model: checkpoint folder, or a Hugging Face id in the local cache.
+        trace: has to be of this model's shape.
+
+    Raises:
+        TraceError: if the trace is of another model.
+        ExpertFlowError: if the checkpoint cannot be planned.
+    """
+    prepared = prepare(model, EngineConfig(device="cpu"), fetch=False)
+    shape = prepared.plan.shape
+    check_model(open_trace(trace).header, layers=shape.layers, experts=shape.experts, top_k=shape.top_k)
+    return prepared.plan.row
