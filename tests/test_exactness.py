@@ -29,8 +29,9 @@ def _slot_counts(config: object) -> list[int]:
 
 
 def _some(turn: int) -> list[tuple[str, Strategy]]:
-    """A third of the strategies, another one every turn: families and slot counts together meet all of them."""
-    return list(STRATEGIES.items())[turn % 3 :: 3]
+    """On-demand, LRU, and a third of the strategies, another one every turn: all of them are met by every family."""
+    always = {"on-demand", "lru"}
+    return [row for place, row in enumerate(STRATEGIES.items()) if row[0] in always or place % 3 == turn % 3]
 
 
 def _random_future(folder: Path) -> np.ndarray:
