@@ -44,10 +44,6 @@ class RowLayout:
             end += _align(spec.nbytes)
         return cls(specs=tuple(specs), offsets=tuple(offsets), row_bytes=end)
 
-    def offset_of(self, name: str) -> int:
-        """Byte offset of a tensor in the row."""
-        return next(offset for spec, offset in zip(self.specs, self.offsets, strict=True) if spec.name == name)
-
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The row's tensors by name, without copying.
 

@@ -148,20 +148,16 @@ def _dense_bytes(skeleton: Skeleton) -> int:
     wide = model._keep_in_fp32_modules_strict or ()  # noqa: SLF001 - transformers' own loading rule
     if skeleton.dtype == "float16":
         wide = {*wide, *(model._keep_in_fp32_modules or ())}  # noqa: SLF001
-    total = 0
+    total, buffers = 0, {name for name, _ in model.named_buffers()}
     for name, tensor in unique_tensors(model):
         if not tensor.is_floating_point():
             dtype = tensor.dtype
-        elif any(part in name for part in wide) or (name in _buffer_names(model) and tensor.dtype == torch.float32):
+        elif any(part in name for part in wide) or (name in buffers and tensor.dtype == torch.float32):
             dtype = torch.float32
         else:
             dtype = runs_in
         total += tensor.numel() * dtype.itemsize
     return total
-
-
-def _buffer_names(model: PreTrainedModel) -> set[str]:
-    return {name for name, _ in model.named_buffers()}
 
 
 def unique_tensors(model: PreTrainedModel) -> Sequence[tuple[str, torch.Tensor]]:
