@@ -73,7 +73,68 @@ def policies() -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"host-execution": host_execution, "policies": policies}
+def predictor() -> str:
+    """Recall at 4, 8, 12 guesses and batch accuracy of the predictors and the free baselines."""
+    result = json.loads((RESULTS / "predictor_gpt_oss_20b.json").read_text())
+    paper = json.loads((RESULTS / "predictor_gpt_oss_20b_t5.json").read_text())
+    rows = [("**ours**", result["evaluations"][0]), ("the paper's (T5)", paper["evaluations"][0])]
+    rows += [(item["name"], item) for item in result["evaluations"][1:]]
+    sizes = [union["batch"] for union in result["evaluations"][0]["batches"]]
+    heads = ["@4", "@8", "@12", "next step @4", "next step @8", *(f"B={size}" for size in sizes)]
+    lines = [f"| source | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, item in rows:
+        figures = item["headline"]
+        cells = [figures.get(key) for key in ("recall@4", "recall@8", "recall@12", "next recall@4", "next recall@8")]
+        cells += [figures[f"B={size} precision at recall 0.95"] for size in sizes]
+        lines.append(f"| {name} | {' | '.join('' if cell is None else f'{cell:.3f}' for cell in cells)} |")
+    lines += ["", _predictor_notes(result)]
+    return "\n".join(lines)
+
+
+def _predictor_notes(result: dict[str, Any]) -> str:
+    """Size, calibration, domain and latency, as a paragraph."""
+    latency = json.loads((RESULTS / "predictor_latency_h100.json").read_text())
+    domain = [
+        json.loads((RESULTS / f"predictor_gpt_oss_20b_{name}_domain.json").read_text())["evaluations"][0]["headline"]
+        for name in ("in", "cross")
+    ]
+    sixteen = next(cell for cell in latency["cells"] if cell["batch"] == 16)
+    errors = [item["error"] for item in result["evaluations"][0]["calibration"]]
+    return (
+        f"Ours takes {result['config']['predictor']['bytes'] / 1e6:.1f} MB. Expected calibration error {min(errors):.3f} to "
+        f"{max(errors):.3f} over its five outputs. Trained without mmlu_pro and tested on it: "
+        f"{domain[1]['recall@4']:.3f}/{domain[1]['recall@8']:.3f}/{domain[1]['recall@12']:.3f}, trained with it "
+        f"{domain[0]['recall@4']:.3f}/{domain[0]['recall@8']:.3f}/{domain[0]['recall@12']:.3f}. A step of 16 sequences takes "
+        f"{statistics.median(sixteen['graph_ms']):.2f} ms in a CUDA graph ({latency['machine']['gpu']}), "
+        f"{statistics.median(sixteen['cpu_ms']):.1f} ms on {latency['machine']['threads']} CPU threads."
+    )
+
+
+def predictor_simulated() -> str:
+    """Bytes a token of PLEC with the predictor, and what is closed of the distance to Belady."""
+    cells = json.loads((RESULTS / "predictor_gpt_oss_20b.json").read_text())["cells"]
+    names = {
+        "nothing (next-use)": "next-use",
+        "mix with context": "free mix",
+        "predictor": "predictor",
+        "Belady": "Belady",
+    }
+    moved = {(c["groups"], c["batch"], c["share"], c["source"]): c for c in cells}
+    lines = [f"| live sequences | slots | {' | '.join(names.values())} | closed |", "|---" * (len(names) + 3) + "|"]
+    for groups, batch, share in dict.fromkeys(key[:3] for key in moved):
+        turns = "" if groups == 1 else f" in {groups} groups that take turns"
+        row = [f"{moved[groups, batch, share, name]['bytes_per_token'] / 1e6:.0f}" for name in names]
+        closed = moved[groups, batch, share, "predictor"]["closed"]
+        lines.append(f"| {batch}{turns} | {share:.0%} | {' | '.join(row)} | {closed:.0%} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "host-execution": host_execution,
+    "policies": policies,
+    "predictor": predictor,
+    "predictor-simulated": predictor_simulated,
+}
 
 
 def fill(text: str) -> str:

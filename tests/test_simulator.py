@@ -206,11 +206,11 @@ def test_forecasts_learn(make: object, real: Trace) -> None:
 
 
 def test_a_predicted_path_is_any_function_of_the_step(real: Trace) -> None:
-    """With the true path handed in as a prediction, plec loads what oracle-step loads."""
+    """With the true path handed in as a prediction, plec loads what it loads with a recording."""
     workload = _first_steps(live_sequences(real, 4), 40)
     handed = PredictedPath(lambda step: workload.needed[step.number][None].astype(float))
     plec = replay(workload, STRATEGIES["plec"], 192, Cost(), forecast=handed)
-    oracle = replay(workload, STRATEGIES["oracle-step"], 192, Cost())
+    oracle = replay(workload, STRATEGIES["plec"], 192, Cost(), forecast=Recorded(workload.needed))
     assert (plec.misses, plec.prefetched, plec.wasted) == (oracle.misses, oracle.prefetched, oracle.wasted)
 
 

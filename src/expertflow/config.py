@@ -57,7 +57,12 @@ class EngineConfig(_Checked):
     slots: str | int | None = doc(
         "expert slots: a count, a share such as 25%, or None: all the budget buys", default=None
     )
-    strategy: str = doc("row of the strategy table that decides what is kept", default="next-use")
+    strategy: str | None = doc(
+        "row of the strategy table that decides what is kept; None: plec with a predictor, else next-use", default=None
+    )
+    predictor: str = doc(
+        "folder of a trained predictor, auto (the model's own, if it has one), or none", default="auto"
+    )
     max_batch: int = doc("sequences computed together at most", default=8)
     max_length: int | None = doc(
         "prompt plus generated tokens a sequence; None: the model's context, at most 4096", default=None

@@ -64,3 +64,7 @@ class PromptError(ExpertFlowError):
 
 class TraceError(ExpertFlowError):
     """A routing trace is truncated, foreign, empty, of another model than stated, or lacks what is asked of it."""
+
+
+class PredictorError(ExpertFlowError):
+    """A predictor is damaged, was made for another model, or cannot be trained from what was given."""

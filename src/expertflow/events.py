@@ -28,6 +28,8 @@ class EventKind(StrEnum):
     """An expert leaves `slot`."""
     WASTED = "wasted"
     """A prefetched expert leaves (or the run ends) without having been used."""
+    PREDICTOR_OFF = "predictor-off"
+    """A warning: the predictor raised and is not asked any more; what it said is in the log."""
 
 
 class Event(NamedTuple):
@@ -99,7 +101,7 @@ class CacheCounters:
                 self.evictions += 1
             case EventKind.STEP:
                 self.steps += 1
-            case EventKind.LAYER:
+            case EventKind.LAYER | EventKind.PREDICTOR_OFF:
                 pass
 
     @property

@@ -88,7 +88,7 @@ class CacheController:
         self._row_bytes = row_bytes
         self._needed = np.zeros((layers, experts), dtype=np.bool_)
         self._tokens: npt.NDArray[np.int32] | None = None
-        self._routes: list[npt.NDArray[np.int64]] = []
+        self._routes: dict[int, npt.NDArray[np.int64]] = {}
         self._loads: list[Load] = []
 
     @property
@@ -115,8 +115,7 @@ class CacheController:
 
     def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:  # noqa: ARG002 - an observer's signature
         """Take note of a layer's `[T, K]` choices, for forecasts that learn from single tokens."""
-        if layer == len(self._routes):
-            self._routes.append(routes)
+        self._routes.setdefault(layer, routes)
 
     def access(self, layer: int, needed: Sequence[int]) -> list[Access]:
         """Decide a layer: which slot each needed expert uses, in which order, and what is loaded when.
@@ -153,7 +152,7 @@ class CacheController:
             return
         self._brain.end(Step(self.step, self._tokens, self._needed, self._token_routes()))
         self._needed[:] = False
-        self._routes = []
+        self._routes = {}
 
     def close(self) -> None:
         """The end of the run: tell what was prefetched in vain."""
@@ -161,10 +160,15 @@ class CacheController:
         self._drain()
 
     def _token_routes(self) -> npt.NDArray[np.uint16] | None:
-        complete = self._tokens is not None and len(self._routes) == self.table.layers
-        if not complete or any(len(routes) != len(self._routes[0]) for routes in self._routes):
+        """`[T, L, K]`, E in layers the pass did not reach; None unless every layer saw the tokens fed in."""
+        tokens = self._tokens
+        if tokens is None or not self._routes or any(len(routes) != len(tokens) for routes in self._routes.values()):
             return None
-        return np.stack(self._routes, axis=1).astype(np.uint16)
+        top_k = next(iter(self._routes.values())).shape[1]
+        result = np.full((len(tokens), self.table.layers, top_k), self.table.experts, dtype=np.uint16)
+        for layer, routes in self._routes.items():
+            result[:, layer] = routes
+        return result
 
     def _drain(self) -> list[Access]:
         """Turn log rows into events, accesses and loads."""

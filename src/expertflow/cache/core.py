@@ -68,11 +68,13 @@ class Planes(NamedTuple):
         before: while the expert's layer has not run in this step.
         used: from then on, if the layer used it.
         unused: from then on, if not.
+        limit: the rank that whoever makes room for a load ahead has to be below; none is above `before`.
     """
 
     before: npt.NDArray[np.float64]
     used: npt.NDArray[np.float64]
     unused: npt.NDArray[np.float64]
+    limit: npt.NDArray[np.float64]
 
 
 class Rules(NamedTuple):

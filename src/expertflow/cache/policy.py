@@ -1,6 +1,6 @@
 """Who leaves when a slot is needed: pure functions from what is known to ranks, one a policy.
 
-A policy sees the step's beginning and gives three planes of ranks (`core.Planes`): they cover the whole step, so
+A policy sees the step's beginning and gives planes of ranks (`core.Planes`): they cover the whole step, so
 that who leaves is an extremum over arrays, on the host, in compiled code and in a GPU kernel alike. A policy owns no
 state and never touches the tables.
 """
@@ -85,12 +85,12 @@ def lru(usage: Usage, outlook: Outlook | None) -> Planes:
     """
     now = np.ascontiguousarray(np.broadcast_to(usage.step * usage.layers + usage.place, usage.last_use.shape))
     before = usage.last_use if outlook is None else np.where(outlook.demand[0] > 0, now, usage.last_use)
-    return Planes(before, now, usage.last_use)
+    return Planes(before, now, usage.last_use, before)
 
 
 def lfu(usage: Usage, outlook: Outlook | None) -> Planes:  # noqa: ARG001 - a policy's signature
     """Least often used since the start leaves."""
-    return Planes(usage.count, usage.count + 1, usage.count)
+    return Planes(usage.count, usage.count + 1, usage.count, usage.count)
 
 
 def layer_order(usage: Usage, outlook: Outlook | None) -> Planes:  # noqa: ARG001 - a policy's signature
@@ -108,9 +108,8 @@ def in_time(usage: Usage, before: Plane, used: Plane, unused: Plane) -> Planes:
         unused: the same if it does not.
     """
     now, following = usage.step * usage.layers + usage.place, (usage.step + 1) * usage.layers + usage.place
-    return Planes(
-        -(now + before * usage.layers), -(following + used * usage.layers), -(following + unused * usage.layers)
-    )
+    rank = -(now + before * usage.layers)
+    return Planes(rank, -(following + used * usage.layers), -(following + unused * usage.layers), rank)
 
 
 def belady(usage: Usage, outlook: Outlook | None) -> Planes:
@@ -126,17 +125,23 @@ def gap(rate: Plane) -> Plane:
     return 1 / np.maximum(rate, 1e-6) - 1
 
 
+def rates(usage: Usage) -> tuple[Plane, Plane, Plane]:
+    """Share of steps that use each expert, by faded counts: now, after this step if it uses it, and if it does not."""
+    recent, steady = usage.recent * (1 - FADE[0]), usage.steady * (1 - FADE[1])
+    mean = MIX * recent + (1 - MIX) * steady
+    gain = MIX * (1 - FADE[0]) + (1 - MIX) * (1 - FADE[1])
+    faded = MIX * FADE[0] * recent + (1 - MIX) * FADE[1] * steady
+    return mean, faded + gain, faded
+
+
 def next_use(usage: Usage, outlook: Outlook | None) -> Planes:
     """The latest expected next use leaves: demand as far as a forecast goes, faded counts behind it.
 
     An expert used by a share r of the steps is expected after 1/r - 1 steps, at its layer's place in the step. With
     demand p_0, p_1, ... for this step and further ones the expectation is p_0 * 0 + (1 - p_0) * (1 + ...).
     """
-    recent, steady = usage.recent * (1 - FADE[0]), usage.steady * (1 - FADE[1])
-    mean = MIX * recent + (1 - MIX) * steady
-    gain = MIX * (1 - FADE[0]) + (1 - MIX) * (1 - FADE[1])
-    faded = MIX * FADE[0] * recent + (1 - MIX) * FADE[1] * steady
-    before, used, unused = gap(mean), gap(faded + gain), gap(faded)
+    mean, used_rate, unused_rate = rates(usage)
+    before, used, unused = gap(mean), gap(used_rate), gap(unused_rate)
     if outlook is not None:
         for demand in outlook.demand[:0:-1]:  # from the farthest step known to the next one
             used, unused = (1 - demand) * (1 + used), (1 - demand) * (1 + unused)
@@ -144,5 +149,39 @@ def next_use(usage: Usage, outlook: Outlook | None) -> Planes:
     return in_time(usage, before, used, unused)
 
 
+def discounted_use(usage: Usage, outlook: Outlook | None) -> Planes:
+    """The least discounted next use leaves: an expert is worth the mean of DISCOUNT ** steps until its next use.
+
+    Demand p_0, p_1, ... is each step's chance of use if not used before, so the worth is p_0 + (1 - p_0) * DISCOUNT *
+    (p_1 + ...); behind the last known step an expert is used by a share r of the steps, as faded counts say. Unlike
+    the expected gap of `next_use`, that of an expert used soon or never is not ruled by the never. Ranks are those of
+    the certain next use that is worth as much.
+
+    A load ahead hides the share HIDDEN of its time if the expert is used (p_0), is a load wasted if not, and costs
+    what its victim is worth: it pays where p_0 * HIDDEN - (1 - p_0) is above that.
+    """
+    worth, used, unused = (rate / (1 - DISCOUNT * (1 - rate)) for rate in rates(usage))
+    if outlook is None:
+        return in_time(usage, _as_gap(worth), _as_gap(used), _as_gap(unused))
+    for demand in outlook.demand[:0:-1]:
+        used = demand + (1 - demand) * DISCOUNT * used
+        unused = demand + (1 - demand) * DISCOUNT * unused
+    chance = outlook.demand[0]
+    worth = chance + (1 - chance) * DISCOUNT * unused
+    planes = in_time(usage, _as_gap(worth), _as_gap(used), _as_gap(unused))
+    gain = np.minimum(chance * HIDDEN - (1 - chance), worth)
+    return planes._replace(limit=in_time(usage, _as_gap(gain), used, unused).before)
+
+
+def _as_gap(worth: Plane) -> Plane:
+    """Steps until a certain use that is worth as much."""
+    gaps: Plane = np.log(np.clip(worth, 1e-9, 1)) / np.log(DISCOUNT)
+    return gaps
+
+
+DISCOUNT = 0.7
+"""What a use one step later is worth; .5 to .85 differ little, see docs/lab-notes.md."""
+HIDDEN = 0.15
+"""Share of a load's time that running ahead is taken to hide; measured, see docs/lab-notes.md."""
 MIX = 0.3
 """Weight of `Usage.recent` beside `Usage.steady`; measured, see docs/lab-notes.md."""

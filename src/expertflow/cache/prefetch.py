@@ -2,7 +2,8 @@
 
 A sweep through the coming layers on a copy of the tables: at each layer the experts with enough demand get slots,
 most probable first, and take them from whoever has the smallest rank by then (paper section 3.4: slots go to layers
-by predicted demand, slots of finished layers are used again). What the sweep finds is immutable in the step.
+by predicted demand, slots of finished layers are used again), if the policy says that the load is worth that one's
+leaving (`Planes.limit`). What the sweep finds is immutable in the step.
 """
 
 from typing import NamedTuple
@@ -102,7 +103,7 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
     for place in range(now + 1, last):
         layer = place % layers
         wanted = demand[layer] >= rules.threshold
-        value = planes.before[layer] if place < layers else planes.used[layer]
+        value = planes.limit[layer] if place < layers else planes.used[layer]
         missing = wanted & (sweep.slot_of[layer] < 0)
         if np.any(missing):
             ordered = np.argsort(np.where(missing, -demand[layer], np.inf), kind="mergesort")[: np.sum(missing)]

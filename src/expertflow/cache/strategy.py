@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from expertflow.cache.core import Rules
 from expertflow.cache.forecast import Forecast, LayerOrder, NextGate, Nothing, Recorded, TokenCounts
-from expertflow.cache.policy import Policy, belady, layer_order, lfu, lru, next_use
+from expertflow.cache.policy import HIDDEN, Policy, belady, discounted_use, layer_order, lfu, lru, next_use
 from expertflow.config import nearest
 from expertflow.errors import ConfigError
 
-DEFAULT = "next-use"
-"""The strategy that is used when none is named."""
+DEFAULT, PREDICTED_DEFAULT = "next-use", "plec"
+"""The strategy that is used when none is named, without and with a trained predictor."""
 ALL_LAYERS = 1 << 20
 
 
@@ -59,6 +59,7 @@ class Strategy:
         wraps: whether a rolling plan goes on into the next step.
         reserve: slots the plan leaves to corrections.
         wave: loads of a layer after which its own slots may be used again within it.
+        predicted: whether a trained predictor may take the place of its forecast.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Strategy:
     wraps: bool = False
     reserve: int = 4
     wave: int = 1
+    predicted: bool = False
 
     def rules(self, layers: int, slots: int) -> Rules:
         """The numbers the core works with, for a model of `layers` and a pool of `slots`."""
@@ -154,15 +156,16 @@ _ROWS = (
     ),
     Strategy(
         name="plec",
-        summary="a demand forecast (here counts by token id) decides slots across layers, prefetch and retention",
-        policy=next_use,
+        summary="a demand forecast (a trained predictor, else counts by token id) decides slots, prefetch and retention",
+        policy=discounted_use,
         forecast=lambda s: TokenCounts(s.layers, s.experts),
+        predicted=True,
         prefetch="step",
-        threshold=0.9,  # measured: below it wasted loads cost more than hits give, docs/lab-notes.md
+        threshold=1 / (1 + HIDDEN),  # below it no load ahead pays, whoever makes room
     ),
     Strategy(
         name="oracle-step",
-        summary="plec with this step's true path, and counts beyond it",
+        summary="this step's true path is loaded ahead wherever there is room, and counts decide beyond it",
         policy=next_use,
         forecast=lambda s: Recorded(_future(s)),
         needs_future=True,

@@ -32,7 +32,13 @@ Slots = Annotated[
     str | None, typer.Option(help="Expert slots: a count, or a share such as 25%. Default: all the budget buys.")
 ]
 Strategy = Annotated[
-    str | None, typer.Option(help="What to keep in the slots, see `expertflow strategies`. Default: next-use.")
+    str | None,
+    typer.Option(
+        help="What to keep in the slots, see `expertflow strategies`. Default: plec with a predictor, else next-use."
+    ),
+]
+Predictor = Annotated[
+    str, typer.Option(help="Folder of a trained predictor, auto (the model's own, if it has one), or none.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
@@ -83,6 +89,7 @@ def run(
     gpu_memory: GpuMemory = None,
     slots: Slots = None,
     strategy: Strategy = None,
+    predictor: Predictor = "auto",
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most, a prompt.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0: all.")] = 0,
@@ -105,6 +112,7 @@ def run(
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
         "prefill_chunk": prefill_chunk, "host_memory": host_memory, "max_batch": max_batch, "max_length": max_length,
+        "predictor": predictor,
     }  # fmt: skip
     sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
@@ -127,6 +135,7 @@ def plan(
     gpu_memory: GpuMemory = None,
     slots: Slots = None,
     strategy: Strategy = None,
+    predictor: Predictor = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
@@ -137,7 +146,7 @@ def plan(
     """Say what goes where and what a budget buys, from config and headers alone."""
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
-        "prefill_chunk": prefill_chunk, "max_batch": max_batch, "max_length": max_length,
+        "prefill_chunk": prefill_chunk, "max_batch": max_batch, "max_length": max_length, "predictor": predictor,
     }  # fmt: skip
     _call("plan", model=model, engine=engine, as_json=json)
 
@@ -227,6 +236,58 @@ def simulate(
         "simulate",
         trace=trace, slots=slots, batch=batch, strategy=strategy, cost=cost, options=options, plot=plot, json_file=json,
     )  # fmt: skip
+
+
+@app.command("train-predictor")
+def train_predictor(
+    trace: TraceArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it is continued.")],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint the trace is of; needed to serve it if the trace does not say.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="path (ours), or t5 (the paper's).")] = "path",
+    epochs: Annotated[int, typer.Option(help="Passes over the training sequences.")] = 100,
+    batch: Annotated[int, typer.Option(help="Windows of a training step.")] = 16,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Seed of split, weights and order.")] = 0,
+    validation: Annotated[float, typer.Option(help="Share of the sequences that chooses the epoch.")] = 0.1,
+    leave_out: Annotated[
+        str, typer.Option(help="Keep sequences for a test, such as category=physics; empty: none.")
+    ] = "",
+    skip: Annotated[str, typer.Option(help="Leave out sequences with this flag; empty: none.")] = "repetition",
+    device: Device = "auto",
+) -> None:
+    """Train a routing path predictor from a trace."""
+    module = import_module("expertflow.cli.train_predictor")
+    source = module.Source(trace=trace, model=model, skip=skip, leave_out=leave_out, validation=validation)
+    options = {"epochs": epochs, "batch": batch, "rate": rate, "seed": seed, "device": device}
+    module.main(source=source, out=out, kind=kind, options=options)
+
+
+@app.command("eval-predictor")
+def eval_predictor(
+    predictor: Annotated[Path, typer.Argument(help="Folder written by train-predictor.")],
+    trace: TraceArgument,
+    baselines: Annotated[
+        Path | None, typer.Option(help="Trace the free baselines learn from. Default: each half from the other.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Sequences to take, such as category=physics; empty: all.")] = "",
+    batch: Annotated[
+        str, typer.Option(help="Live sequences to replay, 4x2: in two groups that take turns; empty: no replay.")
+    ] = "1,4,16,4x2",
+    slots: Annotated[str, typer.Option(help="Counts or shares, separated by commas.")] = "25%,50%",
+    steps: Annotated[int, typer.Option(help="Steps of a replay at most.")] = 2000,
+    skip: Annotated[str, typer.Option(help="Leave out sequences with this flag; empty: none.")] = "repetition",
+    plot: Annotated[Path | None, typer.Option(help="Draw recall a layer, and precision against recall.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
+) -> None:
+    """Measure a predictor beside the free baselines, and what it saves in the simulator."""
+    module = import_module("expertflow.cli.eval_predictor")
+    test = module.Test(
+        trace=trace, free=baselines, only=only, skip=skip, cases=module.parse_cases(batch),
+        slots=tuple(part.strip() for part in slots.split(",")), steps=steps,
+    )  # fmt: skip
+    module.main(artifact=predictor, test=test, plot=plot, json_file=json)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -144,9 +145,13 @@ def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dic
         "resident_bytes": plan.resident_total,
         "slots": plan.slots,
         "experts": plan.shape.total_experts,
+        "predictor": None if llm.predictor is None else llm.predictor.about,
+        "predictor_failure": llm.predictor_failure,
         "hit_ratio": stats.cache.hit_ratio,
         "hits": stats.cache.hits,
         "loads": stats.cache.loads,
+        "prefetched": stats.cache.prefetched,
+        "wasted": stats.cache.wasted,
         "evictions": stats.cache.evictions,
         "bytes_moved": stats.cache.bytes_moved,
         "tokens": stats.tokens,
@@ -155,6 +160,16 @@ def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dic
         "first_token_seconds": stats.first_token_seconds,
         "tokens_per_second": stats.tokens_per_second,
     }
+
+
+def _predictor(llm: LLM) -> str:
+    if llm.predictor is None:
+        return "none"
+    if llm.predictor_failure is not None:
+        return f"[red]switched off[/]: {escape(llm.predictor_failure)}"
+    shape, recall = llm.predictor.shape, llm.predictor.about.get("recall")
+    found = "" if recall is None else f", {recall:.0%} of a token's experts among its {shape.top_k} best guesses"
+    return f"{llm.predictor.config.kind}{found}"
 
 
 def _summary(llm: LLM, console: Console) -> None:
@@ -168,8 +183,12 @@ def _summary(llm: LLM, console: Console) -> None:
             f"{format_bytes(stats.peak_bytes)} (all experts resident: {format_bytes(plan.resident_total)})",
         ),
         ("slots", f"{plan.slots} of {plan.shape.total_experts} experts ({plan.share:.1%}), strategy {plan.strategy}"),
+        ("predictor", _predictor(llm)),
         ("hit ratio", f"{stats.cache.hit_ratio:.1%} of {stats.cache.accesses} accesses"),
-        ("loads", f"{stats.cache.loads}, {format_bytes(stats.cache.bytes_moved)} moved"),
+        (
+            "loads",
+            f"{stats.cache.loads} when needed, {stats.cache.prefetched} ahead ({stats.cache.wasted} in vain), {format_bytes(stats.cache.bytes_moved)}",
+        ),
         ("speed", f"{stats.tokens} tokens in {stats.seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s"),
     )
     if plan.budget is not None and stats.peak_bytes > plan.budget:

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast
-from expertflow.cache.strategy import find_strategy
+from expertflow.cache.strategy import DEFAULT, PREDICTED_DEFAULT, Strategy, find_strategy
 from expertflow.config import EngineConfig
+from expertflow.engine.foresight import Foresight
 from expertflow.engine.observe import StepObserver, step_tokens, tell_all
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.provider import CachedExperts
-from expertflow.errors import BudgetError, ClosedError, DeviceError
+from expertflow.errors import BudgetError, ClosedError, ConfigError, DeviceError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
@@ -24,11 +25,19 @@ from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_host_memory
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.models.checkpoint import resolve, walk
+from expertflow.models.fingerprint import fingerprint
 from expertflow.models.load import bind_experts, fill_rows, load_dense, unbind_experts
 from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
+from expertflow.predict.artifact import ABOUT_NAME, Artifact, load_artifact
+from expertflow.predict.dataset import Shape
+from expertflow.predict.online import OnlinePredictor
 from expertflow.units import format_bytes, parse_bytes
+
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predictor"
+"""What comes with the package."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -47,11 +56,13 @@ def resolve_device(device: str) -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A checkpoint that was looked at but not loaded: skeleton, where its experts are, and the plan."""
+    """A checkpoint that was looked at but not loaded: skeleton, where its experts are, the plan, and which weights."""
 
     skeleton: Skeleton
     pieces: list[ExpertPiece]
     plan: Plan
+    fingerprint: str
+    predictor: Artifact | None = None
 
 
 def prepare(
@@ -59,18 +70,55 @@ def prepare(
 ) -> Prepared:
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
+    A forecast of the caller's own takes the predictor's place.
+
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
     """
-    strategy = find_strategy(config.strategy)  # before anything is read
-    if forecast is None:
-        strategy.check_future(None)
+    if config.strategy is not None and forecast is None:
+        find_strategy(config.strategy).check_future(None)  # before anything is read
     skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype)
     tensors, convert = walk(skeleton.folder), config.dtype != "auto"
     pieces = map_experts(skeleton, tensors, convert=convert)
     check_dense(skeleton, tensors, convert=convert)
-    plan = make_plan(config, shape_of(skeleton), resolve_device(config.device).type)
-    return Prepared(skeleton=skeleton, pieces=pieces, plan=plan)
+    shape, mark = shape_of(skeleton), fingerprint(tensors)
+    predictor = None if forecast is not None else _choose_predictor(config, skeleton.folder)
+    if predictor is not None:
+        wanted = Shape(shape.layers, shape.experts, skeleton.top_k)
+        predictor.check_model(mark, wanted, str(skeleton.folder))
+    strategy = find_strategy(config.strategy or (DEFAULT if predictor is None else PREDICTED_DEFAULT))
+    if not strategy.predicted:
+        _refuse_unused(predictor, config, strategy)
+        predictor = None
+    plan = make_plan(config, shape, resolve_device(config.device).type, strategy.name)
+    return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor)
+
+
+def _choose_predictor(config: EngineConfig, folder: Path) -> Artifact | None:
+    """The predictor that was named, or the model's own: its folder `predictor`, or what ships with the shipped model.
+
+    Raises:
+        PredictorError: if it is damaged, or named and not there.
+    """
+    if config.predictor == "none":
+        return None
+    if config.predictor != "auto":
+        return load_artifact(Path(config.predictor))
+    own = SHIPPED_PREDICTOR if folder.resolve() == SHIPPED_MODEL.resolve() else folder / "predictor"
+    return load_artifact(own) if (own / ABOUT_NAME).is_file() else None
+
+
+def _refuse_unused(predictor: Artifact | None, config: EngineConfig, strategy: Strategy) -> None:
+    """A strategy without predictions leaves the model's own predictor alone; one that was named is an error.
+
+    Raises:
+        ConfigError: then.
+    """
+    if predictor is not None and config.predictor != "auto":
+        raise ConfigError(
+            f"strategy {strategy.name!r} does not use a predictor, and predictor={config.predictor!r} was given",
+            f"Use strategy {PREDICTED_DEFAULT!r}, or leave the predictor out.",
+        )
 
 
 class OffloadedModel:
@@ -82,12 +130,14 @@ class OffloadedModel:
         events: everything the cache does.
         counters: running totals of it.
         meter: measures device memory.
+        fingerprint: of the checkpoint's weights.
+        foresight: the predictor at work, or None.
     """
 
     def __init__(self, prepared: Prepared, config: EngineConfig, forecast: Forecast | None = None) -> None:
         """Load. See `load_model`."""
         self.plan = plan = prepared.plan
-        self.skeleton = prepared.skeleton
+        self.skeleton, self.fingerprint = prepared.skeleton, prepared.fingerprint
         self.device = torch.device(plan.device)
         _check_memory(plan, config)
         if self.device.type == "cuda":
@@ -98,9 +148,17 @@ class OffloadedModel:
         _fill(prepared.pieces, self.store, show=config.progress)
         self.store.lock()
         pool = SlotPool(layout, plan.slots, self.device)
+        resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
+        self.meter: Meter = (
+            cuda_meter if self.device.type == "cuda" else CpuMeter(resident, exclude=[self.store.buffer])
+        )
         self.events = EventStream()
         self.counters = CacheCounters()
         self.events.subscribe(self.counters.count)
+        self.foresight: Foresight | None = None
+        if prepared.predictor is not None:
+            online = OnlinePredictor(prepared.predictor, plan.max_batch)
+            self.foresight = Foresight(online, self.events, aside=self.meter.aside)
         self.controller = CacheController(
             layers=plan.shape.layers,
             experts=plan.shape.experts,
@@ -108,7 +166,7 @@ class OffloadedModel:
             strategy=find_strategy(plan.strategy),
             row_bytes=plan.row,
             events=self.events,
-            forecast=forecast,
+            forecast=forecast or self.foresight,
         )
         self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
         self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
@@ -117,10 +175,6 @@ class OffloadedModel:
         self.watch()
         for module in self._steppers():
             module.register_forward_pre_hook(self._begin_step, with_kwargs=True)
-        resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
-        self.meter: Meter = (
-            cuda_meter if self.device.type == "cuda" else CpuMeter(resident, exclude=[self.store.buffer])
-        )
 
     def _steppers(self) -> list[torch.nn.Module]:
         """Modules whose forward is a step: the model, and an encoder that is called on its own."""

@@ -14,14 +14,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
-from expertflow.engine.build import OffloadedModel, load_model
+from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
 from expertflow.engine.runner import Batch, make_batch
 from expertflow.engine.sampler import choose
-from expertflow.errors import CheckpointError, PromptError
+from expertflow.errors import CheckpointError, ConfigError, PromptError
 from expertflow.events import CacheCounters
+from expertflow.predict.artifact import Artifact
 from expertflow.trace.format import Header, TraceWriter
+from expertflow.trace.owners import Coming
 from expertflow.trace.recorder import Recorder
 
 Prompt = str | Sequence[int]
@@ -37,7 +39,7 @@ _TOKENIZER_FILES = (
 
 def shipped_model() -> Path:
     """The folder of the model that comes with the package."""
-    return Path(__file__).parents[1] / "assets" / "novella"
+    return SHIPPED_MODEL
 
 
 @dataclass(kw_only=True)
@@ -94,6 +96,16 @@ class LLM:
         return self._offloaded.plan
 
     @property
+    def predictor(self) -> Artifact | None:
+        """The predictor at work, or None."""
+        return None if self._offloaded.foresight is None else self._offloaded.foresight.artifact
+
+    @property
+    def predictor_failure(self) -> str | None:
+        """Why the predictor was switched off, or None."""
+        return None if self._offloaded.foresight is None else self._offloaded.foresight.failure
+
+    @property
     def stats(self) -> RunStats:
         """What generation cost so far."""
         return replace(
@@ -130,8 +142,9 @@ class LLM:
         """Record the routing of everything generated in the block into a trace file."""
         offloaded, shape = self._offloaded, self.plan.shape
         header = Header(
-            layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=shape.model_type
-        )
+            layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=shape.model_type,
+            fingerprint=offloaded.fingerprint,
+        )  # fmt: skip
         with TraceWriter(Path(path), header) as writer:
             recorder = Recorder(writer)
             offloaded.watch(recorder)
@@ -234,12 +247,14 @@ class LLM:
             self._stats.seconds += time.perf_counter() - started
 
     def _step(self, batch: Batch, running: list[Request], tokens: list[int] | None) -> list[StreamOutput]:
-        if self._recorder is not None:
-            self._recorder.expect(
-                [self._recorded - self._started + request.index for request in running],
-                [len(request.prompt_token_ids) for request in running] if tokens is None else None,
-                padded_left=not self.plan.shape.encoder_decoder,
-            )
+        coming = Coming(
+            [self._recorded - self._started + request.index for request in running],
+            [len(request.prompt_token_ids) for request in running] if tokens is None else None,
+            padded_left=not self.plan.shape.encoder_decoder,
+        )
+        for listener in (self._recorder, self._offloaded.foresight):
+            if listener is not None:
+                listener.expect(coming)
         with self._offloaded.meter.watch():
             logits = batch.prefill() if tokens is None else batch.decode(tokens)
             chosen = [choose(logits[row], request.params, request.generator) for row, request in enumerate(running)]
@@ -261,7 +276,13 @@ def from_pretrained(
     Returns:
         The model; its attribute `expertflow` is the `OffloadedModel` (plan, counters, events, `close`).
     """
-    offloaded = load_model(shipped_model() if model is None else model, EngineConfig.from_mapping(options), forecast)
+    config = EngineConfig.from_mapping({"predictor": "none", **options})
+    if config.predictor != "none":
+        raise ConfigError(
+            f"predictor={config.predictor!r} cannot serve a plain transformers model: nobody says which rows are which sequences",
+            "Use LLM, or leave the predictor out.",
+        )
+    offloaded = load_model(shipped_model() if model is None else model, config, forecast)
     offloaded.model.expertflow = offloaded
     return offloaded.model
 

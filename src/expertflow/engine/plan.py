@@ -82,13 +82,14 @@ class Plan:
         return self.slots / self.shape.total_experts
 
 
-def make_plan(config: EngineConfig, shape: ModelShape, device: str) -> Plan:
+def make_plan(config: EngineConfig, shape: ModelShape, device: str, strategy: str) -> Plan:
     """Turn a wish into numbers.
 
     Args:
         config: the wish.
         shape: the model's figures.
         device: `cuda` or `cpu`, resolved.
+        strategy: name of the row, resolved.
 
     Raises:
         BudgetError: if the budget cannot hold even one slot, or not the slots asked for; names the least that works.
@@ -112,7 +113,7 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str) -> Plan:
     return Plan(
         shape=shape,
         device=device,
-        strategy=config.strategy,
+        strategy=strategy,
         budget=budget,
         dense=shape.dense_bytes,
         kv=kv,

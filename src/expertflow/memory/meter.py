@@ -6,8 +6,8 @@ seen, as the allocator of a GPU would see them. Knows no plan and no budget.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -22,6 +22,9 @@ class Meter(Protocol):
 
     def watch(self) -> AbstractContextManager[Any]:
         """Measure what runs inside."""
+
+    def aside(self) -> AbstractContextManager[Any]:
+        """What runs inside works in host memory and is not counted."""
 
     @property
     def peak_bytes(self) -> int:
@@ -40,6 +43,10 @@ class CudaMeter:
         """The allocator always watches."""
         return nullcontext()
 
+    def aside(self) -> AbstractContextManager[Any]:
+        """The allocator sees no host memory."""
+        return nullcontext()
+
     @property
     def peak_bytes(self) -> int:
         """`torch.cuda.max_memory_allocated`."""
@@ -54,6 +61,7 @@ class CpuMeter:
         self._live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
         self._now = 0
+        self._aside = False
         self.peak_bytes = 0
         for tensor in resident:
             self.add(tensor)
@@ -62,7 +70,7 @@ class CpuMeter:
         """Count a tensor's storage, once, until it dies."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()  # noqa: SLF001 - the storage's identity; its address may be null
-        if key in self._live or storage.data_ptr() in self._excluded:
+        if self._aside or key in self._live or storage.data_ptr() in self._excluded:
             return
         self._live[key] = weakref.ref(storage, self._forget(key, size))
         self._now += size
@@ -78,6 +86,15 @@ class CpuMeter:
     def watch(self) -> AbstractContextManager[Any]:
         """Count every tensor that operators create inside."""
         return _Counting(self)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Count nothing that is made inside."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
 
 
 class _Counting(TorchDispatchMode):

@@ -1,0 +1,325 @@
+"""`expertflow eval-predictor`: a predictor beside the free baselines, on sequences it was not trained on.
+
+Metrics of the predictions themselves, then PLEC in the simulator with each source at equal slots, beside `next-use`
+(no forecast), the step's true path, and Belady.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from expertflow.cache.forecast import Forecast
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.errors import ConfigError, PredictorError, TraceError
+from expertflow.predict.artifact import Artifact, load_artifact
+from expertflow.predict.baselines import BASELINES
+from expertflow.predict.dataset import Passage, Shape, leave_out, passages, shape_of
+from expertflow.predict.evaluate import GUESSES, PRECISION, RECALL, Evaluation, evaluate
+from expertflow.predict.score import score
+from expertflow.sim.clock import Cost
+from expertflow.sim.predicted import PredictedRows, RowScores
+from expertflow.sim.replay import Outcome, replay_sizes
+from expertflow.sim.workload import Workload, live_sequences
+from expertflow.trace.format import Trace, load_trace
+from expertflow.units import parse_slots
+
+PREDICTOR = "predictor"
+ENDS = (("nothing (next-use)", "next-use"), ("this step's truth", "oracle-step"), ("Belady", "oracle"))
+"""What every forecast is compared with: name here, row of the strategy table."""
+_PIPED_WIDTH = 150
+_AFTER_THE_FACT = {"previous layer"}
+"""Sources that are known only while the step runs: measured, not replayed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Test:
+    """What is measured.
+
+    Attributes:
+        trace: sequences to predict.
+        free: trace that the free baselines learn from; None: each half of the sequences from the other.
+        only: `key=text` of the sequences to take; empty: all.
+        skip: flag of sequences to leave out; empty: none.
+        cases: live sequences and the groups they take turns in; none: no replay.
+        slots: counts or shares.
+        steps: of a replay, at most.
+    """
+
+    trace: Path
+    free: Path | None
+    only: str
+    skip: str
+    cases: tuple[tuple[int, int], ...]
+    slots: tuple[str, ...]
+    steps: int
+
+
+def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
+    """`1,4,4x2`: live sequences, and after an x the groups they take turns in; empty: none.
+
+    Raises:
+        ConfigError: if a part is no such thing.
+    """
+    cases = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        batch, _, groups = part.partition("x")
+        if not batch.isdigit() or not (groups or "1").isdigit() or not int(batch) or int(batch) % int(groups or 1):
+            raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,16 or 4x2 (two groups).")
+        cases.append((int(batch), int(groups or 1)))
+    return tuple(cases)
+
+
+def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | None) -> None:
+    """Measure, replay, print, draw, write."""
+    started, console = time.perf_counter(), Console(stderr=True)
+    for path in (plot, json_file):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"the folder {path.parent} does not exist", "Make it, or choose another place.")
+    predictor = load_artifact(artifact)
+    trace, held = _load(test.trace, test, predictor)
+    free = None if test.free is None else _load(test.free, test, predictor)[1]
+    too_large = sorted({batch for batch, _ in test.cases if batch > len(held)})
+    if too_large:
+        console.print(
+            f"[yellow]not replayed: {', '.join(map(str, too_large))} live sequences; there are {len(held)}[/]"
+        )
+    cases = [_workload(trace, held, case, test) for case in test.cases if case[0] <= len(held)]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("predicting", total=sum(map(len, held)))
+        said = score(predictor, held, lambda tokens: bar.advance(task, tokens))
+        bar.update(task, description="replaying", completed=0, total=(len(BASELINES) + 2) * len(cases))
+        sources = _Sources(predictor.shape, held, free, said)
+        evaluations, cells = _study(sources, cases, lambda: bar.advance(task))
+    _show(evaluations, cells)
+    seconds = time.perf_counter() - started
+    if json_file is not None:
+        result = _result(artifact, test, predictor, evaluations, cells) | {"seconds": round(seconds, 1)}
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        _draw(evaluations, plot)
+    console.print(f"{len(held)} sequences, {sum(map(len, held))} tokens, {seconds:.0f} s")
+
+
+def _load(path: Path, test: Test, predictor: Artifact) -> tuple[Trace, list[Passage]]:
+    """A trace and its passages, in the predictor's token ids.
+
+    Raises:
+        PredictorError: if the trace is of another model.
+        TraceError: if fewer than two sequences can be measured.
+    """
+    trace = load_trace(path)
+    predictor.check_shape(shape_of(trace), path.name)
+    if trace.header.fingerprint and predictor.fingerprint not in {"", trace.header.fingerprint}:
+        raise PredictorError(
+            f"{path} was recorded from a checkpoint with fingerprint {trace.header.fingerprint}, the predictor was made "
+            f"for {predictor.fingerprint}",
+            "Give a trace of the predictor's model.",
+        )
+    if test.skip:
+        trace = trace.without(test.skip)
+    items = passages(trace, predictor.vocabulary)
+    if test.only:
+        items = leave_out(items, test.only)[1]
+    known = [item for item in items if np.any(item.tokens >= 0)]  # a server always knows its tokens
+    if len(known) < 2:
+        raise TraceError(
+            f"{len(known)} of the {len(items)} sequences to measure in {path.name} have token ids the predictor knows",
+            "Give a trace with at least two such sequences, or take other ones.",
+        )
+    return trace, known
+
+
+def _workload(trace: Trace, held: Sequence[Passage], case: tuple[int, int], test: Test) -> tuple[Workload, list[int]]:
+    """The replay of a case, and its numbers of slots; rows keep their numbers in the trace."""
+    rows = np.sort(np.concatenate([item.rows for item in held]))
+    part = Trace(header=trace.header, rows=trace.rows.take(rows))
+    members = rows[live_sequences(part, *case).members[: test.steps]]
+    total = trace.header.layers * trace.header.experts
+    sizes = sorted({parse_slots(text, total) for text in test.slots})
+    return Workload(trace=trace, members=members, batch=case[0], groups=case[1]), sizes
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where predictions for the held passages come from: the predictor, and the free baselines.
+
+    Attributes:
+        shape: of the routes.
+        held: passages to predict.
+        free: what the baselines learn from; None: each half of `held` from the other.
+        said: the predictor's `[n, O, L, E]` a passage.
+    """
+
+    shape: Shape
+    held: Sequence[Passage]
+    free: Sequence[Passage] | None
+    said: list[npt.NDArray[np.float16]]
+
+    def of(self, name: str) -> list[npt.NDArray[Any]]:
+        """`[n, O, L, E]` a passage."""
+        if name == PREDICTOR:
+            return list(self.said)
+        if self.free is not None:
+            return self._fitted(name, self.free, self.held)
+        chances: list[npt.NDArray[Any]] = [np.empty(0)] * len(self.held)
+        for half in (0, 1):
+            chances[half::2] = self._fitted(name, self.held[1 - half :: 2], self.held[half::2])
+        return chances
+
+    def _fitted(self, name: str, items: Sequence[Passage], held: Sequence[Passage]) -> list[npt.NDArray[Any]]:
+        baseline = BASELINES[name]()
+        baseline.fit(items, self.shape)
+        return [baseline.scores(item)[:, None].astype(np.float16) for item in held]
+
+
+def _study(
+    sources: _Sources, cases: Sequence[tuple[Workload, list[int]]], tell: Callable[[], None]
+) -> tuple[list[Evaluation], list[dict[str, Any]]]:
+    cells: list[dict[str, Any]] = []
+    for workload, sizes in cases:
+        for source, row in ENDS:
+            cells += _replay(workload, sizes, source, row)
+        tell()
+    rows = np.concatenate([item.rows for item in sources.held])
+    evaluations = []
+    for name in (PREDICTOR, *BASELINES):
+        chances = sources.of(name)
+        evaluations.append(evaluate(name, chances, sources.held, sources.shape))
+        scores = RowScores(rows=rows, probabilities=np.concatenate(chances))
+        for workload, sizes in cases:
+            if name not in _AFTER_THE_FACT:
+                cells += _replay(workload, sizes, name, "plec", PredictedRows(workload, scores))
+            tell()
+    _add_closed(cells)
+    return evaluations, sorted(cells, key=lambda cell: (cell["groups"], cell["batch"], cell["slots"]))
+
+
+def _replay(
+    workload: Workload, sizes: list[int], source: str, row: str, forecast: Forecast | None = None
+) -> list[dict[str, Any]]:
+    outcomes = replay_sizes(workload, STRATEGIES[row], sizes, Cost(), forecast=forecast)
+    return [_cell(source, outcome) for outcome in outcomes]
+
+
+def _cell(source: str, outcome: Outcome) -> dict[str, Any]:
+    tokens = outcome.tokens
+    return {
+        "source": source, "strategy": outcome.strategy, "batch": outcome.batch, "groups": outcome.groups,
+        "slots": outcome.slots, "share": round(outcome.share, 4), "tokens": tokens,
+        "loads_per_token": round(outcome.loads / tokens, 4), "kept": round(outcome.kept_ratio, 4),
+        "hit": round(outcome.hit_ratio, 4), "prefetched_per_token": round(outcome.prefetched / tokens, 4),
+        "wasted_per_token": round(outcome.wasted / tokens, 4), "clean": round(outcome.clean_share, 4),
+        "bytes_per_token": round(outcome.bytes_per_token), "tokens_per_second": round(outcome.tokens_per_second, 2),
+    }  # fmt: skip
+
+
+def _add_closed(cells: list[dict[str, Any]]) -> None:
+    """The share of the distance in loads from `next-use` to Belady."""
+    ends = {(c["source"], c["batch"], c["groups"], c["slots"]): c["loads_per_token"] for c in cells}
+    for cell in cells:
+        case = cell["batch"], cell["groups"], cell["slots"]
+        blind, best = ends[ENDS[0][0], *case], ends[ENDS[-1][0], *case]
+        cell["closed"] = round((blind - cell["loads_per_token"]) / max(blind - best, 1e-9), 4)
+
+
+def _show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PIPED_WIDTH)
+    console.print(_guess_table(evaluations))
+    console.print(_union_table(evaluations))
+    first = evaluations[0]
+    said = ", ".join(f"within {item.within}: {item.error:.3f}" for item in first.calibration)
+    console.print(f"expected calibration error of the predictor (0: the token's own step): {said}")
+    for case in dict.fromkeys((c["batch"], c["groups"], c["slots"]) for c in cells):
+        console.print(_replay_table([c for c in cells if (c["batch"], c["groups"], c["slots"]) == case]))
+
+
+def _guess_table(evaluations: Sequence[Evaluation]) -> Table:
+    title = f"experts of {evaluations[0].tokens} tokens found among the m best guesses a layer"
+    table = Table(title=title, title_justify="left")
+    table.add_column("source", no_wrap=True)
+    count = len(evaluations[0].guesses.recall)
+    wanted = [m for m in GUESSES if m <= count]
+    for kind in ("recall", "precision", "next step, recall"):
+        for m in wanted:
+            table.add_column(f"{kind} @{m}", justify="right")
+    for item in evaluations:
+        later = item.next_guesses
+        row = [f"{item.guesses.recall[m - 1]:.3f}" for m in wanted]
+        row += [f"{item.guesses.precision[m - 1]:.3f}" for m in wanted]
+        row += ["" if later is None else f"{later.recall[m - 1]:.3f}" for m in wanted]
+        table.add_row(item.name, *row)
+    return table
+
+
+def _union_table(evaluations: Sequence[Evaluation]) -> Table:
+    title = f"batch accuracy: precision at {RECALL:.0%} recall, and recall at {PRECISION:.0%} precision, of the union"
+    table = Table(title=title, title_justify="left")
+    table.add_column("source", no_wrap=True)
+    for union in evaluations[0].batches:
+        table.add_column(f"B={union.batch} precision", justify="right")
+        table.add_column(f"B={union.batch} recall", justify="right")
+    for item in evaluations:
+        figures = [(u.thresholds.precision_at(RECALL), u.thresholds.recall_at(PRECISION)) for u in item.batches]
+        table.add_row(item.name, *(f"{value:.3f}" for pair in figures for value in pair))
+    return table
+
+
+def _replay_table(cells: Sequence[dict[str, Any]]) -> Table:
+    first = cells[0]
+    turns = f" in {first['groups']} groups that take turns" if first["groups"] > 1 else ""
+    title = f"{first['batch']} live sequences{turns}, {first['slots']} slots ({first['share']:.1%}), {first['tokens']} tokens"
+    table = Table(title=title, title_justify="left")
+    table.add_column("forecast", no_wrap=True)
+    for name in ("loads/token", "MB/token", "kept", "hit", "wasted", "clean", "tokens/s", "to Belady"):
+        table.add_column(name, justify="right")
+    for c in cells:
+        table.add_row(
+            c["source"], f"{c['loads_per_token']:.2f}", f"{c['bytes_per_token'] / 1e6:.0f}", f"{c['kept']:.3f}",
+            f"{c['hit']:.3f}", f"{c['wasted_per_token']:.2f}", f"{c['clean']:.1%}", f"{c['tokens_per_second']:.1f}",
+            f"{c['closed']:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def _result(
+    artifact: Path, test: Test, predictor: Artifact, evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "benchmark": "eval_predictor",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("numpy", "torch")} | {"python": platform.python_version()},
+        "config": {
+            "trace": test.trace.name, "baselines": None if test.free is None else test.free.name, "only": test.only,
+            "skip": test.skip, "steps": test.steps, "cost": asdict(Cost()),
+            "predictor": {
+                "folder": artifact.name, "kind": predictor.config.kind, "made_for": predictor.made_for,
+                "fingerprint": predictor.fingerprint, "bytes": sum(path.stat().st_size for path in artifact.iterdir()),
+                "about": {key: value for key, value in predictor.about.items() if key != "curve"},
+            },
+        },
+        "evaluations": [item.as_json() for item in evaluations],
+        "cells": list(cells),
+    }  # fmt: skip
+
+
+def _draw(evaluations: Sequence[Evaluation], path: Path) -> None:
+    try:
+        from expertflow.predict.report import draw  # noqa: PLC0415 - matplotlib is an extra
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib", "Install it: pip install 'expertflow-moe[plot]'.") from error
+    draw(evaluations, path)

@@ -1,0 +1,168 @@
+"""`expertflow train-predictor`: a routing trace in, a trained predictor out."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
+
+from expertflow.config import EngineConfig
+from expertflow.engine.build import Prepared, prepare
+from expertflow.engine.llm import load_tokenizer
+from expertflow.errors import ConfigError, PredictorError, TraceError
+from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
+from expertflow.predict.dataset import Passage, leave_out, passages, shape_of, split
+from expertflow.predict.model import PredictorConfig
+from expertflow.predict.train import Epoch, TrainConfig, Trained, train
+from expertflow.trace.format import Trace, check_model, load_trace
+from expertflow.units import format_bytes
+
+_UNFINISHED = "training"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is trained on.
+
+    Attributes:
+        trace: the file.
+        model: checkpoint the trace is of, or None.
+        skip: flag of sequences to leave out; empty: none.
+        leave_out: `key=text` of sequences kept for a test of another domain; empty: none.
+        validation: share of the others that chooses the epoch.
+    """
+
+    trace: Path
+    model: str | None
+    skip: str
+    leave_out: str
+    validation: float
+
+
+def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> None:
+    """Train, write, report."""
+    console, started = Console(stderr=True), time.perf_counter()
+    settings = TrainConfig(**options)
+    if not 0 < source.validation < 1:
+        raise ConfigError(f"validation={source.validation} is no share", "Use one between 0 and 1, such as 0.1.")
+    trace, prepared = _load(source)
+    items = passages(trace)
+    if source.leave_out:
+        items, _ = leave_out(items, source.leave_out)
+    training, held = split(items, source.validation, settings.seed)
+    shape = shape_of(trace)
+    config = PredictorConfig(
+        kind=kind,
+        layers=shape.layers,
+        experts=shape.experts,
+        top_k=shape.top_k,
+        vocabulary=_vocabulary(trace, prepared),
+        memory=PredictorConfig.memory if kind == "path" else 0,  # the paper's has none,
+    )
+    console.print(
+        f"{sum(map(len, training))} tokens of {len(training)} sequences to learn from, {sum(map(len, held))} of "
+        f"{len(held)} to validate"
+    )
+    try:
+        (out / _UNFINISHED).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PredictorError(f"{out} cannot be written: {error.strerror}", "Choose another place.") from error
+    result = _train(config, training, held, settings, out / _UNFINISHED)
+    best = min(result.curve, key=lambda epoch: epoch.validation)
+    artifact = Artifact(
+        model=result.model, memory=result.memory, calibration=result.calibration,
+        fingerprint=trace.header.fingerprint or (prepared.fingerprint if prepared else ""),
+        made_for=trace.header.model, vocabulary=() if prepared and trace.vocabulary else trace.vocabulary,
+        about={
+            "trace": source.trace.name, "source": trace.header.source, "licence": trace.header.licence,
+            "training_tokens": sum(map(len, training)), "validation_sequences": [_number(item) for item in held],
+            "left_out": source.leave_out, "options": options, "epoch": best.number, "recall": round(result.recall, 4),
+            "next_recall": round(result.next_recall, 4), "torch": torch.__version__,
+            "curve": [[round(value, 4) for value in epoch] for epoch in result.curve],
+        },
+    )  # fmt: skip
+    size = save_artifact(artifact, out)
+    load_artifact(out)  # what was written can be read
+    shutil.rmtree(out / _UNFINISHED)
+    console.print(
+        f"{out}: {format_bytes(size)}, epoch {best.number} of {settings.epochs}: of the experts a validation token "
+        f"uses, {result.recall:.1%} are among its {shape.top_k} best guesses a layer, {result.next_recall:.1%} a step "
+        f"ahead; {time.perf_counter() - started:.0f} s"
+    )
+    if not artifact.fingerprint:
+        console.print(
+            "[yellow]the trace does not say which checkpoint it is of: name it with --model to serve it with this predictor[/]"
+        )
+
+
+def _load(source: Source) -> tuple[Trace, Prepared | None]:
+    """The trace, its token ids those of the model if one is stated.
+
+    Raises:
+        TraceError: if it is of another model than stated.
+    """
+    trace = load_trace(source.trace)
+    if source.skip:
+        trace = trace.without(source.skip)
+    if source.model is None:
+        return trace, None
+    prepared = prepare(source.model, EngineConfig(device="cpu"), fetch=False)
+    shape = prepared.plan.shape
+    check_model(trace.header, layers=shape.layers, experts=shape.experts, top_k=prepared.skeleton.top_k)
+    if trace.header.fingerprint not in {"", prepared.fingerprint}:
+        raise TraceError(
+            f"the trace was recorded from a checkpoint with fingerprint {trace.header.fingerprint}, {source.model} has "
+            f"{prepared.fingerprint}",
+            "Give a trace recorded from this model.",
+        )
+    return (_as_ids(trace, prepared) if trace.vocabulary else trace), prepared
+
+
+def _as_ids(trace: Trace, prepared: Prepared) -> Trace:
+    """Token texts become the model's ids; texts that are no single token of it become unknown."""
+    tokenizer = load_tokenizer(prepared.skeleton.folder)
+    if tokenizer is None:
+        raise PredictorError(
+            f"the trace has token texts, and {prepared.skeleton.folder} has no tokenizer", "Fetch its tokenizer files."
+        )
+    ids = torch.tensor([*(_single(tokenizer, text) for text in trace.vocabulary), -1]).numpy()
+    rows = trace.rows._replace(tokens=ids[trace.rows.tokens].astype(trace.rows.tokens.dtype))
+    return Trace(header=trace.header, rows=rows, sequences=trace.sequences, vocabulary=trace.vocabulary)
+
+
+def _single(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[0] if len(ids) == 1 else -1
+
+
+def _vocabulary(trace: Trace, prepared: Prepared | None) -> int:
+    if prepared is not None:
+        return prepared.plan.shape.vocabulary
+    return len(trace.vocabulary) or int(trace.rows.tokens.max()) + 1
+
+
+def _number(item: Passage) -> int:
+    return int(item.about.get("sequence", -1))
+
+
+def _train(
+    config: PredictorConfig, training: Sequence[Passage], held: Sequence[Passage], settings: TrainConfig, folder: Path
+) -> Trained:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("training", total=settings.epochs)
+
+        def tell(epoch: Epoch) -> None:
+            said = f"loss {epoch.loss:.3f}, validation {epoch.validation:.3f}, recall {epoch.recall:.3f}"
+            bar.update(task, completed=epoch.number, description=f"epoch {epoch.number}: {said}")
+            if not console.is_terminal and epoch.number % max(1, settings.epochs // 10) == 0:
+                console.print(f"epoch {epoch.number}: {said}")
+
+        return train(config, training, held, settings, folder, tell)

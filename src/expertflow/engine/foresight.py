@@ -1,0 +1,145 @@
+"""The predictor in the engine: whose tokens come, what they will use, and what they really used.
+
+A forecast (`cache.forecast.Forecast`) on top of `predict.online`. It maps the batch's sequences to predictor rows,
+asks before every pass, and hands the true routing back behind it. If the predictor raises, it is switched off with a
+warning event and generation goes on: a forecast can cost bytes, never a token. Knows batches; refuses to know slots.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertflow.cache.forecast import Step
+from expertflow.cache.horizon import hazards, unite
+from expertflow.cache.policy import Outlook
+from expertflow.events import Event, EventKind, EventStream
+from expertflow.predict.online import OnlinePredictor
+from expertflow.trace.owners import NOBODY, Coming, Owners
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class _Asked(NamedTuple):
+    """The pass that was asked about and is not learnt yet: each token's row, and whether it took its token in."""
+
+    rows: npt.NDArray[np.int64]
+    decoding: bool
+
+
+class Foresight:
+    """What the predictor expects of the running batch.
+
+    Args:
+        online: the predictor, a row for every sequence that may run at once.
+        events: where it is told that the predictor was switched off.
+        aside: entered while the predictor works: it works in host memory, which is not the device's.
+    """
+
+    per_token = True
+
+    def __init__(
+        self,
+        online: OnlinePredictor,
+        events: EventStream,
+        aside: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """No sequence yet."""
+        self._online, self._events, self._aside = online, events, aside
+        self.artifact = online.artifact
+        shape = online.artifact.shape
+        self._layers, self._experts, self._top_k = shape
+        self._owners = Owners()
+        self._live: dict[int, int] = {}
+        self._last = self._unknown(online.rows)
+        self._asked = _Asked(np.zeros(0, dtype=np.int64), decoding=False)
+        self.failure: str | None = None
+
+    def expect(self, coming: Coming) -> None:
+        """Say whose rows come next; sequences that are not among them are forgotten."""
+        self._owners.expect(coming)
+        self._guarded(Step(-1), lambda: self._house(coming))
+
+    def outlook(self, step: Step) -> Outlook | None:
+        """The demand of the pass, and of the steps behind it; None if the tokens or their owners are not known."""
+        return self._guarded(step, lambda: self._outlook(step))
+
+    def learn(self, step: Step) -> None:
+        """Take the pass's tokens and true routing in."""
+        self._guarded(step, lambda: self._learn(step))
+
+    def _guarded(self, step: Step, work: Callable[[], _T]) -> _T | None:
+        if self.failure is not None:
+            return None
+        try:
+            with self._aside():
+                return work()
+        except Exception as error:  # noqa: BLE001 - whatever a predictor raises, generation goes on without it
+            self.failure = f"{type(error).__name__}: {error}"
+            _LOG.warning("the predictor failed in step %d and is switched off: %s", step.number, self.failure)
+            self._events.emit(Event(EventKind.PREDICTOR_OFF, step.number))
+            return None
+
+    def _house(self, coming: Coming) -> None:
+        """Rows for the sequences that come; those of the others, and of a number that begins anew, are free."""
+        fresh = coming.lengths is not None
+        gone = [number for number in self._live if fresh or number not in coming.sequences]
+        rows = [self._live.pop(number) for number in gone]
+        if rows:
+            self._online.free(rows)
+            self._last[rows] = self._experts
+            # the pass that is not learnt yet may have been theirs
+            self._asked.rows[np.isin(self._asked.rows, rows)] = NOBODY
+        free = iter(sorted(set(range(self._online.rows)) - set(self._live.values())))
+        for number in coming.sequences:
+            if number not in self._live and number != NOBODY:
+                self._live[number] = next(free)
+
+    def _outlook(self, step: Step) -> Outlook | None:
+        self._asked = _Asked(np.zeros(0, dtype=np.int64), decoding=False)
+        if step.tokens is None:
+            return None
+        owner = self._owners.take(len(step.tokens))
+        rows = np.array([self._live.get(number, NOBODY) for number in owner.tolist()], dtype=np.int64)
+        present = np.unique(rows[rows != NOBODY])
+        if not len(present):
+            return None
+        self._asked = _Asked(rows, decoding=len(present) == len(rows))
+        if self._asked.decoding:
+            return Outlook(hazards(unite(self._decode(step.tokens, rows))))
+        each = [self._online.prefill(self._tensor(step.tokens[rows == row])).cpu().numpy() for row in present]
+        return Outlook(unite(np.stack(each))[None])
+
+    def _decode(self, tokens: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """`[B, O, L, E]` of sequences that step by one token."""
+        said = self._online.step(self._tensor(rows), self._tensor(tokens), self._tensor(self._last[rows]))
+        both: npt.NDArray[np.float32] = torch.cat([said.demand[:, None], said.within], dim=1).cpu().numpy()
+        self._last[rows] = self._experts
+        return both
+
+    def _learn(self, step: Step) -> None:
+        asked = self._asked
+        if step.tokens is None or len(asked.rows) != len(step.tokens):
+            return
+        routes = self._unknown(len(step.tokens)) if step.routes is None else step.routes.astype(np.int64)
+        if asked.decoding:
+            alive = asked.rows != NOBODY
+            self._last[asked.rows[alive]] = routes[alive]
+            return
+        for row in np.unique(asked.rows[asked.rows != NOBODY]).tolist():
+            own = asked.rows == row
+            before = np.concatenate([self._last[row][None], routes[own][:-1]])
+            self._online.observe(row, self._tensor(step.tokens[own]), self._tensor(before))
+            self._last[row] = routes[own][-1]
+
+    def _unknown(self, count: int) -> npt.NDArray[np.int64]:
+        return np.full((count, self._layers, self._top_k), self._experts, dtype=np.int64)
+
+    def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self._online.device)

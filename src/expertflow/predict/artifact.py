@@ -1,0 +1,230 @@
+"""A trained predictor as a folder: `predictor.json` (what it is, of which model) and `predictor.safetensors` (weights).
+
+Large matrices are kept as int8 with a float32 scale a row, the rest as float16, so that a predictor is a few megabytes.
+The JSON holds a checksum of the weights and the fingerprint of the model the predictor was made for: a damaged
+artifact, or one of another model, is refused with the reason. Knows files; refuses to know how weights were found.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from expertflow.errors import ConfigError, PredictorError
+from expertflow.predict.dataset import Shape
+from expertflow.predict.kinds import make
+from expertflow.predict.memory import SOURCES, Memory, weigh
+from expertflow.predict.model import OUTPUTS, PredictorConfig
+
+FORMAT = "expertflow-predictor"
+VERSION = 1
+ABOUT_NAME = "predictor.json"
+WEIGHTS_NAME = "predictor.safetensors"
+_WORTH_PACKING = 4096
+_SCALE = ".scale"
+_CALIBRATION = "calibration"
+_MEMORY = "memory."
+_AGAIN = "Copy the folder again, or train it anew with `expertflow train-predictor`."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A trained predictor.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        memory: rows of frequent tokens and pairs.
+        calibration: `[2 + SOURCES, O, L, 1]` float32: what the logits count, the memory's rows, and a shift (Platt
+            scaling with more than one score).
+        fingerprint: of the model it was made for; empty if its trace did not say.
+        made_for: name of that model.
+        vocabulary: token texts by id if its trace had texts instead of the model's ids; else empty.
+        about: how it was trained and what it reached, for people.
+    """
+
+    model: nn.Module
+    memory: Memory
+    calibration: Tensor
+    fingerprint: str = ""
+    made_for: str = ""
+    vocabulary: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> PredictorConfig:
+        """The network's sizes."""
+        config: PredictorConfig = self.model.config  # type: ignore[assignment]  # every kind has one
+        return config
+
+    @property
+    def shape(self) -> Shape:
+        """What it predicts for."""
+        return Shape(self.config.layers, self.config.experts, self.config.top_k)
+
+    def probabilities(
+        self, logits: Float[Tensor, "*B O L E"], tokens: Int[Tensor, "*B"], before: Int[Tensor, "*B"]
+    ) -> Float[Tensor, "*B O L E"]:
+        """Calibrated: among experts given p, a share of p is used.
+
+        Args:
+            logits: of the network; O may be fewer outputs than it has, the first ones.
+            tokens: the token of each step.
+            before: the token before it.
+        """
+        return torch.sigmoid(weigh(self.calibration, logits, self.memory(tokens, before)))
+
+    def to(self, device: torch.device) -> "Artifact":
+        """The same on a device; the network itself moves."""
+        return replace(
+            self, model=self.model.to(device), memory=self.memory.to(device), calibration=self.calibration.to(device)
+        )
+
+    def check_model(self, fingerprint: str, shape: Shape, name: str) -> None:
+        """Refuse to serve another model than the one it was made for.
+
+        Raises:
+            PredictorError: with the reason.
+        """
+        self.check_shape(shape, name)
+        if not self.fingerprint:
+            raise PredictorError(
+                "the predictor does not say which checkpoint it was made for",
+                "Train it with `expertflow train-predictor --model CHECKPOINT`.",
+            )
+        if self.fingerprint != fingerprint:
+            raise PredictorError(
+                f"the predictor was made for {self.made_for or 'a model'} with fingerprint {self.fingerprint}, "
+                f"{name} has {fingerprint}",
+                "Train one from a trace of this model.",
+            )
+
+    def check_shape(self, shape: Shape, name: str) -> None:
+        """Refuse layers, experts or experts a token that differ.
+
+        Raises:
+            PredictorError: then.
+        """
+        if self.shape != shape:
+            raise PredictorError(
+                f"the predictor is for (layers, experts, top-k) = {tuple(self.shape)}, {name} has {tuple(shape)}",
+                "Use a predictor that was trained from a trace of this model.",
+            )
+
+
+def save_artifact(artifact: Artifact, folder: Path) -> int:
+    """Write the folder.
+
+    Returns:
+        Bytes of both files.
+
+    Raises:
+        PredictorError: if it cannot be written.
+    """
+    tensors = {name: value.detach().cpu() for name, value in artifact.model.state_dict().items()}
+    kept = {_MEMORY + name: value.cpu().contiguous() for name, value in artifact.memory.state_dict().items()}
+    packed = save_tensors({**_pack(tensors), **kept, _CALIBRATION: artifact.calibration.cpu().contiguous()})
+    about = {
+        "format": FORMAT, "version": VERSION, "config": asdict(artifact.config), "fingerprint": artifact.fingerprint,
+        "made_for": artifact.made_for, "sha256": hashlib.sha256(packed).hexdigest(), "about": dict(artifact.about),
+        "vocabulary": list(artifact.vocabulary),
+    }  # fmt: skip
+    text = json.dumps(about, ensure_ascii=False, indent=None).encode()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / WEIGHTS_NAME).write_bytes(packed)
+        (folder / ABOUT_NAME).write_bytes(text)
+    except OSError as error:
+        raise PredictorError(f"{folder} cannot be written: {error.strerror}", "Choose another place.") from error
+    return len(packed) + len(text)
+
+
+def load_artifact(folder: Path, device: torch.device | None = None) -> Artifact:
+    """Read and check a folder.
+
+    Raises:
+        PredictorError: if it is missing, foreign, damaged, or of a newer version.
+    """
+    about = _read_about(folder / ABOUT_NAME)
+    try:
+        packed = (folder / WEIGHTS_NAME).read_bytes()
+    except OSError as error:
+        raise PredictorError(f"{folder / WEIGHTS_NAME} cannot be read: {error.strerror}", _AGAIN) from error
+    if hashlib.sha256(packed).hexdigest() != about.get("sha256"):
+        raise PredictorError(f"{folder / WEIGHTS_NAME} is damaged: its checksum is not the one stated", _AGAIN)
+    try:
+        config = PredictorConfig(**{**about["config"], "decays": tuple(about["config"]["decays"])})
+        model = make(config)
+        tensors = load_tensors(packed)
+        calibration = tensors.pop(_CALIBRATION)
+        kept = {name.removeprefix(_MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(_MEMORY)}
+        memory = _memory(config, kept)
+        model.load_state_dict(_unpack(tensors))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
+        raise PredictorError(f"{folder} is no usable predictor: {str(error).splitlines()[0]}", _AGAIN) from error
+    if calibration.shape != (2 + SOURCES, OUTPUTS, config.layers, 1):
+        raise PredictorError(f"{folder}: its calibration has shape {tuple(calibration.shape)}", _AGAIN)
+    artifact = Artifact(
+        model=model.eval().requires_grad_(requires_grad=False), memory=memory, calibration=calibration,
+        fingerprint=str(about.get("fingerprint", "")), made_for=str(about.get("made_for", "")),
+        vocabulary=tuple(about.get("vocabulary", ())), about=about.get("about", {}),
+    )  # fmt: skip
+    return artifact.to(device or torch.device("cpu"))
+
+
+def _memory(config: PredictorConfig, tensors: Mapping[str, Tensor]) -> Memory:
+    rows = len(tensors["token_odds"]) - 1, len(tensors["pair_odds"]) - 1
+    memory = Memory(Shape(config.layers, config.experts, config.top_k), config.vocabulary, *rows)
+    memory.load_state_dict(dict(tensors))
+    return memory
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PredictorError(
+            f"{path} cannot be read: {error.strerror}", "Give a folder written by `expertflow train-predictor`."
+        ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PredictorError(f"{path} is damaged: {error}", _AGAIN) from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise PredictorError(f"{path} is no predictor", "Give a folder written by `expertflow train-predictor`.")
+    if about.get("version") != VERSION:
+        raise PredictorError(
+            f"{path} is of predictor version {about.get('version')!r}, this program reads {VERSION}",
+            "Update expertflow, or train it anew.",
+        )
+    return about
+
+
+def _pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    packed: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if value.ndim == 2 and value.numel() >= _WORTH_PACKING:
+            scale = value.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+            packed[name] = torch.round(value / scale).to(torch.int8).contiguous()
+            packed[name + _SCALE] = scale.to(torch.float32).contiguous()
+        else:
+            packed[name] = value.to(torch.float16 if value.is_floating_point() else value.dtype).contiguous()
+    return packed
+
+
+def _unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names: Sequence[str] = [name for name in tensors if not name.endswith(_SCALE)]
+    return {
+        name: tensors[name].float() * tensors[name + _SCALE] if name + _SCALE in tensors else _widen(tensors[name])
+        for name in names
+    }
+
+
+def _widen(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value

@@ -1,0 +1,152 @@
+"""The predictor while serving: what it remembers of live sequences, and what it says before each step.
+
+A sequence is a row number that the caller chooses. `start` gives the demand of a prompt's prefill, `observe` takes the
+prompt's true routing in, `step` takes the just-sampled tokens and the last step's true routing and gives the demand of
+all layers. Regrouping moves nothing: rows may come in any order and any subset; `free` forgets a sequence, `split` and
+`join` carry one from one predictor to another. A step has static shapes, no synchronisation and no branch on data, so it can be
+captured in a CUDA graph. Knows artifacts and networks; refuses to know batches, requests and caches.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from expertflow.errors import PredictorError
+from expertflow.predict.artifact import Artifact
+from expertflow.predict.draft import Draft, look_up
+from expertflow.predict.model import Predictor, State
+
+
+class Prediction(NamedTuple):
+    """What is expected of each sequence, calibrated probabilities.
+
+    Attributes:
+        demand: `[B, L, E]` used in this step.
+        within: `[B, len(HORIZONS), L, E]` used within the next 1, 2, 4, 8 steps behind it.
+    """
+
+    demand: Float[Tensor, "B L E"]
+    within: Float[Tensor, "B H L E"]
+
+
+class OnlinePredictor:
+    """A predictor with room for a number of live sequences.
+
+    Args:
+        artifact: trained predictor.
+        rows: sequences that may live at once.
+        device: where to compute.
+    """
+
+    def __init__(self, artifact: Artifact, rows: int, device: torch.device | None = None) -> None:
+        """Every row free."""
+        self.device, self.rows = device or torch.device("cpu"), rows
+        self.artifact = artifact.to(self.device)
+        self._model: Predictor = artifact.model  # type: ignore[assignment]  # what every kind offers
+        self.state: State = self._model.fresh(rows, self.device)
+
+    @torch.inference_mode()
+    def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Float[Tensor, "B L E"]:
+        """Begin sequences: forget what the rows held, and say what each one's prefill will use.
+
+        Args:
+            rows: a row for each sequence.
+            prompts: their token ids; -1 unknown.
+
+        Returns:
+            `[B, L, E]` probability that any token of the prompt uses the expert.
+
+        Raises:
+            PredictorError: if there is no such row, or a row is named twice.
+        """
+        self._check(rows)
+        self.free(rows)
+        demand = [self.prefill(torch.tensor(list(prompt), device=self.device)) for prompt in prompts]
+        return torch.stack(demand)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "L E"]:
+        """What any of N tokens uses whose routing is not known yet, a prompt or a part of one."""
+        before = functional.pad(tokens, (1, 0), value=-1)[:-1]
+        each = self.artifact.probabilities(self._model.blind(tokens[None])[0, :, None], tokens, before)[:, 0]
+        return 1 - torch.exp(torch.log1p(-each.clamp(max=1 - 1e-6)).sum(0))
+
+    @torch.inference_mode()
+    def observe(self, row: int, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:
+        """Take tokens in whose steps are done, such as a prompt's.
+
+        Args:
+            row: the sequence.
+            tokens: its next tokens.
+            routes: the true routing of the token before each of them (the last one's comes with the next `step`); E
+                where there is none.
+        """
+        self._model.absorb(self.state, row, tokens, routes)
+
+    @torch.inference_mode()
+    def step(
+        self, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]
+    ) -> Prediction:  # fmt: skip
+        """Before a decode step: what its tokens will use, in all layers, and what comes after.
+
+        Args:
+            rows: the sequences that step, each once, in any order.
+            tokens: the tokens just sampled.
+            routes: the true routing of each sequence's last token; E where there is none or it is not known.
+        """
+        return self._feed(self.state, rows, tokens, routes)
+
+    @torch.inference_mode()
+    def draft(self, rows: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]) -> tuple[Draft, Prediction]:
+        """After `step`: what the next one would say if the drafted tokens were sampled; nothing is taken in.
+
+        Args:
+            rows: the sequences that stepped, each once, in any order.
+            routes: what the step that is under way is taken to use: its most probable experts, the truth if it is
+                known by now, or E for unknown.
+
+        Returns:
+            The drafts, and the prediction of the step after this one; without meaning where there is no draft.
+        """
+        draft = look_up(self.state, rows)
+        scratch = State(*(column[rows] for column in self.state))
+        return draft, self._feed(scratch, torch.arange(len(rows), device=rows.device), draft.tokens, routes)
+
+    def _feed(self, state: State, rows: Tensor, tokens: Tensor, routes: Tensor) -> Prediction:
+        before = state.tokens[rows, (state.taken[rows] - 1) % state.tokens.shape[1]]
+        each = self.artifact.probabilities(self._model.feed(state, rows, tokens, routes), tokens, before)
+        return Prediction(each[:, 0], each[:, 1:])
+
+    def free(self, rows: Sequence[int]) -> None:
+        """Forget sequences; their rows may be used for others."""
+        self.state.clear(torch.tensor(list(rows), device=self.device), self.artifact.config.experts)
+
+    def split(self, rows: Sequence[int]) -> State:
+        """Take sequences out: their state, one after the other; the rows are free afterwards."""
+        index = torch.tensor(list(rows), device=self.device)
+        taken = State(*(column[index].clone() for column in self.state))
+        self.free(rows)
+        return taken
+
+    def join(self, rows: Sequence[int], state: State) -> None:
+        """Take sequences in that `split` took out, here or elsewhere.
+
+        Raises:
+            PredictorError: if there is no such row, or their number is not that of the state.
+        """
+        self._check(rows)
+        if len(rows) != len(state.taken):
+            raise PredictorError(f"{len(rows)} rows for {len(state.taken)} sequences", "Give one a sequence.")
+        index = torch.tensor(list(rows), device=self.device)
+        for column, given in zip(self.state, state, strict=True):
+            column[index] = given.to(self.device)
+
+    def _check(self, rows: Sequence[int]) -> None:
+        if len(set(rows)) != len(rows) or any(not 0 <= row < self.rows for row in rows):
+            raise PredictorError(
+                f"rows {list(rows)} are not distinct rows of {self.rows}", "Name free rows, each once."
+            )

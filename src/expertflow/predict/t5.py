@@ -1,0 +1,84 @@
+"""The paper's predictor, as the reference: a T5-style encoder-decoder that sees tokens and nothing else.
+
+arXiv 2410.17954, section 3.2: d_model 32, d_ff 2048, one head of E logits for each MoE layer on the decoder's output,
+binary cross-entropy. The paper predicts for encoder-decoder models; for a decoder-only model, whose tokens come one by
+one, the encoder here reads the last full block of `BLOCK` tokens and the decoder, causally, the running one. Knows
+tensors; refuses to know traces, files and engines. Shape letters as in `model.py`.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import T5Config, T5Model
+
+from expertflow.predict.model import OUTPUTS, PredictorConfig, State, Vocabulary, empty_state
+
+BLOCK = 64
+"""Tokens of the encoder's and of the decoder's window."""
+
+
+class T5Predictor(nn.Module):
+    """Six layers each side as in T5-small; routing is not looked at."""
+
+    def __init__(self, config: PredictorConfig) -> None:
+        """Untrained."""
+        super().__init__()
+        self.config = c = config
+        self.vocabulary, self.ids = Vocabulary(c.vocabulary), min(c.vocabulary, c.table)
+        self.t5 = T5Model(
+            T5Config(
+                vocab_size=self.ids + 1, d_model=32, d_ff=2048, d_kv=16, num_heads=4, num_layers=6,
+                dropout_rate=c.dropout / 2, decoder_start_token_id=self.ids, use_cache=False,
+            )
+        )  # fmt: skip
+        self.heads = nn.Linear(32, OUTPUTS * c.layers * c.experts)
+
+    def forward(self, tokens: Int[Tensor, "B T"], routes: Int[Tensor, "B T L K"]) -> Float[Tensor, "B T O L E"]:  # noqa: ARG002 - the interface
+        """Logits of every token of whole sequences, block by block."""
+        batch, length = tokens.shape
+        blocks = -(-length // BLOCK)
+        padded = functional.pad(tokens, (BLOCK, blocks * BLOCK - length), value=-1).view(batch, blocks + 1, BLOCK)
+        logits = self._blocks(padded[:, :-1].reshape(-1, BLOCK), padded[:, 1:].reshape(-1, BLOCK))
+        return logits.view(batch, blocks * BLOCK, *logits.shape[2:])[:, :length]
+
+    def blind(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T L E"]:
+        """Logits of this step's output for a prompt: the same, since routing is not looked at."""
+        return self.forward(tokens, tokens)[:, :, 0]
+
+    def fresh(self, rows: int, device: torch.device) -> State:
+        """Room for that many sequences."""
+        return empty_state(self.config, rows, device)
+
+    def feed(
+        self, state: State, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]  # noqa: ARG002 - the interface
+    ) -> Float[Tensor, "B O L E"]:  # fmt: skip
+        """One step: the same logits as `forward`; both blocks are computed anew."""
+        ring = state.tokens.shape[1]
+        count = state.taken[rows]
+        state.tokens[rows, count % ring] = tokens
+        state.taken[rows] = count + 1
+        begin = count // BLOCK * BLOCK
+        offset = torch.arange(-BLOCK, BLOCK, device=tokens.device)
+        place = begin[:, None] + offset
+        seen = torch.gather(state.tokens[rows], 1, place % ring)
+        seen = torch.where((place >= 0) & (place <= count[:, None]), seen, -1)
+        logits = self._blocks(seen[:, :BLOCK], seen[:, BLOCK:])
+        return logits[torch.arange(len(rows), device=rows.device), count - begin]
+
+    def absorb(self, state: State, row: int, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:  # noqa: ARG002 - the interface
+        """Take N tokens of one sequence in, without an answer."""
+        ring, taken = state.tokens.shape[1], int(state.taken[row])
+        kept = tokens[-ring:]
+        place = torch.arange(taken + len(tokens) - len(kept), taken + len(tokens), device=tokens.device)
+        state.tokens[row, place % ring] = kept
+        state.taken[row] += len(tokens)
+
+    def _blocks(self, context: Tensor, running: Tensor) -> Tensor:
+        """`[N, BLOCK]` twice to `[N, BLOCK, O, L, E]`."""
+        c = self.config
+        context, running = self.vocabulary(context), self.vocabulary(running)
+        first, second = (torch.where(ids >= 0, ids % self.ids, self.ids) for ids in (context, running))
+        hidden = self.t5(input_ids=first, decoder_input_ids=second).last_hidden_state
+        logits: Tensor = self.heads(hidden).view(*running.shape, OUTPUTS, c.layers, c.experts)
+        return logits

@@ -1,0 +1,446 @@
+"""Training: passages in, a calibrated predictor out; seeded, resumable, the same on every resumption.
+
+Binary cross-entropy on recorded routing (paper section 3.2), weights averaged over the last steps, the epoch with the
+lowest validation loss kept; then network and memory are weighed and calibrated, layer by layer. Every
+epoch draws from a generator of its own and ends with a checkpoint, so a run that was cut off goes on as if it had not
+been. Knows passages and networks; refuses to know artifacts and engines.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from expertflow.config import DEVICES, nearest
+from expertflow.errors import ConfigError, DeviceError, PredictorError
+from expertflow.predict.dataset import Passage, Shape, Windows, windows
+from expertflow.predict.kinds import make
+from expertflow.predict.memory import SOURCES, Memory, remember, weigh
+from expertflow.predict.model import HORIZONS, OUTPUTS, PredictorConfig, multi_hot
+
+_WARM_UP = 100
+_NEWTON = 10
+_FITTED = 8192
+"""Validation tokens that the calibration is fitted on."""
+_ROOM = {"cpu": 1 << 28, "cuda": 1 << 31}
+"""Bytes of the largest intermediate of one pass; larger batches go in parts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training passages.
+        batch: windows a step.
+        length: tokens a window at most.
+        rate: highest learning rate; it warms up, then falls along a cosine.
+        decay: weight decay.
+        hide: share of token ids hidden, so that unknown tokens are learned too.
+        blind: share of windows without any routing, as a prompt is seen.
+        later: weight of each horizon output beside this step's.
+        average: how slowly the averaged weights follow.
+        seed: of everything random.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    epochs: int = 100
+    batch: int = 16
+    length: int = 512
+    rate: float = 2e-3
+    decay: float = 0.05
+    hide: float = 0.05
+    blind: float = 0.1
+    later: float = 0.3
+    average: float = 0.995
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything.
+
+        Raises:
+            ConfigError: then.
+        """
+        for name in ("epochs", "batch", "length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is too small", "Use 1 or more.")
+        if not self.rate > 0:
+            raise ConfigError(f"rate={self.rate} is no learning rate", "Use one above 0, such as 0.002.")
+        if self.device not in DEVICES:
+            raise ConfigError(f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
+
+
+class Epoch(NamedTuple):
+    """A point of the validation curve.
+
+    Attributes:
+        number: epochs done.
+        loss: training loss, summed over experts, mean over tokens and layers.
+        validation: the same of the averaged weights on the validation passages, without dropout.
+        recall: share of the true experts among the K best guesses there, this step.
+        next_recall: the same for the next step, its token unknown.
+    """
+
+    number: int
+    loss: float
+    validation: float
+    recall: float
+    next_recall: float
+
+
+class Trained(NamedTuple):
+    """The result.
+
+    Attributes:
+        model: averaged weights of the best epoch.
+        memory: what frequent tokens and pairs used in the training passages.
+        calibration: how much each counts, see `Artifact`.
+        curve: epoch by epoch, of the network alone.
+        recall: share of the true experts among the K best guesses on the validation passages, all sources together.
+        next_recall: the same for the next step.
+    """
+
+    model: nn.Module
+    memory: Memory
+    calibration: Tensor
+    curve: list[Epoch]
+    recall: float
+    next_recall: float
+
+
+class _Batch(NamedTuple):
+    tokens: Tensor
+    routes: Tensor
+    counts: Tensor
+
+
+def train(
+    config: PredictorConfig,
+    training: Sequence[Passage],
+    validation: Sequence[Passage],
+    options: TrainConfig,
+    checkpoint: Path | None = None,
+    tell: Callable[[Epoch], None] = lambda epoch: None,  # noqa: ARG005 - a listener's signature
+) -> Trained:
+    """Train a predictor.
+
+    Args:
+        config: what to train.
+        training: passages to learn from.
+        validation: others, to choose the epoch and to calibrate.
+        options: how.
+        checkpoint: folder of an unfinished run: written every epoch, continued if it holds the same run.
+        tell: called after every epoch.
+
+    Raises:
+        PredictorError: if the checkpoint is of another run or damaged, or the loss is no number any more.
+    """
+    run = _Run(config, options, training, validation)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+        for epoch in run.curve:
+            tell(epoch)
+    while len(run.curve) < options.epochs:
+        tell(run.epoch())
+        if checkpoint is not None:
+            run.save(checkpoint)
+    return run.finish()
+
+
+class _Run:
+    """One training run; everything that a checkpoint has to hold."""
+
+    def __init__(
+        self, config: PredictorConfig, options: TrainConfig, training: Sequence[Passage], validation: Sequence[Passage]
+    ) -> None:
+        self.config, self.options = config, options
+        name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and not torch.cuda.is_available():
+            raise DeviceError("device='cuda', but torch sees no CUDA device", "Use --device cpu.")
+        self.device = torch.device(name)
+        longest = max(len(item) for item in (*training, *validation))
+        length = min(options.length, -(-longest // 64) * 64)
+        self.data = self._move(windows(training, length, config.experts))
+        self.training = training
+        self.nothing = remember((), Shape(config.layers, config.experts, config.top_k), config.vocabulary, 0).to(
+            self.device
+        )
+        self.held = self._move(windows(validation, length, config.experts))
+        torch.manual_seed(options.seed)
+        self.model = make(config).to(self.device)
+        self.model.vocabulary.learn(self.data.tokens.flatten())  # type: ignore[union-attr,operator]  # every kind has one
+        self.average = make(config).to(self.device).eval().requires_grad_(requires_grad=False)
+        self.best = make(config).eval()
+        self.average.load_state_dict(self.model.state_dict())
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=options.rate, weight_decay=options.decay, betas=(0.9, 0.98)
+        )
+        self.curve: list[Epoch] = []
+        self.step = 0
+        self.steps = options.epochs * math.ceil(len(self.data.tokens) / options.batch)
+        self.warm_up = min(_WARM_UP, 1 + self.steps // 10)
+
+    def epoch(self) -> Epoch:
+        """Train over every window once, then measure."""
+        number = len(self.curve)
+        torch.manual_seed(self.options.seed * 1_000_003 + number + 1)
+        order = torch.randperm(len(self.data.tokens)).to(self.device)
+        self.model.train()
+        total, tokens = 0.0, 0
+        for chosen in order.split(self.options.batch):
+            loss, count = self._learn(_Batch(*(column[chosen] for column in self.data)))
+            total, tokens = total + loss, tokens + count
+        if not math.isfinite(total):
+            raise PredictorError(f"the loss is {total} in epoch {number + 1}", "Use a lower learning rate.")
+        validation, recall, following = self._measure()
+        result = Epoch(number + 1, total / tokens, validation, recall, following)
+        if all(result.validation < earlier.validation for earlier in self.curve):
+            self.best.load_state_dict(self.average.state_dict())
+        self.curve.append(result)
+        return result
+
+    def finish(self) -> Trained:
+        """The best epoch's averaged weights beside a memory, calibrated on the validation passages."""
+        self.average.load_state_dict(self.best.state_dict())
+        c = self.config
+        memory = remember(self.training, Shape(c.layers, c.experts, c.top_k), c.vocabulary, c.memory).to(self.device)
+        weights = calibrate(list(islice(self._held_pieces(memory), -(-_FITTED // self._piece()))))
+        found, counted = torch.zeros(2, device=self.device), torch.zeros(2, device=self.device)
+        for piece in self._held_pieces(memory):
+            scores = weigh(weights, piece.logits[:, :2], piece.rows)
+            hits, total = recalled(scores, piece.truth[:, :2], piece.valid[:, :2], c.top_k)
+            found, counted = found + hits, counted + total
+        recall = (found / counted.clamp(min=1)).tolist()
+        return Trained(self.best, memory.cpu(), weights.cpu(), self.curve, recall[0], recall[1])
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint; an interrupted write leaves the one before."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
+        about = {"run": self._identity(), "step": self.step, "curve": self.curve}
+        save_file(
+            {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()},
+            folder / "checkpoint.part",
+            metadata={"about": json.dumps(about)},
+        )
+        (folder / "checkpoint.part").replace(folder / "checkpoint.safetensors")
+
+    def resume(self, folder: Path) -> None:
+        """Go on where a checkpoint ends, if there is one.
+
+        Raises:
+            PredictorError: if it is damaged or of another run.
+        """
+        path = folder / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        remedy = f"Remove {path} to start anew, or state what was stated before."
+        try:
+            tensors = load_file(path)
+            length = int.from_bytes(path.read_bytes()[:8], "little")
+            about = json.loads(json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]["about"])
+            if about["run"] != json.loads(json.dumps(self._identity())):
+                raise PredictorError(f"{path} is of another training run", remedy)
+            for name in ("model", "average", "best"):
+                part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+                getattr(self, name).load_state_dict(part)
+            self._resume_optimizer(tensors)
+            self.step, self.curve = about["step"], [Epoch(*entry) for entry in about["curve"]]
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise PredictorError(f"{path} is damaged: {error}", remedy) from error
+
+    def _resume_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, number, name = key.split(".")
+                state.setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def _identity(self) -> dict[str, object]:
+        """What makes a run the same run."""
+        seen = [int(self.data.counts.sum()), int(self.held.counts.sum()), int(self.data.tokens.sum())]
+        return {"config": asdict(self.config), "options": asdict(self.options), "data": seen}
+
+    def _move(self, cut: Windows) -> _Batch:
+        kind = np.uint8 if self.config.experts < 256 else np.int16
+        columns = (cut.tokens, cut.routes.astype(kind), cut.counts)
+        return _Batch(*(torch.from_numpy(column).to(self.device) for column in columns))
+
+    def _parts(self, batch: _Batch) -> Iterator[_Batch]:
+        """A batch in parts whose intermediates fit, without the padding that all of its windows share."""
+        c = self.config
+        longest = int(batch.counts.any(0).nonzero().max()) + 1
+        batch = _Batch(*(column[:, :longest] for column in batch))
+        each = 4 * batch.tokens.shape[1] * c.layers * c.experts * (len(c.decays) + 2 * c.heads)
+        count = max(1, _ROOM[self.device.type] // each)
+        for begin in range(0, len(batch.tokens), count):
+            yield _Batch(*(column[begin : begin + count] for column in batch))
+
+    def _learn(self, batch: _Batch) -> tuple[float, int]:
+        options, count = self.options, int(batch.counts.sum())
+        rate = (
+            options.rate
+            * min(1, (self.step + 1) / self.warm_up)
+            * (0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for part in self._parts(batch):
+            hidden = torch.rand(part.tokens.shape, device=self.device) < options.hide
+            blind = torch.rand(len(part.tokens), device=self.device) < options.blind
+            seen = torch.where(blind[:, None, None, None], self.config.experts, part.routes)
+            logits = self.model(torch.where(hidden, -1, part.tokens), seen)
+            loss = self._loss(logits, part).sum() / count
+            loss.backward()
+            total += loss.item() * count
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        follow = 1 - min(options.average, self.step / (self.step + 10))
+        with torch.no_grad():
+            for slow, fast in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
+                if slow.is_floating_point():
+                    slow.lerp_(fast, follow)
+        return total, count
+
+    def _loss(self, logits: Tensor, batch: _Batch) -> Tensor:
+        """`[B, T]`: of counted tokens, summed over experts and outputs, mean over layers."""
+        truth, valid = labels(batch.routes, batch.counts, self.config.experts)
+        each = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(-1).mean(-1)
+        weight = torch.tensor([1.0] + [self.options.later] * (OUTPUTS - 1), device=self.device)
+        return (each * valid * weight).sum(-1)
+
+    def _piece(self) -> int:
+        """Tokens of a piece of the validation windows."""
+        return self.options.batch * self.held.tokens.shape[1]
+
+    def _held_pieces(self, memory: Memory) -> Iterator["Piece"]:
+        """What network and memory say of the validation windows, in an order of their own."""
+        order = torch.randperm(len(self.held.tokens), generator=torch.Generator().manual_seed(self.options.seed))
+        for chosen in order.to(self.device).split(self.options.batch):
+            for part in self._parts(_Batch(*(column[chosen] for column in self.held))):
+                with torch.no_grad():
+                    logits = self.average(part.tokens, part.routes)[part.counts]
+                    before = functional.pad(part.tokens, (1, 0), value=-1)[:, :-1]
+                    rows = memory(part.tokens[part.counts], before[part.counts])
+                truth, valid = labels(part.routes, part.counts, self.config.experts)
+                yield Piece(logits, rows, truth[part.counts], valid[part.counts])
+
+    def _measure(self) -> tuple[float, float, float]:
+        """Validation loss, recall of this step and of the next."""
+        loss = tokens = 0.0
+        found = torch.zeros(2, dtype=torch.float64)
+        counted = torch.zeros(2, dtype=torch.float64)
+        weight = torch.tensor([1.0] + [self.options.later] * (OUTPUTS - 1), device=self.device)
+        for logits, _, truth, valid in self._held_pieces(self.nothing):
+            each = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(-1).mean(-1)
+            loss += float((each * valid * weight).sum())
+            tokens += len(logits)
+            hits, total = recalled(logits[:, :2], truth[:, :2], valid[:, :2], self.config.top_k)
+            found, counted = found + hits.cpu(), counted + total.cpu()
+        recall = (found / counted.clamp(min=1)).tolist()
+        return loss / max(tokens, 1), recall[0], recall[1]
+
+
+def labels(routes: Tensor, counts: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """What each output should have said.
+
+    Args:
+        routes: `[B, T, L, K]`, E for none.
+        counts: `[B, T]` bool, tokens to learn from.
+        experts: E.
+
+    Returns:
+        `[B, T, O, L, E]` float32, 1 where used in this step, and within each horizon behind it; `[B, T, O]` bool,
+        whether that is known: a horizon that runs behind the window's last token is not.
+    """
+    used = multi_hot(routes, experts)
+    total = used.cumsum(1)
+    length = routes.shape[1]
+    real = (routes < experts).flatten(2).any(-1)
+    ends = torch.where(real, torch.arange(length, device=routes.device), -1).amax(1)
+    place = torch.arange(length, device=routes.device)
+    planes, valid = [used], [counts & real]
+    for horizon in HORIZONS:
+        planes.append((total[:, (place + horizon).clamp(max=length - 1)] - total > 0).float())
+        valid.append(counts & (place + horizon <= ends[:, None]))
+    return torch.stack(planes, dim=2), torch.stack(valid, dim=2)
+
+
+class Piece(NamedTuple):
+    """What is said of N tokens and what was true.
+
+    Attributes:
+        logits: `[N, O, L, E]` of the network.
+        rows: `[N, S, L, E]` of the memory.
+        truth: `[N, O, L, E]` 0 or 1.
+        valid: `[N, O]` bool, whether the truth is known.
+    """
+
+    logits: Tensor
+    rows: Tensor
+    truth: Tensor
+    valid: Tensor
+
+
+def recalled(scores: Tensor, truth: Tensor, valid: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
+    """`[O]` twice: true experts among the best guesses a layer, and all of them; tensors as in `Piece`."""
+    hits = truth.gather(-1, scores.topk(guesses, dim=-1).indices).sum((-1, -2))
+    return (hits * valid).sum(0), (truth.sum((-1, -2)) * valid).sum(0)
+
+
+def calibrate(pieces: Sequence[Piece]) -> Tensor:
+    """Logistic regression of what was true on what is said, for every output and layer, by Newton's method.
+
+    Args:
+        pieces: of passages that neither network nor memory learned from.
+
+    Returns:
+        `[2 + SOURCES, O, L, 1]` float32, see `weigh`; 1, 0, ..., 0 where there is nothing to fit.
+    """
+    outputs, layers = pieces[0].logits.shape[1:3]
+    count = 2 + SOURCES
+    weights = torch.zeros(count, outputs, layers, dtype=torch.float64, device=pieces[0].logits.device)
+    weights[0] = 1
+    ridge = 1e-3 * torch.eye(count, dtype=torch.float64, device=weights.device)
+    for _ in range(_NEWTON):
+        gradient = torch.zeros_like(weights)
+        curve = torch.zeros(count, count, outputs, layers, dtype=torch.float64, device=weights.device)
+        for piece in pieces:
+            p = torch.sigmoid(weigh(weights.float()[..., None], piece.logits, piece.rows))
+            known = piece.valid[:, :, None, None].float()
+            error, slope = (p - piece.truth) * known, p * (1 - p) * known
+            for first in range(count):
+                x = _score(piece, first)
+                gradient[first] += (error * x).sum((0, 3)).double()
+                for second in range(first + 1):
+                    curve[first, second] += (slope * x * _score(piece, second)).sum((0, 3)).double()
+                    curve[second, first] = curve[first, second]
+        change = torch.linalg.solve(curve.permute(2, 3, 0, 1) + ridge, gradient.permute(1, 2, 0)[..., None])
+        weights -= change[..., 0].permute(2, 0, 1).clamp(-1, 1)
+    return weights.float()[..., None]
+
+
+def _score(piece: Piece, number: int) -> Tensor:
+    """The score a weight belongs to: logits, a row of the memory, or 1."""
+    if number == 0:
+        return piece.logits
+    return piece.rows[:, number - 1 : number] if number <= SOURCES else torch.ones_like(piece.logits[:1])

@@ -1,0 +1,103 @@
+"""A trained predictor in a replay: what it said of every row of a trace, as a forecast.
+
+Predictions are made beforehand, row by row, each from what was known before that row's step; so a replay of any batch
+only has to unite them. Knows no predictor.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.cache.forecast import Nothing, Step
+from expertflow.cache.horizon import HORIZONS, Chances, hazards, take_turns, unite
+from expertflow.cache.policy import Outlook
+from expertflow.errors import TraceError
+from expertflow.sim.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowScores:
+    """Predictions for rows of a trace.
+
+    Attributes:
+        rows: `[n]` row numbers of the trace, each once.
+        probabilities: `[n, O, L, E]` this step, then within the horizons; float16 is enough.
+        place: `[highest row + 2]` where a row's prediction is, -1 for none; the last entry is nobody's.
+    """
+
+    rows: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.floating]
+    place: npt.NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Index the rows.
+
+        Raises:
+            TraceError: if the array is not one of predictions for these rows.
+        """
+        shape = self.probabilities.shape
+        if len(shape) != 4 or len(self.rows) != shape[0] or shape[1] not in {1, 1 + len(HORIZONS)}:
+            raise TraceError(
+                f"predictions of shape {list(shape)} for {len(self.rows)} rows are unusable",
+                f"Give [rows, 1 or {1 + len(HORIZONS)}, layers, experts].",
+            )
+        place = np.full(int(self.rows.max(initial=-1)) + 2, -1, dtype=np.int64)
+        place[self.rows] = np.arange(len(self.rows))
+        object.__setattr__(self, "place", place)
+
+    def of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        """`[B, O, L, E]` the predictions of rows that are covered."""
+        found: npt.NDArray[np.floating] = self.probabilities[self.place[rows]]
+        return found
+
+    def covers(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """`[B]` bool, which rows have a prediction."""
+        return self.place[np.minimum(rows, len(self.place) - 1)] >= 0
+
+
+class PredictedRows(Nothing):
+    """The united predictions of a workload's live sequences, and of the groups whose turn is next.
+
+    Args:
+        workload: the steps.
+        scores: predictions for all of their rows.
+
+    Raises:
+        TraceError: if a row has no prediction, or the predictions are of another shape.
+    """
+
+    def __init__(self, workload: Workload, scores: RowScores) -> None:
+        """Check that every row is covered."""
+        header = workload.trace.header
+        if scores.probabilities.shape[2:] != (header.layers, header.experts):
+            raise TraceError(
+                f"the predictions are for {list(scores.probabilities.shape[2:])} layers and experts, "
+                f"the trace has {[header.layers, header.experts]}",
+                "Predict with a predictor trained for this model.",
+            )
+        rows = np.unique(workload.members[workload.members >= 0])
+        lacking = rows[~scores.covers(rows)]
+        if len(lacking):
+            raise TraceError(
+                f"{len(lacking)} of the {len(rows)} rows to replay have no prediction, row {lacking[0]} is the first",
+                "Predict the whole trace, or replay only the sequences that were predicted.",
+            )
+        self._workload, self._scores = workload, scores
+        self._known: dict[int, Chances] = {}
+
+    def outlook(self, step: Step) -> Outlook | None:
+        """Demand from this step on; None behind the workload's end."""
+        last = min(step.number + self._workload.groups, len(self._workload))
+        if step.number >= last:
+            return None
+        self._known = {
+            number: self._known[number] if number in self._known else self._demand(number)
+            for number in range(step.number, last)
+        }
+        return Outlook(take_turns(list(self._known.values())))
+
+    def _demand(self, number: int) -> Chances:
+        """`[H, L, E]` of the sequences that step together then, from what is known before it."""
+        rows = self._workload.members[number]
+        return hazards(unite(self._scores.of(rows[rows >= 0])))

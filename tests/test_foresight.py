@@ -1,0 +1,223 @@
+"""The predictor at work in the engine: whose tokens, which rows, and what happens when it is wrong, foreign or broken."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from conftest import MakeCheckpoint
+from expertflow import LLM, SamplingParams
+from expertflow.cache.forecast import Step
+from expertflow.cache.horizon import HORIZONS, unite
+from expertflow.config import EngineConfig
+from expertflow.engine.build import SHIPPED_PREDICTOR, prepare
+from expertflow.engine.llm import shipped_model
+from expertflow.errors import ConfigError, PredictorError
+from expertflow.events import Event, EventKind
+from expertflow.models.checkpoint import walk
+from expertflow.models.fingerprint import fingerprint
+from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
+from expertflow.predict.dataset import Shape, passages
+from expertflow.predict.kinds import make
+from expertflow.predict.memory import SOURCES, remember
+from expertflow.predict.model import OUTPUTS, PredictorConfig
+from expertflow.predict.score import score
+from expertflow.trace.format import DECODE, load_trace
+from expertflow.trace.owners import NOBODY, Coming, Owners
+
+MakePredictor = Callable[..., Path]
+PROMPTS = [[5, 9, 17, 30, 8, 21], [40, 41, 42], [7, 7, 7, 7, 7, 7, 7, 7, 12]]
+
+
+@pytest.fixture(scope="module")
+def make_predictor(tmp_path_factory: pytest.TempPathFactory) -> MakePredictor:
+    """A predictor with random weights for a checkpoint."""
+
+    def build(model: Path, **changes: object) -> Path:
+        prepared = prepare(model, EngineConfig(device="cpu", predictor="none"))
+        shape = prepared.plan.shape
+        torch.manual_seed(0)
+        config = PredictorConfig(
+            layers=shape.layers, experts=shape.experts, top_k=prepared.skeleton.top_k, vocabulary=shape.vocabulary,
+            width=16, embedding=8, window=32,
+        )  # fmt: skip
+        network = make(config).eval()
+        for weight in network.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        network.vocabulary.learn(torch.arange(shape.vocabulary))
+        size = Shape(shape.layers, shape.experts, prepared.skeleton.top_k)
+        artifact = Artifact(
+            model=network, memory=remember((), size, shape.vocabulary, 0),
+            calibration=torch.ones(2 + SOURCES, OUTPUTS, shape.layers, 1),
+            **{"fingerprint": prepared.fingerprint, "made_for": "tiny", **changes},
+        )  # fmt: skip
+        folder = tmp_path_factory.mktemp("predictor")
+        save_artifact(artifact, folder)
+        return folder
+
+    return build
+
+
+def generate(model: Path, **options: object) -> list[tuple[int, ...]]:
+    """Three prompts of unlike lengths, unlike numbers of tokens."""
+    with LLM(model, device="cpu", max_batch=4, max_length=48, **options) as llm:
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
+        return [tuple(output.token_ids) for output in llm.generate(PROMPTS, params)]
+
+
+@pytest.mark.parametrize("chunk", [4, 512])
+def test_what_is_said_is_what_the_recording_gives(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, tmp_path: Path, chunk: int
+) -> None:
+    """Every decode step's demand, through batches that shrink and prompts in passes, is that of the recorded sequences.
+
+    The offline scores know the sequences one by one; the engine has to find owners, rows and last routes for that.
+    """
+    model = make_checkpoint("qwen3_moe")
+    predictor = make_predictor(model)
+    said: list[npt.NDArray[np.float64]] = []
+    path = tmp_path / "run.trace"
+    with LLM(
+        model, device="cpu", max_batch=4, max_length=48, slots=6, predictor=str(predictor), prefill_chunk=chunk
+    ) as llm:
+        foresight = llm._offloaded.foresight
+        ask = foresight.outlook
+
+        def outlook(step: Step) -> object:
+            answer = ask(step)
+            if answer is not None and len(answer.demand) > 1:
+                said.append(answer.demand)
+            return answer
+
+        foresight.outlook = outlook
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
+        for _ in range(2):  # a second batch takes the rows of the first
+            with llm.record(path):
+                llm.generate(PROMPTS, params)
+        assert foresight.failure is None
+    trace = load_trace(path)
+    items = passages(trace)
+    artifact = load_artifact(predictor)
+    chances = {int(row): each for item, part in zip(items, score(artifact, items), strict=True)
+               for row, each in zip(item.rows, part, strict=True)}  # fmt: skip
+    steps = [np.flatnonzero(trace.rows.step == step) for step in np.unique(trace.rows.step[trace.rows.phase == DECODE])]
+    assert len(steps) == 11
+    for rows, demand in zip(steps, said[-11:], strict=True):
+        expected = unite(np.stack([chances[row] for row in rows]).astype(np.float64))
+        np.testing.assert_allclose(demand[0], expected[0], atol=5e-3)
+        within = 1 - np.cumprod(1 - demand[1:], axis=0)[[horizon - 1 for horizon in HORIZONS]]
+        np.testing.assert_allclose(within, np.maximum.accumulate(expected[1:], axis=0), atol=5e-3)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "switch_transformers"])
+@pytest.mark.parametrize("slots", [1, 5])
+def test_predictions_change_no_token(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, model_type: str, slots: int
+) -> None:
+    """A predictor that knows nothing of the model costs loads, never a token; encoder-decoder models too."""
+    model = make_checkpoint(model_type)
+    assert generate(model, slots=slots, predictor=str(make_predictor(model))) == generate(model, slots="100%")
+
+
+@pytest.mark.parametrize("call", [1, 2, 7])
+@pytest.mark.parametrize("method", ["step", "prefill", "observe"])
+def test_a_predictor_that_raises_is_switched_off(
+    make_checkpoint: MakeCheckpoint,
+    make_predictor: MakePredictor,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    call: int,
+) -> None:
+    """One warning event, the reason in the summary's reach, and the same tokens."""
+    model = make_checkpoint("qwen3_moe")
+    expected = generate(model, slots="100%")
+    events: list[Event] = []
+    with LLM(model, device="cpu", max_batch=4, max_length=48, slots=5, predictor=str(make_predictor(model))) as llm:
+        online, count = llm._offloaded.foresight._online, [0]
+        real = getattr(online, method)
+
+        def broken(*args: object) -> object:
+            count[0] += 1
+            if count[0] == call:
+                raise RuntimeError("out of luck")
+            return real(*args)
+
+        monkeypatch.setattr(online, method, broken)
+        llm._offloaded.events.subscribe(events.append)
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
+        outputs = [llm.generate(PROMPTS, params) for _ in range(3)][-1]
+        assert [tuple(output.token_ids) for output in outputs] == expected
+        assert llm._offloaded.foresight.failure == "RuntimeError: out of luck"
+    assert [event.kind for event in events].count(EventKind.PREDICTOR_OFF) == 1
+
+
+def test_a_predictor_of_another_model_is_refused(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, tmp_path: Path
+) -> None:
+    """Other weights, other sizes, no fingerprint, a strategy without predictions, a folder that is none: said before loading."""
+    model = make_checkpoint("qwen3_moe")
+    cases = [
+        (make_predictor(model, fingerprint="0" * 16), None, PredictorError, "was made for tiny with fingerprint 0000"),
+        (make_predictor(model, fingerprint=""), None, PredictorError, "does not say which checkpoint"),
+        (SHIPPED_PREDICTOR, None, PredictorError, r"is for \(layers, experts, top-k\) = \(8, 32, 4\)"),
+        (make_predictor(model), "lru", ConfigError, "'lru' does not use a predictor"),
+        (tmp_path, None, PredictorError, "cannot be read"),
+    ]
+    for folder, strategy, error, message in cases:
+        with pytest.raises(error, match=message):
+            LLM(model, device="cpu", predictor=str(folder), strategy=strategy)
+
+
+def test_the_models_own_predictor_is_used(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, tmp_path: Path
+) -> None:
+    """Found in the folder `predictor` of the checkpoint and used with plec, unless another strategy or none is asked for."""
+    model = make_checkpoint("qwen3_moe")
+    own = tmp_path / "model"
+    own.mkdir()
+    for file in model.iterdir():
+        (own / file.name).symlink_to(file)
+    (own / "predictor").symlink_to(make_predictor(model))
+    for options, strategy, used in (
+        ({}, "plec", True),
+        ({"strategy": "lru"}, "lru", False),
+        ({"predictor": "none"}, "next-use", False),
+    ):
+        with LLM(own, device="cpu", **options) as llm:
+            assert llm.plan.strategy == strategy
+            assert (llm._offloaded.foresight is not None) == used
+
+
+def test_the_shipped_model_comes_with_its_predictor() -> None:
+    """It fits the shipped weights, and is what `prepare` chooses."""
+    prepared = prepare(shipped_model(), EngineConfig(device="cpu"))
+    assert prepared.predictor is not None
+    assert prepared.plan.strategy == "plec"
+    assert prepared.predictor.about["recall"] > 0.7
+
+
+def test_a_fingerprint_is_of_the_weights(make_checkpoint: MakeCheckpoint) -> None:
+    """The same weights in other shards have the same one; other weights of the same shape another."""
+    model = make_checkpoint("qwen3_moe")
+    sharded = make_checkpoint("qwen3_moe", shard="20KB")
+    assert len({tensor.file for tensor in walk(sharded).values()}) > 1
+    assert fingerprint(walk(model)) != fingerprint(walk(sharded)), "made with another seed"
+    one = walk(model)
+    assert fingerprint(dict(reversed(one.items()))) == fingerprint(one)
+    assert fingerprint({**one, "more": next(iter(one.values()))}) != fingerprint(one)
+
+
+def test_owners_of_rows() -> None:
+    """Left and right padding, passes of a prompt, decoding, and the decoder's first token behind an encoder."""
+    owners = Owners()
+    owners.expect(Coming([4, 9], [2, 5]))
+    assert owners.take(6).tolist() == [NOBODY, NOBODY, NOBODY, 9, 9, 9]
+    assert owners.take(4).tolist() == [4, 4, 9, 9]
+    owners.expect(Coming([9]))
+    assert owners.take(1).tolist() == [9]
+    owners.expect(Coming([1, 2], [3, 1], padded_left=False))
+    assert owners.take(6).tolist() == [1, 1, 1, 2, NOBODY, NOBODY]
+    assert owners.take(2).tolist() == [1, 2]
