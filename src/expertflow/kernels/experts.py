@@ -1,0 +1,248 @@
+"""The expert MLP through slot ids, for the few tokens of a decode step.
+
+Twins of `expert_pairs` and `combine` in `kernels.reference`. What a pair (token, rank) gives depends on its token and
+its expert alone, to the bit: every expert's tokens go through the same tiles of tensor-core products, sixteen tokens
+wide however few there are, along H (then I) in steps of fixed size. Slots, residency, waves, the batch and who else
+uses the expert change which program computes a pair and in which column, and neither enters the arithmetic.
+
+Each distinct expert is read once: program (n, p) computes rows n of the expert of pair p for all pairs that share its
+slot, if p is the first of them (or the 17th, ...); otherwise it ends at once. So nothing needs to be sorted first.
+Knows rows by slot number; refuses to know layers and who decided.
+"""
+
+# ruff: noqa: ANN001, ANN202, PLR0913, PLR0917 - kernels take untyped pointers and many sizes
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertflow.kernels.reference import DTYPES, ExpertMlp, Workspace
+
+TILE = tl.constexpr(16)
+"""Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
+COMBINE_BLOCK = 256
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Triton's interpreter multiplies the bit patterns of bfloat16; it has to be given float32, which is as exact."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a projection is cut. Only `block_k` enters the arithmetic.
+
+    Attributes:
+        block_n: outputs of a program.
+        block_k: inputs of one step.
+        warps: of a program.
+        stages: steps in flight.
+    """
+
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 4
+
+
+@triton.jit
+def _members(slots, first, pairs, padded: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pairs of a tile led by pair `first`, `[TILE]`, -1 where there is none; and whether `first` leads one."""
+    lane = tl.arange(0, padded)
+    slot = tl.load(slots + first)
+    same = (tl.load(slots + lane, mask=lane < pairs, other=-1) == slot).to(tl.int32)
+    ahead = tl.sum(tl.where(lane < first, same, 0))
+    place = tl.cumsum(same, 0) - 1 - ahead
+    chosen = (same[:, None] == 1) & (place[:, None] == tl.arange(0, TILE)[None, :])
+    members = tl.sum(tl.where(chosen, lane[:, None] + 1, 0), axis=0) - 1
+    return members, (slot >= 0) & (ahead % TILE == 0)
+
+
+@triton.jit
+def _product(  # type: ignore[no-untyped-def]
+    x, weight, rows, members, n: tl.constexpr, k: tl.constexpr, per: tl.constexpr, transposed: tl.constexpr,
+    exact: tl.constexpr, block_k: tl.constexpr,
+):  # fmt: skip
+    """Rows `[R]` of a weight `[n, k]` times the inputs of the members: `[R, TILE]` in float32.
+
+    The input of pair p is row `p // per` of `x`. `exact`: rows need no bounds check.
+    """
+    acc = tl.zeros([rows.shape[0], TILE], tl.float32)
+    inputs = x + (members // per)[:, None] * k
+    for begin in range(0, k, block_k):
+        cols = begin + tl.arange(0, block_k)
+        if k % block_k == 0:
+            tokens = tl.load(inputs + cols[None, :], mask=members[:, None] >= 0, other=0.0)
+        else:
+            tokens = tl.load(inputs + cols[None, :], mask=(members[:, None] >= 0) & (cols[None, :] < k), other=0.0)
+        if transposed:
+            at = weight + cols[:, None] * n + rows[None, :]
+            if exact and k % block_k == 0:
+                tile = tl.load(at)
+            else:
+                tile = tl.load(at, mask=(cols[:, None] < k) & (rows[None, :] < n), other=0.0)
+            tile = tl.trans(tile)
+        else:
+            at = weight + rows[:, None] * k + cols[None, :]
+            if exact and k % block_k == 0:
+                tile = tl.load(at)
+            else:
+                tile = tl.load(at, mask=(rows[:, None] < n) & (cols[None, :] < k), other=0.0)
+        if INTERPRETED:
+            tile, tokens = tile.to(tl.float32), tokens.to(tl.float32)
+        acc = tl.dot(tile, tl.trans(tokens), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _activate(x, activation: tl.constexpr):  # type: ignore[no-untyped-def]
+    if activation == "silu":
+        x = x * tl.sigmoid(x)
+    elif activation == "gelu":
+        x = 0.5 * x * (1 + tl.math.erf(x * 0.7071067811865476))
+    elif activation == "gelu_tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        x = tl.maximum(x, 0.0)
+        if activation == "relu2":
+            x = x * x
+    return x
+
+
+@triton.jit
+def _up_kernel(  # type: ignore[no-untyped-def]
+    hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
+    row: tl.constexpr, up: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
+    transposed: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr,
+):  # fmt: skip
+    """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program."""
+    first = tl.program_id(1)
+    members, leads = _members(slots, first, pairs, padded)
+    if not leads:
+        return
+    record = pool + tl.load(slots + first).to(tl.int64) * row
+    begin = tl.program_id(0) * block_n
+    n: tl.constexpr = 2 * i if gated else i
+    exact: tl.constexpr = i % block_n == 0
+    if interleaved:
+        rows = 2 * begin + tl.arange(0, 2 * block_n)
+    elif gated:
+        both = tl.arange(0, 2 * block_n)
+        rows = begin + both % block_n + (both // block_n) * i
+    else:
+        rows = begin + tl.arange(0, block_n)
+    out = _product(hidden, record + up, rows, members, n, h, top_k, transposed, exact, block_k)
+    if bias >= 0:
+        out += tl.load(record + bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+    if gated:
+        if interleaved:
+            out = tl.permute(tl.reshape(out, [block_n, 2, TILE]), (0, 2, 1))
+        else:
+            out = tl.permute(tl.reshape(out, [2, block_n, TILE]), (1, 2, 0))
+        gate, out = tl.split(out)
+        if activation == "clamped_swiglu":
+            gate = tl.minimum(gate, limit)
+            out = (tl.minimum(tl.maximum(out, -limit), limit) + 1) * (gate * tl.sigmoid(alpha * gate))
+        else:
+            out = _activate(gate, activation) * out
+    else:
+        out = _activate(out, activation)
+    cols = begin + tl.arange(0, block_n)
+    target = inner + members[None, :] * i + cols[:, None]
+    tl.store(target, out.to(inner.dtype.element_ty), mask=(members[None, :] >= 0) & (cols[:, None] < i))
+
+
+@triton.jit
+def _down_kernel(  # type: ignore[no-untyped-def]
+    inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, row: tl.constexpr,
+    down: tl.constexpr, bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+):  # fmt: skip
+    """`parts[p] = down(inner[p])`, a block of outputs of one expert a program."""
+    first = tl.program_id(1)
+    members, leads = _members(slots, first, pairs, padded)
+    if not leads:
+        return
+    record = pool + tl.load(slots + first).to(tl.int64) * row
+    rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    out = _product(inner, record + down, rows, members, h, i, 1, transposed, h % block_n == 0, block_k)
+    if bias >= 0:
+        out += tl.load(record + bias + rows, mask=rows < h, other=0.0).to(tl.float32)[:, None]
+    target = parts + members[None, :] * h + rows[:, None]
+    tl.store(target, out, mask=(members[None, :] >= 0) & (rows[:, None] < h))
+
+
+@triton.jit
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    parts, index, weights, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr, block: tl.constexpr
+):
+    """`out[t]` = the sum over ranks of weight times part, in ascending order of expert (then of rank)."""
+    token = tl.program_id(0)
+    lane = tl.arange(0, padded)
+    mine = tl.load(index + token * top_k + lane, mask=lane < top_k, other=0)
+    before = (mine[None, :] < mine[:, None]) | ((mine[None, :] == mine[:, None]) & (lane[None, :] < lane[:, None]))
+    place = tl.sum((before & (lane[None, :] < top_k)).to(tl.int32), axis=1)
+    cols = tl.program_id(1) * block + tl.arange(0, block)
+    total = tl.zeros([block], tl.float32)
+    for turn in tl.static_range(top_k):
+        rank = tl.sum(tl.where((place == turn) & (lane < top_k), lane, 0))
+        expert = tl.load(index + token * top_k + rank)
+        if (expert >= 0) & (expert < experts):
+            weight = tl.load(weights + token * top_k + rank).to(tl.float32)
+            part = tl.load(parts + (token * top_k + rank) * h + cols, mask=cols < h, other=0.0)
+            total += weight * part
+    tl.store(out + token * h + cols, total.to(out.dtype.element_ty), mask=cols < h)
+
+
+def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
+    """How up and down projection are cut: a function of the MLP alone, never of the batch."""
+    if mlp.dtype == "float32":
+        return Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
+    if mlp.transposed:
+        return Tiling(32, 64, 4, 4), Tiling(64, 64, 4, 4)
+    return Tiling(16, 256, 4, 3), Tiling(32, 256, 4, 3)
+
+
+def expert_pairs(  # noqa: D417 - the rest as in the reference
+    mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: tuple[Tiling, Tiling] | None = None
+) -> None:
+    """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
+
+    As `kernels.reference.expert_pairs`; two launches on the current stream, capturable.
+
+    Args:
+        cut: tilings to use instead of `tilings(mlp)`; for tuning.
+    """
+    assert hidden.is_contiguous()
+    assert slots.is_contiguous()
+    dtype = DTYPES[mlp.dtype]
+    size = dtype.itemsize
+    weights = pool.view(dtype)
+    pairs, top_k = slots.numel(), slots.shape[1]
+    padded = max(triton.next_power_of_2(pairs), 16)
+    up, down = cut or tilings(mlp)
+    _up_kernel[(triton.cdiv(mlp.width, up.block_n), pairs)](
+        hidden, slots, weights, work.inner, pairs, padded=padded, top_k=top_k, h=mlp.hidden, i=mlp.width,
+        row=mlp.row_bytes // size, up=mlp.up // size, bias=-1 if mlp.up_bias is None else mlp.up_bias // size,
+        gated=mlp.gated, interleaved=mlp.interleaved, transposed=mlp.transposed, activation=mlp.activation,
+        alpha=mlp.alpha, limit=mlp.limit, block_n=up.block_n, block_k=up.block_k,
+        num_warps=up.warps, num_stages=up.stages,
+    )  # fmt: skip
+    _down_kernel[(triton.cdiv(mlp.hidden, down.block_n), pairs)](
+        work.inner, slots, weights, work.parts, pairs, padded=padded, h=mlp.hidden, i=mlp.width,
+        row=mlp.row_bytes // size, down=mlp.down // size, bias=-1 if mlp.down_bias is None else mlp.down_bias // size,
+        transposed=mlp.transposed, block_n=down.block_n, block_k=down.block_k,
+        num_warps=down.warps, num_stages=down.stages,
+    )  # fmt: skip
+
+
+def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor) -> None:
+    """Add each token's weighted results in ascending order of expert, starting from zero.
+
+    As `kernels.reference.combine`; one launch.
+    """
+    tokens, top_k = index.shape
+    hidden = out.shape[1]
+    _combine_kernel[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
+        parts, index.contiguous(), weights.contiguous(), out, experts, h=hidden, top_k=top_k,
+        padded=triton.next_power_of_2(top_k), block=COMBINE_BLOCK,
+    )  # fmt: skip
