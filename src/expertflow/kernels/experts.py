@@ -10,10 +10,8 @@ slot, if p is the first of them (or the 17th, ...); otherwise it ends at once. S
 Knows rows by slot number; refuses to know layers and who decided.
 """
 
-# ruff: noqa: ANN001, ANN202, PLR0913, PLR0917 - kernels take untyped pointers and many sizes
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,7 +43,7 @@ class Tiling:
 
 
 @triton.jit
-def _members(slots, first, pairs, padded: tl.constexpr):  # type: ignore[no-untyped-def]
+def _members(slots, first, pairs, padded: tl.constexpr):
     """Pairs of a tile led by pair `first`, `[TILE]`, -1 where there is none; and whether `first` leads one."""
     lane = tl.arange(0, padded)
     slot = tl.load(slots + first)
@@ -58,7 +56,7 @@ def _members(slots, first, pairs, padded: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def _product(  # type: ignore[no-untyped-def]
+def _product(
     x, weight, rows, members, n: tl.constexpr, k: tl.constexpr, per: tl.constexpr, transposed: tl.constexpr,
     exact: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +92,7 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _activate(x, activation: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activate(x, activation: tl.constexpr):
     if activation == "silu":
         x = x * tl.sigmoid(x)
     elif activation == "gelu":
@@ -108,8 +106,8 @@ def _activate(x, activation: tl.constexpr):  # type: ignore[no-untyped-def]
     return x
 
 
-@triton.jit
-def _up_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["pairs"])
+def _up_kernel(
     hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
     row: tl.constexpr, up: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
     transposed: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
@@ -152,8 +150,8 @@ def _up_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, out.to(inner.dtype.element_ty), mask=(members[None, :] >= 0) & (cols[:, None] < i))
 
 
-@triton.jit
-def _down_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["pairs"])
+def _down_kernel(
     inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, row: tl.constexpr,
     down: tl.constexpr, bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +169,8 @@ def _down_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, out, mask=(members[None, :] >= 0) & (rows[:, None] < h))
 
 
-@triton.jit
-def _combine_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["experts"])
+def _combine_kernel(
     parts, index, weights, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr, block: tl.constexpr
 ):
     """`out[t]` = the sum over ranks of weight times part, in ascending order of expert (then of rank)."""
@@ -202,37 +200,45 @@ def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
     return Tiling(16, 256, 4, 3), Tiling(32, 256, 4, 3)
 
 
-def expert_pairs(  # noqa: D417 - the rest as in the reference
-    mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: tuple[Tiling, Tiling] | None = None
-) -> None:
+def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
     """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
 
     As `kernels.reference.expert_pairs`; two launches on the current stream, capturable.
-
-    Args:
-        cut: tilings to use instead of `tilings(mlp)`; for tuning.
     """
     assert hidden.is_contiguous()
     assert slots.is_contiguous()
-    dtype = DTYPES[mlp.dtype]
-    size = dtype.itemsize
-    weights = pool.view(dtype)
+    up, down = tilings(mlp)
+    launch_up(mlp, hidden, slots, pool, work, up)
+    launch_down(mlp, slots, pool, work, down)
+
+
+def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
+    """The first half of `expert_pairs`, cut as given."""
+    size = DTYPES[mlp.dtype].itemsize
     pairs, top_k = slots.numel(), slots.shape[1]
-    padded = max(triton.next_power_of_2(pairs), 16)
-    up, down = cut or tilings(mlp)
-    _up_kernel[(triton.cdiv(mlp.width, up.block_n), pairs)](
-        hidden, slots, weights, work.inner, pairs, padded=padded, top_k=top_k, h=mlp.hidden, i=mlp.width,
-        row=mlp.row_bytes // size, up=mlp.up // size, bias=-1 if mlp.up_bias is None else mlp.up_bias // size,
-        gated=mlp.gated, interleaved=mlp.interleaved, transposed=mlp.transposed, activation=mlp.activation,
-        alpha=mlp.alpha, limit=mlp.limit, block_n=up.block_n, block_k=up.block_k,
-        num_warps=up.warps, num_stages=up.stages,
+    _up_kernel[(triton.cdiv(mlp.width, cut.block_n), pairs)](
+        hidden, slots, pool.view(DTYPES[mlp.dtype]), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
+        h=mlp.hidden, i=mlp.width, row=mlp.row_bytes // size, up=mlp.up // size,
+        bias=-1 if mlp.up_bias is None else mlp.up_bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
+        transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
+        block_n=cut.block_n, block_k=cut.block_k, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(mlp.hidden, down.block_n), pairs)](
-        work.inner, slots, weights, work.parts, pairs, padded=padded, h=mlp.hidden, i=mlp.width,
-        row=mlp.row_bytes // size, down=mlp.down // size, bias=-1 if mlp.down_bias is None else mlp.down_bias // size,
-        transposed=mlp.transposed, block_n=down.block_n, block_k=down.block_k,
-        num_warps=down.warps, num_stages=down.stages,
+
+
+def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
+    """The second half of `expert_pairs`, cut as given."""
+    size = DTYPES[mlp.dtype].itemsize
+    pairs = slots.numel()
+    _down_kernel[(triton.cdiv(mlp.hidden, cut.block_n), pairs)](
+        work.inner, slots, pool.view(DTYPES[mlp.dtype]), work.parts, pairs, padded=_padded(pairs),
+        h=mlp.hidden, i=mlp.width, row=mlp.row_bytes // size, down=mlp.down // size,
+        bias=-1 if mlp.down_bias is None else mlp.down_bias // size, transposed=mlp.transposed,
+        block_n=cut.block_n, block_k=cut.block_k, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
+
+
+def _padded(pairs: int) -> int:
+    return max(int(triton.next_power_of_2(pairs)), 16)
 
 
 def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor) -> None:

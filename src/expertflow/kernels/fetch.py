@@ -17,7 +17,7 @@ WARPS = 8
 
 
 @triton.jit
-def _fetch_kernel(host, pool, src, dst, bounds, row: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, PLR0913, PLR0917
+def _fetch_kernel(host, pool, src, dst, bounds, row: tl.constexpr, block: tl.constexpr):
     """Programs take turns at blocks of `block` words; a row is `row` words."""
     begin = tl.load(bounds)
     end = tl.load(bounds + 1)
@@ -47,8 +47,13 @@ def fetch_rows(host: Tensor, pool: Tensor, src: Tensor, dst: Tensor, bounds: Ten
             offsets `[L + 1]` is walked with `bounds=offsets[layer : layer + 2]`.
         programs: how many programs share the copy.
     """
+    launch_fetch(host, pool, (src, dst, bounds), programs, BLOCK_BYTES, WARPS)
+
+
+def launch_fetch(
+    host: Tensor, pool: Tensor, entries: tuple[Tensor, Tensor, Tensor], programs: int, block_bytes: int, warps: int
+) -> None:
+    """`fetch_rows` with every choice given; entries are src, dst and bounds."""
     row = host.shape[1] // WORD.itemsize
-    block = min(BLOCK_BYTES // WORD.itemsize, triton.next_power_of_2(row))
-    _fetch_kernel[(programs,)](
-        host.view(WORD), pool.view(WORD), src, dst, bounds, row=row, block=block, num_warps=WARPS
-    )
+    block = min(block_bytes // WORD.itemsize, int(triton.next_power_of_2(row)))
+    _fetch_kernel[(programs,)](host.view(WORD), pool.view(WORD), *entries, row=row, block=block, num_warps=warps)
