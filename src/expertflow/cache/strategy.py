@@ -4,8 +4,8 @@ A row says what is expected (a forecast), what is loaded ahead (the plan's numbe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from expertflow.errors import ConfigError
 DEFAULT = "next-use"
 """The strategy that is used when none is named."""
 ALL_LAYERS = 1 << 20
+DEVICE_WAVE = 32
+"""Loads a wave of the device execution; few waves are few kernels, docs/lab-notes.md has the price in loads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class Strategy:
         wraps: whether a rolling plan goes on into the next step.
         reserve: slots the plan leaves to corrections.
         wave: loads of a layer after which its own slots may be used again within it.
+        joint: whether a layer's hits are computed together with its first wave of loads.
     """
 
     name: str
@@ -74,9 +77,15 @@ class Strategy:
     wraps: bool = False
     reserve: int = 4
     wave: int = 1
+    joint: bool = False
+
+    def on_device(self) -> Self:
+        """The same row with a layer computed in few large waves: what a CUDA graph can hold."""
+        return replace(self, wave=DEVICE_WAVE, joint=True)
 
     def rules(self, layers: int, slots: int) -> Rules:
         """The numbers the core works with, for a model of `layers` and a pool of `slots`."""
+        share = slots // layers if self.partition == "layer" and slots >= layers else slots
         return Rules(
             retain=self.retain,
             prefetch=self.prefetch != "none",
@@ -85,7 +94,8 @@ class Strategy:
             ahead=min(self.ahead, layers),
             rolling=self.prefetch == "layer",
             wraps=self.wraps,
-            wave=self.wave,
+            wave=min(self.wave, share),
+            joint=self.joint,
         )
 
     def check_future(self, future: npt.NDArray[np.bool_] | None) -> None:
