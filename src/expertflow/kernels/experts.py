@@ -177,17 +177,17 @@ def _combine_kernel(
     token = tl.program_id(0)
     lane = tl.arange(0, padded)
     mine = tl.load(index + token * top_k + lane, mask=lane < top_k, other=0)
+    weight = tl.load(weights + token * top_k + lane, mask=lane < top_k, other=0).to(tl.float32)
     before = (mine[None, :] < mine[:, None]) | ((mine[None, :] == mine[:, None]) & (lane[None, :] < lane[:, None]))
     place = tl.sum((before & (lane[None, :] < top_k)).to(tl.int32), axis=1)
     cols = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros([block], tl.float32)
     for turn in tl.static_range(top_k):
-        rank = tl.sum(tl.where((place == turn) & (lane < top_k), lane, 0))
-        expert = tl.load(index + token * top_k + rank)
-        if (expert >= 0) & (expert < experts):
-            weight = tl.load(weights + token * top_k + rank).to(tl.float32)
-            part = tl.load(parts + (token * top_k + rank) * h + cols, mask=cols < h, other=0.0)
-            total += weight * part
+        here = (place == turn) & (lane < top_k)
+        rank = tl.sum(tl.where(here, lane, 0))
+        active = tl.sum((here & (mine >= 0) & (mine < experts)).to(tl.int32)) > 0
+        part = tl.load(parts + (token * top_k + rank) * h + cols, mask=active & (cols < h), other=0.0)
+        total = tl.where(active, total + tl.sum(tl.where(here, weight, 0.0)) * part, total)
     tl.store(out + token * h + cols, total.to(out.dtype.element_ty), mask=cols < h)
 
 
@@ -196,8 +196,8 @@ def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
     if mlp.dtype == "float32":
         return Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
     if mlp.transposed:
-        return Tiling(32, 64, 4, 4), Tiling(64, 64, 4, 4)
-    return Tiling(16, 256, 4, 3), Tiling(32, 256, 4, 3)
+        return Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
+    return Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
 
 
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
