@@ -7,14 +7,17 @@ uses the expert change which program computes a pair and in which column, and ne
 
 Each distinct expert is read once: program (n, p) computes rows n of the expert of pair p for all pairs that share its
 slot, if p is the first of them (or the 17th, ...); otherwise it ends at once. So nothing needs to be sorted first.
+On Hopper the down projection and the sum are put on the device before their predecessor has ended, and wait there.
 Knows rows by slot number; refuses to know layers and who decided.
 """
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.kernels.reference import DTYPES, ExpertMlp, Workspace
 
@@ -43,16 +46,21 @@ class Tiling:
 
 
 @triton.jit
-def _members(slots, first, pairs, padded: tl.constexpr):
-    """Pairs of a tile led by pair `first`, `[TILE]`, -1 where there is none; and whether `first` leads one."""
+def _leads(slots, first, pairs, padded: tl.constexpr):
+    """Which pairs share the slot of pair `first`, `[padded]`; how many of them are before it; whether it leads a tile."""
     lane = tl.arange(0, padded)
     slot = tl.load(slots + first)
     same = (tl.load(slots + lane, mask=lane < pairs, other=-1) == slot).to(tl.int32)
     ahead = tl.sum(tl.where(lane < first, same, 0))
+    return same, ahead, (slot >= 0) & (ahead % TILE == 0)
+
+
+@triton.jit
+def _members(same, ahead, padded: tl.constexpr):
+    """The pairs of a tile, `[TILE]`, -1 where there is none: those of `same` from place `ahead` on."""
     place = tl.cumsum(same, 0) - 1 - ahead
     chosen = (same[:, None] == 1) & (place[:, None] == tl.arange(0, TILE)[None, :])
-    members = tl.sum(tl.where(chosen, lane[:, None] + 1, 0), axis=0) - 1
-    return members, (slot >= 0) & (ahead % TILE == 0)
+    return tl.sum(tl.where(chosen, tl.arange(0, padded)[:, None] + 1, 0), axis=0) - 1
 
 
 @triton.jit
@@ -111,13 +119,16 @@ def _up_kernel(
     hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
     row: tl.constexpr, up: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
     transposed: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
-    block_n: tl.constexpr, block_k: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program."""
+    if early:
+        gdc_launch_dependents()
     first = tl.program_id(1)
-    members, leads = _members(slots, first, pairs, padded)
+    same, ahead, leads = _leads(slots, first, pairs, padded)
     if not leads:
         return
+    members = _members(same, ahead, padded)
     record = pool + tl.load(slots + first).to(tl.int64) * row
     begin = tl.program_id(0) * block_n
     n: tl.constexpr = 2 * i if gated else i
@@ -154,12 +165,17 @@ def _up_kernel(
 def _down_kernel(
     inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, row: tl.constexpr,
     down: tl.constexpr, bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """`parts[p] = down(inner[p])`, a block of outputs of one expert a program."""
     first = tl.program_id(1)
-    members, leads = _members(slots, first, pairs, padded)
+    same, ahead, leads = _leads(slots, first, pairs, padded)
+    if early:  # the slots were there before the up kernel began, what it computes is there only now
+        gdc_wait()
+        gdc_launch_dependents()
     if not leads:
         return
+    members = _members(same, ahead, padded)
     record = pool + tl.load(slots + first).to(tl.int64) * row
     rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
     out = _product(inner, record + down, rows, members, h, i, 1, transposed, h % block_n == 0, block_k)
@@ -171,23 +187,26 @@ def _down_kernel(
 
 @triton.jit(do_not_specialize=["experts"])
 def _combine_kernel(
-    parts, index, weights, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr, block: tl.constexpr
-):
+    parts, index, weights, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr,
+    block: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
     """`out[t]` = the sum over ranks of weight times part, in ascending order of expert (then of rank)."""
+    if early:
+        gdc_wait()
     token = tl.program_id(0)
     lane = tl.arange(0, padded)
     mine = tl.load(index + token * top_k + lane, mask=lane < top_k, other=0)
+    weight = tl.load(weights + token * top_k + lane, mask=lane < top_k, other=0).to(tl.float32)
     before = (mine[None, :] < mine[:, None]) | ((mine[None, :] == mine[:, None]) & (lane[None, :] < lane[:, None]))
     place = tl.sum((before & (lane[None, :] < top_k)).to(tl.int32), axis=1)
     cols = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros([block], tl.float32)
     for turn in tl.static_range(top_k):
-        rank = tl.sum(tl.where((place == turn) & (lane < top_k), lane, 0))
-        expert = tl.load(index + token * top_k + rank)
-        if (expert >= 0) & (expert < experts):
-            weight = tl.load(weights + token * top_k + rank).to(tl.float32)
-            part = tl.load(parts + (token * top_k + rank) * h + cols, mask=cols < h, other=0.0)
-            total += weight * part
+        here = (place == turn) & (lane < top_k)
+        rank = tl.sum(tl.where(here, lane, 0))
+        active = tl.sum((here & (mine >= 0) & (mine < experts)).to(tl.int32)) > 0
+        part = tl.load(parts + (token * top_k + rank) * h + cols, mask=active & (cols < h), other=0.0)
+        total = tl.where(active, total + tl.sum(tl.where(here, weight, 0.0)) * part, total)
     tl.store(out + token * h + cols, total.to(out.dtype.element_ty), mask=cols < h)
 
 
@@ -196,8 +215,8 @@ def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
     if mlp.dtype == "float32":
         return Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
     if mlp.transposed:
-        return Tiling(32, 64, 4, 4), Tiling(64, 64, 4, 4)
-    return Tiling(16, 256, 4, 3), Tiling(32, 256, 4, 3)
+        return Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
+    return Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
 
 
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
@@ -221,24 +240,30 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
         h=mlp.hidden, i=mlp.width, row=mlp.row_bytes // size, up=mlp.up // size,
         bias=-1 if mlp.up_bias is None else mlp.up_bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
-        block_n=cut.block_n, block_k=cut.block_k, num_warps=cut.warps, num_stages=cut.stages,
+        block_n=cut.block_n, block_k=cut.block_k, early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
 def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
-    """The second half of `expert_pairs`, cut as given."""
+    """The second half of `expert_pairs`, cut as given. Nothing may come between: it reads `slots` before it waits."""
     size = DTYPES[mlp.dtype].itemsize
-    pairs = slots.numel()
+    pairs, early = slots.numel(), _early(pool)
     _down_kernel[(triton.cdiv(mlp.hidden, cut.block_n), pairs)](
         work.inner, slots, pool.view(DTYPES[mlp.dtype]), work.parts, pairs, padded=_padded(pairs),
         h=mlp.hidden, i=mlp.width, row=mlp.row_bytes // size, down=mlp.down // size,
         bias=-1 if mlp.down_bias is None else mlp.down_bias // size, transposed=mlp.transposed,
-        block_n=cut.block_n, block_k=cut.block_k, num_warps=cut.warps, num_stages=cut.stages,
+        block_n=cut.block_n, block_k=cut.block_k, early=early,
+        num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,
     )  # fmt: skip
 
 
 def _padded(pairs: int) -> int:
     return max(int(triton.next_power_of_2(pairs)), 16)
+
+
+def _early(tensor: Tensor) -> bool:
+    """Whether a kernel may be put on the device while the one before it ends (Hopper's programmatic launch)."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor) -> None:
@@ -247,8 +272,8 @@ def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Te
     As `kernels.reference.combine`; one launch.
     """
     tokens, top_k = index.shape
-    hidden = out.shape[1]
+    hidden, early = out.shape[1], _early(out)
     _combine_kernel[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
         parts, index.contiguous(), weights.contiguous(), out, experts, h=hidden, top_k=top_k,
-        padded=triton.next_power_of_2(top_k), block=COMBINE_BLOCK,
+        padded=triton.next_power_of_2(top_k), block=COMBINE_BLOCK, early=early, launch_pdl=early,
     )  # fmt: skip

@@ -12,8 +12,8 @@ from torch import Tensor
 WORD = torch.int64
 """What one lane element is: a lane then moves 16 bytes as two of them."""
 BLOCK_BYTES = 32768
-"""Bytes a program has in flight at a time. Sixteen programs cover the link's latency many times over."""
-WARPS = 8
+"""Bytes a program has in flight at a time: four programs cover the link's latency."""
+WARPS = 16
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _fetch_kernel(host, pool, src, dst, bounds, row: tl.constexpr, block: tl.con
         turn += tl.num_programs(0)
 
 
-def fetch_rows(host: Tensor, pool: Tensor, src: Tensor, dst: Tensor, bounds: Tensor, programs: int = 16) -> None:
+def fetch_rows(host: Tensor, pool: Tensor, src: Tensor, dst: Tensor, bounds: Tensor, programs: int = 8) -> None:
     """Copy the rows of list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
 
     Queued on the current stream, capturable, and no more than `programs` multiprocessors wide.

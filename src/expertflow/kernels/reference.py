@@ -233,7 +233,7 @@ def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Te
     out.copy_(total)
 
 
-def fetch_rows(host: Tensor, pool: Tensor, src: Tensor, dst: Tensor, bounds: Tensor, programs: int = 16) -> None:
+def fetch_rows(host: Tensor, pool: Tensor, src: Tensor, dst: Tensor, bounds: Tensor, programs: int = 8) -> None:
     """Copy the rows of list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
 
     Args:
