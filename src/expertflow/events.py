@@ -28,6 +28,8 @@ class EventKind(StrEnum):
     """An expert leaves `slot`."""
     WASTED = "wasted"
     """A prefetched expert leaves (or the run ends) without having been used."""
+    HOST = "host"
+    """A batch's decode steps are decided on the host although a graph was hoped for; `reason` says why."""
 
 
 class Event(NamedTuple):
@@ -39,6 +41,7 @@ class Event(NamedTuple):
     expert: int = -1
     slot: int = -1
     value: int = 0
+    reason: str = ""
 
 
 Listener = Callable[[Event], None]
@@ -63,6 +66,11 @@ class EventStream:
         """Tell every listener."""
         for listener in self._listeners:
             listener(event)
+
+    @property
+    def listeners(self) -> int:
+        """How many are listening."""
+        return len(self._listeners)
 
 
 @dataclass(kw_only=True)
@@ -99,8 +107,16 @@ class CacheCounters:
                 self.evictions += 1
             case EventKind.STEP:
                 self.steps += 1
-            case EventKind.LAYER:
+            case EventKind.LAYER | EventKind.HOST:
                 pass
+
+    def add(self, *, steps: int, hits: int, loads: int, evictions: int, row_bytes: int) -> None:
+        """Take totals that were counted elsewhere: on the device, where single events are not told."""
+        self.steps += steps
+        self.hits += hits
+        self.loads += loads
+        self.evictions += evictions
+        self.bytes_moved += loads * row_bytes
 
     @property
     def accesses(self) -> int:

@@ -78,7 +78,7 @@ class CacheController:
         forecast: Forecast | None = None,
     ) -> None:
         """Start with every slot empty."""
-        self.strategy, self.events = strategy, events
+        self.strategy, self.events, self.future = strategy, events, future
         self.step = -1
         self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
         self.table = SlotTable(self._tables)

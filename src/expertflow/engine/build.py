@@ -1,5 +1,6 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import find_strategy
 from expertflow.config import EngineConfig
+from expertflow.engine.device import DeviceExperts, Held, expert_mlp, graph_refusal
+from expertflow.engine.graph import GraphBatch, GraphDecoder
 from expertflow.engine.observe import StepObserver, step_tokens, tell_all
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.provider import CachedExperts
+from expertflow.engine.runner import Batch, make_batch
 from expertflow.errors import BudgetError, ClosedError, DeviceError
-from expertflow.events import CacheCounters, EventStream
+from expertflow.events import CacheCounters, Event, EventKind, EventStream
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
@@ -69,7 +73,9 @@ def prepare(
     tensors, convert = walk(skeleton.folder), config.dtype != "auto"
     pieces = map_experts(skeleton, tensors, convert=convert)
     check_dense(skeleton, tensors, convert=convert)
-    plan = make_plan(config, shape_of(skeleton), resolve_device(config.device).type)
+    device = resolve_device(config.device).type
+    no_graph = graph_refusal(skeleton, strategy, device, own_forecast=forecast is not None)
+    plan = make_plan(config, shape_of(skeleton), device, no_graph)
     return Prepared(skeleton=skeleton, pieces=pieces, plan=plan)
 
 
@@ -97,7 +103,7 @@ class OffloadedModel:
         self.store = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
         _fill(prepared.pieces, self.store, show=config.progress)
         self.store.lock()
-        pool = SlotPool(layout, plan.slots, self.device)
+        self._pool = pool = SlotPool(layout, plan.slots, self.device)
         self.events = EventStream()
         self.counters = CacheCounters()
         self.events.subscribe(self.counters.count)
@@ -111,6 +117,7 @@ class OffloadedModel:
             forecast=forecast,
         )
         self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
+        self._decoder: GraphDecoder | None = None
         self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
         self._provider: CachedExperts | None = CachedExperts(self.controller, self._transfer, pool)
         bind_experts(self.model, prepared.skeleton, self._provider)
@@ -137,6 +144,34 @@ class OffloadedModel:
             observer.begin(tokens)
         self._provider.begin_step(tokens)
 
+    def batch(self, prompts: Sequence[Sequence[int]]) -> Batch:
+        """Sequences to run, by graphs if the plan says so and nobody has to see the routing."""
+        plan = self.plan
+        reason = plan.why_host
+        if plan.execution == "graph":
+            if not self.observers:
+                return GraphBatch(self._graphs(), prompts, plan.prefill_chunk)
+            reason = "somebody watches the routing, which only the host execution shows"
+        if reason:
+            self.events.emit(Event(EventKind.HOST, self.controller.step, reason=reason))
+        return make_batch(self.model, prompts, plan.prefill_chunk)
+
+    def _graphs(self) -> GraphDecoder:
+        """The graphs' buffers, made when first needed, and anew if events are to be told from now on."""
+        log = self.events.listeners > 1  # the counters alone are content with totals
+        if self._decoder is None or self._decoder.experts.logs != log:
+            self._decoder = None
+            held = Held(controller=self.controller, store=self.store, pool=self._pool, counters=self.counters)
+            plan, mlp = self.plan, expert_mlp(self.skeleton)
+            with torch.inference_mode(), self.meter.watch():
+                experts = DeviceExperts(mlp, held, plan.max_batch, plan.shape.top_k, log=log)
+                self._decoder = GraphDecoder(self.model, self.skeleton, experts, plan.max_batch, plan.max_length)
+        return self._decoder
+
+    def measure(self) -> int:
+        """The peak of device memory so far, bytes: what was in use at most, and what captured steps keep."""
+        return self.meter.peak_bytes + (0 if self._decoder is None else self._decoder.pool_bytes)
+
     def watch(self, *observers: StepObserver) -> None:
         """From now on also tell `observers` every step's tokens and every layer's routing."""
         self.observers = [*self.observers, *observers]
@@ -158,8 +193,8 @@ class OffloadedModel:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         unbind_experts(self.model, self.skeleton)
-        self._provider = None
-        del self._transfer
+        self._provider = self._decoder = None
+        del self._transfer, self._pool
         self.store.close()
 
 

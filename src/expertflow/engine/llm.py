@@ -17,7 +17,7 @@ from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import OffloadedModel, load_model
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
-from expertflow.engine.runner import Batch, make_batch
+from expertflow.engine.runner import Batch
 from expertflow.engine.sampler import choose
 from expertflow.errors import CheckpointError, PromptError
 from expertflow.events import CacheCounters
@@ -96,9 +96,7 @@ class LLM:
     @property
     def stats(self) -> RunStats:
         """What generation cost so far."""
-        return replace(
-            self._stats, peak_bytes=self._offloaded.meter.peak_bytes, cache=replace(self._offloaded.counters)
-        )
+        return replace(self._stats, peak_bytes=self._offloaded.measure(), cache=replace(self._offloaded.counters))
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -214,10 +212,8 @@ class LLM:
         started = time.perf_counter()
         self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in running)
         first = True
+        batch = self._offloaded.batch([request.prompt_token_ids for request in running])
         try:
-            batch = make_batch(
-                self._offloaded.model, [request.prompt_token_ids for request in running], self.plan.prefill_chunk
-            )
             tokens: list[int] | None = None
             while running:
                 outputs = self._step(batch, running, tokens)
@@ -231,6 +227,7 @@ class LLM:
                 running = [running[row] for row in rows]
                 tokens = [outputs[row].token_id for row in rows]
         finally:
+            batch.close()
             self._stats.seconds += time.perf_counter() - started
 
     def _step(self, batch: Batch, running: list[Request], tokens: list[int] | None) -> list[StreamOutput]:

@@ -220,6 +220,7 @@ class CacheState:
         """S."""
         return len(self.owner)
 
+    @torch.inference_mode()
     def load(self, tables: Tables, usage: Usage) -> None:
         """Take over from the host, between two steps. Without prefetch: nothing may be pinned, fresh or pending."""
         assert not tables.fresh.any()
@@ -232,22 +233,26 @@ class CacheState:
         self.clock.fill_(usage.step)
         self.needed.zero_()
 
+    @torch.inference_mode()
     def store(self, tables: Tables, usage: Usage) -> None:
-        """Give back to the host, between two steps. Ranks are not given: the host's next step makes them anew."""
+        """Give back to the host, between two steps."""
         for name in _TABLES:
             getattr(tables, name)[:] = getattr(self, name).cpu().numpy()
         for name in _USAGE:
             getattr(usage, name)[:] = getattr(self, name).cpu().numpy()
         tables.cursor[RESIDENT] = int(self.resident)
         tables.cursor[LOG] = 0
+        tables.lowest[:] = -1
         usage.step = int(self.clock[0])
 
+    @torch.inference_mode()
     def take_log(self) -> list[list[int]]:
         """The log rows written since the last call."""
         rows: list[list[int]] = self.log[: int(self.told)].tolist()
         self.told.zero_()
         return rows
 
+    @torch.inference_mode()
     def take_tally(self) -> list[int]:
         """The totals since the last call: hits, loads, evictions, phases beyond a layer's first."""
         totals: list[int] = self.tally.tolist()
@@ -255,5 +260,5 @@ class CacheState:
         return totals
 
 
-_TABLES = ("slot_of", "owner", "held", "share", "newer", "older")
+_TABLES = ("slot_of", "owner", "rank", "held", "share", "newer", "older")
 _USAGE = ("last_use", "count", "recent", "steady")

@@ -1,0 +1,182 @@
+"""Decode steps as graphs: exact whatever is resident, inside the plan, handed over and given back without loss."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import MakeCheckpoint
+from expertflow import LLM, SamplingParams
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.config import EngineConfig
+from expertflow.engine.build import prepare
+from expertflow.engine.rows import step_masks
+from expertflow.errors import ConfigError
+from expertflow.events import CacheCounters, Event, EventKind
+from expertflow.kernels.state import refusal
+from expertflow.models.families import FAMILIES
+
+GRAPHS = [name for name, row in FAMILIES.items() if not row.no_graph]
+ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None and not row.needs_future]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [10, 11], [12, 13, 14]]
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def open_llm(folder: Path, device: str = "cpu", **options: object) -> LLM:
+    return LLM(folder, **{"device": device, "execution": "graph", "max_length": 32, "max_batch": 4, **options})
+
+
+def logits_of(llm: LLM, steps: int = 4) -> list[torch.Tensor]:
+    """Logits of a batch that loses its middle sequence after two steps, the same tokens fed in every time."""
+    batch = llm._offloaded.batch(PROMPTS)
+    found = [batch.prefill().clone()]
+    tokens = [[7, 8, 9], [20, 30, 40], [50, 60], [71, 72], [73, 74], [75, 76]]
+    for step in range(steps):
+        if step == 2:
+            batch.keep([0, 2])
+        found.append(batch.decode(tokens[step]).clone())
+    batch.close()
+    llm._offloaded.controller.table.check_integrity()
+    return found
+
+
+@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", GRAPHS)
+def test_logits_do_not_depend_on_what_is_resident(
+    model_type: str, dtype: str, device: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """Law 1: with any slots and strategy the logits are the bits of the run with every expert resident."""
+    folder = make_checkpoint(model_type, dtype)
+    with open_llm(folder, device, slots=1000) as llm:
+        resident = logits_of(llm)
+        logits_of(llm)
+        experts, top_k, decoder = llm.plan.shape.experts, llm.plan.shape.top_k, llm._offloaded._decoder
+        everything = llm.plan.shape.total_experts
+        assert decoder is not None
+    place = GRAPHS.index(model_type)
+    counts = (1, top_k, experts // 2, experts, everything - 1, everything)
+    for turn, slots in enumerate(counts if device == "cpu" else counts[1:6:3]):  # a graph takes its time to capture
+        strategy = ON_DEVICE[(place + turn) % len(ON_DEVICE)]
+        with open_llm(folder, device, slots=slots, strategy=strategy) as llm:
+            for _ in range(2):  # cold, and with what the first batch left
+                for step, (mine, theirs) in enumerate(zip(logits_of(llm), resident, strict=True)):
+                    assert torch.equal(mine, theirs), (slots, strategy, step)
+
+
+@pytest.mark.parametrize("device", _devices())
+def test_all_resident_needs_no_decisions(device: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Once every expert is resident slots are looked up, and the logits are still those of a run that decides."""
+    folder = make_checkpoint("qwen3_moe", "bfloat16")
+    with open_llm(folder, device, slots=1000) as llm:
+        deciding = logits_of(llm)
+        provider = llm._offloaded._provider
+        for layer in range(llm.plan.shape.layers):
+            for _ in provider.stream(layer, list(range(llm.plan.shape.experts))):
+                pass
+        fixed = logits_of(llm)
+        assert llm._offloaded._decoder.experts.fixed
+    assert all(torch.equal(a, b) for a, b in zip(deciding, fixed, strict=True))
+
+
+@pytest.mark.parametrize("model_type", GRAPHS)
+def test_graph_tokens_are_the_hosts(model_type: str, make_checkpoint: MakeCheckpoint) -> None:
+    """In float32 greedy tokens are those of the host execution, sequences of unequal length to the last column."""
+    folder = make_checkpoint(model_type)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (21, 4, 29)]
+    answers = []
+    for execution in ("host", "graph"):
+        with open_llm(folder, slots=7, execution=execution) as llm:
+            answers.append([output.token_ids for output in llm.generate(PROMPTS, params)])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("model_type", GRAPHS)
+def test_peak_is_within_the_plan(model_type: str, device: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Law 3: graphs, static rows and tables are planned; a run to the plan's limits stays within the budget."""
+    folder = make_checkpoint(model_type, "bfloat16")
+    options = {"max_length": 48, "max_batch": 3, "prefill_chunk": 60, "execution": "graph", "device": device}
+    least = prepare(folder, EngineConfig(**options, slots=3)).plan.total
+    generator = torch.Generator().manual_seed(0)
+    with LLM(folder, gpu_memory=least, **options) as llm:
+        assert llm.plan.slots == 3
+        prompts = [torch.randint(3, 90, (40,), generator=generator).tolist() for _ in range(3)]
+        for temperature in (0.0, 1.0):
+            llm.generate(prompts, SamplingParams(max_tokens=48, temperature=temperature, ignore_eos=True))
+        assert 0.2 * least <= llm.stats.peak_bytes <= least or device == "cuda"
+        assert llm.stats.peak_bytes <= least
+
+
+def test_totals_are_the_events(make_checkpoint: MakeCheckpoint) -> None:
+    """Counters fed with totals say the same as counters fed with every event."""
+    folder = make_checkpoint("mixtral")
+    counted = []
+    for listen in (False, True):
+        with open_llm(folder, slots=9) as llm:
+            happened: list[Event] = []
+            if listen:
+                llm._offloaded.events.subscribe(happened.append)
+            llm.generate(PROMPTS, SamplingParams(max_tokens=6, ignore_eos=True))
+            counted.append(llm.stats.cache)
+            again = CacheCounters()
+            for event in happened:
+                again.count(event)
+            assert not listen or again == counted[0] == counted[1]
+            assert not listen or [e.step for e in happened if e.kind is EventKind.STEP] == list(range(counted[0].steps))
+
+
+def test_a_broken_step_is_not_trusted(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the middle of a step empties the slots; the next request is exact again."""
+    folder = make_checkpoint("mixtral")
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    with open_llm(folder, slots=9) as llm:
+        expected = llm.generate(PROMPTS, params)
+        experts = llm._offloaded._decoder.experts
+        run, calls = experts.run, iter(range(100))
+
+        def fail(*args: object) -> torch.Tensor:
+            if next(calls) == 7:
+                raise RuntimeError("cosmic ray")
+            return run(*args)
+
+        monkeypatch.setattr(experts, "run", fail)
+        with pytest.raises(RuntimeError, match="cosmic"):
+            llm.generate(PROMPTS, params)
+        assert llm._offloaded.controller.table.resident == 0
+        monkeypatch.undo()
+        assert llm.generate(PROMPTS, params) == expected
+        stream = llm.stream(PROMPTS, params)
+        for _ in range(8):
+            next(stream)
+        stream.close()  # cancelled between two steps: what is resident stays
+        assert llm._offloaded.controller.table.resident == 9
+        assert llm.generate(PROMPTS, params) == expected
+
+
+def test_what_cannot_be_a_graph_says_why(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """A graph that was asked for and cannot be had is an error; one that was hoped for is an event with the reason."""
+    with pytest.raises(ConfigError, match=r"plec.*ahead.*execution='auto'"):
+        open_llm(make_checkpoint("mixtral"), strategy="plec")
+    with pytest.raises(ConfigError, match="one-hot"):
+        open_llm(make_checkpoint("switch_transformers"))
+    with open_llm(make_checkpoint("mixtral"), execution="auto") as llm:
+        assert llm.plan.execution == "host"
+    with open_llm(make_checkpoint("mixtral")) as llm:
+        happened: list[Event] = []
+        llm._offloaded.events.subscribe(happened.append)
+        with llm.record(tmp_path / "t.trace"):
+            llm.generate([3, 4], SamplingParams(max_tokens=2))
+        assert [e.reason for e in happened if e.kind is EventKind.HOST] == [
+            "somebody watches the routing, which only the host execution shows"
+        ]
+
+
+def test_a_step_sees_its_past_and_no_more() -> None:
+    """A mask lets a token see the columns up to its own, at most a window of them, itself included."""
+    full, window = step_masks(torch.tensor([0, 4]), 6, (None, 3), torch.float32)
+    seen = [[(row == 0).nonzero().flatten().tolist() for row in mask[:, 0, 0]] for mask in (full, window)]
+    assert seen == [[[0], [0, 1, 2, 3, 4]], [[0], [2, 3, 4]]]
