@@ -170,6 +170,8 @@ def _capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
             "State a gpu_memory that leaves more of the device free, or execution='host'.",
             0,
         ) from error
+    # cuBLAS would keep a workspace in the graph's memory for good; without it the memory goes when the graphs go
+    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - as torch's own graph trees do; there is no public way
     return graph
 
 
