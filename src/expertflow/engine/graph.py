@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from expertflow.engine.dense import DenseParts
 from expertflow.engine.device import DeviceExperts
 from expertflow.engine.rows import RowCache, step_masks
 from expertflow.engine.runner import DecoderBatch
@@ -64,6 +65,8 @@ class GraphDecoder:
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self.logits = torch.zeros(rows, int(config.vocab_size), dtype=dtype, device=device)
+        windows = [None if kind == "full_attention" else window for kind in kinds]
+        self._dense = DenseParts(model, skeleton, windows)
         self._lengths: list[int] = []
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -113,15 +116,17 @@ class GraphDecoder:
             return
         self.experts.prepare(rows)
         self.experts.attach(self.model, self.skeleton)
+        self._dense.attach()
         try:
             self._run(rows, columns)
             if self._pool is not None:
                 self._graphs[shape] = _capture(lambda: self._run(rows, columns), self._pool)
         finally:
+            self._dense.detach()
             self.experts.detach(self.model, self.skeleton)
 
     def _run(self, rows: int, columns: int) -> None:
-        positions = self.positions[:rows]
+        positions = self._dense.positions = self.positions[:rows]
         self.cache.decode(positions, columns)
         masks = step_masks(positions, columns, self._windows, self.logits.dtype)
         by_kind = dict(zip(self._kinds, masks, strict=True))
