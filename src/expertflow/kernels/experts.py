@@ -24,6 +24,8 @@ from expertflow.kernels.reference import DTYPES, ExpertMlp, Workspace
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
 COMBINE_BLOCK = 256
+MAX_PAIRS = 1024
+"""Every program looks at all pairs of the call; more than these do not fit its registers."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies the bit patterns of bfloat16; it has to be given float32, which is as exact."""
 
@@ -222,10 +224,12 @@ def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
     """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
 
-    As `kernels.reference.expert_pairs`; two launches on the current stream, capturable.
+    As `kernels.reference.expert_pairs`, for at most `MAX_PAIRS` pairs; two launches on the current stream, capturable.
     """
     assert hidden.is_contiguous()
     assert slots.is_contiguous()
+    assert hidden.dtype == DTYPES[mlp.dtype]
+    assert slots.numel() <= MAX_PAIRS
     up, down = tilings(mlp)
     launch_up(mlp, hidden, slots, pool, work, up)
     launch_down(mlp, slots, pool, work, down)
