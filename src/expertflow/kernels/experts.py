@@ -116,7 +116,7 @@ def _activate(x, activation: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _up_kernel(
     hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
     row: tl.constexpr, up: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
@@ -163,7 +163,7 @@ def _up_kernel(
     tl.store(target, out.to(inner.dtype.element_ty), mask=(members[None, :] >= 0) & (cols[:, None] < i))
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _down_kernel(
     inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, row: tl.constexpr,
     down: tl.constexpr, bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
@@ -187,7 +187,7 @@ def _down_kernel(
     tl.store(target, out, mask=(members[None, :] >= 0) & (rows[:, None] < h))
 
 
-@triton.jit(do_not_specialize=["experts"])
+@triton.jit(do_not_specialize=["experts"], do_not_specialize_on_alignment=["index", "weights"])
 def _combine_kernel(
     parts, index, weights, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr,
     block: tl.constexpr, early: tl.constexpr,
