@@ -222,7 +222,7 @@ def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
     host = torch.randint(0, 256, (9, row_bytes), dtype=torch.uint8)
     host = host.pin_memory() if DEVICE.type == "cuda" else host
     before = torch.randint(0, 256, (slots, row_bytes), dtype=torch.uint8, device=DEVICE)
-    src = torch.randint(0, 9, (entries,), dtype=torch.int32, device=DEVICE)
+    src = torch.randint(0, 9, (entries + 1,), dtype=torch.int32, device=DEVICE)[1:]  # lists start anywhere
     dst = torch.randperm(slots, device=DEVICE)[:entries].to(torch.int32)
     begin = data.draw(st.integers(0, entries))
     bounds = torch.tensor([begin, data.draw(st.integers(begin, entries))], dtype=torch.int32, device=DEVICE)

@@ -24,6 +24,8 @@ from expertflow.kernels.reference import DTYPES, ExpertMlp, Workspace
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
 COMBINE_BLOCK = 256
+MAX_PAIRS = 1024
+"""Every program looks at all pairs of the call; more than these do not fit its registers."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies the bit patterns of bfloat16; it has to be given float32, which is as exact."""
 
@@ -114,7 +116,7 @@ def _activate(x, activation: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _up_kernel(
     hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
     row: tl.constexpr, up: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
@@ -161,7 +163,7 @@ def _up_kernel(
     tl.store(target, out.to(inner.dtype.element_ty), mask=(members[None, :] >= 0) & (cols[:, None] < i))
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _down_kernel(
     inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, row: tl.constexpr,
     down: tl.constexpr, bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
@@ -185,7 +187,7 @@ def _down_kernel(
     tl.store(target, out, mask=(members[None, :] >= 0) & (rows[:, None] < h))
 
 
-@triton.jit(do_not_specialize=["experts"])
+@triton.jit(do_not_specialize=["experts"], do_not_specialize_on_alignment=["index", "weights"])
 def _combine_kernel(
     parts, index, weights, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr,
     block: tl.constexpr, early: tl.constexpr,
@@ -222,10 +224,12 @@ def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
     """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
 
-    As `kernels.reference.expert_pairs`; two launches on the current stream, capturable.
+    As `kernels.reference.expert_pairs`, for at most `MAX_PAIRS` pairs; two launches on the current stream, capturable.
     """
     assert hidden.is_contiguous()
     assert slots.is_contiguous()
+    assert hidden.dtype == DTYPES[mlp.dtype]
+    assert slots.numel() <= MAX_PAIRS
     up, down = tilings(mlp)
     launch_up(mlp, hidden, slots, pool, work, up)
     launch_down(mlp, slots, pool, work, down)

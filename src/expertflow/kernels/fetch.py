@@ -16,7 +16,8 @@ BLOCK_BYTES = 32768
 WARPS = 16
 
 
-@triton.jit
+# parts of a list start anywhere; a kernel compiled anew for one of them might be compiled during a capture
+@triton.jit(do_not_specialize_on_alignment=["src", "dst", "bounds"])
 def _fetch_kernel(host, pool, src, dst, bounds, row: tl.constexpr, block: tl.constexpr):
     """Programs take turns at blocks of `block` words; a row is `row` words."""
     begin = tl.load(bounds)
