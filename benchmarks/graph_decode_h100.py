@@ -75,6 +75,7 @@ class World:
     model: Any
     store: HostStore
     device: torch.device
+    dense: bool = False
     routers: list["ReplayRouter"] = field(default_factory=list)
 
     def follow(self, workload: Workload, step: Tensor) -> None:
@@ -186,7 +187,7 @@ def measure(world: World, plan: Plan, row: Row, tokens: Tensor, workload: Worklo
     held = Held(controller=controller, store=world.store, pool=pool, counters=CacheCounters())
     with torch.inference_mode():
         experts = DeviceExperts(expert_mlp(skeleton), held, row.batch, plan.shape.top_k, log=False)
-        decoder = GraphDecoder(world.model, skeleton, experts, row.batch, LENGTH)
+        decoder = GraphDecoder(world.model, skeleton, experts, row.batch, LENGTH, dense=world.dense)
         step = torch.zeros(1, dtype=torch.long, device=device)
         if workload is not None:
             routes = torch.from_numpy(workload.trace.rows.experts[workload.members[:LENGTH]].astype(np.int64)).to(
@@ -242,6 +243,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("graph_decode.json"))
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--dense", action="store_true", help="attention and norms by our kernels")
     parser.add_argument("--batches", default="1,4,8,16")
     parser.add_argument("--strategies", default="")
     parser.add_argument("--slots", default="")
@@ -253,6 +255,7 @@ def main() -> None:
     began, options = time.perf_counter(), read_options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = make_world(options.shape, device, tiny=device.type == "cpu")
+    world.dense = options.dense
     shape = shape_of(world.skeleton)
     total = shape.total_experts
     batches = [int(text) for text in options.batches.split(",")]
@@ -277,7 +280,7 @@ def main() -> None:
             measure(world, plan, row, tokens, workloads.get(row.batch), truth)
             print(repeat, row.line(plan.row, shape.dense_bytes), flush=True)
     about = {
-        "shape": options.shape, "seed": SEED, "repeats": len(rows[0].ms), "row_bytes": world.store.layout.row_bytes,
+        "shape": options.shape, "dense_kernels": options.dense, "seed": SEED, "repeats": len(rows[0].ms), "row_bytes": world.store.layout.row_bytes,
         "dense_bytes": shape.dense_bytes, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
                      "transformers": transformers.__version__, "expertflow": __version__},

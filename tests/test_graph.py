@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.build import prepare
+from expertflow.engine.dense import DenseParts
 from expertflow.engine.rows import step_masks
 from expertflow.errors import ConfigError
 from expertflow.events import CacheCounters, Event, EventKind
@@ -92,6 +94,30 @@ def test_graph_tokens_are_the_hosts(model_type: str, make_checkpoint: MakeCheckp
         with open_llm(folder, slots=7, execution=execution) as llm:
             answers.append([output.token_ids for output in llm.generate(PROMPTS, params)])
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("model_type", GRAPHS)
+def test_dense_kernels_compute_what_the_modules_do(
+    model_type: str, device: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """With attention and norms by kernels the logits are the modules' up to rounding, windows and sinks included."""
+    folder, found = make_checkpoint(model_type), []
+    for dense in (False, True):
+        with open_llm(folder, device, slots=1000) as llm:
+            decoder = llm._offloaded._graphs()
+            assert llm._offloaded._decoder is decoder
+            if dense:
+                kinds = get_layer_types_and_kwargs(llm._offloaded.model.config)[0]
+                windows = [None if kind == "full_attention" else 8 for kind in kinds]
+                decoder._dense = parts = DenseParts(llm._offloaded.model, llm._offloaded.skeleton, windows)
+                assert len(parts._attentions) == (0 if "deepseek" in model_type else len(kinds))
+                assert len(parts._norms) > len(kinds)
+            found.append(logits_of(llm))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    ours = any(not torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+    assert ours or "deepseek" in model_type  # whose attention is of another form
 
 
 @pytest.mark.parametrize("device", _devices())

@@ -44,10 +44,18 @@ class GraphDecoder:
         experts: of the steps.
         rows: sequences at most.
         length: tokens of a sequence at most.
+        dense: run attention and norms by our kernels instead of the model's own modules.
     """
 
     def __init__(
-        self, model: PreTrainedModel, skeleton: Skeleton, experts: DeviceExperts, rows: int, length: int
+        self,
+        model: PreTrainedModel,
+        skeleton: Skeleton,
+        experts: DeviceExperts,
+        rows: int,
+        length: int,
+        *,
+        dense: bool = False,
     ) -> None:
         """Make the buffers that graphs point at."""
         config = skeleton.config.get_text_config(decoder=True)
@@ -66,7 +74,7 @@ class GraphDecoder:
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self.logits = torch.zeros(rows, int(config.vocab_size), dtype=dtype, device=device)
         windows = [None if kind == "full_attention" else window for kind in kinds]
-        self._dense = DenseParts(model, skeleton, windows)
+        self._dense = DenseParts(model, skeleton, windows) if dense else None
         self._lengths: list[int] = []
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -116,17 +124,21 @@ class GraphDecoder:
             return
         self.experts.prepare(rows)
         self.experts.attach(self.model, self.skeleton)
-        self._dense.attach()
+        if self._dense is not None:
+            self._dense.attach()
         try:
             self._run(rows, columns)
             if self._pool is not None:
                 self._graphs[shape] = _capture(lambda: self._run(rows, columns), self._pool)
         finally:
-            self._dense.detach()
+            if self._dense is not None:
+                self._dense.detach()
             self.experts.detach(self.model, self.skeleton)
 
     def _run(self, rows: int, columns: int) -> None:
-        positions = self._dense.positions = self.positions[:rows]
+        positions = self.positions[:rows]
+        if self._dense is not None:
+            self._dense.positions = positions
         self.cache.decode(positions, columns)
         masks = step_masks(positions, columns, self._windows, self.logits.dtype)
         by_kind = dict(zip(self._kinds, masks, strict=True))

@@ -34,7 +34,7 @@ def _attend(
     most = tl.full([padded], float("-inf"), tl.float32)
     total = tl.zeros([padded], tl.float32)
     acc = tl.zeros([padded, width], tl.float32)
-    if sink:
+    if sink:  # noqa: SIM102 - one is known to the compiler, the other to the device
         if split == 0:
             most = tl.load(sinks + head * groups + lane, mask=lane < groups, other=0.0).to(tl.float32)
             total += 1.0

@@ -37,7 +37,7 @@ def _gap(rate):
     return 1.0 / tl.maximum(rate, tl.full([1], 1e-6, tl.float64)) - 1.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers", "experts", "steps"])
 def _open_step(
     slot_of, last_use, count, recent, steady, used, unused, rank, low, lowest, clock, future, following,
     layers, experts, steps,
@@ -86,7 +86,7 @@ def _open_step(
     tl.store(lowest + layer, tl.argmin(ranks, 0).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers", "experts"])
 def _close_step(
     needed, last_use, count, recent, steady, clock,
     layers, experts,
@@ -121,14 +121,14 @@ def _tell(log, row, kind, layer, expert, slot, detail, mask):
     tl.store(at + 4, detail, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "pairs", "top_k", "layers", "experts", "slots", "wave"])
 def _run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: splitting it would split its registers
     ids, live, pair_slots, src, dst, bounds,
     slot_of, owner, rank, used, unused, low, lowest, held, share, newer, older, resident, needed,
     turn_slot, turn_phase, tally, log, told,
-    layer, pairs, top_k, layers, experts, slots,
+    layer, pairs, top_k, layers, experts, slots, wave,
     NP: tl.constexpr, EP: tl.constexpr, LP: tl.constexpr, PHASES: tl.constexpr,  # noqa: N803
-    WAVE: tl.constexpr, JOINT: tl.constexpr, RETAIN: tl.constexpr, LOG: tl.constexpr,  # noqa: N803
+    JOINT: tl.constexpr, RETAIN: tl.constexpr, LOG: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """`core.access`: the running layer's row lives in registers, the other layers' rows in memory."""
     infinite = tl.full([1], float("inf"), tl.float64)
@@ -175,7 +175,7 @@ def _run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: 
             expert = tl.argmin(tl.where(missing, wanted, infinite), 0).to(tl.int32)
             chosen = column == expert
             missing = missing & (column != expert)
-            if (number > 0) & (number % WAVE == 0):
+            if (number > 0) & (number % wave == 0):
                 ranks = tl.where(slot >= 0, after - _NUDGE * (turn + 1).to(tl.float64), infinite)
             before, behind = -1, -1  # turn and phase of the last access that uses the slot
             if (count < slots) & (holding < allowed):
@@ -322,9 +322,9 @@ class Residency:
             ids, schedule.live, schedule.slots, schedule.src, schedule.dst, schedule.bounds,
             s.slot_of, s.owner, s.rank, s.used, s.unused, s.low, s.lowest, s.held, s.share, s.newer, s.older,
             s.resident, s.needed, self._turn_slot, self._turn_phase, s.tally, s.log, s.told,
-            layer, ids.numel(), ids.shape[1], s.layers, s.experts, s.slots,
+            layer, ids.numel(), ids.shape[1], s.layers, s.experts, s.slots, self._rules.wave,
             NP=triton.next_power_of_2(max(ids.numel(), phases)), LP=triton.next_power_of_2(s.layers), PHASES=phases,
-            WAVE=self._rules.wave, JOINT=self._rules.joint, RETAIN=self._rules.retain, LOG=len(s.log) > 0,
+            JOINT=self._rules.joint, RETAIN=self._rules.retain, LOG=len(s.log) > 0,
             **self._options,
         )  # fmt: skip
 
