@@ -12,11 +12,15 @@ from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.build import prepare
 from expertflow.engine.dense import DenseParts
+from expertflow.engine.plan import make_plan
 from expertflow.engine.rows import step_masks
-from expertflow.errors import ConfigError
+from expertflow.errors import BudgetError, ConfigError
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.kernels.state import refusal
 from expertflow.models.families import FAMILIES
+from expertflow.models.shape import shape_of
+from expertflow.models.skeleton import build_skeleton
+from expertflow.units import format_bytes
 
 GRAPHS = [name for name, row in FAMILIES.items() if not row.no_graph]
 ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None and not row.needs_future]
@@ -206,3 +210,20 @@ def test_a_step_sees_its_past_and_no_more() -> None:
     full, window = step_masks(torch.tensor([0, 4]), 6, (None, 3), torch.float32)
     seen = [[(row == 0).nonzero().flatten().tolist() for row in mask[:, 0, 0]] for mask in (full, window)]
     assert seen == [[[0], [0, 1, 2, 3, 4]], [[0], [2, 3, 4]]]
+
+
+def test_a_budget_without_room_for_graphs_runs_on_the_host(make_checkpoint: MakeCheckpoint) -> None:
+    """On CUDA a graph is hoped for; a budget that holds only the host execution gets that, and the plan says why."""
+    shape = shape_of(build_skeleton(make_checkpoint("mixtral"), "auto"))
+    wish = {"max_length": 32, "max_batch": 2, "slots": 5}
+    host = make_plan(EngineConfig(**wish, execution="host"), shape, "cuda")
+    graph = make_plan(EngineConfig(**wish), shape, "cuda")
+    assert (host.execution, graph.execution, graph.why_host) == ("host", "graph", "")
+    assert graph.total == host.total + graph.graph
+    tight = make_plan(EngineConfig(**wish, gpu_memory=host.total), shape, "cuda")
+    assert (tight.execution, tight.total) == ("host", host.total)
+    assert format_bytes(graph.total) in tight.why_host
+    with pytest.raises(BudgetError) as caught:
+        make_plan(EngineConfig(**wish, gpu_memory=host.total, execution="graph"), shape, "cuda")
+    assert caught.value.least_bytes == graph.total
+    assert make_plan(EngineConfig(**wish), shape, "cuda", "it is Tuesday").why_host == "it is Tuesday"

@@ -35,6 +35,9 @@ Strategy = Annotated[
     str | None, typer.Option(help="What to keep in the slots, see `expertflow strategies`. Default: next-use.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
+Execution = Annotated[
+    str, typer.Option(help="auto, host (decides layer by layer) or graph (a decode step is one CUDA graph).")
+]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 MaxBatch = Annotated[
     int | None, typer.Option(help="Sequences computed together at most. Default: all prompts, at most 8.")
@@ -94,6 +97,7 @@ def run(
         list[str] | None, typer.Option(help="Text that ends the generation; may be given several times.")
     ] = None,
     device: Device = "auto",
+    execution: Execution = "auto",
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,
@@ -105,6 +109,7 @@ def run(
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
         "prefill_chunk": prefill_chunk, "host_memory": host_memory, "max_batch": max_batch, "max_length": max_length,
+        "execution": execution,
     }  # fmt: skip
     sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
@@ -128,6 +133,7 @@ def plan(
     slots: Slots = None,
     strategy: Strategy = None,
     device: Device = "auto",
+    execution: Execution = "auto",
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,
@@ -138,6 +144,7 @@ def plan(
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
         "prefill_chunk": prefill_chunk, "max_batch": max_batch, "max_length": max_length,
+        "execution": execution,
     }  # fmt: skip
     _call("plan", model=model, engine=engine, as_json=json)
 
@@ -168,7 +175,7 @@ def trace_record(
     """Run a model, offloaded, and record every token's experts (`expertflow trace MODEL` is short for this)."""
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
-        "max_batch": max_batch, "max_length": max_length,
+        "max_batch": max_batch, "max_length": max_length, "execution": "host",  # what is recorded passes by the host
     }  # fmt: skip
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
     _call("record", model=model, prompts_file=prompts_file, out=out, engine=engine, sampling=sampling)

@@ -19,7 +19,7 @@ from expertflow.engine.plan import Plan
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
 from expertflow.engine.runner import Batch
 from expertflow.engine.sampler import choose
-from expertflow.errors import CheckpointError, PromptError
+from expertflow.errors import CheckpointError, ConfigError, PromptError
 from expertflow.events import CacheCounters
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
@@ -255,10 +255,20 @@ def from_pretrained(
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
         options: fields of `EngineConfig`.
 
+    Raises:
+        ConfigError: for execution='graph', which only `LLM` can do.
+
     Returns:
         The model; its attribute `expertflow` is the `OffloadedModel` (plan, counters, events, `close`).
     """
-    offloaded = load_model(shipped_model() if model is None else model, EngineConfig.from_mapping(options), forecast)
+    config = EngineConfig.from_mapping(options)
+    if config.execution == "graph":
+        raise ConfigError(
+            "execution='graph' cannot be had: the model is called by others, layer by layer",
+            "Use `LLM`, or leave the option out.",
+        )
+    config = replace(config, execution="host")
+    offloaded = load_model(shipped_model() if model is None else model, config, forecast)
     offloaded.model.expertflow = offloaded
     return offloaded.model
 

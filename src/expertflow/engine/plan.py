@@ -4,7 +4,7 @@ Pure: no weights, no device, nothing allocated. The engine builds from the plan 
 prints it. The workspace is an upper bound from tensor sizes; tests hold it against measured peaks (law 3).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertflow.config import EngineConfig
 from expertflow.errors import BudgetError, ConfigError
@@ -112,9 +112,22 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str, no_graph: st
         BudgetError: if the budget cannot hold even one slot, or not the slots asked for; names the least that works.
         ConfigError: if an option is impossible for this model.
     """
+    if config.execution == "graph" and no_graph:
+        raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
+    if config.execution == "graph":
+        return _plan(config, shape, device, graph=True)
+    hoped = config.execution == "auto" and device == "cuda"
+    if hoped and not no_graph:
+        try:
+            return _plan(config, shape, device, graph=True)
+        except BudgetError as error:
+            no_graph = f"the budget holds no captured steps, {format_bytes(error.least_bytes)} would"
+    return replace(_plan(config, shape, device, graph=False), why_host=no_graph if hoped else "")
+
+
+def _plan(config: EngineConfig, shape: ModelShape, device: str, *, graph: bool) -> Plan:
     max_length = _max_length(config, shape)
     row = RowLayout.of(shape.specs).row_bytes
-    graph = _wants_graph(config, device, no_graph)
     kv = (shape.row_bytes(max_length) if graph else shape.kv_bytes(max_length)) * config.max_batch
     workspace = workspace_bytes(shape, config.max_batch, max_length, config.prefill_chunk)
     if device == "cuda":
@@ -144,14 +157,7 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str, no_graph: st
         prefill_chunk=config.prefill_chunk,
         host=row * shape.total_experts,
         graph=steps,
-        why_host=no_graph if config.execution == "auto" and device == "cuda" else "",
     )
-
-
-def _wants_graph(config: EngineConfig, device: str, no_graph: str) -> bool:
-    if config.execution == "graph" and no_graph:
-        raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
-    return not no_graph and (config.execution == "graph" or (config.execution == "auto" and device == "cuda"))
 
 
 def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
