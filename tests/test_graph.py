@@ -95,7 +95,7 @@ def test_graph_tokens_are_the_hosts(model_type: str, make_checkpoint: MakeCheckp
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (21, 4, 29)]
     answers = []
     for execution in ("host", "graph"):
-        with open_llm(folder, slots=7, execution=execution) as llm:
+        with open_llm(folder, slots=7, execution=execution, prefill_chunk=12) as llm:  # prompts in several passes
             answers.append([output.token_ids for output in llm.generate(PROMPTS, params)])
     assert answers[0] == answers[1]
 
@@ -137,8 +137,9 @@ def test_peak_is_within_the_plan(model_type: str, device: str, make_checkpoint: 
         prompts = [torch.randint(3, 90, (40,), generator=generator).tolist() for _ in range(3)]
         for temperature in (0.0, 1.0):
             llm.generate(prompts, SamplingParams(max_tokens=48, temperature=temperature, ignore_eos=True))
-        assert 0.2 * least <= llm.stats.peak_bytes <= least or device == "cuda"
         assert llm.stats.peak_bytes <= least
+        assert llm.stats.peak_bytes >= 0.2 * least or device == "cuda"
+        assert (llm._offloaded._decoder.pool_bytes > 0) == (device == "cuda")
 
 
 def test_totals_are_the_events(make_checkpoint: MakeCheckpoint) -> None:

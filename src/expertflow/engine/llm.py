@@ -18,7 +18,7 @@ from expertflow.engine.build import OffloadedModel, load_model
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
 from expertflow.engine.runner import Batch
-from expertflow.engine.sampler import choose
+from expertflow.engine.sampler import choose_all
 from expertflow.errors import CheckpointError, ConfigError, PromptError
 from expertflow.events import CacheCounters
 from expertflow.trace.format import Header, TraceWriter
@@ -239,7 +239,9 @@ class LLM:
             )
         with self._offloaded.meter.watch():
             logits = batch.prefill() if tokens is None else batch.decode(tokens)
-            chosen = [choose(logits[row], request.params, request.generator) for row, request in enumerate(running)]
+            chosen = choose_all(
+                logits, [request.params for request in running], [request.generator for request in running]
+            )
         return [request.append(token) for request, token in zip(running, chosen, strict=True)]
 
 
