@@ -200,6 +200,7 @@ def measure(world: World, plan: Plan, row: Row, tokens: Tensor, workload: Worklo
                 router.routes, router.step = routes[:, :, layer].contiguous(), step
         bind_experts(world.model, skeleton, None)
         decoder.begin([PROMPT] * row.batch)
+        experts.begin()
         count = 0
 
         def run(steps: int) -> None:

@@ -14,7 +14,7 @@ from expertflow.engine.build import prepare
 from expertflow.engine.dense import DenseParts
 from expertflow.engine.plan import make_plan
 from expertflow.engine.rows import step_masks
-from expertflow.errors import BudgetError, ConfigError
+from expertflow.errors import BudgetError, ConfigError, DeviceError
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.kernels.state import refusal
 from expertflow.models.families import FAMILIES
@@ -180,12 +180,41 @@ def test_a_broken_step_is_not_trusted(make_checkpoint: MakeCheckpoint, monkeypat
         assert llm._offloaded.controller.table.resident == 0
         monkeypatch.undo()
         assert llm.generate(PROMPTS, params) == expected
+
+        def starve(*_: object) -> None:
+            raise torch.OutOfMemoryError("tried to allocate")
+
+        monkeypatch.setattr(llm._offloaded._decoder.cache, "decode", starve)
+        with pytest.raises(DeviceError, match=r"ran out of memory.*leaves more"):
+            llm.generate(PROMPTS, params)
+        monkeypatch.undo()
+        assert llm.generate(PROMPTS, params) == expected
         stream = llm.stream(PROMPTS, params)
         for _ in range(8):
             next(stream)
         stream.close()  # cancelled between two steps: what is resident stays
         assert llm._offloaded.controller.table.resident == 9
         assert llm.generate(PROMPTS, params) == expected
+
+
+def test_streams_side_by_side_do_not_disturb_one_another(make_checkpoint: MakeCheckpoint) -> None:
+    """While one batch is in the graphs another runs on the host; they take turns over the slots, and stay exact."""
+    folder, params = make_checkpoint("mixtral"), SamplingParams(max_tokens=7, ignore_eos=True)
+    with open_llm(folder, slots=9) as llm:
+        alone = [llm.generate(prompt, params)[0].token_ids for prompt in PROMPTS[:2]]
+        happened: list[Event] = []
+        llm._offloaded.events.subscribe(happened.append)
+        streams = [llm.stream(prompt, params) for prompt in PROMPTS[:2]]
+        both: list[list[int]] = [[], []]
+        for _ in range(7):
+            for stream, tokens in zip(streams, both, strict=True):
+                tokens.append(next(stream).token_id)
+                llm._offloaded.controller.table.check_integrity()
+        assert [tuple(tokens) for tokens in both] == alone
+        assert [e.reason for e in happened if e.kind is EventKind.HOST] == [
+            "another batch has its keys and values in the graphs' rows"
+        ]
+        assert [e.step for e in happened if e.kind is EventKind.STEP] == list(range(14, 28))
 
 
 def test_what_cannot_be_a_graph_says_why(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ class OffloadedModel:
     def _begin_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._provider is None:
             raise ClosedError("this model was closed", "Load it again.")
+        if self._decoder is not None:
+            self._decoder.end()
         if not self.observers:
             self._provider.begin_step()
             return
@@ -149,9 +151,12 @@ class OffloadedModel:
         plan = self.plan
         reason = plan.why_host
         if plan.execution == "graph":
-            if not self.observers:
+            if self.observers:
+                reason = "somebody watches the routing, which only the host execution shows"
+            elif self._decoder is not None and self._decoder.busy:
+                reason = "another batch has its keys and values in the graphs' rows"
+            else:
                 return GraphBatch(self._graphs(), prompts, plan.prefill_chunk)
-            reason = "somebody watches the routing, which only the host execution shows"
         if reason:
             self.events.emit(Event(EventKind.HOST, self.controller.step, reason=reason))
         return make_batch(self.model, prompts, plan.prefill_chunk)

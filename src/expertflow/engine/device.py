@@ -104,6 +104,7 @@ class DeviceExperts:
         live: int32 `[1]`, rows that count; those behind are padding.
         steps: steps since `begin`.
         logs: as above.
+        holds: whether what is known about the slots is here, and not with the host's controller.
         fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `begin` on.
     """
 
@@ -124,13 +125,15 @@ class DeviceExperts:
         self._schedule: Schedule | None = None
         self.steps = 0
         self.logs = log
-        self.fixed = False
+        self.fixed = self.holds = False
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._padding = torch.zeros(0)
 
     def begin(self) -> None:
-        """Take over from the host, between two steps."""
-        self.steps = 0
+        """Take over from the host, between two steps, if that has not been done."""
+        if self.holds:
+            return
+        self.steps, self.holds = 0, True
         self._held.controller.hand_over(self.state.load)
         state = self.state
         self.fixed = state.strategy.retain and int(state.resident) == state.slots == state.layers * state.experts
@@ -138,7 +141,10 @@ class DeviceExperts:
             self._places[:, :-1] = state.slot_of
 
     def end(self) -> None:
-        """Give back to the host, between two steps; tell what happened."""
+        """Give back to the host, between two steps, if that has not been done; tell what happened."""
+        if not self.holds:
+            return
+        self.holds = False
         self._held.controller.take_back(self.state.store, self.steps)
         tally = self.state.take_tally()
         if not self.logs:
@@ -153,6 +159,7 @@ class DeviceExperts:
 
     def abandon(self) -> None:
         """A step was broken off: no slot can be trusted any more."""
+        self.holds = False
         controller = self._held.controller
         controller.take_back(lambda tables, usage: None, self.steps)  # noqa: ARG005 - what is known stays as it was
         controller.forget()

@@ -20,7 +20,7 @@ from expertflow.engine.dense import DenseParts
 from expertflow.engine.device import DeviceExperts
 from expertflow.engine.rows import RowCache, step_masks
 from expertflow.engine.runner import DecoderBatch
-from expertflow.errors import BudgetError
+from expertflow.errors import DeviceError
 from expertflow.models.skeleton import Skeleton
 
 LEAST_COLUMNS = 128
@@ -45,6 +45,9 @@ class GraphDecoder:
         rows: sequences at most.
         length: tokens of a sequence at most.
         dense: run attention and norms by our kernels instead of the model's own modules.
+
+    Attributes:
+        busy: whether a batch has its keys and values in the rows.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class GraphDecoder:
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._whole = True
+        self.busy = False
 
     def begin(self, lengths: Sequence[int]) -> None:
         """The prompts are in the cache, padded on the left to the longest: decode steps come next."""
@@ -86,7 +90,6 @@ class GraphDecoder:
         self.cache.pack([width - length for length in lengths], width)
         self._lengths = list(lengths)
         self._place()
-        self.experts.begin()
         self._whole = True
 
     def _place(self) -> None:
@@ -105,6 +108,7 @@ class GraphDecoder:
     def step(self, tokens: Sequence[int]) -> Float[Tensor, "B V"]:
         """Feed one token a row; logits of the next, valid until the next step."""
         count = len(tokens)
+        self.experts.begin()
         rows = round_up(count, 1, self._rows)
         columns = round_up(max(self._lengths) + 1, min(LEAST_COLUMNS, self._length), self._length)
         self.tokens[:count].copy_(torch.tensor(tokens))
@@ -130,6 +134,11 @@ class GraphDecoder:
             self._run(rows, columns)
             if self._pool is not None:
                 self._graphs[shape] = _capture(lambda: self._run(rows, columns), self._pool)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"the device ran out of memory while a decode step of {rows} sequences was made: {error}",
+                "State a gpu_memory that leaves more of the device free, or use execution='host'.",
+            ) from error
         finally:
             if self._dense is not None:
                 self._dense.detach()
@@ -156,11 +165,12 @@ class GraphDecoder:
         positions.add_(1)
 
     def end(self) -> None:
-        """The batch is over, or was given up: the host takes over what is resident, if it is known."""
+        """The host decides next: it takes over what is resident, if that is known."""
         if self._whole:
             self.experts.end()
         else:  # a step was broken off: what the slots hold is unknown
             self.experts.abandon()
+            self._whole = True
 
     @property
     def pool_bytes(self) -> int:
@@ -172,21 +182,10 @@ class GraphDecoder:
 
 
 def _capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """What `run` queues, as a graph; nothing is carried out.
-
-    Raises:
-        BudgetError: if the device has no memory left for it.
-    """
+    """What `run` queues, as a graph; nothing is carried out."""
     graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            run()
-    except torch.OutOfMemoryError as error:
-        raise BudgetError(
-            f"the device ran out of memory while a decode step was captured: {error}",
-            "State a gpu_memory that leaves more of the device free, or execution='host'.",
-            0,
-        ) from error
+    with torch.cuda.graph(graph, pool=pool):
+        run()
     # cuBLAS would keep a workspace in the graph's memory for good; without it the memory goes when the graphs go
     torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - as torch's own graph trees do; there is no public way
     return graph
@@ -201,6 +200,7 @@ class GraphBatch:
         decoder.cache.restart(len(prompts))
         self._prompts = DecoderBatch(decoder.model, prompts, chunk, decoder.cache)
         self._begun = False
+        decoder.busy = True
 
     def prefill(self) -> Float[Tensor, "B V"]:
         """Run the prompts; logits of each sequence's next token."""
@@ -224,6 +224,6 @@ class GraphBatch:
 
     def close(self) -> None:
         """Give the cache back to the host."""
-        if self._begun:
-            self._begun = False
+        if self._decoder.busy:
+            self._decoder.busy = False
             self._decoder.end()
