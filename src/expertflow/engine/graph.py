@@ -182,12 +182,16 @@ class GraphDecoder:
 
 
 def _capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """What `run` queues, as a graph; nothing is carried out."""
+    """What `run` queues, as a graph; nothing is carried out.
+
+    cuBLAS keeps a workspace for each stream for good. Dropped before, so that the graph gets one of its own memory, and
+    after, so that this memory goes when the graphs go.
+    """
     graph = torch.cuda.CUDAGraph()
+    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - as torch's own graph trees do; there is no public way
     with torch.cuda.graph(graph, pool=pool):
         run()
-    # cuBLAS would keep a workspace in the graph's memory for good; without it the memory goes when the graphs go
-    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - as torch's own graph trees do; there is no public way
+    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
     return graph
 
 
