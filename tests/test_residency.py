@@ -17,7 +17,8 @@ from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.events import Event, EventKind, EventStream
 from expertflow.kernels import residency, residency_reference
 from expertflow.kernels.state import CacheState, Schedule, phase_bound, refusal
-from expertflow.sim.replay import replay_events
+from expertflow.sim.clock import Cost
+from expertflow.sim.replay import replay, replay_events
 from expertflow.sim.workload import Workload, live_sequences
 from expertflow.trace.format import Trace, load_trace
 from test_trace import EXCERPT, make_trace
@@ -59,6 +60,8 @@ def run(maker: str, strategy: Strategy, slots: int, routes: np.ndarray, experts:
             schedules.append((schedule.slots.tolist(), schedule.bounds.tolist()))
         twin.close_step()
         events += [as_event(row, number, 1) for row in state.take_log()]
+    count = [sum(event.kind is kind for event in events) for kind in (EventKind.HIT, EventKind.MISS, EventKind.EVICT)]
+    assert state.take_tally()[:3] == count
     return events, schedules
 
 
@@ -171,3 +174,27 @@ def test_what_has_no_twin_says_why() -> None:
     """Every other strategy is refused with its name."""
     for name, row in STRATEGIES.items():
         assert (name in ON_DEVICE) or name in str(refusal(row))
+
+
+def test_a_bound_that_does_not_hold_is_seen() -> None:
+    """If a layer took more phases than its schedule has, an expert would be skipped: the kernels say so."""
+    workload, row = random_workload(seed=1), replace(STRATEGIES["lru-global"], wave=2, joint=True)
+    tables = make_tables(3, 7, 2, divided=False)
+    state = CacheState.allocate(row, tables, torch.device(_device("kernels")))
+    state.load(tables, Usage(layers=3, experts=7))
+    schedule = Schedule.allocate(state, 3, 2)
+    short = replace(schedule, slots=schedule.slots[:1], bounds=schedule.bounds[:2])
+    twin = residency.Residency(state)
+    twin.open_step()
+    twin.run_layer(0, torch.from_numpy(routes_of(workload)[0, :, 0].copy()).to(state.clock.device), short)
+    with pytest.raises(AssertionError, match="more phases"):
+        state.take_tally()
+
+
+@pytest.mark.parametrize("name", ["lru", "next-use"])
+def test_few_waves_cost_few_loads(name: str, real: Trace) -> None:
+    """The device's large waves load at most 6 % more than slot-by-slot turns do, on real routing at 25 % slots."""
+    row = STRATEGIES[name]
+    for batch in (1, 4):
+        turns, waves = (replay(live_sequences(real, batch), r, 192, Cost()).loads for r in (row, row.on_device()))
+        assert turns <= 1.001 * waves <= 1.06 * turns

@@ -219,7 +219,7 @@ def _run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: 
                     row += 1
             if behind >= phase:
                 phase = behind + 1
-                tl.store(bounds + phase, number)
+                tl.store(bounds + phase, number, mask=phase <= PHASES)
             slot = tl.where(chosen, place, slot)
             turn = tl.where(chosen, hits + number, turn)
             turn_at = tl.where(chosen, place, turn_at)
@@ -273,6 +273,8 @@ def _run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: 
     tl.store(tally + 1, tl.load(tally + 1) + loads)
     tl.store(tally + 2, tl.load(tally + 2) + evictions)
     tl.store(tally + 3, tl.load(tally + 3) + phase)
+    if phase >= PHASES:  # never, by `phase_bound`; an expert would be skipped, so it must not go unseen
+        tl.store(tally + 4, 1)
     if LOG:
         tl.store(told, row)
     # every pair's slot, in the phase that computes it

@@ -21,7 +21,7 @@ from expertflow.cache.strategy import Strategy
 
 POLICIES: dict[Policy, int] = {lru: 0, lfu: 1, next_use: 2, belady: 3}
 """Policies with a device twin, by the number the kernels know them by."""
-HITS, LOADS, EVICTIONS, PHASES = 0, 1, 2, 3
+HITS, LOADS, EVICTIONS, PHASES, BROKEN = 0, 1, 2, 3, 4
 """Places in `CacheState.tally`."""
 
 
@@ -112,7 +112,7 @@ class CacheState:
         used: float64 `[L, E]`, this step's `Planes.used`.
         unused: float64 `[L, E]`, this step's `Planes.unused`.
         needed: uint8 `[L, E]`, what this step used so far.
-        tally: int64 `[4]`, totals since the last `take_tally`.
+        tally: int64 `[5]`, totals since the last `take_tally`, and whether a layer took more phases than its bound.
         log: int32 `[R, 5]`, log rows as `core.tell` writes them; R = 0 keeps none.
         told: int32 `[1]`, log rows written.
         future: uint8 `[N, L, E]`, the coming steps' routing for the oracle; N = 0 without one.
@@ -193,7 +193,7 @@ class CacheState:
             used=plane(),
             unused=plane(),
             needed=room(torch.uint8, layers, experts),
-            tally=room(torch.int64, 4),
+            tally=room(torch.int64, 5),
             log=room(torch.int32, layers * (1 + 3 * experts) if log else 0, 5),
             told=room(torch.int32, 1),
             future=torch.from_numpy(recorded.astype(np.uint8)).to(device),
@@ -203,7 +203,7 @@ class CacheState:
     @staticmethod
     def nbytes(layers: int, experts: int, slots: int) -> int:
         """Bytes `allocate` takes, without log and recorded future: what a planner counts."""
-        return layers * experts * (7 * 8 + 4 + 1 + 4) + layers * 24 + slots * 12 + 8 + 2 * 8 + 4 * 8 + 8
+        return layers * experts * (7 * 8 + 4 + 1 + 4) + layers * 24 + slots * 12 + 8 + 2 * 8 + 5 * 8 + 8
 
     @property
     def layers(self) -> int:
@@ -257,6 +257,7 @@ class CacheState:
         """The totals since the last call: hits, loads, evictions, phases beyond a layer's first."""
         totals: list[int] = self.tally.tolist()
         self.tally.zero_()
+        assert not totals[BROKEN], "a layer took more phases than `phase_bound` allows"
         return totals
 
 
