@@ -18,6 +18,9 @@ if os.environ.get("EXPERTFLOW_CHECK_SHAPES", "1") == "1":
     install_import_hook([f"expertflow.{name}" for name in WITH_SHAPES], "beartype.beartype")
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors; read when they are imported
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING

@@ -12,7 +12,7 @@ from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.engine.request import Request
-from expertflow.engine.sampler import choose, make_generator
+from expertflow.engine.sampler import choose, choose_all, make_generator
 from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
 from expertflow.models import experts
 
@@ -154,6 +154,18 @@ def test_sampling_follows_the_probabilities() -> None:
     assert torch.allclose(frequencies(top_k=2), two, atol=0.03)
     assert torch.allclose(frequencies(top_p=float(expected[0]) + 0.01), two, atol=0.03)
     assert frequencies(top_p=0.01)[0] == 1
+
+
+def test_a_batch_draws_what_its_sequences_would_draw_alone() -> None:
+    """Greedy and sampled sequences side by side get the tokens they get one by one, and advance their own generators."""
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(3))
+    logits[0, 7] = logits[0, 31] = 9.0  # the lowest of equals
+    params = [SamplingParams(temperature=t, seed=n) for n, t in enumerate((0, 1, 0, 0.5))]
+    alone, together = ([make_generator(p) for p in params] for _ in range(2))
+    for _ in range(3):
+        one_by_one = [choose(row, p, g) for row, p, g in zip(logits, params, alone, strict=True)]
+        assert choose_all(logits, params, together) == one_by_one
+    assert one_by_one[0] == 7
 
 
 def test_the_same_seed_gives_the_same_text(llm: LLM) -> None:

@@ -14,6 +14,7 @@ from expertflow.units import parse_bytes
 
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", *DTYPE_BYTES)
+EXECUTIONS = ("auto", "host", "graph")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -70,6 +71,10 @@ class EngineConfig(_Checked):
     prefill_chunk: int = doc("tokens a prefill pass, over all its sequences", default=512)
     device: str = doc("auto, cuda or cpu", default="auto")
     dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16", default="auto")
+    execution: str = doc(
+        "host (decides layer by layer), graph (a decode step is one CUDA graph that decides on the GPU), or auto",
+        default="host",
+    )
     host_memory: str | int | None = doc("host memory the expert store may take; None: what is free now", default=None)
     progress: bool = doc("show progress bars on long work", default=False)
 
@@ -77,6 +82,11 @@ class EngineConfig(_Checked):
         """Refuse values that cannot mean anything."""
         _require(self.device in DEVICES, f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown", nearest(self.dtype, DTYPES))
+        _require(
+            self.execution in EXECUTIONS,
+            f"execution={self.execution!r} is unknown",
+            nearest(self.execution, EXECUTIONS),
+        )
         for name in ("max_batch", "prefill_chunk"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} is too small", "Use 1 or more.")

@@ -30,6 +30,8 @@ class EventKind(StrEnum):
     """A prefetched expert leaves (or the run ends) without having been used."""
     PREDICTOR_OFF = "predictor-off"
     """A warning: the predictor raised and is not asked any more; what it said is in the log."""
+    HOST = "host"
+    """A batch's decode steps are decided on the host although a graph was hoped for; `reason` says why."""
 
 
 class Event(NamedTuple):
@@ -41,6 +43,7 @@ class Event(NamedTuple):
     expert: int = -1
     slot: int = -1
     value: int = 0
+    reason: str = ""
 
 
 Listener = Callable[[Event], None]
@@ -65,6 +68,11 @@ class EventStream:
         """Tell every listener."""
         for listener in self._listeners:
             listener(event)
+
+    @property
+    def listeners(self) -> int:
+        """How many are listening."""
+        return len(self._listeners)
 
 
 @dataclass(kw_only=True)
@@ -101,8 +109,16 @@ class CacheCounters:
                 self.evictions += 1
             case EventKind.STEP:
                 self.steps += 1
-            case EventKind.LAYER | EventKind.PREDICTOR_OFF:
+            case EventKind.LAYER | EventKind.HOST | EventKind.PREDICTOR_OFF:
                 pass
+
+    def add(self, *, steps: int, hits: int, loads: int, evictions: int, row_bytes: int) -> None:
+        """Take totals that were counted elsewhere: on the device, where single events are not told."""
+        self.steps += steps
+        self.hits += hits
+        self.loads += loads
+        self.evictions += evictions
+        self.bytes_moved += loads * row_bytes
 
     @property
     def accesses(self) -> int:

@@ -4,7 +4,7 @@ A thin cover over `core` and `prefetch`: it makes the step's ranks from policy a
 simulator compiles, and turns their log rows into events and commands. No torch, no clock, no copies (design law 2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -78,14 +78,14 @@ class CacheController:
         forecast: Forecast | None = None,
     ) -> None:
         """Start with every slot empty."""
-        self.strategy, self.events = strategy, events
+        self.strategy, self.events, self.future = strategy, events, future
         self.step = -1
         self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
         self.table = SlotTable(self._tables)
         self._rules: Rules = strategy.rules(layers, slots)
         self._brain = Brain(strategy, Setting(layers=layers, experts=experts, future=future), forecast)
         self._planes, self._demand = self._brain.begin(Step(0))
-        self._row_bytes = row_bytes
+        self._row_bytes, self._open = row_bytes, False
         self._needed = np.zeros((layers, experts), dtype=np.bool_)
         self._tokens: npt.NDArray[np.int32] | None = None
         self._routes: dict[int, npt.NDArray[np.int64]] = {}
@@ -107,6 +107,7 @@ class CacheController:
         """
         self.end_step()
         self.step += 1
+        self._open = True
         self._tokens = tokens
         self._planes, self._demand = self._brain.begin(Step(self.step, tokens))
         self.events.emit(Event(EventKind.STEP, self.step))
@@ -147,12 +148,28 @@ class CacheController:
         self._loads = []
 
     def end_step(self) -> None:
-        """Learn from the step that is over; `begin_step` does it for the one before."""
-        if self.step < 0:
+        """Learn from the step that is over, once; `begin_step` does it for the one before."""
+        if not self._open:
             return
+        self._open = False
         self._brain.end(Step(self.step, self._tokens, self._needed, self._token_routes()))
         self._needed[:] = False
         self._routes = {}
+
+    @property
+    def tables(self) -> Tables:
+        """What is remembered; for whoever takes turns with this controller."""
+        return self._tables
+
+    def hand_over(self, take: Callable[[Tables, Usage], None]) -> None:
+        """Let somebody else decide the coming steps: the step that is over is learned from, `take` copies what is known."""
+        self.end_step()
+        take(self._tables, self._brain.usage)
+
+    def take_back(self, give: Callable[[Tables, Usage], None], steps: int) -> None:
+        """Go on after `steps` steps that somebody else decided; `give` writes what is known now."""
+        give(self._tables, self._brain.usage)
+        self.step += steps
 
     def close(self) -> None:
         """The end of the run: tell what was prefetched in vain."""

@@ -89,6 +89,7 @@ class Rules(NamedTuple):
         rolling: plan anew after every layer instead of once a step.
         wraps: a rolling plan goes on into the next step's first layers.
         wave: loads of a layer after which its slots may be used again within it.
+        joint: the layer's hits and its first wave of loads are computed together, so hits keep their slots as long.
     """
 
     retain: bool
@@ -99,6 +100,7 @@ class Rules(NamedTuple):
     rolling: bool
     wraps: bool
     wave: int
+    joint: bool
 
 
 def make_tables(layers: int, experts: int, slots: int, *, divided: bool) -> Tables:
@@ -294,15 +296,18 @@ def load(
 ) -> None:
     """Give the missing experts of a running layer slots; those worth keeping come last, because the last ones stay."""
     first = int(np.sum(needed)) - misses.size
+    held = needed & rules.joint  # these may not leave before the first wave of loads is over
+    t.rank[layer] = np.where(held, np.inf, t.rank[layer])
     for number in range(misses.size):
         expert = misses[number]
-        if number == 0:
-            end_wave(t, planes, layer, needed, np.flatnonzero(t.slot_of[layer] >= 0))
+        if number == 0 or (rules.joint and number == rules.wave):
+            end_wave(t, planes, layer, needed, np.flatnonzero((t.slot_of[layer] >= 0) & ~held))
+            held[:] = False
         elif number % rules.wave == 0:
             end_wave(t, planes, layer, needed, misses[number - rules.wave : number])
         slot = make_room(t, layer)
         if slot < 0:
-            end_wave(t, planes, layer, needed, misses[number // rules.wave * rules.wave : number])
+            end_wave(t, planes, layer, needed, np.flatnonzero(t.slot_of[layer] >= 0))
             slot = make_room(t, layer)
         if slot < 0:
             give_up_plan(t, planes, layer, needed)

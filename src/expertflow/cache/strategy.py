@@ -4,8 +4,8 @@ A row says what is expected (a forecast), what is loaded ahead (the plan's numbe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from expertflow.errors import ConfigError
 DEFAULT, PREDICTED_DEFAULT = "next-use", "plec"
 """The strategy that is used when none is named, without and with a trained predictor."""
 ALL_LAYERS = 1 << 20
+DEVICE_WAVE = 32
+"""Loads a wave of the device execution; few waves are few kernels, docs/lab-notes.md has the price in loads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class Strategy:
         reserve: slots the plan leaves to corrections.
         wave: loads of a layer after which its own slots may be used again within it.
         predicted: whether a trained predictor may take the place of its forecast.
+        joint: whether a layer's hits are computed together with its first wave of loads.
     """
 
     name: str
@@ -76,9 +79,15 @@ class Strategy:
     reserve: int = 4
     wave: int = 1
     predicted: bool = False
+    joint: bool = False
+
+    def on_device(self) -> Self:
+        """The same row with a layer computed in few large waves: what a CUDA graph can hold."""
+        return replace(self, wave=DEVICE_WAVE, joint=True)
 
     def rules(self, layers: int, slots: int) -> Rules:
         """The numbers the core works with, for a model of `layers` and a pool of `slots`."""
+        share = slots // layers if self.partition == "layer" and slots >= layers else slots
         return Rules(
             retain=self.retain,
             prefetch=self.prefetch != "none",
@@ -87,7 +96,8 @@ class Strategy:
             ahead=min(self.ahead, layers),
             rolling=self.prefetch == "layer",
             wraps=self.wraps,
-            wave=self.wave,
+            wave=min(self.wave, share),
+            joint=self.joint,
         )
 
     def check_future(self, future: npt.NDArray[np.bool_] | None) -> None:

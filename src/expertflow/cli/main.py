@@ -41,6 +41,9 @@ Predictor = Annotated[
     str, typer.Option(help="Folder of a trained predictor, auto (the model's own, if it has one), or none.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
+Execution = Annotated[
+    str, typer.Option(help="auto, host (decides layer by layer) or graph (a decode step is one CUDA graph).")
+]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 MaxBatch = Annotated[
     int | None, typer.Option(help="Sequences computed together at most. Default: all prompts, at most 8.")
@@ -101,6 +104,7 @@ def run(
         list[str] | None, typer.Option(help="Text that ends the generation; may be given several times.")
     ] = None,
     device: Device = "auto",
+    execution: Execution = "host",
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,
@@ -113,6 +117,7 @@ def run(
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
         "prefill_chunk": prefill_chunk, "host_memory": host_memory, "max_batch": max_batch, "max_length": max_length,
         "predictor": predictor,
+        "execution": execution,
     }  # fmt: skip
     sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
@@ -137,6 +142,7 @@ def plan(
     strategy: Strategy = None,
     predictor: Predictor = "auto",
     device: Device = "auto",
+    execution: Execution = "host",
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,
@@ -147,6 +153,7 @@ def plan(
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
         "prefill_chunk": prefill_chunk, "max_batch": max_batch, "max_length": max_length, "predictor": predictor,
+        "execution": execution,
     }  # fmt: skip
     _call("plan", model=model, engine=engine, as_json=json)
 
@@ -177,7 +184,7 @@ def trace_record(
     """Run a model, offloaded, and record every token's experts (`expertflow trace MODEL` is short for this)."""
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
-        "max_batch": max_batch, "max_length": max_length,
+        "max_batch": max_batch, "max_length": max_length, "execution": "host",  # what is recorded passes by the host
     }  # fmt: skip
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
     _call("record", model=model, prompts_file=prompts_file, out=out, engine=engine, sampling=sampling)

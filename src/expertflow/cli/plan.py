@@ -28,7 +28,22 @@ def main(*, model: str | None, engine: dict[str, Any], as_json: bool) -> None:
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan as plain numbers, in bytes."""
-    names = ("device", "strategy", "budget", "dense", "kv", "workspace", "row", "slots", "slot_bytes", "total", "host")
+    names = (
+        "device",
+        "execution",
+        "why_host",
+        "strategy",
+        "budget",
+        "dense",
+        "kv",
+        "workspace",
+        "graph",
+        "row",
+        "slots",
+        "slot_bytes",
+        "total",
+        "host",
+    )
     sizes = {
         name: getattr(plan, name) for name in (*names, "resident_total", "max_batch", "max_length", "prefill_chunk")
     }
@@ -53,6 +68,8 @@ def _show(plan: Plan, folder: str) -> None:
     table.add_row("device", "dense weights", format_bytes(plan.dense))
     table.add_row("device", f"keys and values, {sequences}", format_bytes(plan.kv))
     table.add_row("device", f"workspace, {plan.prefill_chunk} tokens a prefill pass", format_bytes(plan.workspace))
+    if plan.graph:
+        table.add_row("device", "captured decode steps and their buffers", format_bytes(plan.graph))
     table.add_row(
         "device",
         f"{plan.slots} expert slots of {format_bytes(plan.row)} ({plan.share:.1%})",

@@ -1,5 +1,6 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import DEFAULT, PREDICTED_DEFAULT, Strategy, find_strategy
 from expertflow.config import EngineConfig
+from expertflow.engine.device import DeviceExperts, Held, expert_mlp, graph_refusal
 from expertflow.engine.foresight import Foresight
+from expertflow.engine.graph import GraphBatch, GraphDecoder
 from expertflow.engine.observe import StepObserver, step_tokens, tell_all
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.provider import CachedExperts
+from expertflow.engine.runner import Batch, make_batch
 from expertflow.errors import BudgetError, ClosedError, ConfigError, DeviceError
-from expertflow.events import CacheCounters, EventStream
+from expertflow.events import CacheCounters, Event, EventKind, EventStream
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
@@ -90,7 +94,9 @@ def prepare(
     if not strategy.predicted:
         _refuse_unused(predictor, config, strategy)
         predictor = None
-    plan = make_plan(config, shape, resolve_device(config.device).type, strategy.name)
+    device, own = resolve_device(config.device).type, forecast is not None or predictor is not None
+    no_graph = graph_refusal(skeleton, strategy, device, own_forecast=own)
+    plan = make_plan(config, shape, device, strategy.name, no_graph)
     return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor)
 
 
@@ -147,7 +153,7 @@ class OffloadedModel:
         self.store = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
         _fill(prepared.pieces, self.store, show=config.progress)
         self.store.lock()
-        pool = SlotPool(layout, plan.slots, self.device)
+        self._pool = pool = SlotPool(layout, plan.slots, self.device)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
         self.meter: Meter = (
             cuda_meter if self.device.type == "cuda" else CpuMeter(resident, exclude=[self.store.buffer])
@@ -169,6 +175,7 @@ class OffloadedModel:
             forecast=forecast or self.foresight,
         )
         self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
+        self._decoder: GraphDecoder | None = None
         self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
         self._provider: CachedExperts | None = CachedExperts(self.controller, self._transfer, pool)
         bind_experts(self.model, prepared.skeleton, self._provider)
@@ -183,6 +190,8 @@ class OffloadedModel:
     def _begin_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._provider is None:
             raise ClosedError("this model was closed", "Load it again.")
+        if self._decoder is not None:
+            self._decoder.end()
         if not self.observers:
             self._provider.begin_step()
             return
@@ -190,6 +199,37 @@ class OffloadedModel:
         for observer in self.observers:
             observer.begin(tokens)
         self._provider.begin_step(tokens)
+
+    def batch(self, prompts: Sequence[Sequence[int]]) -> Batch:
+        """Sequences to run, by graphs if the plan says so and nobody has to see the routing."""
+        plan = self.plan
+        reason = plan.why_host
+        if plan.execution == "graph":
+            if self.observers:
+                reason = "somebody watches the routing, which only the host execution shows"
+            elif self._decoder is not None and self._decoder.busy:
+                reason = "another batch has its keys and values in the graphs' rows"
+            else:
+                return GraphBatch(self._graphs(), prompts, plan.prefill_chunk)
+        if reason:
+            self.events.emit(Event(EventKind.HOST, self.controller.step, reason=reason))
+        return make_batch(self.model, prompts, plan.prefill_chunk)
+
+    def _graphs(self) -> GraphDecoder:
+        """The graphs' buffers, made when first needed, and anew if events are to be told from now on."""
+        log = self.events.listeners > 1  # the counters alone are content with totals
+        if self._decoder is None or self._decoder.experts.logs != log:
+            self._decoder = None
+            held = Held(controller=self.controller, store=self.store, pool=self._pool, counters=self.counters)
+            plan, mlp = self.plan, expert_mlp(self.skeleton)
+            with torch.inference_mode(), self.meter.watch():
+                experts = DeviceExperts(mlp, held, plan.max_batch, plan.shape.top_k, log=log)
+                self._decoder = GraphDecoder(self.model, self.skeleton, experts, plan.max_batch, plan.max_length)
+        return self._decoder
+
+    def measure(self) -> int:
+        """The peak of device memory so far, bytes: what was in use at most, and what captured steps keep."""
+        return self.meter.peak_bytes + (0 if self._decoder is None else self._decoder.pool_bytes)
 
     def watch(self, *observers: StepObserver) -> None:
         """From now on also tell `observers` every step's tokens and every layer's routing."""
@@ -212,8 +252,8 @@ class OffloadedModel:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         unbind_experts(self.model, self.skeleton)
-        self._provider = None
-        del self._transfer
+        self._provider = self._decoder = None
+        del self._transfer, self._pool
         self.store.close()
 
 

@@ -17,8 +17,8 @@ from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
-from expertflow.engine.runner import Batch, make_batch
-from expertflow.engine.sampler import choose
+from expertflow.engine.runner import Batch
+from expertflow.engine.sampler import choose_all
 from expertflow.errors import CheckpointError, ConfigError, PromptError
 from expertflow.events import CacheCounters
 from expertflow.predict.artifact import Artifact
@@ -108,9 +108,7 @@ class LLM:
     @property
     def stats(self) -> RunStats:
         """What generation cost so far."""
-        return replace(
-            self._stats, peak_bytes=self._offloaded.meter.peak_bytes, cache=replace(self._offloaded.counters)
-        )
+        return replace(self._stats, peak_bytes=self._offloaded.measure(), cache=replace(self._offloaded.counters))
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -227,10 +225,8 @@ class LLM:
         started = time.perf_counter()
         self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in running)
         first = True
+        batch = self._offloaded.batch([request.prompt_token_ids for request in running])
         try:
-            batch = make_batch(
-                self._offloaded.model, [request.prompt_token_ids for request in running], self.plan.prefill_chunk
-            )
             tokens: list[int] | None = None
             while running:
                 outputs = self._step(batch, running, tokens)
@@ -244,6 +240,7 @@ class LLM:
                 running = [running[row] for row in rows]
                 tokens = [outputs[row].token_id for row in rows]
         finally:
+            batch.close()
             self._stats.seconds += time.perf_counter() - started
 
     def _step(self, batch: Batch, running: list[Request], tokens: list[int] | None) -> list[StreamOutput]:
@@ -257,7 +254,9 @@ class LLM:
                 listener.expect(coming)
         with self._offloaded.meter.watch():
             logits = batch.prefill() if tokens is None else batch.decode(tokens)
-            chosen = [choose(logits[row], request.params, request.generator) for row, request in enumerate(running)]
+            chosen = choose_all(
+                logits, [request.params for request in running], [request.generator for request in running]
+            )
         return [request.append(token) for request, token in zip(running, chosen, strict=True)]
 
 
@@ -273,6 +272,9 @@ def from_pretrained(
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
         options: fields of `EngineConfig`.
 
+    Raises:
+        ConfigError: for execution='graph', which only `LLM` can do.
+
     Returns:
         The model; its attribute `expertflow` is the `OffloadedModel` (plan, counters, events, `close`).
     """
@@ -282,6 +284,12 @@ def from_pretrained(
             f"predictor={config.predictor!r} cannot serve a plain transformers model: nobody says which rows are which sequences",
             "Use LLM, or leave the predictor out.",
         )
+    if config.execution == "graph":
+        raise ConfigError(
+            "execution='graph' cannot be had: the model is called by others, layer by layer",
+            "Use `LLM`, or leave the option out.",
+        )
+    config = replace(config, execution="host")
     offloaded = load_model(shipped_model() if model is None else model, config, forecast)
     offloaded.model.expertflow = offloaded
     return offloaded.model

@@ -4,10 +4,11 @@ Pure: no weights, no device, nothing allocated. The engine builds from the plan 
 prints it. The workspace is an upper bound from tensor sizes; tests hold it against measured peaks (law 3).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertflow.config import EngineConfig
 from expertflow.errors import BudgetError, ConfigError
+from expertflow.kernels.state import CacheState
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
@@ -18,6 +19,8 @@ DEFAULT_CONTEXT = 4096
 """Longest sequence planned for when the user states none and the model allows it."""
 CUDA_LIBRARY_BYTES = 40 * 2**20
 """cuBLAS keeps 32 MiB in the allocator on an H100 (benchmarks/results/host_execution_h100.json), and a little room."""
+GRAPH_POOL_BYTES = 64 * 2**20
+"""The allocator cuts a graph's memory from blocks of 2 and 20 MiB that it does not give back."""
 _SLACK = 1.1
 """Allocators round up; temporaries of operators are counted by name, not by trace."""
 
@@ -40,6 +43,8 @@ class Plan:
         max_length: tokens of a sequence.
         prefill_chunk: tokens of a prefill pass.
         host: the expert store in host memory.
+        graph: buffers and captured steps of the graph execution; 0 where the host decides.
+        why_host: why the host decides although a graph was hoped for; empty if it was not, or if a graph it is.
     """
 
     shape: ModelShape
@@ -55,6 +60,13 @@ class Plan:
     max_length: int
     prefill_chunk: int
     host: int
+    graph: int = 0
+    why_host: str = ""
+
+    @property
+    def execution(self) -> str:
+        """`graph` or `host`."""
+        return "graph" if self.graph else "host"
 
     @property
     def slot_bytes(self) -> int:
@@ -62,19 +74,24 @@ class Plan:
         return SlotPool.nbytes(self.row, self.slots)
 
     @property
+    def fixed(self) -> int:
+        """Device memory of everything but the slots."""
+        return self.dense + self.kv + self.workspace + self.graph
+
+    @property
     def total(self) -> int:
         """Device memory in all."""
-        return self.dense + self.kv + self.workspace + self.slot_bytes
+        return self.fixed + self.slot_bytes
 
     @property
     def least(self) -> int:
         """The smallest budget for which the same run works, with a single slot."""
-        return self.dense + self.kv + self.workspace + SlotPool.nbytes(self.row, 1)
+        return self.fixed + SlotPool.nbytes(self.row, 1)
 
     @property
     def resident_total(self) -> int:
         """Device memory the same run takes with every expert resident."""
-        return self.dense + self.kv + self.workspace + self.shape.total_experts * self.row
+        return self.fixed + self.shape.total_experts * self.row
 
     @property
     def share(self) -> float:
@@ -82,7 +99,7 @@ class Plan:
         return self.slots / self.shape.total_experts
 
 
-def make_plan(config: EngineConfig, shape: ModelShape, device: str, strategy: str) -> Plan:
+def make_plan(config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str = "") -> Plan:
     """Turn a wish into numbers.
 
     Args:
@@ -90,14 +107,29 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str, strategy: st
         shape: the model's figures.
         device: `cuda` or `cpu`, resolved.
         strategy: name of the row, resolved.
+        no_graph: why decode steps cannot run as graphs; empty if they can.
 
     Raises:
         BudgetError: if the budget cannot hold even one slot, or not the slots asked for; names the least that works.
         ConfigError: if an option is impossible for this model.
     """
+    if config.execution == "graph" and no_graph:
+        raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
+    if config.execution == "graph":
+        return _plan(config, shape, device, strategy, graph=True)
+    hoped = config.execution == "auto" and device == "cuda"
+    if hoped and not no_graph:
+        try:
+            return _plan(config, shape, device, strategy, graph=True)
+        except BudgetError as error:
+            no_graph = f"the budget holds no captured steps, {format_bytes(error.least_bytes)} would"
+    return replace(_plan(config, shape, device, strategy, graph=False), why_host=no_graph if hoped else "")
+
+
+def _plan(config: EngineConfig, shape: ModelShape, device: str, strategy: str, *, graph: bool) -> Plan:
     max_length = _max_length(config, shape)
     row = RowLayout.of(shape.specs).row_bytes
-    kv = shape.kv_bytes(max_length) * config.max_batch
+    kv = (shape.row_bytes(max_length) if graph else shape.kv_bytes(max_length)) * config.max_batch
     workspace = workspace_bytes(shape, config.max_batch, max_length, config.prefill_chunk)
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
@@ -108,7 +140,8 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str, strategy: st
             f"{shape.model_type!r} is not planned",
             "Leave the budget out and state slots.",
         )
-    fixed = shape.dense_bytes + kv + workspace
+    steps = graph_bytes(shape, config.max_batch, max_length, device) if graph else 0
+    fixed = shape.dense_bytes + kv + workspace + steps
     slots = _slots(config, shape, row, fixed, budget)
     return Plan(
         shape=shape,
@@ -124,7 +157,22 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str, strategy: st
         max_length=max_length,
         prefill_chunk=config.prefill_chunk,
         host=row * shape.total_experts,
+        graph=steps,
     )
+
+
+def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
+    """Upper bound on what decode steps as graphs take beside weights, keys and values, and slots.
+
+    The host execution's workspace stays beside it: prompts are read while the graphs keep their memory.
+    """
+    pairs = rows * shape.top_k
+    state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
+    buffers = pairs * (shape.expert_width * DTYPE_BYTES[shape.dtype] + shape.hidden * 4)
+    buffers += rows * (shape.vocabulary * DTYPE_BYTES[shape.dtype] + 16)
+    buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
+    captured = workspace_bytes(shape, rows, length, rows)
+    return state + buffers + (captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES if device == "cuda" else 0)
 
 
 def _max_length(config: EngineConfig, shape: ModelShape) -> int:

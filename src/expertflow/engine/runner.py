@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 
 @runtime_checkable
@@ -24,6 +24,9 @@ class Batch(Protocol):
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only, in this order."""
+
+    def close(self) -> None:
+        """The batch is over, however it ended."""
 
 
 def make_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int) -> Batch:
@@ -58,13 +61,15 @@ def _pad_id(model: PreTrainedModel) -> int:
 class DecoderBatch:
     """Sequences of a decoder-only model."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int) -> None:
-        """Pad the prompts and start an empty cache."""
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int, cache: Cache | None = None
+    ) -> None:
+        """Pad the prompts and start an empty cache, or fill the one given."""
         self._model = model
         self._ids, self._mask = _padded(prompts, _pad_id(model), model.device, left=True)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._columns = max(1, chunk // len(prompts))
-        self._cache = DynamicCache(config=model.config)
+        self._cache = DynamicCache(config=model.config) if cache is None else cache
 
     @torch.inference_mode()
     def prefill(self) -> Float[Tensor, "B V"]:
@@ -89,6 +94,9 @@ class DecoderBatch:
         index = torch.tensor(rows, device=self._mask.device)
         self._mask, self._positions = self._mask[index], self._positions[index]
         self._cache.batch_select_indices(index)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         out: Any = self._model(
@@ -132,6 +140,9 @@ class EncoderDecoderBatch:
         self._mask = self._mask[index]
         self._encoded.last_hidden_state = self._encoded.last_hidden_state[index]
         self._cache.batch_select_indices(index)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def _forward(self, tokens: Sequence[int]) -> Tensor:
         out: Any = self._model(

@@ -4,6 +4,8 @@ Inverse-CDF sampling over sorted probabilities: one uniform number a token, draw
 the host, so that neither the device nor the rest of the batch changes what is drawn.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +16,23 @@ from expertflow.config import SamplingParams
 def make_generator(params: SamplingParams) -> torch.Generator:
     """The request's own source of random numbers."""
     return torch.Generator().manual_seed(params.seed)
+
+
+def choose_all(
+    logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+) -> list[int]:
+    """Pick a token of every sequence; greedy ones wait for the device once, all together.
+
+    Args:
+        logits: of all sequences.
+        params: one a sequence.
+        generators: one a sequence; see `choose`.
+    """
+    greedy = [p.temperature == 0 for p in params]
+    best = logits.argmax(dim=-1).tolist() if any(greedy) else []
+    return [
+        best[row] if greedy[row] else choose(logits[row], params[row], generators[row]) for row in range(len(params))
+    ]
 
 
 def choose(logits: Float[Tensor, " V"], params: SamplingParams, generator: torch.Generator) -> int:

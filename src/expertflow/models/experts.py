@@ -35,6 +35,8 @@ class ExpertProvider(Protocol):
 
 
 Observer = Callable[[int, Tensor, Tensor], None]
+Whole = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
 
 
 @dataclass(kw_only=True)
@@ -47,6 +49,8 @@ class Binding:
     """Run the family's own eager forward (the universal fallback) instead of the expert loop."""
     observe: Observer | None = field(default=None)
     """Told the layer's routing before it runs: layer, experts `[T, K]`, weights `[T, K]`."""
+    whole: Whole | None = field(default=None)
+    """While set, computes the layer in place of everything else here; the host does not learn the routing."""
 
 
 Mlp = Callable[[Tensor, Row], Tensor]
@@ -116,6 +120,8 @@ def offloaded_forward(
     """The experts implementation `expertflow`, called by transformers in place of the family's own."""
     binding = self.expertflow
     assert isinstance(binding, Binding)
+    if binding.whole is not None:
+        return binding.whole(binding.layer, hidden_states, top_k_index, top_k_weights)
     if binding.own_forward:
         return _own_forward(self, binding, hidden_states, top_k_index, top_k_weights)
 

@@ -87,6 +87,10 @@ class ModelShape:
         """Bytes of one sequence's keys and values at `length` tokens."""
         return sum(layer.bytes_per_token * min(length, layer.window or length) for layer in self.kv)
 
+    def row_bytes(self, length: int) -> int:
+        """The same where every layer keeps all `length` tokens, windows or not."""
+        return sum(layer.bytes_per_token for layer in self.kv) * length
+
 
 def shape_of(skeleton: Skeleton) -> ModelShape:
     """Measure a skeleton."""

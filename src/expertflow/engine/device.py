@@ -1,0 +1,229 @@
+"""The experts of a decode step, decided, fetched and computed on the device: no answer of the host is waited for.
+
+Stands in for provider and transfer while decode steps run as graphs. A layer: the router's choice goes to the residency
+kernel; then, phase by phase, missing rows are fetched and the pairs of the phase computed; then all pairs are added in
+ascending order of expert. Knows slots and kernels; refuses to know attention, tokens and requests.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from expertflow.cache.controller import CacheController, as_event
+from expertflow.cache.strategy import Strategy
+from expertflow.events import CacheCounters, Event, EventKind
+from expertflow.kernels.backend import HAS_TRITON, backend
+from expertflow.kernels.reference import ExpertMlp, Workspace
+from expertflow.kernels.state import EVICTIONS, HITS, LOADS, CacheState, Schedule, refusal
+from expertflow.memory.layout import RowLayout
+from expertflow.memory.slots import SlotPool
+from expertflow.memory.store import HostStore
+from expertflow.models.skeleton import Skeleton
+
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+"""The kernels' names of transformers' activations."""
+_ROPES_THAT_SYNC = ("dynamic", "longrope")
+
+
+def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
+    """The kernels' description of the model's experts.
+
+    Raises:
+        ValueError: if they are no MLP the kernels know.
+    """
+    assert skeleton.family is not None
+    module = skeleton.model.get_submodule(skeleton.expert_modules[0])
+    layout = RowLayout.of(skeleton.specs)
+    config = skeleton.config.get_text_config(decoder=True)
+    name = str(getattr(config, "hidden_act", ""))
+    return ExpertMlp.of(
+        layout.specs,
+        layout.offsets,
+        layout.row_bytes,
+        skeleton.family.activation or _ACTIVATIONS.get(name, name),
+        transposed=bool(module.is_transposed),
+        interleaved=not module.is_concatenated,
+    )
+
+
+def graph_refusal(skeleton: Skeleton, strategy: Strategy, device: str, *, own_forecast: bool = False) -> str:
+    """Why decode steps cannot run as graphs; empty if they can.
+
+    Args:
+        skeleton: the model.
+        strategy: row of the strategy table.
+        device: `cuda` or `cpu`.
+        own_forecast: whether the caller's forecast replaces the strategy's.
+    """
+    if device == "cuda" and not HAS_TRITON:
+        return "Triton is not installed"
+    if own_forecast:
+        return "the forecast is the caller's own, which only the host can ask"
+    return refusal(strategy.on_device()) or _model_refusal(skeleton)
+
+
+def _model_refusal(skeleton: Skeleton) -> str:
+    if skeleton.family is None:
+        return f"{skeleton.config.model_type!r} has no row in the table of families"
+    if skeleton.family.no_graph:
+        return f"{skeleton.family.title}: {skeleton.family.no_graph}"
+    rope = getattr(skeleton.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if str(rope.get("rope_type")) in _ROPES_THAT_SYNC:
+        return f"its rotary embedding ({rope['rope_type']}) asks the device for the longest position in every step"
+    try:
+        expert_mlp(skeleton)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What the device execution takes turns over with the host: the controller and where the rows are."""
+
+    controller: CacheController
+    store: HostStore
+    pool: SlotPool
+    counters: CacheCounters
+
+
+class DeviceExperts:
+    """Computes a model's experts layer by layer inside a step, eagerly or captured.
+
+    Args:
+        mlp: what a row holds.
+        held: what is shared with the host execution.
+        rows: sequences at most.
+        top_k: experts a token uses a layer.
+        log: keep single events, for whoever listens; else only totals.
+
+    Attributes:
+        state: what the device remembers.
+        live: int32 `[1]`, rows that count; those behind are padding.
+        steps: steps since `begin`.
+        logs: as above.
+        holds: whether what is known about the slots is here, and not with the host's controller.
+        fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `begin` on.
+    """
+
+    def __init__(self, mlp: ExpertMlp, held: Held, rows: int, top_k: int, *, log: bool) -> None:
+        """Allocate everything a step needs but what the model itself allocates."""
+        device = held.pool.buffer.device
+        self._mlp, self._held, self._top_k = mlp, held, top_k
+        strategy = held.controller.strategy.on_device()
+        self.state = CacheState.allocate(
+            strategy, held.controller.tables, device, log=log, future=held.controller.future
+        )
+        self._kernels = backend(device)
+        self._twin = self._kernels.residency(self.state)
+        self._work = Workspace.allocate(mlp, rows, top_k, device)
+        self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
+        self.live = torch.zeros(1, dtype=torch.int32, device=device)
+        self._schedules: dict[int, Schedule] = {}
+        self._schedule: Schedule | None = None
+        self.steps = 0
+        self.logs = log
+        self.fixed = self.holds = False
+        self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
+        self._padding = torch.zeros(0)
+
+    def begin(self) -> None:
+        """Take over from the host, between two steps, if that has not been done."""
+        if self.holds:
+            return
+        self.steps, self.holds = 0, True
+        self._held.controller.hand_over(self.state.load)
+        state = self.state
+        self.fixed = state.strategy.retain and int(state.resident) == state.slots == state.layers * state.experts
+        if self.fixed:
+            self._places[:, :-1] = state.slot_of
+
+    def end(self) -> None:
+        """Give back to the host, between two steps, if that has not been done; tell what happened."""
+        if not self.holds:
+            return
+        self.holds = False
+        self._held.controller.take_back(self.state.store, self.steps)
+        tally = self.state.take_tally()
+        if not self.logs:
+            self._held.counters.add(
+                steps=self.steps,
+                hits=tally[HITS],
+                loads=tally[LOADS],
+                evictions=tally[EVICTIONS],
+                row_bytes=self._mlp.row_bytes,
+            )
+        self.steps = 0
+
+    def abandon(self) -> None:
+        """A step was broken off: no slot can be trusted any more."""
+        self.holds = False
+        controller = self._held.controller
+        controller.take_back(lambda tables, usage: None, self.steps)  # noqa: ARG005 - what is known stays as it was
+        controller.forget()
+        self.state.take_tally()
+        self.state.take_log()
+
+    def prepare(self, rows: int) -> None:
+        """Have the buffers for steps of `rows` rows: they must not be allocated while a graph is captured."""
+        if rows not in self._schedules:
+            self._schedules[rows] = replace(Schedule.allocate(self.state, rows, self._top_k), live=self.live)
+
+    def open_step(self, rows: int) -> None:
+        """A step of `rows` rows begins, of which `live` count."""
+        self._schedule = self._schedules[rows]
+        if self.fixed:
+            self._padding = torch.arange(rows, device=self.live.device)[:, None] >= self.live
+        else:
+            self._twin.open_step()
+
+    def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """A layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
+        schedule, kernels, mlp = self._schedule, self._kernels, self._mlp
+        assert schedule is not None
+        hidden, index, pool = hidden.contiguous(), index.contiguous(), self._held.pool.buffer
+        if self.fixed:
+            slots = torch.take(self._places[layer], index).masked_fill_(self._padding, -1)
+            kernels.expert_pairs(mlp, hidden, slots, pool, self._work)
+        else:
+            self._twin.run_layer(layer, index, schedule)
+            self._by_phases(schedule, hidden)
+        out = torch.empty_like(hidden)
+        kernels.combine(self._work.parts, index, weights, self.state.experts, out)
+        return out
+
+    def _by_phases(self, schedule: Schedule, hidden: Tensor) -> None:
+        kernels, mlp = self._kernels, self._mlp
+        host, pool = self._held.store.buffer, self._held.pool.buffer
+        for phase in range(schedule.phases):
+            kernels.fetch_rows(host, pool, schedule.src, schedule.dst, schedule.bounds[phase : phase + 2])
+            kernels.expert_pairs(mlp, hidden, schedule.slots[phase], pool, self._work)
+
+    def close_step(self) -> None:
+        """The step is over."""
+        if not self.fixed:
+            self._twin.close_step()
+
+    def told(self) -> None:
+        """A step was carried out; with a log, tell its events (this waits for the device)."""
+        self.steps += 1
+        if not self.logs:
+            return
+        controller = self._held.controller
+        number = controller.step + self.steps
+        controller.events.emit(Event(EventKind.STEP, number))
+        for row in self.state.take_log():
+            controller.events.emit(as_event(row, number, self._mlp.row_bytes))
+
+    def attach(self, model: PreTrainedModel, skeleton: Skeleton) -> None:
+        """Let the model's layers call `run` in place of the host execution."""
+        for path in skeleton.expert_modules:
+            model.get_submodule(path).expertflow.whole = self.run
+
+    @staticmethod
+    def detach(model: PreTrainedModel, skeleton: Skeleton) -> None:
+        """Let them call the host execution again."""
+        for path in skeleton.expert_modules:
+            model.get_submodule(path).expertflow.whole = None

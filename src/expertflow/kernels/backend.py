@@ -1,0 +1,49 @@
+"""Which kernels a device gets: Triton's on CUDA, their torch references elsewhere. Same calls, same words."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertflow.kernels import dense_reference, reference, residency_reference
+from expertflow.kernels.state import CacheState
+
+HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON:
+    from expertflow.kernels import dense, experts, fetch, residency
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One set of kernels; see `kernels.reference` and `kernels.residency_reference` for what each does."""
+
+    expert_pairs: Callable[..., None]
+    combine: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
+    fetch_rows: Callable[..., None]
+    residency: Callable[[CacheState], Any]
+    decode_attention: Callable[..., Tensor]
+    rms_norm: Callable[..., Tensor]
+
+
+def backend(device: torch.device) -> Backend:
+    """The kernels for a device."""
+    if device.type == "cuda" and HAS_TRITON:
+        return Backend(
+            experts.expert_pairs,
+            experts.combine,
+            fetch.fetch_rows,
+            residency.Residency,
+            dense.decode_attention,
+            dense.rms_norm,
+        )
+    return Backend(
+        reference.expert_pairs,
+        reference.combine,
+        reference.fetch_rows,
+        residency_reference.Residency,
+        dense_reference.decode_attention,
+        dense_reference.rms_norm,
+    )

@@ -1,0 +1,170 @@
+"""What the dense part of a decode step spends its time on, in one launch each: attention of one token, RMS norm.
+
+Attention reads keys and values where they lie (no repetition over grouped heads) and no further than a sequence is
+long. It is cut into spans of fixed size, so its bits depend neither on the columns a step is captured for nor on other
+sequences. Twins of `kernels.dense_reference`. Knows tensors; refuses to know models and caches.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPAN = 256
+"""Columns a program attends to; fixed, because it enters the arithmetic."""
+BLOCK = tl.constexpr(64)
+_LEAST_HEADS = 16
+"""Rows of the narrowest tensor-core product."""
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def _attend(
+    query, keys, values, positions, sinks, out, part, row_stride, head_stride, splits,
+    scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
+    span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, single: tl.constexpr,
+):  # fmt: skip
+    """One sequence, one key head with its query heads, one span of columns: maximum, sum and weighted values."""
+    row, head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    split = tl.program_id(1)
+    position = tl.load(positions + row).to(tl.int32)
+    lane, cell, line = tl.arange(0, padded), tl.arange(0, width), tl.arange(0, BLOCK)
+    mine = (row * kv_heads + head) * groups + lane
+    asked = tl.load(query + mine[:, None] * width + cell[None, :], mask=lane[:, None] < groups, other=0.0)
+    most = tl.full([padded], float("-inf"), tl.float32)
+    total = tl.zeros([padded], tl.float32)
+    acc = tl.zeros([padded, width], tl.float32)
+    if sink:  # noqa: SIM102 - one is known to the compiler, the other to the device
+        if split == 0:
+            most = tl.load(sinks + head * groups + lane, mask=lane < groups, other=0.0).to(tl.float32)
+            total += 1.0
+    first = tl.maximum(position - window + 1, 0) if window > 0 else position * 0
+    column = tl.maximum(split * span, first // BLOCK * BLOCK)
+    end = tl.minimum(split * span + span, position + 1)
+    at = row.to(tl.int64) * row_stride + head * head_stride
+    while column < end:
+        here = column + line
+        seen = (here <= position) & (here >= first)
+        where = at + here[:, None] * width + cell[None, :]
+        key = tl.load(keys + where, mask=seen[:, None], other=0.0)
+        value = tl.load(values + where, mask=seen[:, None], other=0.0)
+        left = asked
+        if INTERPRETED:
+            left, key, value = left.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
+        score = tl.dot(left, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, 1))
+        share = tl.exp(score - higher[:, None])
+        fade = tl.exp(most - higher)
+        total = total * fade + tl.sum(share, 1)
+        acc = tl.dot(share.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
+        most = higher
+        column += BLOCK
+    if single:
+        done = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + mine[:, None] * width + cell[None, :], done, mask=lane[:, None] < groups)
+    else:
+        place = part + ((tl.program_id(0) * splits + split) * padded + lane) * (width + 2)
+        tl.store(place, most)
+        tl.store(place + 1, total)
+        tl.store(place[:, None] + 2 + cell[None, :], acc)
+
+
+@triton.jit
+def _join(
+    part, out, splits, groups: tl.constexpr, width: tl.constexpr, padded: tl.constexpr
+):  # fmt: skip
+    """Add the spans of one sequence and key head, in their order."""
+    lane, cell = tl.arange(0, padded), tl.arange(0, width)
+    begin = part + (tl.program_id(0) * splits * padded + lane) * (width + 2)
+    step = padded * (width + 2)
+    most = tl.full([padded], float("-inf"), tl.float32)
+    split = 0
+    while split < splits:
+        most = tl.maximum(most, tl.load(begin + split * step))
+        split += 1
+    total = tl.zeros([padded], tl.float32)
+    acc = tl.zeros([padded, width], tl.float32)
+    split = 0
+    while split < splits:
+        place = begin + split * step
+        fade = tl.exp(tl.load(place) - most)
+        total += tl.load(place + 1) * fade
+        acc += tl.load(place[:, None] + 2 + cell[None, :]) * fade[:, None]
+        split += 1
+    done = (acc / total[:, None]).to(out.dtype.element_ty)
+    mine = tl.program_id(0) * groups + lane
+    tl.store(out + mine[:, None] * width + cell[None, :], done, mask=lane[:, None] < groups)
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of one token a sequence over the columns up to its position.
+
+    Args:
+        query: `[B, Q, D]` contiguous, D a power of two from 16 on.
+        keys: `[B, G, N, D]`, any strides but unit columns; Q a multiple of G.
+        values: the same shape and strides.
+        positions: integer `[B]`, less than N.
+        scale: of the scores.
+        window: columns seen, the token's own included; None: all.
+        sinks: `[Q]`, a score a head gives to nothing; None: no such.
+
+    Returns:
+        `[B, Q, D]`.
+    """
+    (rows, heads, width), (kv_heads, length) = query.shape, keys.shape[1:3]
+    assert query.is_contiguous()
+    assert keys.stride() == values.stride()
+    assert keys.stride()[2:] == (width, 1)
+    groups, splits = heads // kv_heads, triton.cdiv(length, SPAN)
+    padded = max(_LEAST_HEADS, int(triton.next_power_of_2(groups)))
+    out = torch.empty_like(query)
+    part = query.new_empty((rows * kv_heads, splits, padded, width + 2) if splits > 1 else (1,), dtype=torch.float32)
+    _attend[(rows * kv_heads, splits)](
+        query, keys, values, positions, query if sinks is None else sinks, out, part, keys.stride(0), keys.stride(1),
+        splits, scale=scale, groups=groups, kv_heads=kv_heads, width=width, padded=padded, span=SPAN,
+        window=window or 0, sink=sinks is not None, single=splits == 1, num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        _join[(rows * kv_heads,)](part, out, splits, groups=groups, width=width, padded=padded, num_warps=4)
+    return out
+
+
+@triton.jit
+def _rms_norm(states, weight, out, width, eps: tl.constexpr, padded: tl.constexpr, wide: tl.constexpr):
+    """One row."""
+    cell = tl.arange(0, padded)
+    at = tl.program_id(0).to(tl.int64) * width + cell
+    x = tl.load(states + at, mask=cell < width, other=0.0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    w = tl.load(weight + cell, mask=cell < width, other=0.0).to(tl.float32)
+    if not wide:
+        y = y.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + at, (y * w).to(out.dtype.element_ty), mask=cell < width)
+
+
+def rms_norm(states: Tensor, weight: Tensor, eps: float, *, wide: bool) -> Tensor:
+    """`states / rms(states) * weight` over the last dimension, the norm in float32.
+
+    Args:
+        states: `[..., H]`.
+        weight: `[H]`.
+        eps: added to the mean square.
+        wide: multiply by the weight before rounding (GPT-OSS) instead of after (Llama and most others).
+    """
+    states = states.contiguous()
+    width = states.shape[-1]
+    out = torch.empty_like(states)
+    padded = int(triton.next_power_of_2(width))
+    _rms_norm[(states.numel() // width,)](
+        states, weight, out, width, eps=eps, padded=padded, wide=wide, num_warps=max(1, min(8, padded // 256))
+    )
+    return out

@@ -1,0 +1,33 @@
+"""The references of `kernels.dense`, in plain torch: to read, to run on a CPU, and to test the kernels against."""
+
+import torch
+from torch import Tensor
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of one token a sequence over the columns up to its position. See the twin; float32 inside."""
+    (rows, heads, width), (kv_heads, length) = query.shape, keys.shape[1:3]
+    grouped = query.float().view(rows, kv_heads, heads // kv_heads, width)
+    scores = grouped @ keys.float().transpose(2, 3) * scale
+    distance = positions[:, None] - torch.arange(length, device=query.device)
+    seen = (distance >= 0) & ((distance < window) if window else (distance >= 0))
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf")).view(rows, heads, length)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, heads, 1).expand(rows, heads, 1)], dim=2)
+    shares = scores.softmax(dim=2)[..., :length].view(rows, kv_heads, heads // kv_heads, length)
+    return (shares @ values.float()).view(rows, heads, width).to(query.dtype)
+
+
+def rms_norm(states: Tensor, weight: Tensor, eps: float, *, wide: bool) -> Tensor:
+    """`states / rms(states) * weight` over the last dimension. See the twin."""
+    x = states.float()
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight.float() * y).to(states.dtype) if wide else weight * y.to(states.dtype)

@@ -1,0 +1,283 @@
+"""The expert MLP through slot ids, for the few tokens of a decode step.
+
+Twins of `expert_pairs` and `combine` in `kernels.reference`. What a pair (token, rank) gives depends on its token and
+its expert alone, to the bit: every expert's tokens go through the same tiles of tensor-core products, sixteen tokens
+wide however few there are, along H (then I) in steps of fixed size. Slots, residency, waves, the batch and who else
+uses the expert change which program computes a pair and in which column, and neither enters the arithmetic.
+
+Each distinct expert is read once: program (n, p) computes rows n of the expert of pair p for all pairs that share its
+slot, if p is the first of them (or the 17th, ...); otherwise it ends at once. So nothing needs to be sorted first.
+On Hopper the down projection and the sum are put on the device before their predecessor has ended, and wait there.
+Knows rows by slot number; refuses to know layers and who decided.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from expertflow.kernels.reference import DTYPES, ExpertMlp, Workspace
+
+TILE = tl.constexpr(16)
+"""Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
+COMBINE_BLOCK = 256
+MAX_PAIRS = 1024
+"""Every program looks at all pairs of the call; more than these do not fit its registers."""
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Triton's interpreter multiplies the bit patterns of bfloat16; it has to be given float32, which is as exact."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a projection is cut. Only `block_k` enters the arithmetic.
+
+    Attributes:
+        block_n: outputs of a program.
+        block_k: inputs of one step.
+        warps: of a program.
+        stages: steps in flight.
+    """
+
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 4
+
+
+@triton.jit
+def _leads(slots, first, pairs, padded: tl.constexpr):
+    """Which pairs share the slot of pair `first`, `[padded]`; how many of them are before it; whether it leads a tile."""
+    lane = tl.arange(0, padded)
+    slot = tl.load(slots + first)
+    same = (tl.load(slots + lane, mask=lane < pairs, other=-1) == slot).to(tl.int32)
+    ahead = tl.sum(tl.where(lane < first, same, 0))
+    return same, ahead, (slot >= 0) & (ahead % TILE == 0)
+
+
+@triton.jit
+def _members(same, ahead, padded: tl.constexpr):
+    """The pairs of a tile, `[TILE]`, -1 where there is none: those of `same` from place `ahead` on."""
+    place = tl.cumsum(same, 0) - 1 - ahead
+    chosen = (same[:, None] == 1) & (place[:, None] == tl.arange(0, TILE)[None, :])
+    return tl.sum(tl.where(chosen, tl.arange(0, padded)[:, None] + 1, 0), axis=0) - 1
+
+
+@triton.jit
+def _product(
+    x, weight, rows, members, n: tl.constexpr, k: tl.constexpr, per: tl.constexpr, transposed: tl.constexpr,
+    exact: tl.constexpr, block_k: tl.constexpr,
+):  # fmt: skip
+    """Rows `[R]` of a weight `[n, k]` times the inputs of the members: `[R, TILE]` in float32.
+
+    The input of pair p is row `p // per` of `x`. `exact`: rows need no bounds check.
+    """
+    acc = tl.zeros([rows.shape[0], TILE], tl.float32)
+    inputs = x + (members // per)[:, None] * k
+    for begin in range(0, k, block_k):
+        cols = begin + tl.arange(0, block_k)
+        if k % block_k == 0:
+            tokens = tl.load(inputs + cols[None, :], mask=members[:, None] >= 0, other=0.0)
+        else:
+            tokens = tl.load(inputs + cols[None, :], mask=(members[:, None] >= 0) & (cols[None, :] < k), other=0.0)
+        if transposed:
+            at = weight + cols[:, None] * n + rows[None, :]
+            if exact and k % block_k == 0:
+                tile = tl.load(at)
+            else:
+                tile = tl.load(at, mask=(cols[:, None] < k) & (rows[None, :] < n), other=0.0)
+            tile = tl.trans(tile)
+        else:
+            at = weight + rows[:, None] * k + cols[None, :]
+            if exact and k % block_k == 0:
+                tile = tl.load(at)
+            else:
+                tile = tl.load(at, mask=(rows[:, None] < n) & (cols[None, :] < k), other=0.0)
+        if INTERPRETED:
+            tile, tokens = tile.to(tl.float32), tokens.to(tl.float32)
+        acc = tl.dot(tile, tl.trans(tokens), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _activate(x, activation: tl.constexpr):
+    if activation == "silu":
+        x = x * tl.sigmoid(x)
+    elif activation == "gelu":
+        x = 0.5 * x * (1 + tl.math.erf(x * 0.7071067811865476))
+    elif activation == "gelu_tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        x = tl.maximum(x, 0.0)
+        if activation == "relu2":
+            x = x * x
+    return x
+
+
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
+def _up_kernel(
+    hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
+    row: tl.constexpr, up: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
+    transposed: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program."""
+    if early:
+        gdc_launch_dependents()
+    first = tl.program_id(1)
+    same, ahead, leads = _leads(slots, first, pairs, padded)
+    if not leads:
+        return
+    members = _members(same, ahead, padded)
+    record = pool + tl.load(slots + first).to(tl.int64) * row
+    begin = tl.program_id(0) * block_n
+    n: tl.constexpr = 2 * i if gated else i
+    exact: tl.constexpr = i % block_n == 0
+    if interleaved:
+        rows = 2 * begin + tl.arange(0, 2 * block_n)
+    elif gated:
+        both = tl.arange(0, 2 * block_n)
+        rows = begin + both % block_n + (both // block_n) * i
+    else:
+        rows = begin + tl.arange(0, block_n)
+    out = _product(hidden, record + up, rows, members, n, h, top_k, transposed, exact, block_k)
+    if bias >= 0:
+        out += tl.load(record + bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+    if gated:
+        if interleaved:
+            out = tl.permute(tl.reshape(out, [block_n, 2, TILE]), (0, 2, 1))
+        else:
+            out = tl.permute(tl.reshape(out, [2, block_n, TILE]), (1, 2, 0))
+        gate, out = tl.split(out)
+        if activation == "clamped_swiglu":
+            gate = tl.minimum(gate, limit)
+            out = (tl.minimum(tl.maximum(out, -limit), limit) + 1) * (gate * tl.sigmoid(alpha * gate))
+        else:
+            out = _activate(gate, activation) * out
+    else:
+        out = _activate(out, activation)
+    cols = begin + tl.arange(0, block_n)
+    target = inner + members[None, :] * i + cols[:, None]
+    tl.store(target, out.to(inner.dtype.element_ty), mask=(members[None, :] >= 0) & (cols[:, None] < i))
+
+
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
+def _down_kernel(
+    inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, row: tl.constexpr,
+    down: tl.constexpr, bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    early: tl.constexpr,
+):  # fmt: skip
+    """`parts[p] = down(inner[p])`, a block of outputs of one expert a program."""
+    first = tl.program_id(1)
+    same, ahead, leads = _leads(slots, first, pairs, padded)
+    if early:  # the slots were there before the up kernel began, what it computes is there only now
+        gdc_wait()
+        gdc_launch_dependents()
+    if not leads:
+        return
+    members = _members(same, ahead, padded)
+    record = pool + tl.load(slots + first).to(tl.int64) * row
+    rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    out = _product(inner, record + down, rows, members, h, i, 1, transposed, h % block_n == 0, block_k)
+    if bias >= 0:
+        out += tl.load(record + bias + rows, mask=rows < h, other=0.0).to(tl.float32)[:, None]
+    target = parts + members[None, :] * h + rows[:, None]
+    tl.store(target, out, mask=(members[None, :] >= 0) & (rows[:, None] < h))
+
+
+@triton.jit(do_not_specialize=["experts"], do_not_specialize_on_alignment=["index", "weights"])
+def _combine_kernel(
+    parts, index, weights, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr,
+    block: tl.constexpr, early: tl.constexpr,
+):  # fmt: skip
+    """`out[t]` = the sum over ranks of weight times part, in ascending order of expert (then of rank)."""
+    if early:
+        gdc_wait()
+    token = tl.program_id(0)
+    lane = tl.arange(0, padded)
+    mine = tl.load(index + token * top_k + lane, mask=lane < top_k, other=0)
+    weight = tl.load(weights + token * top_k + lane, mask=lane < top_k, other=0).to(tl.float32)
+    before = (mine[None, :] < mine[:, None]) | ((mine[None, :] == mine[:, None]) & (lane[None, :] < lane[:, None]))
+    place = tl.sum((before & (lane[None, :] < top_k)).to(tl.int32), axis=1)
+    cols = tl.program_id(1) * block + tl.arange(0, block)
+    total = tl.zeros([block], tl.float32)
+    for turn in tl.static_range(top_k):
+        here = (place == turn) & (lane < top_k)
+        rank = tl.sum(tl.where(here, lane, 0))
+        active = tl.sum((here & (mine >= 0) & (mine < experts)).to(tl.int32)) > 0
+        part = tl.load(parts + (token * top_k + rank) * h + cols, mask=active & (cols < h), other=0.0)
+        total = tl.where(active, total + tl.sum(tl.where(here, weight, 0.0)) * part, total)
+    tl.store(out + token * h + cols, total.to(out.dtype.element_ty), mask=cols < h)
+
+
+def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
+    """How up and down projection are cut: a function of the MLP alone, never of the batch."""
+    if mlp.dtype == "float32":
+        return Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
+    if mlp.transposed:
+        return Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
+    return Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
+
+
+def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
+    """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
+
+    As `kernels.reference.expert_pairs`, for at most `MAX_PAIRS` pairs; two launches on the current stream, capturable.
+    """
+    assert hidden.is_contiguous()
+    assert slots.is_contiguous()
+    assert hidden.dtype == DTYPES[mlp.dtype]
+    assert slots.numel() <= MAX_PAIRS
+    up, down = tilings(mlp)
+    launch_up(mlp, hidden, slots, pool, work, up)
+    launch_down(mlp, slots, pool, work, down)
+
+
+def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
+    """The first half of `expert_pairs`, cut as given."""
+    size = DTYPES[mlp.dtype].itemsize
+    pairs, top_k = slots.numel(), slots.shape[1]
+    _up_kernel[(triton.cdiv(mlp.width, cut.block_n), pairs)](
+        hidden, slots, pool.view(DTYPES[mlp.dtype]), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
+        h=mlp.hidden, i=mlp.width, row=mlp.row_bytes // size, up=mlp.up // size,
+        bias=-1 if mlp.up_bias is None else mlp.up_bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
+        transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
+        block_n=cut.block_n, block_k=cut.block_k, early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+
+
+def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
+    """The second half of `expert_pairs`, cut as given. Nothing may come between: it reads `slots` before it waits."""
+    size = DTYPES[mlp.dtype].itemsize
+    pairs, early = slots.numel(), _early(pool)
+    _down_kernel[(triton.cdiv(mlp.hidden, cut.block_n), pairs)](
+        work.inner, slots, pool.view(DTYPES[mlp.dtype]), work.parts, pairs, padded=_padded(pairs),
+        h=mlp.hidden, i=mlp.width, row=mlp.row_bytes // size, down=mlp.down // size,
+        bias=-1 if mlp.down_bias is None else mlp.down_bias // size, transposed=mlp.transposed,
+        block_n=cut.block_n, block_k=cut.block_k, early=early,
+        num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,
+    )  # fmt: skip
+
+
+def _padded(pairs: int) -> int:
+    return max(int(triton.next_power_of_2(pairs)), 16)
+
+
+def _early(tensor: Tensor) -> bool:
+    """Whether a kernel may be put on the device while the one before it ends (Hopper's programmatic launch)."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+
+
+def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor) -> None:
+    """Add each token's weighted results in ascending order of expert, starting from zero.
+
+    As `kernels.reference.combine`; one launch.
+    """
+    tokens, top_k = index.shape
+    hidden, early = out.shape[1], _early(out)
+    _combine_kernel[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
+        parts, index.contiguous(), weights.contiguous(), out, experts, h=hidden, top_k=top_k,
+        padded=triton.next_power_of_2(top_k), block=COMBINE_BLOCK, early=early, launch_pdl=early,
+    )  # fmt: skip

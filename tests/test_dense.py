@@ -1,0 +1,52 @@
+"""The kernels of a step's dense part do what their references do, and depend on nothing they should not."""
+
+import pytest
+import torch
+
+from expertflow.kernels import dense, dense_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def draw(seed: int, dtype: torch.dtype, rows: int = 3, length: int = 300) -> tuple[torch.Tensor, ...]:
+    """Query, keys, values (views of longer rows) and positions; columns behind a position are poison."""
+    random = torch.Generator().manual_seed(seed)
+    query = torch.randn(rows, 6, 16, generator=random).to(dtype)
+    held = torch.randn(2, rows + 1, 2, 400, 16, generator=random).to(dtype)
+    positions = torch.tensor([0, 299, 70])[:rows]
+    for row, position in enumerate(positions.tolist()):
+        held[:, row, :, position + 1 :] = 1e4
+    keys, values = held[:, :rows, :, :length].to(DEVICE)
+    return query.to(DEVICE), keys, values, positions.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("sink", [False, True])
+def test_attention_is_the_references(dtype: torch.dtype, window: int | None, sink: bool) -> None:  # noqa: FBT001
+    """Over one span and several, with and without window and sinks."""
+    query, keys, values, positions = draw(1, dtype)
+    sinks = torch.randn(6, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype) if sink else None
+    mine = dense.decode_attention(query, keys, values, positions, 0.3, window, sinks)
+    theirs = dense_reference.decode_attention(query, keys, values, positions, 0.3, window, sinks)
+    torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+def test_attention_bits_depend_on_the_sequence_alone() -> None:
+    """Neither the columns a step looks at nor the other sequences change a bit."""
+    query, keys, values, positions = draw(3, torch.bfloat16)
+    whole = dense.decode_attention(query, keys, values, positions, 0.3)
+    alone = dense.decode_attention(query[2:], keys[2:, :, :128], values[2:, :, :128], positions[2:], 0.3)
+    assert torch.equal(whole[2:], alone)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("wide", [False, True])
+def test_norm_is_the_references(dtype: torch.dtype, wide: bool) -> None:  # noqa: FBT001
+    """For widths that are no power of two as well."""
+    states = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype)
+    weight = torch.linspace(-1, 2, 48).to(DEVICE, dtype)
+    mine = dense.rms_norm(states, weight, 1e-5, wide=wide)
+    theirs = dense_reference.rms_norm(states, weight, 1e-5, wide=wide)
+    torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])

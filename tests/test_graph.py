@@ -1,0 +1,259 @@
+"""Decode steps as graphs: exact whatever is resident, inside the plan, handed over and given back without loss."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from conftest import MakeCheckpoint
+from expertflow import LLM, SamplingParams
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.config import EngineConfig
+from expertflow.engine.build import prepare
+from expertflow.engine.dense import DenseParts
+from expertflow.engine.plan import make_plan
+from expertflow.engine.rows import step_masks
+from expertflow.errors import BudgetError, ConfigError, DeviceError
+from expertflow.events import CacheCounters, Event, EventKind
+from expertflow.kernels.state import refusal
+from expertflow.models.families import FAMILIES
+from expertflow.models.shape import shape_of
+from expertflow.models.skeleton import build_skeleton
+from expertflow.units import format_bytes
+
+GRAPHS = [name for name, row in FAMILIES.items() if not row.no_graph]
+ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None and not row.needs_future]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [10, 11], [12, 13, 14]]
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def open_llm(folder: Path, device: str = "cpu", **options: object) -> LLM:
+    return LLM(folder, **{"device": device, "execution": "graph", "max_length": 32, "max_batch": 4, **options})
+
+
+def logits_of(llm: LLM, steps: int = 4) -> list[torch.Tensor]:
+    """Logits of a batch that loses its middle sequence after two steps, the same tokens fed in every time."""
+    batch = llm._offloaded.batch(PROMPTS)
+    found = [batch.prefill().clone()]
+    tokens = [[7, 8, 9], [20, 30, 40], [50, 60], [71, 72], [73, 74], [75, 76]]
+    for step in range(steps):
+        if step == 2:
+            batch.keep([0, 2])
+        found.append(batch.decode(tokens[step]).clone())
+    batch.close()
+    llm._offloaded.controller.table.check_integrity()
+    return found
+
+
+@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", GRAPHS)
+def test_logits_do_not_depend_on_what_is_resident(
+    model_type: str, dtype: str, device: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """Law 1: with any slots and strategy the logits are the bits of the run with every expert resident."""
+    folder = make_checkpoint(model_type, dtype)
+    with open_llm(folder, device, slots=1000) as llm:
+        resident = logits_of(llm)
+        logits_of(llm)
+        experts, top_k, decoder = llm.plan.shape.experts, llm.plan.shape.top_k, llm._offloaded._decoder
+        everything = llm.plan.shape.total_experts
+        assert decoder is not None
+    place = GRAPHS.index(model_type)
+    counts = (1, top_k, experts // 2, experts, everything - 1, everything)
+    for turn, slots in enumerate(counts if device == "cpu" else counts[1:6:3]):  # a graph takes its time to capture
+        strategy = ON_DEVICE[(place + turn) % len(ON_DEVICE)]
+        with open_llm(folder, device, slots=slots, strategy=strategy) as llm:
+            for _ in range(2):  # cold, and with what the first batch left
+                for step, (mine, theirs) in enumerate(zip(logits_of(llm), resident, strict=True)):
+                    assert torch.equal(mine, theirs), (slots, strategy, step)
+
+
+@pytest.mark.parametrize("device", _devices())
+def test_all_resident_needs_no_decisions(device: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Once every expert is resident slots are looked up, and the logits are still those of a run that decides."""
+    folder = make_checkpoint("qwen3_moe", "bfloat16")
+    with open_llm(folder, device, slots=1000) as llm:
+        deciding = logits_of(llm)
+        provider = llm._offloaded._provider
+        for layer in range(llm.plan.shape.layers):
+            for _ in provider.stream(layer, list(range(llm.plan.shape.experts))):
+                pass
+        fixed = logits_of(llm)
+        assert llm._offloaded._decoder.experts.fixed
+    assert all(torch.equal(a, b) for a, b in zip(deciding, fixed, strict=True))
+
+
+@pytest.mark.parametrize("model_type", GRAPHS)
+def test_graph_tokens_are_the_hosts(model_type: str, make_checkpoint: MakeCheckpoint) -> None:
+    """In float32 greedy tokens are those of the host execution, sequences of unequal length to the last column."""
+    folder = make_checkpoint(model_type)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (21, 4, 29)]
+    answers = []
+    for execution in ("host", "graph"):
+        with open_llm(folder, slots=7, execution=execution, prefill_chunk=12) as llm:  # prompts in several passes
+            answers.append([output.token_ids for output in llm.generate(PROMPTS, params)])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("model_type", GRAPHS)
+def test_dense_kernels_compute_what_the_modules_do(
+    model_type: str, device: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    """With attention and norms by kernels the logits are the modules' up to rounding, windows and sinks included."""
+    folder, found = make_checkpoint(model_type), []
+    for dense in (False, True):
+        with open_llm(folder, device, slots=1000) as llm:
+            decoder = llm._offloaded._graphs()
+            assert llm._offloaded._decoder is decoder
+            if dense:
+                kinds = get_layer_types_and_kwargs(llm._offloaded.model.config)[0]
+                windows = [None if kind == "full_attention" else 8 for kind in kinds]
+                decoder._dense = parts = DenseParts(llm._offloaded.model, llm._offloaded.skeleton, windows)
+                assert len(parts._attentions) == (0 if "deepseek" in model_type else len(kinds))
+                assert len(parts._norms) > len(kinds)
+            found.append(logits_of(llm))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    ours = any(not torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+    assert ours or "deepseek" in model_type  # whose attention is of another form
+
+
+@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("model_type", GRAPHS)
+def test_peak_is_within_the_plan(model_type: str, device: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Law 3: graphs, static rows and tables are planned; a run to the plan's limits stays within the budget."""
+    folder = make_checkpoint(model_type, "bfloat16")
+    options = {"max_length": 48, "max_batch": 3, "prefill_chunk": 60, "execution": "graph", "device": device}
+    least = prepare(folder, EngineConfig(**options, slots=3)).plan.total
+    generator = torch.Generator().manual_seed(0)
+    with LLM(folder, gpu_memory=least, **options) as llm:
+        assert llm.plan.slots == 3
+        prompts = [torch.randint(3, 90, (40,), generator=generator).tolist() for _ in range(3)]
+        for temperature in (0.0, 1.0):
+            llm.generate(prompts, SamplingParams(max_tokens=48, temperature=temperature, ignore_eos=True))
+        assert llm.stats.peak_bytes <= least
+        assert llm.stats.peak_bytes >= 0.2 * least or device == "cuda"
+        assert (llm._offloaded._decoder.pool_bytes > 0) == (device == "cuda")
+
+
+def test_totals_are_the_events(make_checkpoint: MakeCheckpoint) -> None:
+    """Counters fed with totals say the same as counters fed with every event."""
+    folder = make_checkpoint("mixtral")
+    counted = []
+    for listen in (False, True):
+        with open_llm(folder, slots=9) as llm:
+            happened: list[Event] = []
+            if listen:
+                llm._offloaded.events.subscribe(happened.append)
+            llm.generate(PROMPTS, SamplingParams(max_tokens=6, ignore_eos=True))
+            counted.append(llm.stats.cache)
+            again = CacheCounters()
+            for event in happened:
+                again.count(event)
+            assert not listen or again == counted[0] == counted[1]
+            assert not listen or [e.step for e in happened if e.kind is EventKind.STEP] == list(range(counted[0].steps))
+
+
+def test_a_broken_step_is_not_trusted(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in the middle of a step empties the slots; the next request is exact again."""
+    folder = make_checkpoint("mixtral")
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    with open_llm(folder, slots=9) as llm:
+        expected = llm.generate(PROMPTS, params)
+        experts = llm._offloaded._decoder.experts
+        run, calls = experts.run, iter(range(100))
+
+        def fail(*args: object) -> torch.Tensor:
+            if next(calls) == 7:
+                raise RuntimeError("cosmic ray")
+            return run(*args)
+
+        monkeypatch.setattr(experts, "run", fail)
+        with pytest.raises(RuntimeError, match="cosmic"):
+            llm.generate(PROMPTS, params)
+        assert llm._offloaded.controller.table.resident == 0
+        monkeypatch.undo()
+        assert llm.generate(PROMPTS, params) == expected
+
+        def starve(*_: object) -> None:
+            raise torch.OutOfMemoryError("tried to allocate")
+
+        monkeypatch.setattr(llm._offloaded._decoder.cache, "decode", starve)
+        with pytest.raises(DeviceError, match=r"ran out of memory.*leaves more"):
+            llm.generate(PROMPTS, params)
+        monkeypatch.undo()
+        assert llm.generate(PROMPTS, params) == expected
+        stream = llm.stream(PROMPTS, params)
+        for _ in range(8):
+            next(stream)
+        stream.close()  # cancelled between two steps: what is resident stays
+        assert llm._offloaded.controller.table.resident == 9
+        assert llm.generate(PROMPTS, params) == expected
+
+
+def test_streams_side_by_side_do_not_disturb_one_another(make_checkpoint: MakeCheckpoint) -> None:
+    """While one batch is in the graphs another runs on the host; they take turns over the slots, and stay exact."""
+    folder, params = make_checkpoint("mixtral"), SamplingParams(max_tokens=7, ignore_eos=True)
+    with open_llm(folder, slots=9) as llm:
+        alone = [llm.generate(prompt, params)[0].token_ids for prompt in PROMPTS[:2]]
+        happened: list[Event] = []
+        llm._offloaded.events.subscribe(happened.append)
+        streams = [llm.stream(prompt, params) for prompt in PROMPTS[:2]]
+        both: list[list[int]] = [[], []]
+        for _ in range(7):
+            for stream, tokens in zip(streams, both, strict=True):
+                tokens.append(next(stream).token_id)
+                llm._offloaded.controller.table.check_integrity()
+        assert [tuple(tokens) for tokens in both] == alone
+        assert [e.reason for e in happened if e.kind is EventKind.HOST] == [
+            "another batch has its keys and values in the graphs' rows"
+        ]
+        assert [e.step for e in happened if e.kind is EventKind.STEP] == list(range(14, 28))
+
+
+def test_what_cannot_be_a_graph_says_why(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """A graph that was asked for and cannot be had is an error; one that was hoped for is an event with the reason."""
+    with pytest.raises(ConfigError, match=r"plec.*ahead.*execution='auto'"):
+        open_llm(make_checkpoint("mixtral"), strategy="plec")
+    with pytest.raises(ConfigError, match="one-hot"):
+        open_llm(make_checkpoint("switch_transformers"))
+    with open_llm(make_checkpoint("mixtral"), execution="auto") as llm:
+        assert llm.plan.execution == "host"
+    with open_llm(make_checkpoint("mixtral")) as llm:
+        happened: list[Event] = []
+        llm._offloaded.events.subscribe(happened.append)
+        with llm.record(tmp_path / "t.trace"):
+            llm.generate([3, 4], SamplingParams(max_tokens=2))
+        assert [e.reason for e in happened if e.kind is EventKind.HOST] == [
+            "somebody watches the routing, which only the host execution shows"
+        ]
+
+
+def test_a_step_sees_its_past_and_no_more() -> None:
+    """A mask lets a token see the columns up to its own, at most a window of them, itself included."""
+    full, window = step_masks(torch.tensor([0, 4]), 6, (None, 3), torch.float32)
+    seen = [[(row == 0).nonzero().flatten().tolist() for row in mask[:, 0, 0]] for mask in (full, window)]
+    assert seen == [[[0], [0, 1, 2, 3, 4]], [[0], [2, 3, 4]]]
+
+
+def test_a_budget_without_room_for_graphs_runs_on_the_host(make_checkpoint: MakeCheckpoint) -> None:
+    """On CUDA a graph is hoped for; a budget that holds only the host execution gets that, and the plan says why."""
+    shape = shape_of(build_skeleton(make_checkpoint("mixtral"), "auto"))
+    wish = {"max_length": 32, "max_batch": 2, "slots": 5}
+    host = make_plan(EngineConfig(**wish, execution="host"), shape, "cuda")
+    graph = make_plan(EngineConfig(**wish), shape, "cuda")
+    assert (host.execution, graph.execution, graph.why_host) == ("host", "graph", "")
+    assert graph.total == host.total + graph.graph
+    tight = make_plan(EngineConfig(**wish, gpu_memory=host.total), shape, "cuda")
+    assert (tight.execution, tight.total) == ("host", host.total)
+    assert format_bytes(graph.total) in tight.why_host
+    with pytest.raises(BudgetError) as caught:
+        make_plan(EngineConfig(**wish, gpu_memory=host.total, execution="graph"), shape, "cuda")
+    assert caught.value.least_bytes == graph.total
+    assert make_plan(EngineConfig(**wish), shape, "cuda", "it is Tuesday").why_host == "it is Tuesday"

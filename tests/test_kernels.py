@@ -1,0 +1,314 @@
+"""The Triton kernels against plain torch in float64, and against themselves: what must not change a bit.
+
+Without a CUDA device they run in Triton's interpreter on CPU tensors.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from expertflow.kernels import reference
+from expertflow.kernels.reference import ACTIVATIONS, CLAMPED_SWIGLU, DTYPES, ExpertMlp, Workspace
+from expertflow.memory.layout import RowLayout
+from expertflow.memory.slots import SlotPool
+from expertflow.memory.store import HostStore
+from expertflow.models.families import FAMILIES
+from expertflow.types import TensorSpec
+
+pytest.importorskip("triton", reason="kernels need triton")
+from expertflow.kernels import experts, fetch
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 1e-2}
+HIDDEN, WIDTH, EXPERTS = 72, 40, 6  # no multiples of any block
+SWITCH = {"wi": (WIDTH, HIDDEN), "wo": (HIDDEN, WIDTH)}
+GATED = {"gate_up_proj": (2 * WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
+PLAIN_TRANSPOSED = {"up_proj": (HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
+GPT_OSS = {
+    "gate_up_proj": (HIDDEN, 2 * WIDTH),
+    "gate_up_proj_bias": (2 * WIDTH,),
+    "down_proj": (WIDTH, HIDDEN),
+    "down_proj_bias": (HIDDEN,),
+}
+BIASED = {
+    "gate_up_proj": (2 * WIDTH, HIDDEN),
+    "gate_up_proj_bias": (2 * WIDTH,),
+    "down_proj": (HIDDEN, WIDTH),
+    "down_proj_bias": (HIDDEN,),
+}
+KINDS = {
+    **{f"gated-{name}": (GATED, {"activation": name}) for name in ACTIVATIONS},
+    "gated-biased": (BIASED, {"activation": "silu"}),
+    "plain-relu": (SWITCH, {"activation": "relu"}),
+    "plain-transposed": (PLAIN_TRANSPOSED, {"activation": "relu2", "transposed": True}),
+    "gated-transposed": (
+        {"gate_up_proj": (HIDDEN, 2 * WIDTH), "down_proj": (WIDTH, HIDDEN)}, {"activation": "silu", "transposed": True},
+    ),
+    "gpt-oss": (GPT_OSS, {"activation": CLAMPED_SWIGLU, "transposed": True, "interleaved": True}),
+}  # fmt: skip
+
+
+def make(kind: str, dtype: str = "float32") -> tuple[RowLayout, ExpertMlp]:
+    shapes, options = KINDS[kind]
+    layout = RowLayout.of([TensorSpec(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items()])
+    return layout, ExpertMlp.of(layout.specs, layout.offsets, layout.row_bytes, **options)
+
+
+def filled_pool(layout: RowLayout, slots: int = EXPERTS, scale: float = 0.3) -> SlotPool:
+    pool = SlotPool(layout, slots, DEVICE)
+    pool.buffer.fill_(255)  # NaN in every dtype, also between the tensors
+    for views in pool.views:
+        for view in views.values():
+            view.copy_(torch.randn(view.shape) * scale)
+    return pool
+
+
+def poisoned(mlp: ExpertMlp, tokens: int, top_k: int, *, exact: bool = False) -> Workspace:
+    work = Workspace.allocate(mlp, tokens, top_k, DEVICE)
+    work = Workspace(work.inner.double(), work.parts.double()) if exact else work
+    work.inner.fill_(torch.nan)
+    work.parts.fill_(torch.nan)
+    return work
+
+
+def routing(tokens: int, top_k: int, number: int = EXPERTS) -> Tensor:
+    return torch.stack([torch.randperm(number)[:top_k] for _ in range(tokens)]).to(DEVICE)
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_and_their_sum_equal_float64(kind: str, dtype: str) -> None:
+    """Every kind of MLP in every dtype gives what float64 torch gives; pairs without a slot are left untouched."""
+    layout, mlp = make(kind, dtype)
+    pool = filled_pool(layout)
+    hidden = torch.randn(5, HIDDEN).to(DEVICE, DTYPES[dtype]) * 2
+    index, weights = routing(5, 3), torch.rand(5, 3, device=DEVICE)
+    slots = index.to(torch.int32)
+    slots[2, 1] = slots[4, 0] = -1
+    work, expected = poisoned(mlp, 5, 3), poisoned(mlp, 5, 3, exact=True)
+    experts.expert_pairs(mlp, hidden, slots, pool.buffer, work)
+    reference.expert_pairs(mlp, hidden, slots, pool.buffer, expected)
+    assert torch.equal(work.parts.isnan().any(dim=2), slots < 0)
+    assert distance(work.parts[slots >= 0], expected.parts[slots >= 0]) < TOLERANCE[dtype]
+    index[slots < 0] = EXPERTS  # nobody's expert
+    out = torch.full((5, HIDDEN), torch.nan, dtype=DTYPES[dtype], device=DEVICE)
+    total = torch.empty(5, HIDDEN, dtype=torch.float64, device=DEVICE)
+    experts.combine(work.parts, index, weights, EXPERTS, out)
+    reference.combine(expected.parts, index, weights, EXPERTS, total)
+    assert distance(out, total) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_the_reference_is_what_transformers_computes(family: str) -> None:
+    """The reference gives what the family's own eager experts module gives."""
+    config = AutoConfig.for_model(family, **FAMILIES[family].tiny)
+    config._experts_implementation = "eager"
+    module = {"qwen3_moe": Qwen3MoeExperts, "gpt_oss": GptOssExperts}[family](config)
+    parameters = dict(module.named_parameters())
+    for parameter in parameters.values():
+        parameter.data.normal_(std=0.5)
+    specs = [TensorSpec(name=n, shape=tuple(p.shape[1:]), dtype="float32") for n, p in parameters.items()]
+    layout = RowLayout.of(specs)
+    options = {"activation": CLAMPED_SWIGLU, "transposed": True, "interleaved": True}
+    mlp = ExpertMlp.of(
+        layout.specs, layout.offsets, layout.row_bytes, **(options if family == "gpt_oss" else {"activation": "silu"})
+    )
+    pool = SlotPool(layout, module.num_experts, torch.device("cpu"))
+    for expert, views in enumerate(pool.views):
+        for name, view in views.items():
+            view.copy_(parameters[name].data[expert])
+    hidden, index, weights = torch.randn(7, 64) * 3, routing(7, 2, module.num_experts).cpu(), torch.rand(7, 2)
+    work = Workspace(torch.empty(14, mlp.width).double(), torch.empty(7, 2, 64).double())
+    reference.expert_pairs(mlp, hidden, index.to(torch.int32), pool.buffer, work)
+    out = torch.empty(7, 64, dtype=torch.float64)
+    reference.combine(work.parts, index, weights, module.num_experts, out)
+    with torch.no_grad():
+        assert distance(module(hidden, index, weights), out) < 1e-6
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_slots_waves_and_company_change_no_bit(data: st.DataObject) -> None:
+    """A pair's result is the same in any slot, in any wave, and whoever else is in the batch."""
+    kind = data.draw(st.sampled_from(["gated-silu", "gpt-oss", "plain-relu"]))
+    dtype = data.draw(st.sampled_from(sorted(DTYPES)))
+    tokens, top_k = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
+    layout, mlp = make(kind, dtype)
+    pool = filled_pool(layout)
+    hidden = torch.randn(tokens, HIDDEN).to(DEVICE, DTYPES[dtype])
+    index = routing(tokens, top_k)
+    work, other = poisoned(mlp, tokens, top_k), poisoned(mlp, tokens, top_k)
+    experts.expert_pairs(mlp, hidden, index.to(torch.int32), pool.buffer, work)
+
+    order = torch.tensor(data.draw(st.permutations(range(EXPERTS))), device=DEVICE)
+    moved = torch.empty_like(pool.buffer)
+    moved[order] = pool.buffer
+    elsewhere = order[index].to(torch.int32)
+    first = torch.tensor(data.draw(st.lists(st.booleans(), min_size=EXPERTS, max_size=EXPERTS)), device=DEVICE)[index]
+    for wave in (first, ~first):
+        experts.expert_pairs(mlp, hidden, torch.where(wave, elsewhere, -1), moved, other)
+    assert torch.equal(work.parts, other.parts)
+
+    alone = data.draw(st.integers(0, tokens - 1))
+    single = poisoned(mlp, 1, top_k)
+    mine = slice(alone, alone + 1)
+    experts.expert_pairs(mlp, hidden[mine], index[mine].to(torch.int32), pool.buffer, single)
+    assert torch.equal(single.parts[0], work.parts[alone])
+
+
+def test_more_tokens_than_a_tile_share_an_expert() -> None:
+    """Forty tokens on two experts need several tiles of one expert; each gets what it gets alone."""
+    layout, mlp = make("gated-silu")
+    pool = filled_pool(layout)
+    hidden = torch.randn(40, HIDDEN, device=DEVICE)
+    slots = torch.where(torch.arange(40, device=DEVICE) % 5 == 0, 1, 4).to(torch.int32)[:, None]
+    work, expected = poisoned(mlp, 40, 1), poisoned(mlp, 40, 1, exact=True)
+    experts.expert_pairs(mlp, hidden, slots, pool.buffer, work)
+    reference.expert_pairs(mlp, hidden, slots, pool.buffer, expected)
+    assert distance(work.parts, expected.parts) < TOLERANCE["float32"]
+    single = poisoned(mlp, 1, 1)
+    for token in (0, 21, 39):
+        experts.expert_pairs(mlp, hidden[token : token + 1], slots[token : token + 1], pool.buffer, single)
+        assert torch.equal(single.parts[0], work.parts[token])
+
+
+@pytest.mark.parametrize("module", [reference, experts])
+def test_the_sum_does_not_depend_on_the_routers_order(module: SimpleNamespace) -> None:
+    """Permuting a token's experts together with weights and parts changes no bit of the sum."""
+    parts, weights = torch.randn(4, 6, HIDDEN, device=DEVICE), torch.rand(4, 6, device=DEVICE)
+    index = routing(4, 6, 32)
+    out, again = torch.empty(4, HIDDEN, device=DEVICE), torch.empty(4, HIDDEN, device=DEVICE)
+    module.combine(parts, index, weights, 32, out)
+    order = torch.randperm(6, device=DEVICE)
+    module.combine(parts[:, order].contiguous(), index[:, order], weights[:, order], 32, again)
+    assert torch.equal(out, again)
+    assert distance(out, (parts.double() * weights[..., None]).sum(1)) < 1e-6
+
+
+@pytest.mark.parametrize("module", [reference, experts])
+def test_an_index_of_nobody_adds_nothing(module: SimpleNamespace) -> None:
+    """A token with no expert at all gets zeros, whatever lies in the buffer."""
+    parts = torch.full((2, 2, HIDDEN), torch.nan, device=DEVICE)
+    out = torch.full((2, HIDDEN), torch.nan, device=DEVICE)
+    index = torch.tensor([[8, -1], [9, 8]], device=DEVICE)
+    module.combine(parts, index, torch.ones(2, 2, device=DEVICE), 8, out)
+    assert not out.any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
+    """Rows of entries within the bounds arrive in their slots; every other slot stays as it was."""
+    row_bytes = 256 * data.draw(st.integers(1, 20))
+    slots, entries = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    entries = min(entries, slots)
+    host = torch.randint(0, 256, (9, row_bytes), dtype=torch.uint8)
+    host = host.pin_memory() if DEVICE.type == "cuda" else host
+    before = torch.randint(0, 256, (slots, row_bytes), dtype=torch.uint8, device=DEVICE)
+    src = torch.randint(0, 9, (entries + 1,), dtype=torch.int32, device=DEVICE)[1:]  # lists start anywhere
+    dst = torch.randperm(slots, device=DEVICE)[:entries].to(torch.int32)
+    begin = data.draw(st.integers(0, entries))
+    bounds = torch.tensor([begin, data.draw(st.integers(begin, entries))], dtype=torch.int32, device=DEVICE)
+    pools = before.clone(), before.clone()
+    fetch.fetch_rows(host, pools[0], src, dst, bounds, data.draw(st.integers(1, 5)))
+    reference.fetch_rows(host, pools[1], src, dst, bounds)
+    assert torch.equal(*pools)
+
+
+def test_a_row_that_is_no_mlp_is_refused() -> None:
+    """A tensor or an activation the kernels do not know is an error, not a guess."""
+    specs = make("gated-silu")[0].specs
+    with pytest.raises(ValueError, match="activation 'mish'"):
+        ExpertMlp.of(specs, (0, 0), 256, "mish")
+    with pytest.raises(ValueError, match="w1"):
+        ExpertMlp.of((*specs, TensorSpec(name="w1", shape=(2,), dtype="float32")), (0, 0, 0), 256, "silu")
+
+
+def test_the_workspace_takes_what_it_says() -> None:
+    """The bytes a planner counts are the bytes allocated."""
+    _, mlp = make("gpt-oss", "bfloat16")
+    work = Workspace.allocate(mlp, 5, 3, DEVICE)
+    assert Workspace.nbytes(mlp, 5, 3) == sum(t.untyped_storage().nbytes() for t in (work.inner, work.parts))
+
+
+@pytest.mark.cuda
+def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
+    """A replayed graph fetches other rows and computes with other slots when the tensors it reads change."""
+    layout, mlp = make("gpt-oss", "bfloat16")
+    store = HostStore(layout, 12, pin=True)
+    for row in range(12):
+        for view in layout.views(store.row(row)).values():
+            view.copy_(torch.randn(view.shape))
+    store.lock()
+    pool = SlotPool(layout, 4, cuda)
+    hidden, weights = torch.randn(2, HIDDEN, device=cuda, dtype=torch.bfloat16), torch.rand(2, 2, device=cuda)
+    src, dst, bounds, slots, index, out = (
+        torch.zeros(shape, dtype=dtype, device=cuda)
+        for shape, dtype in (
+            ((4,), torch.int32), ((4,), torch.int32), ((2,), torch.int32), ((2, 2), torch.int32),
+            ((2, 2), torch.int64), ((2, HIDDEN), torch.bfloat16),
+        )
+    )  # fmt: skip
+    work = poisoned(mlp, 2, 2)
+
+    def layer() -> None:
+        fetch.fetch_rows(store.buffer, pool.buffer, src, dst, bounds)
+        experts.expert_pairs(mlp, hidden, slots, pool.buffer, work)
+        experts.combine(work.parts, index, weights, 12, out)
+
+    layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer()
+    for _ in range(5):
+        rows, places = torch.randperm(12)[:4], torch.randperm(4)
+        which = routing(2, 2, 4).cpu()
+        src.copy_(rows)
+        dst.copy_(places)
+        bounds.copy_(torch.tensor([0, 4]))
+        slots.copy_(places[which])
+        index.copy_(rows[which])
+        graph.replay()
+        expected, total = poisoned(mlp, 2, 2, exact=True), torch.empty(2, HIDDEN, dtype=torch.float64)
+        expected = Workspace(expected.inner.cpu(), expected.parts.cpu())
+        reference.expert_pairs(mlp, hidden.cpu(), rows[which].to(torch.int32), store.buffer, expected)
+        reference.combine(expected.parts, rows[which], weights.cpu(), 12, total)
+        assert distance(out.cpu(), total) < 2 * TOLERANCE["bfloat16"]
+    torch.cuda.synchronize()
+    store.close()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [4, 64])
+def test_full_size_rows_are_exact_on_the_device(cuda: torch.device, tokens: int) -> None:
+    """At real sizes a token's result in a batch is, to the bit, its result alone."""
+    hidden, width, number, top_k = 2048, 768, 32, 8
+    shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+    layout = RowLayout.of([TensorSpec(name=n, shape=s, dtype="bfloat16") for n, s in shapes.items()])
+    mlp = ExpertMlp.of(layout.specs, layout.offsets, layout.row_bytes, "silu")
+    pool = filled_pool(layout, number, scale=0.02)
+    x = torch.randn(tokens, hidden, device=cuda, dtype=torch.bfloat16)
+    slots = routing(tokens, top_k, number).to(torch.int32)
+    work, single = poisoned(mlp, tokens, top_k), poisoned(mlp, 1, top_k)
+    experts.expert_pairs(mlp, x, slots, pool.buffer, work)
+    for token in range(0, tokens, 3):
+        experts.expert_pairs(mlp, x[token : token + 1], slots[token : token + 1], pool.buffer, single)
+        assert torch.equal(single.parts[0], work.parts[token])

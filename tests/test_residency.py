@@ -1,0 +1,200 @@
+"""Law 2 on the device: the twin of the cache's decisions takes them event for event, and hands over without loss."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertflow.cache.controller import CacheController, as_event
+from expertflow.cache.core import make_tables
+from expertflow.cache.policy import Usage
+from expertflow.cache.strategy import STRATEGIES, Strategy
+from expertflow.events import Event, EventKind, EventStream
+from expertflow.kernels import residency, residency_reference
+from expertflow.kernels.state import CacheState, Schedule, phase_bound, refusal
+from expertflow.sim.clock import Cost
+from expertflow.sim.replay import replay, replay_events
+from expertflow.sim.workload import Workload, live_sequences
+from expertflow.trace.format import Trace, load_trace
+from test_trace import EXCERPT, make_trace
+
+ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None]
+MAKERS = {"reference": residency_reference.Residency, "kernels": residency.Residency}
+Make = Callable[[CacheState], Any]
+
+
+def _device(maker: str) -> str:
+    return "cuda" if maker == "kernels" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def real() -> Trace:
+    return load_trace(EXCERPT).without("repetition")
+
+
+def run(maker: str, strategy: Strategy, slots: int, routes: np.ndarray, experts: int) -> tuple[list[Event], list]:
+    """The twin's events and schedules of a run `[N, T, L, K]`."""
+    steps, tokens, layers, top_k = routes.shape
+    needed = np.zeros((steps, layers, experts + 1), dtype=np.bool_)
+    np.put_along_axis(needed, routes.transpose(0, 2, 1, 3).reshape(steps, layers, -1), values=True, axis=2)
+    tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
+    future = needed[..., :experts] if strategy.needs_future else None
+    device = torch.device(_device(maker))
+    state = CacheState.allocate(strategy, tables, device, log=True, future=future)
+    state.load(tables, Usage(layers=layers, experts=experts))
+    schedule = Schedule.allocate(state, tokens, top_k)
+    twin = MAKERS[maker](state)
+    events, schedules = [], []
+    for number in range(steps):
+        events.append(Event(EventKind.STEP, number))
+        twin.open_step()
+        for layer in range(layers):
+            ids = torch.from_numpy(routes[number, :, layer].astype(np.int64)).contiguous().to(device)
+            twin.run_layer(layer, ids, schedule)
+            check_schedule(schedule, ids, layer * experts, experts)
+            schedules.append((schedule.slots.tolist(), schedule.bounds.tolist()))
+        twin.close_step()
+        events += [as_event(row, number, 1) for row in state.take_log()]
+    count = [sum(event.kind is kind for event in events) for kind in (EventKind.HIT, EventKind.MISS, EventKind.EVICT)]
+    assert state.take_tally()[:3] == count
+    return events, schedules
+
+
+def check_schedule(schedule: Schedule, ids: torch.Tensor, first: int, experts: int) -> None:
+    """Every pair has one phase; a phase reads each slot for one expert only, and fetches only what it reads."""
+    bounds, live = schedule.bounds.tolist(), int(schedule.live)
+    counted = (schedule.slots >= 0).sum(0)
+    valid = (ids >= 0) & (ids < experts)
+    valid[live:] = False
+    assert torch.equal(counted, valid.long())
+    for phase, slots in enumerate(schedule.slots):
+        reads = {(int(e), int(s)) for e, s in zip(ids.flatten(), slots.flatten(), strict=True) if s >= 0}
+        assert len(reads) == len({slot for _, slot in reads})
+        fetched = range(bounds[phase], bounds[phase + 1])
+        assert {(int(schedule.src[i]) - first, int(schedule.dst[i])) for i in fetched} <= reads
+
+
+def expected(workload: Workload, strategy: Strategy, slots: int) -> list[Event]:
+    """What the compiled replay tells, without the end of the run."""
+    return [event for event in replay_events(workload, strategy, slots) if event.kind is not EventKind.WASTED]
+
+
+def routes_of(workload: Workload) -> np.ndarray:
+    """`[N, T, L, K]`, E for tokens that are not there."""
+    rows = workload.trace.rows.experts[workload.members].astype(np.int64)
+    return np.where(workload.members[:, :, None, None] >= 0, rows, workload.trace.header.experts)
+
+
+def steps_of(workload: Workload, steps: int) -> Workload:
+    return Workload(trace=workload.trace, members=workload.members[:steps], batch=workload.batch)
+
+
+def variants(name: str) -> list[Strategy]:
+    """The row as the host runs it, as the device runs it, and with waves so small that layers need several."""
+    row = STRATEGIES[name]
+    return [row, row.on_device(), replace(row, wave=2, joint=True)]
+
+
+def random_workload(seed: int, steps: int = 6) -> Workload:
+    """Three sequences on 3 layers of 7 experts; in one step only two of them live."""
+    members = np.arange(3 * steps).reshape(steps, 3)
+    members[steps // 2, 2] = -1
+    return Workload(trace=make_trace(3 * steps, layers=3, experts=7, seed=seed), members=members, batch=3)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_twin_decides_as_the_replay_on_real_routing(name: str, maker: str, real: Trace) -> None:
+    """On the excerpt, with slots for a tenth and a third of the experts, the twin tells the simulator's events."""
+    batch, steps, slots = ((1, 2, 20), (2, 1, 40))[ON_DEVICE.index(name) % 2] if maker == "kernels" else (4, 8, 250)
+    workload = steps_of(live_sequences(real, batch), steps)
+    row = STRATEGIES[name].on_device()
+    events, _ = run(maker, row, slots, routes_of(workload), workload.trace.header.experts)
+    assert events == expected(workload, row, slots)
+
+
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_kernels_decide_as_the_replay_on_random_routing(name: str) -> None:
+    """Any number of slots, any waves: same events; reference and kernels cut the same phases."""
+    place = ON_DEVICE.index(name)
+    workload = random_workload(seed=place, steps=4)
+    for turn, slots in enumerate(((2, 11), (5, 16))[place % 2]):
+        row = variants(name)[(place + turn) % 3]
+        events, schedules = run("kernels", row, slots, routes_of(workload), 7)
+        again, cut = run("reference", row, slots, routes_of(workload), 7)
+        assert events == again == expected(workload, row, slots), (slots, row.wave)
+        assert schedules == cut
+
+
+@given(seed=st.integers(0, 999), slots=st.integers(1, 21), name=st.sampled_from(ON_DEVICE), variant=st.integers(0, 2))
+@settings(max_examples=40, deadline=None)
+def test_reference_decides_as_the_replay(seed: int, slots: int, name: str, variant: int) -> None:
+    """The reference tells the replay's events, and the bound on phases holds, whatever comes."""
+    workload, row = random_workload(seed), variants(name)[variant]
+    events, schedules = run("reference", row, slots, routes_of(workload), 7)
+    assert events == expected(workload, row, slots)
+    assert all(len(pairs) == phase_bound(row, 3, slots, 6) for pairs, _ in schedules)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_nothing_is_lost_at_a_switch(maker: str) -> None:
+    """Two steps on the host, two on the device, two on the host decide like six on the host."""
+    workload = random_workload(seed=3)
+    row = STRATEGIES["next-use" if maker == "kernels" else "lru"].on_device()
+    happened: list[Event] = []
+    events = EventStream()
+    events.subscribe(happened.append)
+    controller = CacheController(layers=3, experts=7, slots=8, strategy=row, row_bytes=1, events=events)
+    state = CacheState.allocate(row, controller.tables, torch.device(_device(maker)), log=True)
+    schedule, twin = Schedule.allocate(state, 3, 2), MAKERS[maker](state)
+    for number, routes in enumerate(routes_of(workload)):
+        if number in {2, 3}:
+            controller.hand_over(state.load) if number == 2 else None
+            events.emit(Event(EventKind.STEP, number))
+            twin.open_step()
+            for layer in range(3):
+                twin.run_layer(layer, torch.from_numpy(routes[:, layer]).contiguous().to(state.clock.device), schedule)
+            twin.close_step()
+            happened += [as_event(entry, number, 1) for entry in state.take_log()]
+            controller.take_back(state.store, steps=2) if number == 3 else None
+        else:
+            controller.begin_step()
+            for layer in range(3):
+                controller.access(layer, np.flatnonzero(workload.needed[number, layer]).tolist())
+            controller.table.check_integrity()
+    assert happened == expected(workload, row, 8)
+
+
+def test_what_has_no_twin_says_why() -> None:
+    """Every other strategy is refused with its name."""
+    for name, row in STRATEGIES.items():
+        assert (name in ON_DEVICE) or name in str(refusal(row))
+
+
+def test_a_bound_that_does_not_hold_is_seen() -> None:
+    """If a layer took more phases than its schedule has, an expert would be skipped: the kernels say so."""
+    workload, row = random_workload(seed=1), replace(STRATEGIES["lru-global"], wave=2, joint=True)
+    tables = make_tables(3, 7, 2, divided=False)
+    state = CacheState.allocate(row, tables, torch.device(_device("kernels")))
+    state.load(tables, Usage(layers=3, experts=7))
+    schedule = Schedule.allocate(state, 3, 2)
+    short = replace(schedule, slots=schedule.slots[:1], bounds=schedule.bounds[:2])
+    twin = residency.Residency(state)
+    twin.open_step()
+    twin.run_layer(0, torch.from_numpy(routes_of(workload)[0, :, 0].copy()).to(state.clock.device), short)
+    with pytest.raises(AssertionError, match="more phases"):
+        state.take_tally()
+
+
+@pytest.mark.parametrize("name", ["lru", "next-use"])
+def test_few_waves_cost_few_loads(name: str, real: Trace) -> None:
+    """The device's large waves load at most 6 % more than slot-by-slot turns do, on real routing at 25 % slots."""
+    row = STRATEGIES[name]
+    for batch in (1, 4):
+        turns, waves = (replay(live_sequences(real, batch), r, 192, Cost()).loads for r in (row, row.on_device()))
+        assert turns <= 1.001 * waves <= 1.06 * turns
