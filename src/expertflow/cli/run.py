@@ -190,7 +190,7 @@ def _summary(llm: LLM, console: Console) -> None:
         ("hit ratio", f"{stats.cache.hit_ratio:.1%} of {stats.cache.accesses} accesses"),
         (
             "loads",
-            f"{stats.cache.loads} when needed, {stats.cache.prefetched} ahead ({stats.cache.wasted} in vain), {format_bytes(stats.cache.bytes_moved)}",
+            f"{stats.cache.loads} when needed, {stats.cache.prefetched} ahead ({stats.cache.wasted} in vain), {format_bytes(stats.cache.bytes_moved)} moved",
         ),
         ("speed", f"{stats.tokens} tokens in {stats.seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s"),
     )
