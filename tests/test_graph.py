@@ -246,14 +246,17 @@ def test_a_budget_without_room_for_graphs_runs_on_the_host(make_checkpoint: Make
     """On CUDA a graph is hoped for; a budget that holds only the host execution gets that, and the plan says why."""
     shape = shape_of(build_skeleton(make_checkpoint("mixtral"), "auto"))
     wish = {"max_length": 32, "max_batch": 2, "slots": 5}
-    host = make_plan(EngineConfig(**wish, execution="host"), shape, "cuda")
-    graph = make_plan(EngineConfig(**wish), shape, "cuda")
+    host = make_plan(EngineConfig(**wish, execution="host"), shape, "cuda", "lru")
+    graph = make_plan(EngineConfig(**wish, execution="auto"), shape, "cuda", "lru")
     assert (host.execution, graph.execution, graph.why_host) == ("host", "graph", "")
     assert graph.total == host.total + graph.graph
-    tight = make_plan(EngineConfig(**wish, gpu_memory=host.total), shape, "cuda")
+    tight = make_plan(EngineConfig(**wish, gpu_memory=host.total, execution="auto"), shape, "cuda", "lru")
     assert (tight.execution, tight.total) == ("host", host.total)
     assert format_bytes(graph.total) in tight.why_host
     with pytest.raises(BudgetError) as caught:
-        make_plan(EngineConfig(**wish, gpu_memory=host.total, execution="graph"), shape, "cuda")
+        make_plan(EngineConfig(**wish, gpu_memory=host.total, execution="graph"), shape, "cuda", "lru")
     assert caught.value.least_bytes == graph.total
-    assert make_plan(EngineConfig(**wish), shape, "cuda", "it is Tuesday").why_host == "it is Tuesday"
+    assert (
+        make_plan(EngineConfig(**wish, execution="auto"), shape, "cuda", "lru", "it is Tuesday").why_host
+        == "it is Tuesday"
+    )

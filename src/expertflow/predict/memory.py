@@ -77,8 +77,10 @@ def weigh(
         rows: as `Memory` gives them.
     """
     outputs = logits.shape[-3]
-    said = torch.einsum("sol,...sle->...ole", weights[1:-1, :outputs, :, 0], rows)
-    return logits * weights[0, :outputs] + said + weights[-1, :outputs]
+    result = torch.addcmul(weights[-1, :outputs], logits, weights[0, :outputs])
+    for source in range(SOURCES):
+        result = torch.addcmul(result, rows[..., source : source + 1, :, :], weights[1 + source, :outputs])
+    return result
 
 
 def remember(items: Sequence[Passage], shape: Shape, vocabulary: int, room: int) -> Memory:
