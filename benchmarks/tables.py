@@ -77,7 +77,13 @@ def predictor() -> str:
     """Recall at 4, 8, 12 guesses and batch accuracy of the predictors and the free baselines."""
     result = json.loads((RESULTS / "predictor_gpt_oss_20b.json").read_text())
     paper = json.loads((RESULTS / "predictor_gpt_oss_20b_t5.json").read_text())
-    rows = [("**ours**", result["evaluations"][0]), ("the paper's (T5)", paper["evaluations"][0])]
+    rows = [
+        ("**ours**", result["evaluations"][0]),
+        (
+            f"the paper's T5, {paper['config']['predictor']['about']['options']['epochs']} epochs",
+            paper["evaluations"][0],
+        ),
+    ]
     rows += [(item["name"], item) for item in result["evaluations"][1:]]
     sizes = [union["batch"] for union in result["evaluations"][0]["batches"]]
     heads = ["@4", "@8", "@12", "next step @4", "next step @8", *(f"B={size}" for size in sizes)]

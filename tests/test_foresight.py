@@ -112,6 +112,33 @@ def test_what_is_said_is_what_the_recording_gives(
         np.testing.assert_allclose(within, np.maximum.accumulate(expected[1:], axis=0), atol=5e-3)
 
 
+def test_streams_in_turns_keep_their_sequences(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, tmp_path: Path
+) -> None:
+    """Two streams of one model, advanced in turns: the recording has each sequence whole, the predictor remembers both."""
+    model, path = make_checkpoint("qwen3_moe"), tmp_path / "run.trace"
+    with LLM(model, device="cpu", max_batch=2, max_length=48, slots=6, predictor=str(make_predictor(model))) as llm:
+        params = SamplingParams(max_tokens=6, ignore_eos=True)
+        llm.generate(PROMPTS[2], params)  # numbers go on, and the recording lists those it has
+        with llm.record(path):
+            streams = [llm.stream(PROMPTS[:2], params), llm.stream(PROMPTS[2], params)]
+            outputs = {0: [], 1: []}
+            while streams:
+                for number, stream in enumerate(list(streams)):
+                    item = next(stream, None)
+                    if item is None:
+                        streams.remove(stream)
+                    else:
+                        outputs[number].append(item)
+        assert llm.predictor_failure is None
+        assert llm._offloaded.foresight._live == {}
+    trace = load_trace(path)
+    assert [entry["sequence"] for entry in trace.sequences] == [1, 2, 3]
+    for item, prompt in zip(passages(trace), PROMPTS, strict=True):
+        assert item.tokens[: len(prompt)].tolist() == prompt
+        assert len(item) == len(prompt) + 5
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "switch_transformers"])
 @pytest.mark.parametrize("slots", [1, 5])
 def test_predictions_change_no_token(

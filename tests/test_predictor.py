@@ -248,6 +248,10 @@ def test_bad_artifacts_are_refused(tmp_path: Path) -> None:
         "newer": (edit(version=2), "version 2"),
         "kind": (edit(config={**vars(artifact.config), "kind": "oracle"}), "unknown predictor kind"),
         "sizes": (edit(config={**vars(artifact.config), "width": 8}), "no usable predictor"),
+        "window": (edit(config={**vars(artifact.config), "window": "a"}), "no usable predictor"),
+        "matches": (edit(config={**vars(artifact.config), "matches": 1000}), "cannot be found"),
+        "words": (edit(vocabulary=5), "no usable predictor"),
+        "told": (edit(about=[]), "no usable predictor"),
     }
     for name, (change, message) in cases.items():
         with pytest.raises(PredictorError, match=message):
@@ -400,7 +404,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         train(config, training, held, options, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"batch": 0}, {"rate": 0.0}, {"device": "tpu"}])
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"batch": 0}, {"rate": 0.0}, {"device": "tpu"}, {"seed": -1}])
 def test_impossible_training_options_are_refused(options: dict[str, object]) -> None:
     """Each with the value."""
     with pytest.raises(ConfigError, match=str(next(iter(options.values())))):
@@ -509,8 +513,15 @@ def test_the_commands_train_and_measure(tmp_path: Path, capsys: pytest.CaptureFi
     train_predictor.main(source=source, out=out, kind="path", options={"epochs": 2, "device": "cpu"})
     assert sorted(path.name for path in out.iterdir()) == [ABOUT_NAME, WEIGHTS_NAME]
     test = eval_predictor.Test(
-        trace=EXCERPT, free=None, only="", skip="repetition", cases=((1, 1), (4, 2), (64, 1)), slots=("25%",), steps=40
-    )
+        trace=EXCERPT, free=None, only="", leave_out="", skip="repetition", cases=((1, 1), (4, 2), (64, 1)),
+        slots=("25%",), steps=40,
+    )  # fmt: skip
+    with pytest.raises(TraceError, match="0 sequences to measure"):
+        eval_predictor.main(artifact=out, test=test, plot=picture, json_file=result)
+    assert "left out: 11 sequences that the predictor was trained on" in capsys.readouterr().err
+    about = json.loads((out / ABOUT_NAME).read_text())
+    about["about"]["seen"] = []
+    (out / ABOUT_NAME).write_text(json.dumps(about))
     eval_predictor.main(artifact=out, test=test, plot=picture, json_file=result)
     found = json.loads(result.read_text())
     printed = capsys.readouterr()
@@ -533,6 +544,28 @@ def test_the_commands_refuse_before_they_work(tmp_path: Path) -> None:
     source = train_predictor.Source(trace=EXCERPT, model=None, skip="", leave_out="", validation=0.2)
     with pytest.raises(PredictorError, match="cannot be written"):
         train_predictor.main(source=source, out=file / "p", kind="path", options={"device": "cpu"})
-    with pytest.raises(ConfigError, match="batch='4x3'"):
-        eval_predictor.parse_cases("1,4x3")
+    for text in ("4x3", "4x0", "0", "²", "4y", "-1"):
+        with pytest.raises(ConfigError, match=f"batch='{text}'"):
+            eval_predictor.parse_cases(f"1,{text}")
+    test = eval_predictor.Test(
+        trace=EXCERPT, free=None, only="", leave_out="", skip="", cases=(), slots=("25%",), steps=0
+    )
+    for plot, result, message in (
+        (None, None, "steps=0"),
+        (None, tmp_path, "cannot be written"),
+        (file, None, "no picture"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            eval_predictor.main(artifact=tmp_path, test=test, plot=plot, json_file=result)
+
+
+def test_training_keeps_what_is_not_its_own(tmp_path: Path) -> None:
+    """Files that somebody has in the output folder are still there afterwards."""
+    kept = tmp_path / ".unfinished-training" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    source = train_predictor.Source(trace=EXCERPT, model=None, skip="repetition", leave_out="", validation=0.2)
+    train_predictor.main(source=source, out=tmp_path, kind="path", options={"epochs": 1, "device": "cpu"})
+    assert kept.read_text() == "mine"
+    assert [path.name for path in kept.parent.iterdir()] == ["mine.txt"]
     assert eval_predictor.parse_cases("1, 4x2,") == ((1, 1), (4, 2))

@@ -7,9 +7,10 @@ Metrics of the predictions themselves, then PLEC in the simulator with each sour
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from expertflow.cache.strategy import STRATEGIES
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.baselines import BASELINES
-from expertflow.predict.dataset import Passage, Shape, leave_out, passages, shape_of
+from expertflow.predict.dataset import Passage, Shape, leave_out, mark, passages, shape_of
 from expertflow.predict.evaluate import GUESSES, PRECISION, RECALL, Evaluation, evaluate
 from expertflow.predict.score import score
 from expertflow.sim.clock import Cost
@@ -51,6 +52,7 @@ class Test:
         trace: sequences to predict.
         free: trace that the free baselines learn from; None: each half of the sequences from the other.
         only: `key=text` of the sequences to take; empty: all.
+        leave_out: `key=text` of sequences the free baselines do not learn from; empty: none.
         skip: flag of sequences to leave out; empty: none.
         cases: live sequences and the groups they take turns in; none: no replay.
         slots: counts or shares.
@@ -60,6 +62,7 @@ class Test:
     trace: Path
     free: Path | None
     only: str
+    leave_out: str
     skip: str
     cases: tuple[tuple[int, int], ...]
     slots: tuple[str, ...]
@@ -74,22 +77,30 @@ def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
     """
     cases = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        batch, _, groups = part.partition("x")
-        if not batch.isdigit() or not (groups or "1").isdigit() or not int(batch) or int(batch) % int(groups or 1):
+        found = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", part, re.ASCII)
+        if found is None or int(found[1]) % int(found[2] or 1):
             raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,16 or 4x2 (two groups).")
-        cases.append((int(batch), int(groups or 1)))
+        cases.append((int(found[1]), int(found[2] or 1)))
     return tuple(cases)
 
 
 def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | None) -> None:
     """Measure, replay, print, draw, write."""
     started, console = time.perf_counter(), Console(stderr=True)
-    for path in (plot, json_file):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"the folder {path.parent} does not exist", "Make it, or choose another place.")
+    draw = _check_outputs(plot, json_file)
+    if test.steps < 1:
+        raise ConfigError(f"steps={test.steps} is too small", "Replay one step or more.")
     predictor = load_artifact(artifact)
     trace, held = _load(test.trace, test, predictor)
-    free = None if test.free is None else _load(test.free, test, predictor)[1]
+    seen = set(predictor.about.get("seen", ()))
+    unseen = [item for item in held if mark(item) not in seen]
+    if len(unseen) < len(held):
+        console.print(f"[yellow]left out: {len(held) - len(unseen)} sequences that the predictor was trained on[/]")
+    held = unseen
+    _check_count(held, test)
+    free = None if test.free is None else _load(test.free, replace(test, only=""), predictor)[1]
+    if free is not None and test.leave_out:
+        free = leave_out(free, test.leave_out)[0]
     too_large = sorted({batch for batch, _ in test.cases if batch > len(held)})
     if too_large:
         console.print(
@@ -106,9 +117,12 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
     seconds = time.perf_counter() - started
     if json_file is not None:
         result = _result(artifact, test, predictor, evaluations, cells) | {"seconds": round(seconds, 1)}
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if plot is not None:
-        _draw(evaluations, plot)
+        try:
+            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{json_file} cannot be written: {error.strerror}", "Choose another place.") from error
+    if plot is not None and draw is not None:
+        draw(evaluations, plot)
     console.print(f"{len(held)} sequences, {sum(map(len, held))} tokens, {seconds:.0f} s")
 
 
@@ -132,13 +146,46 @@ def _load(path: Path, test: Test, predictor: Artifact) -> tuple[Trace, list[Pass
     items = passages(trace, predictor.vocabulary)
     if test.only:
         items = leave_out(items, test.only)[1]
-    known = [item for item in items if np.any(item.tokens >= 0)]  # a server always knows its tokens
-    if len(known) < 2:
+    return trace, [item for item in items if np.any(item.tokens >= 0)]  # a server always knows its tokens
+
+
+def _check_count(held: Sequence[Passage], test: Test) -> None:
+    """Refuse to measure on too few sequences.
+
+    Raises:
+        TraceError: then.
+    """
+    least = 2 if test.free is not None else 4
+    if len(held) < least:
         raise TraceError(
-            f"{len(known)} of the {len(items)} sequences to measure in {path.name} have token ids the predictor knows",
-            "Give a trace with at least two such sequences, or take other ones.",
+            f"{test.trace.name} has {len(held)} sequences to measure: with token ids the predictor knows, and not trained on",
+            f"Give {least} at least"
+            + (
+                "."
+                if test.free is not None
+                else ", or --baselines: without it each half teaches the baselines of the other."
+            ),
         )
-    return trace, known
+
+
+def _check_outputs(plot: Path | None, json_file: Path | None) -> Callable[[Sequence[Evaluation], Path], None] | None:
+    """What draws, if a picture is wanted; refuse before the work what could not be written after it.
+
+    Raises:
+        ConfigError: then.
+    """
+    for path in (plot, json_file):
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            raise ConfigError(f"{path} cannot be written: no such folder, or it is one", "Name a file in a folder.")
+    if plot is None:
+        return None
+    if plot.suffix not in {".png", ".svg", ".pdf"}:
+        raise ConfigError(f"{plot} names no picture", "Let it end in .png, .svg or .pdf.")
+    try:
+        from expertflow.predict.report import draw  # noqa: PLC0415 - matplotlib is an extra
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib", "Install it: pip install 'expertflow-moe[plot]'.") from error
+    return draw
 
 
 def _workload(trace: Trace, held: Sequence[Passage], case: tuple[int, int], test: Test) -> tuple[Workload, list[int]]:
@@ -305,21 +352,13 @@ def _result(
         "versions": {name: version(name) for name in ("numpy", "torch")} | {"python": platform.python_version()},
         "config": {
             "trace": test.trace.name, "baselines": None if test.free is None else test.free.name, "only": test.only,
-            "skip": test.skip, "steps": test.steps, "cost": asdict(Cost()),
+            "leave_out": test.leave_out, "skip": test.skip, "steps": test.steps, "cost": asdict(Cost()),
             "predictor": {
                 "folder": artifact.name, "kind": predictor.config.kind, "made_for": predictor.made_for,
                 "fingerprint": predictor.fingerprint, "bytes": sum(path.stat().st_size for path in artifact.iterdir()),
-                "about": {key: value for key, value in predictor.about.items() if key != "curve"},
+                "about": {key: value for key, value in predictor.about.items() if key not in {"curve", "seen"}},
             },
         },
         "evaluations": [item.as_json() for item in evaluations],
         "cells": list(cells),
     }  # fmt: skip
-
-
-def _draw(evaluations: Sequence[Evaluation], path: Path) -> None:
-    try:
-        from expertflow.predict.report import draw  # noqa: PLC0415 - matplotlib is an extra
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib", "Install it: pip install 'expertflow-moe[plot]'.") from error
-    draw(evaluations, path)

@@ -279,6 +279,9 @@ def eval_predictor(
         Path | None, typer.Option(help="Trace the free baselines learn from. Default: each half from the other.")
     ] = None,
     only: Annotated[str, typer.Option(help="Sequences to take, such as category=physics; empty: all.")] = "",
+    leave_out: Annotated[
+        str, typer.Option(help="Sequences of --baselines that nothing is learned from, such as category=physics.")
+    ] = "",
     batch: Annotated[
         str, typer.Option(help="Live sequences to replay, 4x2: in two groups that take turns; empty: no replay.")
     ] = "1,4,16,4x2",
@@ -291,7 +294,7 @@ def eval_predictor(
     """Measure a predictor beside the free baselines, and what it saves in the simulator."""
     module = import_module("expertflow.cli.eval_predictor")
     test = module.Test(
-        trace=trace, free=baselines, only=only, skip=skip, cases=module.parse_cases(batch),
+        trace=trace, free=baselines, only=only, leave_out=leave_out, skip=skip, cases=module.parse_cases(batch),
         slots=tuple(part.strip() for part in slots.split(",")), steps=steps,
     )  # fmt: skip
     module.main(artifact=predictor, test=test, plot=plot, json_file=json)

@@ -170,7 +170,11 @@ def _predictor(llm: LLM) -> str:
     if llm.predictor_failure is not None:
         return f"[red]switched off[/]: {escape(llm.predictor_failure)}"
     shape, recall = llm.predictor.shape, llm.predictor.about.get("recall")
-    found = "" if recall is None else f", {recall:.0%} of a token's experts among its {shape.top_k} best guesses"
+    found = (
+        ""
+        if not isinstance(recall, int | float)
+        else f", {recall:.0%} of a token's experts among its {shape.top_k} best guesses"
+    )
     return f"{llm.predictor.config.kind}{found}"
 
 

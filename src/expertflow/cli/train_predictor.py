@@ -1,8 +1,8 @@
 """`expertflow train-predictor`: a routing trace in, a trained predictor out."""
 
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from expertflow.engine.build import Prepared, prepare
 from expertflow.engine.llm import load_tokenizer
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
-from expertflow.predict.dataset import Passage, leave_out, passages, shape_of, split
+from expertflow.predict.dataset import Passage, leave_out, mark, passages, shape_of, split
 from expertflow.predict.model import PredictorConfig
 from expertflow.predict.train import Epoch, TrainConfig, Trained, train
 from expertflow.trace.format import Trace, check_model, load_trace
 from expertflow.units import format_bytes
 
-_UNFINISHED = "training"
+_LARGEST_VOCABULARY = 1 << 22
+_UNFINISHED = ".unfinished-training"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +58,13 @@ def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> No
         items, _ = leave_out(items, source.leave_out)
     training, held = split(items, source.validation, settings.seed)
     shape = shape_of(trace)
+    vocabulary = _vocabulary(trace, prepared)
     config = PredictorConfig(
         kind=kind,
         layers=shape.layers,
         experts=shape.experts,
         top_k=shape.top_k,
-        vocabulary=_vocabulary(trace, prepared),
+        vocabulary=vocabulary,
         memory=PredictorConfig.memory if kind == "path" else 0,  # the paper's has none,
     )
     console.print(
@@ -81,7 +83,7 @@ def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> No
         made_for=trace.header.model, vocabulary=() if prepared and trace.vocabulary else trace.vocabulary,
         about={
             "trace": source.trace.name, "source": trace.header.source, "licence": trace.header.licence,
-            "training_tokens": sum(map(len, training)), "validation_sequences": [_number(item) for item in held],
+            "training_tokens": sum(map(len, training)), "seen": [mark(item) for item in (*training, *held)], "validation_sequences": [_number(item) for item in held],
             "left_out": source.leave_out, "options": options, "epoch": best.number, "recall": round(result.recall, 4),
             "next_recall": round(result.next_recall, 4), "torch": torch.__version__,
             "curve": [[round(value, 4) for value in epoch] for epoch in result.curve],
@@ -89,7 +91,10 @@ def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> No
     )  # fmt: skip
     size = save_artifact(artifact, out)
     load_artifact(out)  # what was written can be read
-    shutil.rmtree(out / _UNFINISHED)
+    for name in ("checkpoint.safetensors", "checkpoint.part"):
+        (out / _UNFINISHED / name).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody keeps something there
+        (out / _UNFINISHED).rmdir()
     console.print(
         f"{out}: {format_bytes(size)}, epoch {best.number} of {settings.epochs}: of the experts a validation token "
         f"uses, {result.recall:.1%} are among its {shape.top_k} best guesses a layer, {result.next_recall:.1%} a step "
@@ -142,9 +147,20 @@ def _single(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def _vocabulary(trace: Trace, prepared: Prepared | None) -> int:
-    if prepared is not None:
-        return prepared.plan.shape.vocabulary
-    return len(trace.vocabulary) or int(trace.rows.tokens.max()) + 1
+    """How many token ids there are.
+
+    Raises:
+        TraceError: if the trace has ids beyond them.
+    """
+    largest = int(trace.rows.tokens.max())
+    size = largest + 1 if prepared is None else prepared.plan.shape.vocabulary
+    size = len(trace.vocabulary) if trace.vocabulary and prepared is None else size
+    if largest >= size or size > _LARGEST_VOCABULARY:
+        raise TraceError(
+            f"the trace has token {largest}, with a vocabulary of {min(size, _LARGEST_VOCABULARY)}",
+            "It is damaged, or of another model: record or import it again.",
+        )
+    return size
 
 
 def _number(item: Passage) -> int:

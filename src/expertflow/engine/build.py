@@ -39,6 +39,8 @@ from expertflow.predict.dataset import Shape
 from expertflow.predict.online import OnlinePredictor
 from expertflow.units import format_bytes, parse_bytes
 
+_STREAMS = 2
+"""Batches that may run in turns without forgetting each other's predictions."""
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predictor"
 """What comes with the package."""
@@ -163,7 +165,7 @@ class OffloadedModel:
         self.events.subscribe(self.counters.count)
         self.foresight: Foresight | None = None
         if prepared.predictor is not None:
-            online = OnlinePredictor(prepared.predictor, plan.max_batch)
+            online = OnlinePredictor(prepared.predictor, _STREAMS * plan.max_batch)
             self.foresight = Foresight(online, self.events, aside=self.meter.aside)
         self.controller = CacheController(
             layers=plan.shape.layers,

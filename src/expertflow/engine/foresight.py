@@ -6,7 +6,7 @@ warning event and generation goes on: a forecast can cost bytes, never a token. 
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
@@ -62,9 +62,13 @@ class Foresight:
         self.failure: str | None = None
 
     def expect(self, coming: Coming) -> None:
-        """Say whose rows come next; sequences that are not among them are forgotten."""
+        """Say whose rows come next; numbers are never used again for other sequences."""
         self._owners.expect(coming)
         self._guarded(Step(-1), lambda: self._house(coming))
+
+    def leave(self, sequences: Sequence[int]) -> None:
+        """These sequences are over."""
+        self._guarded(Step(-1), lambda: self._forget([number for number in sequences if number in self._live]))
 
     def outlook(self, step: Step) -> Outlook | None:
         """The demand of the pass, and of the steps behind it; None if the tokens or their owners are not known."""
@@ -87,19 +91,25 @@ class Foresight:
             return None
 
     def _house(self, coming: Coming) -> None:
-        """Rows for the sequences that come; those of the others, and of a number that begins anew, are free."""
-        fresh = coming.lengths is not None
-        gone = [number for number in self._live if fresh or number not in coming.sequences]
-        rows = [self._live.pop(number) for number in gone]
+        """Rows for the sequences that come; if there are too few, those that stepped longest ago are forgotten."""
+        wanted = [number for number in coming.sequences if number != NOBODY]
+        for number in wanted:
+            if number in self._live:
+                self._live[number] = self._live.pop(number)  # to the end: stepped last
+        new = [number for number in wanted if number not in self._live]
+        others = [number for number in self._live if number not in wanted]
+        self._forget(others[: max(0, len(self._live) + len(new) - self._online.rows)])
+        free = iter(sorted(set(range(self._online.rows)) - set(self._live.values())))
+        for number in new:
+            self._live[number] = next(free)
+
+    def _forget(self, numbers: list[int]) -> None:
+        rows = [self._live.pop(number) for number in numbers]
         if rows:
             self._online.free(rows)
             self._last[rows] = self._experts
             # the pass that is not learnt yet may have been theirs
             self._asked.rows[np.isin(self._asked.rows, rows)] = NOBODY
-        free = iter(sorted(set(range(self._online.rows)) - set(self._live.values())))
-        for number in coming.sequences:
-            if number not in self._live and number != NOBODY:
-                self._live[number] = next(free)
 
     def _outlook(self, step: Step) -> Outlook | None:
         self._asked = _Asked(np.zeros(0, dtype=np.int64), decoding=False)

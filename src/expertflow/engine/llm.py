@@ -88,7 +88,7 @@ class LLM:
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
         self._recorder: Recorder | None = None
-        self._recorded = self._started = 0
+        self._begun = 0
 
     @property
     def plan(self) -> Plan:
@@ -143,6 +143,7 @@ class LLM:
             layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=shape.model_type,
             fingerprint=offloaded.fingerprint,
         )  # fmt: skip
+        first = self._begun
         with TraceWriter(Path(path), header) as writer:
             recorder = Recorder(writer)
             offloaded.watch(recorder)
@@ -151,9 +152,8 @@ class LLM:
                 yield
             finally:
                 recorder.flush()
-                writer.sequences = [{"sequence": number} for number in range(self._recorded)]
+                writer.sequences = [{"sequence": number} for number in range(first, self._begun)]
                 self._recorder = None
-                self._recorded = 0
                 offloaded.unwatch(recorder)
 
     def close(self) -> None:
@@ -216,20 +216,20 @@ class LLM:
         return tokens
 
     def _run(self, requests: list[Request]) -> Iterator[StreamOutput]:
-        self._started = len(requests)
-        self._recorded += len(requests)
+        first = self._begun
+        self._begun += len(requests)
         for begin in range(0, len(requests), self.plan.max_batch):
-            yield from self._run_batch(requests[begin : begin + self.plan.max_batch])
+            yield from self._run_batch(requests[begin : begin + self.plan.max_batch], first)
 
-    def _run_batch(self, running: list[Request]) -> Iterator[StreamOutput]:
-        started = time.perf_counter()
+    def _run_batch(self, running: list[Request], base: int) -> Iterator[StreamOutput]:
+        started, live = time.perf_counter(), [base + request.index for request in running]
         self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in running)
         first = True
         batch = self._offloaded.batch([request.prompt_token_ids for request in running])
         try:
             tokens: list[int] | None = None
             while running:
-                outputs = self._step(batch, running, tokens)
+                outputs = self._step(batch, running, tokens, base)
                 if first:
                     self._stats.first_token_seconds, first = time.perf_counter() - started, False
                 self._stats.tokens += len(outputs)
@@ -242,10 +242,12 @@ class LLM:
         finally:
             batch.close()
             self._stats.seconds += time.perf_counter() - started
+            if self._offloaded.foresight is not None:
+                self._offloaded.foresight.leave(live)
 
-    def _step(self, batch: Batch, running: list[Request], tokens: list[int] | None) -> list[StreamOutput]:
+    def _step(self, batch: Batch, running: list[Request], tokens: list[int] | None, base: int) -> list[StreamOutput]:
         coming = Coming(
-            [self._recorded - self._started + request.index for request in running],
+            [base + request.index for request in running],
             [len(request.prompt_token_ids) for request in running] if tokens is None else None,
             padded_left=not self.plan.shape.encoder_decoder,
         )

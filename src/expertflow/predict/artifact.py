@@ -167,15 +167,27 @@ def load_artifact(folder: Path, device: torch.device | None = None) -> Artifact:
         calibration = tensors.pop(_CALIBRATION)
         kept = {name.removeprefix(_MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(_MEMORY)}
         memory = _memory(config, kept)
+        words, told = about.get("vocabulary", []), about.get("about", {})
+        if not (isinstance(words, list) and all(isinstance(word, str) for word in words) and isinstance(told, dict)):
+            raise TypeError("vocabulary or about")  # noqa: TRY301 - one message for whatever is malformed
         model.load_state_dict(_unpack(tensors))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
+    except (
+        SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        MemoryError,
+        ConfigError,
+    ) as error:
         raise PredictorError(f"{folder} is no usable predictor: {str(error).splitlines()[0]}", _AGAIN) from error
     if calibration.shape != (2 + SOURCES, OUTPUTS, config.layers, 1):
         raise PredictorError(f"{folder}: its calibration has shape {tuple(calibration.shape)}", _AGAIN)
     artifact = Artifact(
         model=model.eval().requires_grad_(requires_grad=False), memory=memory, calibration=calibration,
         fingerprint=str(about.get("fingerprint", "")), made_for=str(about.get("made_for", "")),
-        vocabulary=tuple(about.get("vocabulary", ())), about=about.get("about", {}),
+        vocabulary=tuple(words), about=told,
     )  # fmt: skip
     return artifact.to(device or torch.device("cpu"))
 

@@ -4,6 +4,7 @@ A passage is one sequence's tokens and routes in order. Splits go by passage, ne
 a neighbour in the training set. Knows the trace format; refuses to know models of any kind.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -70,6 +71,8 @@ def passages(trace: Trace, vocabulary: Sequence[str] = ()) -> list[Passage]:
         )
     order = np.lexsort((trace.rows.step, trace.rows.sequence))
     order = order[trace.rows.sequence[order] >= 0]
+    if not len(order):
+        raise TraceError("the trace has no sequences, only rows of nobody", "Record or import it again.")
     numbers = trace.rows.sequence[order]
     about = {int(entry["sequence"]): entry for entry in trace.sequences}
     parts = np.split(order, np.flatnonzero(np.diff(numbers)) + 1)
@@ -93,6 +96,11 @@ def _translate(trace: Trace, tokens: npt.NDArray[np.int64], vocabulary: Sequence
     number = {text: token for token, text in enumerate(vocabulary)}
     table = np.array([*(number.get(text, UNKNOWN_TOKEN) for text in trace.vocabulary), UNKNOWN_TOKEN])
     return table[tokens]  # -1 finds the last entry
+
+
+def mark(item: Passage) -> str:
+    """Eight hexadecimal digits that tell a passage from others, by its tokens' routes."""
+    return hashlib.sha256(item.routes.astype(np.uint16).tobytes()).hexdigest()[:8]
 
 
 def split(items: Sequence[Passage], share: float, seed: int) -> tuple[list[Passage], list[Passage]]:

@@ -14,13 +14,15 @@ token, O = 1 + len(HORIZONS) outputs.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+from expertflow.errors import ConfigError
 
 HORIZONS = (1, 2, 4, 8)
 """Further steps of the horizon outputs."""
@@ -70,6 +72,26 @@ class PredictorConfig:
     decays: tuple[float, ...] = (0.5, 0.8, 0.95, 0.99)
     dropout: float = 0.2
     memory: int = 3_000_000
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot mean anything.
+
+        Raises:
+            ConfigError: then.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in {"kind", "decays", "dropout", "memory"} and not (
+                type(value) is int and 1 <= value < 1 << 24
+            ):
+                raise ConfigError(
+                    f"a predictor's {field.name}={value!r} is no size", "Use a whole number of 1 or more."
+                )
+        if not self.matches < self.window <= 1 << 16:
+            raise ConfigError(
+                f"matches={self.matches} of window={self.window} positions cannot be found",
+                "Use a window of at most 65536 that is larger than the matches.",
+            )
 
 
 class Predictor(Protocol):

@@ -75,6 +75,8 @@ class TrainConfig:
         for name in ("epochs", "batch", "length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small", "Use 1 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} is out of range", "Use 0 to 4294967295.")
         if not self.rate > 0:
             raise ConfigError(f"rate={self.rate} is no learning rate", "Use one above 0, such as 0.002.")
         if self.device not in DEVICES:

@@ -264,8 +264,11 @@ def open_trace(path: Path) -> TraceFile:
     if not isinstance(footer, dict):
         raise TraceError(f"{path} is truncated: it has no footer.json", _TRUNCATED)
     try:
+        chunks = tuple(int(n) for n in footer["chunks"])
+        if not all(isinstance(entry, dict) and isinstance(entry["sequence"], int) for entry in footer["sequences"]):
+            raise TraceError(f"{path}: footer.json lists sequences without a number", _FOREIGN)
         return TraceFile(
-            path=path, header=parsed, chunks=tuple(int(n) for n in footer["chunks"]),
+            path=path, header=parsed, chunks=chunks,
             sequences=tuple(footer["sequences"]), vocabulary=tuple(footer["vocabulary"]), _names=names,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
