@@ -179,6 +179,7 @@ def test_a_predictor_that_raises_is_switched_off(
         assert [tuple(output.token_ids) for output in outputs] == expected
         assert llm._offloaded.foresight.failure == "RuntimeError: out of luck"
     assert [event.kind for event in events].count(EventKind.PREDICTOR_OFF) == 1
+    assert [event.reason for event in events if event.reason] == ["RuntimeError: out of luck"]
 
 
 def test_a_predictor_of_another_model_is_refused(

@@ -29,7 +29,7 @@ class EventKind(StrEnum):
     WASTED = "wasted"
     """A prefetched expert leaves (or the run ends) without having been used."""
     PREDICTOR_OFF = "predictor-off"
-    """A warning: the predictor raised and is not asked any more; what it said is in the log."""
+    """A warning: the predictor raised and is not asked any more; `reason` says why."""
     HOST = "host"
     """A batch's decode steps are decided on the host although a graph was hoped for; `reason` says why."""
 

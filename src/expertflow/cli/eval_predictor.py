@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import STRATEGIES
+from expertflow.cli.outputs import check_outputs
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.baselines import BASELINES
@@ -87,7 +89,7 @@ def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
 def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | None) -> None:
     """Measure, replay, print, draw, write."""
     started, console = time.perf_counter(), Console(stderr=True)
-    draw = _check_outputs(plot, json_file)
+    check_outputs(plot, json_file)
     if test.steps < 1:
         raise ConfigError(f"steps={test.steps} is too small", "Replay one step or more.")
     predictor = load_artifact(artifact)
@@ -121,8 +123,8 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
             json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{json_file} cannot be written: {error.strerror}", "Choose another place.") from error
-    if plot is not None and draw is not None:
-        draw(evaluations, plot)
+    if plot is not None:
+        import_module("expertflow.predict.report").draw(evaluations, plot)
     console.print(f"{len(held)} sequences, {sum(map(len, held))} tokens, {seconds:.0f} s")
 
 
@@ -131,7 +133,6 @@ def _load(path: Path, test: Test, predictor: Artifact) -> tuple[Trace, list[Pass
 
     Raises:
         PredictorError: if the trace is of another model.
-        TraceError: if fewer than two sequences can be measured.
     """
     trace = load_trace(path)
     predictor.check_shape(shape_of(trace), path.name)
@@ -166,26 +167,6 @@ def _check_count(held: Sequence[Passage], test: Test) -> None:
                 else ", or --baselines: without it each half teaches the baselines of the other."
             ),
         )
-
-
-def _check_outputs(plot: Path | None, json_file: Path | None) -> Callable[[Sequence[Evaluation], Path], None] | None:
-    """What draws, if a picture is wanted; refuse before the work what could not be written after it.
-
-    Raises:
-        ConfigError: then.
-    """
-    for path in (plot, json_file):
-        if path is not None and (not path.parent.is_dir() or path.is_dir()):
-            raise ConfigError(f"{path} cannot be written: no such folder, or it is one", "Name a file in a folder.")
-    if plot is None:
-        return None
-    if plot.suffix not in {".png", ".svg", ".pdf"}:
-        raise ConfigError(f"{plot} names no picture", "Let it end in .png, .svg or .pdf.")
-    try:
-        from expertflow.predict.report import draw  # noqa: PLC0415 - matplotlib is an extra
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib", "Install it: pip install 'expertflow-moe[plot]'.") from error
-    return draw
 
 
 def _workload(trace: Trace, held: Sequence[Passage], case: tuple[int, int], test: Test) -> tuple[Workload, list[int]]:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from expertflow.cli.outputs import check_outputs
 from expertflow.errors import ConfigError
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome
@@ -39,9 +41,7 @@ def main(
         cost=Cost(**cost),
         **options,
     )
-    for path in (plot, json_file):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"the folder {path.parent} does not exist", "Make it, or choose another place.")
+    check_outputs(plot, json_file)
     started = time.perf_counter()
     console = Console(stderr=True)
     total = len(grid.batches) * len(set(grid.slots)) * len(grid.strategies)
@@ -53,7 +53,7 @@ def main(
     if json_file is not None:
         json_file.write_text(json.dumps(as_result(grid, outcomes, seconds), indent=1, default=str) + "\n")
     if plot is not None:
-        draw_picture(outcomes, plot)
+        import_module("expertflow.sim.plot").draw(outcomes, plot)
     console.print(f"{len(outcomes)} replays in {seconds:.1f} s")
 
 
@@ -63,15 +63,6 @@ def _batch(text: str) -> int:
     if not text.strip().isdigit() or int(text) < 1:
         raise ConfigError(f"batch={text.strip()!r} is no number of sequences", "Write it like 1,4,8 or recorded.")
     return int(text)
-
-
-def draw_picture(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draw, if the extra `plot` is installed."""
-    try:
-        from expertflow.sim.plot import draw  # noqa: PLC0415 - matplotlib is an extra
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib", "Install it: pip install 'expertflow-moe[plot]'.") from error
-    draw(outcomes, path)
 
 
 def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:

@@ -87,7 +87,7 @@ class Foresight:
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises, generation goes on without it
             self.failure = f"{type(error).__name__}: {error}"
             _LOG.warning("the predictor failed in step %d and is switched off: %s", step.number, self.failure)
-            self._events.emit(Event(EventKind.PREDICTOR_OFF, step.number))
+            self._events.emit(Event(EventKind.PREDICTOR_OFF, step.number, reason=self.failure))
             return None
 
     def _house(self, coming: Coming) -> None:

@@ -20,9 +20,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from expertflow.errors import ConfigError, PredictorError
+from expertflow.predict.calibration import weigh
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make
-from expertflow.predict.memory import SOURCES, Memory, weigh
+from expertflow.predict.memory import SOURCES, Memory
 from expertflow.predict.model import OUTPUTS, PredictorConfig
 
 FORMAT = "expertflow-predictor"

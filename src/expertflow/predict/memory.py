@@ -3,7 +3,7 @@
 An embedding of a few dozen numbers cannot hold what a token that was seen a thousand times does in every layer; a row of
 its own can. Tokens and pairs get rows in the order of their frequency, as far as the room goes; a row holds log odds
 against what is expected otherwise, in eight bits. How much a row counts beside the network's logit is fitted on
-passages that were not counted (`train.calibrate`). Knows tokens and routes; refuses to know networks.
+passages that were not counted (`calibration.calibrate`). Knows tokens and routes; refuses to know networks.
 """
 
 from collections.abc import Sequence
@@ -64,23 +64,6 @@ class Memory(nn.Module):
         pair = torch.where(self.pair_key[place.clamp(max=last)] == key, place, last)
         rows = torch.stack([self.token_odds[self.token_row[inside].long()], self.pair_odds[pair]], dim=-3)
         return rows.float() * (_RANGE / 127)
-
-
-def weigh(
-    weights: Float[Tensor, "F O L 1"], logits: Float[Tensor, "*B O L E"], rows: Float[Tensor, "*B S L E"]
-) -> Float[Tensor, "*B O L E"]:
-    """The network's logits and the memory's rows, each as much as it counts, and a shift.
-
-    Args:
-        weights: F = 2 + SOURCES: of the logits, of each row, the shift.
-        logits: of the first outputs, or of all.
-        rows: as `Memory` gives them.
-    """
-    outputs = logits.shape[-3]
-    result = torch.addcmul(weights[-1, :outputs], logits, weights[0, :outputs])
-    for source in range(SOURCES):
-        result = torch.addcmul(result, rows[..., source : source + 1, :, :], weights[1 + source, :outputs])
-    return result
 
 
 def remember(items: Sequence[Passage], shape: Shape, vocabulary: int, room: int) -> Memory:

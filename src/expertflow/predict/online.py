@@ -88,9 +88,7 @@ class OnlinePredictor:
         self._model.absorb(self.state, row, tokens, routes)
 
     @torch.inference_mode()
-    def step(
-        self, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]
-    ) -> Prediction:  # fmt: skip
+    def step(self, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]) -> Prediction:
         """Before a decode step: what its tokens will use, in all layers, and what comes after.
 
         Args:

@@ -23,13 +23,13 @@ from torch.nn import functional
 
 from expertflow.config import DEVICES, nearest
 from expertflow.errors import ConfigError, DeviceError, PredictorError
+from expertflow.predict.calibration import Piece, calibrate, recalled, weigh
 from expertflow.predict.dataset import Passage, Shape, Windows, windows
 from expertflow.predict.kinds import make
-from expertflow.predict.memory import SOURCES, Memory, remember, weigh
+from expertflow.predict.memory import Memory, remember
 from expertflow.predict.model import HORIZONS, OUTPUTS, PredictorConfig, multi_hot
 
 _WARM_UP = 100
-_NEWTON = 10
 _FITTED = 8192
 """Validation tokens that the calibration is fitted on."""
 _ROOM = {"cpu": 1 << 28, "cuda": 1 << 31}
@@ -334,7 +334,7 @@ class _Run:
         """Tokens of a piece of the validation windows."""
         return self.options.batch * self.held.tokens.shape[1]
 
-    def _held_pieces(self, memory: Memory) -> Iterator["Piece"]:
+    def _held_pieces(self, memory: Memory) -> Iterator[Piece]:
         """What network and memory say of the validation windows, in an order of their own."""
         order = torch.randperm(len(self.held.tokens), generator=torch.Generator().manual_seed(self.options.seed))
         for chosen in order.to(self.device).split(self.options.batch):
@@ -385,64 +385,3 @@ def labels(routes: Tensor, counts: Tensor, experts: int) -> tuple[Tensor, Tensor
         planes.append((total[:, (place + horizon).clamp(max=length - 1)] - total > 0).float())
         valid.append(counts & (place + horizon <= ends[:, None]))
     return torch.stack(planes, dim=2), torch.stack(valid, dim=2)
-
-
-class Piece(NamedTuple):
-    """What is said of N tokens and what was true.
-
-    Attributes:
-        logits: `[N, O, L, E]` of the network.
-        rows: `[N, S, L, E]` of the memory.
-        truth: `[N, O, L, E]` 0 or 1.
-        valid: `[N, O]` bool, whether the truth is known.
-    """
-
-    logits: Tensor
-    rows: Tensor
-    truth: Tensor
-    valid: Tensor
-
-
-def recalled(scores: Tensor, truth: Tensor, valid: Tensor, guesses: int) -> tuple[Tensor, Tensor]:
-    """`[O]` twice: true experts among the best guesses a layer, and all of them; tensors as in `Piece`."""
-    hits = truth.gather(-1, scores.topk(guesses, dim=-1).indices).sum((-1, -2))
-    return (hits * valid).sum(0), (truth.sum((-1, -2)) * valid).sum(0)
-
-
-def calibrate(pieces: Sequence[Piece]) -> Tensor:
-    """Logistic regression of what was true on what is said, for every output and layer, by Newton's method.
-
-    Args:
-        pieces: of passages that neither network nor memory learned from.
-
-    Returns:
-        `[2 + SOURCES, O, L, 1]` float32, see `weigh`; 1, 0, ..., 0 where there is nothing to fit.
-    """
-    outputs, layers = pieces[0].logits.shape[1:3]
-    count = 2 + SOURCES
-    weights = torch.zeros(count, outputs, layers, dtype=torch.float64, device=pieces[0].logits.device)
-    weights[0] = 1
-    ridge = 1e-3 * torch.eye(count, dtype=torch.float64, device=weights.device)
-    for _ in range(_NEWTON):
-        gradient = torch.zeros_like(weights)
-        curve = torch.zeros(count, count, outputs, layers, dtype=torch.float64, device=weights.device)
-        for piece in pieces:
-            p = torch.sigmoid(weigh(weights.float()[..., None], piece.logits, piece.rows))
-            known = piece.valid[:, :, None, None].float()
-            error, slope = (p - piece.truth) * known, p * (1 - p) * known
-            for first in range(count):
-                x = _score(piece, first)
-                gradient[first] += (error * x).sum((0, 3)).double()
-                for second in range(first + 1):
-                    curve[first, second] += (slope * x * _score(piece, second)).sum((0, 3)).double()
-                    curve[second, first] = curve[first, second]
-        change = torch.linalg.solve(curve.permute(2, 3, 0, 1) + ridge, gradient.permute(1, 2, 0)[..., None])
-        weights -= change[..., 0].permute(2, 0, 1).clamp(-1, 1)
-    return weights.float()[..., None]
-
-
-def _score(piece: Piece, number: int) -> Tensor:
-    """The score a weight belongs to: logits, a row of the memory, or 1."""
-    if number == 0:
-        return piece.logits
-    return piece.rows[:, number - 1 : number] if number <= SOURCES else torch.ones_like(piece.logits[:1])
