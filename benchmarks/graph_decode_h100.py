@@ -271,7 +271,7 @@ def main() -> None:
     for slots, strategy in [(total, "resident"), *((s, n) for s in shares for n in names.split(","))]:
         for batch in batches:
             wish = EngineConfig(slots=slots, max_batch=batch, max_length=LENGTH, execution="graph")
-            plan = make_plan(wish, shape, device.type)
+            plan = make_plan(wish, shape, device.type, "lru")
             rows.append(Row(slots=slots, strategy=strategy, batch=batch, budget_bytes=plan.total))
     tokens = torch.randint(3, shape.vocabulary, (LENGTH, 16), generator=torch.Generator().manual_seed(SEED)).to(device)
     trace = load_trace(options.trace).without("repetition") if options.shape == "g" else None
@@ -280,7 +280,7 @@ def main() -> None:
     truth: dict[int, list[Tensor]] = {}
     for repeat in range(1 if options.quick else 3):
         for row in rows:
-            plan = make_plan(EngineConfig(slots=row.slots, max_batch=row.batch), shape, device.type)
+            plan = make_plan(EngineConfig(slots=row.slots, max_batch=row.batch), shape, device.type, "lru")
             measure(world, plan, row, tokens, workloads.get(row.batch), truth)
             print(repeat, row.line(plan.row, shape.dense_bytes), flush=True)
     for row in rows:  # with everything resident nothing is counted, but the same experts are needed

@@ -5,6 +5,7 @@ Without a CUDA device they run in Triton's interpreter on CPU tensors.
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,8 +15,13 @@ from transformers import AutoConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from expertflow.cache.core import make_tables
+from expertflow.cache.horizon import hazards, unite
+from expertflow.cache.strategy import STRATEGIES
 from expertflow.kernels import reference
+from expertflow.kernels.ledger import BLOCK_BYTES, CALLED_OFF, DONE, DST, SRC, TAKEN, Ledger
 from expertflow.kernels.reference import ACTIVATIONS, CLAMPED_SWIGLU, DTYPES, ExpertMlp, Workspace
+from expertflow.kernels.state import BLIND, CacheState
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
@@ -23,7 +29,7 @@ from expertflow.models.families import FAMILIES
 from expertflow.types import TensorSpec
 
 pytest.importorskip("triton", reason="kernels need triton")
-from expertflow.kernels import experts, fetch
+from expertflow.kernels import experts, fetch, residency
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -215,21 +221,69 @@ def test_an_index_of_nobody_adds_nothing(module: SimpleNamespace) -> None:
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
-    """Rows of entries within the bounds arrive in their slots; every other slot stays as it was."""
-    row_bytes = 256 * data.draw(st.integers(1, 20))
+    """Rows of entries within the bounds arrive in their slots; every other slot stays as it was, also the second time."""
+    row_bytes = 256 * data.draw(st.integers(1, 300))
     slots, entries = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     entries = min(entries, slots)
     host = torch.randint(0, 256, (9, row_bytes), dtype=torch.uint8)
     host = host.pin_memory() if DEVICE.type == "cuda" else host
     before = torch.randint(0, 256, (slots, row_bytes), dtype=torch.uint8, device=DEVICE)
-    src = torch.randint(0, 9, (entries + 1,), dtype=torch.int32, device=DEVICE)[1:]  # lists start anywhere
+    src = torch.randint(0, 9, (entries,), dtype=torch.int32, device=DEVICE)
     dst = torch.randperm(slots, device=DEVICE)[:entries].to(torch.int32)
+    todo = torch.cat([src[:1], torch.randperm(entries, device=DEVICE).to(torch.int32)])[1:]  # lists start anywhere
     begin = data.draw(st.integers(0, entries))
     bounds = torch.tensor([begin, data.draw(st.integers(begin, entries))], dtype=torch.int32, device=DEVICE)
+    gone = data.draw(st.integers(-1, entries - 1))
     pools = before.clone(), before.clone()
-    fetch.fetch_rows(host, pools[0], src, dst, bounds, data.draw(st.integers(1, 5)))
-    reference.fetch_rows(host, pools[1], src, dst, bounds)
+    for module, pool in zip((fetch, reference), pools, strict=True):
+        ledger = Ledger.of(src, dst)
+        if gone >= 0:  # called off before anybody took it
+            ledger.table[TAKEN, gone], ledger.table[DONE, gone] = CALLED_OFF, 1 << 20  # so that nobody waits for it
+        module.fetch_rows(host, pool, ledger, todo, bounds, data.draw(st.integers(1, 5)))
+        once = pool.clone()
+        module.fetch_rows(host, pool, ledger, todo, bounds)
+        assert torch.equal(pool, once)
     assert torch.equal(*pools)
+    named = [int(entry) for entry in todo[int(bounds[0]) : int(bounds[1])] if entry != gone]
+    for entry in named:
+        assert torch.equal(pools[0][dst[entry]].cpu(), host[src[entry]])
+
+
+def test_a_load_finishes_what_another_began() -> None:
+    """Blocks that somebody else has carried are not carried again, and those that nobody took are."""
+    blocks, block = 5, BLOCK_BYTES
+    host = torch.randint(1, 256, (1, blocks * block), dtype=torch.uint8)
+    host = host.pin_memory() if DEVICE.type == "cuda" else host
+    pool = torch.zeros(1, blocks * block, dtype=torch.uint8, device=DEVICE)
+    first = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    ledger = Ledger.of(first, first)
+    ledger.table[TAKEN : DONE + 1] = 2
+    fetch.fetch_rows(host, pool, ledger, first, torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), 3)
+    assert not pool[0, : 2 * block].any()
+    assert torch.equal(pool[0, 2 * block :].cpu(), host[0, 2 * block :])
+    assert int(ledger.table[DONE]) == blocks
+
+
+def test_what_is_expected_of_single_sequences_is_united() -> None:
+    """The demand of a step is `unite` and `hazards` of the live rows; a chance that is no number leaves none."""
+    row = STRATEGIES["plec"]
+    state = CacheState.allocate(row, make_tables(3, 7, 5, divided=False), DEVICE)
+    twin = residency.Residency(state)
+    chances = torch.rand(4, 5, 3, 7, device=DEVICE)
+    chances[0, 2:, 0], chances[1, 1, 1] = 0.0, 1.0
+    live = torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    twin.expect(chances, live)
+    expected = hazards(unite(chances[:3].cpu().numpy()))
+    assert state.demand.shape == expected.shape
+    np.testing.assert_allclose(state.demand.cpu().numpy(), expected, atol=1e-7)
+    assert int(state.known) == len(expected)
+    chances[2, 4, 2, 6] = torch.nan
+    twin.expect(chances, live)
+    assert int(state.known) == 0
+    assert state.take_tally()[BLIND] == 1
+    chances[3], chances[2] = torch.nan, 0.5
+    twin.expect(chances, live)
+    assert int(state.known) == len(expected)
 
 
 def test_a_row_that_is_no_mlp_is_refused() -> None:
@@ -259,17 +313,19 @@ def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
     store.lock()
     pool = SlotPool(layout, 4, cuda)
     hidden, weights = torch.randn(2, HIDDEN, device=cuda, dtype=torch.bfloat16), torch.rand(2, 2, device=cuda)
-    src, dst, bounds, slots, index, out = (
+    src, dst, todo, bounds, slots, index, out = (
         torch.zeros(shape, dtype=dtype, device=cuda)
         for shape, dtype in (
-            ((4,), torch.int32), ((4,), torch.int32), ((2,), torch.int32), ((2, 2), torch.int32),
+            ((4,), torch.int32), ((4,), torch.int32), ((4,), torch.int32), ((2,), torch.int32), ((2, 2), torch.int32),
             ((2, 2), torch.int64), ((2, HIDDEN), torch.bfloat16),
         )
     )  # fmt: skip
-    work = poisoned(mlp, 2, 2)
+    work, ledger = poisoned(mlp, 2, 2), Ledger.of(src, dst)
+    todo.copy_(torch.arange(4))
 
     def layer() -> None:
-        fetch.fetch_rows(store.buffer, pool.buffer, src, dst, bounds)
+        ledger.renew()
+        fetch.fetch_rows(store.buffer, pool.buffer, ledger, todo, bounds)
         experts.expert_pairs(mlp, hidden, slots, pool.buffer, work)
         experts.combine(work.parts, index, weights, 12, out)
 
@@ -281,8 +337,8 @@ def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
     for _ in range(5):
         rows, places = torch.randperm(12)[:4], torch.randperm(4)
         which = routing(2, 2, 4).cpu()
-        src.copy_(rows)
-        dst.copy_(places)
+        ledger.table[SRC] = rows.to(cuda)
+        ledger.table[DST] = places.to(cuda)
         bounds.copy_(torch.tensor([0, 4]))
         slots.copy_(places[which])
         index.copy_(rows[which])

@@ -12,18 +12,31 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.core import make_tables
+from expertflow.cache.forecast import Forecast
 from expertflow.cache.policy import Usage
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.events import Event, EventKind, EventStream
 from expertflow.kernels import residency, residency_reference
-from expertflow.kernels.state import CacheState, Schedule, phase_bound, refusal
+from expertflow.kernels.ledger import DST
+from expertflow.kernels.state import (
+    AHEAD,
+    EVICTIONS,
+    FRESH,
+    HITS,
+    LOADS,
+    WASTES,
+    CacheState,
+    Schedule,
+    phase_bound,
+    refusal,
+)
 from expertflow.sim.clock import Cost
-from expertflow.sim.replay import replay, replay_events
+from expertflow.sim.replay import replay, replay_events, setting_of
 from expertflow.sim.workload import Workload, live_sequences
 from expertflow.trace.format import Trace, load_trace
 from test_trace import EXCERPT, make_trace
 
-ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None]
+ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row, predicted=True) is None]
 MAKERS = {"reference": residency_reference.Residency, "kernels": residency.Residency}
 Make = Callable[[CacheState], Any]
 
@@ -37,51 +50,78 @@ def real() -> Trace:
     return load_trace(EXCERPT).without("repetition")
 
 
-def run(maker: str, strategy: Strategy, slots: int, routes: np.ndarray, experts: int) -> tuple[list[Event], list]:
-    """The twin's events and schedules of a run `[N, T, L, K]`."""
-    steps, tokens, layers, top_k = routes.shape
-    needed = np.zeros((steps, layers, experts + 1), dtype=np.bool_)
-    np.put_along_axis(needed, routes.transpose(0, 2, 1, 3).reshape(steps, layers, -1), values=True, axis=2)
+def run(
+    maker: str, strategy: Strategy, slots: int, workload: Workload, tokens_known: Forecast | None = None
+) -> tuple[list[Event], list]:
+    """The twin's events and schedules of a workload; what a predictor would say comes from `tokens_known`."""
+    routes, experts = routes_of(workload), workload.trace.header.experts
+    _, tokens, layers, top_k = routes.shape
     tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
-    future = needed[..., :experts] if strategy.needs_future else None
+    future = workload.needed if strategy.needs_future else None
     device = torch.device(_device(maker))
     state = CacheState.allocate(strategy, tables, device, log=True, future=future)
     state.load(tables, Usage(layers=layers, experts=experts))
     schedule = Schedule.allocate(state, tokens, top_k)
     twin = MAKERS[maker](state)
     events, schedules = [], []
-    for number in range(steps):
+    for number in range(len(workload)):
+        if tokens_known is not None:
+            outlook = tokens_known.outlook(workload.before(number))
+            state.known.fill_(0 if outlook is None else len(outlook.demand))
+            if outlook is not None:
+                state.demand[: len(outlook.demand)] = torch.from_numpy(outlook.demand)
         events.append(Event(EventKind.STEP, number))
         twin.open_step()
         for layer in range(layers):
             ids = torch.from_numpy(routes[number, :, layer].astype(np.int64)).contiguous().to(device)
             twin.run_layer(layer, ids, schedule)
-            check_schedule(schedule, ids, layer * experts, experts)
+            check_schedule(schedule, state, ids, layer * experts)
             schedules.append((schedule.slots.tolist(), schedule.bounds.tolist()))
+            twin.bind(layer)
         twin.close_step()
+        if tokens_known is not None:
+            tokens_known.learn(workload.after(number))
         events += [as_event(row, number, 1) for row in state.take_log()]
-    count = [sum(event.kind is kind for event in events) for kind in (EventKind.HIT, EventKind.MISS, EventKind.EVICT)]
-    assert state.take_tally()[:3] == count
+    kinds = (EventKind.HIT, EventKind.MISS, EventKind.EVICT, EventKind.PREFETCH, EventKind.WASTED)
+    tally = state.take_tally()
+    assert [tally[place] for place in (HITS, LOADS, EVICTIONS, AHEAD, WASTES)] == [
+        sum(event.kind is kind for event in events) for kind in kinds
+    ]
+    assert tally[FRESH] == sum(event.value for event in events if event.kind is EventKind.HIT)
     return events, schedules
 
 
-def check_schedule(schedule: Schedule, ids: torch.Tensor, first: int, experts: int) -> None:
-    """Every pair has one phase; a phase reads each slot for one expert only, and fetches only what it reads."""
+def check_schedule(schedule: Schedule, state: CacheState, ids: torch.Tensor, first: int) -> None:
+    """Every pair has one table; a table reads each slot for one expert only, and what a phase waits for it reads."""
     bounds, live = schedule.bounds.tolist(), int(schedule.live)
     counted = (schedule.slots >= 0).sum(0)
-    valid = (ids >= 0) & (ids < experts)
+    valid = (ids >= 0) & (ids < state.experts)
     valid[live:] = False
     assert torch.equal(counted, valid.long())
-    for phase, slots in enumerate(schedule.slots):
-        reads = {(int(e), int(s)) for e, s in zip(ids.flatten(), slots.flatten(), strict=True) if s >= 0}
-        assert len(reads) == len({slot for _, slot in reads})
-        fetched = range(bounds[phase], bounds[phase + 1])
-        assert {(int(schedule.src[i]) - first, int(schedule.dst[i])) for i in fetched} <= reads
+    reads = [
+        {(int(e), int(s)) for e, s in zip(ids.flatten(), slots.flatten(), strict=True) if s >= 0}
+        for slots in schedule.slots
+    ]
+    assert all(len(table) == len({slot for _, slot in table}) for table in reads)
+    for phase, table in enumerate(reads[1:]):
+        entries = schedule.todo[bounds[phase] : bounds[phase + 1]].long()
+        awaited = state.ledger.table[: DST + 1, entries].T.tolist()
+        assert {(src - first, dst) for src, dst in awaited} == table
+    if state.strategy.joint:  # what is computed beside the first fetch is not overwritten by it
+        assert not {slot for _, slot in reads[0]} & {slot for _, slot in reads[1]}
+
+
+def forecast_of(strategy: Strategy, workload: Workload) -> Forecast | None:
+    """What stands in for a trained predictor: counts by token."""
+    return strategy.make_forecast(setting_of(workload)) if strategy.predicted else None
 
 
 def expected(workload: Workload, strategy: Strategy, slots: int) -> list[Event]:
     """What the compiled replay tells, without the end of the run."""
-    return [event for event in replay_events(workload, strategy, slots) if event.kind is not EventKind.WASTED]
+    told = replay_events(workload, strategy, slots)
+    while told[-1].kind is EventKind.WASTED:
+        del told[-1]
+    return told
 
 
 def routes_of(workload: Workload) -> np.ndarray:
@@ -114,7 +154,7 @@ def test_twin_decides_as_the_replay_on_real_routing(name: str, maker: str, real:
     batch, steps, slots = ((1, 2, 20), (2, 1, 40))[ON_DEVICE.index(name) % 2] if maker == "kernels" else (4, 8, 250)
     workload = steps_of(live_sequences(real, batch), steps)
     row = STRATEGIES[name].on_device()
-    events, _ = run(maker, row, slots, routes_of(workload), workload.trace.header.experts)
+    events, _ = run(maker, row, slots, workload, forecast_of(row, workload))
     assert events == expected(workload, row, slots)
 
 
@@ -125,8 +165,8 @@ def test_kernels_decide_as_the_replay_on_random_routing(name: str) -> None:
     workload = random_workload(seed=place, steps=4)
     for turn, slots in enumerate(((2, 11), (5, 16))[place % 2]):
         row = variants(name)[(place + turn) % 3]
-        events, schedules = run("kernels", row, slots, routes_of(workload), 7)
-        again, cut = run("reference", row, slots, routes_of(workload), 7)
+        events, schedules = run("kernels", row, slots, workload, forecast_of(row, workload))
+        again, cut = run("reference", row, slots, workload, forecast_of(row, workload))
         assert events == again == expected(workload, row, slots), (slots, row.wave)
         assert schedules == cut
 
@@ -136,9 +176,9 @@ def test_kernels_decide_as_the_replay_on_random_routing(name: str) -> None:
 def test_reference_decides_as_the_replay(seed: int, slots: int, name: str, variant: int) -> None:
     """The reference tells the replay's events, and the bound on phases holds, whatever comes."""
     workload, row = random_workload(seed), variants(name)[variant]
-    events, schedules = run("reference", row, slots, routes_of(workload), 7)
+    events, schedules = run("reference", row, slots, workload, forecast_of(row, workload))
     assert events == expected(workload, row, slots)
-    assert all(len(pairs) == phase_bound(row, 3, slots, 6) for pairs, _ in schedules)
+    assert all(len(pairs) == 1 + phase_bound(row, 3, slots, 6) for pairs, _ in schedules)
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -159,6 +199,7 @@ def test_nothing_is_lost_at_a_switch(maker: str) -> None:
             twin.open_step()
             for layer in range(3):
                 twin.run_layer(layer, torch.from_numpy(routes[:, layer]).contiguous().to(state.clock.device), schedule)
+                twin.bind(layer)
             twin.close_step()
             happened += [as_event(entry, number, 1) for entry in state.take_log()]
             controller.take_back(state.store, steps=2) if number == 3 else None
@@ -183,7 +224,7 @@ def test_a_bound_that_does_not_hold_is_seen() -> None:
     state = CacheState.allocate(row, tables, torch.device(_device("kernels")))
     state.load(tables, Usage(layers=3, experts=7))
     schedule = Schedule.allocate(state, 3, 2)
-    short = replace(schedule, slots=schedule.slots[:1], bounds=schedule.bounds[:2])
+    short = replace(schedule, slots=schedule.slots[:2], bounds=schedule.bounds[:2])
     twin = residency.Residency(state)
     twin.open_step()
     twin.run_layer(0, torch.from_numpy(routes_of(workload)[0, :, 0].copy()).to(state.clock.device), short)

@@ -174,13 +174,15 @@ def discounted_use(usage: Usage, outlook: Outlook | None) -> Planes:
 
 
 def _as_gap(worth: Plane) -> Plane:
-    """Steps until a certain use that is worth as much."""
-    gaps: Plane = np.log(np.clip(worth, 1e-9, 1)) / np.log(DISCOUNT)
+    """Steps until a certain use that is worth as much, in multiples of 1 / GRAIN: logarithms differ in their last bits."""
+    gaps: Plane = np.floor(np.log(np.minimum(np.maximum(worth, 1e-9), 1)) / np.log(DISCOUNT) * GRAIN + 0.5) / GRAIN
     return gaps
 
 
 DISCOUNT = 0.7
 """What a use one step later is worth; .5 to .85 differ little, see docs/lab-notes.md."""
+GRAIN = 2.0**20
+"""Fineness of ranks that come from a logarithm, so that NumPy and a GPU agree on them."""
 HIDDEN = 0.15
 """Share of a load's time that running ahead is taken to hide; measured, see docs/lab-notes.md."""
 MIX = 0.3

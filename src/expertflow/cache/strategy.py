@@ -19,7 +19,7 @@ from expertflow.errors import ConfigError
 DEFAULT, PREDICTED_DEFAULT = "next-use", "plec"
 """The strategy that is used when none is named, without and with a trained predictor."""
 ALL_LAYERS = 1 << 20
-DEVICE_WAVE = 32
+DEVICE_WAVE = 16
 """Loads a wave of the device execution; few waves are few kernels, docs/lab-notes.md has the price in loads."""
 
 
@@ -82,21 +82,22 @@ class Strategy:
     joint: bool = False
 
     def on_device(self) -> Self:
-        """The same row with a layer computed in few large waves: what a CUDA graph can hold."""
-        return replace(self, wave=DEVICE_WAVE, joint=True)
+        """The same row with a layer computed in few large waves, and as many slots left to each: what a CUDA graph can hold."""
+        return replace(self, wave=DEVICE_WAVE, reserve=max(self.reserve, DEVICE_WAVE), joint=True)
 
     def rules(self, layers: int, slots: int) -> Rules:
         """The numbers the core works with, for a model of `layers` and a pool of `slots`."""
         share = slots // layers if self.partition == "layer" and slots >= layers else slots
+        reserve = max(1, min(self.reserve, slots // 2))
         return Rules(
             retain=self.retain,
             prefetch=self.prefetch != "none",
             threshold=self.threshold,
-            reserve=max(1, min(self.reserve, slots // 2)),
+            reserve=reserve,
             ahead=min(self.ahead, layers),
             rolling=self.prefetch == "layer",
             wraps=self.wraps,
-            wave=min(self.wave, share),
+            wave=min(self.wave, share if self.prefetch == "none" else reserve),  # a wave never waits for planned slots
             joint=self.joint,
         )
 

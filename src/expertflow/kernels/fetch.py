@@ -1,7 +1,8 @@
 """Zero-copy fetch: a few programs read rows from page-locked host memory by address and write them into slots.
 
-The copy needs no host decision: how many rows, which ones and where to are read on the device. Twin of
-`kernels.reference.fetch_rows`. Knows bytes; refuses to know experts, layers and what a slot held before.
+The copy needs no host decision: how many rows, which ones and where to are read on the device, from the step's
+`kernels.ledger`. Programs take blocks of rows from it, so several calls on several streams may carry one list.
+Twin of `kernels.reference.fetch_rows`. Knows bytes; refuses to know experts, layers and what a slot held before.
 """
 
 import torch
@@ -9,52 +10,94 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertflow.kernels.ledger import BLOCK_BYTES, CARRIED, DONE, DST, PRIOR, SRC, TAKEN, Ledger
+
 WORD = torch.int64
 """What one lane element is: a lane then moves 16 bytes as two of them."""
-BLOCK_BYTES = 32768
-"""Bytes a program has in flight at a time: four programs cover the link's latency."""
 WARPS = 16
+_SRC, _DST, _TAKEN, _DONE, _PRIOR, _CARRIED = (
+    tl.constexpr(place) for place in (SRC, DST, TAKEN, DONE, PRIOR, CARRIED)
+)
+
+
+@triton.jit
+def _until(counter, enough):
+    """Wait until a counter has come so far; what was written before it was raised can be read then."""
+    seen = tl.atomic_add(counter, 0, sem="acquire")
+    while seen < enough:
+        seen = tl.atomic_add(counter, 0, sem="acquire")
 
 
 # parts of a list start anywhere; a kernel compiled anew for one of them might be compiled during a capture
-@triton.jit(do_not_specialize_on_alignment=["src", "dst", "bounds"])
-def _fetch_kernel(host, pool, src, dst, bounds, row: tl.constexpr, block: tl.constexpr):
-    """Programs take turns at blocks of `block` words; a row is `row` words."""
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["todo", "bounds"])
+def _fetch_kernel(
+    host, pool, ledger, todo, bounds, entries, row: tl.constexpr, block: tl.constexpr, wait: tl.constexpr
+):  # fmt: skip
+    """Programs take blocks of `block` words from the entries in turn; a row is `row` words."""
     begin = tl.load(bounds)
     end = tl.load(bounds + 1)
-    blocks = (row + block - 1) // block
-    turn = tl.program_id(0)
-    while turn < (end - begin) * blocks:  # the interpreter has no `range` over values of the device
-        entry = begin + turn // blocks
-        at = (turn % blocks) * block + tl.arange(0, block)
-        source = host + tl.load(src + entry).to(tl.int64) * row
-        target = pool + tl.load(dst + entry).to(tl.int64) * row
-        words = tl.load(source + at, mask=at < row, cache_modifier=".cg")
-        tl.store(target + at, words, mask=at < row)
-        turn += tl.num_programs(0)
+    blocks: tl.constexpr = (row + block - 1) // block
+    place = begin
+    while place < end:  # the interpreter has no `range` over values of the device
+        entry = ledger + tl.load(todo + place)
+        before = tl.load(entry + _PRIOR * entries)
+        if before >= 0:  # a load into the same slot was called off: what is under way of it comes first
+            _until(ledger + _DONE * entries + before, tl.minimum(tl.load(ledger + _CARRIED * entries + before), blocks))
+        source = host + tl.load(entry + _SRC * entries).to(tl.int64) * row
+        target = pool + tl.load(entry + _DST * entries).to(tl.int64) * row
+        part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
+        while part < blocks:
+            at = part * block + tl.arange(0, block)
+            words = tl.load(source + at, mask=at < row, cache_modifier=".cg")
+            tl.store(target + at, words, mask=at < row)
+            tl.debug_barrier()  # the whole program has written
+            tl.atomic_add(entry + _DONE * entries, 1, sem="release")
+            part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
+        place += 1
+    if wait:
+        if tl.program_id(0) == 0:
+            place = begin
+            while place < end:
+                _until(ledger + tl.load(todo + place) + _DONE * entries, blocks)
+                place += 1
 
 
-def fetch_rows(host: Tensor, pool: Tensor, src: Tensor, dst: Tensor, bounds: Tensor, programs: int = 8) -> None:
-    """Copy the rows of list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
+def fetch_rows(
+    host: Tensor, pool: Tensor, ledger: Ledger, todo: Tensor, bounds: Tensor, programs: int = 8, *, wait: bool = True
+) -> None:
+    """Carry the loads named by list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
 
-    Queued on the current stream, capturable, and no more than `programs` multiprocessors wide.
+    Queued on the current stream, capturable, and no more than `programs` multiprocessors wide. Blocks that another
+    call is carrying are left to it.
 
     Args:
         host: uint8 `[rows, row_bytes]`, page-locked (allocated so or registered); `row_bytes` a multiple of 256.
         pool: uint8 `[S, row_bytes]` on the device.
-        src: int32 `[N]`, rows to read.
-        dst: int32 `[N]`, slots to write; distinct among the entries of one call.
-        bounds: int32 `[2]` on the device: first entry and one past the last. A list of several layers with its
-            offsets `[L + 1]` is walked with `bounds=offsets[layer : layer + 2]`.
+        ledger: the loads.
+        todo: int32 `[N]`, entries of the ledger, in order of urgency.
+        bounds: int32 `[2]` on the device: first place in `todo` and one past the last. A list of several phases with
+            its offsets `[P + 1]` is walked with `bounds=offsets[phase : phase + 2]`.
         programs: how many programs share the copy.
+        wait: end only when all of these rows are there, whoever carries them.
     """
-    launch_fetch(host, pool, (src, dst, bounds), programs, BLOCK_BYTES, WARPS)
+    launch_fetch(host, pool, (ledger, todo, bounds), programs, BLOCK_BYTES, WARPS, wait=wait)
 
 
-def launch_fetch(
-    host: Tensor, pool: Tensor, entries: tuple[Tensor, Tensor, Tensor], programs: int, block_bytes: int, warps: int
+def launch_fetch(  # noqa: PLR0913, PLR0917 - every choice given
+    host: Tensor,
+    pool: Tensor,
+    loads: tuple[Ledger, Tensor, Tensor],
+    programs: int,
+    block_bytes: int,
+    warps: int,
+    *,
+    wait: bool = True,
 ) -> None:
-    """`fetch_rows` with every choice given; entries are src, dst and bounds."""
+    """`fetch_rows` with every choice given; loads are ledger, todo and bounds."""
     row = host.shape[1] // WORD.itemsize
     block = min(block_bytes // WORD.itemsize, int(triton.next_power_of_2(row)))
-    _fetch_kernel[(programs,)](host.view(WORD), pool.view(WORD), *entries, row=row, block=block, num_warps=warps)
+    ledger, todo, bounds = loads
+    _fetch_kernel[(programs,)](
+        host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, ledger.entries,
+        row=row, block=block, wait=wait, num_warps=warps,
+    )  # fmt: skip

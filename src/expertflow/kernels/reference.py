@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from expertflow.kernels.ledger import DONE, SRC, TAKEN, Ledger
 from expertflow.types import TensorSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -233,19 +234,25 @@ def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Te
     out.copy_(total)
 
 
-def fetch_rows(host: Tensor, pool: Tensor, src: Tensor, dst: Tensor, bounds: Tensor, programs: int = 8) -> None:
-    """Copy the rows of list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
+def fetch_rows(
+    host: Tensor, pool: Tensor, ledger: Ledger, todo: Tensor, bounds: Tensor, programs: int = 8, *, wait: bool = True
+) -> None:
+    """Carry the loads named by list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
 
     Args:
         host: uint8 `[rows, row_bytes]` in host memory, page-locked for the twin.
         pool: uint8 `[S, row_bytes]` on the device.
-        src: int32 `[N]`, rows to read.
-        dst: int32 `[N]`, slots to write; distinct among the entries of one call.
-        bounds: int32 `[2]` on the device: first entry and one past the last. A list of several layers with its
-            offsets `[L + 1]` is walked with `bounds=offsets[layer : layer + 2]`.
+        ledger: the loads; a load of which blocks have been taken is somebody else's, or was called off.
+        todo: int32 `[N]`, entries of the ledger, in order of urgency.
+        bounds: int32 `[2]` on the device: first place in `todo` and one past the last. A list of several phases with
+            its offsets `[P + 1]` is walked with `bounds=offsets[phase : phase + 2]`.
         programs: how many programs share the copy in the twin; nothing here.
+        wait: nothing here: what is carried is there when the call returns.
     """
-    del programs
+    del programs, wait
     begin, end = bounds.tolist()
-    for row, slot in zip(src[begin:end].tolist(), dst[begin:end].tolist(), strict=True):
-        pool[slot].copy_(host[row])
+    for entry in todo[begin:end].tolist():
+        src, dst, taken = ledger.table[SRC : TAKEN + 1, entry].tolist()
+        if not taken:
+            pool[dst].copy_(host[src])
+            ledger.table[TAKEN : DONE + 1, entry] = 1

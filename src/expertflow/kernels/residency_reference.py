@@ -1,4 +1,4 @@
-"""The reference of `kernels.residency`: the same calls, answered by `cache.core` itself over the state's own memory.
+"""The reference of `kernels.residency`: the same calls, answered by `cache` itself over the state's own memory.
 
 What the device execution decides with on a CPU, and what the kernels are tested against. Knows no Triton.
 """
@@ -7,63 +7,122 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from expertflow.cache.core import EVICT, HIT, LOG, MISS, RESIDENT, Planes, Tables, access, begin_step, make_tables
+from expertflow.cache.core import (
+    EVICT,
+    HIT,
+    LOG,
+    MISS,
+    PENDING,
+    PREFETCH,
+    RESIDENT,
+    WASTED,
+    Planes,
+    Tables,
+    access,
+    carry_out,
+    make_tables,
+)
+from expertflow.cache.horizon import hazards, unite
 from expertflow.cache.policy import Outlook, Usage
-from expertflow.kernels.state import EVICTIONS, HITS, LOADS, PHASES, CacheState, Schedule
+from expertflow.cache.prefetch import open_step, plan
+from expertflow.kernels.ledger import CALLED_OFF, CARRIED, DONE, DST, PRIOR, SRC, TAKEN
+from expertflow.kernels.state import (
+    AHEAD,
+    BLIND,
+    CONSTANT,
+    EVICTIONS,
+    FRESH,
+    HITS,
+    LOADS,
+    PHASES,
+    RECORDED,
+    STEPS_KNOWN,
+    WASTES,
+    CacheState,
+    Notes,
+    Schedule,
+)
 
 
 class Residency:
     """Twin of `kernels.residency.Residency` for a state on the CPU."""
 
-    def __init__(self, state: CacheState) -> None:
+    def __init__(self, state: CacheState, notes: Notes | None = None) -> None:
         """Look at the state's tensors as the arrays that `core` works on; nothing is copied."""
-        self.state = state
+        self.state, self._notes = state, notes
         own = make_tables(state.layers, state.experts, state.slots, divided=False)
-        shared = ("slot_of", "owner", "rank", "held", "share", "low", "lowest", "newer", "older")
-        self._tables: Tables = own._replace(**{name: getattr(state, name).numpy() for name in shared})
+        shared = ("slot_of", "owner", "rank", "held", "share", "low", "lowest", "newer", "older", "pending")
+        marks = {name: getattr(state, name).numpy().view(np.bool_) for name in ("pinned", "fresh")}
+        self._tables: Tables = own._replace(**{name: getattr(state, name).numpy() for name in shared}, **marks)
         self._rules = state.strategy.rules(state.layers, state.slots)
         self._usage = Usage(layers=state.layers, experts=state.experts)
         for name in ("last_use", "count", "recent", "steady"):
             setattr(self._usage, name, getattr(state, name).numpy())
         before = state.rank.numpy().copy()
-        self._planes = Planes(before, state.used.numpy(), state.unused.numpy(), before.copy())
+        self._planes = Planes(before, state.used.numpy(), state.unused.numpy(), state.limit.numpy())
+
+    def expect(self, chances: Tensor, live: Tensor) -> None:
+        """The demand of this step and further ones, from chances of single sequences. See the twin."""
+        demand = hazards(unite(chances[: int(live)].numpy()))
+        sane = bool(np.isfinite(demand).all())
+        self.state.known.fill_(STEPS_KNOWN if sane else 0)
+        self.state.tally[BLIND] += not sane
+        self.state.demand.copy_(self.state.demand.new_tensor(demand))
 
     def open_step(self) -> None:
-        """`prefetch.open_step`: this step's ranks."""
-        self._usage.step = int(self.state.clock[1])
-        planes = self.state.strategy.policy(self._usage, self._outlook(self._usage.step))
-        for kept, made in zip(self._planes, planes, strict=True):
+        """`prefetch.open_step`: this step's ranks, and its plan."""
+        state = self.state
+        self._usage.step = int(state.clock[1])
+        outlook = self._outlook(self._usage.step)
+        for kept, made in zip(self._planes, state.strategy.policy(self._usage, outlook), strict=True):
             kept[:] = made
-        begin_step(self._tables, self._planes)
-        self.state.clock[0] = self._usage.step
+        state.demand[0] = 0 if outlook is None else state.demand.new_tensor(outlook.demand[0])
+        state.ledger.renew()
+        state.ledger.count.zero_()
+        state.entry.fill_(-1)
+        self._tables.cursor[LOG], self._tables.cursor[RESIDENT] = 0, int(state.resident)
+        open_step(self._tables, self._planes, state.demand[0].numpy(), self._rules)
+        state.clock[0] = self._usage.step
+        self._bound(-1)
 
     def _outlook(self, step: int) -> Outlook | None:
-        """As `forecast.Recorded` with an endless horizon."""
-        if step >= len(self.state.future):
-            return None
-        demand = self.state.future[step : step + 1].numpy().astype(np.float64)
-        return Outlook(demand, self.state.following[step + 1].numpy() - float(step + 1))
+        """As the strategy's forecast says."""
+        state = self.state
+        if state.source == CONSTANT:
+            return Outlook(state.future.numpy().astype(np.float64))
+        if state.source == RECORDED:
+            if step >= len(state.future):
+                return None
+            beyond = state.following[step + 1].numpy() - float(step + 1) if len(state.following) else None
+            return Outlook(state.future[step : step + 1].numpy().astype(np.float64), beyond)
+        known = int(state.known)
+        return Outlook(state.demand[:known].numpy().copy()) if known else None
 
     def run_layer(self, layer: int, ids: Tensor, schedule: Schedule) -> None:
-        """`prefetch.run_layer`: fill `schedule` for the layer. See the twin."""
+        """`core.access`: fill `schedule` for the layer. See the twin."""
         tables, state = self._tables, self.state
         choice = ids.numpy().astype(np.int64)
         choice[int(schedule.live) :] = state.experts
+        if self._notes is not None:
+            noted = np.where((choice >= 0) & (choice < state.experts), choice, state.experts)
+            self._notes.routes[self._notes.seats[: len(noted)], layer] = self._notes.routes.new_tensor(noted)
         needed = np.zeros(state.experts, dtype=np.bool_)
         needed[choice[(choice >= 0) & (choice < state.experts)]] = True
         tables.cursor[LOG], tables.cursor[RESIDENT] = 0, int(state.resident)
         access(tables, self._planes, self._rules, layer, needed)
-        state.resident.fill_(int(tables.cursor[RESIDENT]))
         state.needed[layer] |= state.needed.new_tensor(needed)
-        rows = tables.log[: tables.cursor[LOG]]
-        if len(state.log):
-            told = int(state.told)
-            state.log[told : told + len(rows)] = state.log.new_tensor(rows)
-            state.told.add_(len(rows))
-        phases = _fill(schedule, rows, choice, layer * state.experts, state.experts)
-        for place, total in ((HITS, rows[:, 0] == HIT), (LOADS, rows[:, 0] == MISS), (EVICTIONS, rows[:, 0] == EVICT)):
-            state.tally[place] += int(total.sum())
-        state.tally[PHASES] += phases
+        rows = self._told()
+        state.tally[PHASES] += self._fill(schedule, rows, choice, layer * state.experts)
+
+    def bind(self, layer: int) -> None:
+        """`prefetch.run_layer` behind `access`. See the twin."""
+        if not self._rules.prefetch:
+            return
+        self._tables.cursor[LOG] = 0
+        if self._rules.rolling:
+            plan(self._tables, self._planes, self.state.demand[0].numpy(), self._rules, layer)
+        carry_out(self._tables, layer)
+        self._bound(layer)
 
     def close_step(self) -> None:
         """`Brain.end`: learn from the step."""
@@ -72,27 +131,75 @@ class Residency:
         self.state.needed.zero_()
         self.state.clock[1] = self._usage.step
 
+    def _told(self) -> npt.NDArray[np.int32]:
+        """The log rows since the last decision, counted and kept."""
+        tables, state = self._tables, self.state
+        state.resident.fill_(int(tables.cursor[RESIDENT]))
+        state.waiting.fill_(int(tables.cursor[PENDING]))
+        rows = tables.log[: tables.cursor[LOG]]
+        if len(state.log):
+            told = int(state.told)
+            state.log[told : told + len(rows)] = state.log.new_tensor(rows)
+            state.told.add_(len(rows))
+        kinds = ((HITS, HIT), (LOADS, MISS), (EVICTIONS, EVICT), (AHEAD, PREFETCH), (WASTES, WASTED))
+        for place, kind in kinds:
+            state.tally[place] += int((rows[:, 0] == kind).sum())
+        state.tally[FRESH] += int(((rows[:, 0] == HIT) & (rows[:, 4] == 1)).sum())
+        return rows
 
-def _fill(
-    schedule: Schedule, rows: npt.NDArray[np.int32], choice: npt.NDArray[np.int64], first: int, experts: int
-) -> int:
-    """Cut a layer's accesses into phases and write them down; how many phases beyond the first it took."""
-    turns = [row for row in rows.tolist() if row[0] in {HIT, MISS}]
-    phase_of, slot_of = np.full(experts + 1, -1), np.full(experts + 1, -1)
-    phase_of_turn: list[int] = []
-    phase, loads, begins = 0, 0, [0]
-    for kind, _, expert, slot, detail in turns:
-        if kind == MISS:
-            if detail >= 0 and phase_of_turn[detail] >= phase:
-                phase += 1
-                begins.append(loads)
-            schedule.src[loads], schedule.dst[loads] = first + expert, slot
-            loads += 1
-        phase_of[expert], slot_of[expert] = phase if kind == MISS else 0, slot
-        phase_of_turn.append(int(phase_of[expert]))
-    begins += [loads] * (schedule.phases + 1 - len(begins))
-    schedule.bounds.copy_(schedule.bounds.new_tensor(begins))
-    known = np.where((choice >= 0) & (choice < experts), choice, experts)
-    for number, table in enumerate(schedule.slots.numpy()):
-        table[:] = np.where(phase_of[known] == number, slot_of[known], -1)
-    return phase
+    def _bound(self, layer: int) -> None:
+        """Loads ahead that were just bound enter the ledger."""
+        begin = int(self.state.ledger.count)
+        for kind, of, expert, slot, _ in self._told().tolist():
+            if kind == WASTED:
+                self._call_off(slot)
+            elif kind == PREFETCH:
+                self.state.entry[slot] = self._enter(of * self.state.experts + expert, slot, -1)
+        self.state.ahead[layer + 1, 0], self.state.ahead[layer + 1, 1] = begin, int(self.state.ledger.count)
+
+    def _enter(self, flat: int, slot: int, prior: int) -> int:
+        ledger, load = self.state.ledger, int(self.state.ledger.count)
+        for name, value in ((SRC, flat), (DST, slot), (PRIOR, prior)):
+            ledger.table[name, load] = value
+        ledger.count.fill_(load + 1)
+        return load
+
+    def _call_off(self, slot: int) -> None:
+        """Nothing is ever half carried here: a load is there, or will not be begun."""
+        table, load = self.state.ledger.table, int(self.state.entry[slot])
+        if load >= 0:
+            table[CARRIED, load] = table[TAKEN, load]
+            assert table[TAKEN, load] == table[DONE, load]
+            table[TAKEN, load] += CALLED_OFF
+
+    def _fill(
+        self, schedule: Schedule, rows: npt.NDArray[np.int32], choice: npt.NDArray[np.int64], first: int
+    ) -> int:
+        """Cut a layer's accesses into phases and write them down; how many phases beyond the first it took."""
+        experts = self.state.experts
+        table_of, slot_of = np.full(experts + 1, -1), np.full(experts + 1, -1)
+        phase_of_turn: list[int] = []
+        late = [self.state.entry[row[3]].item() for row in rows.tolist() if row[0] == HIT and row[4]]
+        todo = [entry for entry in late if entry >= 0]
+        phase, begins = 0, [0]
+        for kind, _, expert, slot, detail in rows.tolist():
+            if kind == WASTED:
+                self._call_off(slot)
+            if kind not in {HIT, MISS}:
+                continue
+            if kind == MISS:
+                if detail >= 0 and phase_of_turn[detail] >= phase:
+                    phase += 1
+                    begins.append(len(todo))
+                todo.append(self._enter(first + expert, slot, -1))
+            waits = kind == MISS or (detail and self.state.entry[slot] >= 0)
+            here = phase if kind == MISS else 0
+            table_of[expert], slot_of[expert] = 1 + here if waits else 0, slot
+            phase_of_turn.append(here)
+        schedule.todo[: len(todo)] = schedule.todo.new_tensor(todo)
+        begins += [len(todo)] * (schedule.phases + 1 - len(begins))
+        schedule.bounds.copy_(schedule.bounds.new_tensor(begins))
+        known = np.where((choice >= 0) & (choice < experts), choice, experts)
+        for number, table in enumerate(schedule.slots.numpy()):
+            table[:] = np.where(table_of[known] == number, slot_of[known], -1)
+        return phase
