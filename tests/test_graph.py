@@ -11,7 +11,6 @@ from expertflow import LLM, SamplingParams
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.build import prepare
-from expertflow.engine.dense import DenseParts
 from expertflow.engine.plan import make_plan
 from expertflow.engine.rows import step_masks
 from expertflow.errors import BudgetError, ConfigError, DeviceError
@@ -111,12 +110,10 @@ def test_dense_kernels_compute_what_the_modules_do(
         with open_llm(folder, device, slots=1000) as llm:
             decoder = llm._offloaded._graphs()
             assert llm._offloaded._decoder is decoder
-            if dense:
-                kinds = get_layer_types_and_kwargs(llm._offloaded.model.config)[0]
-                windows = [None if kind == "full_attention" else 8 for kind in kinds]
-                decoder._dense = parts = DenseParts(llm._offloaded.model, llm._offloaded.skeleton, windows)
-                assert len(parts._attentions) == (0 if "deepseek" in model_type else len(kinds))
-                assert len(parts._norms) > len(kinds)
+            kinds, parts = get_layer_types_and_kwargs(llm._offloaded.model.config)[0], decoder._dense
+            assert len(parts._attentions) == (0 if "deepseek" in model_type else len(kinds))
+            assert len(parts._norms) > len(kinds)
+            decoder._dense = parts if dense else None
             found.append(logits_of(llm))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
@@ -219,7 +216,7 @@ def test_streams_side_by_side_do_not_disturb_one_another(make_checkpoint: MakeCh
 
 def test_what_cannot_be_a_graph_says_why(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """A graph that was asked for and cannot be had is an error; one that was hoped for is an event with the reason."""
-    with pytest.raises(ConfigError, match=r"plec.*ahead.*execution='auto'"):
+    with pytest.raises(ConfigError, match=r"plec.*no predictor.*execution='auto'"):
         open_llm(make_checkpoint("mixtral"), strategy="plec")
     with pytest.raises(ConfigError, match="one-hot"):
         open_llm(make_checkpoint("switch_transformers"))

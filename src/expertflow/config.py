@@ -72,8 +72,9 @@ class EngineConfig(_Checked):
     device: str = doc("auto, cuda or cpu", default="auto")
     dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16", default="auto")
     execution: str = doc(
-        "host (decides layer by layer), graph (a decode step is one CUDA graph that decides on the GPU), or auto",
-        default="host",
+        "graph (a decode step is one CUDA graph that decides on the GPU), host (decides layer by layer), or auto: graph on "
+        "CUDA where the family, the strategy and the budget allow it",
+        default="auto",
     )
     host_memory: str | int | None = doc("host memory the expert store may take; None: what is free now", default=None)
     progress: bool = doc("show progress bars on long work", default=False)

@@ -112,13 +112,16 @@ class CacheCounters:
             case EventKind.LAYER | EventKind.HOST | EventKind.PREDICTOR_OFF:
                 pass
 
-    def add(self, *, steps: int, hits: int, loads: int, evictions: int, row_bytes: int) -> None:
-        """Take totals that were counted elsewhere: on the device, where single events are not told."""
-        self.steps += steps
-        self.hits += hits
-        self.loads += loads
-        self.evictions += evictions
-        self.bytes_moved += loads * row_bytes
+    def add(self, *, row_bytes: int, **totals: int) -> None:
+        """Take totals that were counted elsewhere: on the device, where single events are not told.
+
+        Args:
+            row_bytes: one expert.
+            totals: what to add to the fields of these names.
+        """
+        for name, total in totals.items():
+            setattr(self, name, getattr(self, name) + total)
+        self.bytes_moved += (totals["loads"] + totals["prefetched"]) * row_bytes
 
     @property
     def accesses(self) -> int:

@@ -85,6 +85,10 @@ class Strategy:
         """The same row with a layer computed in few large waves, and as many slots left to each: what a CUDA graph can hold."""
         return replace(self, wave=DEVICE_WAVE, reserve=max(self.reserve, DEVICE_WAVE), joint=True)
 
+    def double_buffered(self) -> Self:
+        """The same row with turns of two: where copies run beside computation, one slot is filled while one is read."""
+        return replace(self, wave=max(self.wave, 2))
+
     def rules(self, layers: int, slots: int) -> Rules:
         """The numbers the core works with, for a model of `layers` and a pool of `slots`."""
         share = slots // layers if self.partition == "layer" and slots >= layers else slots

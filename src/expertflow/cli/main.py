@@ -104,7 +104,7 @@ def run(
         list[str] | None, typer.Option(help="Text that ends the generation; may be given several times.")
     ] = None,
     device: Device = "auto",
-    execution: Execution = "host",
+    execution: Execution = "auto",
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,
@@ -142,7 +142,7 @@ def plan(
     strategy: Strategy = None,
     predictor: Predictor = "auto",
     device: Device = "auto",
-    execution: Execution = "host",
+    execution: Execution = "auto",
     dtype: Dtype = "auto",
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,

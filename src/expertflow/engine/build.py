@@ -96,10 +96,18 @@ def prepare(
     if not strategy.predicted:
         _refuse_unused(predictor, config, strategy)
         predictor = None
-    device, own = resolve_device(config.device).type, forecast is not None or predictor is not None
-    no_graph = graph_refusal(skeleton, strategy, device, own_forecast=own)
-    plan = make_plan(config, shape, device, strategy.name, no_graph)
+    device = resolve_device(config.device).type
+    no_graph = graph_refusal(
+        skeleton, strategy, device, own_forecast=forecast is not None, predicted=predictor is not None
+    )
+    thinks = 0 if predictor is None else OnlinePredictor.nbytes(predictor, *_predictor_load(config))
+    plan = make_plan(config, shape, device, strategy.name, no_graph, predictor=thinks)
     return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor)
+
+
+def _predictor_load(config: EngineConfig) -> tuple[int, int, int]:
+    """Sequences the predictor remembers, how many step together, and the tokens of a pass."""
+    return _STREAMS * config.max_batch, config.max_batch, config.prefill_chunk
 
 
 def _choose_predictor(config: EngineConfig, folder: Path) -> Artifact | None:
@@ -165,13 +173,14 @@ class OffloadedModel:
         self.events.subscribe(self.counters.count)
         self.foresight: Foresight | None = None
         if prepared.predictor is not None:
-            online = OnlinePredictor(prepared.predictor, _STREAMS * plan.max_batch)
+            own = self.device if plan.execution == "graph" else torch.device("cpu")  # a graph cannot ask the host
+            online = OnlinePredictor(prepared.predictor, _predictor_load(config)[0], own)
             self.foresight = Foresight(online, self.events, aside=self.meter.aside)
         self.controller = CacheController(
             layers=plan.shape.layers,
             experts=plan.shape.experts,
             slots=plan.slots,
-            strategy=find_strategy(plan.strategy),
+            strategy=_on(self.device, find_strategy(plan.strategy)),
             row_bytes=plan.row,
             events=self.events,
             forecast=forecast or self.foresight,
@@ -222,7 +231,10 @@ class OffloadedModel:
         log = self.events.listeners > 1  # the counters alone are content with totals
         if self._decoder is None or self._decoder.experts.logs != log:
             self._decoder = None
-            held = Held(controller=self.controller, store=self.store, pool=self._pool, counters=self.counters)
+            held = Held(
+                controller=self.controller, store=self.store, pool=self._pool, transfer=self._transfer,
+                counters=self.counters, foresight=self.foresight,
+            )  # fmt: skip
             plan, mlp = self.plan, expert_mlp(self.skeleton)
             with torch.inference_mode(), self.meter.watch():
                 experts = DeviceExperts(mlp, held, plan.max_batch, plan.shape.top_k, log=log)
@@ -250,13 +262,18 @@ class OffloadedModel:
         if self._provider is None:
             return
         self.controller.close()
-        self._transfer.close()
+        self._transfer.settle()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         unbind_experts(self.model, self.skeleton)
         self._provider = self._decoder = None
         del self._transfer, self._pool
         self.store.close()
+
+
+def _on(device: torch.device, strategy: Strategy) -> Strategy:
+    """The row as the host execution runs it on a device: copies beside computation need two slots to take turns in."""
+    return strategy.double_buffered() if device.type == "cuda" else strategy
 
 
 def load_model(model: str | Path, config: EngineConfig, forecast: Forecast | None = None) -> OffloadedModel:

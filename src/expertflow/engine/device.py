@@ -1,10 +1,14 @@
 """The experts of a decode step, decided, fetched and computed on the device: no answer of the host is waited for.
 
-Stands in for provider and transfer while decode steps run as graphs. A layer: the router's choice goes to the residency
-kernel; then, phase by phase, missing rows are fetched and the pairs of the phase computed; then all pairs are added in
-ascending order of expert. Knows slots and kernels; refuses to know attention, tokens and requests.
+Stands in for provider and transfer while decode steps run as graphs. Before the first layer the predictor is asked and
+the step is planned; loads ahead begin on a line of their own. A layer: the router's choice goes to the residency kernel;
+what is resident is computed while what is missing is fetched; then, phase by phase, the rest; then all pairs are added in
+ascending order of expert. Loads whose slots the layer gave free follow behind it.
+Knows slots and kernels; refuses to know attention and requests.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,13 +17,27 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.strategy import Strategy
+from expertflow.engine.foresight import Foresight
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.kernels.backend import HAS_TRITON, backend
 from expertflow.kernels.reference import ExpertMlp, Workspace
-from expertflow.kernels.state import EVICTIONS, HITS, LOADS, CacheState, Schedule, refusal
+from expertflow.kernels.state import (
+    AHEAD,
+    BLIND,
+    EVICTIONS,
+    FRESH,
+    HITS,
+    LOADS,
+    WASTES,
+    CacheState,
+    Notes,
+    Schedule,
+    refusal,
+)
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
+from expertflow.memory.transfer import Transfer
 from expertflow.models.skeleton import Skeleton
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
@@ -48,7 +66,9 @@ def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
     )
 
 
-def graph_refusal(skeleton: Skeleton, strategy: Strategy, device: str, *, own_forecast: bool = False) -> str:
+def graph_refusal(
+    skeleton: Skeleton, strategy: Strategy, device: str, *, own_forecast: bool = False, predicted: bool = False
+) -> str:
     """Why decode steps cannot run as graphs; empty if they can.
 
     Args:
@@ -56,12 +76,13 @@ def graph_refusal(skeleton: Skeleton, strategy: Strategy, device: str, *, own_fo
         strategy: row of the strategy table.
         device: `cuda` or `cpu`.
         own_forecast: whether the caller's forecast replaces the strategy's.
+        predicted: whether a trained predictor does.
     """
     if device == "cuda" and not HAS_TRITON:
         return "Triton is not installed"
     if own_forecast:
         return "the forecast is the caller's own, which only the host can ask"
-    return refusal(strategy.on_device()) or _model_refusal(skeleton)
+    return refusal(strategy.on_device(), predicted=predicted) or _model_refusal(skeleton)
 
 
 def _model_refusal(skeleton: Skeleton) -> str:
@@ -79,14 +100,39 @@ def _model_refusal(skeleton: Skeleton) -> str:
     return ""
 
 
+class Lane:
+    """A line of work beside the main one: a CUDA stream; on a CPU there is only one line, and it is kept in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing queued."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What is queued inside runs behind all that was queued so far, and beside what the main line gets next."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """The main line goes on behind what is queued here."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What the device execution takes turns over with the host: the controller and where the rows are."""
+    """What the device execution takes turns over with the host: the controller, where the rows are, who moves them."""
 
     controller: CacheController
     store: HostStore
     pool: SlotPool
+    transfer: Transfer
     counters: CacheCounters
+    foresight: Foresight | None = None
 
 
 class DeviceExperts:
@@ -117,7 +163,12 @@ class DeviceExperts:
             strategy, held.controller.tables, device, log=log, future=held.controller.future
         )
         self._kernels = backend(device)
-        self._twin = self._kernels.residency(self.state)
+        self._seats = torch.arange(rows, device=device)
+        self._seated: list[int] = list(range(rows))
+        foresight = held.foresight
+        self._twin = self._kernels.residency(
+            self.state, None if foresight is None else Notes(routes=foresight.routes, seats=self._seats)
+        )
         self._work = Workspace.allocate(mlp, rows, top_k, device)
         self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
         self.live = torch.zeros(1, dtype=torch.int32, device=device)
@@ -128,17 +179,34 @@ class DeviceExperts:
         self.fixed = self.holds = False
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._padding = torch.zeros(0)
+        self._looks_ahead = strategy.prefetch != "none"
+        self._corrections, self._plans, self._ahead = Lane(device), Lane(device), Lane(device)
+
+    @property
+    def predicting(self) -> bool:
+        """Whether the predictor is asked in every step."""
+        return self._held.foresight is not None and self._held.foresight.failure is None
 
     def begin(self) -> None:
         """Take over from the host, between two steps, if that has not been done."""
         if self.holds:
             return
         self.steps, self.holds = 0, True
+        self._held.transfer.settle()
         self._held.controller.hand_over(self.state.load)
         state = self.state
         self.fixed = state.strategy.retain and int(state.resident) == state.slots == state.layers * state.experts
         if self.fixed:
             self._places[:, :-1] = state.slot_of
+
+    def seat(self, rows: int) -> None:
+        """Tell the step which sequences its rows are, for the predictor."""
+        if self._held.foresight is None:
+            return
+        seats = self._held.foresight.seats(rows)
+        if seats != self._seated[:rows]:
+            self._seated[:rows] = seats
+            self._seats[:rows].copy_(torch.tensor(seats))
 
     def end(self) -> None:
         """Give back to the host, between two steps, if that has not been done; tell what happened."""
@@ -152,9 +220,14 @@ class DeviceExperts:
                 steps=self.steps,
                 hits=tally[HITS],
                 loads=tally[LOADS],
+                prefetched=tally[AHEAD],
+                prefetch_hits=tally[FRESH],
+                wasted=tally[WASTES],
                 evictions=tally[EVICTIONS],
                 row_bytes=self._mlp.row_bytes,
             )
+        if tally[BLIND] and self._held.foresight is not None:
+            self._held.foresight.switch_off(self._held.controller.step, "its chances are no numbers")
         self.steps = 0
 
     def abandon(self) -> None:
@@ -171,13 +244,26 @@ class DeviceExperts:
         if rows not in self._schedules:
             self._schedules[rows] = replace(Schedule.allocate(self.state, rows, self._top_k), live=self.live)
 
-    def open_step(self, rows: int) -> None:
-        """A step of `rows` rows begins, of which `live` count."""
+    def open_step(self, tokens: Tensor) -> None:
+        """A step begins, of which `live` rows count: ask the predictor, plan, begin to load.
+
+        Args:
+            tokens: int64 `[B]`, fed in.
+        """
+        rows = len(tokens)
         self._schedule = self._schedules[rows]
         if self.fixed:
             self._padding = torch.arange(rows, device=self.live.device)[:, None] >= self.live
-        else:
-            self._twin.open_step()
+            return
+        foresight = self._held.foresight
+        if foresight is not None:
+            chances = foresight.ask(self._seats[:rows], tokens) if self.predicting else None
+            if chances is None:
+                self.state.known.zero_()
+            else:
+                self._twin.expect(chances, self.live)
+        self._twin.open_step()
+        self._load_ahead(0)
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
@@ -189,21 +275,46 @@ class DeviceExperts:
             kernels.expert_pairs(mlp, hidden, slots, pool, self._work)
         else:
             self._twin.run_layer(layer, index, schedule)
-            self._by_phases(schedule, hidden)
+            self._by_phases(layer, hidden, schedule)
         out = torch.empty_like(hidden)
         kernels.combine(self._work.parts, index, weights, self.state.experts, out)
+        if not self.fixed:
+            self._load_ahead(layer + 1)
         return out
 
-    def _by_phases(self, schedule: Schedule, hidden: Tensor) -> None:
-        kernels, mlp = self._kernels, self._mlp
-        host, pool = self._held.store.buffer, self._held.pool.buffer
+    def _by_phases(self, layer: int, hidden: Tensor, schedule: Schedule) -> None:
+        """Fetch and compute what `run_layer` decided; plan on beside it."""
+        kernels, mlp, pool = self._kernels, self._mlp, self._held.pool.buffer
+        loads = self._held.store.buffer, pool, self.state.ledger, schedule.todo
+        with self._corrections.work():
+            kernels.fetch_rows(*loads, schedule.bounds[:2])
+        if self._looks_ahead:
+            with self._plans.work():
+                self._twin.bind(layer)
+        kernels.expert_pairs(mlp, hidden, schedule.slots[0], pool, self._work)
+        self._corrections.join()
         for phase in range(schedule.phases):
-            kernels.fetch_rows(host, pool, schedule.src, schedule.dst, schedule.bounds[phase : phase + 2])
-            kernels.expert_pairs(mlp, hidden, schedule.slots[phase], pool, self._work)
+            if phase:
+                kernels.fetch_rows(*loads, schedule.bounds[phase : phase + 2])
+            kernels.expert_pairs(mlp, hidden, schedule.slots[1 + phase], pool, self._work)
+
+    def _load_ahead(self, place: int) -> None:
+        """Begin the loads that were bound at this place: before layer 0, or behind layer `place - 1`."""
+        if not self._looks_ahead:
+            return
+        if place:
+            self._plans.join()
+        state = self.state
+        with self._ahead.work():
+            self._kernels.fetch_rows(
+                self._held.store.buffer, self._held.pool.buffer, state.ledger, state.order, state.ahead[place], wait=False
+            )
 
     def close_step(self) -> None:
         """The step is over."""
         if not self.fixed:
+            if self._looks_ahead:
+                self._ahead.join()
             self._twin.close_step()
 
     def told(self) -> None:

@@ -1,7 +1,8 @@
 """The predictor in the engine: whose tokens come, what they will use, and what they really used.
 
 A forecast (`cache.forecast.Forecast`) on top of `predict.online`. It maps the batch's sequences to predictor rows,
-asks before every pass, and hands the true routing back behind it. If the predictor raises, it is switched off with a
+asks before every pass, and hands the true routing back behind it. Inside a captured step `ask` answers on the device, and
+the routing is noted there. If the predictor raises, it is switched off with a
 warning event and generation goes on: a forecast can cost bytes, never a token. Knows batches; refuses to know slots.
 """
 
@@ -39,7 +40,12 @@ class Foresight:
     Args:
         online: the predictor, a row for every sequence that may run at once.
         events: where it is told that the predictor was switched off.
-        aside: entered while the predictor works: it works in host memory, which is not the device's.
+        aside: entered while the predictor works: in host memory, which is not the device's, unless it is on the device.
+
+    Attributes:
+        artifact: what was trained.
+        routes: int32 `[C, L, K]` on the predictor's device, each row's experts in its last step; E where unknown.
+        failure: why it was switched off, or None.
     """
 
     per_token = True
@@ -57,7 +63,9 @@ class Foresight:
         self._layers, self._experts, self._top_k = shape
         self._owners = Owners()
         self._live: dict[int, int] = {}
-        self._last = self._unknown(online.rows)
+        self.routes = torch.full(
+            (online.rows, self._layers, self._top_k), self._experts, dtype=torch.int32, device=online.device
+        )
         self._asked = _Asked(np.zeros(0, dtype=np.int64), decoding=False)
         self.failure: str | None = None
 
@@ -85,10 +93,33 @@ class Foresight:
             with self._aside():
                 return work()
         except Exception as error:  # noqa: BLE001 - whatever a predictor raises, generation goes on without it
-            self.failure = f"{type(error).__name__}: {error}"
-            _LOG.warning("the predictor failed in step %d and is switched off: %s", step.number, self.failure)
-            self._events.emit(Event(EventKind.PREDICTOR_OFF, step.number, reason=self.failure))
+            self.switch_off(step.number, f"{type(error).__name__}: {error}")
             return None
+
+    def switch_off(self, step: int, reason: str) -> None:
+        """Ask it no more, and say why."""
+        self.failure = reason
+        _LOG.warning("the predictor failed in step %d and is switched off: %s", step, reason)
+        self._events.emit(Event(EventKind.PREDICTOR_OFF, step, reason=reason))
+
+    def seats(self, rows: int) -> list[int]:
+        """Predictor rows of a batch of `rows`: of the sequences that come, then of nobody; each once."""
+        seats = [self._live.get(number, NOBODY) for number in self._owners.coming.sequences]
+        free = (row for row in range(self._online.rows) if row not in self._live.values())
+        return [next(free) if row == NOBODY else row for row in seats] + [next(free) for _ in range(rows - len(seats))]
+
+    def ask(self, seats: Tensor, tokens: Tensor) -> Tensor | None:
+        """Before a step on the device: what each row will use, `[B, O, L, E]`; None once it is switched off.
+
+        Args:
+            seats: int64 `[B]`, predictor rows, each once.
+            tokens: int64 `[B]`, fed in.
+        """
+        return self._guarded(Step(-1), lambda: self._chances(seats, tokens))
+
+    def _chances(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        said = self._online.step(rows, tokens, self.routes[rows])
+        return torch.cat([said.demand[:, None], said.within], dim=1)
 
     def _house(self, coming: Coming) -> None:
         """Rows for the sequences that come; if there are too few, those that stepped longest ago are forgotten."""
@@ -102,14 +133,18 @@ class Foresight:
         free = iter(sorted(set(range(self._online.rows)) - set(self._live.values())))
         for number in new:
             self._live[number] = next(free)
+        self._clear([self._live[number] for number in new])  # rows of nobody may have been stepped as padding
 
     def _forget(self, numbers: list[int]) -> None:
         rows = [self._live.pop(number) for number in numbers]
+        self._clear(rows)
+        # the pass that is not learnt yet may have been theirs
+        self._asked.rows[np.isin(self._asked.rows, rows)] = NOBODY
+
+    def _clear(self, rows: list[int]) -> None:
         if rows:
             self._online.free(rows)
-            self._last[rows] = self._experts
-            # the pass that is not learnt yet may have been theirs
-            self._asked.rows[np.isin(self._asked.rows, rows)] = NOBODY
+            self.routes[rows] = self._experts
 
     def _outlook(self, step: Step) -> Outlook | None:
         self._asked = _Asked(np.zeros(0, dtype=np.int64), decoding=False)
@@ -128,28 +163,26 @@ class Foresight:
 
     def _decode(self, tokens: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """`[B, O, L, E]` of sequences that step by one token."""
-        said = self._online.step(self._tensor(rows), self._tensor(tokens), self._tensor(self._last[rows]))
-        both: npt.NDArray[np.float32] = torch.cat([said.demand[:, None], said.within], dim=1).cpu().numpy()
-        self._last[rows] = self._experts
-        return both
+        seats = self._tensor(rows)
+        said: npt.NDArray[np.float32] = self._chances(seats, self._tensor(tokens)).cpu().numpy()
+        self.routes[seats] = self._experts
+        return said
 
     def _learn(self, step: Step) -> None:
         asked = self._asked
         if step.tokens is None or len(asked.rows) != len(step.tokens):
             return
-        routes = self._unknown(len(step.tokens)) if step.routes is None else step.routes.astype(np.int64)
+        unknown = np.full((len(step.tokens), self._layers, self._top_k), self._experts)
+        routes = self._tensor(unknown if step.routes is None else step.routes).int()
         if asked.decoding:
-            alive = asked.rows != NOBODY
-            self._last[asked.rows[alive]] = routes[alive]
+            alive = np.flatnonzero(asked.rows != NOBODY)
+            self.routes[self._tensor(asked.rows[alive])] = routes[self._tensor(alive)]
             return
         for row in np.unique(asked.rows[asked.rows != NOBODY]).tolist():
-            own = asked.rows == row
-            before = np.concatenate([self._last[row][None], routes[own][:-1]])
-            self._online.observe(row, self._tensor(step.tokens[own]), self._tensor(before))
-            self._last[row] = routes[own][-1]
-
-    def _unknown(self, count: int) -> npt.NDArray[np.int64]:
-        return np.full((count, self._layers, self._top_k), self._experts, dtype=np.int64)
+            own = self._tensor(np.flatnonzero(asked.rows == row))
+            before = torch.cat([self.routes[row][None], routes[own][:-1]])
+            self._online.observe(row, self._tensor(step.tokens)[own], before.long())
+            self.routes[row] = routes[own][-1]
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self._online.device)

@@ -1,17 +1,18 @@
 """Decode steps as graphs: the whole step, routing included, is captured once a shape and replayed.
 
-A step reads its tokens from a fixed buffer and leaves logits in another; keys and values are in rows that never move
-(`engine.rows`), experts are decided on the device (`engine.device`). Captured once for each number of rows and of columns
-looked at, both rounded up to a few sizes; the first step of a shape runs eagerly and is captured behind. On a CPU
-every step runs eagerly: the same code without the capture. Prompts go through the host execution.
-Knows the model's forward; refuses to know requests and sampling.
+A step reads its tokens from a fixed buffer and leaves logits and the most probable tokens in others; the predictor, the
+plan and the loads of the experts are part of it (`engine.device`); keys and values are in rows that never move
+(`engine.rows`). Captured once for each number of rows and of columns looked at, both rounded up to a few sizes; the first
+step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
+Prompts go through the host execution.
+Knows the model's forward; refuses to know requests.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -44,7 +45,7 @@ class GraphDecoder:
         experts: of the steps.
         rows: sequences at most.
         length: tokens of a sequence at most.
-        dense: run attention and norms by our kernels instead of the model's own modules.
+        dense: run attention and norms by our kernels where a module is of a form they know; else by the model's own.
 
     Attributes:
         busy: whether a batch has its keys and values in the rows.
@@ -58,7 +59,7 @@ class GraphDecoder:
         rows: int,
         length: int,
         *,
-        dense: bool = False,
+        dense: bool = True,
     ) -> None:
         """Make the buffers that graphs point at."""
         config = skeleton.config.get_text_config(decoder=True)
@@ -76,10 +77,11 @@ class GraphDecoder:
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self.logits = torch.zeros(rows, int(config.vocab_size), dtype=dtype, device=device)
+        self.best = torch.zeros(rows, dtype=torch.long, device=device)
         windows = [None if kind == "full_attention" else window for kind in kinds]
         self._dense = DenseParts(model, skeleton, windows) if dense else None
         self._lengths: list[int] = []
-        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, bool, bool], torch.cuda.CUDAGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._whole = True
         self.busy = False
@@ -92,8 +94,13 @@ class GraphDecoder:
         self._place()
         self._whole = True
 
+    @property
+    def count(self) -> int:
+        """Sequences in the rows."""
+        return len(self._lengths)
+
     def _place(self) -> None:
-        count = len(self._lengths)
+        count = self.count
         self.positions.zero_()
         self.positions[:count] = torch.tensor(self._lengths, device=self.positions.device)
         self.experts.live.fill_(count)
@@ -112,6 +119,7 @@ class GraphDecoder:
         rows = round_up(count, 1, self._rows)
         columns = round_up(max(self._lengths) + 1, min(LEAST_COLUMNS, self._length), self._length)
         self.tokens[:count].copy_(torch.tensor(tokens))
+        self.experts.seat(rows)
         self._whole = False
         self.launch(rows, columns)
         self._lengths = [length + 1 for length in self._lengths]
@@ -121,7 +129,7 @@ class GraphDecoder:
 
     def launch(self, rows: int, columns: int) -> None:
         """Run a step over what the buffers hold: replay its graph, or run it and capture it for the next time."""
-        shape = rows, columns, self.experts.fixed
+        shape = rows, columns, self.experts.fixed, self.experts.predicting
         graph = self._graphs.get(shape)
         if graph is not None:
             graph.replay()
@@ -151,7 +159,7 @@ class GraphDecoder:
         self.cache.decode(positions, columns)
         masks = step_masks(positions, columns, self._windows, self.logits.dtype)
         by_kind = dict(zip(self._kinds, masks, strict=True))
-        self.experts.open_step(rows)
+        self.experts.open_step(self.tokens[:rows])
         out: Any = self.model.forward(  # not a call: its hooks begin a step of the host execution
             input_ids=self.tokens[:rows, None],
             attention_mask=by_kind if len(by_kind) > 1 else masks[0],
@@ -162,6 +170,7 @@ class GraphDecoder:
         )
         self.experts.close_step()
         self.logits[:rows].copy_(out.logits[:, -1])
+        torch.argmax(self.logits[:rows], dim=-1, out=self.best[:rows])
         positions.add_(1)
 
     def end(self) -> None:
@@ -217,6 +226,10 @@ class GraphBatch:
             self._decoder.begin(self._lengths)
             self._begun = True
         return self._decoder.step(tokens)
+
+    def best(self) -> Int[Tensor, " B"] | None:
+        """The most probable next tokens, if the last step has them ready."""
+        return self._decoder.best[: self._decoder.count] if self._begun else None
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:

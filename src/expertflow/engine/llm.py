@@ -257,7 +257,10 @@ class LLM:
         with self._offloaded.meter.watch():
             logits = batch.prefill() if tokens is None else batch.decode(tokens)
             chosen = choose_all(
-                logits, [request.params for request in running], [request.generator for request in running]
+                logits,
+                [request.params for request in running],
+                [request.generator for request in running],
+                batch.best(),
             )
         return [request.append(token) for request, token in zip(running, chosen, strict=True)]
 

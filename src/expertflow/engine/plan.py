@@ -44,6 +44,7 @@ class Plan:
         prefill_chunk: tokens of a prefill pass.
         host: the expert store in host memory.
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
+        predictor: weights, state and working memory of the predictor, where it is on the device.
         why_host: why the host decides although a graph was hoped for; empty if it was not, or if a graph it is.
     """
 
@@ -61,6 +62,7 @@ class Plan:
     prefill_chunk: int
     host: int
     graph: int = 0
+    predictor: int = 0
     why_host: str = ""
 
     @property
@@ -76,7 +78,7 @@ class Plan:
     @property
     def fixed(self) -> int:
         """Device memory of everything but the slots."""
-        return self.dense + self.kv + self.workspace + self.graph
+        return self.dense + self.kv + self.workspace + self.graph + self.predictor
 
     @property
     def total(self) -> int:
@@ -99,7 +101,9 @@ class Plan:
         return self.slots / self.shape.total_experts
 
 
-def make_plan(config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str = "") -> Plan:
+def make_plan(  # noqa: PLR0913 - all facts of a run
+    config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str = "", *, predictor: int = 0
+) -> Plan:
     """Turn a wish into numbers.
 
     Args:
@@ -108,6 +112,7 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str, strategy: st
         device: `cuda` or `cpu`, resolved.
         strategy: name of the row, resolved.
         no_graph: why decode steps cannot run as graphs; empty if they can.
+        predictor: bytes a predictor takes where it works; in the host execution that is host memory.
 
     Raises:
         BudgetError: if the budget cannot hold even one slot, or not the slots asked for; names the least that works.
@@ -116,17 +121,19 @@ def make_plan(config: EngineConfig, shape: ModelShape, device: str, strategy: st
     if config.execution == "graph" and no_graph:
         raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
     if config.execution == "graph":
-        return _plan(config, shape, device, strategy, graph=True)
+        return _plan(config, shape, device, strategy, graph=True, predictor=predictor)
     hoped = config.execution == "auto" and device == "cuda"
     if hoped and not no_graph:
         try:
-            return _plan(config, shape, device, strategy, graph=True)
+            return _plan(config, shape, device, strategy, graph=True, predictor=predictor)
         except BudgetError as error:
             no_graph = f"the budget holds no captured steps, {format_bytes(error.least_bytes)} would"
     return replace(_plan(config, shape, device, strategy, graph=False), why_host=no_graph if hoped else "")
 
 
-def _plan(config: EngineConfig, shape: ModelShape, device: str, strategy: str, *, graph: bool) -> Plan:
+def _plan(  # noqa: PLR0913 - as `make_plan`
+    config: EngineConfig, shape: ModelShape, device: str, strategy: str, *, graph: bool, predictor: int = 0
+) -> Plan:
     max_length = _max_length(config, shape)
     row = RowLayout.of(shape.specs).row_bytes
     kv = (shape.row_bytes(max_length) if graph else shape.kv_bytes(max_length)) * config.max_batch
@@ -141,7 +148,8 @@ def _plan(config: EngineConfig, shape: ModelShape, device: str, strategy: str, *
             "Leave the budget out and state slots.",
         )
     steps = graph_bytes(shape, config.max_batch, max_length, device) if graph else 0
-    fixed = shape.dense_bytes + kv + workspace + steps
+    thinks = predictor if graph and device == "cuda" else 0
+    fixed = shape.dense_bytes + kv + workspace + steps + thinks
     slots = _slots(config, shape, row, fixed, budget)
     return Plan(
         shape=shape,
@@ -158,6 +166,7 @@ def _plan(config: EngineConfig, shape: ModelShape, device: str, strategy: str, *
         prefill_chunk=config.prefill_chunk,
         host=row * shape.total_experts,
         graph=steps,
+        predictor=thinks,
     )
 
 

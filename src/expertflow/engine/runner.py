@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
@@ -21,6 +21,9 @@ class Batch(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence; logits of the next."""
+
+    def best(self) -> Int[Tensor, " B"] | None:
+        """The most probable next tokens, if the last step has them ready."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only, in this order."""
@@ -89,6 +92,9 @@ class DecoderBatch:
         self._positions = self._positions + 1
         return self._forward(ids, self._positions, self._mask)
 
+    def best(self) -> None:
+        """Not computed on the way."""
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the other sequences' keys, values and masks."""
         index = torch.tensor(rows, device=self._mask.device)
@@ -133,6 +139,9 @@ class EncoderDecoderBatch:
     def decode(self, tokens: Sequence[int]) -> Float[Tensor, "B V"]:
         """Run one token a sequence through the decoder."""
         return self._forward(tokens)
+
+    def best(self) -> None:
+        """Not computed on the way."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the other sequences' caches and encoder states."""

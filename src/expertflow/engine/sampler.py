@@ -7,7 +7,7 @@ the host, so that neither the device nor the rest of the batch changes what is d
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from expertflow.config import SamplingParams
@@ -19,7 +19,10 @@ def make_generator(params: SamplingParams) -> torch.Generator:
 
 
 def choose_all(
-    logits: Float[Tensor, "B V"], params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+    logits: Float[Tensor, "B V"],
+    params: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator],
+    best: Int[Tensor, " B"] | None = None,
 ) -> list[int]:
     """Pick a token of every sequence; greedy ones wait for the device once, all together.
 
@@ -27,11 +30,12 @@ def choose_all(
         logits: of all sequences.
         params: one a sequence.
         generators: one a sequence; see `choose`.
+        best: the most probable tokens, if they are known already.
     """
     greedy = [p.temperature == 0 for p in params]
-    best = logits.argmax(dim=-1).tolist() if any(greedy) else []
+    first = (logits.argmax(dim=-1) if best is None else best).tolist() if any(greedy) else []
     return [
-        best[row] if greedy[row] else choose(logits[row], params[row], generators[row]) for row in range(len(params))
+        first[row] if greedy[row] else choose(logits[row], params[row], generators[row]) for row in range(len(params))
     ]
 
 

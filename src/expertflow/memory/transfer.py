@@ -26,7 +26,7 @@ class Transfer(Protocol):
     def release(self, slot: int) -> None:
         """Computation queued so far is the last that reads the slot; a copy may follow it."""
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Wait until nothing is under way."""
 
 
@@ -47,7 +47,7 @@ class PlainTransfer:
     def release(self, slot: int) -> None:
         """Nothing to order."""
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Nothing is under way."""
 
 
@@ -79,6 +79,6 @@ class StreamTransfer:
         """Mark the current stream's position as the last that reads the slot."""
         self._released[slot].record(torch.cuda.current_stream())
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Wait for the copy stream."""
         self._stream.synchronize()

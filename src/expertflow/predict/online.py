@@ -18,7 +18,10 @@ from torch.nn import functional
 from expertflow.errors import PredictorError
 from expertflow.predict.artifact import Artifact
 from expertflow.predict.draft import Draft, look_up
-from expertflow.predict.model import Predictor, State
+from expertflow.predict.model import Predictor, State, empty_state
+
+_SLACK = 4096
+"""Bytes an allocator may add to a tensor, and then some."""
 
 
 class Prediction(NamedTuple):
@@ -48,6 +51,25 @@ class OnlinePredictor:
         self.artifact = artifact.to(self.device)
         self._model: Predictor = artifact.model  # type: ignore[assignment]  # what every kind offers
         self.state: State = self._model.fresh(rows, self.device)
+
+    @staticmethod
+    def nbytes(artifact: Artifact, rows: int, batch: int, chunk: int) -> int:
+        """Upper bound on the device memory of one: what a planner counts.
+
+        Args:
+            artifact: trained predictor.
+            rows: sequences that may live at once.
+            batch: sequences that step together at most.
+            chunk: tokens of a prefill pass at most.
+        """
+        config = artifact.config
+        held = [*artifact.model.state_dict().values(), *artifact.memory.state_dict().values(), artifact.calibration]
+        state = empty_state(config, rows, torch.device("meta"))
+        plane = config.layers * config.experts * 4
+        sources = 2 * config.heads + len(config.decays)
+        # a step: sources, their logarithms and sums, logits, memory rows, chances; a prompt: chances, memory rows, marks
+        step, prompt = batch * plane * (6 * sources + 40), chunk * plane * 14
+        return sum(t.nbytes for t in (*held, *state)) + max(step, prompt) + _SLACK * (len(held) + len(state))
 
     @torch.inference_mode()
     def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Float[Tensor, "B L E"]:
