@@ -12,7 +12,7 @@ import triton.language as tl
 
 from expertflow.cache.horizon import HORIZONS
 from expertflow.cache.policy import DISCOUNT, FADE, GRAIN, HIDDEN, MIX
-from expertflow.kernels.state import BLIND, CONSTANT, RECORDED, UNKNOWN
+from expertflow.kernels.state import BLIND, CONSTANT, RECORDED, STEPS_KNOWN, UNKNOWN
 
 _NEW = tl.constexpr(1 - FADE[0])
 _NEW_STEADY = tl.constexpr(1 - FADE[1])
@@ -29,6 +29,7 @@ _DISCOUNT = tl.constexpr(DISCOUNT)
 _LOG_DISCOUNT = tl.constexpr(math.log(DISCOUNT))
 _HIDDEN = tl.constexpr(HIDDEN)
 _GRAIN = tl.constexpr(GRAIN)
+_FURTHER = tl.constexpr(STEPS_KNOWN - 1)
 _BLIND = tl.constexpr(BLIND)
 _H1, _H2, _H3, _H4 = (tl.constexpr(horizon) for horizon in HORIZONS)
 
@@ -125,14 +126,13 @@ def open_step(
         slow = tl.load(steady + at, mask=mask, other=0.0) * _NEW_STEADY
         faded = _MIX_FADE * fast + _REST_FADE * slow
         mean = _MIX * fast + _REST * slow
-        further = planes - 1
         if POLICY == _DISCOUNTED:
             worth, using, resting = _worth(mean), _worth(faded + _GAIN), _worth(faded)
-            while further >= 1:
-                then = tl.load(demand + further * layers * experts + at, mask=mask, other=0.0)
-                using = then + (1.0 - then) * _DISCOUNT * using
-                resting = then + (1.0 - then) * _DISCOUNT * resting
-                further -= 1
+            for less in tl.static_range(_FURTHER):
+                further = _FURTHER - less
+                then = tl.load(demand + further * layers * experts + at, mask=mask & (further < planes), other=0.0)
+                using = tl.where(further < planes, then + (1.0 - then) * _DISCOUNT * using, using)
+                resting = tl.where(further < planes, then + (1.0 - then) * _DISCOUNT * resting, resting)
             gain = worth
             if planes > 0:
                 worth = chance + (1.0 - chance) * _DISCOUNT * resting
@@ -140,10 +140,11 @@ def open_step(
             wait, using, resting, gain = _as_gap(worth), _as_gap(using), _as_gap(resting), _as_gap(gain)
         else:
             wait, using, resting = _gap(mean), _gap(faded + _GAIN), _gap(faded)
-            while further >= 1:
-                then = tl.load(demand + further * layers * experts + at, mask=mask, other=0.0)
-                using, resting = (1.0 - then) * (1.0 + using), (1.0 - then) * (1.0 + resting)
-                further -= 1
+            for less in tl.static_range(_FURTHER):
+                further = _FURTHER - less
+                then = tl.load(demand + further * layers * experts + at, mask=mask & (further < planes), other=0.0)
+                using = tl.where(further < planes, (1.0 - then) * (1.0 + using), using)
+                resting = tl.where(further < planes, (1.0 - then) * (1.0 + resting), resting)
             if planes > 0:
                 wait = (1.0 - chance) * (1.0 + resting)
             gain = wait

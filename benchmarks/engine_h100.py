@@ -1,0 +1,483 @@
+"""The cache engine at full size: every strategy as whole-step CUDA graphs, beside all-resident, Belady and the link.
+
+Shape `q`: Qwen3-MoE, 12 layers x 128 experts top-8, hidden 2048, expert width 768; random bf16 weights, random tokens.
+Shape `g`: gpt-oss-20b, 24 layers x 32 experts top-4, hidden 2880; random weights, tokens and the router's choices
+replayed from a recorded trace of sequences that the predictor has not seen.
+
+For each batch the all-resident graph runs first; its keys and values, tokens and routing are the truth for the others,
+which begin at step `BEGIN` of it with what had been observed by then. Each row: milliseconds a step (3 windows), loads,
+loads ahead and wasted, GB/s over the link, beside the link's time for the bytes and the all-resident step. Checked in every
+row: every token and the logits of some steps, bit for bit, and the measured peak against the plan.
+
+Usage: python benchmarks/engine_h100.py --shape q --out FILE
+       python benchmarks/engine_h100.py --shape g --trace TEST.trace --predictor FOLDER --out FILE
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+import triton
+from torch import Tensor, nn
+from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
+
+from expertflow import __version__
+from expertflow.cache.controller import CacheController
+from expertflow.cache.core import RESIDENT
+from expertflow.cache.strategy import STRATEGIES, Strategy
+from expertflow.config import EngineConfig
+from expertflow.engine.device import DeviceExperts, Held, expert_mlp
+from expertflow.engine.foresight import Foresight
+from expertflow.engine.graph import GraphDecoder
+from expertflow.engine.plan import Plan, make_plan
+from expertflow.events import CacheCounters, EventStream
+from expertflow.kernels.state import AHEAD, FRESH, HITS, LOADS, WASTES
+from expertflow.memory.layout import RowLayout
+from expertflow.memory.slots import SlotPool
+from expertflow.memory.store import HostStore
+from expertflow.memory.transfer import PlainTransfer
+from expertflow.models.load import bind_experts, unbind_experts
+from expertflow.models.shape import ModelShape, shape_of
+from expertflow.models.skeleton import Skeleton, build_skeleton
+from expertflow.predict.artifact import Artifact, load_artifact
+from expertflow.predict.online import OnlinePredictor
+from expertflow.sim.workload import Workload, live_sequences
+from expertflow.trace.format import load_trace
+from expertflow.trace.owners import Coming
+
+LENGTH, BEGIN, WINDOWS = 512, 100, 3
+"""Columns of keys and values, the step the measured rows begin at, and windows timed."""
+CHECKED = (0, 1, 2, 5, 10)
+"""Steps, counted from `BEGIN`, whose logits are compared bit for bit; tokens of all steps are."""
+LINK, MEMORY = 50.6e9, 3.0e12
+"""Bytes a second: zero-copy fetch and device memory at their best, from kernels_h100.json."""
+SEED = 11
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+RESIDENT_ROW = "resident"
+ROWS: dict[str, Strategy] = {
+    **STRATEGIES,
+    "plec-keep": replace(STRATEGIES["plec"], name="plec-keep", prefetch="none"),
+}
+"""The strategy table, and plec without its loads ahead."""
+ORDER = "plec,lru-global,lru,oracle-step,next-use,oracle,plec-keep,pregated,on-demand,ring"
+
+
+def make_config(shape: str, *, tiny: bool) -> PreTrainedConfig:
+    """The model's sizes."""
+    if shape == "q":
+        sizes = {"num_hidden_layers": 12, "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128,
+                 "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 32000,
+                 "intermediate_size": 6144}  # fmt: skip
+        small = {**TINY, "moe_intermediate_size": 32, "num_experts": 16, "head_dim": 16}
+        common = {"num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False}
+        return Qwen3MoeConfig(max_position_embeddings=4096, **common, **(small if tiny else sizes))
+    small = {**TINY, "intermediate_size": 32, "head_dim": 16, "vocab_size": 8192}
+    sizes = {"hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8,
+             "head_dim": 64, "vocab_size": 201088}  # fmt: skip
+    common = {"num_local_experts": 32, "num_experts_per_tok": 4, "pad_token_id": 0}
+    return GptOssConfig(**common, **{**(small if tiny else sizes), "num_hidden_layers": 24})
+
+
+class ReplayRouter(nn.Module):
+    """A router that computes its choice and then says what was recorded."""
+
+    def __init__(self, router: nn.Module) -> None:
+        """Stand in for `router`."""
+        super().__init__()
+        self.router = router
+        self.routes = self.step = torch.zeros(0)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As GPT-OSS's router; the experts are those of the running step."""
+        logits, scores, index = self.router(hidden)
+        return logits, scores, self.routes.index_select(0, self.step)[0].to(index.dtype)
+
+
+@dataclass
+class World:
+    """What every row shares: the model without experts, and all rows in host memory."""
+
+    skeleton: Skeleton
+    model: Any
+    shape: ModelShape
+    store: HostStore
+    device: torch.device
+    predictor: Artifact | None = None
+    routers: list[ReplayRouter] = field(default_factory=list)
+
+
+def make_world(shape: str, device: torch.device, *, tiny: bool) -> World:
+    """Random weights: the model's on the device, the experts' in host memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_config(shape, tiny=tiny).save_pretrained(folder)
+        skeleton = build_skeleton(Path(folder), "bfloat16")
+    torch.manual_seed(SEED)
+    model: Any = skeleton.model.to(torch.bfloat16).to_empty(device=device).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+    rotary = type(model.model.rotary_emb)(skeleton.config)
+    model.model.rotary_emb = rotary.to(device)
+    layout = RowLayout.of(skeleton.specs)
+    store = HostStore(layout, len(skeleton.expert_modules) * skeleton.experts, pin=device.type == "cuda")
+    store.lock()  # before it is filled: rows then come from the device at the link's speed
+    for row in range(len(store.buffer)):
+        values = torch.randn(layout.row_bytes // 2, device=device, dtype=torch.bfloat16) * 0.02
+        store.row(row).copy_(values.view(torch.uint8))
+    world = World(skeleton, model, shape_of(skeleton), store, device)
+    if shape == "g":
+        for layer in model.model.layers:
+            layer.mlp.router = ReplayRouter(layer.mlp.router)
+            world.routers.append(layer.mlp.router)
+    return world
+
+
+@dataclass
+class Truth:
+    """What the all-resident run did, a batch.
+
+    Attributes:
+        tokens: int64 `[N, B]` on the device, fed in.
+        sequences: `[N, B]`, whose they are.
+        routes: `[N, B, L, K]`, the experts they used.
+        best: int64 `[N, B]`, the most probable next tokens.
+        logits: of the `CHECKED` steps.
+        cache: keys and values of all steps, layer by layer, in host memory.
+        ms: milliseconds a step, window by window.
+    """
+
+    tokens: Tensor
+    sequences: npt.NDArray[np.int64]
+    routes: npt.NDArray[np.uint8]
+    best: Tensor
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    cache: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    ms: list[float] = field(default_factory=list)
+
+    @property
+    def needed(self) -> npt.NDArray[np.bool_]:
+        """`[N, L, E]`, the distinct experts of each step."""
+        steps, _, layers, _ = self.routes.shape
+        marks = np.zeros((steps, layers, self.experts), dtype=np.bool_)
+        np.put_along_axis(marks, self.routes.transpose(0, 2, 1, 3).reshape(steps, layers, -1).astype(np.int64), True, 2)  # noqa: FBT003
+        return marks
+
+    experts: int = 0
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One configuration. Lists hold one number a window."""
+
+    slots: int
+    strategy: str
+    batch: int
+    budget_bytes: int
+    peak_bytes: int = 0
+    tokens_equal: bool = True
+    logits_equal: bool = True
+    resident_ms: float = 0.0
+    ms: list[float] = field(default_factory=list)
+    needed: list[float] = field(default_factory=list)
+    corrections: list[float] = field(default_factory=list)
+    ahead: list[float] = field(default_factory=list)
+    ahead_used: list[float] = field(default_factory=list)
+    wasted: list[float] = field(default_factory=list)
+
+    def line(self, row_bytes: int) -> str:
+        """For people."""
+        ms, ahead, corrections = (statistics.median(numbers) for numbers in (self.ms, self.ahead, self.corrections))
+        loads = ahead + corrections
+        link = loads * row_bytes / LINK * 1e3
+        idle = max(0.0, 1 - (self.resident_ms + link) / ms)
+        return (
+            f"{self.slots:5d} {self.strategy:11s} B={self.batch:<2d} {self.batch / ms * 1e3:7.1f} tok/s {ms:7.2f} ms "
+            f"({min(self.ms):.2f}-{max(self.ms):.2f}) loads {corrections:6.1f}+{ahead:5.1f} ahead, "
+            f"{statistics.median(self.wasted):4.1f} vain, of {statistics.median(self.needed):6.1f}; "
+            f"link {loads * row_bytes / ms / 1e6:4.1f} GB/s; bounds: link {link:6.2f} resident {self.resident_ms:5.2f} ms; "
+            f"idle {idle:4.1%}  {'exact' if self.tokens_equal and self.logits_equal else 'WRONG'} "
+            f"{self.peak_bytes / 2**30:.2f}{'<=' if self.peak_bytes <= self.budget_bytes else '>'}{self.budget_bytes / 2**30:.2f} GiB"
+        )
+
+
+def fill(controller: CacheController, pool: SlotPool, store: HostStore) -> None:
+    """Everything resident: row i in slot i."""
+    tables, count = controller.tables, len(store.buffer)
+    tables.slot_of[:] = np.arange(count).reshape(tables.slot_of.shape)
+    tables.owner[:] = np.arange(count)
+    tables.held[:] = tables.slot_of.shape[1]
+    tables.newer[count] = tables.older[count] = count
+    tables.cursor[RESIDENT] = count
+    pool.buffer.copy_(store.buffer)
+
+
+class Run:
+    """One configuration at work."""
+
+    def __init__(self, world: World, slots: int, strategy: Strategy, batch: int, future: Any, *, resident: bool) -> None:
+        """Allocate what the plan counts."""
+        self.world, self.batch = world, batch
+        pool = SlotPool(world.store.layout, slots, world.device)
+        shape = world.shape
+        self.controller = CacheController(
+            layers=shape.layers, experts=shape.experts, slots=slots, strategy=strategy,
+            row_bytes=world.store.layout.row_bytes, events=EventStream(), future=future,
+        )  # fmt: skip
+        if resident:
+            fill(self.controller, pool, world.store)
+        self.foresight: Foresight | None = None
+        if strategy.predicted:
+            assert world.predictor is not None
+            self.foresight = Foresight(OnlinePredictor(world.predictor, 2 * batch, world.device), EventStream())
+        held = Held(
+            controller=self.controller, store=world.store, pool=pool, transfer=PlainTransfer(world.store, pool),
+            counters=CacheCounters(), foresight=self.foresight,
+        )  # fmt: skip
+        self.experts = DeviceExperts(expert_mlp(world.skeleton), held, batch, shape.top_k, log=False)
+        self.decoder = GraphDecoder(world.model, world.skeleton, self.experts, batch, LENGTH)
+        self.step = torch.zeros(1, dtype=torch.long, device=world.device)
+        bind_experts(world.model, world.skeleton, None)
+
+    def start(self, position: int, routes: npt.NDArray[np.uint8] | None) -> None:
+        """All sequences at this position; replayed routing if there is some."""
+        cache = self.decoder.cache
+        cache.restart(self.batch)
+        self.decoder._lengths = [position] * self.batch  # noqa: SLF001 - keys and values are there already
+        self.decoder._place()  # noqa: SLF001
+        self.step.fill_(position)
+        if self.world.routers and routes is not None:
+            chosen = torch.from_numpy(routes.astype(np.int64)).to(self.world.device)
+            for layer, router in enumerate(self.world.routers):
+                router.routes, router.step = chosen[:, :, layer].contiguous(), self.step
+        self.experts.begin()
+
+    def go(self, tokens: Tensor) -> None:
+        """One step."""
+        self.decoder.tokens.copy_(tokens)
+        self.decoder.launch(self.batch, LENGTH)
+        self.step.add_(1)
+
+    def close(self) -> None:
+        """Give everything back."""
+        unbind_experts(self.world.model, self.world.skeleton)
+        self.decoder._graphs.clear()  # noqa: SLF001
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def sync(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(device: torch.device, steps: int, step: Callable[[], None]) -> float:
+    """Milliseconds a step."""
+    sync(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    sync(device)
+    return (time.perf_counter() - began) / steps * 1e3
+
+
+@torch.inference_mode()
+def find_truth(world: World, batch: int, steps: int, tokens: Tensor, workload: Workload | None) -> Truth:
+    """The all-resident graph, step by step; once more for its time."""
+    run = Run(world, world.shape.total_experts, STRATEGIES["next-use"], batch, None, resident=True)
+    layers, top_k = world.shape.layers, world.shape.top_k
+    seen = torch.zeros(layers, batch, top_k, dtype=torch.uint8, device=world.device)
+    compute = run.experts.run
+
+    def watch(layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        seen[layer].copy_(index)
+        return compute(layer, hidden, index, weights)
+
+    run.experts.run = watch  # type: ignore[method-assign]
+    routes = None if workload is None else workload.trace.rows.experts[workload.members[:steps]].astype(np.uint8)
+    sequences = np.tile(np.arange(batch), (steps, 1))
+    if workload is not None:
+        sequences = workload.trace.rows.sequence[workload.members[:steps]].astype(np.int64)
+    run.start(0, routes)
+    truth = Truth(tokens, sequences, np.zeros((steps, batch, layers, top_k), np.uint8), torch.zeros_like(tokens))
+    for number in range(steps):
+        run.go(tokens[number])
+        truth.best[number] = run.decoder.best
+        truth.routes[number] = seen.transpose(0, 1).cpu().numpy()
+        if number - BEGIN in CHECKED:
+            truth.logits[number - BEGIN] = run.decoder.logits.cpu().clone()
+    truth.experts = world.shape.experts
+    truth.cache = [(layer.keys.cpu(), layer.values.cpu()) for layer in run.decoder.cache.layers]
+    run.experts.run = compute  # type: ignore[method-assign]
+    run.decoder._graphs.clear()  # noqa: SLF001 - without the watcher
+    run.start(BEGIN, routes)
+    run.go(tokens[BEGIN])
+    span = min(60, (steps - BEGIN - 1) // WINDOWS)
+    truth.ms = [timed(world.device, span, lambda: run.go(tokens[BEGIN])) for _ in range(WINDOWS)]
+    run.close()
+    return truth
+
+
+def remember(run: Run, truth: Truth) -> None:
+    """What had been observed by step `BEGIN`: usage, and the predictor's state of the sequences that live then."""
+    controller = run.controller
+    usage = controller._brain.usage  # noqa: SLF001 - as if the steps had been run
+    for needed in truth.needed[:BEGIN]:
+        usage.learn(needed)
+    if run.foresight is None:
+        return
+    run.foresight.expect(Coming(truth.sequences[BEGIN - 1].tolist()))
+    for column, seat in enumerate(run.foresight.seats(run.batch)):
+        mine = truth.sequences[:BEGIN, column] == truth.sequences[BEGIN - 1, column]
+        tokens = truth.tokens[:BEGIN, column][torch.from_numpy(mine).to(truth.tokens.device)]
+        used = torch.from_numpy(truth.routes[:BEGIN, column][mine].astype(np.int64)).to(tokens.device)
+        nobody = torch.full_like(used[:1], truth.experts)
+        run.foresight._online.observe(seat, tokens, torch.cat([nobody, used[:-1]]))  # noqa: SLF001
+        run.foresight.routes[seat] = used[-1].int()
+
+
+@torch.inference_mode()
+def measure(world: World, plan: Plan, row: Row, truth: Truth, seconds: float) -> None:
+    """One configuration."""
+    device = world.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    strategy = ROWS[row.strategy]
+    run = Run(world, row.slots, strategy, row.batch, truth.needed if strategy.needs_future else None, resident=False)
+    for layer, (keys, values) in zip(run.decoder.cache.layers, truth.cache, strict=True):
+        layer.lazy_initialization(keys[:, :, :1].to(device), values[:, :, :1].to(device))
+        layer.keys.copy_(keys)
+        layer.values.copy_(values)
+    remember(run, truth)
+    run.start(BEGIN, truth.routes)
+    state, count = run.experts.state, BEGIN
+    best = torch.zeros_like(truth.best)
+
+    def go() -> None:
+        nonlocal count
+        if run.foresight is not None:
+            run.foresight.expect(Coming(truth.sequences[count].tolist()))
+            run.experts.seat(row.batch)
+        run.go(truth.tokens[count])
+        best[count] = run.decoder.best
+        count += 1
+
+    began = time.perf_counter()
+    for number in range({1: 40, 4: 20}.get(row.batch, 12)):
+        go()
+        if number in CHECKED:
+            row.logits_equal &= torch.equal(run.decoder.logits.cpu(), truth.logits[number])
+    sync(device)
+    left = len(truth.tokens) - count
+    pace = (time.perf_counter() - began) / (count - BEGIN)
+    steps = int(min(max(seconds / pace, 3), 60, left // WINDOWS))
+    state.take_tally()
+    for _ in range(WINDOWS):
+        row.ms.append(timed(device, steps, go))
+        tally = state.take_tally()
+        row.corrections.append(tally[LOADS] / steps)
+        row.ahead.append(tally[AHEAD] / steps)
+        row.ahead_used.append(tally[FRESH] / steps)
+        row.wasted.append(tally[WASTES] / steps)
+        row.needed.append((tally[LOADS] + tally[HITS]) / steps)
+    row.tokens_equal = torch.equal(best[BEGIN:count], truth.best[BEGIN:count])
+    row.resident_ms = statistics.median(truth.ms)
+    if run.foresight is not None and run.foresight.failure:
+        raise SystemExit(f"the predictor failed: {run.foresight.failure}")
+    if device.type == "cuda":
+        row.peak_bytes = torch.cuda.max_memory_allocated() + run.decoder.pool_bytes
+    run.close()
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=["q", "g"], default="q")
+    parser.add_argument("--out", type=Path, default=Path("engine.json"))
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--predictor", type=Path)
+    parser.add_argument("--batches", default="1,4,8,16")
+    parser.add_argument("--strategies", default=ORDER)
+    parser.add_argument("--shares", default="", help="slots as shares of all experts")
+    parser.add_argument("--steps", type=int, default=340)
+    parser.add_argument("--seconds", type=float, default=0.35, help="of a window")
+    parser.add_argument("--deadline", type=float, default=1e9, help="stop measuring then, seconds")
+    return parser.parse_args()
+
+
+def main() -> None:  # noqa: PLR0914 - a script
+    """Measure, print a table, write the numbers."""
+    began, options = time.perf_counter(), read_options()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = make_world(options.shape, device, tiny=device.type == "cpu")
+    world.predictor = None if options.predictor is None else load_artifact(options.predictor)
+    shape, total = world.shape, world.shape.total_experts
+    batches = [int(text) for text in options.batches.split(",")]
+    shares = options.shares or {"q": "0.5,0.25", "g": "0.25,0.5,0.125"}[options.shape]
+    names = [n for n in options.strategies.split(",") if world.predictor is not None or not ROWS[n].predicted]
+    trace = None if options.trace is None else load_trace(options.trace).without("repetition")
+    truths = {}
+    for batch in batches:
+        workload, steps = None, options.steps
+        if trace is not None:
+            workload = live_sequences(trace, batch)
+            steps = min(steps, len(workload))
+            tokens = torch.from_numpy(trace.rows.tokens[workload.members[:steps]].astype(np.int64)).to(device)
+        else:
+            random = torch.Generator().manual_seed(SEED)
+            tokens = torch.randint(3, shape.vocabulary, (steps, 16), generator=random)[:, :batch].contiguous().to(device)
+        truths[batch] = find_truth(world, batch, steps, tokens, workload)
+        print(f"{time.perf_counter() - began:4.0f} s  resident B={batch:<2d}", [round(ms, 3) for ms in truths[batch].ms], flush=True)
+    thinks = 0
+    rows, stopped = [], False
+    for share in shares.split(","):
+        for batch in batches:
+            for name in names:
+                if time.perf_counter() - began > options.deadline:
+                    stopped = True
+                    continue
+                slots = int(total * float(share))
+                if world.predictor is not None and ROWS[name].predicted:
+                    thinks = OnlinePredictor.nbytes(world.predictor, 2 * batch, batch, 1)
+                wish = EngineConfig(slots=slots, max_batch=batch, max_length=LENGTH, execution="graph")
+                plan = make_plan(wish, shape, device.type, name, predictor=thinks if ROWS[name].predicted else 0)
+                row = Row(slots=slots, strategy=name, batch=batch, budget_bytes=plan.total)
+                measure(world, plan, row, truths[batch], options.seconds)
+                rows.append(row)
+                print(f"{time.perf_counter() - began:4.0f} s {row.line(plan.row)}", flush=True)
+    about = {
+        "benchmark": "engine", "shape": options.shape, "date": time.strftime("%Y-%m-%d"), "seed": SEED,
+        "config": {name: str(value) for name, value in vars(options).items() if name != "out"} | {"length": LENGTH, "begin": BEGIN},
+        "machine": {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "cores": torch.get_num_threads()},
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
+                     "transformers": transformers.__version__, "expertflow": __version__},
+        "row_bytes": world.store.layout.row_bytes, "dense_bytes": shape.dense_bytes, "experts": total,
+        "bounds": {"link_bytes_per_second": LINK, "memory_bytes_per_second": MEMORY},
+        "resident_ms": {str(batch): truth.ms for batch, truth in truths.items()}, "complete": not stopped,
+    }  # fmt: skip
+    options.out.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    world.store.close()
+    bad = [r for r in rows if not (r.tokens_equal and r.logits_equal and r.peak_bytes <= r.budget_bytes)]
+    if bad:
+        raise SystemExit(f"{len(bad)} rows are not exact, or over their budget")
+
+
+if __name__ == "__main__":
+    main()
