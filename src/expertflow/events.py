@@ -4,7 +4,7 @@ Knows what can happen; refuses to know who listens. With no listener an event co
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -112,16 +112,10 @@ class CacheCounters:
             case EventKind.LAYER | EventKind.HOST | EventKind.PREDICTOR_OFF:
                 pass
 
-    def add(self, *, row_bytes: int, **totals: int) -> None:
-        """Take totals that were counted elsewhere: on the device, where single events are not told.
-
-        Args:
-            row_bytes: one expert.
-            totals: what to add to the fields of these names.
-        """
-        for name, total in totals.items():
-            setattr(self, name, getattr(self, name) + total)
-        self.bytes_moved += (totals["loads"] + totals["prefetched"]) * row_bytes
+    def add(self, more: "CacheCounters") -> None:
+        """Take totals that were counted elsewhere: on the device, where single events are not told."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(more, field.name))
 
     @property
     def accesses(self) -> int:

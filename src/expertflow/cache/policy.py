@@ -183,7 +183,7 @@ DISCOUNT = 0.7
 """What a use one step later is worth; .5 to .85 differ little, see docs/lab-notes.md."""
 GRAIN = 2.0**20
 """Fineness of ranks that come from a logarithm, so that NumPy and a GPU agree on them."""
-HIDDEN = 0.15
+HIDDEN = 0.3
 """Share of a load's time that running ahead is taken to hide; measured, see docs/lab-notes.md."""
 MIX = 0.3
 """Weight of `Usage.recent` beside `Usage.steady`; measured, see docs/lab-notes.md."""

@@ -24,6 +24,7 @@ from expertflow.kernels.reference import ExpertMlp, Workspace
 from expertflow.kernels.state import (
     AHEAD,
     BLIND,
+    BLOCKS,
     EVICTIONS,
     FRESH,
     HITS,
@@ -109,7 +110,7 @@ class Lane:
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """What is queued inside runs behind all that was queued so far, and beside what the main line gets next."""
+        """What is queued inside runs behind all that the current line was given, and beside what it is given next."""
         if self._stream is None:
             yield
             return
@@ -118,7 +119,7 @@ class Lane:
             yield
 
     def join(self) -> None:
-        """The main line goes on behind what is queued here."""
+        """The current line goes on behind what is queued here."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
@@ -217,14 +218,16 @@ class DeviceExperts:
         tally = self.state.take_tally()
         if not self.logs:
             self._held.counters.add(
-                steps=self.steps,
-                hits=tally[HITS],
-                loads=tally[LOADS],
-                prefetched=tally[AHEAD],
-                prefetch_hits=tally[FRESH],
-                wasted=tally[WASTES],
-                evictions=tally[EVICTIONS],
-                row_bytes=self._mlp.row_bytes,
+                CacheCounters(
+                    steps=self.steps,
+                    hits=tally[HITS],
+                    loads=tally[LOADS],
+                    prefetched=tally[AHEAD],
+                    prefetch_hits=tally[FRESH],
+                    wasted=tally[WASTES],
+                    evictions=tally[EVICTIONS],
+                    bytes_moved=tally[BLOCKS] * self._mlp.row_bytes // self._kernels.blocks_of(self._mlp.row_bytes),
+                )
             )
         if tally[BLIND] and self._held.foresight is not None:
             self._held.foresight.switch_off(self._held.controller.step, "its chances are no numbers")
@@ -255,15 +258,16 @@ class DeviceExperts:
         if self.fixed:
             self._padding = torch.arange(rows, device=self.live.device)[:, None] >= self.live
             return
-        foresight = self._held.foresight
-        if foresight is not None:
-            chances = foresight.ask(self._seats[:rows], tokens) if self.predicting else None
-            if chances is None:
-                self.state.known.zero_()
-            else:
-                self._twin.expect(chances, self.live)
-        self._twin.open_step()
-        self._load_ahead(0)
+        with self._plans.work():  # beside the first layer's attention
+            foresight = self._held.foresight
+            if foresight is not None:
+                chances = foresight.ask(self._seats[:rows], tokens) if self.predicting else None
+                if chances is None:
+                    self.state.known.zero_()
+                else:
+                    self._twin.expect(chances, self.live)
+            self._twin.open_step()
+            self._load_ahead(0)
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
@@ -274,11 +278,13 @@ class DeviceExperts:
             slots = torch.take(self._places[layer], index).masked_fill_(self._padding, -1)
             kernels.expert_pairs(mlp, hidden, slots, pool, self._work)
         else:
+            self._plans.join()
             self._twin.run_layer(layer, index, schedule)
             self._by_phases(layer, hidden, schedule)
         out = torch.empty_like(hidden)
         kernels.combine(self._work.parts, index, weights, self.state.experts, out)
-        if not self.fixed:
+        if not self.fixed and self._looks_ahead:
+            self._plans.join()
             self._load_ahead(layer + 1)
         return out
 
@@ -302,8 +308,6 @@ class DeviceExperts:
         """Begin the loads that were bound at this place: before layer 0, or behind layer `place - 1`."""
         if not self._looks_ahead:
             return
-        if place:
-            self._plans.join()
         state = self.state
         with self._ahead.work():
             self._kernels.fetch_rows(
@@ -312,10 +316,11 @@ class DeviceExperts:
 
     def close_step(self) -> None:
         """The step is over."""
-        if not self.fixed:
-            if self._looks_ahead:
-                self._ahead.join()
-            self._twin.close_step()
+        if self.fixed:
+            return
+        if self._looks_ahead:
+            self._ahead.join()
+        self._twin.close_step()
 
     def told(self) -> None:
         """A step was carried out; with a log, tell its events (this waits for the device)."""

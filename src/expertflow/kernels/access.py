@@ -31,6 +31,12 @@ def tell(log, row, kind, layer, expert, slot, detail, mask):
 
 
 @triton.jit
+def add_to(total, amount):
+    """Raise a total; nobody waits for what it was."""
+    tl.atomic_add(total, amount.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
 def call_off(ledger, entries, entry, place):
     """The load ahead into a slot is not wanted any more: nobody takes on more of it.
 
@@ -59,19 +65,25 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     infinite = tl.full([1], float("inf"), tl.float64)
     column, other, pair = tl.arange(0, EP), tl.arange(0, LP), tl.arange(0, NP)
     base = layer * experts
+    # whatever is read without knowing who is needed, at once: reads behind writes would wait for one another
+    mine = column < experts
+    count = tl.load(live)
+    choice = tl.load(ids + pair, mask=pair < pairs, other=experts).to(tl.int32)
+    slot = tl.load(slot_of + base + column, mask=mine, other=-1)
+    wanted = tl.load(used + base + column, mask=mine, other=0.0)
+    resting = tl.load(unused + base + column, mask=mine, other=0.0)
+    new = tl.load(fresh + base + column, mask=mine, other=0) != 0
+    holding, first, allowed = tl.load(held + layer), tl.load(filled), tl.load(share + layer)
     # who is needed
-    alive = (pair < pairs) & (pair // top_k < tl.load(live))
-    choice = tl.load(ids + pair, mask=alive, other=experts).to(tl.int32)
-    alive = alive & (choice >= 0) & (choice < experts)
+    alive = (pair < pairs) & (pair // top_k < count) & (choice >= 0) & (choice < experts)
+    count = tl.load(resident)
     if NOTE:
         seat = tl.load(seats + pair // top_k, mask=pair < pairs, other=0)
         noted = tl.where(alive, choice, experts)
         tl.store(routes + (seat * layers + layer) * top_k + pair % top_k, noted, mask=pair < pairs)
     tl.store(needed + base + choice, tl.full([NP], 1, tl.uint8), mask=alive)
     tl.debug_barrier()
-    mine = column < experts
     need = tl.load(needed + base + column, mask=mine, other=0) != 0
-    slot = tl.load(slot_of + base + column, mask=mine, other=-1)
     hit = need & (slot >= 0)
     missing = need & (slot < 0)
     hits = tl.sum(hit.to(tl.int32), 0)
@@ -80,18 +92,15 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     turn_at = tl.where(hit, slot, -1)  # where each needed expert is when its turn comes
     phase_at = tl.where(hit, 0, -1)
     table_at = phase_at  # hits that wait for nothing are in a table of their own, before the phases
-    new = hit & False
     awaited = 0
     if PREFETCH:
-        new = tl.load(fresh + base + column, mask=mine, other=0) != 0
         tl.store(pinned + base + column, tl.zeros([EP], tl.uint8), mask=mine)
         under_way = tl.load(entry + slot, mask=hit & new, other=-1)
         late = under_way >= 0
         awaited = tl.sum(late.to(tl.int32), 0)
         tl.store(todo + tl.cumsum(late.to(tl.int32), 0) - 1, under_way, mask=late)
         table_at = tl.where(late, 1, table_at)
-    wanted = tl.load(used + base + column, mask=mine, other=0.0)
-    after = tl.where(need, wanted, tl.load(unused + base + column, mask=mine, other=0.0))
+    after = tl.where(need, wanted, resting)
     row = 0
     if LOG:
         row = tl.load(told)
@@ -100,15 +109,12 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         row += 1 + hits
     found = tl.sum((new & hit).to(tl.int32), 0)
     new = new & (need == 0)
-    phase, evictions, wasted, broken = 0, 0, 0, 0
-    count = tl.load(resident)
-    holding = tl.load(held + layer)
-    first = tl.load(filled)
+    phase = hits * 0
+    evictions, wasted, broken = phase, phase, phase
     tl.store(bounds, 0)
     if loads > 0:
         lows = tl.load(low + other, mask=other < layers, other=float("inf"))
         at_low = tl.load(lowest + other, mask=other < layers, other=0)
-        allowed = tl.load(share + layer)
         if JOINT:
             ranks = tl.where((slot >= 0) & (need == 0), after, infinite)
         else:
@@ -233,14 +239,14 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     tl.store(lowest + layer, tl.argmin(ranks, 0).to(tl.int32))
     tl.store(held + layer, holding)
     tl.store(resident, count)
-    tl.store(tally + _HITS, tl.load(tally + _HITS) + hits)
-    tl.store(tally + _LOADS, tl.load(tally + _LOADS) + loads)
-    tl.store(tally + _EVICTIONS, tl.load(tally + _EVICTIONS) + evictions)
-    tl.store(tally + _PHASES, tl.load(tally + _PHASES) + phase)
+    add_to(tally + _HITS, hits)
+    add_to(tally + _LOADS, loads)
+    add_to(tally + _EVICTIONS, evictions)
+    add_to(tally + _PHASES, phase)
     if PREFETCH:
         tl.store(fresh + base + column, new.to(tl.uint8), mask=mine)
-        tl.store(tally + _FRESH, tl.load(tally + _FRESH) + found)
-        tl.store(tally + _WASTES, tl.load(tally + _WASTES) + wasted)
+        add_to(tally + _FRESH, found)
+        add_to(tally + _WASTES, wasted)
     if (phase >= PHASES) | (broken > 0):  # never, by `phase_bound`; an expert would be skipped: it must not go unseen
         tl.store(tally + _BROKEN, 1)
     if LOG:

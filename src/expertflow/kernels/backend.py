@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from expertflow.kernels import dense_reference, reference, residency_reference
-from expertflow.kernels.state import CacheState
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
@@ -23,7 +22,8 @@ class Backend:
     expert_pairs: Callable[..., None]
     combine: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
     fetch_rows: Callable[..., None]
-    residency: Callable[[CacheState], Any]
+    blocks_of: Callable[[int], int]
+    residency: Callable[..., Any]
     decode_attention: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
 
@@ -35,6 +35,7 @@ def backend(device: torch.device) -> Backend:
             experts.expert_pairs,
             experts.combine,
             fetch.fetch_rows,
+            fetch.blocks_of,
             residency.Residency,
             dense.decode_attention,
             dense.rms_norm,
@@ -43,6 +44,7 @@ def backend(device: torch.device) -> Backend:
         reference.expert_pairs,
         reference.combine,
         reference.fetch_rows,
+        reference.blocks_of,
         residency_reference.Residency,
         dense_reference.decode_attention,
         dense_reference.rms_norm,

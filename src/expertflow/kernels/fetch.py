@@ -62,6 +62,17 @@ def _fetch_kernel(
                 place += 1
 
 
+def blocks_of(row_bytes: int) -> int:
+    """Blocks that `fetch_rows` carries a row in."""
+    row = row_bytes // WORD.itemsize
+    return int(triton.cdiv(row, _block(row, BLOCK_BYTES)))
+
+
+def _block(row: int, block_bytes: int) -> int:
+    """Words of a block of a row of `row` words."""
+    return min(block_bytes // WORD.itemsize, int(triton.next_power_of_2(row)))
+
+
 def fetch_rows(
     host: Tensor, pool: Tensor, ledger: Ledger, todo: Tensor, bounds: Tensor, programs: int = 8, *, wait: bool = True
 ) -> None:
@@ -95,7 +106,7 @@ def launch_fetch(  # noqa: PLR0913, PLR0917 - every choice given
 ) -> None:
     """`fetch_rows` with every choice given; loads are ledger, todo and bounds."""
     row = host.shape[1] // WORD.itemsize
-    block = min(block_bytes // WORD.itemsize, int(triton.next_power_of_2(row)))
+    block = _block(row, block_bytes)
     ledger, todo, bounds = loads
     _fetch_kernel[(programs,)](
         host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, ledger.entries,

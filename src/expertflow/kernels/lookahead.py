@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from expertflow.cache.core import EVICT, PREFETCH, WASTED
-from expertflow.kernels.access import call_off, tell
+from expertflow.kernels.access import add_to, call_off, tell
 from expertflow.kernels.state import AHEAD, BROKEN, EVICTIONS, WASTES
 
 _PREFETCH, _EVICT, _WASTED = (tl.constexpr(kind) for kind in (PREFETCH, EVICT, WASTED))
@@ -56,7 +56,7 @@ def _bind(
     load = tl.load(filled)
     begin = load
     column = tl.arange(0, EP)
-    evictions, wasted = 0, 0
+    evictions, wasted = load * 0, load * 0
     while index < count:
         flat, slot, after = tl.load(pending + 3 * index), tl.load(pending + 3 * index + 1), tl.load(pending + 3 * index + 2)
         if after > now:
@@ -111,9 +111,9 @@ def _bind(
         index += 1
     tl.store(waiting, kept)
     tl.store(filled, tl.minimum(load, entries))
-    tl.store(tally + _AHEAD, tl.load(tally + _AHEAD) + load - begin)
-    tl.store(tally + _EVICTIONS, tl.load(tally + _EVICTIONS) + evictions)
-    tl.store(tally + _WASTES, tl.load(tally + _WASTES) + wasted)
+    add_to(tally + _AHEAD, load - begin)
+    add_to(tally + _EVICTIONS, evictions)
+    add_to(tally + _WASTES, wasted)
     return begin, load, row
 
 

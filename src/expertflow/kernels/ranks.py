@@ -12,7 +12,7 @@ import triton.language as tl
 
 from expertflow.cache.horizon import HORIZONS
 from expertflow.cache.policy import DISCOUNT, FADE, GRAIN, HIDDEN, MIX
-from expertflow.kernels.state import BLIND, CONSTANT, RECORDED, STEPS_KNOWN, UNKNOWN
+from expertflow.kernels.state import BLIND, BLOCKS, CONSTANT, RECORDED, STEPS_KNOWN, UNKNOWN
 
 _NEW = tl.constexpr(1 - FADE[0])
 _NEW_STEADY = tl.constexpr(1 - FADE[1])
@@ -30,7 +30,7 @@ _LOG_DISCOUNT = tl.constexpr(math.log(DISCOUNT))
 _HIDDEN = tl.constexpr(HIDDEN)
 _GRAIN = tl.constexpr(GRAIN)
 _FURTHER = tl.constexpr(STEPS_KNOWN - 1)
-_BLIND = tl.constexpr(BLIND)
+_BLIND, _BLOCKS = tl.constexpr(BLIND), tl.constexpr(BLOCKS)
 _H1, _H2, _H3, _H4 = (tl.constexpr(horizon) for horizon in HORIZONS)
 
 
@@ -56,7 +56,7 @@ def _as_gap(worth):
 @triton.jit(do_not_specialize=["layers", "experts", "steps", "entries", "slots"])
 def open_step(
     slot_of, last_use, count, recent, steady, used, unused, limit, demand, known, pinned, fresh, rank, low, lowest,
-    clock, future, following, ledger, filled, entry, ahead, waiting,
+    clock, future, following, ledger, filled, entry, ahead, waiting, tally,
     layers, experts, steps, entries, slots,
     POLICY: tl.constexpr, SOURCE: tl.constexpr, PREFETCH: tl.constexpr, EP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -77,10 +77,14 @@ def open_step(
     zero = tl.zeros([EP], tl.int32)
     begin = layer * tl.cdiv(entries, layers)
     end = tl.minimum(begin + tl.cdiv(entries, layers), entries)
+    blocks = zero
     while begin < end:  # nothing of any load is taken, or there
+        done = ledger + 3 * entries + begin + column
+        blocks += tl.load(done, mask=begin + column < end, other=0)
+        tl.store(done, zero, mask=begin + column < end)
         tl.store(ledger + 2 * entries + begin + column, zero, mask=begin + column < end)
-        tl.store(ledger + 3 * entries + begin + column, zero, mask=begin + column < end)
         begin += EP
+    tl.atomic_add(tally + _BLOCKS, tl.sum(blocks, 0).to(tl.int64), sem="relaxed")
     if PREFETCH:
         begin = layer * tl.cdiv(slots, layers)
         end = tl.minimum(begin + tl.cdiv(slots, layers), slots)

@@ -29,6 +29,7 @@ from expertflow.kernels.ledger import CALLED_OFF, CARRIED, DONE, DST, PRIOR, SRC
 from expertflow.kernels.state import (
     AHEAD,
     BLIND,
+    BLOCKS,
     CONSTANT,
     EVICTIONS,
     FRESH,
@@ -77,6 +78,7 @@ class Residency:
         for kept, made in zip(self._planes, state.strategy.policy(self._usage, outlook), strict=True):
             kept[:] = made
         state.demand[0] = 0 if outlook is None else state.demand.new_tensor(outlook.demand[0])
+        state.tally[BLOCKS] += state.ledger.table[DONE].sum()
         state.ledger.renew()
         state.ledger.count.zero_()
         state.entry.fill_(-1)

@@ -20,12 +20,13 @@ from expertflow.cache.forecast import LayerOrder, Recorded, Step, next_uses
 from expertflow.cache.horizon import HORIZONS
 from expertflow.cache.policy import Policy, Usage, belady, discounted_use, layer_order, lfu, lru, next_use
 from expertflow.cache.strategy import Setting, Strategy
-from expertflow.kernels.ledger import Ledger
+from expertflow.kernels.ledger import DONE, Ledger
 
 POLICIES: dict[Policy, int] = {lru: 0, lfu: 1, next_use: 2, belady: 3, discounted_use: 4, layer_order: 5}
 """Policies with a device twin, by the number the kernels know them by."""
-HITS, LOADS, EVICTIONS, PHASES, BROKEN, AHEAD, FRESH, WASTES, BLIND = range(9)
-"""Places in `CacheState.tally`; FRESH are hits that a load ahead brought, BLIND steps whose forecast was no number."""
+HITS, LOADS, EVICTIONS, PHASES, BROKEN, AHEAD, FRESH, WASTES, BLIND, BLOCKS = range(10)
+"""Places in `CacheState.tally`; FRESH are hits that a load ahead brought, BLIND steps whose forecast was no number, BLOCKS
+what was carried of all loads (a load that was called off is not carried whole)."""
 UNKNOWN, RECORDED, CONSTANT, GIVEN = range(4)
 """Where a step's demand comes from: nowhere, a recording, one that says the same at every step, or whoever writes it
 into `CacheState.demand`."""
@@ -163,7 +164,7 @@ class CacheState:
         entry: int32 `[S]`, this step's load ahead into the slot, or -1.
         ahead: int32 `[L + 1, 2]`, entries of the ledger that were bound behind layer l - 1: the first, and one past the last.
         order: int32 `[N]`, 0, 1, 2, ...: the ledger as a list of its own.
-        tally: int64 `[9]`, totals since the last `take_tally`, and whether a layer took more phases than its bound.
+        tally: int64 `[10]`, totals since the last `take_tally`, and whether a layer took more phases than its bound.
         log: int32 `[R, 5]`, log rows as `core.tell` writes them; R = 0 keeps none.
         told: int32 `[1]`, log rows written.
         future: uint8 `[N, L, E]`, the recording that demand is read from.
@@ -270,7 +271,7 @@ class CacheState:
             entry=room(torch.int32, slots),
             ahead=room(torch.int32, layers + 1, 2),
             order=torch.arange(entries, dtype=torch.int32, device=device),
-            tally=room(torch.int64, 9),
+            tally=room(torch.int64, 10),
             log=room(torch.int32, rows if log else 0, 5),
             told=room(torch.int32, 1),
             future=torch.from_numpy(recorded.astype(np.uint8)).to(device),
@@ -331,7 +332,9 @@ class CacheState:
 
     @torch.inference_mode()
     def take_tally(self) -> list[int]:
-        """The totals since the last call, see `HITS`."""
+        """The totals since the last call, between two steps; see `HITS`."""
+        self.tally[BLOCKS] += self.ledger.table[DONE].sum()
+        self.ledger.table[DONE] = 0
         totals: list[int] = self.tally.tolist()
         self.tally.zero_()
         assert not totals[BROKEN], "a layer took more phases than `phase_bound` allows, or found no slot for a load"
