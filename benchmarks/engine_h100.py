@@ -43,7 +43,10 @@ from expertflow.engine.foresight import Foresight
 from expertflow.engine.graph import GraphDecoder
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.events import CacheCounters, EventStream
-from expertflow.kernels.state import AHEAD, FRESH, HITS, LOADS, WASTES
+from expertflow.kernels.backend import backend
+from expertflow.kernels.fetch import fetch_rows
+from expertflow.kernels.ledger import Ledger
+from expertflow.kernels.state import AHEAD, BLOCKS, FRESH, HITS, LOADS, WASTES
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
@@ -57,10 +60,19 @@ from expertflow.sim.workload import Workload, live_sequences
 from expertflow.trace.format import load_trace
 from expertflow.trace.owners import Coming
 
-LENGTH, BEGIN, WINDOWS = 512, 100, 3
+LENGTH, BEGIN, WINDOWS = 512, 60, 3
 """Columns of keys and values, the step the measured rows begin at, and windows timed."""
+STEPS = {
+    "q": {1: (60, 40), 4: (60, 30), 8: (40, 15), 16: (10, 4)},
+    "g": {1: (20, 15), 4: (8, 5), 8: (5, 3), 16: (4, 2)},
+}
+"""By shape and batch: steps before the windows, and steps of a window. The same for every strategy, and so the same tokens."""
+SOME, SOME_SHARE = ("on-demand", "pregated", "ring", "plec-keep"), "0.25"
+"""Strategies that batches of 8 and 16 get at one share of slots only: their steps are the longest."""
 CHECKED = (0, 1, 2, 5, 10)
 """Steps, counted from `BEGIN`, whose logits are compared bit for bit; tokens of all steps are."""
+PROBED = 8
+"""Rows fetched to see how fast the link is at the moment."""
 LINK, MEMORY = 50.6e9, 3.0e12
 """Bytes a second: zero-copy fetch and device memory at their best, from kernels_h100.json."""
 SEED = 11
@@ -197,18 +209,20 @@ class Row:
     ahead: list[float] = field(default_factory=list)
     ahead_used: list[float] = field(default_factory=list)
     wasted: list[float] = field(default_factory=list)
+    carried: list[float] = field(default_factory=list)
+    probe_gbps: list[float] = field(default_factory=list)
 
     def line(self, row_bytes: int) -> str:
         """For people."""
         ms, ahead, corrections = (statistics.median(numbers) for numbers in (self.ms, self.ahead, self.corrections))
-        loads = ahead + corrections
+        loads, probe = statistics.median(self.carried), statistics.median(self.probe_gbps)
         link = loads * row_bytes / LINK * 1e3
         idle = max(0.0, 1 - (self.resident_ms + link) / ms)
         return (
             f"{self.slots:5d} {self.strategy:11s} B={self.batch:<2d} {self.batch / ms * 1e3:7.1f} tok/s {ms:7.2f} ms "
             f"({min(self.ms):.2f}-{max(self.ms):.2f}) loads {corrections:6.1f}+{ahead:5.1f} ahead, "
             f"{statistics.median(self.wasted):4.1f} vain, of {statistics.median(self.needed):6.1f}; "
-            f"link {loads * row_bytes / ms / 1e6:4.1f} GB/s; bounds: link {link:6.2f} resident {self.resident_ms:5.2f} ms; "
+            f"link {loads * row_bytes / ms / 1e6:4.1f} GB/s (probe {probe:.1f}); bounds: link {link:6.2f} resident {self.resident_ms:5.2f} ms; "
             f"idle {idle:4.1%}  {'exact' if self.tokens_equal and self.logits_equal else 'WRONG'} "
             f"{self.peak_bytes / 2**30:.2f}{'<=' if self.peak_bytes <= self.budget_bytes else '>'}{self.budget_bytes / 2**30:.2f} GiB"
         )
@@ -227,6 +241,9 @@ def fill(controller: CacheController, pool: SlotPool, store: HostStore) -> None:
 
 class Run:
     """One configuration at work."""
+
+    spare = torch.zeros(0)
+    """Room that is fetched into to see how fast the link is."""
 
     def __init__(self, world: World, slots: int, strategy: Strategy, batch: int, future: Any, *, resident: bool) -> None:
         """Allocate what the plan counts."""
@@ -270,6 +287,19 @@ class Run:
         self.decoder.tokens.copy_(tokens)
         self.decoder.launch(self.batch, LENGTH)
         self.step.add_(1)
+
+    def probe(self) -> float:
+        """GB/s that a fetch of a few rows reaches now; run before a slot is filled."""
+        if self.world.device.type != "cuda":
+            return 0.0
+        rows = torch.arange(PROBED, dtype=torch.int32, device=self.world.device)
+        ledger, bounds = Ledger.of(rows, rows), torch.tensor([0, PROBED], dtype=torch.int32, device=self.world.device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        fetch_rows(self.world.store.buffer, self.spare, ledger, rows, bounds)
+        end.record()
+        torch.cuda.synchronize()
+        return PROBED * self.world.store.layout.row_bytes / begin.elapsed_time(end) / 1e6
 
     def close(self) -> None:
         """Give everything back."""
@@ -328,7 +358,7 @@ def find_truth(world: World, batch: int, steps: int, tokens: Tensor, workload: W
     run.decoder._graphs.clear()  # noqa: SLF001 - without the watcher
     run.start(BEGIN, routes)
     run.go(tokens[BEGIN])
-    span = min(60, (steps - BEGIN - 1) // WINDOWS)
+    span = STEPS["g" if world.routers else "q"][batch][1]
     truth.ms = [timed(world.device, span, lambda: run.go(tokens[BEGIN])) for _ in range(WINDOWS)]
     run.close()
     return truth
@@ -353,16 +383,17 @@ def remember(run: Run, truth: Truth) -> None:
 
 
 @torch.inference_mode()
-def measure(world: World, plan: Plan, row: Row, truth: Truth, seconds: float) -> None:
+def measure(world: World, plan: Plan, row: Row, truth: Truth, name: str) -> None:
     """One configuration."""
     device = world.device
+    gc.collect()  # whatever the run before still holds
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     strategy = ROWS[row.strategy]
     run = Run(world, row.slots, strategy, row.batch, truth.needed if strategy.needs_future else None, resident=False)
     for layer, (keys, values) in zip(run.decoder.cache.layers, truth.cache, strict=True):
-        layer.lazy_initialization(keys[:, :, :1].to(device), values[:, :, :1].to(device))
+        layer.lazy_initialization(keys[:1, :, :1].to(device), values[:1, :, :1].to(device))
         layer.keys.copy_(keys)
         layer.values.copy_(values)
     remember(run, truth)
@@ -379,30 +410,29 @@ def measure(world: World, plan: Plan, row: Row, truth: Truth, seconds: float) ->
         best[count] = run.decoder.best
         count += 1
 
-    began = time.perf_counter()
-    for number in range({1: 40, 4: 20}.get(row.batch, 12)):
+    before, steps = STEPS[name][row.batch]
+    for number in range(before):
         go()
         if number in CHECKED:
             row.logits_equal &= torch.equal(run.decoder.logits.cpu(), truth.logits[number])
-    sync(device)
-    left = len(truth.tokens) - count
-    pace = (time.perf_counter() - began) / (count - BEGIN)
-    steps = int(min(max(seconds / pace, 3), 60, left // WINDOWS))
     state.take_tally()
+    blocks = backend(device).blocks_of(plan.row)
     for _ in range(WINDOWS):
+        row.probe_gbps.append(run.probe())
         row.ms.append(timed(device, steps, go))
         tally = state.take_tally()
         row.corrections.append(tally[LOADS] / steps)
         row.ahead.append(tally[AHEAD] / steps)
         row.ahead_used.append(tally[FRESH] / steps)
         row.wasted.append(tally[WASTES] / steps)
+        row.carried.append(tally[BLOCKS] / blocks / steps)
         row.needed.append((tally[LOADS] + tally[HITS]) / steps)
     row.tokens_equal = torch.equal(best[BEGIN:count], truth.best[BEGIN:count])
     row.resident_ms = statistics.median(truth.ms)
     if run.foresight is not None and run.foresight.failure:
         raise SystemExit(f"the predictor failed: {run.foresight.failure}")
     if device.type == "cuda":
-        row.peak_bytes = torch.cuda.max_memory_allocated() + run.decoder.pool_bytes
+        row.peak_bytes = torch.cuda.max_memory_allocated() + run.decoder.pool_bytes - Run.spare.nbytes
     run.close()
 
 
@@ -416,8 +446,6 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--batches", default="1,4,8,16")
     parser.add_argument("--strategies", default=ORDER)
     parser.add_argument("--shares", default="", help="slots as shares of all experts")
-    parser.add_argument("--steps", type=int, default=340)
-    parser.add_argument("--seconds", type=float, default=0.35, help="of a window")
     parser.add_argument("--deadline", type=float, default=1e9, help="stop measuring then, seconds")
     return parser.parse_args()
 
@@ -433,9 +461,12 @@ def main() -> None:  # noqa: PLR0914 - a script
     shares = options.shares or {"q": "0.5,0.25", "g": "0.25,0.5,0.125"}[options.shape]
     names = [n for n in options.strategies.split(",") if world.predictor is not None or not ROWS[n].predicted]
     trace = None if options.trace is None else load_trace(options.trace).without("repetition")
+    if device.type == "cuda":
+        Run.spare = torch.zeros(PROBED, world.store.layout.row_bytes, dtype=torch.uint8, device=device)
     truths = {}
     for batch in batches:
-        workload, steps = None, options.steps
+        before, window = STEPS[options.shape][batch]
+        workload, steps = None, BEGIN + before + WINDOWS * window
         if trace is not None:
             workload = live_sequences(trace, batch)
             steps = min(steps, len(workload))
@@ -450,6 +481,8 @@ def main() -> None:  # noqa: PLR0914 - a script
     for share in shares.split(","):
         for batch in batches:
             for name in names:
+                if name in SOME and batch >= 8 and share != SOME_SHARE:
+                    continue
                 if time.perf_counter() - began > options.deadline:
                     stopped = True
                     continue
@@ -459,7 +492,7 @@ def main() -> None:  # noqa: PLR0914 - a script
                 wish = EngineConfig(slots=slots, max_batch=batch, max_length=LENGTH, execution="graph")
                 plan = make_plan(wish, shape, device.type, name, predictor=thinks if ROWS[name].predicted else 0)
                 row = Row(slots=slots, strategy=name, batch=batch, budget_bytes=plan.total)
-                measure(world, plan, row, truths[batch], options.seconds)
+                measure(world, plan, row, truths[batch], options.shape)
                 rows.append(row)
                 print(f"{time.perf_counter() - began:4.0f} s {row.line(plan.row)}", flush=True)
     about = {

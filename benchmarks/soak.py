@@ -1,0 +1,140 @@
+"""Ten thousand decode steps with budgets, strategies and batches drawn at random: every logit the all-resident run's.
+
+A small Qwen3-MoE with random bf16 weights and a predictor with random weights (the worst there is: it may cost loads,
+never a bit). Each draw opens the model anew inside a budget, feeds in the tokens of the all-resident run, and compares the
+logits of every step bit for bit and the measured peak with the budget. Halfway, some draws lose sequences.
+
+Usage: python benchmarks/soak.py [--steps 10000] [--out FILE]
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from expertflow import LLM
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.config import EngineConfig
+from expertflow.engine.build import prepare
+from expertflow.kernels.state import refusal
+from expertflow.predict.artifact import Artifact, save_artifact
+from expertflow.predict.dataset import Shape
+from expertflow.predict.kinds import make
+from expertflow.predict.memory import SOURCES, remember
+from expertflow.predict.model import OUTPUTS, PredictorConfig
+from expertflow.trace.owners import Coming
+
+SEED, PROMPT, TOKENS, BATCHES = 5, 12, 250, (1, 4)
+NAMES = [name for name, row in STRATEGIES.items() if not row.needs_future and not refusal(row, predicted=True)]
+LAYERS, EXPERTS, VOCABULARY = 6, 16, 512
+
+
+def make_model(folder: Path) -> None:
+    """A small checkpoint."""
+    torch.manual_seed(SEED)
+    config = Qwen3MoeConfig(
+        num_hidden_layers=LAYERS, hidden_size=128, moe_intermediate_size=64, num_experts=EXPERTS, num_experts_per_tok=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=VOCABULARY, intermediate_size=128,
+        max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def make_predictor(model: Path, folder: Path) -> None:
+    """A predictor that knows nothing."""
+    prepared = prepare(model, EngineConfig(device="cpu", predictor="none"))
+    network = make(PredictorConfig(layers=LAYERS, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, width=32, embedding=16))
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    network.vocabulary.learn(torch.arange(VOCABULARY))
+    artifact = Artifact(
+        model=network.eval(), memory=remember((), Shape(LAYERS, EXPERTS, 2), VOCABULARY, 0),
+        calibration=torch.ones(2 + SOURCES, OUTPUTS, LAYERS, 1), fingerprint=prepared.fingerprint, made_for="soak",
+    )  # fmt: skip
+    save_artifact(artifact, folder)
+
+
+def run(llm: LLM, prompts: list[list[int]], tokens: Tensor | None, keep: int) -> tuple[Tensor, list[Tensor]]:
+    """Tokens `[N, B]` and each step's logits `[B, V]`; greedy unless tokens are given. The last `keep` steps lose a sequence."""
+    offloaded, live = llm._offloaded, list(range(len(prompts)))  # noqa: SLF001
+    foresight = offloaded.foresight
+    batch = offloaded.batch(prompts)
+    if foresight is not None:
+        foresight.expect(Coming(live, [len(prompt) for prompt in prompts]))
+    said, fed = [batch.prefill().clone()], []
+    for number in range(TOKENS):
+        if number == TOKENS - keep and len(live) > 1:
+            batch.keep([row for row in range(len(live)) if row != 1])
+            live.pop(1)
+        fed.append(said[-1].argmax(-1)[: len(live)] if tokens is None else tokens[number, live])
+        if foresight is not None:
+            foresight.expect(Coming(live))
+        said.append(batch.decode(fed[-1].tolist()).clone())
+    batch.close()
+    if foresight is not None:
+        foresight.leave(live)
+    return (torch.stack(fed) if tokens is None else tokens), said
+
+
+def main() -> None:
+    """Draw, run, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    began, random = time.perf_counter(), np.random.default_rng(SEED)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as place:
+        model, predictor = Path(place) / "model", Path(place) / "predictor"
+        make_model(model)
+        make_predictor(model, predictor)
+        wish = {"device": device, "execution": "graph", "max_length": 512, "max_batch": 4, "prefill_chunk": 32}
+        truth = {}
+        with LLM(model, predictor="none", **wish) as llm:
+            for count in BATCHES:
+                prompts = random.integers(3, VOCABULARY, (count, PROMPT)).tolist()
+                truth[count] = prompts, *run(llm, prompts, None, 0)
+        done, wrong, over, drawn = 0, 0, 0, Counter()
+        while done < options.steps:
+            name, count = str(random.choice(NAMES)), int(random.choice(BATCHES))
+            chosen = {"strategy": name, "predictor": str(predictor) if name == "plec" else "none"}
+            least = prepare(model, EngineConfig(**wish, **chosen, slots=1)).plan
+            most = least.fixed + LAYERS * EXPERTS * least.row
+            budget = int(random.integers(least.total, most + 1)) if random.random() < 0.8 else least.total
+            with LLM(model, gpu_memory=budget, **wish, **chosen) as llm:
+                prompts, tokens, logits = truth[count]
+                keep = TOKENS // 2 if random.random() < 0.5 else 0
+                _, said = run(llm, prompts, tokens, keep)
+                for mine, theirs in zip(said, logits, strict=True):
+                    rows = [0, 2, 3] if len(mine) < len(theirs) else slice(None)
+                    wrong += not torch.equal(mine, theirs[rows])
+                over += llm.stats.peak_bytes > budget
+                assert llm.predictor_failure is None
+                drawn[name] += 1
+                done += TOKENS
+                print(f"{time.perf_counter() - began:4.0f} s {done:6d} steps  {name:11s} B={count} slots {llm.plan.slots:3d} of {LAYERS * EXPERTS}, keep {keep}: "
+                      f"{'exact' if not wrong else f'{wrong} WRONG'}, peak {llm.stats.peak_bytes} {'<=' if not over else '>'} {budget}", flush=True)  # fmt: skip
+    result = {
+        "benchmark": "soak", "date": time.strftime("%Y-%m-%d"), "seed": SEED, "steps": done, "draws": dict(drawn),
+        "steps_with_other_logits": wrong, "draws_over_budget": over, "seconds": time.perf_counter() - began,
+        "machine": {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "config": {"layers": LAYERS, "experts": EXPERTS, "batches": BATCHES, "tokens_a_draw": TOKENS, "dtype": "bfloat16"},
+    }  # fmt: skip
+    print(json.dumps(result))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if wrong or over:
+        raise SystemExit("not exact, or over budget")
+
+
+if __name__ == "__main__":
+    main()
