@@ -139,16 +139,97 @@ def test_streams_in_turns_keep_their_sequences(
         assert len(item) == len(prompt) + 5
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "switch_transformers"])
+@pytest.mark.parametrize(
+    ("model_type", "execution"), [("qwen3_moe", "host"), ("qwen3_moe", "graph"), ("switch_transformers", "host")]
+)
 @pytest.mark.parametrize("slots", [1, 5])
 def test_predictions_change_no_token(
-    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, model_type: str, slots: int
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, model_type: str, execution: str, slots: int
 ) -> None:
     """A predictor that knows nothing of the model costs loads, never a token; encoder-decoder models too."""
     model = make_checkpoint(model_type)
-    assert generate(model, slots=slots, predictor=str(make_predictor(model))) == generate(model, slots="100%")
+    wild = generate(model, slots=slots, predictor=str(make_predictor(model)), execution=execution)
+    assert wild == generate(model, slots="100%")
 
 
+def demands_of(llm: LLM) -> list[npt.NDArray[np.float64]]:
+    """What a graph's steps will expect, step by step, as they run."""
+    said: list[npt.NDArray[np.float64]] = []
+    twin = llm._offloaded._graphs().experts._twin
+    expect = twin.expect
+
+    def listen(chances: torch.Tensor, live: torch.Tensor) -> None:
+        expect(chances, live)
+        said.append(twin.state.demand.cpu().numpy().copy())
+
+    twin.expect = listen
+    return said
+
+
+def test_a_graph_expects_what_the_host_expects(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
+    """Step by step the same demand in both executions: prompts, sequences that end, rows of padding, a second batch."""
+    model = make_checkpoint("qwen3_moe")
+    options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 6, "predictor": str(make_predictor(model))}
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
+    said: list[npt.NDArray[np.float64]] = []
+    with LLM(model, **options, execution="host") as llm:
+        foresight = llm._offloaded.foresight
+        ask = foresight.outlook
+
+        def outlook(step: Step) -> object:
+            answer = ask(step)
+            if answer is not None and len(answer.demand) > 1:
+                said.append(answer.demand)
+            return answer
+
+        foresight.outlook = outlook
+        for _ in range(2):
+            llm.generate(PROMPTS, params)
+    with LLM(model, **options, execution="graph") as llm:
+        again = demands_of(llm)
+        for _ in range(2):
+            llm.generate(PROMPTS, params)
+        assert llm.predictor_failure is None
+    assert len(said) == len(again) == 22
+    for mine, theirs in zip(again, said, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_graph_and_the_host_share_the_predictor(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
+    """While a second batch runs on the host in turns, the graph's batch expects what it does alone."""
+    model = make_checkpoint("qwen3_moe")
+    options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 6, "predictor": str(make_predictor(model))}
+    params, found = SamplingParams(max_tokens=9, ignore_eos=True), []
+    for others in (0, 3):
+        with LLM(model, **options, execution="graph") as llm:
+            said = demands_of(llm)
+            streams = [llm.stream(PROMPTS, params), *(llm.stream(PROMPTS[0], params) for _ in range(others))]
+            while streams:
+                streams = [stream for stream in streams if next(stream, None) is not None]
+            assert llm.predictor_failure is None
+            found.append(said)
+    for mine, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_chances_that_are_no_numbers_switch_the_predictor_off(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor
+) -> None:
+    """In a captured step nothing can raise: not-a-number is seen on the device, and the step goes on without a forecast."""
+    model = make_checkpoint("qwen3_moe")
+    expected, events = generate(model, slots="100%"), []
+    options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 5, "predictor": str(make_predictor(model))}
+    with LLM(model, **options, execution="graph") as llm:
+        llm._offloaded.events.subscribe(events.append)
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
+        llm._offloaded.foresight.artifact.calibration[:, 2] = torch.nan
+        for _ in range(2):
+            assert [tuple(output.token_ids) for output in llm.generate(PROMPTS, params)] == expected
+        assert llm.predictor_failure == "its chances are no numbers"
+    assert [event.kind for event in events].count(EventKind.PREDICTOR_OFF) == 1
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("call", [1, 2, 7])
 @pytest.mark.parametrize("method", ["step", "prefill", "observe"])
 def test_a_predictor_that_raises_is_switched_off(
@@ -157,12 +238,14 @@ def test_a_predictor_that_raises_is_switched_off(
     monkeypatch: pytest.MonkeyPatch,
     method: str,
     call: int,
+    execution: str,
 ) -> None:
     """One warning event, the reason in the summary's reach, and the same tokens."""
     model = make_checkpoint("qwen3_moe")
     expected = generate(model, slots="100%")
     events: list[Event] = []
-    with LLM(model, device="cpu", max_batch=4, max_length=48, slots=5, predictor=str(make_predictor(model))) as llm:
+    options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 5, "predictor": str(make_predictor(model))}
+    with LLM(model, **options, execution=execution) as llm:
         online, count = llm._offloaded.foresight._online, [0]
         real = getattr(online, method)
 

@@ -216,7 +216,7 @@ class OffloadedModel:
         plan = self.plan
         reason = plan.why_host
         if plan.execution == "graph":
-            if self.observers:
+            if any(observer is not self.controller for observer in self.observers):
                 reason = "somebody watches the routing, which only the host execution shows"
             elif self._decoder is not None and self._decoder.busy:
                 reason = "another batch has its keys and values in the graphs' rows"
