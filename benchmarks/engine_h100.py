@@ -57,7 +57,7 @@ from expertflow.models.skeleton import Skeleton, build_skeleton
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.online import OnlinePredictor
 from expertflow.sim.workload import Workload, live_sequences
-from expertflow.trace.format import load_trace
+from expertflow.trace.format import Trace, load_trace
 from expertflow.trace.owners import Coming
 
 LENGTH, BEGIN, WINDOWS = 512, 60, 3
@@ -185,7 +185,7 @@ class Truth:
         """`[N, L, E]`, the distinct experts of each step."""
         steps, _, layers, _ = self.routes.shape
         marks = np.zeros((steps, layers, self.experts), dtype=np.bool_)
-        np.put_along_axis(marks, self.routes.transpose(0, 2, 1, 3).reshape(steps, layers, -1).astype(np.int64), True, 2)  # noqa: FBT003
+        np.put_along_axis(marks, self.routes.transpose(0, 2, 1, 3).reshape(steps, layers, -1).astype(np.int64), True, 2)
         return marks
 
     experts: int = 0
@@ -245,7 +245,9 @@ class Run:
     spare = torch.zeros(0)
     """Room that is fetched into to see how fast the link is."""
 
-    def __init__(self, world: World, slots: int, strategy: Strategy, batch: int, future: Any, *, resident: bool) -> None:
+    def __init__(
+        self, world: World, slots: int, strategy: Strategy, batch: int, future: Any, *, resident: bool
+    ) -> None:
         """Allocate what the plan counts."""
         self.world, self.batch = world, batch
         pool = SlotPool(world.store.layout, slots, world.device)
@@ -436,6 +438,19 @@ def measure(world: World, plan: Plan, row: Row, truth: Truth, name: str) -> None
     run.close()
 
 
+def draw(world: World, name: str, trace: Trace | None, batch: int) -> tuple[Tensor, Workload | None]:
+    """Tokens `[N, B]` of all steps, and what they used if that is replayed."""
+    before, window = STEPS[name][batch]
+    steps = BEGIN + before + WINDOWS * window
+    if trace is not None:
+        workload = live_sequences(trace, batch)
+        tokens = torch.from_numpy(trace.rows.tokens[workload.members[:steps]].astype(np.int64))
+        return tokens.to(world.device), workload
+    random = torch.Generator().manual_seed(SEED)
+    tokens = torch.randint(3, world.shape.vocabulary, (steps, 16), generator=random)
+    return tokens[:, :batch].contiguous().to(world.device), None
+
+
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -450,7 +465,7 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:  # noqa: PLR0914 - a script
+def main() -> None:
     """Measure, print a table, write the numbers."""
     began, options = time.perf_counter(), read_options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -465,17 +480,13 @@ def main() -> None:  # noqa: PLR0914 - a script
         Run.spare = torch.zeros(PROBED, world.store.layout.row_bytes, dtype=torch.uint8, device=device)
     truths = {}
     for batch in batches:
-        before, window = STEPS[options.shape][batch]
-        workload, steps = None, BEGIN + before + WINDOWS * window
-        if trace is not None:
-            workload = live_sequences(trace, batch)
-            steps = min(steps, len(workload))
-            tokens = torch.from_numpy(trace.rows.tokens[workload.members[:steps]].astype(np.int64)).to(device)
-        else:
-            random = torch.Generator().manual_seed(SEED)
-            tokens = torch.randint(3, shape.vocabulary, (steps, 16), generator=random)[:, :batch].contiguous().to(device)
-        truths[batch] = find_truth(world, batch, steps, tokens, workload)
-        print(f"{time.perf_counter() - began:4.0f} s  resident B={batch:<2d}", [round(ms, 3) for ms in truths[batch].ms], flush=True)
+        tokens, workload = draw(world, options.shape, trace, batch)
+        truths[batch] = find_truth(world, batch, len(tokens), tokens, workload)
+        print(
+            f"{time.perf_counter() - began:4.0f} s  resident B={batch:<2d}",
+            [round(ms, 3) for ms in truths[batch].ms],
+            flush=True,
+        )
     thinks = 0
     rows, stopped = [], False
     for share in shares.split(","):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from expertflow import __version__
 from expertflow.kernels import experts, fetch, reference
+from expertflow.kernels.ledger import Ledger
 from expertflow.kernels.reference import CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.store import HostStore
@@ -195,7 +196,13 @@ class FetchBench:
     def copy(self, rows: int, programs: int) -> Callable[[], None]:
         """A fetch of the first rows of the list."""
         bounds = torch.tensor([0, rows], dtype=torch.int32, device=CUDA)
-        return lambda: fetch.fetch_rows(self.host, self.pool, self.src, self.dst, bounds, programs)
+        ledger, order = Ledger.of(self.src, self.dst), torch.arange(len(self.src), dtype=torch.int32, device=CUDA)
+
+        def copies() -> None:
+            ledger.renew()
+            fetch.fetch_rows(self.host, self.pool, ledger, order, bounds, programs)
+
+        return copies
 
     def engine(self, rows: int) -> Callable[[], None]:
         """The same through the copy engine."""

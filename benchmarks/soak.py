@@ -24,6 +24,7 @@ from expertflow import LLM
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.build import prepare
+from expertflow.engine.graph import GraphBatch
 from expertflow.kernels.state import refusal
 from expertflow.predict.artifact import Artifact, save_artifact
 from expertflow.predict.dataset import Shape
@@ -51,7 +52,9 @@ def make_model(folder: Path) -> None:
 def make_predictor(model: Path, folder: Path) -> None:
     """A predictor that knows nothing."""
     prepared = prepare(model, EngineConfig(device="cpu", predictor="none"))
-    network = make(PredictorConfig(layers=LAYERS, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, width=32, embedding=16))
+    network = make(
+        PredictorConfig(layers=LAYERS, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, width=32, embedding=16)
+    )
     for weight in network.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     network.vocabulary.learn(torch.arange(VOCABULARY))
@@ -67,6 +70,7 @@ def run(llm: LLM, prompts: list[list[int]], tokens: Tensor | None, keep: int) ->
     offloaded, live = llm._offloaded, list(range(len(prompts)))  # noqa: SLF001
     foresight = offloaded.foresight
     batch = offloaded.batch(prompts)
+    assert isinstance(batch, GraphBatch)
     if foresight is not None:
         foresight.expect(Coming(live, [len(prompt) for prompt in prompts]))
     said, fed = [batch.prefill().clone()], []

@@ -195,7 +195,9 @@ def test_a_graph_expects_what_the_host_expects(make_checkpoint: MakeCheckpoint, 
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-def test_a_graph_and_the_host_share_the_predictor(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
+def test_a_graph_and_the_host_share_the_predictor(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor
+) -> None:
     """While a second batch runs on the host in turns, the graph's batch expects what it does alone."""
     model = make_checkpoint("qwen3_moe")
     options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 6, "predictor": str(make_predictor(model))}

@@ -38,6 +38,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "kv",
         "workspace",
         "graph",
+        "predictor",
         "row",
         "slots",
         "slot_bytes",
@@ -70,6 +71,8 @@ def _show(plan: Plan, folder: str) -> None:
     table.add_row("device", f"workspace, {plan.prefill_chunk} tokens a prefill pass", format_bytes(plan.workspace))
     if plan.graph:
         table.add_row("device", "captured decode steps and their buffers", format_bytes(plan.graph))
+    if plan.predictor:
+        table.add_row("device", "predictor, its state and working memory", format_bytes(plan.predictor))
     table.add_row(
         "device",
         f"{plan.slots} expert slots of {format_bytes(plan.row)} ({plan.share:.1%})",

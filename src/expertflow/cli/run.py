@@ -156,6 +156,7 @@ def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dic
         "wasted": stats.cache.wasted,
         "evictions": stats.cache.evictions,
         "bytes_moved": stats.cache.bytes_moved,
+        "link_gbps": stats.link_gbps,
         "tokens": stats.tokens,
         "prompt_tokens": stats.prompt_tokens,
         "seconds": stats.seconds,
@@ -194,9 +195,13 @@ def _summary(llm: LLM, console: Console) -> None:
         ("hit ratio", f"{stats.cache.hit_ratio:.1%} of {stats.cache.accesses} accesses"),
         (
             "loads",
-            f"{stats.cache.loads} when needed, {stats.cache.prefetched} ahead ({stats.cache.wasted} in vain), {format_bytes(stats.cache.bytes_moved)} moved",
+            f"{stats.cache.loads} corrections when needed, {stats.cache.prefetched} ahead ({stats.cache.wasted} in vain)",
         ),
-        ("speed", f"{stats.tokens} tokens in {stats.seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s"),
+        ("link", f"{format_bytes(stats.cache.bytes_moved)} moved, {stats.link_gbps:.1f} GB/s over the whole run"),
+        (
+            "speed",
+            f"{stats.tokens} tokens in {stats.seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s, the first after {stats.first_token_seconds:.2f} s",
+        ),
     )
     if plan.budget is not None and stats.peak_bytes > plan.budget:
         rows = (

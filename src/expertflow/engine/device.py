@@ -311,7 +311,12 @@ class DeviceExperts:
         state = self.state
         with self._ahead.work():
             self._kernels.fetch_rows(
-                self._held.store.buffer, self._held.pool.buffer, state.ledger, state.order, state.ahead[place], wait=False
+                self._held.store.buffer,
+                self._held.pool.buffer,
+                state.ledger,
+                state.order,
+                state.ahead[place],
+                wait=False,
             )
 
     def close_step(self) -> None:

@@ -67,6 +67,11 @@ class RunStats:
         """Generated tokens a second, prefill included."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def link_gbps(self) -> float:
+        """GB (10^9) a second over the link, on average of all that time."""
+        return self.cache.bytes_moved / self.seconds / 1e9 if self.seconds else 0.0
+
 
 class LLM:
     """A model inside a memory budget.

@@ -101,7 +101,7 @@ class Plan:
         return self.slots / self.shape.total_experts
 
 
-def make_plan(  # noqa: PLR0913 - all facts of a run
+def make_plan(
     config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str = "", *, predictor: int = 0
 ) -> Plan:
     """Turn a wish into numbers.
@@ -131,7 +131,7 @@ def make_plan(  # noqa: PLR0913 - all facts of a run
     return replace(_plan(config, shape, device, strategy, graph=False), why_host=no_graph if hoped else "")
 
 
-def _plan(  # noqa: PLR0913 - as `make_plan`
+def _plan(
     config: EngineConfig, shape: ModelShape, device: str, strategy: str, *, graph: bool, predictor: int = 0
 ) -> Plan:
     max_length = _max_length(config, shape)

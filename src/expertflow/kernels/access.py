@@ -172,7 +172,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                         vain = tl.load(fresh + theirs + victim).to(tl.int32)
                         tl.store(fresh + theirs + victim, tl.full([], 0, tl.uint8))
                 evictions += 1
-                if PREFETCH:
+                if PREFETCH:  # noqa: SIM102 - one is known to the compiler, the other to the device
                     if vain > 0:
                         wasted += 1
                         prior = call_off(ledger, entries, entry, place)

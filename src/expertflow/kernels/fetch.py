@@ -15,9 +15,7 @@ from expertflow.kernels.ledger import BLOCK_BYTES, CARRIED, DONE, DST, PRIOR, SR
 WORD = torch.int64
 """What one lane element is: a lane then moves 16 bytes as two of them."""
 WARPS = 16
-_SRC, _DST, _TAKEN, _DONE, _PRIOR, _CARRIED = (
-    tl.constexpr(place) for place in (SRC, DST, TAKEN, DONE, PRIOR, CARRIED)
-)
+_SRC, _DST, _TAKEN, _DONE, _PRIOR, _CARRIED = (tl.constexpr(place) for place in (SRC, DST, TAKEN, DONE, PRIOR, CARRIED))
 
 
 @triton.jit
@@ -54,7 +52,7 @@ def _fetch_kernel(
             tl.atomic_add(entry + _DONE * entries, 1, sem="release")
             part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
         place += 1
-    if wait:
+    if wait:  # noqa: SIM102 - one is known to the compiler, the other to the device
         if tl.program_id(0) == 0:
             place = begin
             while place < end:
@@ -94,7 +92,7 @@ def fetch_rows(
     launch_fetch(host, pool, (ledger, todo, bounds), programs, BLOCK_BYTES, WARPS, wait=wait)
 
 
-def launch_fetch(  # noqa: PLR0913, PLR0917 - every choice given
+def launch_fetch(
     host: Tensor,
     pool: Tensor,
     loads: tuple[Ledger, Tensor, Tensor],

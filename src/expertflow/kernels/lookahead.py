@@ -47,7 +47,7 @@ def _pin_residents(want, at, pin, layer_of, inside, place_of, now, layers, room)
 
 
 @triton.jit
-def _bind(
+def _bind(  # noqa: PLR0915 - as `look_ahead`
     slot_of, owner, rank, low, lowest, held, newer, older, fresh, resident, pending, waiting, ledger, filled, entry,
     tally, log, row, now, experts, entries, EP: tl.constexpr, LOG: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -58,7 +58,11 @@ def _bind(
     column = tl.arange(0, EP)
     evictions, wasted = load * 0, load * 0
     while index < count:
-        flat, slot, after = tl.load(pending + 3 * index), tl.load(pending + 3 * index + 1), tl.load(pending + 3 * index + 2)
+        flat, slot, after = (
+            tl.load(pending + 3 * index),
+            tl.load(pending + 3 * index + 1),
+            tl.load(pending + 3 * index + 2),
+        )
         if after > now:
             tl.store(pending + 3 * kept, flat)
             tl.store(pending + 3 * kept + 1, slot)
@@ -118,7 +122,7 @@ def _bind(
 
 
 @triton.jit(do_not_specialize=["now", "last", "layers", "experts", "slots", "room", "reach", "entries"])
-def look_ahead(  # noqa: PLR0915 - one program's whole decision: splitting it would split its registers
+def look_ahead(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: splitting it would split its registers
     slot_of, owner, rank, low, lowest, held, newer, older, pinned, fresh, resident,
     demand, known, limit, used, unused, pending, waiting, ledger, filled, entry, ahead, tally, log, told,
     now, last, layers, experts, slots, room, reach, entries,

@@ -54,7 +54,7 @@ def _as_gap(worth):
 
 
 @triton.jit(do_not_specialize=["layers", "experts", "steps", "entries", "slots"])
-def open_step(
+def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the compiler keeps one
     slot_of, last_use, count, recent, steady, used, unused, limit, demand, known, pinned, fresh, rank, low, lowest,
     clock, future, following, ledger, filled, entry, ahead, waiting, tally,
     layers, experts, steps, entries, slots,
@@ -103,7 +103,7 @@ def open_step(
         tl.store(demand + at, sure.to(tl.float64), mask=mask)
     elif SOURCE != _UNKNOWN:
         planes = tl.load(known)
-    if SOURCE == _CONSTANT or SOURCE == _RECORDED:
+    if SOURCE == _CONSTANT or SOURCE == _RECORDED:  # noqa: PLR1714, SIM109 - Triton knows no `in`
         if layer == 0:
             tl.store(known, planes)
         tl.debug_barrier()
@@ -214,9 +214,9 @@ def _spread(demand, at, mask, before, left, first, span: tl.constexpr, plane):
         tl.store(demand + (first + step) * plane + at, steady, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "layers", "experts"])
+@triton.jit(do_not_specialize=["layers", "experts"])
 def expect(
-    chances, live, demand, known, tally, rows, layers, experts, EP: tl.constexpr,  # noqa: N803
+    chances, live, demand, known, tally, layers, experts, EP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """`horizon.unite` and `horizon.hazards` of the live rows' chances, float32 `[B, 5, L, E]`.
 

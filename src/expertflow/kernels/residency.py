@@ -47,9 +47,7 @@ class Residency:
         """
         s = self.state
         s.known.fill_(STEPS_KNOWN)
-        ranks.expect[(s.layers,)](
-            chances, live, s.demand, s.known, s.tally, len(chances), s.layers, s.experts, **self._options
-        )
+        ranks.expect[(s.layers,)](chances, live, s.demand, s.known, s.tally, s.layers, s.experts, **self._options)
 
     def open_step(self) -> None:
         """`prefetch.open_step`: this step's ranks, and its plan."""

@@ -174,9 +174,7 @@ class Residency:
             assert table[TAKEN, load] == table[DONE, load]
             table[TAKEN, load] += CALLED_OFF
 
-    def _fill(
-        self, schedule: Schedule, rows: npt.NDArray[np.int32], choice: npt.NDArray[np.int64], first: int
-    ) -> int:
+    def _fill(self, schedule: Schedule, rows: npt.NDArray[np.int32], choice: npt.NDArray[np.int64], first: int) -> int:
         """Cut a layer's accesses into phases and write them down; how many phases beyond the first it took."""
         experts = self.state.experts
         table_of, slot_of = np.full(experts + 1, -1), np.full(experts + 1, -1)

@@ -69,7 +69,8 @@ class OnlinePredictor:
         sources = 2 * config.heads + len(config.decays)
         # a step: sources, their logarithms and sums, logits, memory rows, chances; a prompt: chances, memory rows, marks
         step, prompt = batch * plane * (6 * sources + 40), chunk * plane * 14
-        return sum(t.nbytes for t in (*held, *state)) + max(step, prompt) + _SLACK * (len(held) + len(state))
+        tensors: list[Tensor] = [*held, *state]
+        return sum(int(t.nbytes) for t in tensors) + max(step, prompt) + _SLACK * len(tensors)
 
     @torch.inference_mode()
     def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Float[Tensor, "B L E"]:
