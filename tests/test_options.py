@@ -34,18 +34,19 @@ def test_format_keeps_three_digits(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "total", "slots"), [("96", 1440, 96), ("25%", 1440, 360), ("0.1%", 1440, 1), (5000, 1440, 1440), (1, 8, 1)]
+    ("text", "slots"),
+    [("96", 96), ("25%", 360), ("0.1%", 1), (5000, 1440), (1, 1), ("4/layer", 96), ("90/layer", 1440)],
 )
-def test_slots_are_a_count_or_a_share(text: str | int, total: int, slots: int) -> None:
-    """A share is of all experts, rounded down; more slots than experts is all of them."""
-    assert parse_slots(text, total) == slots
+def test_slots_are_a_count_a_share_or_a_size_of_cache(text: str | int, slots: int) -> None:
+    """A share is of all experts, rounded down; the paper's cache size is a layer's; more than all experts is all of them."""
+    assert parse_slots(text, 24, 60) == slots
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "0%", "0.01%", "many", "12.5", "%"])
+@pytest.mark.parametrize("text", ["0", "-3", "0%", "0.01%", "many", "12.5", "%", "0/layer", "/layer", "10%/layer"])
 def test_bad_slots_are_refused(text: str) -> None:
     """Less than one slot, or no number at all, is an error."""
     with pytest.raises(ConfigError, match="slots="):
-        parse_slots(text, 1440)
+        parse_slots(text, 24, 60)
 
 
 @pytest.mark.parametrize(

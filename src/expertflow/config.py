@@ -56,7 +56,7 @@ class EngineConfig(_Checked):
         "device memory budget for everything, such as 6GiB; None: no limit", default=None
     )
     slots: str | int | None = doc(
-        "expert slots: a count, a share such as 25%, or None: all the budget buys", default=None
+        "expert slots: a count, a share such as 25%, 16/layer, or None: all the budget buys", default=None
     )
     strategy: str | None = doc(
         "row of the strategy table that decides what is kept; None: plec with a predictor, else next-use", default=None

@@ -54,21 +54,27 @@ def format_bytes(size: float) -> str:
     return f"{value:.2f} GiB"
 
 
-def parse_slots(text: str | int, total: int) -> int:
-    """Read a number of expert slots: `96`, or a share of all experts such as `25%`.
+def parse_slots(text: str | int, layers: int, experts: int) -> int:
+    """Read a number of expert slots: `96`, a share of all experts such as `25%`, or `16/layer`.
 
     Args:
-        text: the count or the share.
-        total: how many experts the model has (layers x experts a layer).
+        text: the count, the share, or the slots a layer (what the ExpertFlow paper calls the cache size).
+        layers: MoE layers of the model.
+        experts: experts a layer.
 
     Raises:
-        ConfigError: if the text is neither, or asks for less than one slot.
+        ConfigError: if the text is none of these, or asks for less than one slot.
     """
-    raw = str(text).strip()
+    raw, total = str(text).strip(), layers * experts
     try:
-        slots = math.floor(Fraction(raw[:-1]) * total / 100) if raw.endswith("%") else int(raw)
+        if raw.endswith("%"):
+            slots = math.floor(Fraction(raw[:-1]) * total / 100)
+        else:
+            slots = int(raw.removesuffix("/layer")) * (layers if raw.endswith("/layer") else 1)
     except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"slots={text!r} is neither a count nor a share", "Write it like 96 or 25%.") from error
+        raise ConfigError(
+            f"slots={text!r} is neither a count nor a share", "Write it like 96, 25% or 16/layer."
+        ) from error
     if slots < 1:
         raise ConfigError(
             f"slots={text!r} gives {slots} slots of {total} experts",

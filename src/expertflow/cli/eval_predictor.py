@@ -174,8 +174,7 @@ def _workload(trace: Trace, held: Sequence[Passage], case: tuple[int, int], test
     rows = np.sort(np.concatenate([item.rows for item in held]))
     part = Trace(header=trace.header, rows=trace.rows.take(rows))
     members = rows[live_sequences(part, *case).members[: test.steps]]
-    total = trace.header.layers * trace.header.experts
-    sizes = sorted({parse_slots(text, total) for text in test.slots})
+    sizes = sorted({parse_slots(text, trace.header.layers, trace.header.experts) for text in test.slots})
     return Workload(trace=trace, members=members, batch=case[0], groups=case[1]), sizes
 
 

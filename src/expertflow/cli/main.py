@@ -29,7 +29,8 @@ Model = Annotated[
 ]
 GpuMemory = Annotated[str | None, typer.Option(help="Device memory for everything, such as 6GiB. Default: no limit.")]
 Slots = Annotated[
-    str | None, typer.Option(help="Expert slots: a count, or a share such as 25%. Default: all the budget buys.")
+    str | None,
+    typer.Option(help="Expert slots: a count, a share such as 25%, or 16/layer. Default: all the budget buys."),
 ]
 Strategy = Annotated[
     str | None,

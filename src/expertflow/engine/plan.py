@@ -197,7 +197,7 @@ def _max_length(config: EngineConfig, shape: ModelShape) -> int:
 
 def _slots(config: EngineConfig, shape: ModelShape, row: int, fixed: int, budget: int | None) -> int:
     total = shape.total_experts
-    asked = None if config.slots is None else parse_slots(config.slots, total)
+    asked = None if config.slots is None else parse_slots(config.slots, shape.layers, shape.experts)
     least = fixed + SlotPool.nbytes(row, asked or 1)
     if budget is not None and budget < least:
         need = f"{asked} slots" if asked else "a single slot"

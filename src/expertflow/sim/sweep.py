@@ -105,7 +105,7 @@ def _check(grid: Grid) -> None:
     for batch in grid.batches:
         workload = live_sequences(trace, batch, grid.groups, grid.seed) if batch else as_recorded(trace)
         for text in grid.slots:
-            check_slots(workload, parse_slots(text, trace.header.layers * trace.header.experts))
+            check_slots(workload, parse_slots(text, trace.header.layers, trace.header.experts))
     if not grid.slots or not grid.batches:
         raise ConfigError("there is nothing to simulate", "Give at least one slot count and one batch size.")
 
@@ -113,8 +113,8 @@ def _check(grid: Grid) -> None:
 def _column(grid: Grid, batch: int, name: str) -> list[Outcome]:
     """One strategy and batch, every number of slots."""
     workload = _workload(grid, batch)
-    total = workload.trace.header.layers * workload.trace.header.experts
-    sizes = sorted({parse_slots(text, total) for text in grid.slots})
+    header = workload.trace.header
+    sizes = sorted({parse_slots(text, header.layers, header.experts) for text in grid.slots})
     return replay_sizes(workload, find_strategy(name), sizes, grid.cost, gate_recall=grid.gate_recall)
 
 
