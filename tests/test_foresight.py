@@ -17,13 +17,15 @@ from expertflow.engine.build import SHIPPED_PREDICTOR, prepare
 from expertflow.engine.llm import shipped_model
 from expertflow.errors import ConfigError, PredictorError
 from expertflow.events import Event, EventKind
+from expertflow.memory.meter import CpuMeter
 from expertflow.models.checkpoint import walk
 from expertflow.models.fingerprint import fingerprint
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
 from expertflow.predict.dataset import Shape, passages
-from expertflow.predict.kinds import make
+from expertflow.predict.kinds import KINDS, make
 from expertflow.predict.memory import SOURCES, remember
 from expertflow.predict.model import OUTPUTS, PredictorConfig
+from expertflow.predict.online import OnlinePredictor
 from expertflow.predict.score import score
 from expertflow.trace.format import DECODE, load_trace
 from expertflow.trace.owners import NOBODY, Coming, Owners
@@ -212,6 +214,53 @@ def test_a_graph_and_the_host_share_the_predictor(
             found.append(said)
     for mine, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_more_sequences_than_the_predictor_has_rows(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch, *, fails: bool
+) -> None:
+    """Two full batches in turns, one of which loses a sequence, so that there is padding; also once it is switched off."""
+    model = make_checkpoint("qwen3_moe")
+    prompts = [*PROMPTS, [4, 5]]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (9, 3, 7, 9)]
+    options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 6, "execution": "graph"}
+    with LLM(model, **options, predictor=str(make_predictor(model))) as llm:
+        expected = [output.token_ids for output in llm.generate(prompts, params)]
+        if fails:
+            monkeypatch.setattr(llm._offloaded.foresight._online, "step", lambda *_: 1 / 0)
+        streams, found = {number: llm.stream(prompts, params) for number in range(2)}, {0: {}, 1: {}}
+        while streams:
+            for number, stream in list(streams.items()):
+                item = next(stream, None)
+                if item is None:
+                    del streams[number]
+                elif item.output is not None:
+                    found[number][item.index] = item.output.token_ids
+        assert [[outputs[index] for index in range(4)] for outputs in found.values()] == [expected, expected]
+        assert [output.token_ids for output in llm.generate(prompts, params)] == expected
+        assert (llm.predictor_failure is not None) == fails
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_predictor_takes_no_more_than_is_planned(kind: str) -> None:
+    """State and working memory of steps and prompts stay within what a planner counts beside the weights."""
+    config = PredictorConfig(kind=kind, layers=6, experts=32, top_k=4, vocabulary=500, width=32, embedding=16)
+    shape = Shape(config.layers, config.experts, config.top_k)
+    artifact = Artifact(
+        model=make(config).eval(), memory=remember((), shape, 500, 0),
+        calibration=torch.ones(2 + SOURCES, OUTPUTS, config.layers, 1),
+    )  # fmt: skip
+    weights = [*artifact.model.state_dict().values(), *artifact.memory.state_dict().values(), artifact.calibration]
+    meter = CpuMeter([])
+    with torch.inference_mode(), meter.watch():
+        online = OnlinePredictor(artifact, 8)
+        rows, routes = torch.arange(4), torch.zeros(4, *shape[:1], shape.top_k, dtype=torch.long)
+        for _ in range(3):
+            online.step(rows, torch.arange(4), routes)
+        online.prefill(torch.arange(64))
+    planned = OnlinePredictor.nbytes(artifact, 8, 4, 64) - sum(tensor.nbytes for tensor in weights)
+    assert 0.2 * planned <= meter.peak_bytes <= planned
 
 
 def test_chances_that_are_no_numbers_switch_the_predictor_off(

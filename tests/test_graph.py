@@ -257,3 +257,9 @@ def test_a_budget_without_room_for_graphs_runs_on_the_host(make_checkpoint: Make
         make_plan(EngineConfig(**wish, execution="auto"), shape, "cuda", "lru", "it is Tuesday").why_host
         == "it is Tuesday"
     )
+    free = {"max_length": 32, "max_batch": 2, "execution": "auto"}
+    few = make_plan(EngineConfig(**free, gpu_memory=graph.fixed + 5 * graph.row), shape, "cuda", "lru")
+    assert (few.execution, few.slots) == ("host", shape.total_experts)  # more than twice what graphs would leave
+    assert "slots" in few.why_host
+    asking = make_plan(EngineConfig(**wish, execution="auto"), shape, "cuda", "plec", predictor=1 << 20)
+    assert asking.total > graph.total + (1 << 20)

@@ -107,6 +107,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         """Nothing queued."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._apart = False
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -114,14 +115,16 @@ class Lane:
         if self._stream is None:
             yield
             return
+        self._apart = True
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
-        """The current line goes on behind what is queued here."""
-        if self._stream is not None:
+        """The current line goes on behind what is queued here, if anything was since the last time."""
+        if self._stream is not None and self._apart:
             torch.cuda.current_stream().wait_stream(self._stream)
+            self._apart = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +205,7 @@ class DeviceExperts:
 
     def seat(self, rows: int) -> None:
         """Tell the step which sequences its rows are, for the predictor."""
-        if self._held.foresight is None:
+        if not self.predicting or self._held.foresight is None:
             return
         seats = self._held.foresight.seats(rows)
         if seats != self._seated[:rows]:
@@ -234,13 +237,15 @@ class DeviceExperts:
         self.steps = 0
 
     def abandon(self) -> None:
-        """A step was broken off: no slot can be trusted any more."""
+        """A step was broken off: no slot can be trusted any more, once nothing is under way."""
         self.holds = False
+        if self.live.is_cuda:
+            torch.cuda.synchronize(self.live.device)
         controller = self._held.controller
         controller.take_back(lambda tables, usage: None, self.steps)  # noqa: ARG005 - what is known stays as it was
         controller.forget()
-        self.state.take_tally()
-        self.state.take_log()
+        self.state.drop()
+        self.steps = 0
 
     def prepare(self, rows: int) -> None:
         """Have the buffers for steps of `rows` rows: they must not be allocated while a graph is captured."""
@@ -326,6 +331,11 @@ class DeviceExperts:
         if self._looks_ahead:
             self._ahead.join()
         self._twin.close_step()
+
+    def break_off(self) -> None:
+        """A step raised: nothing may stay apart from the main line, or what captures it cannot end."""
+        for lane in (self._corrections, self._plans, self._ahead):
+            lane.join()
 
     def told(self) -> None:
         """A step was carried out; with a log, tell its events (this waits for the device)."""

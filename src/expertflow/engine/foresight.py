@@ -44,7 +44,7 @@ class Foresight:
 
     Attributes:
         artifact: what was trained.
-        routes: int32 `[C, L, K]` on the predictor's device, each row's experts in its last step; E where unknown.
+        routes: int32 `[C + 1, L, K]` on the predictor's device, each row's experts in its last step; E where unknown.
         failure: why it was switched off, or None.
     """
 
@@ -64,7 +64,7 @@ class Foresight:
         self._owners = Owners()
         self._live: dict[int, int] = {}
         self.routes = torch.full(
-            (online.rows, self._layers, self._top_k), self._experts, dtype=torch.int32, device=online.device
+            (online.rows + 1, self._layers, self._top_k), self._experts, dtype=torch.int32, device=online.device
         )
         self._asked = _Asked(np.zeros(0, dtype=np.int64), decoding=False)
         self.failure: str | None = None
@@ -103,10 +103,9 @@ class Foresight:
         self._events.emit(Event(EventKind.PREDICTOR_OFF, step, reason=reason))
 
     def seats(self, rows: int) -> list[int]:
-        """Predictor rows of a batch of `rows`: of the sequences that come, then of nobody; each once."""
+        """Predictor rows of a batch of `rows`: of the sequences that come; padding shares the row of nobody."""
         seats = [self._live.get(number, NOBODY) for number in self._owners.coming.sequences]
-        free = (row for row in range(self._online.rows) if row not in self._live.values())
-        return [next(free) if row == NOBODY else row for row in seats] + [next(free) for _ in range(rows - len(seats))]
+        return [self._online.spare if row == NOBODY else row for row in seats + [NOBODY] * (rows - len(seats))]
 
     def ask(self, seats: Tensor, tokens: Tensor) -> Tensor | None:
         """Before a step on the device: what each row will use, `[B, O, L, E]`; None once it is switched off.
@@ -133,7 +132,6 @@ class Foresight:
         free = iter(sorted(set(range(self._online.rows)) - set(self._live.values())))
         for number in new:
             self._live[number] = next(free)
-        self._clear([self._live[number] for number in new])  # rows of nobody may have been stepped as padding
 
     def _forget(self, numbers: list[int]) -> None:
         rows = [self._live.pop(number) for number in numbers]

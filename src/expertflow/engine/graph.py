@@ -140,7 +140,7 @@ class GraphDecoder:
             self._dense.attach()
         try:
             self._run(rows, columns)
-            if self._pool is not None:
+            if self._pool is not None and self.experts.predicting == shape[-1]:  # else it was switched off meanwhile
                 self._graphs[shape] = _capture(lambda: self._run(rows, columns), self._pool)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
@@ -153,6 +153,13 @@ class GraphDecoder:
             self.experts.detach(self.model, self.skeleton)
 
     def _run(self, rows: int, columns: int) -> None:
+        try:
+            self._step(rows, columns)
+        except BaseException:
+            self.experts.break_off()
+            raise
+
+    def _step(self, rows: int, columns: int) -> None:
         positions = self.positions[:rows]
         if self._dense is not None:
             self._dense.positions = positions
@@ -196,11 +203,14 @@ def _capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     cuBLAS keeps a workspace for each stream for good. Dropped before, so that the graph gets one of its own memory, and
     after, so that this memory goes when the graphs go.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, line = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - as torch's own graph trees do; there is no public way
-    with torch.cuda.graph(graph, pool=pool):
-        run()
-    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            run()
+    finally:
+        torch.cuda.set_stream(line)  # a capture that fails leaves its own behind
+        torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
     return graph
 
 

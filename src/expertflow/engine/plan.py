@@ -21,6 +21,8 @@ CUDA_LIBRARY_BYTES = 40 * 2**20
 """cuBLAS keeps 32 MiB in the allocator on an H100 (benchmarks/results/host_execution_h100.json), and a little room."""
 GRAPH_POOL_BYTES = 64 * 2**20
 """The allocator cuts a graph's memory from blocks of 2 and 20 MiB that it does not give back."""
+_WORTH = 0.5
+"""Slots that captured steps have to leave of those the host execution has, to be chosen unasked."""
 _SLACK = 1.1
 """Allocators round up; temporaries of operators are counted by name, not by trace."""
 
@@ -123,12 +125,16 @@ def make_plan(
     if config.execution == "graph":
         return _plan(config, shape, device, strategy, graph=True, predictor=predictor)
     hoped = config.execution == "auto" and device == "cuda"
-    if hoped and not no_graph:
-        try:
-            return _plan(config, shape, device, strategy, graph=True, predictor=predictor)
-        except BudgetError as error:
-            no_graph = f"the budget holds no captured steps, {format_bytes(error.least_bytes)} would"
-    return replace(_plan(config, shape, device, strategy, graph=False), why_host=no_graph if hoped else "")
+    if not hoped or no_graph:
+        return replace(_plan(config, shape, device, strategy, graph=False), why_host=no_graph if hoped else "")
+    host = _plan(config, shape, device, strategy, graph=False)
+    try:
+        graph = _plan(config, shape, device, strategy, graph=True, predictor=predictor)
+    except BudgetError as error:
+        return replace(host, why_host=f"the budget holds no captured steps, {format_bytes(error.least_bytes)} would")
+    if graph.slots < host.slots * _WORTH:
+        return replace(host, why_host=f"captured steps would leave {graph.slots} of {host.slots} slots")
+    return graph
 
 
 def _plan(
@@ -148,7 +154,7 @@ def _plan(
             "Leave the budget out and state slots.",
         )
     steps = graph_bytes(shape, config.max_batch, max_length, device) if graph else 0
-    thinks = predictor if graph and device == "cuda" else 0
+    thinks = predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0  # on a stream of its own
     fixed = shape.dense_bytes + kv + workspace + steps + thinks
     slots = _slots(config, shape, row, fixed, budget)
     return Plan(
@@ -179,6 +185,7 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
     buffers = pairs * (shape.expert_width * DTYPE_BYTES[shape.dtype] + shape.hidden * 4)
     buffers += rows * (shape.vocabulary * DTYPE_BYTES[shape.dtype] + 16)
+    buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
     captured = workspace_bytes(shape, rows, length, rows)
     return state + buffers + (captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES if device == "cuda" else 0)

@@ -58,28 +58,29 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
     column = tl.arange(0, EP)
     evictions, wasted = load * 0, load * 0
     while index < count:
-        flat, slot, after = (
-            tl.load(pending + 3 * index),
-            tl.load(pending + 3 * index + 1),
-            tl.load(pending + 3 * index + 2),
-        )
+        # everything that decides is read before anything is written: one thread writes, and the other warps may lag
+        flat = tl.load(pending + 3 * index)
+        slot, after = tl.load(pending + 3 * index + 1), tl.load(pending + 3 * index + 2)
+        present, theirs = tl.load(slot_of + flat) >= 0, tl.load(owner + slot)
+        vain = tl.load(fresh + theirs, mask=theirs >= 0, other=0) != 0
+        before, behind = tl.load(older + slot), tl.load(newer + slot)
+        tl.debug_barrier()
         if after > now:
             tl.store(pending + 3 * kept, flat)
             tl.store(pending + 3 * kept + 1, slot)
             tl.store(pending + 3 * kept + 2, after)
             kept += 1
-        elif tl.load(slot_of + flat) < 0:
+        elif not present:
             prior = -1
-            theirs = tl.load(owner + slot)
             if theirs >= 0:
                 layer = theirs // experts
-                if tl.load(fresh + theirs) != 0:
-                    tl.store(fresh + theirs, tl.full([], 0, tl.uint8))
+                if vain:
                     wasted += 1
                     prior = call_off(ledger, entries, entry, slot)
                     if LOG:
                         tell(log, row, _WASTED, layer, theirs % experts, slot, 0, None)
                         row += 1
+                tl.store(fresh + theirs, tl.full([], 0, tl.uint8))
                 tl.store(slot_of + theirs, -1)
                 tl.store(rank + theirs, float("inf"))
                 tl.store(held + layer, tl.load(held + layer) - 1)
@@ -92,7 +93,6 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
                     tell(log, row, _EVICT, layer, theirs % experts, slot, 0, None)
                     row += 1
             else:
-                before, behind = tl.load(older + slot), tl.load(newer + slot)
                 tl.store(newer + before, behind)
                 tl.store(older + behind, before)
                 tl.store(resident, tl.load(resident) + 1)
@@ -111,8 +111,8 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
             if LOG:
                 tell(log, row, _PREFETCH, flat // experts, flat % experts, slot, now, None)
                 row += 1
-            tl.debug_barrier()
         index += 1
+        tl.debug_barrier()
     tl.store(waiting, kept)
     tl.store(filled, tl.minimum(load, entries))
     add_to(tally + _AHEAD, load - begin)

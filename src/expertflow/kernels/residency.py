@@ -12,8 +12,6 @@ from torch import Tensor
 from expertflow.kernels import access, lookahead, ranks
 from expertflow.kernels.state import POLICIES, STEPS_KNOWN, CacheState, Notes, Schedule
 
-_PROGRAM_EXPERTS = 256
-"""Experts a warp handles; beyond, a program has four."""
 _PLAN_CELLS = 256
 """Experts of all layers a warp of the plan handles."""
 
@@ -34,7 +32,7 @@ class Residency:
         self._rules = state.strategy.rules(state.layers, state.slots)
         self._options = {
             "EP": triton.next_power_of_2(state.experts),
-            "num_warps": 1 if state.experts <= _PROGRAM_EXPERTS else 4,
+            "num_warps": 1,  # one thread writes what all have read: with one warp nobody lags
             "enable_fp_fusion": False,
         }
 

@@ -280,8 +280,8 @@ class CacheState:
 
     @staticmethod
     def nbytes(layers: int, experts: int, slots: int) -> int:
-        """Bytes `allocate` takes, without log and recorded future: what a planner counts."""
-        planes = 8 * 8 + STEPS_KNOWN * 8 + 3 + 4 + 3 * 4 + _LEDGER_FULL * 7 * 4
+        """Bytes `allocate` takes, with a log and without a recorded future: what a planner counts."""
+        planes = 8 * 8 + STEPS_KNOWN * 8 + 3 + 4 + 3 * 4 + _LEDGER_FULL * 7 * 4 + (4 + 3 * _LEDGER_FULL) * 5 * 4
         return layers * experts * planes + layers * 32 + slots * 16 + 256
 
     @property
@@ -322,6 +322,13 @@ class CacheState:
         tables.cursor[LOG] = tables.cursor[PENDING] = 0
         tables.lowest[:] = -1
         usage.step = int(self.clock[0])
+
+    @torch.inference_mode()
+    def drop(self) -> None:
+        """Forget totals and log rows of a step that was broken off."""
+        self.tally.zero_()
+        self.told.zero_()
+        self.ledger.renew()
 
     @torch.inference_mode()
     def take_log(self) -> list[list[int]]:

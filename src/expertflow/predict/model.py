@@ -100,6 +100,12 @@ class Predictor(Protocol):
     config: PredictorConfig
     vocabulary: "Vocabulary"
 
+    def step_bytes(self, rows: int) -> int:
+        """Upper bound on the working memory of a step of that many rows, chances included."""
+
+    def prompt_bytes(self, tokens: int) -> int:
+        """The same for a part of a prompt."""
+
     def forward(self, tokens: Int[Tensor, "B T"], routes: Int[Tensor, "B T L K"]) -> Float[Tensor, "B T O L E"]:
         """Logits of every token of whole sequences, each from what is known before its step."""
 
@@ -244,6 +250,14 @@ class PathPredictor(nn.Module):
     def vocabulary(self) -> Vocabulary:
         """Token ids seen in training."""
         return self.table.vocabulary
+
+    def step_bytes(self, rows: int) -> int:
+        """Sources, their logarithms and sums, logits, memory rows, chances."""
+        return rows * self.config.layers * self.config.experts * 4 * (6 * self.sources + 8 * OUTPUTS)
+
+    def prompt_bytes(self, tokens: int) -> int:
+        """Chances, memory rows, marks."""
+        return tokens * self.config.layers * self.config.experts * 4 * 14
 
     def forward(self, tokens: Int[Tensor, "B T"], routes: Int[Tensor, "B T L K"]) -> Float[Tensor, "B T O L E"]:
         """Logits of every token of whole sequences (or windows of them)."""

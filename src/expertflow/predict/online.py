@@ -8,7 +8,7 @@ captured in a CUDA graph. Knows artifacts and networks; refuses to know batches,
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -43,14 +43,17 @@ class OnlinePredictor:
         artifact: trained predictor.
         rows: sequences that may live at once.
         device: where to compute.
+
+    Attributes:
+        spare: a row of nobody, which may be stepped as padding, also several times in a step.
     """
 
     def __init__(self, artifact: Artifact, rows: int, device: torch.device | None = None) -> None:
         """Every row free."""
-        self.device, self.rows = device or torch.device("cpu"), rows
+        self.device, self.rows, self.spare = device or torch.device("cpu"), rows, rows
         self.artifact = artifact.to(self.device)
         self._model: Predictor = artifact.model  # type: ignore[assignment]  # what every kind offers
-        self.state: State = self._model.fresh(rows, self.device)
+        self.state: State = self._model.fresh(rows + 1, self.device)
 
     @staticmethod
     def nbytes(artifact: Artifact, rows: int, batch: int, chunk: int) -> int:
@@ -62,15 +65,13 @@ class OnlinePredictor:
             batch: sequences that step together at most.
             chunk: tokens of a prefill pass at most.
         """
-        config = artifact.config
+        config, network = artifact.config, cast("Predictor", artifact.model)
         held = [*artifact.model.state_dict().values(), *artifact.memory.state_dict().values(), artifact.calibration]
-        state = empty_state(config, rows, torch.device("meta"))
-        plane = config.layers * config.experts * 4
-        sources = 2 * config.heads + len(config.decays)
-        # a step: sources, their logarithms and sums, logits, memory rows, chances; a prompt: chances, memory rows, marks
-        step, prompt = batch * plane * (6 * sources + 40), chunk * plane * 14
-        tensors: list[Tensor] = [*held, *state]
-        return sum(int(t.nbytes) for t in tensors) + max(step, prompt) + _SLACK * len(tensors)
+        tensors: list[Tensor] = [*held, *empty_state(config, rows + 1, torch.device("meta"))]
+        # a captured step keeps its memory while a prompt, or another step, takes as much again
+        step, prompt = network.step_bytes(batch), network.prompt_bytes(chunk)
+        routes = (rows + 1) * config.layers * config.top_k * 4
+        return sum(int(t.nbytes) for t in tensors) + routes + step + max(step, prompt) + _SLACK * len(tensors)
 
     @torch.inference_mode()
     def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Float[Tensor, "B L E"]:

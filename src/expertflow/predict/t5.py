@@ -34,6 +34,16 @@ class T5Predictor(nn.Module):
         )  # fmt: skip
         self.heads = nn.Linear(32, OUTPUTS * c.layers * c.experts)
 
+    def step_bytes(self, rows: int) -> int:
+        """Two whole blocks a row, and the logits of one of them."""
+        return self.prompt_bytes(rows * BLOCK)
+
+    def prompt_bytes(self, tokens: int) -> int:
+        """Inner states of the feed-forward blocks, attention, logits and chances, in whole blocks."""
+        return (tokens + 2 * BLOCK) * (
+            2048 * 4 * 6 + 32 * 4 * 64 + 4 * OUTPUTS * self.config.layers * self.config.experts * 4
+        )
+
     def forward(self, tokens: Int[Tensor, "B T"], routes: Int[Tensor, "B T L K"]) -> Float[Tensor, "B T O L E"]:  # noqa: ARG002 - the interface
         """Logits of every token of whole sequences, block by block."""
         batch, length = tokens.shape
