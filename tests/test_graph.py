@@ -218,6 +218,8 @@ def test_what_cannot_be_a_graph_says_why(make_checkpoint: MakeCheckpoint, tmp_pa
     """A graph that was asked for and cannot be had is an error; one that was hoped for is an event with the reason."""
     with pytest.raises(ConfigError, match=r"plec.*no predictor.*execution='auto'"):
         open_llm(make_checkpoint("mixtral"), strategy="plec")
+    with pytest.raises(ConfigError, match="513 sequences of 2 experts"):
+        open_llm(make_checkpoint("mixtral"), max_batch=513)
     with pytest.raises(ConfigError, match="one-hot"):
         open_llm(make_checkpoint("switch_transformers"))
     with open_llm(make_checkpoint("mixtral"), execution="auto") as llm:

@@ -179,6 +179,10 @@ def _predictor(llm: LLM) -> str:
     return f"{llm.predictor.config.kind}{found}"
 
 
+def _speed(gbps: float) -> str:
+    return f"{gbps:.1f} GB/s" if gbps >= 0.1 else f"{gbps * 1e3:.1f} MB/s"
+
+
 def _summary(llm: LLM, console: Console) -> None:
     stats, plan = llm.stats, llm.plan
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -197,7 +201,7 @@ def _summary(llm: LLM, console: Console) -> None:
             "loads",
             f"{stats.cache.loads} corrections when needed, {stats.cache.prefetched} ahead ({stats.cache.wasted} in vain)",
         ),
-        ("link", f"{format_bytes(stats.cache.bytes_moved)} moved, {stats.link_gbps:.1f} GB/s over the whole run"),
+        ("link", f"{format_bytes(stats.cache.bytes_moved)} moved, {_speed(stats.link_gbps)} over the whole run"),
         (
             "speed",
             f"{stats.tokens} tokens in {stats.seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s, the first after {stats.first_token_seconds:.2f} s",

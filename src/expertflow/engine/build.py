@@ -98,7 +98,12 @@ def prepare(
         predictor = None
     device = resolve_device(config.device).type
     no_graph = graph_refusal(
-        skeleton, strategy, device, own_forecast=forecast is not None, predicted=predictor is not None
+        skeleton,
+        strategy,
+        device,
+        rows=config.max_batch,
+        own_forecast=forecast is not None,
+        predicted=predictor is not None,
     )
     thinks = 0 if predictor is None else OnlinePredictor.nbytes(predictor, *_predictor_load(config))
     plan = make_plan(config, shape, device, strategy.name, no_graph, predictor=thinks)

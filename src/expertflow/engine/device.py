@@ -20,7 +20,7 @@ from expertflow.cache.strategy import Strategy
 from expertflow.engine.foresight import Foresight
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.kernels.backend import HAS_TRITON, backend
-from expertflow.kernels.reference import ExpertMlp, Workspace
+from expertflow.kernels.reference import MAX_PAIRS, ExpertMlp, Workspace
 from expertflow.kernels.state import (
     AHEAD,
     BLIND,
@@ -68,7 +68,13 @@ def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
 
 
 def graph_refusal(
-    skeleton: Skeleton, strategy: Strategy, device: str, *, own_forecast: bool = False, predicted: bool = False
+    skeleton: Skeleton,
+    strategy: Strategy,
+    device: str,
+    *,
+    rows: int,
+    own_forecast: bool = False,
+    predicted: bool = False,
 ) -> str:
     """Why decode steps cannot run as graphs; empty if they can.
 
@@ -76,11 +82,14 @@ def graph_refusal(
         skeleton: the model.
         strategy: row of the strategy table.
         device: `cuda` or `cpu`.
+        rows: sequences that step together at most.
         own_forecast: whether the caller's forecast replaces the strategy's.
         predicted: whether a trained predictor does.
     """
     if device == "cuda" and not HAS_TRITON:
         return "Triton is not installed"
+    if rows * skeleton.top_k > MAX_PAIRS:
+        return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
     if own_forecast:
         return "the forecast is the caller's own, which only the host can ask"
     return refusal(strategy.on_device(), predicted=predicted) or _model_refusal(skeleton)

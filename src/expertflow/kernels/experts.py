@@ -19,13 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow.kernels.reference import DTYPES, ExpertMlp, Workspace
+from expertflow.kernels.reference import DTYPES, MAX_PAIRS, ExpertMlp, Workspace
 
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
 COMBINE_BLOCK = 256
-MAX_PAIRS = 1024
-"""Every program looks at all pairs of the call; more than these do not fit its registers."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies the bit patterns of bfloat16; it has to be given float32, which is as exact."""
 

@@ -22,6 +22,8 @@ from expertflow.types import TensorSpec
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UP_NAMES = ("gate_up_proj", "up_proj", "wi")
 DOWN_NAMES = ("down_proj", "wo")
+MAX_PAIRS = 1024
+"""(token, rank) pairs of a call at most: every program of the twin looks at all of them, in its registers."""
 CLAMPED_SWIGLU = "clamped_swiglu"
 """GPT-OSS: gate clamped above and up clamped on both sides, `gate * sigmoid(alpha * gate) * (up + 1)`."""
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
