@@ -34,5 +34,5 @@ def compiled(function: Function) -> Function:
 
 def _digest() -> str:
     rooms = Path(__file__).parents[1]
-    files = sorted(path for room in ("cache", "sim") for path in (rooms / room).glob("*.py"))
+    files = sorted(path for room in ("cache", "schedule", "sim") for path in (rooms / room).glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -218,6 +218,12 @@ def simulate(
     ] = "1,4,8,16",
     strategy: Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")] = "all",
     groups: Annotated[int, typer.Option(help="Groups of the batch that take turns.")] = 1,
+    grouping: Annotated[
+        str,
+        typer.Option(
+            help="Divide the groups anew by true paths: swaps (ours) or similar (the paper's). Default: as they arrive."
+        ),
+    ] = "",
     link_gbps: Annotated[float, typer.Option(help="Bandwidth of the link, GB/s.")] = 50.0,
     model: Annotated[
         str | None, typer.Option(help="Checkpoint the trace is of: checks that, and takes the size of an expert.")
@@ -239,7 +245,7 @@ def simulate(
     }  # fmt: skip
     if model is not None:
         cost["row_bytes"] = import_module("expertflow.cli.stated").row_bytes_of(model, trace)
-    options = {"groups": groups, "gate_recall": gate_recall, "skip": skip, "seed": seed}
+    options = {"groups": groups, "grouping": grouping, "gate_recall": gate_recall, "skip": skip, "seed": seed}
     _call(
         "simulate",
         trace=trace, slots=slots, batch=batch, strategy=strategy, cost=cost, options=options, plot=plot, json_file=json,

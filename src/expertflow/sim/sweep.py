@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from expertflow.cache.strategy import STRATEGIES, find_strategy
+from expertflow.config import nearest
 from expertflow.errors import ConfigError
+from expertflow.schedule.cluster import METHODS
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome, check_slots, replay_sizes
-from expertflow.sim.workload import Workload, as_recorded, live_sequences
+from expertflow.sim.workload import Workload, as_recorded, live_sequences, regrouped
 from expertflow.trace.format import load_trace
 from expertflow.units import parse_slots
 
@@ -42,6 +44,7 @@ class Grid:
         strategies: names of rows.
         cost: link and computation.
         groups: groups that take turns.
+        grouping: how sequences are divided, a key of `schedule.cluster.METHODS`; empty: as they arrive.
         gate_recall: of the next-layer gate.
         skip: a flag of sequences to leave out, such as `repetition`; empty: none.
         seed: of the order of sequences.
@@ -53,6 +56,7 @@ class Grid:
     strategies: tuple[str, ...]
     cost: Cost
     groups: int = 1
+    grouping: str = ""
     gate_recall: float = 0.85
     skip: str = "repetition"
     seed: int = 0
@@ -106,6 +110,8 @@ def _check(grid: Grid) -> None:
         workload = live_sequences(trace, batch, grid.groups, grid.seed) if batch else as_recorded(trace)
         for text in grid.slots:
             check_slots(workload, parse_slots(text, trace.header.layers, trace.header.experts))
+    if grid.grouping and grid.grouping not in METHODS:
+        raise ConfigError(f"grouping {grid.grouping!r} is unknown", nearest(grid.grouping, METHODS))
     if not grid.slots or not grid.batches:
         raise ConfigError("there is nothing to simulate", "Give at least one slot count and one batch size.")
 
@@ -123,7 +129,10 @@ def _workload(grid: Grid, batch: int) -> Workload:
     """The steps of a batch; kept for the process's next strategy, which mostly has the same batch."""
     trace = load_trace(grid.trace)
     trace = trace.without(grid.skip) if grid.skip else trace
-    return live_sequences(trace, batch, grid.groups, grid.seed) if batch else as_recorded(trace)
+    if not batch:
+        return as_recorded(trace)
+    workload = live_sequences(trace, batch, grid.groups, grid.seed)
+    return regrouped(workload, grid.grouping) if grid.grouping else workload
 
 
 def bound_tokens_per_second(outcome: Outcome, belady: Outcome, cost: Cost) -> float:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from expertflow.cache.forecast import Step
 from expertflow.errors import TraceError
+from expertflow.schedule.cluster import group
 from expertflow.trace.format import DECODE, Trace
 
 
@@ -91,6 +92,29 @@ def live_sequences(trace: Trace, batch: int, groups: int = 1, seed: int = 0) -> 
     waiting = [parts[index] for index in np.random.default_rng(seed).permutation(len(parts))]
     members = _fill(waiting, batch)
     return Workload(trace=trace, members=members.reshape(-1, batch // groups), batch=batch, groups=groups)
+
+
+def regrouped(workload: Workload, method: str) -> Workload:
+    """The same sequences, divided anew before every round of turns, by the paths they are going to take.
+
+    Args:
+        workload: of several groups.
+        method: a key of `schedule.cluster.METHODS`.
+
+    Raises:
+        ConfigError: for an unknown method.
+    """
+    header, members = workload.trace.header, workload.members.reshape(-1, workload.batch).copy()
+    for round_ in members:
+        routes = workload.trace.rows.experts[round_].astype(np.int64)
+        paths = np.zeros((len(round_), header.layers, header.experts + 1), dtype=np.bool_)
+        np.put_along_axis(paths, routes, values=True, axis=2)
+        found = group(paths[..., : header.experts], workload.groups, method)
+        round_[:] = round_[np.argsort(found, kind="stable")]
+    return Workload(
+        trace=workload.trace, members=members.reshape(workload.members.shape), batch=workload.batch,
+        groups=workload.groups,
+    )  # fmt: skip
 
 
 def _fill(waiting: list[npt.NDArray[np.int64]], batch: int) -> npt.NDArray[np.int64]:

@@ -1,0 +1,138 @@
+"""What grouping by route gives on a recorded trace: experts activated, loads in the simulator, time of a division.
+
+Sequences step together in groups that take turns and are divided anew before every round: by the paths they are going to
+take, or by the best guesses of a predictor that has not seen them (its top-k a layer). Beside it the paper's method, and
+one merged batch. Loads are of `next-use` on the simulator's tables, groups in turn.
+
+Usage: python benchmarks/grouping.py TRACE [--predictor FOLDER] [--out FILE]
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.predict.artifact import load_artifact
+from expertflow.predict.dataset import passages
+from expertflow.predict.score import score
+from expertflow.schedule.cluster import METHODS, activated, group, in_order, pack
+from expertflow.sim.clock import Cost
+from expertflow.sim.replay import replay_sizes
+from expertflow.sim.workload import Workload, live_sequences
+from expertflow.trace.format import Trace, load_trace
+
+CASES = ((2, 4), (2, 8), (4, 4), (8, 2), (4, 6))
+ROUNDS, SHARES, SEED = 150, (0.25, 0.5), 0
+
+
+def marks(routes: npt.NDArray[Any], experts: int) -> npt.NDArray[np.bool_]:
+    """`[N, L, K]` experts to `[N, L, E]`."""
+    paths = np.zeros((*routes.shape[:2], experts + 1), dtype=np.bool_)
+    np.put_along_axis(paths, routes.astype(np.int64), values=True, axis=2)
+    return paths[..., :experts]
+
+
+def guesses(trace: Trace, predictor: Path) -> npt.NDArray[np.bool_]:
+    """`[rows, L, E]`, the predictor's top-k a layer of every row it can say something of."""
+    artifact, items = load_artifact(predictor), passages(trace)
+    found = np.zeros((len(trace), trace.header.layers, trace.header.experts), dtype=np.bool_)
+    for item, said in zip(items, score(artifact, items), strict=True):
+        best = np.argsort(-said[:, 0].astype(np.float32), axis=-1)[..., : trace.header.top_k]
+        found[item.rows] = marks(best, trace.header.experts)
+    return found
+
+
+def divide(trace: Trace, arrival: Workload, paths: npt.NDArray[np.bool_], method: str) -> Workload:
+    """The workload, divided anew in every round by `paths`."""
+    members = arrival.members.reshape(-1, arrival.batch).copy()
+    for round_ in members:
+        round_[:] = round_[np.argsort(group(paths[round_], arrival.groups, method), kind="stable")]
+    return Workload(
+        trace=trace, members=members.reshape(arrival.members.shape), batch=arrival.batch, groups=arrival.groups
+    )
+
+
+def measure(trace: Trace, guessed: npt.NDArray[np.bool_] | None, groups: int, size: int) -> dict[str, Any]:
+    """One case."""
+    arrival = live_sequences(trace, groups * size, groups, SEED)
+    arrival = replace(arrival, members=arrival.members[: ROUNDS * groups])
+    true = marks(trace.rows.experts, trace.header.experts)
+    merged = Workload(trace=trace, members=arrival.members.reshape(-1, arrival.batch), batch=arrival.batch)
+    ways = {"arrival": arrival, "merged": merged, **{f"true, {m}": divide(trace, arrival, true, m) for m in METHODS}}
+    if guessed is not None:
+        ways |= {f"predicted, {m}": divide(trace, arrival, guessed, m) for m in METHODS}
+    slots = [int(trace.header.layers * trace.header.experts * share) for share in SHARES]
+    row: dict[str, Any] = {
+        "groups": groups,
+        "size": size,
+        "rounds": len(merged),
+        "activated": {},
+        "loads_per_token": {},
+    }
+    for name, workload in ways.items():
+        row["activated"][name] = float(workload.needed.sum() / arrival.needed.sum())
+        replays = replay_sizes(workload, STRATEGIES["next-use"], slots, Cost())
+        row["loads_per_token"][name] = {str(s): o.loads / o.tokens for s, o in zip(SHARES, replays, strict=True)}
+    print(
+        f"{groups} x {size}: " + "  ".join(f"{name} {value:.3f}" for name, value in row["activated"].items()),
+        flush=True,
+    )
+    return row
+
+
+def timed(count: int, groups: int, layers: int, experts: int) -> dict[str, Any]:
+    """Milliseconds of a division of random paths of four experts in 32, and its count against arrival."""
+    paths = np.random.default_rng(SEED).random((count, layers, experts)) < 0.125
+    row: dict[str, Any] = {"sequences": count, "groups": groups, "layers": layers, "experts": experts}
+    for method in METHODS:
+        group(paths, groups, method)
+        times = []
+        for _ in range(7):
+            began = time.perf_counter()
+            found = group(paths, groups, method)
+            times.append((time.perf_counter() - began) * 1e3)
+        words = pack(paths)
+        row[method] = {
+            "ms": times,
+            "activated": activated(words, found, groups) / activated(words, in_order(count, groups), groups),
+        }
+    print(
+        f"{count} sequences of {layers} x {experts} in {groups}: "
+        + ", ".join(f"{m} {statistics.median(row[m]['ms']):.2f} ms" for m in METHODS),
+        flush=True,
+    )
+    return row
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--predictor", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    trace = load_trace(options.trace).without("repetition")
+    known = trace.rows.tokens >= 0
+    trace = replace(trace, rows=trace.rows.take(np.isin(trace.rows.sequence, np.unique(trace.rows.sequence[known]))))
+    guessed = None if options.predictor is None else guesses(trace, options.predictor)
+    result = {
+        "benchmark": "grouping", "date": time.strftime("%Y-%m-%d"), "seed": SEED,
+        "config": {"trace": trace.header.model, "rows": len(trace), "rounds": ROUNDS, "strategy": "next-use", "predicted": guessed is not None},
+        "machine": {"cores": os.cpu_count()}, "versions": {"numpy": np.__version__},
+        "cases": [measure(trace, guessed, *case) for case in CASES],
+        "times": [timed(64, groups, 24, 60) for groups in (2, 8)],
+    }  # fmt: skip
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Which live sequences step together."""
