@@ -26,18 +26,11 @@ from expertflow.predict.score import score
 from expertflow.schedule.cluster import METHODS, activated, group, in_order, pack
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import replay_sizes
-from expertflow.sim.workload import Workload, live_sequences
+from expertflow.sim.workload import Workload, live_sequences, regrouped
 from expertflow.trace.format import Trace, load_trace
 
 CASES = ((2, 4), (2, 8), (4, 4), (8, 2), (4, 6))
 ROUNDS, SHARES, SEED = 150, (0.25, 0.5), 0
-
-
-def marks(routes: npt.NDArray[Any], experts: int) -> npt.NDArray[np.bool_]:
-    """`[N, L, K]` experts to `[N, L, E]`."""
-    paths = np.zeros((*routes.shape[:2], experts + 1), dtype=np.bool_)
-    np.put_along_axis(paths, routes.astype(np.int64), values=True, axis=2)
-    return paths[..., :experts]
 
 
 def guesses(trace: Trace, predictor: Path) -> npt.NDArray[np.bool_]:
@@ -46,29 +39,20 @@ def guesses(trace: Trace, predictor: Path) -> npt.NDArray[np.bool_]:
     found = np.zeros((len(trace), trace.header.layers, trace.header.experts), dtype=np.bool_)
     for item, said in zip(items, score(artifact, items), strict=True):
         best = np.argsort(-said[:, 0].astype(np.float32), axis=-1)[..., : trace.header.top_k]
-        found[item.rows] = marks(best, trace.header.experts)
+        marks = np.zeros((len(item), *found.shape[1:]), dtype=np.bool_)
+        np.put_along_axis(marks, best, values=True, axis=2)
+        found[item.rows] = marks
     return found
-
-
-def divide(trace: Trace, arrival: Workload, paths: npt.NDArray[np.bool_], method: str) -> Workload:
-    """The workload, divided anew in every round by `paths`."""
-    members = arrival.members.reshape(-1, arrival.batch).copy()
-    for round_ in members:
-        round_[:] = round_[np.argsort(group(paths[round_], arrival.groups, method), kind="stable")]
-    return Workload(
-        trace=trace, members=members.reshape(arrival.members.shape), batch=arrival.batch, groups=arrival.groups
-    )
 
 
 def measure(trace: Trace, guessed: npt.NDArray[np.bool_] | None, groups: int, size: int) -> dict[str, Any]:
     """One case."""
     arrival = live_sequences(trace, groups * size, groups, SEED)
     arrival = replace(arrival, members=arrival.members[: ROUNDS * groups])
-    true = marks(trace.rows.experts, trace.header.experts)
     merged = Workload(trace=trace, members=arrival.members.reshape(-1, arrival.batch), batch=arrival.batch)
-    ways = {"arrival": arrival, "merged": merged, **{f"true, {m}": divide(trace, arrival, true, m) for m in METHODS}}
+    ways = {"arrival": arrival, "merged": merged, **{f"true, {m}": regrouped(arrival, m) for m in METHODS}}
     if guessed is not None:
-        ways |= {f"predicted, {m}": divide(trace, arrival, guessed, m) for m in METHODS}
+        ways |= {f"predicted, {m}": regrouped(arrival, m, guessed) for m in METHODS}
     slots = [int(trace.header.layers * trace.header.experts * share) for share in SHARES]
     row: dict[str, Any] = {
         "groups": groups,

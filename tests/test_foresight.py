@@ -63,6 +63,22 @@ def make_predictor(tmp_path_factory: pytest.TempPathFactory) -> MakePredictor:
     return build
 
 
+def heard(llm: LLM) -> list[npt.NDArray[np.float64]]:
+    """The demand of every decode step that the host is told, as they run."""
+    said: list[npt.NDArray[np.float64]] = []
+    foresight = llm._offloaded.foresight
+    ask = foresight.outlook
+
+    def outlook(step: Step) -> object:
+        answer = ask(step)
+        if answer is not None and len(answer.demand) > 1:
+            said.append(answer.demand)
+        return answer
+
+    foresight.outlook = outlook
+    return said
+
+
 def generate(model: Path, **options: object) -> list[tuple[int, ...]]:
     """Three prompts of unlike lengths, unlike numbers of tokens."""
     with LLM(model, device="cpu", max_batch=4, max_length=48, **options) as llm:
@@ -80,26 +96,16 @@ def test_what_is_said_is_what_the_recording_gives(
     """
     model = make_checkpoint("qwen3_moe")
     predictor = make_predictor(model)
-    said: list[npt.NDArray[np.float64]] = []
     path = tmp_path / "run.trace"
     with LLM(
         model, device="cpu", max_batch=4, max_length=48, slots=6, predictor=str(predictor), prefill_chunk=chunk
     ) as llm:
-        foresight = llm._offloaded.foresight
-        ask = foresight.outlook
-
-        def outlook(step: Step) -> object:
-            answer = ask(step)
-            if answer is not None and len(answer.demand) > 1:
-                said.append(answer.demand)
-            return answer
-
-        foresight.outlook = outlook
+        said = heard(llm)
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
         for _ in range(2):  # a second batch takes the rows of the first
             with llm.record(path):
                 llm.generate(PROMPTS, params)
-        assert foresight.failure is None
+        assert llm.predictor_failure is None
     trace = load_trace(path)
     items = passages(trace)
     artifact = load_artifact(predictor)
@@ -173,18 +179,8 @@ def test_a_graph_expects_what_the_host_expects(make_checkpoint: MakeCheckpoint, 
     model = make_checkpoint("qwen3_moe")
     options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 6, "predictor": str(make_predictor(model))}
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
-    said: list[npt.NDArray[np.float64]] = []
     with LLM(model, **options, execution="host") as llm:
-        foresight = llm._offloaded.foresight
-        ask = foresight.outlook
-
-        def outlook(step: Step) -> object:
-            answer = ask(step)
-            if answer is not None and len(answer.demand) > 1:
-                said.append(answer.demand)
-            return answer
-
-        foresight.outlook = outlook
+        said = heard(llm)
         for _ in range(2):
             llm.generate(PROMPTS, params)
     with LLM(model, **options, execution="graph") as llm:

@@ -94,27 +94,32 @@ def live_sequences(trace: Trace, batch: int, groups: int = 1, seed: int = 0) -> 
     return Workload(trace=trace, members=members.reshape(-1, batch // groups), batch=batch, groups=groups)
 
 
-def regrouped(workload: Workload, method: str) -> Workload:
-    """The same sequences, divided anew before every round of turns, by the paths they are going to take.
+def regrouped(workload: Workload, method: str, paths: npt.NDArray[np.bool_] | None = None) -> Workload:
+    """The same sequences, divided anew before every round of turns, by the paths they are expected to take.
 
     Args:
         workload: of several groups.
         method: a key of `schedule.cluster.METHODS`.
+        paths: `[rows of the trace, L, E]`; None: what they take in truth.
 
     Raises:
         ConfigError: for an unknown method.
     """
-    header, members = workload.trace.header, workload.members.reshape(-1, workload.batch).copy()
+    members = workload.members.reshape(-1, workload.batch).copy()
     for round_ in members:
-        routes = workload.trace.rows.experts[round_].astype(np.int64)
-        paths = np.zeros((len(round_), header.layers, header.experts + 1), dtype=np.bool_)
-        np.put_along_axis(paths, routes, values=True, axis=2)
-        found = group(paths[..., : header.experts], workload.groups, method)
-        round_[:] = round_[np.argsort(found, kind="stable")]
+        expected = _paths(workload.trace, round_) if paths is None else paths[round_]
+        round_[:] = round_[np.argsort(group(expected, workload.groups, method), kind="stable")]
     return Workload(
         trace=workload.trace, members=members.reshape(workload.members.shape), batch=workload.batch,
         groups=workload.groups,
     )  # fmt: skip
+
+
+def _paths(trace: Trace, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """`[T, L, E]`, what rows of the trace used."""
+    marks = np.zeros((len(rows), trace.header.layers, trace.header.experts + 1), dtype=np.bool_)
+    np.put_along_axis(marks, trace.rows.experts[rows].astype(np.int64), values=True, axis=2)
+    return marks[..., : trace.header.experts]
 
 
 def _fill(waiting: list[npt.NDArray[np.int64]], batch: int) -> npt.NDArray[np.int64]:
