@@ -55,7 +55,7 @@ def test_a_draft_is_supposed_and_not_taken_in(known: bool) -> None:  # noqa: FBT
         assert all(torch.equal(*pair) for pair in zip(kept, online.state, strict=True))
         matches |= set(draft.match.tolist())
         sampled = OnlinePredictor(online.artifact, 4)
-        sampled.join([0, 1, 2, 3], type(online.state)(*kept))
+        sampled.join([0, 1, 2, 3], type(online.state)(*(column[:4] for column in kept)))
         for one, other in zip(said, sampled.step(rows, draft.tokens, supposed), strict=True):
             assert torch.equal(one, other)
     assert matches == {0, 1, 2}
