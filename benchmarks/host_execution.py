@@ -198,7 +198,7 @@ def measure_loading(folder: Path, device: str) -> dict[str, Any]:
         gc.collect()
         with HostPeak() as host:
             began = time.perf_counter()
-            offloaded = load_model(folder, EngineConfig(slots="25%", device=device, max_length=256))
+            offloaded = load_model(folder, EngineConfig(slots="25%", device=device, max_length=256, execution="host"))
             seconds = time.perf_counter() - began
         total = offloaded.plan.host + offloaded.plan.dense
         result[name] = {
@@ -295,7 +295,7 @@ def measure(
     """Speed and memory of one strategy and share at every batch size, and whether logits are the resident's bits."""
     limits = {"device": device, "max_batch": max(BATCHES), "max_length": PROMPT_TOKENS + NEW_TOKENS}
     rows, equal = [], True
-    with LLM(folder, slots=share, strategy=strategy, **limits) as llm:
+    with LLM(folder, slots=share, strategy=strategy, execution="host", **limits) as llm:
         model = llm._offloaded.model  # noqa: SLF001 - a benchmark looks inside
         vocabulary = llm.plan.shape.vocabulary
         for batch in BATCHES:

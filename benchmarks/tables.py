@@ -187,8 +187,19 @@ def _engine(name: str, chosen: str) -> list[str]:
 
 
 def engine_g() -> str:
-    """gpt-oss-20b's shape with real routing replayed."""
-    return "\n".join(_engine("g", "plec"))
+    """gpt-oss-20b's shape with real routing replayed, and what plec gives over lru-global."""
+    lines = _engine("g", "plec")
+    result = json.loads((RESULTS / "engine_g_h100.json").read_text())
+    ms = {(r["slots"], r["batch"], r["strategy"]): statistics.median(r["ms"]) for r in result["rows"]}
+    shares = dict.fromkeys(slots for slots, _, _ in ms)
+    batches = sorted({batch for _, batch, _ in ms})
+    gains = [
+        f"{slots / result['experts']:.1%} of the experts "
+        + " / ".join(f"{ms[slots, batch, 'lru-global'] / ms[slots, batch, 'plec']:.2f}" for batch in batches)
+        for slots in sorted(shares, reverse=True)
+    ]
+    lines.append(f"plec over lru-global, live {' / '.join(map(str, batches))}: {'; '.join(gains)}.")
+    return "\n".join(lines)
 
 
 def engine_q() -> str:

@@ -20,7 +20,7 @@ def main(*, model: str | None, prompts_file: Path, out: Path, engine: dict[str, 
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
     wanted = {key: value for key, value in engine.items() if value is not None}
-    with LLM(shipped_model() if model is None else model, **wanted) as llm, llm.record(out):
+    with LLM(shipped_model() if model is None else model, execution="host", **wanted) as llm, llm.record(out):
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("recording", total=len(prompts))
             for item in llm.stream(prompts, params):
