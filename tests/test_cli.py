@@ -122,6 +122,29 @@ def test_help_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
 
 
+def test_an_interrupt_is_not_lost() -> None:
+    """Python drops an interrupt that falls into a weak reference's callback; the run still ends at its next token."""
+    script = """
+import os, signal, weakref
+from expertflow.cli.run import _Interrupt
+class Thing: pass
+def gone(_):
+    os.kill(os.getpid(), signal.SIGINT)
+    [0 for _ in range(1000)]
+with _Interrupt() as interrupt:
+    thing = Thing()
+    reference = weakref.ref(thing, gone)
+    del thing
+    print("dropped")
+    try:
+        interrupt.check()
+    except KeyboardInterrupt:
+        print("raised again")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[:2] == ["dropped", "raised again"]
+
+
 def test_ctrl_c_ends_cleanly() -> None:
     """An interrupt while generating gives the summary of what was done, exit code 130 and no traceback."""
     process = subprocess.Popen(

@@ -13,6 +13,7 @@ from expertflow.errors import ConfigError
 from expertflow.schedule.cluster import METHODS, Paths, activated, group, in_order, pack
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import replay
+from expertflow.sim.sweep import Grid, run_grid
 from expertflow.sim.workload import live_sequences, regrouped
 from expertflow.trace.format import load_trace
 from test_trace import EXCERPT
@@ -85,6 +86,16 @@ def test_bad_divisions_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             group(draw(0, 5), groups, method)
+
+
+def test_the_simulator_groups_by_route() -> None:
+    """`simulate` with a grouping loads fewer; without groups, or with a method that is none, it says what is wrong."""
+    grid = Grid(trace=EXCERPT, slots=("25%",), batches=(4,), strategies=("lru",), cost=Cost(), groups=2)
+    loads = [run_grid(g, lambda _: None, 1)[0].loads for g in (grid, replace(grid, grouping="swaps"))]
+    assert loads[1] < loads[0]
+    for changes, message in (({"groups": 1}, "single group"), ({"grouping": "swap"}, "Did you mean 'swaps'")):
+        with pytest.raises(ConfigError, match=message):
+            run_grid(replace(grid, **{"grouping": "swaps", **changes}), lambda _: None, 1)
 
 
 def test_real_routes_overlap() -> None:

@@ -1,9 +1,10 @@
 """`expertflow run`: prompts in, text as it is generated, then a summary."""
 
 import json
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -44,7 +45,8 @@ def main(
         outputs: list[RequestOutput] = []
         interrupted = False
         try:
-            _generate(llm, prompts, params, outputs, as_json=as_json)
+            with _Interrupt() as interrupt:
+                _generate(llm, prompts, params, outputs, interrupt, as_json=as_json)
         except KeyboardInterrupt:
             interrupted = True
         if as_json:
@@ -102,14 +104,45 @@ def _json_prompt(path: Path, number: int, line: str) -> str:
     return prompt
 
 
+class _Interrupt:
+    """Ctrl-C that cannot get lost: Python drops it where it falls into a callback of the garbage collector."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before = signal.getsignal(signal.SIGINT)
+
+    def __enter__(self) -> Self:
+        signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _take(self, *_: object) -> None:
+        self._asked = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise it again if it was dropped."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+
 def _generate(
-    llm: LLM, prompts: list[str], params: SamplingParams, outputs: list[RequestOutput], *, as_json: bool
+    llm: LLM,
+    prompts: list[str],
+    params: SamplingParams,
+    outputs: list[RequestOutput],
+    interrupt: _Interrupt,
+    *,
+    as_json: bool,
 ) -> None:
     """Collect finished requests; show one prompt's text as it comes, several prompts' texts as they finish."""
     live = len(prompts) == 1 and not as_json
     if live:
         sys.stdout.write(prompts[0])
     for item in llm.stream(prompts, params):
+        interrupt.check()
         if live:
             sys.stdout.write(item.text)
             sys.stdout.flush()

@@ -72,7 +72,7 @@ def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
         console = Console(width=_PIPED_WIDTH)
     for batch, slots in dict.fromkeys((outcome.batch, outcome.slots) for outcome in outcomes):
         cells = [outcome for outcome in outcomes if (outcome.batch, outcome.slots) == (batch, slots)]
-        console.print(_table(cells))
+        console.print(_table(cells, grid.grouping))
         belady = next((cell for cell in cells if cell.strategy == "oracle"), None)
         if belady is not None:
             bound = bound_tokens_per_second(belady, belady, grid.cost)
@@ -85,9 +85,10 @@ def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
     )
 
 
-def _table(cells: Sequence[Outcome]) -> Table:
+def _table(cells: Sequence[Outcome], grouping: str) -> Table:
     first = cells[0]
     turns = f" in {first.groups} groups" if first.groups > 1 else ""
+    turns += f" by route ({grouping})" if turns and grouping else ""
     title = f"{first.batch} live sequences{turns}, {first.slots} slots ({first.share:.1%}), {first.tokens} tokens"
     table = Table(title=title, title_justify="left")
     table.add_column("strategy", no_wrap=True)

@@ -112,6 +112,8 @@ def _check(grid: Grid) -> None:
             check_slots(workload, parse_slots(text, trace.header.layers, trace.header.experts))
     if grid.grouping and grid.grouping not in METHODS:
         raise ConfigError(f"grouping {grid.grouping!r} is unknown", nearest(grid.grouping, METHODS))
+    if grid.grouping and grid.groups < 2:
+        raise ConfigError(f"grouping {grid.grouping!r} of a single group means nothing", "Give --groups 2 or more.")
     if not grid.slots or not grid.batches:
         raise ConfigError("there is nothing to simulate", "Give at least one slot count and one batch size.")
 
