@@ -179,7 +179,7 @@ class Foresight:
         for row in np.unique(asked.rows[asked.rows != NOBODY]).tolist():
             own = self._tensor(np.flatnonzero(asked.rows == row))
             before = torch.cat([self.routes[row][None], routes[own][:-1]])
-            self._online.observe(row, self._tensor(step.tokens)[own], before.long())
+            self._online.observe(row, self._tensor(step.tokens)[own], before)
             self.routes[row] = routes[own][-1]
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:

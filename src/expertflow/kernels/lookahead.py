@@ -49,7 +49,7 @@ def _pin_residents(want, at, pin, layer_of, inside, place_of, now, layers, room)
 @triton.jit
 def _bind(  # noqa: PLR0915 - as `look_ahead`
     slot_of, owner, rank, low, lowest, held, newer, older, fresh, resident, pending, waiting, ledger, filled, entry,
-    tally, log, row, now, experts, entries, EP: tl.constexpr, LOG: tl.constexpr,  # noqa: N803
+    tally, log, row, now, layers, experts, entries, EP: tl.constexpr, LOG: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """`prefetch.carry_out`: the planned loads whose slots are free after `now`; returns the log's next row."""
     count, kept, index = tl.load(waiting), 0, 0
@@ -100,21 +100,21 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
             tl.store(owner + slot, flat)
             tl.store(held + flat // experts, tl.load(held + flat // experts) + 1)
             tl.store(fresh + flat, tl.full([], 1, tl.uint8))
-            if load < entries:
+            if load < entries - layers * experts:  # the rest is for what the layers need
                 tl.store(ledger + load, flat)
                 tl.store(ledger + entries + load, slot)
                 tl.store(ledger + 4 * entries + load, prior)
                 tl.store(entry + slot, load)
-            else:
+                load += 1
+            else:  # never: the ledger has room for every expert thrice
                 tl.store(tally + _BROKEN, 1)
-            load += 1
             if LOG:
                 tell(log, row, _PREFETCH, flat // experts, flat % experts, slot, now, None)
                 row += 1
         index += 1
         tl.debug_barrier()
     tl.store(waiting, kept)
-    tl.store(filled, tl.minimum(load, entries))
+    tl.store(filled, load)
     add_to(tally + _AHEAD, load - begin)
     add_to(tally + _EVICTIONS, evictions)
     add_to(tally + _WASTES, wasted)
@@ -212,9 +212,9 @@ def look_ahead(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: 
         row = tl.load(told)
     begin, end, row = _bind(
         slot_of, owner, rank, low, lowest, held, newer, older, fresh, resident, pending, waiting, ledger, filled, entry,
-        tally, log, row, now, experts, entries, EP, LOG,
+        tally, log, row, now, layers, experts, entries, EP, LOG,
     )  # fmt: skip
     if LOG:
         tl.store(told, row)
     tl.store(ahead + 2 * (now + 1), begin)
-    tl.store(ahead + 2 * (now + 1) + 1, tl.minimum(end, entries))
+    tl.store(ahead + 2 * (now + 1) + 1, end)
