@@ -123,7 +123,7 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_an_interrupt_is_not_lost() -> None:
-    """Python drops an interrupt that falls into a weak reference's callback; the run still ends at its next token."""
+    """One that falls into a weak reference's callback, where Python drops what is raised, ends the run at its next token."""
     script = """
 import os, signal, weakref
 from expertflow.cli.run import _Interrupt

@@ -105,7 +105,10 @@ def _json_prompt(path: Path, number: int, line: str) -> str:
 
 
 class _Interrupt:
-    """Ctrl-C that cannot get lost: Python drops it where it falls into a callback of the garbage collector."""
+    """Ctrl-C ends the run behind its next token; a second one at once.
+
+    Raised where it falls, Python would drop it in a callback of the garbage collector.
+    """
 
     def __init__(self) -> None:
         self._asked = False
@@ -119,11 +122,12 @@ class _Interrupt:
         signal.signal(signal.SIGINT, self._before)
 
     def _take(self, *_: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
         self._asked = True
-        raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise it again if it was dropped."""
+        """Raise it, between two tokens."""
         if self._asked:
             raise KeyboardInterrupt
 
