@@ -149,7 +149,8 @@ ENGINE = {
 def _engine(name: str, chosen: str) -> list[str]:
     """Tokens a second of every strategy by slots and batch, beside all-resident and what the link alone allows."""
     result = json.loads((RESULTS / f"engine_{name}_h100.json").read_text())
-    later = json.loads((RESULTS / f"engine_{name}_baselines_h100.json").read_text())["rows"]
+    more = RESULTS / f"engine_{name}_baselines_h100.json"  # rows the file itself lacks
+    later = json.loads(more.read_text())["rows"] if more.is_file() else []
     rows = {(row["slots"], row["batch"], row["strategy"]): row for row in (*later, *result["rows"])}
     names = [key for key in ENGINE if any(strategy == key for _, _, strategy in rows)]
     heads = [
@@ -169,11 +170,11 @@ def _engine(name: str, chosen: str) -> list[str]:
         ahead, loads = (statistics.median(row[key]) for key in ("ahead", "corrections"))
         link = (ahead + loads) * result["row_bytes"]
         neither = max(0.0, 1 - (resident + link / result["bounds"]["link_bytes_per_second"] * 1e3) / ms)
-        more = (
+        rest = (
             f"{batch / resident * 1e3:.0f}", f"{loads + ahead:.1f} ({ahead:.1f})", f"{link / ms / 1e6:.1f}", f"{neither:.1%}",
             f"{row['peak_bytes'] / GIB:.2f} ({row['budget_bytes'] / GIB:.2f})",
         )  # fmt: skip
-        lines.append(f"| {slots / result['experts']:.1%} | {batch} | {' | '.join((*speeds, *more))} |")
+        lines.append(f"| {slots / result['experts']:.1%} | {batch} | {' | '.join((*speeds, *rest))} |")
     every = [*rows.values()]
     exact = all(row["tokens_equal"] and row["logits_equal"] for row in every)
     inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in every)
