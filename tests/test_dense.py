@@ -9,16 +9,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def draw(seed: int, dtype: torch.dtype, rows: int = 3, length: int = 300) -> tuple[torch.Tensor, ...]:
-    """Query, keys, values (views of longer rows) and positions; columns behind a position are poison."""
+def draw(seed: int, dtype: torch.dtype, rows: int = 3, length: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Query, keys, values (views of longer rows, in another order), rows and positions; columns behind are poison."""
     random = torch.Generator().manual_seed(seed)
     query = torch.randn(rows, 6, 16, generator=random).to(dtype)
     held = torch.randn(2, rows + 1, 2, 400, 16, generator=random).to(dtype)
-    positions = torch.tensor([0, 299, 70])[:rows]
-    for row, position in enumerate(positions.tolist()):
+    order, positions = torch.tensor([2, 0, 3])[:rows], torch.tensor([0, 299, 70])[:rows]
+    for row, position in zip(order.tolist(), positions.tolist(), strict=True):
         held[:, row, :, position + 1 :] = 1e4
-    keys, values = held[:, :rows, :, :length].to(DEVICE)
-    return query.to(DEVICE), keys, values, positions.to(DEVICE)
+    keys, values = held[:, :, :, :length].to(DEVICE)
+    return query.to(DEVICE), keys, values, (order.to(DEVICE), positions.to(DEVICE))
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -26,18 +26,18 @@ def draw(seed: int, dtype: torch.dtype, rows: int = 3, length: int = 300) -> tup
 @pytest.mark.parametrize("sink", [False, True])
 def test_attention_is_the_references(dtype: torch.dtype, window: int | None, sink: bool) -> None:  # noqa: FBT001
     """Over one span and several, with and without window and sinks."""
-    query, keys, values, positions = draw(1, dtype)
+    query, keys, values, where = draw(1, dtype)
     sinks = torch.randn(6, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype) if sink else None
-    mine = dense.decode_attention(query, keys, values, positions, 0.3, window, sinks)
-    theirs = dense_reference.decode_attention(query, keys, values, positions, 0.3, window, sinks)
+    mine = dense.decode_attention(query, keys, values, where, 0.3, window, sinks)
+    theirs = dense_reference.decode_attention(query, keys, values, where, 0.3, window, sinks)
     torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
 def test_attention_bits_depend_on_the_sequence_alone() -> None:
     """Neither the columns a step looks at nor the other sequences change a bit."""
-    query, keys, values, positions = draw(3, torch.bfloat16)
-    whole = dense.decode_attention(query, keys, values, positions, 0.3)
-    alone = dense.decode_attention(query[2:], keys[2:, :, :128], values[2:, :, :128], positions[2:], 0.3)
+    query, keys, values, (rows, positions) = draw(3, torch.bfloat16)
+    whole = dense.decode_attention(query, keys, values, (rows, positions), 0.3)
+    alone = dense.decode_attention(query[2:], keys[:, :, :128], values[:, :, :128], (rows[2:], positions[2:]), 0.3)
     assert torch.equal(whole[2:], alone)
 
 

@@ -15,6 +15,7 @@ from expertflow.units import parse_bytes
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", *DTYPE_BYTES)
 EXECUTIONS = ("auto", "host", "graph")
+SCHEDULES = ("auto", "fifo", "group")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -65,6 +66,15 @@ class EngineConfig(_Checked):
         "folder of a trained predictor, auto (the model's own, if it has one), or none", default="auto"
     )
     max_batch: int = doc("sequences computed together at most", default=8)
+    max_live: int | None = doc(
+        "sequences that have keys and values at once, and take turns if they are more than max_batch; None: max_batch",
+        default=None,
+    )
+    schedule: str = doc(
+        "who steps together when live sequences take turns: fifo (by arrival), group (by predicted route), or auto (what is "
+        "expected to cost less)",
+        default="auto",
+    )
     max_length: int | None = doc(
         "prompt plus generated tokens a sequence; None: the model's context, at most 4096", default=None
     )
@@ -87,6 +97,14 @@ class EngineConfig(_Checked):
             self.execution in EXECUTIONS,
             f"execution={self.execution!r} is unknown",
             nearest(self.execution, EXECUTIONS),
+        )
+        _require(
+            self.schedule in SCHEDULES, f"schedule={self.schedule!r} is unknown", nearest(self.schedule, SCHEDULES)
+        )
+        _require(
+            self.max_live is None or self.max_live >= self.max_batch,
+            f"max_live={self.max_live} is less than max_batch={self.max_batch}",
+            "A step cannot have more sequences than live; raise max_live, or lower max_batch.",
         )
         for name in ("max_batch", "prefill_chunk"):
             value = getattr(self, name)

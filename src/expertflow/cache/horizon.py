@@ -11,6 +11,8 @@ import numpy.typing as npt
 Chances = npt.NDArray[np.float64]
 HORIZONS = (1, 2, 4, 8)
 """A predictor's outputs 1 to 4: used within so many steps after its own."""
+STEPS_KNOWN = 1 + HORIZONS[-1]
+"""Steps a demand can speak of: this one, and as many further ones as a predictor's longest horizon."""
 
 
 def unite(each: npt.NDArray[np.floating]) -> Chances:
@@ -54,6 +56,6 @@ def take_turns(groups: list[Chances]) -> Chances:
         groups: `[H, L, E]` each, in the order of their turns, the one that steps now first.
 
     Returns:
-        `[H * G, L, E]`.
+        `[min(H * G, STEPS_KNOWN), L, E]`.
     """
-    return np.stack(groups, axis=1).reshape(-1, *groups[0].shape[1:])
+    return np.stack(groups, axis=1).reshape(-1, *groups[0].shape[1:])[:STEPS_KNOWN]

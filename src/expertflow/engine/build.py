@@ -1,6 +1,5 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from expertflow.cache.strategy import DEFAULT, PREDICTED_DEFAULT, Strategy, find
 from expertflow.config import EngineConfig
 from expertflow.engine.device import DeviceExperts, Held, expert_mlp, graph_refusal
 from expertflow.engine.foresight import Foresight
-from expertflow.engine.graph import GraphBatch, GraphDecoder
+from expertflow.engine.graph import GraphDecoder
 from expertflow.engine.observe import StepObserver, step_tokens, tell_all
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.provider import CachedExperts
-from expertflow.engine.runner import Batch, make_batch
+from expertflow.engine.rows import RowModel
+from expertflow.engine.runner import CohortExecutor, Executor, RowExecutor
 from expertflow.errors import BudgetError, ClosedError, ConfigError, DeviceError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
 from expertflow.memory.layout import RowLayout
@@ -39,8 +39,6 @@ from expertflow.predict.dataset import Shape
 from expertflow.predict.online import OnlinePredictor
 from expertflow.units import format_bytes, parse_bytes
 
-_STREAMS = 2
-"""Batches that may run in turns without forgetting each other's predictions."""
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predictor"
 """What comes with the package."""
@@ -96,6 +94,11 @@ def prepare(
     if not strategy.predicted:
         _refuse_unused(predictor, config, strategy)
         predictor = None
+    if config.schedule == "group" and predictor is None:
+        raise ConfigError(
+            "schedule='group' divides sequences by predicted route, and there is no predictor here",
+            "Train one (`expertflow train-predictor`), or use schedule='auto' or 'fifo'.",
+        )
     device = resolve_device(config.device).type
     no_graph = graph_refusal(
         skeleton,
@@ -111,8 +114,9 @@ def prepare(
 
 
 def _predictor_load(config: EngineConfig) -> tuple[int, int, int]:
-    """Sequences the predictor remembers, how many step together, and the tokens of a pass."""
-    return _STREAMS * config.max_batch, config.max_batch, config.prefill_chunk
+    """Sequences the predictor remembers, how many it is told of at once, and the tokens of a pass."""
+    live = config.max_live or config.max_batch
+    return live, live, config.prefill_chunk
 
 
 def _choose_predictor(config: EngineConfig, folder: Path) -> Artifact | None:
@@ -191,7 +195,9 @@ class OffloadedModel:
             forecast=forecast or self.foresight,
         )
         self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
+        self._rows: RowModel | None = None
         self._decoder: GraphDecoder | None = None
+        self._told_why = ""
         self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
         self._provider: CachedExperts | None = CachedExperts(self.controller, self._transfer, pool)
         bind_experts(self.model, prepared.skeleton, self._provider)
@@ -216,25 +222,34 @@ class OffloadedModel:
             observer.begin(tokens)
         self._provider.begin_step(tokens)
 
-    def batch(self, prompts: Sequence[Sequence[int]]) -> Batch:
-        """Sequences to run, by graphs if the plan says so and nobody has to see the routing."""
+    def executor(self) -> Executor:
+        """What runs the model's passes and steps. One at a time: it owns the rows of keys and values."""
         plan = self.plan
-        reason = plan.why_host
-        if plan.execution == "graph":
-            if any(observer is not self.controller for observer in self.observers):
-                reason = "somebody watches the routing, which only the host execution shows"
-            elif self._decoder is not None and self._decoder.busy:
-                reason = "another batch has its keys and values in the graphs' rows"
-            else:
-                return GraphBatch(self._graphs(), prompts, plan.prefill_chunk)
-        if reason:
-            self.events.emit(Event(EventKind.HOST, self.controller.step, reason=reason))
-        return make_batch(self.model, prompts, plan.prefill_chunk)
+        if not plan.shape.in_rows:
+            return CohortExecutor(self.model, plan.prefill_chunk)
+        self._rows = RowModel(self.model, self.skeleton, plan.max_live, plan.max_length)
+        return RowExecutor(self._rows, self._graphs)
 
-    def _graphs(self) -> GraphDecoder:
+    def _graphs(self) -> GraphDecoder | None:
+        """The graphs, if the plan says so and nobody has to see the routing; where not, says why, once."""
+        reason = self.plan.why_host
+        if self.plan.execution == "graph":
+            if all(observer is self.controller for observer in self.observers):
+                self._told_why = ""
+                return self._decoder_now()
+            reason = "somebody watches the routing, which only the host execution shows"
+        if reason and reason != self._told_why:
+            self._told_why = reason
+            self.events.emit(Event(EventKind.HOST, self.controller.step, reason=reason))
+        return None
+
+    def _decoder_now(self) -> GraphDecoder:
         """The graphs' buffers, made when first needed, and anew if events are to be told from now on."""
         log = self.events.listeners > 1  # the counters alone are content with totals
         if self._decoder is None or self._decoder.experts.logs != log:
+            assert self._rows is not None
+            if self._decoder is not None:
+                self._decoder.end()
             self._decoder = None
             held = Held(
                 controller=self.controller, store=self.store, pool=self._pool, transfer=self._transfer,
@@ -243,7 +258,7 @@ class OffloadedModel:
             plan, mlp = self.plan, expert_mlp(self.skeleton)
             with torch.inference_mode(), self.meter.watch():
                 experts = DeviceExperts(mlp, held, plan.max_batch, plan.shape.top_k, log=log)
-                self._decoder = GraphDecoder(self.model, self.skeleton, experts, plan.max_batch, plan.max_length)
+                self._decoder = GraphDecoder(self._rows, experts, plan.max_batch)
         return self._decoder
 
     def measure(self) -> int:
@@ -271,7 +286,7 @@ class OffloadedModel:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         unbind_experts(self.model, self.skeleton)
-        self._provider = self._decoder = None
+        self._provider = self._decoder = self._rows = None
         del self._transfer, self._pool
         self.store.close()
 

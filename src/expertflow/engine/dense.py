@@ -29,7 +29,8 @@ class DenseParts:
         windows: each attention layer's sliding window, or None.
 
     Attributes:
-        positions: int64 `[B]`, of the running step's tokens; to be set before the model runs.
+        rows: int64 `[B]`, of keys and values, of the running step; to be set before the model runs.
+        positions: int64 `[B]`, of its tokens; likewise.
     """
 
     def __init__(self, model: PreTrainedModel, skeleton: Skeleton, windows: Sequence[int | None]) -> None:
@@ -41,7 +42,12 @@ class DenseParts:
         self._wide = skeleton.config.model_type in _WIDE_NORMS
         self._norms = [module for module in model.modules() if _is_norm(module)]
         self._attentions = [module for module in model.modules() if _is_attention(module, self._config)]
-        self.positions = torch.zeros(0, dtype=torch.long)
+        self.rows = self.positions = torch.zeros(0, dtype=torch.long)
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is ours; it then finds its rows among all of them."""
+        return bool(self._attentions)
 
     def attach(self) -> None:
         """The kernels run from now on."""
@@ -68,10 +74,11 @@ class DenseParts:
         return forward
 
     def _attend(self, module: Any, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """`[B, Q, 1, D]` to `[B, 1, Q, D]`."""
+        """`[B, Q, 1, D]` over keys and values of all rows to `[B, 1, Q, D]`."""
         window, sinks = self._windows[module.layer_idx], getattr(module, "sinks", None)
         asked = query[:, :, 0].contiguous()
-        return self._kernels.decode_attention(asked, keys, values, self.positions, scale, window, sinks)[:, None]
+        where = self.rows, self.positions
+        return self._kernels.decode_attention(asked, keys, values, where, scale, window, sinks)[:, None]
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ ascending order of expert. Loads whose slots the layer gave free follow behind i
 Knows slots and kernels; refuses to know attention and requests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.strategy import Strategy
+from expertflow.engine.agenda import Slip
 from expertflow.engine.foresight import Foresight
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.kernels.backend import HAS_TRITON, backend
@@ -161,6 +162,7 @@ class DeviceExperts:
     Attributes:
         state: what the device remembers.
         live: int32 `[1]`, rows that count; those behind are padding.
+        asked: rows of the coming step in which the predictor is told of a token.
         steps: steps since `begin`.
         logs: as above.
         holds: whether what is known about the slots is here, and not with the host's controller.
@@ -176,20 +178,22 @@ class DeviceExperts:
             strategy, held.controller.tables, device, log=log, future=held.controller.future
         )
         self._kernels = backend(device)
-        self._seats = torch.arange(rows, device=device)
-        self._seated: list[int] = list(range(rows))
         foresight = held.foresight
-        self._twin = self._kernels.residency(
-            self.state, None if foresight is None else Notes(routes=foresight.routes, seats=self._seats)
-        )
+        self._slip = None if foresight is None else Slip(rows, foresight.sequences, foresight.spare, device)
+        notes = None
+        if foresight is not None and self._slip is not None:
+            notes = Notes(routes=foresight.routes, seats=self._slip.seats)
+        self._twin = self._kernels.residency(self.state, notes)
         self._work = Workspace.allocate(mlp, rows, top_k, device)
         self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
         self.live = torch.zeros(1, dtype=torch.int32, device=device)
+        self._count = 0
         self._schedules: dict[int, Schedule] = {}
         self._schedule: Schedule | None = None
         self.steps = 0
         self.logs = log
         self.fixed = self.holds = False
+        self.asked = 0
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._padding = torch.zeros(0)
         self._looks_ahead = strategy.prefetch != "none"
@@ -200,10 +204,26 @@ class DeviceExperts:
         """Whether the predictor is asked in every step."""
         return self._held.foresight is not None and self._held.foresight.failure is None
 
-    def begin(self) -> None:
-        """Take over from the host, between two steps, if that has not been done."""
-        if self.holds:
+    def begin(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
+        """A step of these sequences comes, each fed its token: take over from the host, if that has not been done.
+
+        Who steps behind them the foresight was told.
+        """
+        if not self.holds:
+            self._take_over()
+        if len(tokens) != self._count:
+            self._count = len(tokens)
+            self.live.fill_(self._count)
+        self.asked = 0
+        foresight, slip = self._held.foresight, self._slip
+        if slip is None or foresight is None or self.fixed or not self.predicting:
             return
+        foresight.sampled(sequences, tokens)
+        agenda = foresight.agenda(slip.room)
+        slip.write(foresight.seats(sequences), agenda)
+        self.asked = 0 if agenda is None else len(agenda.told)
+
+    def _take_over(self) -> None:
         self.steps, self.holds = 0, True
         self._held.transfer.settle()
         self._held.controller.hand_over(self.state.load)
@@ -211,15 +231,6 @@ class DeviceExperts:
         self.fixed = state.strategy.retain and int(state.resident) == state.slots == state.layers * state.experts
         if self.fixed:
             self._places[:, :-1] = state.slot_of
-
-    def seat(self, rows: int) -> None:
-        """Tell the step which sequences its rows are, for the predictor."""
-        if not self.predicting or self._held.foresight is None:
-            return
-        seats = self._held.foresight.seats(rows)
-        if seats != self._seated[:rows]:
-            self._seated[:rows] = seats
-            self._seats[:rows].copy_(torch.tensor(seats))
 
     def end(self) -> None:
         """Give back to the host, between two steps, if that has not been done; tell what happened."""
@@ -261,25 +272,19 @@ class DeviceExperts:
         if rows not in self._schedules:
             self._schedules[rows] = replace(Schedule.allocate(self.state, rows, self._top_k), live=self.live)
 
-    def open_step(self, tokens: Tensor) -> None:
-        """A step begins, of which `live` rows count: ask the predictor, plan, begin to load.
-
-        Args:
-            tokens: int64 `[B]`, fed in.
-        """
-        rows = len(tokens)
+    def open_step(self, rows: int) -> None:
+        """A step of so many rows begins, of which `live` count: ask the predictor, plan, begin to load."""
         self._schedule = self._schedules[rows]
         if self.fixed:
             self._padding = torch.arange(rows, device=self.live.device)[:, None] >= self.live
             return
         with self._plans.work():  # beside the first layer's attention
-            foresight = self._held.foresight
-            if foresight is not None:
-                chances = foresight.ask(self._seats[:rows], tokens) if self.predicting else None
-                if chances is None:
-                    self.state.known.zero_()
+            foresight, slip = self._held.foresight, self._slip
+            if foresight is not None and slip is not None:
+                if self.predicting and foresight.ask(slip.told_seats[:rows], slip.told_tokens[:rows]):
+                    self._twin.expect(foresight.said, slip.members, slip.turns)
                 else:
-                    self._twin.expect(chances, self.live)
+                    self.state.known.zero_()
             self._twin.open_step()
             self._load_ahead(0)
 

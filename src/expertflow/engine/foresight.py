@@ -1,9 +1,10 @@
 """The predictor in the engine: whose tokens come, what they will use, and what they really used.
 
-A forecast (`cache.forecast.Forecast`) on top of `predict.online`. It maps the batch's sequences to predictor rows,
-asks before every pass, and hands the true routing back behind it. Inside a captured step `ask` answers on the device, and
-the routing is noted there. If the predictor raises, it is switched off with a
-warning event and generation goes on: a forecast can cost bytes, never a token. Knows batches; refuses to know slots.
+A forecast (`cache.forecast.Forecast`) on top of `predict.online`. It maps live sequences to predictor rows and keeps what was
+said of each one's coming step. A sequence's newest token is told to the predictor before its own next step or an earlier one of
+others, so where groups take turns, everybody's path is known while one of them computes. Inside a captured step `ask` answers
+on the device, and the true routing is noted there. If the predictor raises, it is switched off with a warning event
+and generation goes on: a forecast can cost bytes, never a token. Knows sequences; refuses to know slots.
 """
 
 import logging
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from expertflow.cache.forecast import Step
-from expertflow.cache.horizon import hazards, unite
+from expertflow.cache.horizon import HORIZONS, hazards, take_turns, unite
 from expertflow.cache.policy import Outlook
+from expertflow.engine.agenda import Agenda
 from expertflow.events import Event, EventKind, EventStream
 from expertflow.predict.online import OnlinePredictor
 from expertflow.trace.owners import NOBODY, Coming, Owners
@@ -35,16 +37,17 @@ class _Asked(NamedTuple):
 
 
 class Foresight:
-    """What the predictor expects of the running batch.
+    """What the predictor expects of the live sequences.
 
     Args:
-        online: the predictor, a row for every sequence that may run at once.
+        online: the predictor, a row for every sequence that may live at once.
         events: where it is told that the predictor was switched off.
         aside: entered while the predictor works: in host memory, which is not the device's, unless it is on the device.
 
     Attributes:
         artifact: what was trained.
         routes: int32 `[C + 1, L, K]` on the predictor's device, each row's experts in its last step; E where unknown.
+        said: float32 `[C + 1, 5, L, E]` there, chances of each row's coming step, and within the horizons behind it.
         failure: why it was switched off, or None.
     """
 
@@ -59,15 +62,27 @@ class Foresight:
         """No sequence yet."""
         self._online, self._events, self._aside = online, events, aside
         self.artifact = online.artifact
-        shape = online.artifact.shape
-        self._layers, self._experts, self._top_k = shape
+        self._layers, self._experts, self._top_k = online.artifact.shape
         self._owners = Owners()
         self._live: dict[int, int] = {}
-        self.routes = torch.full(
-            (online.rows + 1, self._layers, self._top_k), self._experts, dtype=torch.int32, device=online.device
-        )
+        self._untold: dict[int, int] = {}
+        self._known: set[int] = set()
+        rows, device = online.rows + 1, online.device
+        shape = rows, self._layers, self._top_k
+        self.routes = torch.full(shape, self._experts, dtype=torch.int32, device=device)
+        self.said = torch.zeros(rows, 1 + len(HORIZONS), self._layers, self._experts, device=device)
         self._asked = _Asked(np.zeros(0, dtype=np.int64), decoding=False)
         self.failure: str | None = None
+
+    @property
+    def sequences(self) -> int:
+        """C, sequences that may live at once."""
+        return self._online.rows
+
+    @property
+    def spare(self) -> int:
+        """A row of nobody."""
+        return self._online.spare
 
     def expect(self, coming: Coming) -> None:
         """Say whose rows come next; numbers are never used again for other sequences."""
@@ -102,23 +117,75 @@ class Foresight:
         _LOG.warning("the predictor failed in step %d and is switched off: %s", step, reason)
         self._events.emit(Event(EventKind.PREDICTOR_OFF, step, reason=reason))
 
-    def seats(self, rows: int) -> list[int]:
-        """Predictor rows of a batch of `rows`: of the sequences that come; padding shares the row of nobody."""
-        seats = [self._live.get(number, NOBODY) for number in self._owners.coming.sequences]
-        return [self._online.spare if row == NOBODY else row for row in seats + [NOBODY] * (rows - len(seats))]
+    def sampled(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
+        """The newest tokens of these sequences, to be fed in when their turns come."""
+        for number, token in zip(sequences, tokens, strict=True):
+            if number in self._live and number not in self._known:
+                self._untold[number] = token
 
-    def ask(self, seats: Tensor, tokens: Tensor) -> Tensor | None:
-        """Before a step on the device: what each row will use, `[B, O, L, E]`; None once it is switched off.
+    def seats(self, sequences: Sequence[int]) -> list[int]:
+        """Predictor rows of sequences; who has none shares that of nobody."""
+        return [self._live.get(number, self.spare) for number in sequences]
+
+    def agenda(self, room: int) -> Agenda | None:
+        """What the step that was announced has to know; None if nothing is known of one of its sequences.
+
+        Whoever calls it sees to it that the rows told are asked about before the groups are looked at.
 
         Args:
-            seats: int64 `[B]`, predictor rows, each once.
-            tokens: int64 `[B]`, fed in.
+            room: how many rows may be told of a token.
         """
-        return self._guarded(Step(-1), lambda: self._chances(seats, tokens))
+        coming = self._owners.coming
+        now = [number for number in coming.sequences if number in self._live]
+        untold = [number for number in now if number in self._untold]
+        untold += [number for number in self._untold if number not in untold]
+        told = [(self._live[number], self._untold.pop(number)) for number in untold[:room]]
+        self._known.update(untold[:room])
+        if len(now) < len(coming.sequences) or not self._known.issuperset(now):
+            return None
+        turns = (now, *coming.following)
+        groups = [[self._live[number] for number in turn if number in self._known] for turn in turns]
+        self._known.difference_update(now)  # once they have stepped, their next token is another one
+        return Agenda(told, [group for group in groups if group])
 
-    def _chances(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        said = self._online.step(rows, tokens, self.routes[rows])
-        return torch.cat([said.demand[:, None], said.within], dim=1)
+    def ask(self, seats: Tensor, tokens: Tensor) -> bool:
+        """What rows will use in the steps their newest tokens are fed in: written to `said`. False once it is switched off.
+
+        Args:
+            seats: int64 `[B]`, predictor rows, each once, but for the spare one.
+            tokens: int64 `[B]`, their newest tokens.
+        """
+        return self._guarded(Step(-1), lambda: self._ask(seats, tokens)) is not None
+
+    def _ask(self, seats: Tensor, tokens: Tensor) -> bool:
+        answer = self._online.step(seats, tokens, self.routes[seats])
+        self.said[seats] = torch.cat([answer.demand[:, None], answer.within], dim=1)
+        return True
+
+    def paths(self, sequences: Sequence[int]) -> npt.NDArray[np.float32] | None:
+        """How likely each sequence's next token uses an expert, `[N, L, E]`; None if nothing is known of one of them."""
+        return self._guarded(Step(-1), lambda: self._paths(sequences))
+
+    def _paths(self, sequences: Sequence[int]) -> npt.NDArray[np.float32] | None:
+        untold = [number for number in sequences if number in self._untold]
+        self._tell([(self._live[number], self._untold.pop(number)) for number in untold])
+        self._known.update(untold)
+        if not self._known.issuperset(sequences):
+            return None
+        chances: npt.NDArray[np.float32] = self.said[self.seats(sequences), 0].cpu().numpy()
+        return chances
+
+    def usual(self, tokens: Sequence[int]) -> npt.NDArray[np.float32] | None:
+        """How likely a token of a prompt uses an expert, `[L, E]`, on average, by what the tokens alone say."""
+        given = np.asarray(tokens, dtype=np.int64)
+        return self._guarded(Step(-1), lambda: self._online.usual(self._tensor(given)).cpu().numpy())
+
+    def _tell(self, told: list[tuple[int, int]]) -> None:
+        if not told:
+            return
+        seats = self._tensor(np.array([seat for seat, _ in told]))
+        self._ask(seats, self._tensor(np.array([token for _, token in told])))
+        self.routes[seats] = self._experts
 
     def _house(self, coming: Coming) -> None:
         """Rows for the sequences that come; if there are too few, those that stepped longest ago are forgotten."""
@@ -135,6 +202,9 @@ class Foresight:
 
     def _forget(self, numbers: list[int]) -> None:
         rows = [self._live.pop(number) for number in numbers]
+        for number in numbers:
+            self._untold.pop(number, None)
+            self._known.discard(number)
         self._clear(rows)
         # the pass that is not learnt yet may have been theirs
         self._asked.rows[np.isin(self._asked.rows, rows)] = NOBODY
@@ -153,18 +223,21 @@ class Foresight:
         present = np.unique(rows[rows != NOBODY])
         if not len(present):
             return None
-        self._asked = _Asked(rows, decoding=len(present) == len(rows))
+        self._asked = _Asked(rows, decoding=self._owners.coming.lengths is None)
         if self._asked.decoding:
-            return Outlook(hazards(unite(self._decode(step.tokens, rows))))
+            self.sampled(owner.tolist(), step.tokens.tolist())
+            return self._decode()
         each = [self._online.prefill(self._tensor(step.tokens[rows == row])).cpu().numpy() for row in present]
         return Outlook(unite(np.stack(each))[None])
 
-    def _decode(self, tokens: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """`[B, O, L, E]` of sequences that step by one token."""
-        seats = self._tensor(rows)
-        said: npt.NDArray[np.float32] = self._chances(seats, self._tensor(tokens)).cpu().numpy()
-        self.routes[seats] = self._experts
-        return said
+    def _decode(self) -> Outlook | None:
+        """Of sequences that step by one token, and of those whose turns come."""
+        agenda = self.agenda(self.sequences)
+        if agenda is None:
+            return None
+        self._tell(agenda.told)
+        said = self.said.cpu().numpy()
+        return Outlook(take_turns([hazards(unite(said[group])) for group in agenda.groups]))
 
     def _learn(self, step: Step) -> None:
         asked = self._asked

@@ -4,6 +4,7 @@ Turns prompts into requests, requests into batches, logits into tokens.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,15 +16,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model
+from expertflow.engine.engine import Engine
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
-from expertflow.engine.runner import Batch
-from expertflow.engine.sampler import choose_all
 from expertflow.errors import CheckpointError, ConfigError, PromptError
 from expertflow.events import CacheCounters
 from expertflow.predict.artifact import Artifact
 from expertflow.trace.format import Header, TraceWriter
-from expertflow.trace.owners import Coming
 from expertflow.trace.recorder import Recorder
 
 Prompt = str | Sequence[int]
@@ -49,8 +48,9 @@ class RunStats:
     Attributes:
         tokens: generated tokens.
         prompt_tokens: tokens read.
-        seconds: time in `generate` and `stream`, the consumer's included.
-        first_token_seconds: time to the first token of the last batch.
+        seconds: time in the engine's steps.
+        first_token_seconds: time to the first token of the request that finished last, waiting included.
+        finished: requests.
         peak_bytes: measured peak of device memory.
         cache: what the expert cache did.
     """
@@ -59,6 +59,7 @@ class RunStats:
     prompt_tokens: int = 0
     seconds: float = 0.0
     first_token_seconds: float = 0.0
+    finished: int = 0
     peak_bytes: int = 0
     cache: CacheCounters
 
@@ -92,8 +93,8 @@ class LLM:
         self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
-        self._recorder: Recorder | None = None
-        self._begun = 0
+        self._engine = Engine(self._offloaded)
+        self._mail: dict[int, deque[StreamOutput]] = {}
 
     @property
     def plan(self) -> Plan:
@@ -148,17 +149,17 @@ class LLM:
             layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=shape.model_type,
             fingerprint=offloaded.fingerprint,
         )  # fmt: skip
-        first = self._begun
+        first = self._engine.begun
         with TraceWriter(Path(path), header) as writer:
             recorder = Recorder(writer)
             offloaded.watch(recorder)
-            self._recorder = recorder
+            self._engine.recorder = recorder
             try:
                 yield
             finally:
                 recorder.flush()
-                writer.sequences = [{"sequence": number} for number in range(first, self._begun)]
-                self._recorder = None
+                writer.sequences = [{"sequence": number} for number in range(first, self._engine.begun)]
+                self._engine.recorder = None
                 offloaded.unwatch(recorder)
 
     def close(self) -> None:
@@ -221,53 +222,38 @@ class LLM:
         return tokens
 
     def _run(self, requests: list[Request]) -> Iterator[StreamOutput]:
-        first = self._begun
-        self._begun += len(requests)
-        for begin in range(0, len(requests), self.plan.max_batch):
-            yield from self._run_batch(requests[begin : begin + self.plan.max_batch], first)
-
-    def _run_batch(self, running: list[Request], base: int) -> Iterator[StreamOutput]:
-        started, live = time.perf_counter(), [base + request.index for request in running]
-        self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in running)
-        first = True
-        batch = self._offloaded.batch([request.prompt_token_ids for request in running])
+        """Add the requests, and step until they are over; what other calls' requests get is kept for those."""
+        mine = {self._engine.add(request) for request in requests}
+        mail: deque[StreamOutput] = deque()
+        self._mail.update(dict.fromkeys(mine, mail))
+        self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in requests)
+        left = len(mine)
         try:
-            tokens: list[int] | None = None
-            while running:
-                outputs = self._step(batch, running, tokens, base)
-                if first:
-                    self._stats.first_token_seconds, first = time.perf_counter() - started, False
-                self._stats.tokens += len(outputs)
-                yield from outputs
-                rows = [row for row, request in enumerate(running) if request.finish_reason is None]
-                if rows and len(rows) < len(running):
-                    batch.keep(rows)
-                running = [running[row] for row in rows]
-                tokens = [outputs[row].token_id for row in rows]
+            while left:
+                while mail:
+                    output = mail.popleft()
+                    left -= output.output is not None
+                    yield output
+                if left:
+                    self._step()
         finally:
-            batch.close()
-            self._stats.seconds += time.perf_counter() - started
-            if self._offloaded.foresight is not None:
-                self._offloaded.foresight.leave(live)
+            for number in mine:
+                self._engine.cancel(number)
+                self._mail.pop(number, None)
 
-    def _step(self, batch: Batch, running: list[Request], tokens: list[int] | None, base: int) -> list[StreamOutput]:
-        coming = Coming(
-            [base + request.index for request in running],
-            [len(request.prompt_token_ids) for request in running] if tokens is None else None,
-            padded_left=not self.plan.shape.encoder_decoder,
-        )
-        for listener in (self._recorder, self._offloaded.foresight):
-            if listener is not None:
-                listener.expect(coming)
-        with self._offloaded.meter.watch():
-            logits = batch.prefill() if tokens is None else batch.decode(tokens)
-            chosen = choose_all(
-                logits,
-                [request.params for request in running],
-                [request.generator for request in running],
-                batch.best(),
-            )
-        return [request.append(token) for request, token in zip(running, chosen, strict=True)]
+    def _step(self) -> None:
+        """One step of the engine; its tokens go to whoever asked for them."""
+        began = time.perf_counter()
+        try:
+            outputs = self._engine.step()
+        finally:
+            self._stats.seconds += time.perf_counter() - began
+        self._stats.tokens += len(outputs)
+        for number, output in outputs:
+            if output.output is not None:
+                self._stats.finished += 1
+                self._stats.first_token_seconds = output.output.first_token_seconds
+            self._mail[number].append(output)
 
 
 def from_pretrained(

@@ -12,6 +12,7 @@ from expertflow.kernels.state import CacheState
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
+from expertflow.schedule.cost import Rates
 from expertflow.types import DTYPE_BYTES
 from expertflow.units import format_bytes, parse_bytes, parse_slots
 
@@ -37,16 +38,18 @@ class Plan:
         strategy: row of the strategy table.
         budget: the stated budget, or None.
         dense: dense weights on the device.
-        kv: keys and values of `max_batch` sequences of `max_length` tokens.
+        kv: keys and values of `max_live` sequences of `max_length` tokens.
         workspace: activations of the largest step, logits and sampling.
         row: one expert.
         slots: number of slots.
-        max_batch: sequences at once.
+        max_batch: sequences of a step.
+        max_live: sequences that have keys and values at once.
         max_length: tokens of a sequence.
         prefill_chunk: tokens of a prefill pass.
         host: the expert store in host memory.
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
         predictor: weights, state and working memory of the predictor, where it is on the device.
+        schedule: who steps together when live sequences take turns: `fifo`, `group` or `auto`.
         why_host: why the host decides although a graph was hoped for; empty if it was not, or if a graph it is.
     """
 
@@ -60,9 +63,11 @@ class Plan:
     row: int
     slots: int
     max_batch: int
+    max_live: int
     max_length: int
     prefill_chunk: int
     host: int
+    schedule: str = "fifo"
     graph: int = 0
     predictor: int = 0
     why_host: str = ""
@@ -142,7 +147,9 @@ def _plan(
 ) -> Plan:
     max_length = _max_length(config, shape)
     row = RowLayout.of(shape.specs).row_bytes
-    kv = (shape.row_bytes(max_length) if graph else shape.kv_bytes(max_length)) * config.max_batch
+    live = _max_live(config, shape)
+    # a row has one more column, which is nobody's
+    kv = shape.row_bytes(max_length + 1) * live if shape.in_rows else shape.kv_bytes(max_length) * live
     workspace = workspace_bytes(shape, config.max_batch, max_length, config.prefill_chunk)
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
@@ -168,12 +175,31 @@ def _plan(
         row=row,
         slots=slots,
         max_batch=config.max_batch,
+        max_live=live,
         max_length=max_length,
         prefill_chunk=config.prefill_chunk,
         host=row * shape.total_experts,
+        schedule=config.schedule,
         graph=steps,
         predictor=thinks,
     )
+
+
+def rates(plan: Plan) -> Rates:
+    """What a step of a plan is made of, for whoever divides live sequences into turns. Only the proportions matter."""
+    link, memory, fixed, divide = _SPEEDS[plan.device]
+    return Rates(
+        slots=plan.slots,
+        load=plan.row / link,
+        step=fixed + plan.dense / memory,
+        expert=plan.row / memory,
+        divide=divide,
+    )
+
+
+_SPEEDS = {"cuda": (50e9, 3e12, 1e-3, 4e-3), "cpu": (10e9, 10e9, 1e-3, 4e-3)}
+"""Bytes a second over the link and in the device's memory (H100: benchmarks/results/kernels_h100.json; a CPU: a guess),
+and seconds that a step and a division take whatever they move."""
 
 
 def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
@@ -189,6 +215,17 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
     captured = workspace_bytes(shape, rows, length, rows)
     return state + buffers + (captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES if device == "cuda" else 0)
+
+
+def _max_live(config: EngineConfig, shape: ModelShape) -> int:
+    live = config.max_live or config.max_batch
+    if live > config.max_batch and not shape.in_rows:
+        raise ConfigError(
+            f"max_live={live} is more than max_batch={config.max_batch}, and sequences of {shape.model_type!r} cannot take "
+            "turns: its keys and values are not kept in rows",
+            "Leave max_live out, or raise max_batch as well.",
+        )
+    return live
 
 
 def _max_length(config: EngineConfig, shape: ModelShape) -> int:
@@ -239,8 +276,8 @@ def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int) -> i
         tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
     columns = max(1, tokens // batch)
     state = tokens * shape.hidden
-    # residual, normed input, positions, masks and their copies
-    steady = state * element * 6 + state * 4 * 2 + batch * columns * length * (element + 5) + tokens * 8 * 8
+    # residual, normed input, positions, masks and what they are made of
+    steady = state * element * 6 + state * 4 * 2 + batch * columns * length * (2 * element + 8) + tokens * 8 * 8
     return int(
         _SLACK * (steady + max(_attention(shape, batch, length, columns), _moe(shape, tokens), _head(shape, batch)))
     )
@@ -251,7 +288,7 @@ def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
     tokens = batch * columns
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
-    # the layer's cache is copied when it grows; keys and values are repeated over grouped heads
+    # the rows of a layer that step are gathered; keys and values are repeated over grouped heads
     cache = max((layer.bytes_per_token for layer in shape.kv), default=0) * batch * length
     repeated = 3 * batch * length * shape.head_width * element
     scores = batch * shape.heads * columns * length * (4 if not shape.encoder_decoder and not shape.scores else 16)

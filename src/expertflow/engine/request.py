@@ -35,6 +35,8 @@ class RequestOutput:
         token_ids: generated tokens, the ending one included.
         text: generated text without special tokens and without the stop text.
         finish_reason: `stop` or `length`.
+        first_token_seconds: from the request's coming to its first token, waiting included.
+        token_seconds: mean time of a later token; 0 if there is none.
     """
 
     index: int
@@ -43,6 +45,8 @@ class RequestOutput:
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str
+    first_token_seconds: float = 0.0
+    token_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +101,14 @@ class Request:
         self._ids = list(self.prompt_token_ids[-_CONTEXT:]) if self.continues else []
         self._done, self._read = 0, len(self._ids)
 
-    def append(self, token: int) -> StreamOutput:
-        """Take the next token; says what is new and whether this was the last."""
+    def append(self, token: int, *, waited: float = 0.0, lasted: float = 0.0) -> StreamOutput:
+        """Take the next token; says what is new and whether this was the last.
+
+        Args:
+            token: the token.
+            waited: seconds from the request's coming to its first token.
+            lasted: seconds from its coming to this one.
+        """
         self.token_ids.append(token)
         self._ids.append(token)
         last = token in self.ends or len(self.token_ids) >= self.limit
@@ -113,7 +123,7 @@ class Request:
         sure = len(self.text) if self.finish_reason else self._certain()
         fresh = self.text[self._shown : sure]
         self._shown = max(self._shown, sure)
-        return StreamOutput(index=self.index, token_id=token, text=fresh, output=self._output())
+        return StreamOutput(index=self.index, token_id=token, text=fresh, output=self._output(waited, lasted))
 
     def _decode(self, decoder: Decoder, *, last: bool) -> None:
         """Extend the text by what the new tokens say, seen behind the tokens already read."""
@@ -135,9 +145,10 @@ class Request:
                 return len(self.text) - held
         return len(self.text)
 
-    def _output(self) -> RequestOutput | None:
+    def _output(self, waited: float, lasted: float) -> RequestOutput | None:
         if self.finish_reason is None:
             return None
+        later = len(self.token_ids) - 1
         return RequestOutput(
             index=self.index,
             prompt=self.prompt,
@@ -145,4 +156,6 @@ class Request:
             token_ids=tuple(self.token_ids),
             text=self.text,
             finish_reason=self.finish_reason,
+            first_token_seconds=waited,
+            token_seconds=(lasted - waited) / later if later else 0.0,
         )

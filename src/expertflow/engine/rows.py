@@ -1,32 +1,65 @@
-"""Keys and values of the running sequences in rows that never move: what a captured step can point at.
+"""Keys and values of the live sequences in rows that never move, and the model's forward over any of them.
 
-One cache for the whole life of a model: `[rows, heads, length, width]` a layer, whatever kind of attention the layer
-has; a sliding window is the mask's business. Prompts are filled in by passes of the host execution, then each row
-grows by a token a step at its own position. Knows columns and rows; refuses to know tokens and experts.
+One cache for the whole life of a model: `[rows, heads, length + 1, width]` a layer, whatever kind of attention the layer
+has; a sliding window is the mask's business. A pass names the rows it works on, in any order: regrouping sequences is
+another list of rows (the paper's Merge and Reindex, section 3.3, without the copies). The last column is nobody's: what
+padding writes goes there. Knows rows and columns; refuses to know requests, experts and graphs.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+
+from expertflow.models.skeleton import Skeleton
+
+
+class Fed(NamedTuple):
+    """A token that a sequence is fed: whose, which, the row of its keys and values, and its position."""
+
+    sequence: int
+    token: int
+    row: int
+    position: int
+
+
+class Pass(NamedTuple):
+    """What a forward pass is fed.
+
+    Attributes:
+        tokens: int64 `[B, C]`.
+        rows: int64 `[B]`, each once, but for padding.
+        positions: int64 `[B, C]`; each token sees columns up to its own position.
+        columns: int64 `[B, C]`, where the tokens' keys and values go: their positions, or nowhere.
+        end: columns that are looked at.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    positions: Tensor
+    columns: Tensor
+    end: int
 
 
 class Span:
     """Which part of the cache a forward pass works on; all layers share one.
 
     Attributes:
-        rows: rows in use, the first ones.
-        columns: int64 `[rows]`, where each row's token goes, in a decode step; None in a prefill pass.
-        end: columns a decode step looks at.
+        rows: int64 `[B]`.
+        columns: int64 `[B, C]`, where each token goes.
+        end: columns that are looked at.
+        whole: attention finds its rows itself: it is given all of them.
     """
 
     def __init__(self) -> None:
         """Nothing in use."""
-        self.rows = 0
-        self.columns: Tensor | None = None
+        self.rows = self.columns = torch.zeros(0, dtype=torch.long)
         self.end = 0
+        self.whole = False
 
 
 class RowLayer(CacheLayerMixin):
@@ -38,38 +71,32 @@ class RowLayer(CacheLayerMixin):
         """Room for `rows` sequences of `length` tokens, taken when the first keys come."""
         super().__init__()
         self._rows, self._length, self._span = rows, length, span
-        self.filled = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate; zeros, because what is masked must still be finite."""
-        self.keys = key_states.new_zeros(self._rows, key_states.shape[1], self._length, key_states.shape[3])
-        self.values = value_states.new_zeros(self._rows, value_states.shape[1], self._length, value_states.shape[3])
+        columns = self._length + 1
+        self.keys = key_states.new_zeros(self._rows, key_states.shape[1], columns, key_states.shape[3])
+        self.values = value_states.new_zeros(self._rows, value_states.shape[1], columns, value_states.shape[3])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write a pass's keys and values, `[B, heads, C, width]`; everything up to there comes back."""
+        """Write a pass's keys and values, `[B, heads, C, width]`; what attention looks at comes back."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         span = self._span
-        if span.columns is None:
-            begin, self.filled = self.filled, self.filled + key_states.shape[2]
-            end = self.filled
-        else:
-            end = span.end
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
-            if span.columns is None:
-                held[: span.rows, :, begin:end] = new
-            else:
-                held[: span.rows].scatter_(2, span.columns.view(-1, 1, 1, 1).expand_as(new), new)
-        return self.keys[: span.rows, :, :end], self.values[: span.rows, :, :end]
+        where = span.rows[:, None], slice(None), span.columns
+        self.keys[where] = key_states.transpose(1, 2)
+        self.values[where] = value_states.transpose(1, 2)
+        keys, values = self.keys[:, :, : span.end], self.values[:, :, : span.end]
+        return (keys, values) if span.whole else (keys[span.rows], values[span.rows])
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns a prefill pass looks at, and where they begin."""
-        return self.filled + query_length, 0
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
+        """Columns a pass looks at, and where they begin."""
+        return self._span.end, 0
 
     def get_seq_length(self) -> int:
-        """Columns filled by prefill passes."""
-        return self.filled
+        """Columns a pass looks at: every sequence has a length of its own."""
+        return self._span.end
 
     def get_max_length(self) -> int:
         """Columns there are."""
@@ -84,48 +111,77 @@ class RowCache(Cache):
         self.span = Span()
         super().__init__(layers=[RowLayer(rows, length, self.span) for _ in range(layers)])
 
-    def restart(self, rows: int) -> None:
-        """Prompts of `rows` new sequences come next."""
-        self.span.rows, self.span.columns = rows, None
-        for layer in self.layers:
-            layer.filled = 0
 
-    def decode(self, columns: Tensor, end: int) -> None:
-        """Decode steps come next, in rows `0 .. len(columns) - 1`, looking at columns `0 .. end - 1`."""
-        self.span.rows, self.span.columns, self.span.end = len(columns), columns, end
-
-    def pack(self, padding: Sequence[int], width: int) -> None:
-        """Move every row's tokens to its beginning: `padding` columns of the `width` filled ones are dropped."""
-        for held in self._tensors():
-            for row, skip in enumerate(padding):
-                if skip:
-                    held[row, :, : width - skip] = held[row, :, skip:width].clone()
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Move the given rows, ascending, to the front."""
-        for held in self._tensors():
-            for target, source in enumerate(rows):
-                if target != source:
-                    held[target] = held[source]
-
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
-
-
-def step_masks(positions: Tensor, end: int, windows: Sequence[int | None], dtype: torch.dtype) -> list[Tensor]:
-    """Additive masks `[B, 1, 1, end]` of a decode step: column j counts up to the row's position, within a window.
+class RowModel:
+    """A decoder-only model's forward over rows of one cache.
 
     Args:
-        positions: int64 `[B]`, of the token that is fed in.
+        model: loaded model of a family with a row in `models.families`.
+        skeleton: of it.
+        rows: sequences that may live at once.
+        length: tokens of a sequence at most.
+
+    Attributes:
+        nowhere: the column that padding writes to.
+        windows: each attention layer's sliding window, or None.
+    """
+
+    def __init__(self, model: PreTrainedModel, skeleton: Skeleton, rows: int, length: int) -> None:
+        """Find out what masks the model's layers are given."""
+        config = skeleton.config.get_text_config(decoder=True)
+        kinds, options = get_layer_types_and_kwargs(config)
+        window = options.get("sliding_window")
+        assert skeleton.family is not None
+        self.model, self.skeleton, self.rows, self.nowhere = model, skeleton, rows, length
+        self.windows = [None if kind == "full_attention" else window for kind in kinds]
+        self._kinds = tuple(dict.fromkeys((*kinds, "full_attention", "sliding_attention")))
+        if skeleton.family.masks == "one":
+            self._kinds = (kinds[0],)
+        self._masks = tuple(None if kind == "full_attention" else window for kind in self._kinds)
+        self._dtype = getattr(torch, skeleton.dtype)
+        self.cache = RowCache(len(kinds), rows, length)
+
+    def forward(self, run: Callable[..., Any], given: Pass, *, whole: bool = False) -> Float[Tensor, "B V"]:
+        """Run a pass; logits of each row's last token.
+
+        Args:
+            run: the model, or its bare forward.
+            given: what is fed in.
+            whole: attention finds its rows itself.
+        """
+        tokens, rows, positions, columns, end = given
+        span = self.cache.span
+        span.rows, span.columns, span.end, span.whole = rows, columns, end, whole
+        masks = step_masks(positions, end, self._masks, self._dtype)
+        by_kind = dict(zip(self._kinds, masks, strict=True))
+        out: Any = run(
+            input_ids=tokens,
+            attention_mask=by_kind if len(by_kind) > 1 else masks[0],
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        last: Tensor = out.logits[:, -1]
+        return last
+
+
+def step_masks(
+    positions: Int[Tensor, "B C"], end: int, windows: Sequence[int | None], dtype: torch.dtype
+) -> list[Tensor]:
+    """Additive masks `[B, 1, C, end]`: column j counts up to the token's position, within a window.
+
+    Args:
+        positions: of the tokens that are fed in.
         end: columns looked at.
         windows: tokens a layer kind sees, the current one included; None: all. One mask each.
         dtype: of the model.
     """
-    column = torch.arange(end, device=positions.device)
-    distance = positions[:, None] - column
+    column = torch.arange(end, dtype=torch.int32, device=positions.device)
+    distance = positions[:, :, None].int() - column
     masks = []
     for window in windows:
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        mask = torch.zeros(len(positions), end, dtype=dtype, device=positions.device)
-        masks.append(mask.masked_fill_(~seen, float("-inf"))[:, None, None])
+        mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device)
+        masks.append(mask.masked_fill_(~seen, float("-inf"))[:, None])
     return masks

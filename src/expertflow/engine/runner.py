@@ -1,20 +1,123 @@
-"""One batch through the model: prefill in chunks, then one token a step. Tensors in, logits out.
+"""Passes and steps over any of the live sequences: tensors in, logits out.
 
-Decoder-only prompts are padded on the left, encoder prompts on the right. Knows nothing of text and sampling.
+Most models keep keys and values in rows (`engine.rows`), so sequences join, leave and step in any company, by the host
+execution or by graphs. Others run in cohorts: sequences that come together step together until the last one is over.
+Knows rows and positions; refuses to know text, sampling and who steps when.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from expertflow.engine.graph import GraphDecoder
+from expertflow.engine.rows import Fed, Pass, RowModel
 
-@runtime_checkable
+
+class Piece(NamedTuple):
+    """Tokens of a prompt, from position `begin` on: whose, and the row of their keys and values."""
+
+    sequence: int
+    tokens: Sequence[int]
+    row: int
+    begin: int
+
+
+class Executor(Protocol):
+    """Runs passes and steps.
+
+    Attributes:
+        joins: whether sequences may join while others live.
+        padded_left: on which side the shorter pieces of a pass are padded.
+    """
+
+    joins: bool
+    padded_left: bool
+
+    def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
+        """Run parts of prompts; logits behind each part's last token."""
+
+    def decode(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
+        """Run one new token a sequence; logits of the next."""
+
+    def best(self) -> Int[Tensor, " B"] | None:
+        """The most probable next tokens, if the last step has them ready."""
+
+
+class RowExecutor:
+    """A decoder-only model whose keys and values lie in rows.
+
+    Args:
+        rows: the model over its rows.
+        graphs: asked before each decode step; None: the host execution takes it.
+    """
+
+    joins = padded_left = True
+
+    def __init__(self, rows: RowModel, graphs: Callable[[], GraphDecoder | None]) -> None:
+        """Nothing has run."""
+        self._rows, self._graphs = rows, graphs
+        self._bindings = [rows.model.get_submodule(path) for path in rows.skeleton.expert_modules]
+        self._best: Tensor | None = None
+
+    @torch.inference_mode()
+    def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
+        """Run parts of prompts, the shorter ones padded on the left; padding uses no expert."""
+        width, nowhere, pad = max(len(piece.tokens) for piece in pieces), self._rows.nowhere, _pad_id(self._rows.model)
+        ids = torch.full((len(pieces), width), pad, dtype=torch.long)
+        positions, columns = torch.zeros_like(ids), torch.full_like(ids, nowhere)
+        for place, piece in enumerate(pieces):
+            skip = width - len(piece.tokens)
+            ids[place, skip:] = torch.tensor(piece.tokens)
+            columns[place, skip:] = torch.arange(piece.begin, piece.begin + len(piece.tokens))
+            positions[place, skip:] = columns[place, skip:]
+        end = max(piece.begin + len(piece.tokens) for piece in pieces)
+        device = self._rows.model.device
+        rows = torch.tensor([piece.row for piece in pieces], device=device)
+        self._best = None
+        given = Pass(ids.to(device), rows, positions.to(device), columns.to(device), end)
+        with self._padding(columns == nowhere):
+            return self._rows.forward(self._rows.model, given)
+
+    @contextmanager
+    def _padding(self, padding: Tensor) -> Iterator[None]:
+        """Say which tokens of the pass are nobody's."""
+        marks = padding.reshape(-1).to(self._rows.model.device) if bool(padding.any()) else None
+        self._mark(marks)
+        try:
+            yield
+        finally:
+            self._mark(None)
+
+    def _mark(self, padding: Tensor | None) -> None:
+        for module in self._bindings:
+            module.expertflow.padding = padding
+
+    @torch.inference_mode()
+    def decode(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
+        """Run one new token a sequence."""
+        graphs = self._graphs()
+        if graphs is not None:
+            logits = graphs.step(fed)
+            self._best = graphs.best[: len(fed)]
+            return logits
+        self._best = None
+        device = self._rows.model.device
+        _, tokens, rows, positions = torch.tensor(fed, device=device).unbind(1)
+        end, at = max(one.position for one in fed) + 1, positions[:, None]
+        return self._rows.forward(self._rows.model, Pass(tokens[:, None], rows, at, at, end))
+
+    def best(self) -> Int[Tensor, " B"] | None:
+        """The most probable next tokens, if a graph has them ready."""
+        return self._best
+
+
 class Batch(Protocol):
-    """Sequences that step together."""
+    """Sequences that step together from their prompts on."""
 
     def prefill(self) -> Float[Tensor, "B V"]:
         """Run the prompts; logits of each sequence's next token."""
@@ -22,27 +125,43 @@ class Batch(Protocol):
     def decode(self, tokens: Sequence[int]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence; logits of the next."""
 
-    def best(self) -> Int[Tensor, " B"] | None:
-        """The most probable next tokens, if the last step has them ready."""
-
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only, in this order."""
 
-    def close(self) -> None:
-        """The batch is over, however it ended."""
 
+class CohortExecutor:
+    """A model whose sequences come together and step together; those that are over leave."""
 
-def make_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int) -> Batch:
-    """A batch for the model's kind.
+    joins = False
 
-    Args:
-        model: loaded model.
-        prompts: token ids, none empty.
-        chunk: tokens of one prefill pass over all sequences (decoder-only models).
-    """
-    if model.config.is_encoder_decoder:
-        return EncoderDecoderBatch(model, prompts)
-    return DecoderBatch(model, prompts, chunk)
+    def __init__(self, model: PreTrainedModel, chunk: int) -> None:
+        """Nothing has run; decoder-only models read `chunk` tokens a pass, over all sequences."""
+        self._model, self._chunk = model, chunk
+        self.padded_left = not model.config.is_encoder_decoder
+        self._batch: Batch | None = None
+        self._members: list[int] = []
+
+    def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
+        """Run whole prompts of a new cohort."""
+        prompts = [piece.tokens for piece in pieces]
+        self._members = [piece.sequence for piece in pieces]
+        if self._model.config.is_encoder_decoder:
+            self._batch = EncoderDecoderBatch(self._model, prompts)
+        else:
+            self._batch = DecoderBatch(self._model, prompts, self._chunk)
+        return self._batch.prefill()
+
+    def decode(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
+        """Run one token of each sequence that is left."""
+        assert self._batch is not None
+        wanted = [one.sequence for one in fed]
+        if wanted != self._members:
+            self._batch.keep([self._members.index(sequence) for sequence in wanted])
+            self._members = wanted
+        return self._batch.decode([one.token for one in fed])
+
+    def best(self) -> None:
+        """Not computed on the way."""
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -62,7 +181,7 @@ def _pad_id(model: PreTrainedModel) -> int:
 
 
 class DecoderBatch:
-    """Sequences of a decoder-only model."""
+    """Sequences of a decoder-only model with the model's own cache, prompts padded on the left."""
 
     def __init__(
         self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int, cache: Cache | None = None
@@ -92,17 +211,11 @@ class DecoderBatch:
         self._positions = self._positions + 1
         return self._forward(ids, self._positions, self._mask)
 
-    def best(self) -> None:
-        """Not computed on the way."""
-
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the other sequences' keys, values and masks."""
         index = torch.tensor(rows, device=self._mask.device)
         self._mask, self._positions = self._mask[index], self._positions[index]
         self._cache.batch_select_indices(index)
-
-    def close(self) -> None:
-        """Nothing to give back."""
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         out: Any = self._model(
@@ -140,18 +253,12 @@ class EncoderDecoderBatch:
         """Run one token a sequence through the decoder."""
         return self._forward(tokens)
 
-    def best(self) -> None:
-        """Not computed on the way."""
-
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the other sequences' caches and encoder states."""
         index = torch.tensor(rows, device=self._mask.device)
         self._mask = self._mask[index]
         self._encoded.last_hidden_state = self._encoded.last_hidden_state[index]
         self._cache.batch_select_indices(index)
-
-    def close(self) -> None:
-        """Nothing to give back."""
 
     def _forward(self, tokens: Sequence[int]) -> Tensor:
         out: Any = self._model(

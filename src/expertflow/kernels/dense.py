@@ -20,7 +20,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def _attend(
-    query, keys, values, positions, sinks, out, part, row_stride, head_stride, splits,
+    query, keys, values, rows, positions, sinks, out, part, row_stride, head_stride, splits,
     scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
     span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, single: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _attend(
     first = tl.maximum(position - window + 1, 0) if window > 0 else position * 0
     column = tl.maximum(split * span, first // BLOCK * BLOCK)
     end = tl.minimum(split * span + span, position + 1)
-    at = row.to(tl.int64) * row_stride + head * head_stride
+    at = tl.load(rows + row).to(tl.int64) * row_stride + head * head_stride
     while column < end:
         here = column + line
         seen = (here <= position) & (here >= first)
@@ -101,7 +101,7 @@ def decode_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    positions: Tensor,
+    where: tuple[Tensor, Tensor],
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
@@ -110,9 +110,9 @@ def decode_attention(
 
     Args:
         query: `[B, Q, D]` contiguous, D a power of two from 16 on.
-        keys: `[B, G, N, D]`, any strides but unit columns; Q a multiple of G.
+        keys: `[R, G, N, D]`, any strides but unit columns; Q a multiple of G.
         values: the same shape and strides.
-        positions: integer `[B]`, less than N.
+        where: integer `[B]` each: which of the R rows, and the token's position there, less than N.
         scale: of the scores.
         window: columns seen, the token's own included; None: all.
         sinks: `[Q]`, a score a head gives to nothing; None: no such.
@@ -121,6 +121,7 @@ def decode_attention(
         `[B, Q, D]`.
     """
     (rows, heads, width), (kv_heads, length) = query.shape, keys.shape[1:3]
+    row, position = where
     assert query.is_contiguous()
     assert keys.stride() == values.stride()
     assert keys.stride()[2:] == (width, 1)
@@ -129,7 +130,7 @@ def decode_attention(
     out = torch.empty_like(query)
     part = query.new_empty((rows * kv_heads, splits, padded, width + 2) if splits > 1 else (1,), dtype=torch.float32)
     _attend[(rows * kv_heads, splits)](
-        query, keys, values, positions, query if sinks is None else sinks, out, part, keys.stride(0), keys.stride(1),
+        query, keys, values, row, position, query if sinks is None else sinks, out, part, keys.stride(0), keys.stride(1),
         splits, scale=scale, groups=groups, kv_heads=kv_heads, width=width, padded=padded, span=SPAN,
         window=window or 0, sink=sinks is not None, single=splits == 1, num_warps=4,
     )  # fmt: skip

@@ -8,13 +8,15 @@ def decode_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    positions: Tensor,
+    where: tuple[Tensor, Tensor],
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a sequence over the columns up to its position. See the twin; float32 inside."""
     (rows, heads, width), (kv_heads, length) = query.shape, keys.shape[1:3]
+    row, positions = where
+    keys, values = keys[row], values[row]
     grouped = query.float().view(rows, kv_heads, heads // kv_heads, width)
     scores = grouped @ keys.float().transpose(2, 3) * scale
     distance = positions[:, None] - torch.arange(length, device=query.device)

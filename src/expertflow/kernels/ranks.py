@@ -10,9 +10,9 @@ import math
 import triton
 import triton.language as tl
 
-from expertflow.cache.horizon import HORIZONS
+from expertflow.cache.horizon import HORIZONS, STEPS_KNOWN
 from expertflow.cache.policy import DISCOUNT, FADE, GRAIN, HIDDEN, MIX
-from expertflow.kernels.state import BLIND, BLOCKS, CONSTANT, RECORDED, STEPS_KNOWN, UNKNOWN
+from expertflow.kernels.state import BLIND, BLOCKS, CONSTANT, RECORDED, UNKNOWN
 
 _NEW = tl.constexpr(1 - FADE[0])
 _NEW_STEADY = tl.constexpr(1 - FADE[1])
@@ -30,6 +30,7 @@ _LOG_DISCOUNT = tl.constexpr(math.log(DISCOUNT))
 _HIDDEN = tl.constexpr(HIDDEN)
 _GRAIN = tl.constexpr(GRAIN)
 _FURTHER = tl.constexpr(STEPS_KNOWN - 1)
+_STEPS_KNOWN = tl.constexpr(STEPS_KNOWN)
 _BLIND, _BLOCKS = tl.constexpr(BLIND), tl.constexpr(BLOCKS)
 _H1, _H2, _H3, _H4 = (tl.constexpr(horizon) for horizon in HORIZONS)
 
@@ -203,24 +204,25 @@ def close_step(
 
 
 @triton.jit
-def _spread(demand, at, mask, before, left, first, span: tl.constexpr, plane):
-    """The chance of use in each of `span` steps from `first` on, if it was `before` of no use before, and `left` after."""
+def _spread(demand, at, mask, before, left, first, span: tl.constexpr, plane, group, groups):
+    """The chance of use in each of `span` turns from `first` on, if it was `before` of no use before, and `left` after."""
     share = left / tl.maximum(before, tl.full([1], 1e-9, tl.float64))
     if span == 1:
         steady = 1.0 - share
     else:
         steady = 1.0 - tl.exp(tl.log(tl.maximum(share, tl.full([1], 1e-300, tl.float64))) / span)
-    for step in tl.static_range(span):
-        tl.store(demand + (first + step) * plane + at, steady, mask=mask)
+    for turn in tl.static_range(span):
+        step = (first + turn) * groups + group
+        tl.store(demand + step * plane + at, steady, mask=mask & (step < _STEPS_KNOWN))
 
 
 @triton.jit(do_not_specialize=["layers", "experts"])
 def expect(
-    chances, live, demand, known, tally, layers, experts, EP: tl.constexpr,  # noqa: N803
+    said, members, turns, demand, known, tally, layers, experts, EP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """`horizon.unite` and `horizon.hazards` of the live rows' chances, float32 `[B, 5, L, E]`.
+    """`horizon.unite`, `hazards` and `take_turns` of what was said of each group's rows, float32 `[C, 5, L, E]`.
 
-    A chance that is no number makes the step one without forecast, and is counted.
+    A chance that is no number makes the step one without forecast, and is counted; so does, uncounted, no group.
     """
     layer = tl.program_id(0)
     column = tl.arange(0, EP)
@@ -228,28 +230,34 @@ def expect(
     plane = layers * experts
     at = layer * experts + column
     one = tl.full([EP], 1.0, tl.float64)
-    none0, none1, none2, none3, none4 = one, one, one, one, one
-    row, count = 0, tl.load(live)
-    while row < count:
-        mine = chances + row * 5 * plane + at
-        none0 *= 1.0 - tl.load(mine, mask=mask, other=0.0).to(tl.float64)
-        none1 *= 1.0 - tl.load(mine + plane, mask=mask, other=0.0).to(tl.float64)
-        none2 *= 1.0 - tl.load(mine + 2 * plane, mask=mask, other=0.0).to(tl.float64)
-        none3 *= 1.0 - tl.load(mine + 3 * plane, mask=mask, other=0.0).to(tl.float64)
-        none4 *= 1.0 - tl.load(mine + 4 * plane, mask=mask, other=0.0).to(tl.float64)
-        row += 1
-    whole = none0 + none1 + none2 + none3 + none4
-    broken = tl.sum((mask & ~((whole >= 0.0) & (whole <= 5.0))).to(tl.int32), 0) > 0
-    tl.store(demand + at, 1.0 - none0, mask=mask)
     zero = tl.zeros([EP], tl.float64)
-    left1 = tl.minimum(one, tl.maximum(none1, zero))
-    left2 = tl.minimum(left1, tl.maximum(none2, zero))
-    left3 = tl.minimum(left2, tl.maximum(none3, zero))
-    left4 = tl.minimum(left3, tl.maximum(none4, zero))
-    _spread(demand, at, mask, one, left1, 1, _H1, plane)
-    _spread(demand, at, mask, left1, left2, 1 + _H1, _H2 - _H1, plane)
-    _spread(demand, at, mask, left2, left3, 1 + _H2, _H3 - _H2, plane)
-    _spread(demand, at, mask, left3, left4, 1 + _H3, _H4 - _H3, plane)
-    if broken:
+    groups = tl.load(turns).to(tl.int32)
+    broken, group = 0, 0
+    while group < groups:
+        none0, none1, none2, none3, none4 = one, one, one, one, one
+        place, end = tl.load(turns + 1 + group).to(tl.int32), tl.load(turns + 2 + group).to(tl.int32)
+        while place < end:
+            mine = said + tl.load(members + place) * 5 * plane + at
+            none0 *= 1.0 - tl.load(mine, mask=mask, other=0.0).to(tl.float64)
+            none1 *= 1.0 - tl.load(mine + plane, mask=mask, other=0.0).to(tl.float64)
+            none2 *= 1.0 - tl.load(mine + 2 * plane, mask=mask, other=0.0).to(tl.float64)
+            none3 *= 1.0 - tl.load(mine + 3 * plane, mask=mask, other=0.0).to(tl.float64)
+            none4 *= 1.0 - tl.load(mine + 4 * plane, mask=mask, other=0.0).to(tl.float64)
+            place += 1
+        whole = none0 + none1 + none2 + none3 + none4
+        broken += tl.sum((mask & ~((whole >= 0.0) & (whole <= 5.0))).to(tl.int32), 0)
+        tl.store(demand + group * plane + at, 1.0 - none0, mask=mask)
+        left1 = tl.minimum(one, tl.maximum(none1, zero))
+        left2 = tl.minimum(left1, tl.maximum(none2, zero))
+        left3 = tl.minimum(left2, tl.maximum(none3, zero))
+        left4 = tl.minimum(left3, tl.maximum(none4, zero))
+        _spread(demand, at, mask, one, left1, 1, _H1, plane, group, groups)
+        _spread(demand, at, mask, left1, left2, 1 + _H1, _H2 - _H1, plane, group, groups)
+        _spread(demand, at, mask, left2, left3, 1 + _H2, _H3 - _H2, plane, group, groups)
+        _spread(demand, at, mask, left3, left4, 1 + _H3, _H4 - _H3, plane, group, groups)
+        group += 1
+    if groups == 0:
+        tl.store(known, 0)
+    if broken > 0:
         tl.store(known, 0)
         tl.atomic_add(tally + _BLIND, tl.full([], 1, tl.int64))

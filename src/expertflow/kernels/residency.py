@@ -9,8 +9,9 @@ Twin of `kernels.residency_reference`, which calls `cache.core` itself. Knows sl
 import triton
 from torch import Tensor
 
+from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.kernels import access, lookahead, ranks
-from expertflow.kernels.state import POLICIES, STEPS_KNOWN, CacheState, Notes, Schedule
+from expertflow.kernels.state import POLICIES, CacheState, Notes, Schedule
 
 _PLAN_CELLS = 256
 """Experts of all layers a warp of the plan handles."""
@@ -36,16 +37,20 @@ class Residency:
             "enable_fp_fusion": False,
         }
 
-    def expect(self, chances: Tensor, live: Tensor) -> None:
+    def expect(self, said: Tensor, members: Tensor, turns: Tensor) -> None:
         """The demand of this step and further ones, from chances of single sequences.
 
         Args:
-            chances: float32 `[B, 5, L, E]`, as `predict.online` says them.
-            live: int32 `[1]`, rows of them that count.
+            said: float32 `[C, 5, L, E]`, what `predict.online` said of each sequence's coming step.
+            members: int64, which of the C step, in the order of their turns.
+            turns: int64, how many groups there are (at most `STEPS_KNOWN`; 0: no forecast), then where in `members` each
+                begins, this step's first, then where the last one ends.
         """
         s = self.state
         s.known.fill_(STEPS_KNOWN)
-        ranks.expect[(s.layers,)](chances, live, s.demand, s.known, s.tally, s.layers, s.experts, **self._options)
+        ranks.expect[(s.layers,)](
+            said, members, turns, s.demand, s.known, s.tally, s.layers, s.experts, **self._options
+        )
 
     def open_step(self) -> None:
         """`prefetch.open_step`: this step's ranks, and its plan."""

@@ -22,7 +22,7 @@ from expertflow.cache.core import (
     carry_out,
     make_tables,
 )
-from expertflow.cache.horizon import hazards, unite
+from expertflow.cache.horizon import STEPS_KNOWN, hazards, take_turns, unite
 from expertflow.cache.policy import Outlook, Usage
 from expertflow.cache.prefetch import open_step, plan
 from expertflow.kernels.ledger import CALLED_OFF, CARRIED, DONE, DST, PRIOR, SRC, TAKEN
@@ -37,7 +37,6 @@ from expertflow.kernels.state import (
     LOADS,
     PHASES,
     RECORDED,
-    STEPS_KNOWN,
     WASTES,
     CacheState,
     Notes,
@@ -62,9 +61,14 @@ class Residency:
         before = state.rank.numpy().copy()
         self._planes = Planes(before, state.used.numpy(), state.unused.numpy(), state.limit.numpy())
 
-    def expect(self, chances: Tensor, live: Tensor) -> None:
+    def expect(self, said: Tensor, members: Tensor, turns: Tensor) -> None:
         """The demand of this step and further ones, from chances of single sequences. See the twin."""
-        demand = hazards(unite(chances[: int(live)].numpy()))
+        count, *borders = turns.tolist()
+        if not count:
+            self.state.known.zero_()
+            return
+        groups = [said[members[borders[turn] : borders[turn + 1]]].numpy() for turn in range(count)]
+        demand = take_turns([hazards(unite(each)) for each in groups])
         sane = bool(np.isfinite(demand).all())
         self.state.known.fill_(STEPS_KNOWN if sane else 0)
         self.state.tally[BLIND] += not sane

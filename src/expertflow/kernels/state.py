@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expertflow.cache.core import LOG, PENDING, RESIDENT, Tables
 from expertflow.cache.forecast import LayerOrder, Recorded, Step, next_uses
-from expertflow.cache.horizon import HORIZONS
+from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.policy import Policy, Usage, belady, discounted_use, layer_order, lfu, lru, next_use
 from expertflow.cache.strategy import Setting, Strategy
 from expertflow.kernels.ledger import DONE, Ledger
@@ -30,8 +30,6 @@ what was carried of all loads (a load that was called off is not carried whole).
 UNKNOWN, RECORDED, CONSTANT, GIVEN = range(4)
 """Where a step's demand comes from: nowhere, a recording, one that says the same at every step, or whoever writes it
 into `CacheState.demand`."""
-STEPS_KNOWN = 1 + HORIZONS[-1]
-"""Steps a demand can speak of: this one, and as many further ones as a predictor's longest horizon."""
 
 
 def refusal(strategy: Strategy, *, predicted: bool = False) -> str | None:

@@ -49,6 +49,8 @@ class Binding:
     """Run the family's own eager forward (the universal fallback) instead of the expert loop."""
     observe: Observer | None = field(default=None)
     """Told the layer's routing before it runs: layer, experts `[T, K]`, weights `[T, K]`."""
+    padding: Tensor | None = field(default=None)
+    """Bool `[T]`, tokens of nobody in this pass, which use no expert; None: there are none. Not for `own_forward`."""
     whole: Whole | None = field(default=None)
     """While set, computes the layer in place of everything else here; the host does not learn the routing."""
 
@@ -124,6 +126,8 @@ def offloaded_forward(
         return binding.whole(binding.layer, hidden_states, top_k_index, top_k_weights)
     if binding.own_forward:
         return _own_forward(self, binding, hidden_states, top_k_index, top_k_weights)
+    if binding.padding is not None:
+        top_k_index = top_k_index.masked_fill(binding.padding[:, None], int(self.num_experts))  # type: ignore[arg-type]
 
     def mlp(tokens: Tensor, row: Row) -> Tensor:
         return _registry_mlp(self, tokens, row)

@@ -57,6 +57,7 @@ class ModelShape:
         encoder_decoder: whether there is an encoder.
         scores: whether attention keeps scores in memory (eager attention).
         unplanned: kinds of layers whose state and workspace the planner cannot foresee, such as state-space layers.
+        in_rows: whether keys and values can be kept in rows, so that sequences may join and leave at any step.
     """
 
     model_type: str
@@ -77,6 +78,7 @@ class ModelShape:
     encoder_decoder: bool
     scores: bool
     unplanned: tuple[str, ...]
+    in_rows: bool
 
     @property
     def total_experts(self) -> int:
@@ -98,6 +100,8 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
     element = DTYPE_BYTES[skeleton.dtype]
     heads = int(config.num_attention_heads)
     key_width, value_width, head_width = _head_widths(config, heads)
+    kinds = () if skeleton.encoder_decoder else get_layer_types_and_kwargs(config)[0]
+    unplanned = tuple(sorted(set(kinds) - PLANNED))
     return ModelShape(
         model_type=skeleton.config.model_type,
         layers=len(skeleton.expert_modules),
@@ -115,9 +119,8 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         vocabulary=int(config.vocab_size),
         context=None if skeleton.encoder_decoder else getattr(config, "max_position_embeddings", None),
         encoder_decoder=skeleton.encoder_decoder,
-        unplanned=()
-        if skeleton.encoder_decoder
-        else tuple(sorted(set(get_layer_types_and_kwargs(config)[0]) - PLANNED)),
+        unplanned=unplanned,
+        in_rows=skeleton.family is not None and not skeleton.encoder_decoder and not unplanned,
         scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - the only place transformers says it
     )
 

@@ -95,9 +95,16 @@ class OnlinePredictor:
     @torch.inference_mode()
     def prefill(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "L E"]:
         """What any of N tokens uses whose routing is not known yet, a prompt or a part of one."""
+        return 1 - torch.exp(torch.log1p(-self._blind(tokens).clamp(max=1 - 1e-6)).sum(0))
+
+    @torch.inference_mode()
+    def usual(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "L E"]:
+        """What one of N tokens uses on average whose routing is not known yet."""
+        return self._blind(tokens).mean(0)
+
+    def _blind(self, tokens: Tensor) -> Tensor:
         before = functional.pad(tokens, (1, 0), value=-1)[:-1]
-        each = self.artifact.probabilities(self._model.blind(tokens[None])[0, :, None], tokens, before)[:, 0]
-        return 1 - torch.exp(torch.log1p(-each.clamp(max=1 - 1e-6)).sum(0))
+        return self.artifact.probabilities(self._model.blind(tokens[None])[0, :, None], tokens, before)[:, 0]
 
     @torch.inference_mode()
     def observe(self, row: int, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:

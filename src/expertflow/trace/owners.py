@@ -19,13 +19,15 @@ class Coming(NamedTuple):
 
     Attributes:
         sequences: sequence number of each row of the batch.
-        lengths: tokens of each prompt if its prefill comes (in one pass or several), None for decoding.
+        lengths: tokens of each prompt, or part of one, if its prefill comes (in one pass or several), None for decoding.
         padded_left: on which side shorter prompts are padded.
+        following: sequences whose turns come behind these, group by group, as far as is known.
     """
 
     sequences: Sequence[int]
     lengths: Sequence[int] | None = None
     padded_left: bool = True
+    following: Sequence[Sequence[int]] = ()
 
 
 class Owners:
@@ -42,7 +44,7 @@ class Owners:
 
     def take(self, count: int) -> npt.NDArray[np.int32]:
         """`[count]` the sequence of each row of the next pass, `NOBODY` for padding."""
-        sequences, lengths, left = self.coming
+        sequences, lengths, left, _ = self.coming
         columns = count // len(sequences)
         owner = np.repeat(np.asarray(sequences, dtype=np.int32), columns)
         if lengths is None:

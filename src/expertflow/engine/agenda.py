@@ -1,0 +1,66 @@
+"""What a step has to know of the predictor's rows, and how the host tells a captured step: one copy before each.
+
+Knows rows and tokens; refuses to know sequences, networks and slots.
+"""
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+from expertflow.cache.horizon import STEPS_KNOWN
+
+
+class Agenda(NamedTuple):
+    """The predictor's rows in a step and behind it.
+
+    Attributes:
+        told: rows whose newest token the predictor has not been told of, and that token.
+        groups: rows that step now, then those whose turns come, group by group; those of which nothing is known are left out.
+    """
+
+    told: list[tuple[int, int]]
+    groups: list[list[int]]
+
+
+class Slip:
+    """What the host tells a step of the predictor's rows, in one copy: whose step it is, whose tokens are new, whose turns come.
+
+    Args:
+        rows: sequences of a step at most.
+        sequences: rows the predictor has.
+        spare: the one that padding shares.
+        device: where to.
+
+    Attributes:
+        room: tokens that may be new.
+        seats: int64 `[rows]`, the step's own.
+        told_seats: int64 `[rows]`, whose tokens are new; the spare one behind them.
+        told_tokens: int64 `[rows]`.
+        members: int64 `[sequences]`, who steps, in the order of their turns.
+        turns: int64 `[STEPS_KNOWN + 2]`, as `Residency.expect` wants it.
+    """
+
+    def __init__(self, rows: int, sequences: int, spare: int, device: torch.device) -> None:
+        """Nobody steps."""
+        sizes = [rows, rows, rows, sequences, STEPS_KNOWN + 2]
+        self.room, self._sequences, self._spare = rows, sequences, spare
+        self._staged = torch.zeros(sum(sizes), dtype=torch.long, pin_memory=device.type == "cuda")
+        self._staged[: 2 * rows] = spare
+        self._there = self._staged.to(device)
+        self.seats, self.told_seats, self.told_tokens, self.members, self.turns = self._there.split(sizes)
+
+    def write(self, seats: list[int], agenda: Agenda | None) -> None:
+        """Tell the next step; without an agenda it has no forecast."""
+        told = [] if agenda is None else agenda.told
+        groups = [] if agenda is None else agenda.groups[:STEPS_KNOWN]
+        members = [seat for group in groups for seat in group]
+        borders = [0, *accumulate(len(group) for group in groups)]
+        rows = self.room
+        row = [*seats, *[self._spare] * (rows - len(seats))]
+        row += [*(seat for seat, _ in told), *[self._spare] * (rows - len(told))]
+        row += [*(token for _, token in told), *[0] * (rows - len(told))]
+        row += [*members, *[0] * (self._sequences - len(members))]
+        row += [len(groups), *borders, *[0] * (STEPS_KNOWN + 1 - len(borders))]
+        self._staged.copy_(torch.tensor(row))
+        self._there.copy_(self._staged, non_blocking=True)

@@ -1,0 +1,36 @@
+"""Capturing what is queued on a CUDA device as a graph. Knows streams and memory pools; refuses to know what is captured."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def graph_pool(device: torch.device) -> Any:
+    """A memory pool for graphs on a device; None where there are no graphs."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def kept_bytes(pool: Any) -> int:
+    """Device memory that a pool's graphs keep for themselves."""
+    if pool is None:
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    return sum(s["total_size"] - s["allocated_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
+
+
+def capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """What `run` queues, as a graph; nothing is carried out.
+
+    cuBLAS keeps a workspace for each stream for good. Dropped before, so that the graph gets one of its own memory, and
+    after, so that this memory goes when the graphs go.
+    """
+    graph, line = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - as torch's own graph trees do; there is no public way
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            run()
+    finally:
+        torch.cuda.set_stream(line)  # a capture that fails leaves its own behind
+        torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
+    return graph

@@ -1,0 +1,172 @@
+"""The engine: requests come and go at any step; each `step` carries out what the scheduler decides next.
+
+`add`, `cancel`, `step`, `close`: a pass over prompts or a decode step at a time, a token of every sequence that took part.
+A step that raises has given nobody a token: the same turn comes again, or the request is cancelled. What stands between
+requests (`engine.request`), decisions (`schedule.scheduler`), tensors (`engine.runner`) and who sees the routing; refuses to
+know how any of them works.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from expertflow.engine.build import OffloadedModel
+from expertflow.engine.plan import rates
+from expertflow.engine.request import Request, StreamOutput
+from expertflow.engine.rows import Fed
+from expertflow.engine.runner import Piece
+from expertflow.engine.sampler import choose_all
+from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
+from expertflow.trace.owners import Coming
+from expertflow.trace.recorder import Recorder
+
+_PREVIEW = 32
+"""Tokens at a prompt's end that say which experts a waiting request is likely to use."""
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A request in the engine."""
+
+    request: Request
+    added: float
+    first: float = 0.0
+    usual: npt.NDArray[np.float32] | None = field(default=None)
+
+
+class Engine:
+    """Runs requests on a loaded model.
+
+    Args:
+        offloaded: the model.
+    """
+
+    def __init__(self, offloaded: OffloadedModel) -> None:
+        """No request yet."""
+        self._offloaded, plan = offloaded, offloaded.plan
+        self._executor = offloaded.executor()
+        asks = offloaded.foresight is not None and plan.schedule != "fifo"
+        self._scheduler = Scheduler(
+            rows=plan.max_live,
+            batch=plan.max_batch,
+            chunk=plan.prefill_chunk,
+            policy=plan.schedule,  # type: ignore[arg-type]  # checked when it was stated
+            joins=self._executor.joins,
+            top_k=plan.shape.top_k,
+            rates=rates(plan),
+            ask=self._paths if asks else None,
+            preview=self._usual if asks else None,
+        )
+        self._running: dict[int, _Running] = {}
+        self._next = 0
+        self.recorder: Recorder | None = None
+
+    @property
+    def begun(self) -> int:
+        """Requests added so far; the next one's number."""
+        return self._next
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._running)
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its number, by which it can be cancelled."""
+        number, self._next = self._next, self._next + 1
+        self._running[number] = _Running(request=request, added=time.perf_counter())
+        self._scheduler.add(number, len(request.prompt_token_ids))
+        return number
+
+    def cancel(self, number: int) -> bool:
+        """Forget a request, waiting or running, between two steps; False if it is over, or unknown."""
+        if self._running.pop(number, None) is None:
+            return False
+        self._scheduler.remove(number)
+        if self._offloaded.foresight is not None:
+            self._offloaded.foresight.leave([number])
+        return True
+
+    def step(self) -> list[tuple[int, StreamOutput]]:
+        """Carry out what comes next; new tokens by request number. Empty behind a pass that ended no prompt, or if idle."""
+        turn = self._scheduler.next()
+        if turn is None:
+            return []
+        with self._offloaded.meter.watch():
+            return self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
+
+    def _prefill(self, turn: Prefill) -> list[tuple[int, StreamOutput]]:
+        pieces = []
+        for part in turn.parts:
+            tokens = self._running[part.sequence].request.prompt_token_ids
+            pieces.append(
+                Piece(part.sequence, tokens[part.begin : part.end], self._scheduler.row(part.sequence), part.begin)
+            )
+        self._announce(
+            Coming(
+                [piece.sequence for piece in pieces],
+                [len(piece.tokens) for piece in pieces],
+                padded_left=self._executor.padded_left,
+            )
+        )
+        logits = self._executor.prefill(pieces)
+        self._scheduler.done(turn)
+        ended = [place for place, part in enumerate(turn.parts) if part.last]
+        if not ended:
+            return []
+        return self._sample([turn.parts[place].sequence for place in ended], logits[ended])
+
+    def _decode(self, turn: Decode) -> list[tuple[int, StreamOutput]]:
+        fed = []
+        for number in turn.sequences:
+            request = self._running[number].request
+            position = len(request.prompt_token_ids) + len(request.token_ids) - 1
+            fed.append(Fed(number, request.token_ids[-1], self._scheduler.row(number), position))
+        self._announce(Coming(turn.sequences, following=turn.groups[1:]))
+        logits = self._executor.decode(fed)
+        return self._sample(turn.sequences, logits)
+
+    def _announce(self, coming: Coming) -> None:
+        for listener in (self.recorder, self._offloaded.foresight):
+            if listener is not None:
+                listener.expect(coming)
+
+    def _sample(self, numbers: Sequence[int], logits: Tensor) -> list[tuple[int, StreamOutput]]:
+        running = [self._running[number] for number in numbers]
+        params = [one.request.params for one in running]
+        best = self._executor.best()
+        tokens = choose_all(logits, params, [one.request.generator for one in running], best)
+        now, outputs, over = time.perf_counter(), [], []
+        for number, one, token in zip(numbers, running, tokens, strict=True):
+            one.first = one.first or now
+            output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
+            outputs.append((number, output))
+            if output.output is not None:
+                over.append(number)
+        if self._offloaded.foresight is not None:
+            self._offloaded.foresight.sampled(numbers, tokens)
+        for number in over:
+            self.cancel(number)
+        return outputs
+
+    def _paths(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
+        """How likely the next token of live sequences uses each expert."""
+        assert self._offloaded.foresight is not None
+        return self._offloaded.foresight.paths(numbers)
+
+    def _usual(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
+        """What requests, live or waiting, are likely to use as far as their prompts say."""
+        said = []
+        for number in numbers:
+            one = self._running[number]
+            if one.usual is None:
+                assert self._offloaded.foresight is not None
+                one.usual = self._offloaded.foresight.usual(one.request.prompt_token_ids[-_PREVIEW:])
+            if one.usual is None:
+                return None
+            said.append(one.usual)
+        return np.stack(said)

@@ -1,0 +1,109 @@
+"""What a round of turns costs: the model that says which live sequences step together.
+
+A round gives every live sequence one token, in one step or several. Bytes decide: an expert that is kept costs nothing, any
+other one a load for every step that uses it. Which ones are kept is taken to be settled by use, as a cache that expects
+well does: those that most steps of the round use, as many as there are slots. `benchmarks/grouping.py` holds the model
+against the simulator. Knows chances; refuses to know requests and where chances come from.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from expertflow.schedule.cluster import Groups, group, in_order
+
+Chances = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a step is made of, in seconds.
+
+    Attributes:
+        slots: experts that can be kept.
+        load: one expert over the link.
+        step: a step without its experts.
+        expert: one expert computed, whoever needs it.
+        divide: a division of the live sequences by route.
+    """
+
+    slots: int
+    load: float
+    step: float
+    expert: float
+    divide: float = 0.0
+
+
+class Division(NamedTuple):
+    """A way to divide live sequences.
+
+    Attributes:
+        groups: `[N]` the turn of each sequence.
+        turns: how many.
+        loads: expected loads of a round.
+        seconds: expected duration of a round.
+    """
+
+    groups: Groups
+    turns: int
+    loads: float
+    seconds: float
+
+
+def used(chances: Chances, groups: Groups, count: int) -> npt.NDArray[np.float64]:
+    """`[G, L, E]` the chance that a group's step uses an expert.
+
+    Args:
+        chances: `[N, L, E]` of single sequences.
+        groups: `[N]`.
+        count: G.
+    """
+    none = 1.0 - chances.astype(np.float64)
+    return np.stack([1.0 - none[groups == number].prod(axis=0) for number in range(count)])
+
+
+def expected_loads(uses: npt.NDArray[np.float64], slots: int) -> float:
+    """Loads of a round whose steps use experts with the chances `[G, L, E]`, if those used most are kept."""
+    often = np.sort(uses.sum(axis=0), axis=None)
+    return float(often[: max(0, len(often) - slots)].sum())
+
+
+def price(chances: Chances, groups: Groups, count: int, rates: Rates) -> Division:
+    """What a division is expected to cost."""
+    uses = used(chances, groups, count)
+    loads = expected_loads(uses, rates.slots)
+    seconds = count * rates.step + float(uses.sum()) * rates.expert + loads * rates.load
+    return Division(groups, count, loads, seconds)
+
+
+def cheapest(chances: Chances, batch: int, rates: Rates, top_k: int) -> Division:
+    """The cheaper division into as few groups as the batch size allows: by arrival, or by route.
+
+    More groups are never cheaper: whatever divides one of two groups adds to what the steps of a round use, expert by expert,
+    and so to every term of the price.
+
+    Args:
+        chances: `[N, L, E]`, how likely each sequence's next token uses an expert.
+        batch: sequences of a step at most.
+        rates: what a step is made of.
+        top_k: experts a token uses a layer.
+
+    Returns:
+        The division; by arrival if they cost the same.
+    """
+    count = -(-len(chances) // batch)
+    arrival = price(chances, in_order(len(chances), count), count, rates)
+    if count == 1:
+        return arrival
+    routes = price(chances, group(best_guesses(chances, top_k), count), count, rates)
+    return min(arrival, routes._replace(seconds=routes.seconds + rates.divide), key=lambda division: division.seconds)
+
+
+def best_guesses(chances: Chances, top_k: int) -> npt.NDArray[np.bool_]:
+    """`[N, L, E]` the `top_k` most probable experts of each layer, as a path."""
+    best = np.argsort(-chances, axis=-1, kind="stable")[..., :top_k]
+    paths = np.zeros(chances.shape, dtype=np.bool_)
+    np.put_along_axis(paths, best, values=True, axis=-1)
+    return paths
