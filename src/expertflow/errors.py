@@ -62,6 +62,10 @@ class PromptError(ExpertFlowError):
     """A prompt is empty, unreadable, or longer than the model's context."""
 
 
+class ResultsError(ExpertFlowError):
+    """A results file is of something else, damaged, or cannot be written."""
+
+
 class TraceError(ExpertFlowError):
     """A routing trace is truncated, foreign, empty, of another model than stated, or lacks what is asked of it."""
 

@@ -49,6 +49,13 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bflo
 MaxBatch = Annotated[
     int | None, typer.Option(help="Sequences computed together at most. Default: all prompts, at most 8.")
 ]
+MaxLive = Annotated[
+    int | None,
+    typer.Option(help="Sequences with keys and values at once; they take turns if they are more than --max-batch."),
+]
+Schedule = Annotated[
+    str, typer.Option(help="Who steps together in a turn: fifo (arrival), group (predicted route) or auto.")
+]
 MaxLength = Annotated[
     int | None, typer.Option(help="Tokens of a sequence, prompt included. Default: what the run needs.")
 ]
@@ -110,15 +117,23 @@ def run(
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,
     prefill_chunk: PrefillChunk = None,
+    max_live: MaxLive = None,
+    schedule: Schedule = "auto",
     host_memory: HostMemory = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Put results there as JSON lines, as requests finish, instead of showing them; a file that is there is gone on "
+            "with."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Generate text inside a memory budget, then say what it cost."""
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
         "prefill_chunk": prefill_chunk, "host_memory": host_memory, "max_batch": max_batch, "max_length": max_length,
-        "predictor": predictor,
-        "execution": execution,
+        "predictor": predictor, "execution": execution, "max_live": max_live, "schedule": schedule,
     }  # fmt: skip
     sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
@@ -131,6 +146,7 @@ def run(
         prompts_file=prompts_file,
         engine=engine,
         sampling=sampling,
+        results=results,
         as_json=json,
     )
 
@@ -148,13 +164,15 @@ def plan(
     max_batch: MaxBatch = None,
     max_length: MaxLength = None,
     prefill_chunk: PrefillChunk = None,
+    max_live: MaxLive = None,
+    schedule: Schedule = "auto",
     json: Json = False,
 ) -> None:
     """Say what goes where and what a budget buys, from config and headers alone."""
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
         "prefill_chunk": prefill_chunk, "max_batch": max_batch, "max_length": max_length, "predictor": predictor,
-        "execution": execution,
+        "execution": execution, "max_live": max_live, "schedule": schedule,
     }  # fmt: skip
     _call("plan", model=model, engine=engine, as_json=json)
 

@@ -46,7 +46,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "host",
     )
     sizes = {
-        name: getattr(plan, name) for name in (*names, "resident_total", "max_batch", "max_length", "prefill_chunk")
+        name: getattr(plan, name)
+        for name in (*names, "resident_total", "max_batch", "max_live", "schedule", "max_length", "prefill_chunk")
     }
     shape = plan.shape
     return {
@@ -65,7 +66,7 @@ def _show(plan: Plan, folder: str) -> None:
     table.add_column("where")
     table.add_column("what")
     table.add_column("bytes", justify="right")
-    sequences = f"{plan.max_batch} x {plan.max_length} tokens"
+    sequences = f"{plan.max_live} x {plan.max_length} tokens"
     table.add_row("device", "dense weights", format_bytes(plan.dense))
     table.add_row("device", f"keys and values, {sequences}", format_bytes(plan.kv))
     table.add_row("device", f"workspace, {plan.prefill_chunk} tokens a prefill pass", format_bytes(plan.workspace))

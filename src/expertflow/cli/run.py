@@ -2,17 +2,21 @@
 
 import json
 import signal
+import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from expertflow.config import SamplingParams
 from expertflow.engine.llm import LLM, load_tokenizer, shipped_model
+from expertflow.engine.offline import Results
 from expertflow.engine.request import RequestOutput
 from expertflow.errors import PromptError
 from expertflow.models.checkpoint import context_of, resolve
@@ -29,6 +33,7 @@ def main(
     prompts_file: Path | None,
     engine: dict[str, Any],
     sampling: dict[str, Any],
+    results: Path | None,
     as_json: bool,
 ) -> None:
     """Load, generate, report."""
@@ -46,13 +51,16 @@ def main(
         interrupted = False
         try:
             with _Interrupt() as interrupt:
-                _generate(llm, prompts, params, outputs, interrupt, as_json=as_json)
+                if results is not None:
+                    _offline(llm, prompts, params, results, outputs, interrupt, console)
+                else:
+                    _generate(llm, prompts, params, outputs, interrupt, as_json=as_json)
         except KeyboardInterrupt:
             interrupted = True
         if as_json:
             print(json.dumps(_report(llm, outputs, interrupted=interrupted), ensure_ascii=False))  # noqa: T201 - the output
         else:
-            _summary(llm, console)
+            _summary(llm, console, outputs)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -160,6 +168,36 @@ def _generate(
     sys.stdout.flush()
 
 
+def _offline(
+    llm: LLM,
+    prompts: list[str],
+    params: SamplingParams,
+    path: Path,
+    outputs: list[RequestOutput],
+    interrupt: _Interrupt,
+    console: Console,
+) -> None:
+    """Put results into a file as requests finish; what it holds already is not done again."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Results(path, prompts, params, llm.fingerprint) as results, Progress(*columns, console=console) as bar:
+        left = results.left
+        task = bar.add_task("requests", total=len(prompts), completed=len(prompts) - len(left))
+        if not left:
+            return
+        for item in llm.stream([prompts[index] for index in left], params):
+            interrupt.check()
+            if item.output is not None:
+                outputs.append(replace(item.output, index=left[item.index]))
+                results.add(left[item.index], item.output)
+                bar.update(task, advance=1, description=f"{llm.stats.tokens_per_second:.0f} tokens/s")
+
+
 def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dict[str, Any]:
     stats, plan = llm.stats, llm.plan
     return {
@@ -170,6 +208,8 @@ def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dic
                 "text": o.text,
                 "token_ids": o.token_ids,
                 "finish_reason": o.finish_reason,
+                "first_token_seconds": o.first_token_seconds,
+                "token_seconds": o.token_seconds,
             }
             for o in sorted(outputs, key=lambda output: output.index)
         ],
@@ -220,11 +260,33 @@ def _speed(gbps: float) -> str:
     return f"{gbps:.1f} GB/s" if gbps >= 0.1 else f"{gbps * 1e3:.1f} MB/s"
 
 
-def _summary(llm: LLM, console: Console) -> None:
+def _spread(values: list[float]) -> str:
+    ordered = sorted(values)
+    return f"{statistics.median(ordered) * 1e3:.0f} ms, {ordered[int(0.95 * (len(ordered) - 1))] * 1e3:.0f} ms for 95%"
+
+
+def _latencies(llm: LLM, outputs: list[RequestOutput]) -> list[tuple[str, str]]:
+    """How long several requests waited, if they were several."""
+    if len(outputs) < 2:
+        return []
+    plan, later = llm.plan, [o.token_seconds for o in outputs if len(o.token_ids) > 1]
+    turns = (
+        f", {plan.max_live} live in turns of {plan.max_batch} ({plan.schedule})"
+        if plan.max_live > plan.max_batch
+        else ""
+    )
+    rows = [
+        ("requests", f"{len(outputs)} finished{turns}"),
+        ("first token", _spread([o.first_token_seconds for o in outputs])),
+    ]
+    return [*rows, ("later tokens", _spread(later))] if later else rows
+
+
+def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
     stats, plan = llm.stats, llm.plan
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     budget = "none stated" if plan.budget is None else format_bytes(plan.budget)
-    rows: tuple[tuple[str, str], ...] = (
+    rows: list[tuple[str, str]] = [
         ("budget", f"{budget} on {plan.device}"),
         (
             "measured peak",
@@ -243,12 +305,11 @@ def _summary(llm: LLM, console: Console) -> None:
             "speed",
             f"{stats.tokens} tokens in {stats.seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s, the first after {stats.first_token_seconds:.2f} s",
         ),
-    )
+        *_latencies(llm, outputs),
+    ]
     if plan.budget is not None and stats.peak_bytes > plan.budget:
-        rows = (
-            *rows,
-            ("[red]over budget[/]", f"by {format_bytes(stats.peak_bytes - plan.budget)}: please report this"),
-        )
+        over = f"by {format_bytes(stats.peak_bytes - plan.budget)}: please report this"
+        rows.append(("[red]over budget[/]", over))
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", value)
     console.print()

@@ -102,6 +102,24 @@ class LLM:
         return self._offloaded.plan
 
     @property
+    def engine(self) -> Engine:
+        """What runs requests; for programs that add and cancel them at any time. Make them with `request`."""
+        return self._engine
+
+    def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """A request for `engine.add`.
+
+        Raises:
+            PromptError: if the prompt is empty or too long.
+        """
+        return self._request(0, prompt, params or SamplingParams())
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model's weights."""
+        return self._offloaded.fingerprint
+
+    @property
     def predictor(self) -> Artifact | None:
         """The predictor at work, or None."""
         return None if self._offloaded.foresight is None else self._offloaded.foresight.artifact

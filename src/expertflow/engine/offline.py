@@ -1,0 +1,123 @@
+"""Many prompts into a file of results that survives a crash: appended as requests finish, finished ones skipped on restart.
+
+JSON lines: a header that says of which prompts, model and sampling, then a line a finished request. When the last one is there
+the file is written anew in the order of the prompts. Knows files and requests; refuses to know how they run.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any, Self
+
+from expertflow.config import SamplingParams
+from expertflow.engine.request import RequestOutput
+from expertflow.errors import ResultsError
+
+_FORMAT = 1
+
+
+class Results:
+    """A results file, open for appending.
+
+    Args:
+        path: made if it is not there; else gone on with.
+        prompts: all of them.
+        params: how they are sampled.
+        fingerprint: of the model's weights.
+
+    Attributes:
+        done: finished requests by index, as dictionaries.
+
+    Raises:
+        ResultsError: if the file is of something else, damaged before its last line, or cannot be written. It is left as it is.
+    """
+
+    def __init__(self, path: Path, prompts: Sequence[str], params: SamplingParams, fingerprint: str) -> None:
+        """Read what is there."""
+        self._path, self._count = path, len(prompts)
+        told = json.dumps([list(prompts), asdict(params), fingerprint], ensure_ascii=False)
+        self._header = {
+            "expertflow_results": _FORMAT, "prompts": len(prompts), "model": fingerprint,
+            "of": hashlib.sha256(told.encode()).hexdigest(),
+        }  # fmt: skip
+        self.done: dict[int, dict[str, Any]] = {}
+        whole = 0
+        try:
+            if path.exists():
+                whole = self._read(path.read_bytes())
+            self._file: IO[bytes] = path.open("r+b" if path.exists() else "xb")
+            self._file.truncate(whole)  # a line that a crash cut in two
+            self._file.seek(whole)
+            if not whole:
+                self._write(self._header)
+        except OSError as error:
+            raise ResultsError(
+                f"{path} cannot be used: {error}", "Name a file in a folder you can write to."
+            ) from error
+
+    def _read(self, raw: bytes) -> int:
+        """Take in the finished lines; how many bytes they are."""
+        *lines, rest = raw.split(b"\n")
+        for number, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise ResultsError(
+                    f"{self._path}, line {number + 1} is no JSON", "Mend or remove it, or name another file."
+                ) from error
+            if number == 0:
+                self._check(entry)
+            elif isinstance(entry, dict) and entry.get("index") in range(self._count):
+                self.done[entry["index"]] = entry
+            else:
+                raise ResultsError(
+                    f"{self._path}, line {number + 1} is no result of these prompts", "Mend or remove it."
+                )
+        if not lines and rest and not json.dumps(self._header).encode().startswith(rest):
+            raise ResultsError(f"{self._path} is no results file", "Name another file.")
+        return len(raw) - len(rest)
+
+    def _check(self, entry: Any) -> None:
+        if not isinstance(entry, dict) or "expertflow_results" not in entry:
+            raise ResultsError(f"{self._path} is no results file", "Name another file.")
+        if entry != self._header:
+            raise ResultsError(
+                f"{self._path} holds results of other prompts, another model or other sampling "
+                f"({entry.get('prompts')} prompts, model {entry.get('model')})",
+                "Name another file, or remove it.",
+            )
+
+    @property
+    def left(self) -> list[int]:
+        """Prompts that are not finished."""
+        return [index for index in range(self._count) if index not in self.done]
+
+    def add(self, index: int, output: RequestOutput) -> None:
+        """A request has finished: on disk when this returns, as far as the system says so."""
+        entry = asdict(output) | {"index": index}
+        self.done[index] = entry
+        self._write(entry)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """If all are there, write them in order; the file is whole at every moment."""
+        self._file.close()
+        if self.left:
+            return
+        beside = self._path.with_name(self._path.name + ".part")
+        entries = [self._header, *(self.done[index] for index in range(self._count))]
+        beside.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
+        beside.replace(self._path)
+
+    def __enter__(self) -> Self:
+        """Use as a context manager."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()

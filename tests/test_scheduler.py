@@ -1,0 +1,407 @@
+"""Who steps next: nobody is lost, passed over or served twice; and tokens do not depend on any of it."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from conftest import MakeCheckpoint
+from expertflow import LLM, SamplingParams
+from expertflow.engine.rows import Fed
+from expertflow.engine.runner import Piece
+from expertflow.errors import ConfigError
+from expertflow.models.families import FAMILIES
+from expertflow.schedule.cluster import in_order
+from expertflow.schedule.cost import Rates, best_guesses, cheapest, expected_loads, price
+from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
+from test_foresight import MakePredictor, make_predictor  # noqa: F401 - a fixture
+
+IN_ROWS = [name for name in FAMILIES if name != "switch_transformers"]
+RATES = Rates(slots=4, load=1.0, step=0.1, expert=0.01)
+
+
+def chances_of(numbers: Sequence[int]) -> npt.NDArray[np.float64]:
+    """A route of its own for every sequence, of one in three kinds."""
+    found = np.zeros((len(numbers), 2, 9))
+    for place, number in enumerate(numbers):
+        kind = number % 3
+        found[place, :, 3 * kind : 3 * kind + 2] = 0.9
+    return found
+
+
+def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int], int]:
+    """Requests of random lengths come, are cancelled and finish at random; tokens each finished one got, and steps made."""
+    draw = random.Random(seed)
+    wanted, got, finished = {}, Counter(), Counter()
+    coming, cancelled, steps = list(range(requests)), set(), 0
+    while coming or scheduler.waiting or scheduler.live:
+        for _ in range(draw.choice([0, 0, 1, 3])):
+            if coming:
+                number = coming.pop(0)
+                wanted[number] = draw.randint(1, 9)
+                scheduler.add(number, draw.randint(1, 30))
+        if wanted and draw.random() < 0.05:
+            victim = draw.choice(sorted(wanted))
+            if scheduler.remove(victim):
+                cancelled.add(victim)
+        turn = scheduler.next()
+        steps += 1
+        assert scheduler.live <= scheduler.rows
+        assert steps < 10_000
+        if turn is None:
+            continue
+        if isinstance(turn, Prefill):
+            assert len({part.sequence for part in turn.parts}) == len(turn.parts) <= max(scheduler.batch, 1)
+            longest = max(part.end - part.begin for part in turn.parts)
+            assert not scheduler.joins or longest * len(turn.parts) <= max(scheduler.chunk, len(turn.parts))
+            scheduler.done(turn)
+            sampled = [part.sequence for part in turn.parts if part.last]
+        else:
+            assert isinstance(turn, Decode)
+            assert 1 <= len(turn.sequences) <= scheduler.batch
+            everybody = [number for group in turn.groups for number in group]
+            assert len(set(everybody)) == len(everybody)
+            sampled = list(turn.sequences)
+        for number in sampled:
+            assert number not in cancelled
+            assert finished[number] == 0
+            got[number] += 1
+            if got[number] == wanted[number]:
+                finished[number] = 1
+                assert scheduler.remove(number)
+        rows = [known.row for known in scheduler._live.values()]
+        assert len(set(rows)) == len(rows)
+    assert all(got[number] == wanted[number] for number in finished)
+    assert set(finished) | cancelled == set(range(requests))
+    return got, steps
+
+
+@given(
+    rows=st.integers(1, 7), batch=st.integers(1, 7), chunk=st.integers(1, 40), seed=st.integers(0, 99),
+    policy=st.sampled_from(["fifo", "group", "auto"]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_nobody_is_lost_or_served_twice(rows: int, batch: int, chunk: int, seed: int, policy: str) -> None:
+    """Random arrivals, cancellations, lengths and limits: each request that is not cancelled gets its tokens, once."""
+    scheduler = Scheduler(
+        rows=rows, batch=batch, chunk=chunk, policy=policy, rates=RATES, top_k=2, ask=chances_of, preview=chances_of
+    )
+    drive(scheduler, seed, 25)
+    assert sorted(scheduler._free) == list(range(rows))
+
+
+def test_cohorts_come_and_go_together() -> None:
+    """Where sequences cannot join, the next ones wait until the last one is over."""
+    drive(Scheduler(rows=3, batch=3, chunk=8, joins=False), 1, 20)
+    scheduler = Scheduler(rows=2, batch=2, chunk=8, joins=False)
+    for number in range(3):
+        scheduler.add(number, 50)
+    first = scheduler.next()
+    assert isinstance(first, Prefill)
+    assert [(part.sequence, part.end, part.last) for part in first.parts] == [(0, 50, True), (1, 50, True)]
+    scheduler.done(first)
+    scheduler.remove(0)
+    assert scheduler.next().sequences == (1,)
+    assert scheduler.next().sequences == (1,)
+    scheduler.remove(1)
+    assert [part.sequence for part in scheduler.next().parts] == [2]
+    with pytest.raises(ConfigError, match="cohorts"):
+        Scheduler(rows=4, batch=2, chunk=8, joins=False)
+
+
+def test_prompts_are_read_between_rounds() -> None:
+    """A long prompt is cut into passes, and between two of them every live sequence steps once."""
+    scheduler = Scheduler(rows=4, batch=2, chunk=10)
+    for number in range(3):
+        scheduler.add(number, 4)
+    happened = []
+    for _ in range(18):
+        turn = scheduler.next()
+        if isinstance(turn, Prefill):
+            scheduler.done(turn)
+            happened.append("".join(f"p{part.sequence}" for part in turn.parts))
+        else:
+            happened.append("".join(str(number) for number in turn.sequences))
+        if happened == ["p0p1", "p2", "01"]:
+            scheduler.add(3, 35)
+    assert happened[:4] == ["p0p1", "p2", "01", "2"]  # nobody stepped when the second pass was chosen
+    assert happened[4:] == [*["p3", "01", "2"] * 3, "p3", "01", "23", "01", "23"]
+
+
+def test_turns_say_who_comes_next() -> None:
+    """A turn names the others of its round, and behind them those that had theirs."""
+    scheduler = Scheduler(rows=5, batch=2, chunk=100)
+    for number in range(5):
+        scheduler.add(number, 1)
+    while not isinstance(turn := scheduler.next(), Decode):
+        scheduler.done(turn)
+    assert turn.groups == ((0, 1), (2, 3))  # the last one's prompt is still to be read
+    assert scheduler.next().groups == ((2, 3), (0, 1))
+    scheduler.done(scheduler.next())
+    assert scheduler.next().groups == ((0, 1), (2, 3), (4,))
+    scheduler.remove(3)
+    assert scheduler.next().groups == ((2,), (4,), (0, 1))
+
+
+def test_routes_decide_who_steps_together() -> None:
+    """With routes of three kinds, three groups are made of one kind each; `auto` does the same where loads cost."""
+    for policy in ("group", "auto"):
+        scheduler = Scheduler(rows=9, batch=3, chunk=100, policy=policy, rates=RATES, top_k=2, ask=chances_of)
+        for number in range(9):
+            scheduler.add(number, 1)
+        turns: list[tuple[int, ...]] = []
+        while len(turns) < 3:
+            turn = scheduler.next()
+            if isinstance(turn, Prefill):
+                scheduler.done(turn)
+                turns = []
+            elif len(turn.groups) == 3:
+                turns.append(turn.sequences)
+        assert sorted(turns) == [(0, 3, 6), (1, 4, 7), (2, 5, 8)]
+
+
+def test_auto_stops_asking_where_it_does_not_pay() -> None:
+    """If everything is resident, turns are by arrival, and routes are asked for only now and then."""
+    asked = []
+
+    def ask(numbers: Sequence[int]) -> npt.NDArray[np.float64]:
+        asked.append(len(numbers))
+        return chances_of(numbers)
+
+    rates = Rates(slots=100, load=1.0, step=0.1, expert=0.0, divide=0.1)
+    scheduler = Scheduler(rows=4, batch=2, chunk=100, policy="auto", rates=rates, top_k=2, ask=ask)
+    for number in range(4):
+        scheduler.add(number, 1)
+    for _ in range(70):
+        turn = scheduler.next()
+        if isinstance(turn, Prefill):
+            scheduler.done(turn)
+    assert 1 < len(asked) < 5
+
+
+def test_no_waiting_request_is_passed_over_for_ever() -> None:
+    """Requests of a popular route overtake another one, but not more than `patience` times."""
+    scheduler = Scheduler(
+        rows=2, batch=2, chunk=100, policy="group", patience=3, ask=chances_of, preview=chances_of, top_k=2
+    )
+    for number in range(0, 36, 3):  # all of one kind, the live ones too
+        scheduler.add(number, 1)
+    scheduler.done(scheduler.next())
+    scheduler.add(1, 1)  # of another kind; those behind it are of the first
+    for number in range(36, 90, 3):
+        scheduler.add(number, 1)
+    order = [0, 3]
+    while 1 not in order:
+        scheduler.remove(order[-2])
+        turn = scheduler.next()
+        if isinstance(turn, Prefill):
+            scheduler.done(turn)
+            order += [part.sequence for part in turn.parts]
+    passed_by = [number for number in order if number >= 36]
+    assert 1 <= len(passed_by) <= 3
+    assert order[: len(order) - 1 - len(passed_by)] == sorted(order[: len(order) - 1 - len(passed_by)])
+
+
+@given(seed=st.integers(0, 999), slots=st.integers(0, 40), count=st.integers(2, 9), batch=st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_the_price_of_a_division(seed: int, slots: int, count: int, batch: int) -> None:
+    """With certain routes loads are those of the best fixed set of experts; finer groups never cost less."""
+    routes = np.random.default_rng(seed).random((count, 2, 12)) < 0.2
+    rates = Rates(slots=slots, load=1.0, step=0.1, expert=0.01)
+    groups = -(-count // batch)
+    division = price(routes.astype(float), in_order(count, groups), groups, rates)
+    uses = Counter(
+        cell for number in range(groups)
+        for cell in np.flatnonzero(routes[in_order(count, groups) == number].any(axis=0)).tolist()
+    )  # fmt: skip
+    kept = {cell for cell, _ in uses.most_common(slots)}
+    assert division.loads == pytest.approx(sum(n for cell, n in uses.items() if cell not in kept))
+    best = cheapest(routes.astype(float), batch, rates, 2)
+    assert best.seconds <= division.seconds + 1e-9
+    finer = price(routes.astype(float), np.arange(count), count, rates)
+    merged = price(routes.astype(float), np.zeros(count, dtype=np.int64), 1, rates)
+    assert merged.seconds <= division.seconds + 1e-9 <= finer.seconds + 2e-9
+    assert expected_loads(np.ones((1, 2, 12)), slots) == max(0, 24 - slots)
+    assert best_guesses(routes.astype(float), 2).sum(axis=2).max() == 2
+
+
+PROMPTS = [[5, 9, 17, 30, 8, 21], [40, 41, 42], [7, 7, 7, 7, 7, 7, 7, 7, 12], [3, 4], [60, 61, 62, 63, 64], [33] * 12]
+COUNTS = (7, 3, 9, 5, 1, 8)
+
+
+@lru_cache
+def alone(folder: Path) -> list[tuple[int, ...]]:
+    """Each request by itself."""
+    with LLM(folder, device="cpu", max_batch=1, max_length=48) as llm:
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
+        return [llm.generate(p, s)[0].token_ids for p, s in zip(PROMPTS, params, strict=True)]
+
+
+@pytest.mark.parametrize("model_type", IN_ROWS)
+def test_company_changes_no_token(model_type: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Law 5, every family: prompts in passes, turns, joining and leaving give each request the tokens it has alone."""
+    folder = make_checkpoint(model_type)
+    expected = alone(folder)
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
+    for live, execution in ((2, "host"), (4, "host"), (4, "graph")):
+        if execution == "graph" and FAMILIES[model_type].no_graph:
+            continue
+        options = {"max_batch": 2, "max_live": live, "max_length": 48, "slots": 6, "prefill_chunk": 9}
+        with LLM(folder, device="cpu", execution=execution, schedule="fifo", **options) as llm:
+            assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_arrivals_cancellations_and_regroupings_change_no_token(
+    make_checkpoint: MakeCheckpoint,
+    make_predictor: MakePredictor,  # noqa: F811 - the fixture
+    execution: str,
+    seed: int,
+) -> None:
+    """Law 5: requests come and are cancelled at random, under every schedule; who is left has the tokens it has alone."""
+    folder = make_checkpoint("qwen3_moe")
+    expected, draw = alone(folder), random.Random(seed)
+    batch = draw.randint(1, 3)
+    options = {
+        "max_batch": batch, "max_live": batch + draw.randint(0, 3), "max_length": 48, "slots": draw.choice([1, 6, 20]),
+        "prefill_chunk": draw.choice([1, 5, 64]), "schedule": ("fifo", "group", "auto")[seed],
+    }  # fmt: skip
+    with LLM(folder, device="cpu", execution=execution, predictor=str(make_predictor(folder)), **options) as llm:
+        engine, which, got, over = llm.engine, {}, {}, set()
+        to_come = [draw.randrange(len(PROMPTS)) for _ in range(14)]
+        while to_come or engine.unfinished:
+            if to_come and draw.random() < 0.5:
+                kind = to_come.pop()
+                params = SamplingParams(max_tokens=COUNTS[kind], ignore_eos=True)
+                number = engine.add(llm.request(PROMPTS[kind], params))
+                which[number], got[number] = kind, []
+            if got and draw.random() < 0.1:
+                victim = draw.choice(list(got))
+                if engine.cancel(victim):
+                    over.add(victim)
+            for number, output in engine.step():
+                assert number not in over
+                got[number].append(output.token_id)
+                over |= {number} if output.output is not None else set()
+        assert llm.predictor_failure is None
+        assert llm._offloaded.foresight._live == {}
+    for number, tokens in got.items():
+        assert tuple(tokens) == expected[which[number]][: len(tokens)]
+        assert number in over
+
+
+def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes and steps that raise give nobody a token and lose nobody."""
+    folder = make_checkpoint("qwen3_moe")
+    expected, params = alone(folder), [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
+    for execution in ("host", "graph"):
+        options = {"max_batch": 2, "max_live": 3, "max_length": 48, "slots": 6, "execution": execution}
+        with LLM(folder, device="cpu", **options) as llm:
+            engine, forward, calls, got = llm.engine, llm._offloaded._rows.forward, iter(range(10_000)), {}
+
+            def break_now_and_then(*args: object, **kwargs: object) -> torch.Tensor:
+                logits = forward(*args, **kwargs)
+                if next(calls) % 4 == 2:  # noqa: B023 - called within the turn
+                    raise RuntimeError("cosmic ray")
+                return logits
+
+            monkeypatch.setattr(llm._offloaded._rows, "forward", break_now_and_then)
+            numbers = [engine.add(llm.request(p, s)) for p, s in zip(PROMPTS, params, strict=True)]
+            broken = 0
+            while engine.unfinished:
+                try:
+                    for number, output in engine.step():
+                        got.setdefault(number, []).append(output.token_id)
+                except RuntimeError:
+                    broken += 1
+            assert broken > 5
+            assert [tuple(got[number]) for number in numbers] == expected
+
+
+def test_rows_do_what_copies_would(make_checkpoint: MakeCheckpoint) -> None:
+    """Regrouping by row numbers gives the logits of caches that are really merged, split and reindexed (paper, 3.3)."""
+    folder = make_checkpoint("qwen3_moe")
+    with LLM(folder, device="cpu", max_batch=4, max_length=48) as llm:
+        model, executor = llm._offloaded.model, llm.engine._executor
+        draw = random.Random(4)
+        caches, lengths = [], [len(prompt) for prompt in PROMPTS[:4]]
+        for place, prompt in enumerate(PROMPTS[:4]):
+            from_rows = executor.prefill([Piece(place, prompt, 3 - place, 0)])
+            with torch.inference_mode():
+                out = model(torch.tensor([prompt]), past_key_values=DynamicCache(config=model.config))
+            torch.testing.assert_close(from_rows[0], out.logits[0, -1])
+            caches.append(out.past_key_values)
+        for step in range(8):
+            members = draw.sample(range(4), draw.randint(1, 4))
+            tokens = [draw.randrange(3, 90) for _ in members]
+            fed = [Fed(place, token, 3 - place, lengths[place]) for place, token in zip(members, tokens, strict=True)]
+            mine = executor.decode(fed)
+            theirs = merged(model, [caches[place] for place in members], [lengths[place] for place in members], tokens)
+            for place, (logits, cache) in zip(members, theirs, strict=True):
+                caches[place] = cache
+                torch.testing.assert_close(mine[members.index(place)], logits, msg=f"step {step}")
+                lengths[place] += 1
+
+
+def merged(
+    model: Callable[..., object], caches: list[DynamicCache], lengths: list[int], tokens: list[int]
+) -> list[tuple[torch.Tensor, DynamicCache]]:
+    """One step of sequences whose caches are copied into one, padded on the left, and copied out again."""
+    width, together = max(lengths), DynamicCache(config=model.config)
+    for layer in range(len(caches[0].layers)):
+        columns = []
+        for kind in ("keys", "values"):
+            each = [getattr(cache.layers[layer], kind) for cache in caches]
+            padded = [torch.nn.functional.pad(one, (0, 0, width - one.shape[2], 0)) for one in each]
+            columns.append(torch.cat(padded))
+        together.update(*columns, layer)
+    mask = torch.tensor([[0] * (width - length) + [1] * (length + 1) for length in lengths])
+    with torch.inference_mode():
+        out = model(
+            torch.tensor(tokens)[:, None], attention_mask=mask, position_ids=torch.tensor(lengths)[:, None],
+            past_key_values=together,
+        )  # fmt: skip
+    found = []
+    for row, length in enumerate(lengths):
+        own = DynamicCache(config=model.config)
+        for layer, held in enumerate(out.past_key_values.layers):
+            own.update(
+                held.keys[row : row + 1, :, width - length :].clone(),
+                held.values[row : row + 1, :, width - length :].clone(),
+                layer,
+            )
+        found.append((out.logits[row, -1], own))
+    return found
+
+
+def test_two_thousand_requests(make_checkpoint: MakeCheckpoint) -> None:
+    """Overload: a long queue, random cancellations, one slot; everybody gets tokens or was cancelled, nothing is left."""
+    folder, draw = make_checkpoint("mixtral"), random.Random(0)
+    with LLM(folder, device="cpu", max_batch=16, max_live=40, max_length=16, slots=1, prefill_chunk=64) as llm:
+        engine = llm.engine
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        left = {engine.add(llm.request([3 + n % 80, 4], params)) for n in range(2000)}
+        got: Counter[int] = Counter()
+        while engine.unfinished:
+            for victim in draw.sample(sorted(left), min(len(left), 12)):
+                if engine.cancel(victim):
+                    left.discard(victim)
+            for number, output in engine.step():
+                got[number] += 1
+                if output.output is not None:
+                    left.discard(number)
+        assert not left
+        assert engine._scheduler.live == engine._scheduler.waiting == 0
+        assert max(got.values()) == 2
+        assert 0 < len(got) < 2000
+        llm._offloaded.controller.table.check_integrity()
