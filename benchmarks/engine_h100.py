@@ -40,8 +40,9 @@ from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.device import DeviceExperts, Held, expert_mlp
 from expertflow.engine.foresight import Foresight
-from expertflow.engine.graph import GraphDecoder
+from expertflow.engine.graph import POSITIONS, ROWS, TOKENS, GraphDecoder
 from expertflow.engine.plan import Plan, make_plan
+from expertflow.engine.rows import RowModel
 from expertflow.events import CacheCounters, EventStream
 from expertflow.kernels.backend import backend
 from expertflow.kernels.fetch import fetch_rows
@@ -78,7 +79,7 @@ LINK, MEMORY = 50.6e9, 3.0e12
 SEED = 11
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
 RESIDENT_ROW = "resident"
-ROWS: dict[str, Strategy] = {
+TABLE: dict[str, Strategy] = {
     **STRATEGIES,
     "plec-keep": replace(STRATEGIES["plec"], name="plec-keep", prefetch="none"),
 }
@@ -267,27 +268,33 @@ class Run:
             counters=CacheCounters(), foresight=self.foresight,
         )  # fmt: skip
         self.experts = DeviceExperts(expert_mlp(world.skeleton), held, batch, shape.top_k, log=False)
-        self.decoder = GraphDecoder(world.model, world.skeleton, self.experts, batch, LENGTH)
+        self.rows = RowModel(world.model, world.skeleton, batch, LENGTH)
+        self.decoder = GraphDecoder(self.rows, self.experts, batch)
         self.step = torch.zeros(1, dtype=torch.long, device=world.device)
         bind_experts(world.model, world.skeleton, None)
 
     def start(self, position: int, routes: npt.NDArray[np.uint8] | None) -> None:
         """All sequences at this position; replayed routing if there is some."""
-        cache = self.decoder.cache
-        cache.restart(self.batch)
-        self.decoder._lengths = [position] * self.batch  # noqa: SLF001 - keys and values are there already
-        self.decoder._place()  # noqa: SLF001
+        self.decoder.inputs[ROWS] = torch.arange(self.batch, device=self.world.device)
+        self.decoder.inputs[POSITIONS:] = position
         self.step.fill_(position)
         if self.world.routers and routes is not None:
             chosen = torch.from_numpy(routes.astype(np.int64)).to(self.world.device)
             for layer, router in enumerate(self.world.routers):
                 router.routes, router.step = chosen[:, :, layer].contiguous(), self.step
-        self.experts.begin()
 
-    def go(self, tokens: Tensor) -> None:
-        """One step."""
-        self.decoder.tokens.copy_(tokens)
+    def go(self, tokens: Tensor, sequences: list[int], host: list[int]) -> None:
+        """One step; nothing is waited for.
+
+        Args:
+            tokens: fed in.
+            sequences: whose they are.
+            host: the tokens, in host memory.
+        """
+        self.experts.begin(sequences, host)
+        self.decoder.inputs[TOKENS].copy_(tokens)
         self.decoder.launch(self.batch, LENGTH)
+        self.decoder.inputs[POSITIONS:] += 1
         self.step.add_(1)
 
     def probe(self) -> float:
@@ -306,7 +313,7 @@ class Run:
     def close(self) -> None:
         """Give everything back."""
         unbind_experts(self.world.model, self.world.skeleton)
-        self.decoder._graphs.clear()  # noqa: SLF001
+        self.decoder.drop()
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -348,20 +355,22 @@ def find_truth(world: World, batch: int, steps: int, tokens: Tensor, workload: W
         sequences = workload.trace.rows.sequence[workload.members[:steps]].astype(np.int64)
     run.start(0, routes)
     truth = Truth(tokens, sequences, np.zeros((steps, batch, layers, top_k), np.uint8), torch.zeros_like(tokens))
+    host = tokens.tolist()
     for number in range(steps):
-        run.go(tokens[number])
+        run.go(tokens[number], sequences[number].tolist(), host[number])
         truth.best[number] = run.decoder.best
         truth.routes[number] = seen.transpose(0, 1).cpu().numpy()
         if number - BEGIN in CHECKED:
             truth.logits[number - BEGIN] = run.decoder.logits.cpu().clone()
     truth.experts = world.shape.experts
-    truth.cache = [(layer.keys.cpu(), layer.values.cpu()) for layer in run.decoder.cache.layers]
+    truth.cache = [(layer.keys.cpu(), layer.values.cpu()) for layer in run.rows.cache.layers]
     run.experts.run = compute  # type: ignore[method-assign]
-    run.decoder._graphs.clear()  # noqa: SLF001 - without the watcher
+    run.decoder.drop()  # without the watcher
     run.start(BEGIN, routes)
-    run.go(tokens[BEGIN])
+    again = sequences[BEGIN].tolist(), host[BEGIN]
+    run.go(tokens[BEGIN], *again)
     span = STEPS["g" if world.routers else "q"][batch][1]
-    truth.ms = [timed(world.device, span, lambda: run.go(tokens[BEGIN])) for _ in range(WINDOWS)]
+    truth.ms = [timed(world.device, span, lambda: run.go(tokens[BEGIN], *again)) for _ in range(WINDOWS)]
     run.close()
     return truth
 
@@ -374,8 +383,9 @@ def remember(run: Run, truth: Truth) -> None:
         usage.learn(needed)
     if run.foresight is None:
         return
-    run.foresight.expect(Coming(truth.sequences[BEGIN - 1].tolist()))
-    for column, seat in enumerate(run.foresight.seats(run.batch)):
+    before = truth.sequences[BEGIN - 1].tolist()
+    run.foresight.expect(Coming(before))
+    for column, seat in enumerate(run.foresight.seats(before)):
         mine = truth.sequences[:BEGIN, column] == truth.sequences[BEGIN - 1, column]
         tokens = truth.tokens[:BEGIN, column][torch.from_numpy(mine).to(truth.tokens.device)]
         used = torch.from_numpy(truth.routes[:BEGIN, column][mine].astype(np.int64)).to(tokens.device)
@@ -392,23 +402,23 @@ def measure(world: World, plan: Plan, row: Row, truth: Truth, name: str) -> None
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    strategy = ROWS[row.strategy]
+    strategy = TABLE[row.strategy]
     run = Run(world, row.slots, strategy, row.batch, truth.needed if strategy.needs_future else None, resident=False)
-    for layer, (keys, values) in zip(run.decoder.cache.layers, truth.cache, strict=True):
+    for layer, (keys, values) in zip(run.rows.cache.layers, truth.cache, strict=True):
         layer.lazy_initialization(keys[:1, :, :1].to(device), values[:1, :, :1].to(device))
         layer.keys.copy_(keys)
         layer.values.copy_(values)
     remember(run, truth)
     run.start(BEGIN, truth.routes)
     state, count = run.experts.state, BEGIN
-    best = torch.zeros_like(truth.best)
+    best, host = torch.zeros_like(truth.best), truth.tokens.tolist()
 
     def go() -> None:
         nonlocal count
+        now = truth.sequences[count].tolist()
         if run.foresight is not None:
-            run.foresight.expect(Coming(truth.sequences[count].tolist()))
-            run.experts.seat(row.batch)
-        run.go(truth.tokens[count])
+            run.foresight.expect(Coming(now))
+        run.go(truth.tokens[count], now, host[count])
         best[count] = run.decoder.best
         count += 1
 
@@ -474,7 +484,7 @@ def main() -> None:
     shape, total = world.shape, world.shape.total_experts
     batches = [int(text) for text in options.batches.split(",")]
     shares = options.shares or {"q": "0.5,0.25", "g": "0.25,0.5,0.125"}[options.shape]
-    names = [n for n in options.strategies.split(",") if world.predictor is not None or not ROWS[n].predicted]
+    names = [n for n in options.strategies.split(",") if world.predictor is not None or not TABLE[n].predicted]
     trace = None if options.trace is None else load_trace(options.trace).without("repetition")
     if device.type == "cuda":
         Run.spare = torch.zeros(PROBED, world.store.layout.row_bytes, dtype=torch.uint8, device=device)
@@ -498,10 +508,10 @@ def main() -> None:
                     stopped = True
                     continue
                 slots = int(total * float(share))
-                if world.predictor is not None and ROWS[name].predicted:
+                if world.predictor is not None and TABLE[name].predicted:
                     thinks = OnlinePredictor.nbytes(world.predictor, 2 * batch, batch, 1)
                 wish = EngineConfig(slots=slots, max_batch=batch, max_length=LENGTH, execution="graph")
-                plan = make_plan(wish, shape, device.type, name, predictor=thinks if ROWS[name].predicted else 0)
+                plan = make_plan(wish, shape, device.type, name, predictor=thinks if TABLE[name].predicted else 0)
                 row = Row(slots=slots, strategy=name, batch=batch, budget_bytes=plan.total)
                 measure(world, plan, row, truths[batch], options.shape)
                 rows.append(row)

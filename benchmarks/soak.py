@@ -24,7 +24,8 @@ from expertflow import LLM
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.build import prepare
-from expertflow.engine.graph import GraphBatch
+from expertflow.engine.rows import Fed
+from expertflow.engine.runner import Piece
 from expertflow.kernels.state import refusal
 from expertflow.predict.artifact import Artifact, save_artifact
 from expertflow.predict.dataset import Shape
@@ -67,24 +68,26 @@ def make_predictor(model: Path, folder: Path) -> None:
 
 def run(llm: LLM, prompts: list[list[int]], tokens: Tensor | None, keep: int) -> tuple[Tensor, list[Tensor]]:
     """Tokens `[N, B]` and each step's logits `[B, V]`; greedy unless tokens are given. The last `keep` steps lose a sequence."""
-    offloaded, live = llm._offloaded, list(range(len(prompts)))  # noqa: SLF001
+    executor, live = llm.engine._executor, list(range(len(prompts)))  # noqa: SLF001
+    offloaded = llm._offloaded  # noqa: SLF001
     foresight = offloaded.foresight
-    batch = offloaded.batch(prompts)
-    assert isinstance(batch, GraphBatch)
     if foresight is not None:
         foresight.expect(Coming(live, [len(prompt) for prompt in prompts]))
-    said, fed = [batch.prefill().clone()], []
+    pieces = [Piece(number, prompt, number, 0) for number, prompt in enumerate(prompts)]
+    said, fed = [executor.prefill(pieces).clone()], []
     for number in range(TOKENS):
         if number == TOKENS - keep and len(live) > 1:
-            batch.keep([row for row in range(len(live)) if row != 1])
             live.pop(1)
-        fed.append(said[-1].argmax(-1)[: len(live)] if tokens is None else tokens[number, live])
+        best = said[-1].argmax(-1)[: len(live)] if tokens is None else tokens[number, live]
+        fed.append(best)
         if foresight is not None:
             foresight.expect(Coming(live))
-        said.append(batch.decode(fed[-1].tolist()).clone())
-    batch.close()
+        steps = zip(live, best.tolist(), strict=True)
+        said.append(executor.decode([Fed(one, token, one, PROMPT + number) for one, token in steps]).clone())
+    assert offloaded._decoder is not None  # noqa: SLF001
+    offloaded._decoder.end()  # noqa: SLF001
     if foresight is not None:
-        foresight.leave(live)
+        foresight.leave(range(len(prompts)))
     return (torch.stack(fed) if tokens is None else tokens), said
 
 

@@ -9,7 +9,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def draw(seed: int, dtype: torch.dtype, rows: int = 3, length: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+def draw(
+    seed: int, dtype: torch.dtype, rows: int = 3, length: int = 300
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Query, keys, values (views of longer rows, in another order), rows and positions; columns behind are poison."""
     random = torch.Generator().manual_seed(seed)
     query = torch.randn(rows, 6, 16, generator=random).to(dtype)

@@ -262,7 +262,7 @@ def test_groups_know_each_others_next_step(groups: int, real: Trace) -> None:
     forecast = PredictedRows(workload, recorded_scores(real))
     outlook = forecast.outlook(Step(12))
     assert outlook is not None
-    assert outlook.demand.shape[0] == 9 * groups
+    assert outlook.demand.shape[0] == 9
     for ahead in range(2 * groups):
         np.testing.assert_array_equal(outlook.demand[ahead] > 0.5, workload.needed[12 + ahead], err_msg=str(ahead))
     last = forecast.outlook(Step(len(workload) - 1))

@@ -183,7 +183,7 @@ def test_a_broken_step_is_not_trusted(make_checkpoint: MakeCheckpoint, monkeypat
         def starve(*_: object) -> None:
             raise torch.OutOfMemoryError("tried to allocate")
 
-        monkeypatch.setattr(llm._offloaded._decoder.rows, "forward", starve)
+        monkeypatch.setattr(llm._offloaded._decoder, "_step", starve)
         with pytest.raises(DeviceError, match=r"ran out of memory.*leaves more"):
             llm.generate(PROMPTS, params)
         monkeypatch.undo()

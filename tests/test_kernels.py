@@ -16,8 +16,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from expertflow.cache.core import make_tables
-from expertflow.cache.horizon import hazards, unite
+from expertflow.cache.horizon import hazards, take_turns, unite
 from expertflow.cache.strategy import STRATEGIES
+from expertflow.engine.agenda import Agenda, Slip
 from expertflow.kernels import reference
 from expertflow.kernels.ledger import BLOCK_BYTES, CALLED_OFF, DONE, DST, SRC, TAKEN, Ledger
 from expertflow.kernels.reference import ACTIVATIONS, CLAMPED_SWIGLU, DTYPES, ExpertMlp, Workspace
@@ -264,26 +265,32 @@ def test_a_load_finishes_what_another_began() -> None:
     assert int(ledger.table[DONE]) == blocks
 
 
-def test_what_is_expected_of_single_sequences_is_united() -> None:
-    """The demand of a step is `unite` and `hazards` of the live rows; a chance that is no number leaves none."""
+@pytest.mark.parametrize("groups", [[[2, 0, 3]], [[1], [4, 0], [2, 3]], [[0, 3], [4]]])
+def test_what_is_expected_of_single_sequences_is_united(groups: list[list[int]]) -> None:
+    """The demand of a step is `unite`, `hazards` and `take_turns` of its groups; a chance that is no number leaves none."""
     row = STRATEGIES["plec"]
     state = CacheState.allocate(row, make_tables(3, 7, 5, divided=False), DEVICE)
     twin = residency.Residency(state)
-    chances = torch.rand(4, 5, 3, 7, device=DEVICE)
-    chances[0, 2:, 0], chances[1, 1, 1] = 0.0, 1.0
-    live = torch.tensor([3], dtype=torch.int32, device=DEVICE)
-    twin.expect(chances, live)
-    expected = hazards(unite(chances[:3].cpu().numpy()))
+    said = torch.rand(6, 5, 3, 7, device=DEVICE)
+    said[0, 2:, 0], said[3, 1, 1] = 0.0, 1.0
+    slip = Slip(5, 5, 5, DEVICE)
+    slip.write([0], Agenda([], groups))
+    twin.expect(said, slip.members, slip.turns)
+    expected = take_turns([hazards(unite(said[group].cpu().numpy())) for group in groups])
     assert state.demand.shape == expected.shape
     np.testing.assert_allclose(state.demand.cpu().numpy(), expected, atol=1e-7)
     assert int(state.known) == len(expected)
-    chances[2, 4, 2, 6] = torch.nan
-    twin.expect(chances, live)
+    said[groups[-1][-1], 4, 2, 6] = torch.nan
+    twin.expect(said, slip.members, slip.turns)
     assert int(state.known) == 0
     assert state.take_tally()[BLIND] == 1
-    chances[3], chances[2] = torch.nan, 0.5
-    twin.expect(chances, live)
+    said[groups[-1][-1]], said[5] = 0.5, torch.nan  # the spare row is nobody's
+    twin.expect(said, slip.members, slip.turns)
     assert int(state.known) == len(expected)
+    slip.write([0], None)
+    twin.expect(said, slip.members, slip.turns)
+    assert int(state.known) == 0
+    assert state.take_tally()[BLIND] == 0
 
 
 def test_a_row_that_is_no_mlp_is_refused() -> None:

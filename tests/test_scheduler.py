@@ -25,6 +25,7 @@ from expertflow.schedule.cost import Rates, best_guesses, cheapest, expected_loa
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from test_foresight import MakePredictor, make_predictor  # noqa: F401 - a fixture
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_ROWS = [name for name in FAMILIES if name != "switch_transformers"]
 RATES = Rates(slots=4, load=1.0, step=0.1, expert=0.01)
 
@@ -241,7 +242,7 @@ COUNTS = (7, 3, 9, 5, 1, 8)
 @lru_cache
 def alone(folder: Path) -> list[tuple[int, ...]]:
     """Each request by itself."""
-    with LLM(folder, device="cpu", max_batch=1, max_length=48) as llm:
+    with LLM(folder, device=DEVICE, max_batch=1, max_length=48) as llm:
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
         return [llm.generate(p, s)[0].token_ids for p, s in zip(PROMPTS, params, strict=True)]
 
@@ -256,7 +257,7 @@ def test_company_changes_no_token(model_type: str, make_checkpoint: MakeCheckpoi
         if execution == "graph" and FAMILIES[model_type].no_graph:
             continue
         options = {"max_batch": 2, "max_live": live, "max_length": 48, "slots": 6, "prefill_chunk": 9}
-        with LLM(folder, device="cpu", execution=execution, schedule="fifo", **options) as llm:
+        with LLM(folder, device=DEVICE, execution=execution, schedule="fifo", **options) as llm:
             assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
 
 
@@ -276,7 +277,7 @@ def test_arrivals_cancellations_and_regroupings_change_no_token(
         "max_batch": batch, "max_live": batch + draw.randint(0, 3), "max_length": 48, "slots": draw.choice([1, 6, 20]),
         "prefill_chunk": draw.choice([1, 5, 64]), "schedule": ("fifo", "group", "auto")[seed],
     }  # fmt: skip
-    with LLM(folder, device="cpu", execution=execution, predictor=str(make_predictor(folder)), **options) as llm:
+    with LLM(folder, device=DEVICE, execution=execution, predictor=str(make_predictor(folder)), **options) as llm:
         engine, which, got, over = llm.engine, {}, {}, set()
         to_come = [draw.randrange(len(PROMPTS)) for _ in range(14)]
         while to_come or engine.unfinished:
@@ -300,6 +301,19 @@ def test_arrivals_cancellations_and_regroupings_change_no_token(
         assert number in over
 
 
+def failing_now_and_then(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A forward pass whose every fourth answer is lost."""
+    calls = iter(range(10_000))
+
+    def run(*args: object, **kwargs: object) -> torch.Tensor:
+        logits = forward(*args, **kwargs)
+        if next(calls) % 4 == 2:
+            raise RuntimeError("cosmic ray")
+        return logits
+
+    return run
+
+
 def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes and steps that raise give nobody a token and lose nobody."""
     folder = make_checkpoint("qwen3_moe")
@@ -307,15 +321,8 @@ def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch:
     for execution in ("host", "graph"):
         options = {"max_batch": 2, "max_live": 3, "max_length": 48, "slots": 6, "execution": execution}
         with LLM(folder, device="cpu", **options) as llm:
-            engine, forward, calls, got = llm.engine, llm._offloaded._rows.forward, iter(range(10_000)), {}
-
-            def break_now_and_then(*args: object, **kwargs: object) -> torch.Tensor:
-                logits = forward(*args, **kwargs)
-                if next(calls) % 4 == 2:  # noqa: B023 - called within the turn
-                    raise RuntimeError("cosmic ray")
-                return logits
-
-            monkeypatch.setattr(llm._offloaded._rows, "forward", break_now_and_then)
+            engine, got = llm.engine, {}
+            monkeypatch.setattr(llm._offloaded._rows, "forward", failing_now_and_then(llm._offloaded._rows.forward))
             numbers = [engine.add(llm.request(p, s)) for p, s in zip(PROMPTS, params, strict=True)]
             broken = 0
             while engine.unfinished:

@@ -45,9 +45,8 @@ class Slip:
         """Nobody steps."""
         sizes = [rows, rows, rows, sequences, STEPS_KNOWN + 2]
         self.room, self._sequences, self._spare = rows, sequences, spare
-        self._staged = torch.zeros(sum(sizes), dtype=torch.long, pin_memory=device.type == "cuda")
-        self._staged[: 2 * rows] = spare
-        self._there = self._staged.to(device)
+        self._there = torch.zeros(sum(sizes), dtype=torch.long, device=device)
+        self._there[: 2 * rows] = spare
         self.seats, self.told_seats, self.told_tokens, self.members, self.turns = self._there.split(sizes)
 
     def write(self, seats: list[int], agenda: Agenda | None) -> None:
@@ -62,5 +61,4 @@ class Slip:
         row += [*(token for _, token in told), *[0] * (rows - len(told))]
         row += [*members, *[0] * (self._sequences - len(members))]
         row += [len(groups), *borders, *[0] * (STEPS_KNOWN + 1 - len(borders))]
-        self._staged.copy_(torch.tensor(row))
-        self._there.copy_(self._staged, non_blocking=True)
+        self._there.copy_(torch.tensor(row))  # ordinary memory: it may be used again at once

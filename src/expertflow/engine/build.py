@@ -210,10 +210,8 @@ class OffloadedModel:
         return [self.model, self.model.get_encoder()] if self.skeleton.encoder_decoder else [self.model]
 
     def _begin_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._provider is None:
-            raise ClosedError("this model was closed", "Load it again.")
-        if self._decoder is not None:
-            self._decoder.end()
+        self.check_open()
+        self.settle()
         if not self.observers:
             self._provider.begin_step()
             return
@@ -222,12 +220,27 @@ class OffloadedModel:
             observer.begin(tokens)
         self._provider.begin_step(tokens)
 
+    def check_open(self) -> None:
+        """Refuse to go on with a model that was closed.
+
+        Raises:
+            ClosedError: then.
+        """
+        if self._provider is None:
+            raise ClosedError("this model was closed", "Load it again.")
+
+    def settle(self) -> None:
+        """Let the host know what graphs decided and counted, between two steps."""
+        if self._decoder is not None:
+            self._decoder.end()
+
     def executor(self) -> Executor:
         """What runs the model's passes and steps. One at a time: it owns the rows of keys and values."""
         plan = self.plan
         if not plan.shape.in_rows:
             return CohortExecutor(self.model, plan.prefill_chunk)
-        self._rows = RowModel(self.model, self.skeleton, plan.max_live, plan.max_length)
+        if self._rows is None:
+            self._rows = RowModel(self.model, self.skeleton, plan.max_live, plan.max_length)
         return RowExecutor(self._rows, self._graphs)
 
     def _graphs(self) -> GraphDecoder | None:
@@ -248,8 +261,7 @@ class OffloadedModel:
         log = self.events.listeners > 1  # the counters alone are content with totals
         if self._decoder is None or self._decoder.experts.logs != log:
             assert self._rows is not None
-            if self._decoder is not None:
-                self._decoder.end()
+            self.settle()
             self._decoder = None
             held = Held(
                 controller=self.controller, store=self.store, pool=self._pool, transfer=self._transfer,
@@ -286,6 +298,8 @@ class OffloadedModel:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         unbind_experts(self.model, self.skeleton)
+        if self._rows is not None:
+            self._rows.drop()
         self._provider = self._decoder = self._rows = None
         del self._transfer, self._pool
         self.store.close()

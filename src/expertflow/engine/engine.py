@@ -89,10 +89,17 @@ class Engine:
         self._scheduler.remove(number)
         if self._offloaded.foresight is not None:
             self._offloaded.foresight.leave([number])
+        if not self._running:
+            self._offloaded.settle()  # idle: totals and tables are the host's again
         return True
 
     def step(self) -> list[tuple[int, StreamOutput]]:
-        """Carry out what comes next; new tokens by request number. Empty behind a pass that ended no prompt, or if idle."""
+        """Carry out what comes next; new tokens by request number. Empty behind a pass that ended no prompt, or if idle.
+
+        Raises:
+            ClosedError: if the model was closed.
+        """
+        self._offloaded.check_open()
         turn = self._scheduler.next()
         if turn is None:
             return []
@@ -137,9 +144,7 @@ class Engine:
 
     def _sample(self, numbers: Sequence[int], logits: Tensor) -> list[tuple[int, StreamOutput]]:
         running = [self._running[number] for number in numbers]
-        params = [one.request.params for one in running]
-        best = self._executor.best()
-        tokens = choose_all(logits, params, [one.request.generator for one in running], best)
+        tokens = self._choose([one.request for one in running], logits)
         now, outputs, over = time.perf_counter(), [], []
         for number, one, token in zip(numbers, running, tokens, strict=True):
             one.first = one.first or now
@@ -153,9 +158,15 @@ class Engine:
             self.cancel(number)
         return outputs
 
+    def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
+        """The next token of each request."""
+        generators = [request.generator for request in requests]
+        return choose_all(logits, [request.params for request in requests], generators, self._executor.best())
+
     def _paths(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
         """How likely the next token of live sequences uses each expert."""
         assert self._offloaded.foresight is not None
+        self._offloaded.controller.end_step()  # the routing of a pass by the host is learned from behind it
         return self._offloaded.foresight.paths(numbers)
 
     def _usual(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:

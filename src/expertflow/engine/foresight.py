@@ -133,20 +133,24 @@ class Foresight:
         Whoever calls it sees to it that the rows told are asked about before the groups are looked at.
 
         Args:
-            room: how many rows may be told of a token.
+            room: how many rows the caller can tell of a token; if there are more, they are told at once.
         """
+        return self._guarded(Step(-1), lambda: self._agenda(room))
+
+    def _agenda(self, room: int) -> Agenda | None:
         coming = self._owners.coming
         now = [number for number in coming.sequences if number in self._live]
         untold = [number for number in now if number in self._untold]
         untold += [number for number in self._untold if number not in untold]
-        told = [(self._live[number], self._untold.pop(number)) for number in untold[:room]]
-        self._known.update(untold[:room])
+        told = [(self._live[number], self._untold.pop(number)) for number in untold]
+        self._known.update(untold)
+        self._tell(told[room:])
         if len(now) < len(coming.sequences) or not self._known.issuperset(now):
             return None
         turns = (now, *coming.following)
         groups = [[self._live[number] for number in turn if number in self._known] for turn in turns]
         self._known.difference_update(now)  # once they have stepped, their next token is another one
-        return Agenda(told, [group for group in groups if group])
+        return Agenda(told[:room], [group for group in groups if group])
 
     def ask(self, seats: Tensor, tokens: Tensor) -> bool:
         """What rows will use in the steps their newest tokens are fed in: written to `said`. False once it is switched off.

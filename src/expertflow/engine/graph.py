@@ -52,7 +52,6 @@ class GraphDecoder:
         """Make the buffers that graphs point at."""
         self.rows, self.experts, self._batch = rows, experts, batch
         device, length = rows.model.device, rows.nowhere
-        self._staged = torch.zeros(4, batch, dtype=torch.long, pin_memory=device.type == "cuda")
         self.inputs = torch.zeros(4, batch, dtype=torch.long, device=device)
         self.inputs[COLUMNS] = length
         vocabulary = int(rows.skeleton.config.get_text_config(decoder=True).vocab_size)
@@ -76,8 +75,7 @@ class GraphDecoder:
         padding = [0] * (self._batch - count)
         columns_of = [*positions, *(length for _ in padding)]
         staged = [[*tokens, *padding], [*rows, *padding], [*positions, *padding], columns_of]
-        self._staged.copy_(torch.tensor(staged))
-        self.inputs.copy_(self._staged, non_blocking=True)
+        self.inputs.copy_(torch.tensor(staged))  # ordinary memory: it may be used again at once
         self._whole = False
         self.launch(batch, columns)
         self.experts.told()

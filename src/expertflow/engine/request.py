@@ -45,8 +45,8 @@ class RequestOutput:
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str
-    first_token_seconds: float = 0.0
-    token_seconds: float = 0.0
+    first_token_seconds: float = field(default=0.0, compare=False)
+    token_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

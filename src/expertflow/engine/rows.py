@@ -141,6 +141,10 @@ class RowModel:
         self._dtype = getattr(torch, skeleton.dtype)
         self.cache = RowCache(len(kinds), rows, length)
 
+    def drop(self) -> None:
+        """Give keys and values back; nothing can be run afterwards."""
+        self.cache.layers.clear()
+
     def forward(self, run: Callable[..., Any], given: Pass, *, whole: bool = False) -> Float[Tensor, "B V"]:
         """Run a pass; logits of each row's last token.
 
