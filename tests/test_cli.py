@@ -63,6 +63,20 @@ def test_run_as_json_accounts_for_everything(make_checkpoint: MakeCheckpoint, tm
     assert report["tokens"] == sum(len(output["token_ids"]) for output in report["outputs"])
 
 
+def test_run_puts_results_into_a_file(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Many prompts in turns: results in order in the file, the summary says how long requests waited; again, nothing is left."""
+    prompts, results = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
+    prompts.write_text("\n".join("q" * n for n in range(1, 8)))
+    arguments = ("run", make_checkpoint("mixtral"), "--prompts-file", prompts, "--max-batch", 2, "--max-live", 4,
+                 "--max-tokens", 4, "--results", results, "--device", "cpu")  # fmt: skip
+    out = invoke(*arguments)
+    for word in ("7 finished, 4 live in turns of 2 (auto)", "first token", "later tokens"):
+        assert word in out
+    entries = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [entry["prompt"] for entry in entries[1:]] == ["q" * n for n in range(1, 8)]
+    assert "0 tokens in" in invoke(*arguments)
+
+
 def test_plan_needs_no_weights_and_says_what_the_budget_buys(make_checkpoint: MakeCheckpoint) -> None:
     """The plan adds up, on screen and as JSON."""
     folder = make_checkpoint("deepseek_v2", "bfloat16")
