@@ -14,6 +14,7 @@ Usage: python benchmarks/schedule_h100.py --shape g --trace TEST.trace --predict
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -324,7 +325,10 @@ def main() -> None:
         if failure:
             raise SystemExit(f"the predictor failed: {failure}")
         offloaded.close()
-        del offloaded
+        del offloaded, now
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     result = {
         "benchmark": "schedule", "shape": options.shape, "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
         "config": {"live": LIVE, "batch": BATCH, "rounds": rounds, "warm": WARM, "repeats": REPEATS, "prompt": PROMPT, "known_tokens": int(recorded.known)},

@@ -55,7 +55,10 @@ def test_a_run_that_was_cut_off_is_gone_on_with(make_checkpoint: MakeCheckpoint,
         (b"my novel\n", "line 1 is no JSON"),
         (b"my novel", "no results file"),
         (b'{"title": "my novel"}\n', "no results file"),
-        (b'{"expertflow_results": 1, "prompts": 2, "model": "x", "of": "y"}\n', r"other prompts.*\(2 prompts, model x\)"),
+        (
+            b'{"expertflow_results": 1, "prompts": 2, "model": "x", "of": "y"}\n',
+            r"other prompts.*\(2 prompts, model x\)",
+        ),
     ],
 )
 def test_other_files_are_left_alone(tmp_path: Path, content: bytes, match: str) -> None:

@@ -22,7 +22,7 @@ from expertflow.errors import ConfigError
 from expertflow.models.families import FAMILIES
 from expertflow.schedule.cluster import in_order
 from expertflow.schedule.cost import Rates, best_guesses, cheapest, expected_loads, price
-from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
+from expertflow.schedule.scheduler import Decode, Part, Prefill, Scheduler
 from test_foresight import MakePredictor, make_predictor  # noqa: F401 - a fixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -210,6 +210,43 @@ def test_no_waiting_request_is_passed_over_for_ever() -> None:
     passed_by = [number for number in order if number >= 36]
     assert 1 <= len(passed_by) <= 3
     assert order[: len(order) - 1 - len(passed_by)] == sorted(order[: len(order) - 1 - len(passed_by)])
+
+
+def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
+    """One of four rows is empty: a pass that costs two rounds waits for eight; nobody live, or a prompt half read: for none."""
+    scheduler = Scheduler(rows=4, batch=4, chunk=10, costs=lambda: (2.0, 1.0))
+    for number in range(4):
+        scheduler.add(number, 2)
+    assert [part.sequence for part in scheduler.next().parts] == [0, 1, 2, 3]
+    scheduler.done(Prefill(tuple(Part(number, 0, 2, last=True) for number in range(4))))
+    scheduler.remove(0)
+    scheduler.add(4, 2)
+    rounds = 0
+    while isinstance(turn := scheduler.next(), Decode):
+        rounds += 1
+    assert rounds == 7  # the eighth is due
+    scheduler.done(turn)
+    assert [part.sequence for part in turn.parts] == [4]
+    scheduler.remove(1)
+    scheduler.add(5, 35)  # waits for its turn, then is read in four passes
+    while isinstance(turn := scheduler.next(), Decode):
+        pass
+    scheduler.done(turn)
+    scheduler.remove(2)
+    scheduler.add(6, 2)
+    assert isinstance(scheduler.next(), Decode)
+    assert [part.sequence for part in scheduler.next().parts] == [5, 6]
+    for number in range(7):
+        scheduler.remove(number)
+    scheduler.add(7, 2)
+    assert [part.sequence for part in scheduler.next().parts] == [7]
+
+
+@given(rows=st.integers(1, 5), seed=st.integers(0, 99), cost=st.floats(0, 30))
+@settings(max_examples=30, deadline=None)
+def test_economy_loses_nobody(rows: int, seed: int, cost: float) -> None:
+    """Whatever a pass costs, everybody is served in the end."""
+    drive(Scheduler(rows=rows, batch=2 if rows > 1 else 1, chunk=10, costs=lambda: (cost, 1.0)), seed, 15)
 
 
 @given(seed=st.integers(0, 999), slots=st.integers(0, 40), count=st.integers(2, 9), batch=st.integers(1, 5))

@@ -211,6 +211,7 @@ class OffloadedModel:
 
     def _begin_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check_open()
+        assert self._provider is not None
         self.settle()
         if not self.observers:
             self._provider.begin_step()

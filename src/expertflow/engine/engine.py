@@ -6,7 +6,9 @@ requests (`engine.request`), decisions (`schedule.scheduler`), tensors (`engine.
 know how any of them works.
 """
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +26,8 @@ from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import Coming
 from expertflow.trace.recorder import Recorder
 
+_REMEMBERED = 9
+"""Passes, and steps, whose durations say what the next one will take."""
 _PREVIEW = 32
 """Tokens at a prompt's end that say which experts a waiting request is likely to use."""
 
@@ -60,7 +64,11 @@ class Engine:
             rates=rates(plan),
             ask=self._paths if asks else None,
             preview=self._usual if asks else None,
+            costs=self._costs,
         )
+        self._passes: deque[float] = deque(maxlen=_REMEMBERED)
+        self._turns: deque[float] = deque(maxlen=_REMEMBERED)
+        self._turns_a_round = 1
         self._running: dict[int, _Running] = {}
         self._next = 0
         self.recorder: Recorder | None = None
@@ -103,8 +111,22 @@ class Engine:
         turn = self._scheduler.next()
         if turn is None:
             return []
+        began = time.perf_counter()
         with self._offloaded.meter.watch():
-            return self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
+            outputs = self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
+        lasted = time.perf_counter() - began
+        if isinstance(turn, Prefill):
+            self._passes.append(lasted)
+        else:
+            self._turns.append(lasted)
+            self._turns_a_round = len(turn.groups)
+        return outputs
+
+    def _costs(self) -> tuple[float, float]:
+        """Seconds of a pass and of a round, as the last ones took; medians, because a capture takes its time."""
+        if not self._passes or not self._turns:
+            return 0.0, 0.0
+        return statistics.median(self._passes), statistics.median(self._turns) * self._turns_a_round
 
     def _prefill(self, turn: Prefill) -> list[tuple[int, StreamOutput]]:
         pieces = []

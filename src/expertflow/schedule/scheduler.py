@@ -3,7 +3,9 @@
 A sequence waits, gets a row, has its prompt read in passes of at most `chunk` tokens, then takes part in every *round*:
 each live sequence steps once, in turns of at most `batch`. Between two rounds one pass of prompts may run, so that a long
 prompt does not hold the others up, and a waiting request does not wait for the others to end. Turns are made by arrival, or
-by predicted route, or as the cost model says. Pure: numbers in, numbers out, no clock, no tensors.
+by predicted route, or as the cost model says. A pass needs nearly every expert, however few its tokens: so a waiting request is
+let in once the rows that stood empty have cost as much as a pass does, and others come with it. Pure: numbers in, numbers
+out, no clock, no tensors.
 Knows sequence numbers, prompt lengths and expected routes; refuses to know tokens, models and caches.
 """
 
@@ -78,6 +80,7 @@ class Scheduler:
         rates: what a step costs, for `auto`.
         ask: expected routes of live sequences, for `group` and `auto`.
         preview: the same of waiting ones, over their prompts' ends; None: requests are admitted as they came.
+        costs: seconds that a pass, and a round, take as a rule; None: requests are admitted as soon as there is a row.
 
     Raises:
         ConfigError: if a number is impossible.
@@ -93,12 +96,14 @@ class Scheduler:
     rates: Rates | None = None
     ask: Ask | None = None
     preview: Ask | None = None
+    costs: Callable[[], tuple[float, float]] | None = None
     _waiting: dict[int, _Sequence] = field(default_factory=dict)
     _live: dict[int, _Sequence] = field(default_factory=dict)
     _round: list[list[int]] = field(default_factory=list)
     _place: int = 0
     _read_before_round: bool = False
     _by_arrival: int = 0
+    _lost: float = 0.0
 
     def __post_init__(self) -> None:
         """Every row free."""
@@ -158,14 +163,11 @@ class Scheduler:
             turn, self._place = self._place, self._place + 1
             if self._round[turn]:
                 return self._turn(turn)
-        reading = None if self._read_before_round else self._pass()
-        if reading is not None:
-            self._read_before_round = any(self._decodes(sequence) for sequence in self._live)
-            return reading
-        self._read_before_round = False
         live = [sequence for sequence in self._live if self._decodes(sequence)]
-        if not live:
-            return None
+        reading = None if self._read_before_round and live else self._pass()
+        self._read_before_round = reading is not None and bool(live)
+        if reading is not None or not live:
+            return reading
         self._round, self._place = self._divide(live), 1
         return self._turn(0)
 
@@ -202,7 +204,7 @@ class Scheduler:
 
     def _pass(self) -> Prefill | None:
         """Prompts that are being read, and new ones while there are rows, as many columns each as the chunk allows."""
-        if self.joins or not self._live:
+        if (self.joins or not self._live) and self._opportune():
             self._admit()
         reading = [sequence for sequence in self._live if not self._decodes(sequence)]
         if self.joins:
@@ -216,6 +218,27 @@ class Scheduler:
             end = known.prompt if not self.joins else min(known.prompt, known.read + columns)
             parts.append(Part(sequence, known.read, end, end == known.prompt))
         return Prefill(tuple(parts))
+
+    def _opportune(self) -> bool:
+        """Whether to let waiting requests in now. Asked once a round.
+
+        Let in one by one, each pays for a pass; let in together, rows stand empty for the first ones. Their sum is least where both
+        are equal, so a pass is due once the rows that stood empty while somebody waited have cost as much: a row that stands empty
+        for a round is its share of the round.
+        """
+        wanted = min(len(self._free), len(self._waiting))
+        if not wanted:
+            return False
+        alone = not any(self._decodes(sequence) for sequence in self._live)
+        if self.costs is None or alone or any(not self._decodes(sequence) for sequence in self._live):
+            self._lost = 0.0  # nobody is held up, or there will be a pass anyway
+            return True
+        a_pass, a_round = self.costs()
+        self._lost += a_round * wanted / self.rows
+        if self._lost < a_pass:
+            return False
+        self._lost = 0.0
+        return True
 
     def _admit(self) -> None:
         """Give free rows to waiting requests: as they came, or those whose routes are most like the live ones'."""
