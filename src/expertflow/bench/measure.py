@@ -242,7 +242,14 @@ class _Measuring:
             self.rows.append(self._row(seat, batch, LONG, [run], (last,), seat.peak, least))
 
     def _row(  # noqa: PLR0913, PLR0917 - a row is made of all of these
-        self, seat: Seat, batch: int, state: str, runs: list[Run], numbers: tuple[int, ...], peak: int, least: Least | None
+        self,
+        seat: Seat,
+        batch: int,
+        state: str,
+        runs: list[Run],
+        numbers: tuple[int, ...],
+        peak: int,
+        least: Least | None,
     ) -> Row:
         truth = [self._truth[seat.plan.execution, batch, number] for number in numbers]
         if seat.llm.predictor_failure:
@@ -252,7 +259,9 @@ class _Measuring:
             note = f"the gate is simulated: it foresees {self._settings.gate_recall:.0%} of a layer's experts, its published recall"
         if seat.plan.why_host and seat.gate is None:
             note = f"no graph: {seat.plan.why_host}"
-        limits = Bounds(resident=self._resident.get((seat.plan.execution, batch)), least=least, link_gbps=self.link_gbps)
+        limits = Bounds(
+            resident=self._resident.get((seat.plan.execution, batch)), least=least, link_gbps=self.link_gbps
+        )
         exact = [run.tokens for run in runs] == truth
         return strategy_row(seat.plan, batch, state, runs, peak, limits, exact=exact, note=note)
 

@@ -6,6 +6,7 @@ published share of mistakes. Knows recordings; refuses to know how they are made
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,7 @@ class Recording:
         """The passes of each run: a run begins where a prompt follows a decoding step."""
         begins = np.flatnonzero(~self.decode[1:] & self.decode[:-1]) + 1
         borders = [0, *begins.tolist(), len(self.decode)]
-        return [slice(begin, end) for begin, end in zip(borders, borders[1:], strict=False)]
+        return [slice(begin, end) for begin, end in pairwise(borders)]
 
 
 def read_recording(path: Path) -> Recording:

@@ -96,7 +96,7 @@ class LLM:
     ) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
-        other = None if beside is None else beside._offloaded
+        other = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
         folder = shipped_model() if model is None else model
         self._offloaded: OffloadedModel = load_model(folder, self.config, forecast, other)
         self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
