@@ -28,7 +28,7 @@ _LARGEST_PASS = 512
 
 
 class Run(NamedTuple):
-    """One timed run; counts are of its decoding steps.
+    """One timed run; counts are of its decoding steps, unless they say otherwise.
 
     Attributes:
         tokens: what was generated, sequence by sequence.
@@ -38,8 +38,9 @@ class Run(NamedTuple):
         hits: needs that were in their slot when their layer ran.
         kept: of these, those no load was made for.
         needed: needs.
-        loads: rows moved, ahead or not.
         moved: bytes moved.
+        kept_all: as `kept`, prompts included.
+        needed_all: as `needed`, prompts included.
     """
 
     tokens: tuple[Tokens, ...]
@@ -49,8 +50,13 @@ class Run(NamedTuple):
     hits: int
     kept: int
     needed: int
-    loads: int
     moved: int
+    kept_all: int
+    needed_all: int
+
+
+def _kept(cache: CacheCounters) -> int:
+    return cache.hits - cache.prefetch_hits
 
 
 class Seat:
@@ -80,7 +86,7 @@ class Seat:
             tokens: new tokens of each sequence.
         """
         out: list[list[int]] = [[] for _ in prompts]
-        began = time.perf_counter()
+        start, began = self.llm.stats.cache, time.perf_counter()
         params = SamplingParams(max_tokens=tokens, ignore_eos=True)
         middle, before = began, CacheCounters()
         for count, item in enumerate(self.llm.stream(prompts, params), 1):
@@ -89,17 +95,17 @@ class Seat:
                 before, middle = self.llm.stats.cache, time.perf_counter()
         ended = time.perf_counter()
         after = self.llm.stats.cache
-        hits, loads = after.hits - before.hits, after.loads - before.loads
         return Run(
             tokens=tuple(map(tuple, out)),
             first_seconds=middle - began,
             decode_seconds=ended - middle,
             decoded=sum(map(len, out)) - len(prompts),
-            hits=hits,
-            kept=hits - (after.prefetch_hits - before.prefetch_hits),
-            needed=hits + loads,
-            loads=loads + after.prefetched - before.prefetched,
+            hits=after.hits - before.hits,
+            kept=_kept(after) - _kept(before),
+            needed=after.accesses - before.accesses,
             moved=after.bytes_moved - before.bytes_moved,
+            kept_all=_kept(after) - _kept(start),
+            needed_all=after.accesses - start.accesses,
         )
 
     def record(self, path: Path) -> AbstractContextManager[None]:

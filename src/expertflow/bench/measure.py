@@ -169,10 +169,10 @@ class _Measuring:
                 seats.append((seat, {}))
                 self._first_contact(*seats[-1])
             if seats:
-                least = {batch: belady(self._recordings[batch], seats[0][0].plan.slots) for batch in self._batches}
                 for batch in self._batches:
-                    self._take_turns(seats, batch, least[batch])
-                self._after_long(seats, least[self._batches[0]])
+                    least = belady(self._recordings[batch], seats[0][0].plan.slots, self._settings.repeats)
+                    self._take_turns(seats, batch, least)
+                self._after_long(seats)
         finally:
             for seat, _ in seats:
                 seat.close()
@@ -226,7 +226,7 @@ class _Measuring:
                 numbers, runs = zip(*timed[number], strict=True)
                 self.rows.append(self._row(seat, batch, WARM, list(runs), numbers, peaks[batch], least))
 
-    def _after_long(self, seats: list[tuple[Seat, dict[int, int]]], least: Least) -> None:
+    def _after_long(self, seats: list[tuple[Seat, dict[int, int]]]) -> None:
         """The smallest batch behind one long prompt, which has filled the cache with its own."""
         if not self._workload.long:
             return
@@ -239,7 +239,7 @@ class _Measuring:
                 seat.gate.follow(None)
             seat.run([self._workload.long], 2)
             run = self._run(seat, batch, last)
-            self.rows.append(self._row(seat, batch, LONG, [run], (last,), seat.peak, least))
+            self.rows.append(self._row(seat, batch, LONG, [run], (last,), seat.peak, None))
 
     def _row(  # noqa: PLR0913, PLR0917 - a row is made of all of these
         self,

@@ -81,7 +81,7 @@ class Settings:
 PRESETS: Mapping[str, Settings] = {
     "quick": Settings(
         preset="quick", strategies=("on-demand", "lru", "lru-global", "ring", "next-use", "plec"),
-        slots=("12.5%", "25%", "50%"), batches=(1, 4), tokens=10,
+        slots=("12.5%", "25%", "50%"), batches=(1, 4), tokens=8,
     ),
     "paper": Settings(
         preset="paper", strategies=("on-demand", "lru", "ring", "pregated", "next-use", "plec"),

@@ -61,39 +61,67 @@ def read_recording(path: Path) -> Recording:
 
 
 class Least(NamedTuple):
-    """What no policy can better: share of decoding needs kept, and loads of a decoding step on average."""
+    """What no policy can better, whatever its slots held when a run began.
+
+    Attributes:
+        kept: share of the decoding steps' needs that can be kept.
+        loads: loads of a decoding step, on average.
+        kept_all: share of all needs that can be kept, prompts included.
+    """
 
     kept: float
     loads: float
+    kept_all: float
 
 
-def belady(recording: Recording, slots: int, skip_runs: int = 1) -> Least:
-    """Belady's rule over all runs, counted over the decoding steps behind the first `skip_runs` runs.
+def belady(recording: Recording, slots: int, repeats: int) -> Least:
+    """Belady's rule on runs 1 to `repeats`, as a bound.
+
+    Decoding steps are bounded run by run, as if prompts cost nothing and left the best slots behind; the whole is bounded over
+    all runs together, which any of them may have found in the slots.
 
     Args:
-        recording: the runs, in order.
+        recording: the runs, in order; the first warms up.
         slots: slots in all.
-        skip_runs: runs that only fill the cache.
+        repeats: timed runs.
     """
-    steps, layers, experts = recording.needed.shape
+    runs = recording.runs[1 : repeats + 1]
+    everything = slice(runs[0].start, runs[-1].stop)
+    decoding = [recording.needed[run][recording.decode[run]] for run in runs]
+    loads = sum(fewest_loads(needed, slots) for needed in decoding)
+    needs = sum(int(needed.sum()) for needed in decoding)
+    whole = recording.needed[everything]
+    return Least(
+        kept=1 - loads / max(needs, 1),
+        loads=loads / max(sum(map(len, decoding)), 1),
+        kept_all=1 - fewest_loads(whole, slots) / max(int(whole.sum()), 1),
+    )
+
+
+def fewest_loads(needed: Needs, slots: int) -> int:
+    """Loads that nobody can avoid, even with the best slots to begin with: Belady's, those into empty slots left aside.
+
+    Args:
+        needed: `[N, L, E]` bool, the experts of every pass.
+        slots: slots in all.
+    """
+    _, layers, experts = needed.shape
     events, counters = EventStream(), CacheCounters()
     events.subscribe(counters.count)
     controller = CacheController(
-        layers=layers, experts=experts, slots=slots, strategy=STRATEGIES["oracle"], row_bytes=1, events=events,
-        future=recording.needed,
-    )  # fmt: skip
-    begin = recording.runs[skip_runs].start
-    hits = loads = counted = 0
-    for number in range(steps):
-        before = (counters.hits, counters.loads)
+        layers=layers,
+        experts=experts,
+        slots=slots,
+        strategy=STRATEGIES["oracle"],
+        row_bytes=1,
+        events=events,
+        future=needed,
+    )
+    for step in needed:
         controller.begin_step()
-        for layer in np.flatnonzero(recording.needed[number].any(axis=1)).tolist():
-            controller.access(layer, np.flatnonzero(recording.needed[number, layer]).tolist())
-        if number >= begin and recording.decode[number]:
-            hits += counters.hits - before[0]
-            loads += counters.loads - before[1]
-            counted += 1
-    return Least(kept=hits / max(hits + loads, 1), loads=loads / max(counted, 1))
+        for layer in np.flatnonzero(step.any(axis=1)).tolist():
+            controller.access(layer, np.flatnonzero(step[layer]).tolist())
+    return counters.evictions  # with every slot full, a load throws somebody out
 
 
 class RecordedGate(Nothing):

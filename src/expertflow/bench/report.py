@@ -9,7 +9,7 @@ from pathlib import Path
 from expertflow.bench import figures
 from expertflow.bench.goals import verdicts
 from expertflow.bench.result import BELADY, COLD, LONG, RESIDENT, WARM, Figure, Result, Row
-from expertflow.bench.rows import DECODE, FIRST, HIT, KEPT, MOVED, PEAK, SAVED, WHOLE
+from expertflow.bench.rows import DECODE, FIRST, HIT, KEPT, KEPT_ALL, MOVED, PEAK, SAVED, WHOLE
 from expertflow.errors import ResultError
 from expertflow.units import format_bytes
 
@@ -62,7 +62,8 @@ def section(name: str, result: Result, pictures: Iterable[str] = ()) -> str:
     for title, body in (
         ("Goals", goals_table(result)),
         ("Decoded tokens a second, warm", speed_table(result)),
-        ("Share of needs for which nothing had to be loaded, warm", kept_table(result)),
+        ("Share of decoding needs for which nothing had to be loaded, warm", kept_table(result, KEPT)),
+        ("The same with prompts", kept_table(result, KEPT_ALL)),
         ("What each strategy did, warm", detail_table(result)),
         ("Cold, warm, after a long prompt", states_table(result)),
     ):
@@ -162,13 +163,13 @@ def speed_table(result: Result) -> str:
     return _table(["slots", "batch", *columns, "all resident", "bound"], lines)
 
 
-def kept_table(result: Result) -> str:
+def kept_table(result: Result, name: str) -> str:
     """Share kept by slots and batch, beside Belady."""
-    columns, grid = _grid(result, KEPT)
-    belady = {(row.slots, row.batch): row.figures[KEPT] for row in result.rows if row.strategy == BELADY}
+    columns, grid = _grid(result, name)
+    belady = {(row.slots, row.batch): row.figures[name] for row in result.rows if row.strategy == BELADY}
     lines = [
         [
-            f"{slots} ({share:.1%})", str(batch), *(_cell(cells[c].figures[KEPT], 3) if c in cells else "" for c in columns),
+            f"{slots} ({share:.1%})", str(batch), *(_cell(cells[c].figures[name], 3) if c in cells else "" for c in columns),
             _cell(belady.get((slots, batch)), 3),
         ]
         for (slots, share, batch), cells in grid.items()

@@ -9,7 +9,7 @@ from expertflow.bench.result import BELADY, RESIDENT, WARM, Figure, Row
 from expertflow.engine.plan import Plan
 
 DECODE, WHOLE, FIRST = "decode tokens/s", "tokens/s", "first token"
-HIT, KEPT, MOVED = "hit ratio", "kept ratio", "moved"
+HIT, KEPT, KEPT_ALL, MOVED = "hit ratio", "kept ratio", "kept ratio with prompts", "moved"
 PEAK, SAVED = "peak memory", "memory saved"
 """Names of figures."""
 
@@ -60,11 +60,12 @@ def belady_row(plan: Plan, batch: int, least: Least) -> Row:
     """What Belady would have kept and moved."""
     figures = {
         KEPT: Figure(values=(round(least.kept, 6),), unit="share"),
+        KEPT_ALL: Figure(values=(round(least.kept_all, 6),), unit="share"),
         MOVED: Figure(values=(round(least.loads * plan.row / batch / 1e6, 6),), unit="MB/token"),
     }
     return Row(
         strategy=BELADY, slots=plan.slots, share=plan.share, batch=batch, state=WARM, execution="replay", exact=None,
-        figures=figures, note="every later use is known; counted over the recorded routing, nothing is run",
+        figures=figures, note="every later use is known, and the slots held the best when a run began; counted over the recorded routing, nothing is run",
     )  # fmt: skip
 
 
@@ -83,11 +84,13 @@ def strategy_row(  # noqa: PLR0913 - what a row is made of
         **whole,
         HIT: Figure(values=_each(runs, lambda run: run.hits / max(run.needed, 1)), unit="share"),
         KEPT: Figure(values=_each(runs, lambda run: run.kept / max(run.needed, 1)), unit="share"),
+        KEPT_ALL: Figure(values=_each(runs, lambda run: run.kept_all / max(run.needed_all, 1)), unit="share"),
         MOVED: Figure(values=_each(runs, lambda run: run.moved / max(run.decoded, 1) / 1e6), unit="MB/token"),
         PEAK: Figure(values=(float(peak),), unit="bytes", bound=float(plan.total), bound_is="the plan"),
     }
     if least is not None:
         figures[KEPT] = _bounded(figures[KEPT], round(least.kept, 6), "Belady")
+        figures[KEPT_ALL] = _bounded(figures[KEPT_ALL], round(least.kept_all, 6), "Belady")
         figures[MOVED] = _bounded(figures[MOVED], round(least.loads * plan.row / batch / 1e6, 6), "Belady")
     if resident is not None:
         total = resident.figures[PEAK].median
