@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PAD, EOS, UNKNOWN = 0, 1, 2
+PAD, EOS = 0, 1
+NAMES = ("<pad>", "</s>", "<unk>")
+"""Special pieces by id."""
 SENTINELS = 100
 PROMPTS_FILE, REPORT_FILE, TRAINING_PROMPTS_FILE = "prompts.jsonl", "training_report.json", "training_prompts.jsonl"
 

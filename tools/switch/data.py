@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from switch.constants import EOS, PAD, SENTINELS, Recipe, Shape
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from switch.constants import EOS, NAMES, PAD, SENTINELS, Recipe, Shape
 
 Ids = NDArray[np.int64]
 _PIECE = 200_000
@@ -19,8 +20,10 @@ _PIECE = 200_000
 
 def read_text(path: Path, limit: int) -> str:
     """Read a text, `.xz` or plain; at most `limit` characters."""
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-    with opened as stream:
+    if path.suffix == ".xz":
+        with lzma.open(path, "rt", encoding="utf-8") as packed:
+            return packed.read(limit)
+    with path.open(encoding="utf-8") as stream:
         return stream.read(limit)
 
 
@@ -36,19 +39,18 @@ def excerpt(sources: list[Path], out: Path, characters: int) -> None:
 
 def make_tokenizer(text: str, shape: Shape) -> PreTrainedTokenizerFast:
     """Train a byte-level tokenizer; sentinels follow its pieces."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(unk_token=NAMES[2]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=shape.pieces, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False,
+        vocab_size=shape.pieces, special_tokens=list(NAMES), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     pieces = [text[begin : begin + _PIECE] for begin in range(0, len(text), _PIECE)]
     tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.add_special_tokens([f"<extra_id_{number}>" for number in range(SENTINELS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )  # fmt: skip
+    special = dict(zip(("pad_token", "eos_token", "unk_token"), NAMES, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 
 import torch
-from switch.constants import PROMPTS_FILE, REPORT_FILE, TRAINING_PROMPTS_FILE
-from switch.train import prepare_text, sizes, train
 from transformers.utils import logging
 
 from expertflow import LLM, SamplingParams
@@ -27,6 +25,8 @@ from expertflow.bench.result import write_result
 from expertflow.cli.bench import command_of, show
 from expertflow.cli.train_predictor import Source
 from expertflow.cli.train_predictor import main as train_predictor
+from switch.constants import PROMPTS_FILE, REPORT_FILE, TRAINING_PROMPTS_FILE
+from switch.train import prepare_text, sizes, train
 
 STARTED = time.perf_counter()
 TRACE = "training.trace"
@@ -84,8 +84,8 @@ def bench(folder: Path, out: Path, seconds: float, options: argparse.Namespace) 
     return all(row.exact is not False for row in result.rows)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Everything for every size."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="text, plain or .xz")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result files")
@@ -106,12 +106,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --scratch")
     parser.add_argument("--tiny", action="store_true", help="toy models, to try the script")
     options = parser.parse_args(argv)
+    if len(options.experts.split(",")) != len(options.train_seconds.split(",")):
+        parser.error("give one --train-seconds for every size")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Everything for every size."""
+    options = arguments(argv)
     logging.set_verbosity_error()
     options.out.mkdir(parents=True, exist_ok=True)
     counts = [int(part) for part in options.experts.split(",")]
     seconds = [float(part) for part in options.train_seconds.split(",")]
-    if len(counts) != len(seconds):
-        parser.error("give one --train-seconds for every size")
     shape, recipe = sizes(counts[0], tiny=options.tiny, batch=options.batch)
     text = prepare_text(options.text, shape, recipe, options.characters)
     say(f"{len(text.corpus.train)} tokens to train on")
@@ -123,15 +129,14 @@ def main(argv: list[str] | None = None) -> None:
         shutil.copy(folder / REPORT_FILE, options.out / f"switch_{experts}_training.json")
         release()
         say(f"Switch-{experts} is written")
-        record(folder, options.tokens, options.device)
-        release()
-        say("its routing is recorded")
         if options.epochs:
+            record(folder, options.tokens, options.device)
+            release()
+            say("its routing is recorded")
             predictor(folder, options.epochs, options.device)
             say("its predictor is trained")
         left = options.deadline - (time.perf_counter() - STARTED)
-        later = sum(seconds[number + 1 :])
-        share = (left - later) / (len(counts) - number)
+        share = (left - sum(seconds[number + 1 :])) / (len(counts) - number)
         say(f"measuring for {share:.0f} s")
         exact &= bench(folder, options.out / f"switch_{experts}.json", max(share, 1.0), options)
         release()

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from switch.constants import EOS, PAD, Recipe, Shape
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+
+from switch.constants import EOS, PAD, Recipe, Shape
 
 
 def make_config(shape: Shape, experts: int | None = None) -> SwitchTransformersConfig:

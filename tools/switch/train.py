@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
 from switch.constants import PROMPTS_FILE, REPORT_FILE, TINY, TRAINING_PROMPTS_FILE, Recipe, Shape
 from switch.data import (
     Corpus,
@@ -33,8 +36,6 @@ from switch.data import (
 )
 from switch.model import build, export, grouped, loss_of
 from switch.optim import Factored
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)

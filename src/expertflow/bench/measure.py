@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from expertflow.bench.about import commit, machine, versions
 from expertflow.bench.bed import Bed, Run, Seat
@@ -52,6 +53,7 @@ def measure(settings: Settings, command: str, tell: Tell) -> Result:
         measuring.bounds()
         for slots in settings.slots:
             measuring.strategies(slots)
+        measuring.close()
         plan = bed.plan
         facts = ModelFacts(
             name=folder.name, model_type=plan.shape.model_type, layers=plan.shape.layers, experts=plan.shape.experts,
@@ -85,6 +87,14 @@ def _check_slots(settings: Settings, bed: Bed) -> None:
             )
 
 
+class _Whole(NamedTuple):
+    """A model with every expert in a slot: its memory, and its timed runs by batch."""
+
+    seat: Seat
+    peak: int
+    runs: dict[int, list[Run]]
+
+
 class _Measuring:
     """What is known so far."""
 
@@ -98,7 +108,7 @@ class _Measuring:
         self._runs = settings.repeats + 1 + (1 if settings.long_prompt else 0)  # the first warms up
         self._recordings: dict[int, Recording] = {}
         self._truth: dict[tuple[str, int, int], tuple[Tokens, ...]] = {}
-        self._resident: dict[tuple[str, int], Row] = {}
+        self._whole: dict[str, _Whole] = {}
         self.link_gbps = bed.link_gbps()
 
     # --- what bounds the rest
@@ -109,44 +119,48 @@ class _Measuring:
             self._reference(execution)
 
     def _reference(self, execution: str) -> None:
-        """The model with every expert in a slot: its tokens are the truth, its speed a bound."""
+        """The model with every expert in a slot: its tokens are the truth; its speed, measured in turns, is a bound."""
         try:
             seat = self._bed.seat("next-use", "100%", execution)
         except BudgetError as error:
-            self.left_out.append(f"{RESIDENT}: {error.what}")
+            self._leave_out(f"{RESIDENT}: {error.what}")
             self._stand_in()
             return
-        if seat.plan.execution not in {name for name, _ in self._resident}:
-            for batch in self._batches:
-                self._record(seat, batch)
-                first = self._run(seat, batch, 0)
-                peak = seat.peak
-                timed = [self._run(seat, batch, run) for run in range(1, self._runs)]
-                for number, run in enumerate((first, *timed)):
-                    self._truth[seat.plan.execution, batch, number] = run.tokens
-                row = resident_row(seat.plan, batch, timed, peak)
-                self._resident[seat.plan.execution, batch] = row
-                self.rows.append(row)
-        seat.close()
+        if seat.plan.execution in self._whole:
+            seat.close()
+            return
+        self._find_truth(seat)
+        self._whole[seat.plan.execution] = _Whole(seat, seat.peak, {})
 
     def _stand_in(self) -> None:
         """Where the device cannot hold every expert, on-demand loading gives the tokens to compare with."""
-        seat = self._bed.owner
+        self._find_truth(self._bed.owner)
+
+    def _find_truth(self, seat: Seat) -> None:
+        """Every run of every batch, once; a run that is recorded is the host execution's truth as well."""
         for batch in self._batches:
-            self._record(seat, batch)
-            for number in range(self._runs):
-                self._truth[seat.plan.execution, batch, number] = self._run(seat, batch, number).tokens
+            if batch not in self._recordings:
+                self._record(seat, batch)
+            if (seat.plan.execution, batch, 0) not in self._truth:
+                for number in range(self._runs):
+                    self._truth[seat.plan.execution, batch, number] = self._run(seat, batch, number).tokens
 
     def _record(self, seat: Seat, batch: int) -> None:
         """The routing of every run of a batch, in order; it also brings every expert that will be used to its slot."""
-        if batch in self._recordings:
-            return
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "runs.trace"
             with seat.record(path):
                 for number in range(self._runs):
-                    self._run(seat, batch, number)
+                    self._truth["host", batch, number] = self._run(seat, batch, number).tokens
             self._recordings[batch] = read_recording(path)
+
+    def close(self) -> None:
+        """Let the all-resident models go, their rows written."""
+        for execution, (seat, peak, timed) in list(self._whole.items()):
+            for batch, runs in timed.items():
+                self.rows.append(resident_row(seat.plan, batch, runs, peak))
+            del self._whole[execution]
+            seat.close()
 
     # --- the strategies
 
@@ -161,13 +175,10 @@ class _Measuring:
                 if self._late():
                     self.left_out.append(f"{strategy}, slots {slots}: the deadline")
                     continue
-                try:
-                    seat = self._bed.seat(strategy, slots, execution)
-                except BudgetError as error:
-                    self.left_out.append(f"{strategy}, slots {slots}: {error.what}")
-                    continue
-                seats.append((seat, {}))
-                self._first_contact(*seats[-1])
+                seat = self._seat(strategy, slots, execution)
+                if seat is not None:
+                    seats.append((seat, {}))
+                    self._first_contact(*seats[-1])
             if seats:
                 for batch in self._batches:
                     least = belady(self._recordings[batch], seats[0][0].plan.slots, self._settings.repeats)
@@ -176,6 +187,18 @@ class _Measuring:
         finally:
             for seat, _ in seats:
                 seat.close()
+
+    def _seat(self, strategy: str, slots: str, execution: str) -> Seat | None:
+        """A seat; where the device is full, the all-resident model makes room and is not measured beside it any more."""
+        try:
+            return self._bed.seat(strategy, slots, execution)
+        except BudgetError as error:
+            if self._whole:
+                self.close()
+                self._leave_out(f"{RESIDENT} beside {slots} slots: the device cannot hold both")
+                return self._seat(strategy, slots, execution)
+            self._leave_out(f"{strategy}, slots {slots}: {error.what}")
+            return None
 
     def _columns(self) -> Iterator[tuple[str, str]]:
         """Strategy and execution of every seat."""
@@ -202,35 +225,44 @@ class _Measuring:
         """Once with an empty cache, once for every batch: what is measured here is the peak, and the cold run."""
         if (seat.plan.execution, self._batches[0], 0) not in self._truth:
             self._reference(seat.plan.execution)
+        nothing = Bounds(None, None, self.link_gbps)
         for batch in self._batches:
             run = self._run(seat, batch, 0)
             peaks[batch] = seat.peak
             if batch == self._batches[0]:
-                self.rows.append(self._row(seat, batch, COLD, [run], (0,), peaks[batch], None))
+                self.rows.append(self._row(seat, batch, COLD, [(0, run)], peaks[batch], nothing))
 
     def _take_turns(self, seats: list[tuple[Seat, dict[int, int]]], batch: int, least: Least) -> None:
-        """The timed runs, forwards and backwards."""
-        timed: dict[int, list[tuple[int, Run]]] = {number: [] for number in range(len(seats))}
+        """The timed runs, forwards and backwards, the all-resident model among them."""
+        used = {seat.plan.execution for seat, _ in seats}
+        whole = [found for execution, found in self._whole.items() if execution in used]
+        everybody = [*(found.seat for found in whole), *(seat for seat, _ in seats)]
+        timed: list[list[tuple[int, Run]]] = [[] for _ in everybody]
         for repeat in range(1, self._settings.repeats + 1):
-            order = list(timed) if repeat % 2 else list(reversed(timed))
-            for number in order:
+            order = range(len(everybody))
+            for number in order if repeat % 2 else reversed(order):
                 if not self._late():
-                    timed[number].append((repeat, self._run(seats[number][0], batch, repeat)))
-        plan = seats[0][0].plan
-        self.rows.append(belady_row(plan, batch, least))
-        for number, (seat, peaks) in enumerate(seats):
-            if len(timed[number]) < self._settings.repeats:
-                name = f"{seat.plan.strategy}, slots {plan.slots}, batch {batch}"
-                self.left_out.append(f"{name}: {len(timed[number])} of {self._settings.repeats} repeats")
-            if timed[number]:
-                numbers, runs = zip(*timed[number], strict=True)
-                self.rows.append(self._row(seat, batch, WARM, list(runs), numbers, peaks[batch], least))
+                    timed[number].append((repeat, self._run(everybody[number], batch, repeat)))
+        resident = {}
+        for found, runs in zip(whole, timed, strict=False):
+            if runs:
+                found.runs.setdefault(batch, []).extend(run for _, run in runs)
+                row = resident_row(found.seat.plan, batch, [run for _, run in runs], found.peak)
+                resident[found.seat.plan.execution] = row
+        self.rows.append(belady_row(seats[0][0].plan, batch, least))
+        for (seat, peaks), runs in zip(seats, timed[len(whole) :], strict=True):
+            if len(runs) < self._settings.repeats:
+                name = f"{seat.plan.strategy}, slots {seat.plan.slots}, batch {batch}"
+                self.left_out.append(f"{name}: {len(runs)} of {self._settings.repeats} repeats before the deadline")
+            if runs:
+                limits = Bounds(resident.get(seat.plan.execution), least, self.link_gbps)
+                self.rows.append(self._row(seat, batch, WARM, runs, peaks[batch], limits))
 
     def _after_long(self, seats: list[tuple[Seat, dict[int, int]]]) -> None:
         """The smallest batch behind one long prompt, which has filled the cache with its own."""
         if not self._workload.long:
             return
-        batch, last = self._batches[0], self._runs - 1
+        batch, last, nothing = self._batches[0], self._runs - 1, Bounds(None, None, self.link_gbps)
         for seat, _ in seats:
             if self._late():
                 self.left_out.append(f"{seat.plan.strategy}, slots {seat.plan.slots}, {LONG}: the deadline")
@@ -239,30 +271,20 @@ class _Measuring:
                 seat.gate.follow(None)
             seat.run([self._workload.long], 2)
             run = self._run(seat, batch, last)
-            self.rows.append(self._row(seat, batch, LONG, [run], (last,), seat.peak, None))
+            self.rows.append(self._row(seat, batch, LONG, [(last, run)], seat.peak, nothing))
 
-    def _row(  # noqa: PLR0913, PLR0917 - a row is made of all of these
-        self,
-        seat: Seat,
-        batch: int,
-        state: str,
-        runs: list[Run],
-        numbers: tuple[int, ...],
-        peak: int,
-        least: Least | None,
+    def _row(
+        self, seat: Seat, batch: int, state: str, numbered: list[tuple[int, Run]], peak: int, limits: Bounds
     ) -> Row:
-        truth = [self._truth[seat.plan.execution, batch, number] for number in numbers]
         if seat.llm.predictor_failure:
             raise PredictorError(f"the predictor failed: {seat.llm.predictor_failure}", "Leave it out, or mend it.")
         note = ""
         if seat.gate is not None:
             note = f"the gate is simulated: it foresees {self._settings.gate_recall:.0%} of a layer's experts, its published recall"
-        if seat.plan.why_host and seat.gate is None:
+        elif seat.plan.why_host:
             note = f"no graph: {seat.plan.why_host}"
-        limits = Bounds(
-            resident=self._resident.get((seat.plan.execution, batch)), least=least, link_gbps=self.link_gbps
-        )
-        exact = [run.tokens for run in runs] == truth
+        exact = all(run.tokens == self._truth[seat.plan.execution, batch, number] for number, run in numbered)
+        runs = [run for _, run in numbered]
         return strategy_row(seat.plan, batch, state, runs, peak, limits, exact=exact, note=note)
 
     def _run(self, seat: Seat, batch: int, number: int) -> Run:
@@ -279,7 +301,8 @@ class _Measuring:
     def _total(self) -> int:
         """Runs in all, as far as one can say."""
         seats = len(self._settings.slots) * len(self._settings.strategies) * len(self._settings.executions)
-        return (2 * len(self._settings.executions) + seats) * len(self._batches) * self._runs
+        whole = 1 + len(self._settings.slots) * len(self._settings.executions)
+        return (whole + seats) * len(self._batches) * self._runs
 
     def _late(self) -> bool:
         deadline = self._settings.deadline

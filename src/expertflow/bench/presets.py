@@ -13,6 +13,9 @@ from expertflow.cache.strategy import find_strategy
 from expertflow.config import EXECUTIONS, nearest
 from expertflow.errors import ConfigError
 
+SIMULATED = ("pregated",)
+"""Strategies that are run with a forecast made from a recording."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -63,7 +66,8 @@ class Settings:
         for name in self.strategies:
             if name == RESIDENT:
                 raise ConfigError("strategy 'resident' is no strategy", "It is always measured, as the bound.")
-            find_strategy(name)
+            if find_strategy(name).needs_future and name not in SIMULATED:
+                raise ConfigError(f"strategy {name!r} is counted, not run", "Belady is always beside the others.")
         for name in self.executions:
             if name not in EXECUTIONS:
                 raise ConfigError(f"execution={name!r} is unknown", nearest(name, EXECUTIONS))
