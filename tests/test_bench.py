@@ -16,11 +16,25 @@ from expertflow import LLM
 from expertflow.bench.bed import Run, Seat
 from expertflow.bench.measure import measure
 from expertflow.bench.presets import PRESETS, Settings, make_settings
-from expertflow.bench.recorded import RecordedGate, Recording, belady, fewest_loads
-from expertflow.bench.result import BELADY, COLD, LONG, RESIDENT, WARM, Result, read_result, write_result
-from expertflow.bench.rows import DECODE, KEPT, KEPT_ALL, MOVED, PEAK
+from expertflow.bench.recorded import RecordedGate, RecordedLayers, Recording, belady, fewest_loads
+from expertflow.bench.result import (
+    BELADY,
+    COLD,
+    DECODE,
+    KEPT,
+    KEPT_ALL,
+    LONG,
+    MOVED,
+    PEAK,
+    RESIDENT,
+    WARM,
+    Result,
+    read_result,
+    write_result,
+)
 from expertflow.bench.workload import OPENINGS, make_workload
 from expertflow.cache.forecast import Step
+from expertflow.cache.policy import Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.cli.main import app
 from expertflow.errors import ConfigError, ExpertFlowError, PromptError, ResultError
@@ -156,9 +170,9 @@ def test_a_model_without_predictor_has_no_plec_rows(make_checkpoint: MakeCheckpo
 
 def test_encoder_decoders_are_measured(make_checkpoint: MakeCheckpoint) -> None:
     """Prompts that an encoder reads are no decoding steps: the recorded gate and the bounds still fit the runs."""
-    settings = small(make_checkpoint("switch_transformers"), strategies=("pregated", "lru"), slots=("2/layer",))
+    settings = small(make_checkpoint("switch_transformers"), strategies=("pregated", "ring"), slots=("2/layer",))
     made = measure(settings, "", quiet)
-    rows = [row for row in made.rows if row.strategy in {"pregated", "lru"}]
+    rows = [row for row in made.rows if row.strategy in {"pregated", "ring"}]
     assert len(rows) == 2 * STATES
     assert all(row.exact for row in rows)
 
@@ -203,6 +217,21 @@ def test_a_recorded_gate_follows_its_run() -> None:
     assert gate.outlook(Step(13)) is None
     gate.follow(None)
     assert gate.outlook(Step(14)) is None
+
+
+def test_a_ring_goes_round_the_layers_of_the_half_that_runs() -> None:
+    """While the decoder's two layers run, all their experts are expected and nobody of the encoder's."""
+    needed = np.zeros((2, 4, 3), dtype=bool)
+    needed[0, :2, 1] = needed[1, 2:, 0] = True
+    ring = RecordedLayers()
+    ring.follow(needed)
+    encoder, decoder = ring.outlook(Step(7)), ring.outlook(Step(8))
+    assert encoder is not None
+    assert decoder is not None
+    np.testing.assert_array_equal(encoder.demand[0], np.array([[1.0] * 3] * 2 + [[0.0] * 3] * 2))
+    np.testing.assert_array_equal(decoder.demand[0], np.array([[0.0] * 3] * 2 + [[1.0] * 3] * 2))
+    ranks = layer_order(Usage(layers=4, experts=3), decoder)
+    assert ranks.before[0].max() < ranks.before[3].min()  # the encoder's leave first
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,25 @@ from typer.testing import CliRunner
 
 from expertflow.bench.goals import verdicts
 from expertflow.bench.report import section, write_report
-from expertflow.bench.result import BELADY, RESIDENT, WARM, Figure, ModelFacts, Result, Row, write_result
-from expertflow.bench.rows import DECODE, FIRST, HIT, KEPT, KEPT_ALL, MOVED, PEAK, SAVED, WHOLE
+from expertflow.bench.result import (
+    BELADY,
+    DECODE,
+    FIRST,
+    HIT,
+    KEPT,
+    KEPT_ALL,
+    MOVED,
+    PEAK,
+    RESIDENT,
+    SAVED,
+    WARM,
+    WHOLE,
+    Figure,
+    ModelFacts,
+    Result,
+    Row,
+    write_result,
+)
 from expertflow.cli.main import app
 from expertflow.errors import ResultError
 

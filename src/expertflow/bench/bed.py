@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from expertflow.bench.presets import Settings
-from expertflow.bench.recorded import RecordedGate
+from expertflow.bench.recorded import Follower, RecordedGate, RecordedLayers
 from expertflow.bench.workload import Tokens, Workload
+from expertflow.cache.policy import layer_order
 from expertflow.cache.strategy import find_strategy
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import prepare
@@ -62,12 +63,12 @@ def _kept(cache: CacheCounters) -> int:
 class Seat:
     """A loaded model with its slots and its strategy."""
 
-    def __init__(self, llm: LLM, gate: RecordedGate | None, others: int) -> None:
+    def __init__(self, llm: LLM, gate: Follower | None, others: int) -> None:
         """Take a model that was just loaded.
 
         Args:
             llm: the model.
-            gate: its simulated gate, if its strategy has one.
+            gate: the forecast that reads a recording, if its strategy has one.
             others: bytes of device memory that were in use before and stay so.
         """
         self.llm, self.gate, self._others = llm, gate, others
@@ -168,7 +169,11 @@ class Bed:
         release()
         others = torch.cuda.memory_allocated() - self._library if self.plan.device == "cuda" else 0
         row = find_strategy(strategy)
-        gate = RecordedGate(self.settings.gate_recall, self.settings.seed) if row.needs_future else None
+        gate: Follower | None = None
+        if row.needs_future:
+            gate = RecordedGate(self.settings.gate_recall, self.settings.seed)
+        elif row.policy is layer_order and self.plan.shape.encoder_decoder:
+            gate = RecordedLayers()
         predictor = self.settings.predictor if row.predicted else "none"
         llm = LLM(
             self.folder, strategy=strategy, slots=slots, execution=execution, predictor=predictor, forecast=gate,

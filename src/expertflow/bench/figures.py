@@ -5,8 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Picture
 
-from expertflow.bench.result import BELADY, RESIDENT, WARM, Result, Row
-from expertflow.bench.rows import DECODE, KEPT, PEAK
+from expertflow.bench.result import BELADY, DECODE, KEPT, PEAK, RESIDENT, WARM, Result, Row
 from expertflow.errors import ResultError
 
 _DPI = 90

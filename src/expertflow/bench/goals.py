@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from expertflow.bench.result import WARM, Figure, Result, Row
-from expertflow.bench.rows import DECODE, KEPT, MOVED, PEAK, SAVED
+from expertflow.bench.result import DECODE, KEPT, MOVED, PEAK, SAVED, WARM, Figure, Result, Row
 
 OURS = ("plec", "next-use")
 """Strategies of this project, the one with a predictor first."""

@@ -278,11 +278,9 @@ class _Measuring:
     ) -> Row:
         if seat.llm.predictor_failure:
             raise PredictorError(f"the predictor failed: {seat.llm.predictor_failure}", "Leave it out, or mend it.")
-        note = ""
+        note = f"no graph: {seat.plan.why_host}" if seat.plan.why_host else ""
         if seat.gate is not None:
-            note = f"the gate is simulated: it foresees {self._settings.gate_recall:.0%} of a layer's experts, its published recall"
-        elif seat.plan.why_host:
-            note = f"no graph: {seat.plan.why_host}"
+            note = seat.gate.note
         exact = all(run.tokens == self._truth[seat.plan.execution, batch, number] for number, run in numbered)
         runs = [run for _, run in numbered]
         return strategy_row(seat.plan, batch, state, runs, peak, limits, exact=exact, note=note)

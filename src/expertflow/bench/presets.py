@@ -64,10 +64,7 @@ class Settings:
             ConfigError: for an unknown strategy or execution, or a number out of range.
         """
         for name in self.strategies:
-            if name == RESIDENT:
-                raise ConfigError("strategy 'resident' is no strategy", "It is always measured, as the bound.")
-            if find_strategy(name).needs_future and name not in SIMULATED:
-                raise ConfigError(f"strategy {name!r} is counted, not run", "Belady is always beside the others.")
+            _check_strategy(name)
         for name in self.executions:
             if name not in EXECUTIONS:
                 raise ConfigError(f"execution={name!r} is unknown", nearest(name, EXECUTIONS))
@@ -80,6 +77,18 @@ class Settings:
             raise ConfigError("there is nothing to measure", "Name at least one strategy and one number of slots.")
         if self.deadline is not None and self.deadline <= 0:
             raise ConfigError(f"deadline={self.deadline} is no time", "Give seconds, more than 0.")
+
+
+def _check_strategy(name: str) -> None:
+    """Refuse a strategy that cannot be run.
+
+    Raises:
+        ConfigError: then.
+    """
+    if name == RESIDENT:
+        raise ConfigError("strategy 'resident' is no strategy", "It is always measured, as the bound.")
+    if find_strategy(name).needs_future and name not in SIMULATED:
+        raise ConfigError(f"strategy {name!r} is counted, not run", "Belady is always beside the others.")
 
 
 PRESETS: Mapping[str, Settings] = {

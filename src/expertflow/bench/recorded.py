@@ -124,8 +124,40 @@ def fewest_loads(needed: Needs, slots: int) -> int:
     return counters.evictions  # with every slot full, a load throws somebody out
 
 
-class RecordedGate(Nothing):
-    """The next layer's gate, one layer early, for runs that were recorded; between them it knows nothing.
+class Follower(Nothing):
+    """A forecast that reads from the recording of the run that comes; between runs it knows nothing.
+
+    Attributes:
+        note: what a reader of its rows has to know.
+    """
+
+    note = ""
+
+    def __init__(self) -> None:
+        """Knows nothing yet."""
+        self._needed: Needs | None = None
+        self._first: int | None = None
+
+    def follow(self, needed: Needs | None) -> None:
+        """The passes that come now, `[N, L, E]`; None: nobody recorded them."""
+        self._needed, self._first = needed, None
+
+    def outlook(self, step: Step) -> Outlook | None:
+        """What is known of this pass; None behind the recording's end."""
+        if self._needed is None:
+            return None
+        if self._first is None:
+            self._first = step.number
+        number = step.number - self._first
+        return None if number >= len(self._needed) else self.read(number, self._needed)
+
+    def read(self, number: int, needed: Needs) -> Outlook | None:
+        """What is known of pass `number`."""
+        raise NotImplementedError
+
+
+class RecordedGate(Follower):
+    """The next layer's gate, one layer early.
 
     Args:
         recall: share of a layer's experts that the gate foresees.
@@ -134,19 +166,21 @@ class RecordedGate(Nothing):
 
     def __init__(self, recall: float, seed: int) -> None:
         """Knows nothing yet."""
+        super().__init__()
         self._recall, self._seed = recall, seed
-        self._gate: NextGate | None = None
-        self._first: int | None = None
+        self.note = f"the gate is simulated: it foresees {recall:.0%} of a layer's experts, its published recall"
 
-    def follow(self, needed: Needs | None) -> None:
-        """The passes that come now, `[N, L, E]`; None: nobody recorded them."""
-        self._gate = None if needed is None else NextGate(needed, self._recall, self._seed)
-        self._first = None
+    def read(self, number: int, needed: Needs) -> Outlook | None:
+        """The path with the gate's mistakes, the same for the same pass."""
+        return NextGate(needed, self._recall, self._seed).outlook(Step(number))
 
-    def outlook(self, step: Step) -> Outlook | None:
-        """What the gate foresees of this pass."""
-        if self._gate is None:
-            return None
-        if self._first is None:
-            self._first = step.number
-        return self._gate.outlook(Step(step.number - self._first))
+
+class RecordedLayers(Follower):
+    """Every expert of the layers that a pass reaches: what a ring has to know where an encoder and a decoder take turns."""
+
+    note = "it is told whether the encoder or the decoder runs, and goes round the layers of that one"
+
+    def read(self, number: int, needed: Needs) -> Outlook | None:
+        """All experts of these layers."""
+        reached = needed[number].any(axis=1, keepdims=True)
+        return Outlook(np.broadcast_to(reached, needed[number].shape)[None].astype(np.float64))

@@ -8,8 +8,25 @@ from pathlib import Path
 
 from expertflow.bench import figures
 from expertflow.bench.goals import verdicts
-from expertflow.bench.result import BELADY, COLD, LONG, RESIDENT, WARM, Figure, Result, Row
-from expertflow.bench.rows import DECODE, FIRST, HIT, KEPT, KEPT_ALL, MOVED, PEAK, SAVED, WHOLE
+from expertflow.bench.result import (
+    BELADY,
+    COLD,
+    DECODE,
+    FIRST,
+    HIT,
+    KEPT,
+    KEPT_ALL,
+    LONG,
+    MOVED,
+    PEAK,
+    RESIDENT,
+    SAVED,
+    WARM,
+    WHOLE,
+    Figure,
+    Result,
+    Row,
+)
 from expertflow.errors import ResultError
 from expertflow.units import format_bytes
 

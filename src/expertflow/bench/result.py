@@ -19,6 +19,10 @@ RESIDENT, BELADY = "resident", "oracle"
 """Names of the rows that are bounds: every expert in a slot, and every later use known (replayed, not run)."""
 COLD, WARM, LONG = "cold", "warm", "after a long prompt"
 """States of the cache: empty, after other work of the same kind, after one long prompt."""
+DECODE, WHOLE, FIRST = "decode tokens/s", "tokens/s", "first token"
+HIT, KEPT, KEPT_ALL, MOVED = "hit ratio", "kept ratio", "kept ratio with prompts", "moved"
+PEAK, SAVED = "peak memory", "memory saved"
+"""Names of figures."""
 _FOREIGN = "Give a file written by `expertflow bench --out`."
 
 

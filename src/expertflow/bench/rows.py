@@ -5,13 +5,23 @@ from typing import NamedTuple
 
 from expertflow.bench.bed import Run
 from expertflow.bench.recorded import Least
-from expertflow.bench.result import BELADY, RESIDENT, WARM, Figure, Row
+from expertflow.bench.result import (
+    BELADY,
+    DECODE,
+    FIRST,
+    HIT,
+    KEPT,
+    KEPT_ALL,
+    MOVED,
+    PEAK,
+    RESIDENT,
+    SAVED,
+    WARM,
+    WHOLE,
+    Figure,
+    Row,
+)
 from expertflow.engine.plan import Plan
-
-DECODE, WHOLE, FIRST = "decode tokens/s", "tokens/s", "first token"
-HIT, KEPT, KEPT_ALL, MOVED = "hit ratio", "kept ratio", "kept ratio with prompts", "moved"
-PEAK, SAVED = "peak memory", "memory saved"
-"""Names of figures."""
 
 
 class Bounds(NamedTuple):

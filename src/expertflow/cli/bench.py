@@ -12,8 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from expertflow.bench.measure import measure
 from expertflow.bench.presets import make_settings
-from expertflow.bench.result import BELADY, RESIDENT, WARM, Result, Row, write_result
-from expertflow.bench.rows import DECODE, HIT, KEPT, PEAK
+from expertflow.bench.result import BELADY, DECODE, HIT, KEPT, PEAK, RESIDENT, WARM, Result, Row, write_result
 from expertflow.cli.outputs import check_outputs
 from expertflow.units import format_bytes
 
