@@ -111,7 +111,7 @@ def train(
         (loss + recipe.balance * balance).backward()
         optimiser.step(rate_at(step, spent / seconds, recipe))
         if step % 20 == 0:
-            curve.append([step, round(float(loss), 4), round(float(balance), 4)])
+            curve.append([step, round(float(loss.detach()), 4), round(float(balance.detach()), 4)])
             print(f"{spent:5.0f} s  step {step:4d}  loss {curve[-1][1]:.3f}  balance {curve[-1][2]:.3f}", flush=True)
         step += 1
     spent = time.perf_counter() - began

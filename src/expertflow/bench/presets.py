@@ -94,7 +94,7 @@ def _check_strategy(name: str) -> None:
 PRESETS: Mapping[str, Settings] = {
     "quick": Settings(
         preset="quick", strategies=("on-demand", "lru", "lru-global", "ring", "next-use", "plec"),
-        slots=("12.5%", "25%", "50%"), batches=(1, 4), tokens=8,
+        slots=("12.5%", "25%", "50%"), batches=(1, 4), tokens=6,
     ),
     "paper": Settings(
         preset="paper", strategies=("on-demand", "lru", "ring", "pregated", "next-use", "plec"),
