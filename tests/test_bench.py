@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from conftest import MakeCheckpoint
 from expertflow import LLM
-from expertflow.bench.bed import Run, Seat
+from expertflow.bench.bed import Bed, Run, Seat
 from expertflow.bench.measure import measure
 from expertflow.bench.presets import PRESETS, Settings, make_settings
 from expertflow.bench.recorded import RecordedGate, RecordedLayers, Recording, belady, fewest_loads
@@ -37,7 +37,7 @@ from expertflow.cache.forecast import Step
 from expertflow.cache.policy import Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.cli.main import app
-from expertflow.errors import ConfigError, ExpertFlowError, PromptError, ResultError
+from expertflow.errors import BudgetError, ConfigError, ExpertFlowError, PromptError, ResultError
 
 STATES = 3
 
@@ -159,6 +159,25 @@ def test_a_deadline_leaves_out_and_says_so(make_checkpoint: MakeCheckpoint) -> N
     made = measure(small(make_checkpoint("qwen3_moe"), deadline=1e-3), "", quiet)
     assert not made.complete
     assert made.left_out == ("slots 50%: the deadline",)
+
+
+def test_a_full_device_is_measured_without_the_whole_model(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all experts do not fit, the result says so, on-demand loading gives the tokens, and there is no bound of speed."""
+    seat = Bed.seat
+
+    def full(self: Bed, strategy: str, slots: str, execution: str) -> Seat:
+        if slots == "100%":
+            raise BudgetError("the device is full", "Use less.", 1)
+        return seat(self, strategy, slots, execution)
+
+    monkeypatch.setattr(Bed, "seat", full)
+    made = measure(small(make_checkpoint("qwen3_moe"), batches=(1,)), "", quiet)
+    assert made.left_out == ("resident: the device is full",)
+    rows = [row for row in made.rows if row.strategy != BELADY]
+    assert {row.strategy for row in rows} == {"lru", "next-use"}
+    assert all(row.exact and row.figures[DECODE].bound is None for row in rows)
 
 
 def test_a_model_without_predictor_has_no_plec_rows(make_checkpoint: MakeCheckpoint) -> None:

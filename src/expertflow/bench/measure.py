@@ -157,8 +157,12 @@ class _Measuring:
     def close(self) -> None:
         """Let the all-resident models go, their rows written."""
         for execution, (seat, peak, timed) in list(self._whole.items()):
-            for batch, runs in timed.items():
-                self.rows.append(resident_row(seat.plan, batch, runs, peak))
+            for batch in self._batches:
+                runs = timed.get(batch, [])
+                if not runs and not self._late():  # it has to go before its turns came
+                    runs = [self._run(seat, batch, number) for number in range(1, self._settings.repeats + 1)]
+                if runs:
+                    self.rows.append(resident_row(seat.plan, batch, runs, peak))
             del self._whole[execution]
             seat.close()
 
@@ -191,7 +195,11 @@ class _Measuring:
     def _seat(self, strategy: str, slots: str, execution: str) -> Seat | None:
         """A seat; where the device is full, the all-resident model makes room and is not measured beside it any more."""
         try:
-            return self._bed.seat(strategy, slots, execution)
+            seat = self._bed.seat(strategy, slots, execution)
+            if (seat.plan.execution, self._batches[0], 0) not in self._truth:
+                seat.close()  # the reference must not be made beside it: its peak would count the reference's memory
+                self._reference(seat.plan.execution)
+                seat = self._bed.seat(strategy, slots, execution)
         except BudgetError as error:
             if self._whole:
                 self.close()
@@ -199,6 +207,7 @@ class _Measuring:
                 return self._seat(strategy, slots, execution)
             self._leave_out(f"{strategy}, slots {slots}: {error.what}")
             return None
+        return seat
 
     def _columns(self) -> Iterator[tuple[str, str]]:
         """Strategy and execution of every seat."""
@@ -223,8 +232,6 @@ class _Measuring:
 
     def _first_contact(self, seat: Seat, peaks: dict[int, int]) -> None:
         """Once with an empty cache, once for every batch: what is measured here is the peak, and the cold run."""
-        if (seat.plan.execution, self._batches[0], 0) not in self._truth:
-            self._reference(seat.plan.execution)
         nothing = Bounds(None, None, self.link_gbps)
         for batch in self._batches:
             run = self._run(seat, batch, 0)
@@ -243,7 +250,7 @@ class _Measuring:
             for number in order if repeat % 2 else reversed(order):
                 if not self._late():
                     timed[number].append((repeat, self._run(everybody[number], batch, repeat)))
-        resident = {}
+        resident = {row.execution: row for row in self.rows if row.strategy == RESIDENT and row.batch == batch}
         for found, runs in zip(whole, timed, strict=False):
             if runs:
                 found.runs.setdefault(batch, []).extend(run for _, run in runs)
@@ -281,7 +288,13 @@ class _Measuring:
         note = f"no graph: {seat.plan.why_host}" if seat.plan.why_host else ""
         if seat.gate is not None:
             note = seat.gate.note
-        exact = all(run.tokens == self._truth[seat.plan.execution, batch, number] for number, run in numbered)
+        exact: bool | None = None
+        if (seat.plan.execution, batch, 0) in self._truth:
+            exact = all(run.tokens == self._truth[seat.plan.execution, batch, number] for number, run in numbered)
+        else:
+            note = "; ".join(
+                filter(None, [note, "the device cannot hold a model to compare this execution's tokens with"])
+            )
         runs = [run for _, run in numbered]
         return strategy_row(seat.plan, batch, state, runs, peak, limits, exact=exact, note=note)
 

@@ -206,7 +206,7 @@ def detail_table(result: Result) -> str:
             row.strategy, row.execution, str(row.slots), str(row.batch), _cell(row.figures.get(HIT), 3),
             _beside(moved, 2), _beside(first, 2), _cell(row.figures.get(WHOLE)),
             "" if peak is None else f"{format_bytes(peak.median)} ({format_bytes(peak.bound or 0)})",
-            "" if saved is None else f"{saved.median:.1%}", {True: "yes", False: "NO", None: "the reference"}[row.exact],
+            "" if saved is None else f"{saved.median:.1%}", "the reference" if row.strategy == RESIDENT else {True: "yes", False: "NO", None: "not compared"}[row.exact],
         ])  # fmt: skip
     return _table(heads, lines)
 

@@ -80,7 +80,15 @@ def belady_row(plan: Plan, batch: int, least: Least) -> Row:
 
 
 def strategy_row(  # noqa: PLR0913 - what a row is made of
-    plan: Plan, batch: int, state: str, runs: Sequence[Run], peak: int, bounds: Bounds, *, exact: bool, note: str = ""
+    plan: Plan,
+    batch: int,
+    state: str,
+    runs: Sequence[Run],
+    peak: int,
+    bounds: Bounds,
+    *,
+    exact: bool | None,
+    note: str = "",
 ) -> Row:
     """A strategy's numbers, each beside its bound."""
     resident, least = bounds.resident, bounds.least

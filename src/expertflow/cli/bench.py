@@ -82,4 +82,4 @@ def _cells(row: Row) -> tuple[str, ...]:
     kept = row.figures[KEPT]
     bound = "" if kept.bound is None else f"{kept.bound:.3f}"
     cells += [f"{row.figures[HIT].median:.3f}", f"{kept.median:.3f}", bound, format_bytes(peak.median)]
-    return (*cells, "yes" if row.exact else "NO")
+    return (*cells, {True: "yes", False: "NO", None: "not compared"}[row.exact])
