@@ -1,7 +1,7 @@
-"""The README's result tables, written from the result files they quote. A test holds README and files together.
+"""The result tables of README.md and docs/benchmarks.md, written from the result files they quote. A test holds them together.
 
 Usage: python benchmarks/tables.py          prints every table
-       python benchmarks/tables.py --write  puts them between their markers in README.md
+       python benchmarks/tables.py --write  puts them between their markers, and draws the pictures beside docs/benchmarks.md
 """
 
 import json
@@ -10,6 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from expertflow.bench import figures
+from expertflow.bench.report import section
+from expertflow.bench.result import read_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -218,9 +222,33 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def fill(text: str) -> str:
+def bench(name: str) -> Callable[[], str]:
+    """A result of `expertflow bench` as a section, with the pictures that `draw` makes."""
+
+    def make() -> str:
+        return section(
+            f"{name}.json", read_result(RESULTS / f"{name}.json"), [f"{name}_{kind}.png" for kind in PICTURES]
+        )
+
+    return make
+
+
+PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
+BENCHES = [name for name in ("bench_quick_cpu", "switch_32", "switch_128") if (RESULTS / f"{name}.json").is_file()]
+"""Results of `expertflow bench` that are committed, in the order of docs/benchmarks.md."""
+PAGES = {"README.md": TABLES, "docs/benchmarks.md": {name: bench(name) for name in BENCHES}}
+
+
+def draw() -> None:
+    """The pictures of docs/benchmarks.md."""
+    for name in BENCHES:
+        for kind, make in PICTURES.items():
+            make(read_result(RESULTS / f"{name}.json"), ROOT / "docs" / f"{name}_{kind}.png")
+
+
+def fill(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
     """The text with every table between its markers."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)
@@ -230,12 +258,15 @@ def fill(text: str) -> str:
 
 def main() -> None:
     """Print or write."""
-    readme = ROOT / "README.md"
-    if "--write" in sys.argv:
-        readme.write_text(fill(readme.read_text()))
-    else:
-        for make in TABLES.values():
-            print(make())
+    if "--write" not in sys.argv:
+        for tables in PAGES.values():
+            for make in tables.values():
+                print(make())
+        return
+    for page, tables in PAGES.items():
+        path = ROOT / page
+        path.write_text(fill(path.read_text(), tables))
+    draw()
 
 
 if __name__ == "__main__":

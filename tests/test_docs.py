@@ -19,6 +19,14 @@ def test_result_tables_come_from_result_files() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT / "benchmarks").returncode == 0
 
 
+def test_measurements_come_from_result_files() -> None:
+    """docs/benchmarks.md says what the committed results of `expertflow bench` say, and its pictures are there."""
+    script = "import tables; p = tables.ROOT / 'docs/benchmarks.md'; t = p.read_text(); assert tables.fill(t, tables.PAGES['docs/benchmarks.md']) == t"
+    assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT / "benchmarks").returncode == 0
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert all((ROOT / "docs" / name).is_file() for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
+
+
 def test_the_tree_names_every_module() -> None:
     """The README's tree names every module of the package, and nothing that is not there."""
     tree = (ROOT / "README.md").read_text().split("## The tree")[1]
@@ -28,7 +36,9 @@ def test_the_tree_names_every_module() -> None:
     assert named == {module for module in modules if not module.startswith("cli/")}
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/lab-notes.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/benchmarks.md", "docs/lab-notes.md", "CHANGELOG.md"]
+)
 def test_named_files_exist(document: str) -> None:
     """Every path that a document names in backquotes is there."""
     text = (ROOT / document).read_text()

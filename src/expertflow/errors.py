@@ -72,3 +72,7 @@ class TraceError(ExpertFlowError):
 
 class PredictorError(ExpertFlowError):
     """A predictor is damaged, was made for another model, or cannot be trained from what was given."""
+
+
+class ResultError(ExpertFlowError):
+    """A result file is damaged, foreign, of another version, or cannot be written."""

@@ -93,9 +93,12 @@ def lfu(usage: Usage, outlook: Outlook | None) -> Planes:  # noqa: ARG001 - a po
     return Planes(usage.count, usage.count + 1, usage.count, usage.count)
 
 
-def layer_order(usage: Usage, outlook: Outlook | None) -> Planes:  # noqa: ARG001 - a policy's signature
+def layer_order(usage: Usage, outlook: Outlook | None) -> Planes:
     """The layer that comes last leaves: every expert is expected at its layer's next turn."""
-    return in_time(usage, np.zeros_like(usage.count), np.zeros_like(usage.count), np.zeros_like(usage.count))
+    before = np.zeros_like(usage.count)
+    if outlook is not None:  # a layer that the pass is known not to reach, an encoder's while the decoder runs
+        before[~outlook.demand[0].any(axis=1)] = 1
+    return in_time(usage, before, np.zeros_like(usage.count), np.zeros_like(usage.count))
 
 
 def in_time(usage: Usage, before: Plane, used: Plane, unused: Plane) -> Planes:

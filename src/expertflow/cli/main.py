@@ -333,6 +333,49 @@ def strategies(
     _call("strategies", markdown=markdown)
 
 
+@app.command()
+def bench(
+    preset: Annotated[str, typer.Option(help="quick (minutes on a CPU), or paper (the paper's conditions).")] = "quick",
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or id. Default: the shipped model.")] = None,
+    predictor: Annotated[str | None, typer.Option(help="Folder of a trained predictor, auto or none.")] = None,
+    strategies: Annotated[str | None, typer.Option(help="Names separated by commas. Default: the preset's.")] = None,
+    slots: Annotated[str | None, typer.Option(help="Counts, shares or N/layer, separated by commas.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Sequences together, separated by commas.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="New tokens of a sequence.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed runs of each configuration, in turns.")] = None,
+    long_prompt: Annotated[
+        int | None, typer.Option(help="Tokens of one long prompt, measured behind; 0: none.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="A prompt a line, or JSON lines with 'prompt' or 'tokens'.")
+    ] = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds after which nothing new is begun.")] = None,
+    execution: Annotated[str | None, typer.Option(help="auto, host or graph; several are set side by side.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Order of the prompts, and what the simulated gate misses.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the result here as well.")] = None,
+) -> None:
+    """Measure every strategy on this machine, each number beside its bound. The last line is the result as JSON."""
+    presets = import_module("expertflow.bench.presets")
+    options = {
+        "model": model, "predictor": predictor, "strategies": presets.names(strategies), "slots": presets.names(slots),
+        "batches": presets.numbers(batches, "batches"), "tokens": tokens, "repeats": repeats, "long_prompt": long_prompt,
+        "prompts_file": prompts_file, "deadline": deadline, "executions": presets.names(execution), "device": device,
+        "dtype": dtype, "seed": seed,
+    }  # fmt: skip
+    _call("bench", preset=preset, options=options, out=out)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files written by `expertflow bench --out`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for README.md and the pictures.")] = Path("report"),
+) -> None:
+    """Write a page with tables and pictures from result files."""
+    _call("report", results=results, out=out)
+
+
 def main() -> None:
     """Entry point."""
     try:

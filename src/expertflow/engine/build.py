@@ -1,6 +1,6 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,19 +159,29 @@ class OffloadedModel:
         foresight: the predictor at work, or None.
     """
 
-    def __init__(self, prepared: Prepared, config: EngineConfig, forecast: Forecast | None = None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        config: EngineConfig,
+        forecast: Forecast | None = None,
+        beside: "OffloadedModel | None" = None,
+    ) -> None:
         """Load. See `load_model`."""
         self.plan = plan = prepared.plan
         self.skeleton, self.fingerprint = prepared.skeleton, prepared.fingerprint
         self.device = torch.device(plan.device)
-        _check_memory(plan, config)
+        self._beside = beside
+        _check_memory(plan if beside is None else replace(plan, host=0), config)
         if self.device.type == "cuda":
             cuda_meter = CudaMeter(self.device)
         layout = RowLayout.of(plan.shape.specs)
         self.model: PreTrainedModel = load_dense(prepared.skeleton, self.device)
-        self.store = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
-        _fill(prepared.pieces, self.store, show=config.progress)
-        self.store.lock()
+        if beside is None:
+            self.store = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
+            _fill(prepared.pieces, self.store, show=config.progress)
+            self.store.lock()
+        else:
+            self.store = _rows_of(beside, prepared)
         self._pool = pool = SlotPool(layout, plan.slots, self.device)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
         self.meter: Meter = (
@@ -303,7 +313,8 @@ class OffloadedModel:
             self._rows.drop()
         self._provider = self._decoder = self._rows = None
         del self._transfer, self._pool
-        self.store.close()
+        if self._beside is None:
+            self.store.close()
 
 
 def _on(device: torch.device, strategy: Strategy) -> Strategy:
@@ -311,18 +322,36 @@ def _on(device: torch.device, strategy: Strategy) -> Strategy:
     return strategy.double_buffered() if device.type == "cuda" else strategy
 
 
-def load_model(model: str | Path, config: EngineConfig, forecast: Forecast | None = None) -> OffloadedModel:
+def load_model(
+    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, beside: OffloadedModel | None = None
+) -> OffloadedModel:
     """Plan, check, load and wire.
 
     Args:
         model: checkpoint folder, or a Hugging Face id.
         config: the wish.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
+        beside: the same checkpoint, loaded before and open as long as this one: its experts in host memory are used too.
 
     Raises:
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
-    return OffloadedModel(prepare(model, config, forecast), config, forecast)
+    return OffloadedModel(prepare(model, config, forecast), config, forecast, beside)
+
+
+def _rows_of(beside: OffloadedModel, prepared: Prepared) -> HostStore:
+    """The experts that another loaded model keeps in host memory.
+
+    Raises:
+        ConfigError: if they are of other weights, or of another dtype, than asked for.
+    """
+    same = beside.fingerprint == prepared.fingerprint and beside.plan.row == prepared.plan.row
+    if not same or beside.plan.device != prepared.plan.device:
+        raise ConfigError(
+            f"{prepared.skeleton.folder} cannot share the experts of {beside.skeleton.folder}: checkpoint, dtype or device differ",
+            "Load it by itself.",
+        )
+    return beside.store
 
 
 def _check_memory(plan: Plan, config: EngineConfig) -> None:

@@ -80,16 +80,26 @@ class LLM:
     Args:
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
+        beside: the same model, loaded before and open as long as this one: its experts in host memory are used too.
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 
     Raises:
         ExpertFlowError: if model, budget, device or host memory cannot do it; nothing is loaded then.
     """
 
-    def __init__(self, model: str | Path | None = None, *, forecast: Forecast | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        forecast: Forecast | None = None,
+        beside: "LLM | None" = None,
+        **options: Any,
+    ) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
-        self._offloaded: OffloadedModel = load_model(shipped_model() if model is None else model, self.config, forecast)
+        other = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
+        folder = shipped_model() if model is None else model
+        self._offloaded: OffloadedModel = load_model(folder, self.config, forecast, other)
         self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)

@@ -21,7 +21,7 @@ from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.models.checkpoint import read_json
 from expertflow.models.experts import IMPLEMENTATION, is_registry_experts
 from expertflow.models.families import FAMILIES, REFUSED, Family
-from expertflow.models.switch import SwitchExperts, swap_switch_experts
+from expertflow.models.switch import SwitchExperts, mark_switch_experts, swapped_switch_experts
 from expertflow.types import TensorSpec
 
 
@@ -165,8 +165,9 @@ def _emptied_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         config._experts_implementation = IMPLEMENTATION  # noqa: SLF001 - transformers offers no public setter before init
-        base.__init__(self, config, *args, **kwargs)
-        swap_switch_experts(self)
+        with swapped_switch_experts():
+            base.__init__(self, config, *args, **kwargs)
+        mark_switch_experts(self)
         for module in self.modules():
             if is_registry_experts(module):
                 _empty(module)

@@ -4,6 +4,8 @@ The stock class keeps every expert as a submodule and receives the routing as on
 semantics: transformers 5.17 `SwitchTransformersExperts`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersExperts
+from transformers.models.switch_transformers import modeling_switch_transformers as stock
 
 from expertflow.models.experts import Binding, Row, run_experts
 
@@ -46,10 +48,19 @@ class SwitchExperts(nn.Module):
         return functional.linear(inner, row["wo"])
 
 
-def swap_switch_experts(model: PreTrainedModel) -> None:
-    """Replace every Switch experts module of a model; other models are left alone."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, SwitchTransformersExperts):
-            parent = model.get_submodule(path.rpartition(".")[0])
-            parent.experts = SwitchExperts(model.config)
-            parent._is_hf_initialized = True  # noqa: SLF001 - or transformers indexes experts
+@contextmanager
+def swapped_switch_experts() -> Iterator[None]:
+    """Inside, Switch models are made with our experts class: the stock one makes four modules an expert to be thrown away."""
+    theirs = stock.SwitchTransformersExperts
+    stock.SwitchTransformersExperts = SwitchExperts
+    try:
+        yield
+    finally:
+        stock.SwitchTransformersExperts = theirs
+
+
+def mark_switch_experts(model: PreTrainedModel) -> None:
+    """Keep transformers from initialising the experts of a model's sparse blocks; other models are left alone."""
+    for module in model.modules():
+        if isinstance(module, stock.SwitchTransformersSparseMLP):
+            module._is_hf_initialized = True  # noqa: SLF001 - or transformers indexes experts

@@ -1,0 +1,133 @@
+"""Outside the family: Hugging Face accelerate's CPU offload on the same checkpoint, prompts and tokens, at the same peak memory.
+
+accelerate gives each module a device by `device_map="auto"`, fills the GPU up to `max_memory` and moves the rest in before each of
+its forwards. Greedy `generate`, batch by batch, the prompts of `expertflow bench` with the same seed; prefill is timed apart by
+generating one token first. Needs a GPU, and accelerate (`pip install accelerate`), which the package itself does not use.
+
+Usage: python benchmarks/accelerate_offload.py --model FOLDER --like RESULT.json --strategy plec --slots 48 --out FILE
+       --like is a result of `expertflow bench` on the same model: peak, batches, tokens and prompts are taken from it.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.utils import logging
+
+from expertflow.bench.about import commit, machine, versions
+from expertflow.bench.result import DECODE, PEAK, WARM, Result, Row, read_result
+from expertflow.bench.workload import make_workload
+from expertflow.engine.llm import load_tokenizer
+
+ROOM = 0.85
+"""Share of the peak given to weights: accelerate's `max_memory` does not count activations. Raised or lowered by --room."""
+
+
+def wanted(result: Result, strategy: str, slots: int) -> dict[int, Row]:
+    """The rows to compare with, by batch."""
+    rows = [row for row in result.rows if row.state == WARM and (row.strategy, row.slots) == (strategy, slots)]
+    if not rows:
+        raise SystemExit(f"the result has no warm rows of {strategy} with {slots} slots")
+    return {row.batch: row for row in rows}
+
+
+def load(folder: Path, room: int) -> PreTrainedModel:
+    """The stock model, dispatched by accelerate."""
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(folder).is_encoder_decoder else AutoModelForCausalLM
+    memory: dict[int | str, int] = {0: room, "cpu": 1 << 42}
+    return kind.from_pretrained(folder, dtype="auto", device_map="auto", max_memory=memory).eval()  # type: ignore[no-any-return]
+
+
+def timed(model: PreTrainedModel, prompts: list[tuple[int, ...]], tokens: int) -> tuple[float, list[list[int]]]:
+    """Seconds for so many new tokens of every prompt, and the tokens."""
+    width, left = max(map(len, prompts)), not model.config.is_encoder_decoder
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), width) if left else slice(0, len(prompt))
+        ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids.cuda(),
+            attention_mask=mask.cuda(),
+            do_sample=False,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+        )
+    torch.cuda.synchronize()
+    return time.perf_counter() - began, out[:, -tokens:].tolist()
+
+
+def measure(
+    model: PreTrainedModel, rows: dict[int, Row], result: Result, prompts_file: Path | None
+) -> list[dict[str, Any]]:
+    """Every batch: tokens a second decoding, beside the row compared with."""
+    tokens, repeats = int(result.config["tokens"]), int(result.config["repeats"])
+    folder = Path(model.config.name_or_path)
+    workload = make_workload(prompts_file, load_tokenizer(folder), long_prompt=0, seed=result.seed)
+    found = []
+    for batch, row in sorted(rows.items()):
+        torch.cuda.reset_peak_memory_stats()
+        timed(model, workload.batch(batch, 0), 2)
+        speeds = []
+        for repeat in range(1, repeats + 1):
+            prompts = workload.batch(batch, repeat)
+            first, _ = timed(model, prompts, 1)
+            whole, _ = timed(model, prompts, tokens)
+            speeds.append(batch * (tokens - 1) / (whole - first))
+        ours = row.figures[DECODE].median
+        found.append({
+            "batch": batch, "decode_tokens_per_second": speeds, "peak_bytes": torch.cuda.max_memory_allocated(),
+            "compared_with": {"strategy": row.strategy, "slots": row.slots, "decode_tokens_per_second": ours, "peak_bytes": row.figures[PEAK].median},
+            "times_faster": ours / statistics.median(speeds),
+        })  # fmt: skip
+        print(
+            f"batch {batch:2d}: accelerate {statistics.median(speeds):.2f} tokens/s, {row.strategy} {ours:.2f}",
+            flush=True,
+        )
+    return found
+
+
+def main() -> None:
+    """Load, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--like", type=Path, required=True)
+    parser.add_argument("--strategy", default="plec")
+    parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--batches", default="", help="of those in --like; default: all")
+    parser.add_argument("--prompts-file", type=Path)
+    parser.add_argument("--room", type=float, default=ROOM)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if find_spec("accelerate") is None:
+        raise SystemExit("accelerate is not installed here: nothing was measured. Install it: pip install accelerate")
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device: nothing was measured")
+    logging.set_verbosity_error()
+    result = read_result(options.like)
+    rows = wanted(result, options.strategy, options.slots)
+    if options.batches:
+        rows = {batch: rows[batch] for batch in map(int, options.batches.split(","))}
+    peak = int(min(row.figures[PEAK].median for row in rows.values()))
+    model = load(options.model, int(peak * options.room))
+    found = measure(model, rows, result, options.prompts_file)
+    about = {
+        "benchmark": "accelerate_offload", "date": time.strftime("%Y-%m-%d"), "commit": commit(), "seed": result.seed,
+        "config": {"like": options.like.name, "room": options.room, "tokens": result.config["tokens"], "repeats": result.config["repeats"]},
+        "machine": machine("cuda"), "versions": {**versions(), "accelerate": version("accelerate")}, "rows": found,
+    }  # fmt: skip
+    options.out.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measuring: the same work under every strategy, one schema of results, reports from result files."""

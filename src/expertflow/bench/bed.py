@@ -1,0 +1,229 @@
+"""One checkpoint's experts in host memory once, and the models that take turns with them; a run of one, timed.
+
+All seats of a bed have the same weights, dtype, batch and length, so that only slots, strategy and execution differ. On
+CUDA the allocator's peak is of the whole process: a seat's own is what it rose by since the seat was made, so a peak has to be
+read before the next seat is made.
+"""
+
+import gc
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from expertflow.bench.presets import Settings
+from expertflow.bench.recorded import Follower, RecordedGate, RecordedLayers
+from expertflow.bench.workload import Tokens, Workload
+from expertflow.cache.policy import layer_order
+from expertflow.cache.strategy import find_strategy
+from expertflow.config import EngineConfig, SamplingParams
+from expertflow.engine.build import prepare
+from expertflow.engine.llm import LLM
+from expertflow.events import CacheCounters
+
+_PROBES, _PROBE_BYTES = 5, 1 << 28
+_LARGEST_PASS = 512
+
+
+class Run(NamedTuple):
+    """One timed run; counts are of its decoding steps, unless they say otherwise.
+
+    Attributes:
+        tokens: what was generated, sequence by sequence.
+        first_seconds: until every sequence had its first token.
+        decode_seconds: from there to the end.
+        decoded: tokens in that time.
+        hits: needs that were in their slot when their layer ran.
+        kept: of these, those no load was made for.
+        needed: needs.
+        moved: bytes moved.
+        kept_all: as `kept`, prompts included.
+        needed_all: as `needed`, prompts included.
+    """
+
+    tokens: tuple[Tokens, ...]
+    first_seconds: float
+    decode_seconds: float
+    decoded: int
+    hits: int
+    kept: int
+    needed: int
+    moved: int
+    kept_all: int
+    needed_all: int
+
+
+def _kept(cache: CacheCounters) -> int:
+    return cache.hits - cache.prefetch_hits
+
+
+class Seat:
+    """A loaded model with its slots and its strategy."""
+
+    def __init__(self, llm: LLM, gate: Follower | None, others: int) -> None:
+        """Take a model that was just loaded.
+
+        Args:
+            llm: the model.
+            gate: the forecast that reads a recording, if its strategy has one.
+            others: bytes of device memory that were in use before and stay so.
+        """
+        self.llm, self.gate, self._others = llm, gate, others
+        self.plan = llm.plan
+
+    @property
+    def peak(self) -> int:
+        """Device memory in use at most, bytes, of this seat alone; read it before the next seat is made."""
+        return self.llm.stats.peak_bytes - self._others
+
+    def run(self, prompts: Sequence[Tokens], tokens: int) -> Run:
+        """Generate greedily, to the last token, and count.
+
+        Args:
+            prompts: token ids, at most `max_batch`.
+            tokens: new tokens of each sequence.
+        """
+        out: list[list[int]] = [[] for _ in prompts]
+        start, began = self.llm.stats.cache, time.perf_counter()
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        middle, before = began, CacheCounters()
+        for count, item in enumerate(self.llm.stream(prompts, params), 1):
+            out[item.index].append(item.token_id)
+            if count == len(prompts):
+                before, middle = self.llm.stats.cache, time.perf_counter()
+        ended = time.perf_counter()
+        after = self.llm.stats.cache
+        return Run(
+            tokens=tuple(map(tuple, out)),
+            first_seconds=middle - began,
+            decode_seconds=ended - middle,
+            decoded=sum(map(len, out)) - len(prompts),
+            hits=after.hits - before.hits,
+            kept=_kept(after) - _kept(before),
+            needed=after.accesses - before.accesses,
+            moved=after.bytes_moved - before.bytes_moved,
+            kept_all=_kept(after) - _kept(start),
+            needed_all=after.accesses - start.accesses,
+        )
+
+    def record(self, path: Path) -> AbstractContextManager[None]:
+        """Record the routing of what runs inside; the host execution then shows it."""
+        return self.llm.record(path)
+
+    def close(self) -> None:
+        """Give the device memory back."""
+        self.llm.close()
+        del self.llm
+        release()
+
+
+def release() -> None:
+    """Let go of what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Bed:
+    """Where seats are made.
+
+    Args:
+        folder: the checkpoint.
+        settings: the run.
+        workload: what will be generated from.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, workload: Workload) -> None:
+        """Load the experts."""
+        self.folder, self.settings = folder, settings
+        batch, longest = max(settings.batches), max(workload.longest, len(workload.long))
+        self._library = _library_bytes(settings.device)
+        self._common: dict[str, Any] = {
+            "max_batch": batch, "max_length": longest + settings.tokens, "device": settings.device, "dtype": settings.dtype,
+            "prefill_chunk": min(_LARGEST_PASS, workload.longest * batch),
+        }  # fmt: skip
+        self._owner = LLM(
+            folder, strategy="on-demand", slots="1/layer", execution="host", predictor="none", **self._common
+        )
+        self.plan = self._owner.plan
+
+    @property
+    def owner(self) -> Seat:
+        """The seat that holds the experts: on-demand, a slot a layer. It lives as long as the bed."""
+        return Seat(self._owner, None, 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint."""
+        return self._owner._offloaded.fingerprint  # noqa: SLF001 - the front door does not tell it
+
+    def seat(self, strategy: str, slots: str, execution: str) -> Seat:
+        """A model with these slots, strategy and execution.
+
+        Raises:
+            ExpertFlowError: as `LLM`.
+        """
+        release()
+        others = torch.cuda.memory_allocated() - self._library if self.plan.device == "cuda" else 0
+        row = find_strategy(strategy)
+        gate: Follower | None = None
+        if row.needs_future:
+            gate = RecordedGate(self.settings.gate_recall, self.settings.seed)
+        elif row.policy is layer_order and self.plan.shape.encoder_decoder:
+            gate = RecordedLayers()
+        predictor = self.settings.predictor if row.predicted else "none"
+        llm = LLM(
+            self.folder, strategy=strategy, slots=slots, execution=execution, predictor=predictor, forecast=gate,
+            beside=self._owner, **self._common,
+        )  # fmt: skip
+        return Seat(llm, gate, others)
+
+    def predictor_bytes(self) -> int:
+        """The network of the predictor that strategies with one would use, in memory; 0 if the model has none.
+
+        Raises:
+            PredictorError: if it is damaged, of another model, or named and not there.
+        """
+        config = EngineConfig.from_mapping({**self._common, "predictor": self.settings.predictor, "strategy": "plec"})
+        artifact = prepare(self.folder, config).predictor
+        return 0 if artifact is None else sum(int(value.nbytes) for value in artifact.model.state_dict().values())
+
+    def link_gbps(self) -> float:
+        """Copies of one row's size to the device, back to back, 10^9 bytes a second; the best of a few tries."""
+        store = self._owner._offloaded.store.buffer  # noqa: SLF001 - page-locked rows as the engine moves them
+        rows = max(1, min(len(store), _PROBE_BYTES // self.plan.row))
+        room = torch.empty(self.plan.row, dtype=torch.uint8, device=self.plan.device)
+        best = 0.0
+        for _ in range(_PROBES):
+            _wait(self.plan.device)
+            began = time.perf_counter()
+            for row in range(rows):
+                room.copy_(store[row], non_blocking=True)
+            _wait(self.plan.device)
+            best = max(best, rows * self.plan.row / (time.perf_counter() - began) / 1e9)
+        return best
+
+    def close(self) -> None:
+        """Give everything back; every seat has to be closed before."""
+        self._owner.close()
+        release()
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _library_bytes(device: str) -> int:
+    """What the matrix library keeps in the allocator from its first call on: no seat's own, but every seat needs it."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return 0
+    before = torch.cuda.memory_allocated()
+    square = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+    product = square @ square
+    del square, product
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated() - before

@@ -1,0 +1,114 @@
+"""The pictures of a report: speed by strategy, what is kept beside Belady, speed and memory over the budget."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure as Picture
+
+from expertflow.bench.result import BELADY, DECODE, KEPT, PEAK, RESIDENT, WARM, Result, Row
+from expertflow.errors import ResultError
+
+_DPI = 90
+_MARKS = "osv^D<>pXh"
+MIB = 2**20
+
+
+def _warm(result: Result) -> list[Row]:
+    return [row for row in result.rows if row.state == WARM]
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    """The strategy, with its execution where rows differ in it."""
+    several = len({other.execution for other in rows if other.strategy == row.strategy}) > 1
+    return f"{row.strategy} ({row.execution})" if several else row.strategy
+
+
+def _save(picture: Picture, path: Path) -> Path:
+    try:
+        picture.savefig(path, dpi=_DPI)
+    except OSError as error:
+        raise ResultError(f"{path} cannot be written: {error.strerror}", "Choose another place.") from error
+    return path
+
+
+def speed(result: Result, path: Path) -> Path:
+    """Bars of tokens a second by strategy and slots, one panel a batch, the all-resident model as a line."""
+    rows = [row for row in _warm(result) if DECODE in row.figures]
+    batches = sorted({row.batch for row in rows})
+    picture = Picture(figsize=(3.6 * len(batches) + 1.6, 3.6), layout="constrained")
+    panels = picture.subplots(1, len(batches), squeeze=False)[0]
+    for panel, batch in zip(panels, batches, strict=True):
+        here = [row for row in rows if row.batch == batch]
+        bars = [row for row in here if row.strategy != RESIDENT]
+        slots = sorted({row.slots for row in bars})
+        labels = list(dict.fromkeys(_label(row, bars) for row in bars))
+        for place, label in enumerate(labels):
+            mine = sorted((row for row in bars if _label(row, bars) == label), key=lambda row: row.slots)
+            at = [slots.index(row.slots) + (place - (len(labels) - 1) / 2) * 0.8 / len(labels) for row in mine]
+            figures = [row.figures[DECODE] for row in mine]
+            spread = [[f.median - f.low for f in figures], [f.high - f.median for f in figures]]
+            panel.bar(
+                at, [f.median for f in figures], 0.8 / len(labels), yerr=spread, label=label, error_kw={"lw": 0.7}
+            )
+        for row, style in zip((row for row in here if row.strategy == RESIDENT), ("--", ":"), strict=False):
+            panel.axhline(
+                row.figures[DECODE].median, color="black", ls=style, lw=1, label=f"all resident ({row.execution})"
+            )
+        panel.set_xticks(range(len(slots)), [f"{count} slots" for count in slots])
+        panel.set_title(f"batch {batch}")
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("decoded tokens/s")
+    picture.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return _save(picture, path)
+
+
+def kept(result: Result, path: Path) -> Path:
+    """Share of needs for which nothing was loaded against slots, Belady's beside it."""
+    rows = [row for row in _warm(result) if KEPT in row.figures]
+    return _lines(rows, path, lambda row: row.figures[KEPT].median, "share of needs kept (no load)")
+
+
+def budget(result: Result, path: Path) -> Path:
+    """Speed and peak memory over the share of experts that have a slot, of the largest batch."""
+    rows = [row for row in _warm(result) if DECODE in row.figures]
+    batch = max(row.batch for row in rows)
+    rows = [row for row in rows if row.batch == batch]
+    whole = [row for row in rows if row.strategy == RESIDENT]
+    picture = Picture(figsize=(8.5, 3.6), layout="constrained")
+    left, right = picture.subplots(1, 2)
+    labels = list(dict.fromkeys(_label(row, rows) for row in rows if row.strategy != RESIDENT))
+    for label, mark in zip(labels, _MARKS * len(labels), strict=False):
+        mine = sorted((row for row in rows if _label(row, rows) == label), key=lambda row: row.share)
+        mine += [row for row in whole if row.execution == mine[0].execution]
+        shares = [100 * row.share for row in mine]
+        left.plot(shares, [row.figures[DECODE].median for row in mine], marker=mark, label=label)
+        right.plot(shares, [row.figures[PEAK].median / MIB for row in mine], marker=mark, label=label)
+    for panel, name in ((left, "decoded tokens/s"), (right, "peak device memory, MiB")):
+        panel.set_xlabel("slots, % of experts (100: all resident)")
+        panel.set_ylabel(name)
+        panel.grid(alpha=0.3)
+    picture.suptitle(f"batch {batch}", fontsize="medium")
+    picture.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return _save(picture, path)
+
+
+def _lines(rows: Sequence[Row], path: Path, value: Callable[[Row], float], name: str) -> Path:
+    batches = sorted({row.batch for row in rows})
+    picture = Picture(figsize=(3.6 * len(batches) + 1.6, 3.6), layout="constrained")
+    panels = picture.subplots(1, len(batches), squeeze=False, sharey=True)[0]
+    for panel, batch in zip(panels, batches, strict=True):
+        here = [row for row in rows if row.batch == batch]
+        labels = list(dict.fromkeys(_label(row, here) for row in here if row.strategy != BELADY))
+        for label, mark in zip([*labels, BELADY], _MARKS * 3, strict=False):
+            mine = sorted((row for row in here if _label(row, here) == label), key=lambda row: row.share)
+            style = {"color": "black", "ls": "--"} if label == BELADY else {}
+            shown = "Belady" if label == BELADY else label
+            panel.plot(
+                [100 * row.share for row in mine], [value(row) for row in mine], marker=mark, label=shown, **style
+            )
+        panel.set_title(f"batch {batch}")
+        panel.set_xlabel("slots, % of experts")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(name)
+    picture.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return _save(picture, path)

@@ -1,0 +1,152 @@
+"""Reports say what result files say: every number, every missed goal, every picture."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from expertflow.bench.goals import verdicts
+from expertflow.bench.report import section, write_report
+from expertflow.bench.result import (
+    BELADY,
+    DECODE,
+    FIRST,
+    HIT,
+    KEPT,
+    KEPT_ALL,
+    MOVED,
+    PEAK,
+    RESIDENT,
+    SAVED,
+    WARM,
+    WHOLE,
+    Figure,
+    ModelFacts,
+    Result,
+    Row,
+    write_result,
+)
+from expertflow.cli.main import app
+from expertflow.errors import ResultError
+
+
+def row(strategy: str, slots: int, batch: int, speed: float, **more: float) -> Row:
+    """A row with every figure; `kept`, `belady`, `bound`, `peak`, `saved` as wanted."""
+    kept, belady = more.get("kept", 0.5), more.get("belady", 0.7)
+    figures = {
+        DECODE: Figure(
+            values=(speed, speed * 1.1, speed * 0.9), unit="tokens/s", bound=more.get("bound", 1000.0), bound_is="all resident"
+        ),
+        WHOLE: Figure(values=(speed / 2,), unit="tokens/s"),
+        FIRST: Figure(values=(0.25,), unit="s"),
+        HIT: Figure(values=(kept,), unit="share"),
+        KEPT: Figure(values=(kept,), unit="share", bound=belady, bound_is="Belady"),
+        KEPT_ALL: Figure(values=(kept,), unit="share", bound=belady, bound_is="Belady"),
+        MOVED: Figure(values=(12.5,), unit="MB/token", bound=7.5, bound_is="Belady"),
+        PEAK: Figure(values=(more.get("peak", 5e8),), unit="bytes", bound=6e8, bound_is="the plan"),
+        SAVED: Figure(values=(more.get("saved", 0.5),), unit="share", bound=0.99, bound_is="one slot"),
+    }  # fmt: skip
+    return Row(
+        strategy=strategy,
+        slots=slots,
+        share=slots / 1536,
+        batch=batch,
+        state=WARM,
+        execution="host",
+        exact=True,
+        figures=figures,
+    )
+
+
+def made(*rows: Row, experts: int = 128) -> Result:
+    """A result of a Switch model."""
+    facts = ModelFacts(
+        name="switch", model_type="switch_transformers", layers=12, experts=experts, top_k=1, dtype="bfloat16", row_bytes=9437184,
+        dense_bytes=10**8, fingerprint="abc",
+    )  # fmt: skip
+    kept = {name: Figure(values=(0.7,), unit="share") for name in (KEPT, KEPT_ALL)}
+    belady = Row(
+        strategy=BELADY, slots=rows[0].slots, share=rows[0].share, batch=rows[0].batch, state=WARM, execution="replay",
+        exact=None, figures=kept, note="counted",
+    )  # fmt: skip
+    whole = replace(row(RESIDENT, 1536, rows[0].batch, 1000.0), exact=None)
+    return Result(
+        preset="paper", command="expertflow bench --preset paper --out made.json", date="2026-01-01", commit="", seed=0,
+        config={"tokens": 8, "repeats": 3, "prompts": "p"}, machine={"device": "cpu", "processor": "p", "cores": 2},
+        versions={"torch": "0"}, model=facts, link_gbps=50.0, rows=(*rows, belady, whole), complete=True,
+    )  # fmt: skip
+
+
+def test_the_page_has_the_numbers_of_the_file_and_three_pictures(tmp_path: Path) -> None:
+    """Medians and spreads of the rows appear in tables headed by the command; the pictures are PNG files."""
+    result = made(row("ring", 48, 4, 13.125), row("next-use", 48, 4, 431.75, kept=0.4321))
+    page, *pictures = write_report([("made.json", result)], tmp_path / "report")
+    text = page.read_text()
+    assert "431.8 (388.6-474.9)" in text
+    assert "13.1 (11.8-14.4)" in text
+    assert "| 0.432 |" in text
+    assert "12.50 (7.50)" in text
+    assert text.count(f"`{result.command}`") >= 4
+    assert [path.name for path in pictures] == ["made_speed.png", "made_kept.png", "made_budget.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert all(f"({path.name})" in text for path in pictures)
+
+
+def test_goals_are_met_or_missed_by_the_rows() -> None:
+    """Thirty times the ring at four slots a layer meets ten times; three times does not, and says what the link allows."""
+    fast = made(row("ring", 48, 4, 10.0), row("plec", 48, 4, 300.0, saved=0.95))
+    assert [verdict.met for verdict in verdicts(fast)] == [True, True]
+    slow = made(row("ring", 48, 4, 10.0), row("plec", 48, 4, 30.0, bound=50.0))
+    speed, memory = verdicts(slow)
+    assert not speed.met
+    assert speed.figure.startswith("3.00x")
+    assert speed.bound.startswith("5.00x")
+    assert "out of reach here: all resident alone allows 5.00x" in speed.reason
+    assert not memory.met
+    text = section("made.json", slow)
+    assert "**missed**" in text
+    assert "out of reach here" in text
+
+
+def test_a_missed_hit_ratio_names_belady_or_foresight() -> None:
+    """Beyond Belady nobody can go; below it, seeing further would help."""
+    beyond = made(row("lru", 192, 4, 9.0, kept=0.6), row("next-use", 192, 4, 10.0, kept=0.65, belady=0.7), experts=32)
+    ratio, points = verdicts(beyond)
+    assert not ratio.met
+    assert "Belady, who knows every later use, keeps 70.00%" in ratio.reason
+    assert "Belady is 10.0 points above lru" in points.reason
+    within = made(row("lru", 192, 4, 9.0, kept=0.6), row("next-use", 192, 4, 10.0, kept=0.7, belady=0.95), experts=32)
+    assert [verdict.reason for verdict in verdicts(within)] == ["next-use would have to see further ahead"] * 2
+
+
+def test_other_models_have_no_goals() -> None:
+    """A goal is judged on its own model only."""
+    assert not verdicts(made(row("ring", 48, 4, 10.0), row("plec", 48, 4, 300.0), experts=64))
+
+
+def test_what_is_wrong_is_in_the_page() -> None:
+    """Unequal tokens, a peak over the plan, an unfinished run: all said before the tables."""
+    bad = replace(row("ring", 48, 4, 10.0, peak=7e8), exact=False)
+    result = replace(made(bad, row("plec", 48, 4, 30.0)), complete=False, left_out=("lru, slots 48: the deadline",))
+    text = section("made.json", result)
+    assert "NOT equal in 1 of 2 rows" in text
+    assert "OVER the plan in 1 rows" in text
+    assert "**Incomplete**" in text
+    assert "Not measured: lru, slots 48: the deadline." in text
+    assert re.search(r"oracle: counted\.", text)
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
+    """Several files, one page; a folder that cannot be made is an error of ours."""
+    for name in ("a", "b"):
+        write_result(made(row("ring", 48, 4, 10.0), row("plec", 48, 4, 30.0)), tmp_path / f"{name}.json")
+    words = ["report", *(str(tmp_path / f"{name}.json") for name in ("a", "b")), "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert len(done.stdout.split()) == 7
+    assert (tmp_path / "out" / "README.md").read_text().count("## switch, preset paper") == 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultError, match="cannot be written"):
+        CliRunner().invoke(app, [*words[:3], "-o", str(tmp_path / "file")], catch_exceptions=False)

@@ -1,0 +1,151 @@
+"""Train Switch models, record their routing, train their predictors and measure them, all within a deadline.
+
+Run: ``PYTHONPATH=tools:src python -m switch.evaluate --text FILE.xz --out DIR --scratch DIR --deadline 560``
+
+For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`) and `switch_N_training.json`. The
+measurement gets an equal share of the time that training leaves; what does not fit is named in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from expertflow import LLM, SamplingParams
+from expertflow.bench.measure import measure
+from expertflow.bench.presets import make_settings
+from expertflow.bench.result import write_result
+from expertflow.cli.bench import command_of, show
+from expertflow.cli.train_predictor import Source
+from expertflow.cli.train_predictor import main as train_predictor
+from switch.constants import PROMPTS_FILE, REPORT_FILE, TRAINING_PROMPTS_FILE
+from switch.train import prepare_text, sizes, train
+
+STARTED = time.perf_counter()
+TRACE = "training.trace"
+
+
+def say(text: str) -> None:
+    """A line with the time."""
+    print(f"[{time.perf_counter() - STARTED:5.0f} s] {text}", flush=True)
+
+
+def record(folder: Path, tokens: int, device: str) -> None:
+    """The routing of training prompts, for the predictor."""
+    lines = (folder / TRAINING_PROMPTS_FILE).read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["tokens"] for line in lines]
+    longest = max(map(len, prompts)) + tokens
+    with (
+        LLM(folder, slots="100%", execution="host", max_batch=32, max_length=longest, device=device) as llm,
+        llm.record(folder / TRACE),
+    ):
+        llm.generate(prompts, SamplingParams(max_tokens=tokens, ignore_eos=True))
+
+
+def release() -> None:
+    """Let go of what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def predictor(folder: Path, epochs: int, device: str) -> None:
+    """Train the predictor that belongs to the checkpoint: its folder is found unnamed."""
+    source = Source(trace=folder / TRACE, model=str(folder), skip="", leave_out="", validation=0.1)
+    options = {"epochs": epochs, "batch": 16, "rate": 2e-3, "seed": 0, "device": device}
+    train_predictor(source=source, out=folder / "predictor", kind="path", options=options)
+
+
+def bench(folder: Path, out: Path, seconds: float, options: argparse.Namespace) -> bool:
+    """The paper's preset on the model; whether every token was exact."""
+    given = {
+        "model": str(folder), "prompts_file": folder / PROMPTS_FILE, "deadline": seconds, "tokens": options.tokens,
+        "repeats": options.repeats, "device": options.device,
+        "slots": tuple(options.slots.split(",")), "batches": tuple(int(part) for part in options.batches.split(",")),
+        "strategies": tuple(options.strategies.split(",")), "long_prompt": options.long_prompt,
+    }  # fmt: skip
+    last = [0.0]
+
+    def tell(what: str, done: int, total: int) -> None:
+        if time.perf_counter() - last[0] > 10:
+            last[0] = time.perf_counter()
+            say(f"{done} of {total}: {what}")
+
+    result = measure(make_settings("paper", given), command_of("paper", given, out), tell)
+    write_result(result, out)
+    show(result)
+    return all(row.exact is not False for row in result.rows)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, required=True, help="text, plain or .xz")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the result files")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for checkpoints, such as one in /dev/shm")
+    parser.add_argument("--experts", default="32,128")
+    parser.add_argument("--train-seconds", default="50,80", help="time to train, a size")
+    parser.add_argument("--deadline", type=float, default=560.0, help="seconds in all")
+    parser.add_argument("--epochs", type=int, default=12, help="of the predictors; 0: none")
+    parser.add_argument("--strategies", default="on-demand,lru,ring,pregated,next-use,plec")
+    parser.add_argument("--slots", default="4/layer,8/layer,16/layer")
+    parser.add_argument("--batches", default="4,8,16,32")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--long-prompt", type=int, default=256)
+    parser.add_argument("--characters", type=int, default=14_000_000)
+    parser.add_argument("--batch", type=int, default=48, help="sequences of a training step")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --scratch")
+    parser.add_argument("--tiny", action="store_true", help="toy models, to try the script")
+    options = parser.parse_args(argv)
+    if len(options.experts.split(",")) != len(options.train_seconds.split(",")):
+        parser.error("give one --train-seconds for every size")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Everything for every size."""
+    options = arguments(argv)
+    logging.set_verbosity_error()
+    options.out.mkdir(parents=True, exist_ok=True)
+    counts = [int(part) for part in options.experts.split(",")]
+    seconds = [float(part) for part in options.train_seconds.split(",")]
+    shape, recipe = sizes(counts[0], tiny=options.tiny, batch=options.batch)
+    text = prepare_text(options.text, shape, recipe, options.characters)
+    say(f"{len(text.corpus.train)} tokens to train on")
+    exact = True
+    for number, (experts, time_box) in enumerate(zip(counts, seconds, strict=True)):
+        folder = options.scratch / f"switch-{experts}"
+        shape, recipe = sizes(experts, tiny=options.tiny, batch=options.batch)
+        train(text, shape, recipe, torch.device(options.device), time_box, folder)
+        shutil.copy(folder / REPORT_FILE, options.out / f"switch_{experts}_training.json")
+        release()
+        say(f"Switch-{experts} is written")
+        if options.epochs:
+            record(folder, options.tokens, options.device)
+            release()
+            say("its routing is recorded")
+            predictor(folder, options.epochs, options.device)
+            say("its predictor is trained")
+        left = options.deadline - (time.perf_counter() - STARTED)
+        share = (left - sum(seconds[number + 1 :])) / (len(counts) - number)
+        say(f"measuring for {share:.0f} s")
+        exact &= bench(folder, options.out / f"switch_{experts}.json", max(share, 1.0), options)
+        release()
+        if not options.keep:
+            shutil.rmtree(folder)
+    say("done")
+    if not exact:
+        raise SystemExit("tokens differ from the all-resident model's: see the result files")
+
+
+if __name__ == "__main__":
+    main()
