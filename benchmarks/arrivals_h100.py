@@ -69,6 +69,18 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[int(share * (len(values) - 1))]
 
 
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The result file, as far as it goes."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result = {
+        "benchmark": "arrivals", "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
+        "config": {"shape": "q", "requests": options.requests, "shorter": SHORTER, "faster": FASTER, **COMMON},
+        "machine": {"device": device},
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), "expertflow": __version__},
+    }  # fmt: skip
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -104,18 +116,12 @@ def main() -> None:
         rows.append(row)
         print(f"{name:20s} {row['slots']:4d} slots  {tokens / seconds:6.1f} tok/s in {seconds:5.1f} s; first token {row['first_token_seconds'][0]:.2f} s (95%: {row['first_token_seconds'][1]:.2f}), "
               f"later {row['token_seconds'][0] * 1e3:.1f} ms (95%: {row['token_seconds'][1] * 1e3:.1f}); peak {peak / 2**30:.2f} GiB {'<=' if peak <= offloaded.plan.budget else '>'} {options.budget}", flush=True)  # fmt: skip
+        write(options, rows)
         offloaded.close()
         del offloaded, engine
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    result = {
-        "benchmark": "arrivals", "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
-        "config": {"shape": "q", "requests": options.requests, "shorter": SHORTER, "faster": FASTER, **COMMON},
-        "machine": {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"},
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "expertflow": __version__},
-    }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ from expertflow.schedule.scheduler import Decode
 from expertflow.trace.format import Header, Trace, TraceWriter, load_trace
 from expertflow.trace.owners import Coming
 
-LIVE, BATCH, REPEATS, PROMPT, LENGTH = 32, 8, 3, 24, 128
-ROUNDS = {"g": 12, "s": 40}
+LIVE, BATCH, REPEATS, PROMPT, LENGTH = 32, 8, 3, 64, 128
+ROUNDS = {"g": 8, "s": 30}
 WARM = 3
 """Rounds before the measured ones."""
 SHARES = {"g": (0.5, 0.25), "s": (0.125, 0.03125)}
@@ -276,6 +276,19 @@ def measure(
     return found
 
 
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], rounds: int, recorded: Recorded) -> None:
+    """The result file, as far as it goes."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result = {
+        "benchmark": "schedule", "shape": options.shape, "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
+        "config": {"live": LIVE, "batch": BATCH, "rounds": rounds, "warm": WARM, "repeats": REPEATS, "prompt": PROMPT, "known_tokens": int(recorded.known)},
+        "machine": {"device": device},
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
+                     "transformers": transformers.__version__, "expertflow": __version__},
+    }  # fmt: skip
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -285,6 +298,7 @@ def main() -> None:
     parser.add_argument("--map", type=Path)
     parser.add_argument("--schedules", default=",".join(SCHEDULES))
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--shares", default="", help="slots as shares of all experts")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if options.map:
@@ -301,7 +315,7 @@ def main() -> None:
     wish = {"max_batch": BATCH, "max_live": LIVE, "max_length": LENGTH, "prefill_chunk": BATCH * PROMPT, "execution": "graph",
             "schedule": "fifo", "device": device.type}  # fmt: skip
     names, rows = options.schedules.split(","), []
-    for share in SHARES[options.shape]:
+    for share in [float(text) for text in options.shares.split(",")] if options.shares else SHARES[options.shape]:
         offloaded = open_random(sizes_of(options.shape, tiny=device.type == "cpu"), wish, options.predictor, share)
         now = replaying(offloaded)
         found = measure(offloaded, now, recorded, rounds, names)
@@ -321,6 +335,7 @@ def main() -> None:
                   f"{statistics.median(a['loads_per_token'] for a in answers):.2f} loads a token, host {statistics.median(a['host_share'] for a in answers):.1%}", flush=True)  # fmt: skip
             rows.append({"share": share, "slots": offloaded.plan.slots, "schedule": name, "runs": answers,
                          "peak_bytes": offloaded.measure(), "budget_bytes": offloaded.plan.total})  # fmt: skip
+        write(options, rows, rounds, recorded)  # a share at a time: a run that is cut off has lost nothing
         failure = None if offloaded.foresight is None else offloaded.foresight.failure
         if failure:
             raise SystemExit(f"the predictor failed: {failure}")
@@ -329,14 +344,6 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    result = {
-        "benchmark": "schedule", "shape": options.shape, "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
-        "config": {"live": LIVE, "batch": BATCH, "rounds": rounds, "warm": WARM, "repeats": REPEATS, "prompt": PROMPT, "known_tokens": int(recorded.known)},
-        "machine": {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"},
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
-                     "transformers": transformers.__version__, "expertflow": __version__},
-    }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

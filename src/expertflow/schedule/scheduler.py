@@ -25,8 +25,8 @@ Ask = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
 """How likely the next token of each sequence uses an expert, `[N, L, E]`; None if nobody knows."""
 _CANDIDATES = 16
 """Waiting requests that are compared when some are to be admitted by route."""
-_REST = 16
-"""Rounds that `auto` steps by arrival before it asks again, once that was cheaper."""
+_REST = 32
+"""Rounds that `auto` steps by arrival before it asks again, at most: 1 when that was cheaper, then 2, 4, ..."""
 
 
 class Part(NamedTuple):
@@ -103,6 +103,7 @@ class Scheduler:
     _place: int = 0
     _read_before_round: bool = False
     _by_arrival: int = 0
+    _rest: int = 1
     _lost: float = 0.0
 
     def __post_init__(self) -> None:
@@ -189,7 +190,9 @@ class Scheduler:
         elif chances is not None and self.rates is not None:
             found = cheapest(chances, self.batch, self.rates, self.top_k)
             if np.array_equal(found.groups, groups):
-                self._by_arrival = _REST
+                self._by_arrival, self._rest = self._rest, min(2 * self._rest, _REST)
+            else:
+                self._rest = 1
             groups = found.groups
         return [[live[place] for place in np.flatnonzero(groups == number)] for number in range(count)]
 
