@@ -213,7 +213,7 @@ def test_no_waiting_request_is_passed_over_for_ever() -> None:
 
 
 def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
-    """One of four rows is empty: a pass that costs two rounds waits for eight; nobody live, or a prompt half read: for none."""
+    """One of four rows is empty: a pass that costs two rounds waits for eight, but for none where nobody steps."""
     scheduler = Scheduler(rows=4, batch=4, chunk=10, costs=lambda: (2.0, 1.0))
     for number in range(4):
         scheduler.add(number, 2)
@@ -227,19 +227,31 @@ def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
     assert rounds == 7  # the eighth is due
     scheduler.done(turn)
     assert [part.sequence for part in turn.parts] == [4]
-    scheduler.remove(1)
-    scheduler.add(5, 35)  # waits for its turn, then is read in four passes
-    while isinstance(turn := scheduler.next(), Decode):
-        pass
-    scheduler.done(turn)
-    scheduler.remove(2)
-    scheduler.add(6, 2)
-    assert isinstance(scheduler.next(), Decode)
-    assert [part.sequence for part in scheduler.next().parts] == [5, 6]
-    for number in range(7):
+    for number in range(5):
         scheduler.remove(number)
-    scheduler.add(7, 2)
-    assert [part.sequence for part in scheduler.next().parts] == [7]
+    scheduler.add(5, 2)
+    assert [part.sequence for part in scheduler.next().parts] == [5]
+
+
+def test_long_prompts_do_not_crawl_beside_short_ones() -> None:
+    """A pass reads as many tokens as it can, the first prompt's among them: 291 tokens in five passes of 64, not in 25."""
+    scheduler = Scheduler(rows=8, batch=8, chunk=64)
+    lengths = (60, 5, 5, 5, 6, 5, 5, 200)
+    for number, prompt in enumerate(lengths):
+        scheduler.add(number, prompt)
+    passes, read = [], [0] * 8
+    while min(left := [most - done for most, done in zip(lengths, read, strict=True)]) > 0 or max(left) > 0:
+        turn = scheduler.next()
+        if isinstance(turn, Prefill):
+            first = next(number for number in range(8) if read[number] < lengths[number])
+            assert first in [part.sequence for part in turn.parts]
+            for part in turn.parts:
+                assert part.begin == read[part.sequence]
+                read[part.sequence] = part.end
+            passes.append(sum(part.end - part.begin for part in turn.parts))
+            scheduler.done(turn)
+    assert len(passes) == 5
+    assert sum(passes) == sum(lengths)
 
 
 @given(rows=st.integers(1, 5), seed=st.integers(0, 99), cost=st.floats(0, 30))

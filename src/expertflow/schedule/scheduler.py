@@ -206,21 +206,36 @@ class Scheduler:
         return self.ask(live)
 
     def _pass(self) -> Prefill | None:
-        """Prompts that are being read, and new ones while there are rows, as many columns each as the chunk allows."""
+        """Parts of prompts that are being read, new ones included if it is time for some."""
         if (self.joins or not self._live) and self._opportune():
             self._admit()
         reading = [sequence for sequence in self._live if not self._decodes(sequence)]
-        if self.joins:
-            reading = reading[: min(self.batch, self.chunk)]
         if not reading:
             return None
         columns = max(1, self.chunk // len(reading))
+        if self.joins:
+            reading, columns = self._widest(reading)
         parts = []
         for sequence in reading:
             known = self._live[sequence]
             end = known.prompt if not self.joins else min(known.prompt, known.read + columns)
             parts.append(Part(sequence, known.read, end, end == known.prompt))
         return Prefill(tuple(parts))
+
+    def _widest(self, reading: list[int]) -> tuple[list[int], int]:
+        """Who is read in a pass, and how many columns each: whatever reads most tokens, with the first one among them.
+
+        A pass has as many columns for each, so a long prompt beside short ones would be read in many passes.
+        """
+        left = {sequence: self._live[sequence].prompt - self._live[sequence].read for sequence in reading}
+        longest = sorted(reading[1:], key=lambda sequence: -left[sequence])
+        best, most, width = reading[:1], 0, self.chunk
+        for count in range(1, min(len(reading), self.batch, self.chunk) + 1):
+            columns, members = self.chunk // count, [reading[0], *longest[: count - 1]]
+            tokens = sum(min(left[sequence], columns) for sequence in members)
+            if tokens >= most:
+                best, most, width = members, tokens, columns
+        return sorted(best, key=reading.index), width
 
     def _opportune(self) -> bool:
         """Whether to let waiting requests in now. Asked once a round.
@@ -232,9 +247,8 @@ class Scheduler:
         wanted = min(len(self._free), len(self._waiting))
         if not wanted:
             return False
-        alone = not any(self._decodes(sequence) for sequence in self._live)
-        if self.costs is None or alone or any(not self._decodes(sequence) for sequence in self._live):
-            self._lost = 0.0  # nobody is held up, or there will be a pass anyway
+        if self.costs is None or not any(self._decodes(sequence) for sequence in self._live):
+            self._lost = 0.0  # nobody is held up
             return True
         a_pass, a_round = self.costs()
         self._lost += a_round * wanted / self.rows
