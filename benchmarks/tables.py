@@ -212,7 +212,90 @@ def engine_q() -> str:
     return "\n".join(_engine("q", "next-use"))
 
 
+def schedule() -> str:
+    """Live sequences in turns on a GPU: by arrival, by route, as the cost model says."""
+    result = json.loads((RESULTS / "schedule_g_h100.json").read_text())
+    config, lines = result["config"], []
+    lines = [
+        "| slots | schedule | tokens/s | over fifo | time per token, 95% of requests, over fifo | loads a token | peak GiB (budget) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    runs = {(row["share"], row["schedule"]): row["runs"] for row in result["rows"]}
+    for row in result["rows"]:
+        fifo = runs[row["share"], "fifo"]
+        speeds = [run["tokens_per_second"] for run in row["runs"]]
+        gains, late = (
+            [mine[key] / theirs[key] for mine, theirs in zip(row["runs"], fifo, strict=True)]
+            for key in ("tokens_per_second", "p95_token_seconds")
+        )
+        loads = statistics.median(run["loads_per_token"] for run in row["runs"])
+        memory = f"{row['peak_bytes'] / GIB:.2f} ({row['budget_bytes'] / GIB:.2f})"
+        cells = (
+            _median(speeds),
+            f"{statistics.median(gains):.3f}",
+            f"{statistics.median(late):.3f}",
+            f"{loads:.2f}",
+            memory,
+        )
+        lines.append(f"| {row['share']:.0%} | {row['schedule']} | {' | '.join(cells)} |")
+    versions = result["versions"]
+    lines += ["", (f"{result['machine']['device']}, torch {versions['torch']}; {config['live']} live sequences in turns of {config['batch']}, {config['rounds']} rounds, "
+              f"{config['repeats']} parts of the sequences, every schedule on each; medians (smallest-largest).")]  # fmt: skip
+    return "\n".join(lines)
+
+
+def turns() -> str:
+    """Loads a token of groups in turn in the simulator, and what the cost model expects."""
+    rows = json.loads((RESULTS / "grouping_gpt_oss_20b.json").read_text())["turns"]
+    cell = {(r["groups"], r["size"], r["share"], r["way"], r["strategy"], r["known"]): r for r in rows}
+    heads = (
+        "arrival, blind",
+        "arrival",
+        "routes",
+        "merged",
+        "Belady: arrival",
+        "Belady: routes",
+        "Belady: merged",
+        "model: arrival",
+        "model: routes",
+        "model: merged",
+    )
+    lines = [f"| groups x size | slots | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    for groups, size, share in dict.fromkeys(key[:3] for key in cell):
+        case = groups, size, share
+        values = [cell[*case, "arrival", "plec", False]["loads_per_token"]]
+        values += [cell[*case, way, "plec", True]["loads_per_token"] for way in ("arrival", "routes", "merged")]
+        values += [cell[*case, way, "oracle", True]["loads_per_token"] for way in ("arrival", "routes", "merged")]
+        values += [cell[*case, way, "plec", True]["model_loads_per_token"] for way in ("arrival", "routes", "merged")]
+        lines.append(f"| {groups} x {size} | {share:.0%} | {' | '.join(f'{value:.1f}' for value in values)} |")
+    return "\n".join(lines)
+
+
+def arrivals() -> str:
+    """Requests that arrive: on a GPU, and the scheduler alone on a virtual clock."""
+    lines = [
+        "| | tokens/s | first token s, half and 95% of requests | later tokens ms, half and 95% | passes |",
+        "|---|---|---|---|---|",
+    ]
+    measured = json.loads((RESULTS / "arrivals_h100.json").read_text())
+    clock = json.loads((RESULTS / "admission.json").read_text())
+    for name, row in [(f"H100, {r['mode']}", r) for r in measured["rows"]] + [
+        (f"virtual clock, {r['chunk']} tokens a pass, {r['mode']}", r) for r in clock["rows"]
+    ]:
+        first, later = row["first_token_seconds"], row["token_seconds"]
+        lines.append(
+            f"| {name} | {row['tokens_per_second']:.0f} | {first[0]:.2f}, {first[1]:.2f} | {later[0] * 1e3:.1f}, {later[1] * 1e3:.1f} | {row.get('passes', '')} |"
+        )
+    inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in measured["rows"])
+    lines += ["", (f"{measured['machine']['device']}, torch {measured['versions']['torch']}, {measured['config']['requests']} requests, one run each; peak within the "
+              f"{measured['rows'][0]['budget_bytes'] / GIB:.0f} GiB budget in every row: {'yes' if inside else 'NO'}. Virtual clock: {clock['rows'][0]['requests']} requests.")]  # fmt: skip
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "schedule": schedule,
+    "turns": turns,
+    "arrivals": arrivals,
     "engine-g": engine_g,
     "engine-q": engine_q,
     "host-execution": host_execution,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.forecast import Forecast
@@ -159,7 +160,15 @@ class LLM:
         Raises:
             PromptError: if a prompt is empty or too long; nothing is generated then.
         """
-        finished = [item.output for item in self.stream(prompts, params) if item.output is not None]
+        listed = _as_list(prompts)
+        columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        finished = []
+        with Progress(*columns, disable=not self.config.progress or len(listed) < 2, transient=True) as bar:
+            task = bar.add_task("requests", total=len(listed))
+            for item in self.stream(prompts, params):
+                if item.output is not None:
+                    finished.append(item.output)
+                    bar.advance(task)
         return sorted(finished, key=lambda output: output.index)
 
     def stream(

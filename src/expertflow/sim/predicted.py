@@ -59,6 +59,9 @@ class RowScores:
 class PredictedRows(Nothing):
     """The united predictions of a workload's live sequences, and of the groups whose turn is next.
 
+    As the engine knows them: groups whose turns are still to come in this round, and behind them those that had theirs, as if
+    they came again together; who is with whom in the next round is not known yet.
+
     Args:
         workload: the steps.
         scores: predictions for all of their rows.
@@ -85,19 +88,33 @@ class PredictedRows(Nothing):
             )
         self._workload, self._scores = workload, scores
         self._known: dict[int, Chances] = {}
+        self._again: dict[int, Chances | None] = {}
 
     def outlook(self, step: Step) -> Outlook | None:
         """Demand from this step on; None behind the workload's end."""
-        last = min(step.number + self._workload.groups, len(self._workload))
-        if step.number >= last:
+        groups, steps = self._workload.groups, len(self._workload)
+        if step.number >= steps:
             return None
-        self._known = {
-            number: self._known[number] if number in self._known else self._demand(number)
-            for number in range(step.number, last)
-        }
-        return Outlook(take_turns(list(self._known.values())))
+        begin = step.number // groups * groups
+        if step.number == begin:
+            self._known, self._again = {}, {}
+        for number in range(step.number, min(begin + groups, steps)):
+            if number not in self._known:
+                self._known[number] = self._demand(self._workload.members[number])
+        for number in range(begin, step.number):
+            if number not in self._again:
+                self._again[number] = self._following(number, begin + groups)
+        turns = [self._known[number] for number in range(step.number, min(begin + groups, steps))]
+        turns += [again for again in self._again.values() if again is not None]
+        return Outlook(take_turns(turns))
 
-    def _demand(self, number: int) -> Chances:
-        """`[H, L, E]` of the sequences that step together then, from what is known before it."""
-        rows = self._workload.members[number]
+    def _demand(self, rows: npt.NDArray[np.int64]) -> Chances:
+        """`[H, L, E]` of sequences that step together, from what is known before it."""
         return hazards(unite(self._scores.of(rows[rows >= 0])))
+
+    def _following(self, number: int, begin: int) -> Chances | None:
+        """The same for the next step of those that step together now, somewhere in the round from `begin` on."""
+        rows, sequence = self._workload.members[number], self._workload.trace.rows.sequence
+        later = self._workload.members[begin : begin + self._workload.groups].reshape(-1)
+        found = later[(later >= 0) & np.isin(sequence[later], sequence[rows[rows >= 0]])]
+        return self._demand(found) if len(found) else None
