@@ -157,12 +157,12 @@ class ReplayEngine(Engine):
     def _announce(self, coming: Coming) -> None:
         super()._announce(coming._replace(following=()) if self.blind else coming)
 
-    def _decode(self, turn: Decode) -> list[Any]:
+    def _decode(self, turn: Decode) -> int:
         began = time.perf_counter()
-        outputs = super()._decode(turn)
+        count = super()._decode(turn)
         self.seconds += time.perf_counter() - began
         self.turns += 1
-        return outputs
+        return count
 
 
 def open_random(

@@ -350,6 +350,29 @@ def test_arrivals_cancellations_and_regroupings_change_no_token(
         assert number in over
 
 
+def test_streams_and_single_requests_share_the_engine(make_checkpoint: MakeCheckpoint) -> None:
+    """Tokens go to whoever asked: a stream's to the stream, though somebody else steps; others' to who steps, though a stream does."""
+    folder = make_checkpoint("qwen3_moe")
+    expected = alone(folder)
+    with LLM(folder, device=DEVICE, max_batch=3, max_length=48, slots=6) as llm:
+        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
+        own = llm.engine.add(llm.request(PROMPTS[0], params[0]))
+        stream = llm.stream(PROMPTS[2], params[2])
+        streamed = [next(stream).token_id]
+        single = [output.token_id for number, output in llm.engine.step() if number == own]
+        while llm.engine.unfinished:
+            for number, output in llm.engine.step():
+                assert number == own
+                single.append(output.token_id)
+        streamed += [output.token_id for output in stream]
+        assert (tuple(single), tuple(streamed)) == (expected[0], expected[2])
+        stream = llm.stream(PROMPTS[1:3], params[1:3])
+        next(stream)
+        for number in range(llm.engine.begun):
+            llm.engine.cancel(number)
+        assert len(list(stream)) <= 1  # it ends; what was there already may come
+
+
 def failing_now_and_then(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A forward pass whose every fourth answer is lost."""
     calls = iter(range(10_000))

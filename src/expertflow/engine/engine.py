@@ -9,7 +9,7 @@ know how any of them works.
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,7 @@ class _Running:
 
     request: Request
     added: float
+    take: Callable[[StreamOutput], None] | None
     first: float = 0.0
     usual: npt.NDArray[np.float32] | None = field(default=None)
 
@@ -70,6 +71,7 @@ class Engine:
         self._turns: deque[float] = deque(maxlen=_REMEMBERED)
         self._turns_a_round = 1
         self._running: dict[int, _Running] = {}
+        self._untaken: list[tuple[int, StreamOutput]] = []
         self._next = 0
         self.recorder: Recorder | None = None
 
@@ -83,10 +85,18 @@ class Engine:
         """Requests that wait or run."""
         return len(self._running)
 
-    def add(self, request: Request) -> int:
-        """Queue a request; its number, by which it can be cancelled."""
+    def add(self, request: Request, take: Callable[[StreamOutput], None] | None = None) -> int:
+        """Queue a request.
+
+        Args:
+            request: not added before.
+            take: called with each of its tokens; None: they are returned by `step`.
+
+        Returns:
+            Its number, by which it can be cancelled.
+        """
         number, self._next = self._next, self._next + 1
-        self._running[number] = _Running(request=request, added=time.perf_counter())
+        self._running[number] = _Running(request=request, added=time.perf_counter(), take=take)
         self._scheduler.add(number, len(request.prompt_token_ids))
         return number
 
@@ -102,7 +112,19 @@ class Engine:
         return True
 
     def step(self) -> list[tuple[int, StreamOutput]]:
-        """Carry out what comes next; new tokens by request number. Empty behind a pass that ended no prompt, or if idle.
+        """Carry out what comes next; new tokens by request number, of requests that were added without a taker.
+
+        Also those that came while somebody else called `advance`. Empty behind a pass that ended no prompt, or if idle.
+
+        Raises:
+            ClosedError: if the model was closed.
+        """
+        self.advance()
+        found, self._untaken = self._untaken, []
+        return found
+
+    def advance(self) -> int:
+        """Carry out what comes next, and hand out the tokens; how many there were.
 
         Raises:
             ClosedError: if the model was closed.
@@ -110,17 +132,17 @@ class Engine:
         self._offloaded.check_open()
         turn = self._scheduler.next()
         if turn is None:
-            return []
+            return 0
         began = time.perf_counter()
         with self._offloaded.meter.watch():
-            outputs = self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
+            count = self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
         lasted = time.perf_counter() - began
         if isinstance(turn, Prefill):
             self._passes.append(lasted)
         else:
             self._turns.append(lasted)
             self._turns_a_round = len(turn.groups)
-        return outputs
+        return count
 
     def _costs(self) -> tuple[float, float]:
         """Seconds of a pass and of a round, as the last ones took; medians, because a capture takes its time."""
@@ -128,7 +150,7 @@ class Engine:
             return 0.0, 0.0
         return statistics.median(self._passes), statistics.median(self._turns) * self._turns_a_round
 
-    def _prefill(self, turn: Prefill) -> list[tuple[int, StreamOutput]]:
+    def _prefill(self, turn: Prefill) -> int:
         pieces = []
         for part in turn.parts:
             tokens = self._running[part.sequence].request.prompt_token_ids
@@ -146,10 +168,10 @@ class Engine:
         self._scheduler.done(turn)
         ended = [place for place, part in enumerate(turn.parts) if part.last]
         if not ended:
-            return []
+            return 0
         return self._sample([turn.parts[place].sequence for place in ended], logits[ended])
 
-    def _decode(self, turn: Decode) -> list[tuple[int, StreamOutput]]:
+    def _decode(self, turn: Decode) -> int:
         fed = []
         for number in turn.sequences:
             request = self._running[number].request
@@ -164,21 +186,24 @@ class Engine:
             if listener is not None:
                 listener.expect(coming)
 
-    def _sample(self, numbers: Sequence[int], logits: Tensor) -> list[tuple[int, StreamOutput]]:
+    def _sample(self, numbers: Sequence[int], logits: Tensor) -> int:
         running = [self._running[number] for number in numbers]
         tokens = self._choose([one.request for one in running], logits)
-        now, outputs, over = time.perf_counter(), [], []
+        now, over = time.perf_counter(), []
+        if self._offloaded.foresight is not None:
+            self._offloaded.foresight.sampled(numbers, tokens)
         for number, one, token in zip(numbers, running, tokens, strict=True):
             one.first = one.first or now
             output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
-            outputs.append((number, output))
             if output.output is not None:
                 over.append(number)
-        if self._offloaded.foresight is not None:
-            self._offloaded.foresight.sampled(numbers, tokens)
+            if one.take is None:
+                self._untaken.append((number, output))
+            else:
+                one.take(output)
         for number in over:
             self.cancel(number)
-        return outputs
+        return len(tokens)
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
         """The next token of each request."""

@@ -105,7 +105,6 @@ class LLM:
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
         self._engine = Engine(self._offloaded)
-        self._mail: dict[int, deque[StreamOutput]] = {}
 
     @property
     def plan(self) -> Plan:
@@ -259,38 +258,35 @@ class LLM:
         return tokens
 
     def _run(self, requests: list[Request]) -> Iterator[StreamOutput]:
-        """Add the requests, and step until they are over; what other calls' requests get is kept for those."""
-        mine = {self._engine.add(request) for request in requests}
+        """Add the requests, and step until they are over; what other calls' requests get goes to those."""
         mail: deque[StreamOutput] = deque()
-        self._mail.update(dict.fromkeys(mine, mail))
+        mine = [self._engine.add(request, mail.append) for request in requests]
         self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in requests)
         left = len(mine)
         try:
             while left:
                 while mail:
                     output = mail.popleft()
-                    left -= output.output is not None
+                    if output.output is not None:
+                        left -= 1
+                        self._stats.finished += 1
+                        self._stats.first_token_seconds = output.output.first_token_seconds
                     yield output
+                if left and not self._engine.unfinished:
+                    return  # somebody cancelled the others
                 if left:
                     self._step()
         finally:
             for number in mine:
                 self._engine.cancel(number)
-                self._mail.pop(number, None)
 
     def _step(self) -> None:
-        """One step of the engine; its tokens go to whoever asked for them."""
+        """One step of the engine."""
         began = time.perf_counter()
         try:
-            outputs = self._engine.step()
+            self._stats.tokens += self._engine.advance()
         finally:
             self._stats.seconds += time.perf_counter() - began
-        self._stats.tokens += len(outputs)
-        for number, output in outputs:
-            if output.output is not None:
-                self._stats.finished += 1
-                self._stats.first_token_seconds = output.output.first_token_seconds
-            self._mail[number].append(output)
 
 
 def from_pretrained(

@@ -18,7 +18,7 @@ from torch.nn import functional
 from expertflow.errors import PredictorError
 from expertflow.predict.artifact import Artifact
 from expertflow.predict.draft import Draft, look_up
-from expertflow.predict.model import Predictor, State, empty_state
+from expertflow.predict.model import OUTPUTS, Predictor, State, empty_state
 
 _SLACK = 4096
 """Bytes an allocator may add to a tensor, and then some."""
@@ -57,7 +57,7 @@ class OnlinePredictor:
 
     @staticmethod
     def nbytes(artifact: Artifact, rows: int, batch: int, chunk: int) -> int:
-        """Upper bound on the device memory of one: what a planner counts.
+        """Upper bound on the device memory of one, and of what is kept of its answers: what a planner counts.
 
         Args:
             artifact: trained predictor.
@@ -71,7 +71,8 @@ class OnlinePredictor:
         # a captured step keeps its memory while a prompt, or another step, takes as much again
         step, prompt = network.step_bytes(batch), network.prompt_bytes(chunk)
         routes = (rows + 1) * config.layers * config.top_k * 4
-        return sum(int(t.nbytes) for t in tensors) + routes + step + max(step, prompt) + _SLACK * len(tensors)
+        said = (rows + 1) * OUTPUTS * config.layers * config.experts * 4
+        return sum(int(t.nbytes) for t in tensors) + routes + said + step + max(step, prompt) + _SLACK * len(tensors)
 
     @torch.inference_mode()
     def start(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Float[Tensor, "B L E"]:
