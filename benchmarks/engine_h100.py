@@ -131,11 +131,8 @@ class World:
     routers: list[ReplayRouter] = field(default_factory=list)
 
 
-def make_world(shape: str, device: torch.device, *, tiny: bool) -> World:
-    """Random weights: the model's on the device, the experts' in host memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        make_config(shape, tiny=tiny).save_pretrained(folder)
-        skeleton = build_skeleton(Path(folder), "bfloat16")
+def random_model(skeleton: Skeleton, device: torch.device) -> Any:
+    """The model without its experts, weights drawn on the device."""
     torch.manual_seed(SEED)
     model: Any = skeleton.model.to(torch.bfloat16).to_empty(device=device).eval()
     for name, parameter in model.named_parameters():
@@ -143,14 +140,27 @@ def make_world(shape: str, device: torch.device, *, tiny: bool) -> World:
             nn.init.normal_(parameter, std=0.02)
         else:
             nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-    rotary = type(model.model.rotary_emb)(skeleton.config)
-    model.model.rotary_emb = rotary.to(device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(skeleton.config).to(device)
+    return model
+
+
+def fill_randomly(store: HostStore, device: torch.device) -> None:
+    """Draw every row on the device; the store is locked first, so that rows come at the link's speed."""
+    store.lock()
+    for row in range(len(store.buffer)):
+        values = torch.randn(store.layout.row_bytes // 2, device=device, dtype=torch.bfloat16) * 0.02
+        store.row(row).copy_(values.view(torch.uint8))
+
+
+def make_world(shape: str, device: torch.device, *, tiny: bool) -> World:
+    """Random weights: the model's on the device, the experts' in host memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_config(shape, tiny=tiny).save_pretrained(folder)
+        skeleton = build_skeleton(Path(folder), "bfloat16")
+    model = random_model(skeleton, device)
     layout = RowLayout.of(skeleton.specs)
     store = HostStore(layout, len(skeleton.expert_modules) * skeleton.experts, pin=device.type == "cuda")
-    store.lock()  # before it is filled: rows then come from the device at the link's speed
-    for row in range(len(store.buffer)):
-        values = torch.randn(layout.row_bytes // 2, device=device, dtype=torch.bfloat16) * 0.02
-        store.row(row).copy_(values.view(torch.uint8))
+    fill_randomly(store, device)
     world = World(skeleton, model, shape_of(skeleton), store, device)
     if shape == "g":
         for layer in model.model.layers:

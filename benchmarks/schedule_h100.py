@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 import transformers
 import triton
-from engine_h100 import SEED, make_config
+from engine_h100 import SEED, fill_randomly, make_config, random_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 
@@ -44,7 +44,7 @@ from expertflow.engine.request import Request
 from expertflow.engine.rows import Fed
 from expertflow.engine.runner import Piece
 from expertflow.models.shape import shape_of
-from expertflow.models.skeleton import Skeleton, build_skeleton
+from expertflow.models.skeleton import build_skeleton
 from expertflow.predict.artifact import load_artifact
 from expertflow.predict.online import OnlinePredictor
 from expertflow.schedule.scheduler import Decode
@@ -176,7 +176,7 @@ def open_random(
         predictor: folder; None: `next-use` decides.
         share: slots as a share of the experts; None: what the wish says.
     """
-    build.load_dense, build._fill = random_dense, random_rows  # type: ignore[assignment]  # noqa: SLF001
+    build.load_dense, build._fill = random_model, random_rows  # type: ignore[assignment]  # noqa: SLF001
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         skeleton = build_skeleton(Path(folder), "bfloat16")
@@ -203,27 +203,10 @@ def replaying(offloaded: OffloadedModel) -> Tensor:
     return now
 
 
-def random_dense(skeleton: Skeleton, device: torch.device) -> Any:
-    """In place of `load_dense`."""
-    torch.manual_seed(SEED)
-    model: Any = skeleton.model.to(torch.bfloat16).to_empty(device=device).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
-        else:
-            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
-    model.model.rotary_emb = type(model.model.rotary_emb)(skeleton.config).to(device)
-    return model
-
-
 def random_rows(_: Any, store: Any, *, show: bool) -> None:
     """In place of `_fill`."""
     del show
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    store.lock()
-    for row in range(len(store.buffer)):
-        values = torch.randn(store.layout.row_bytes // 2, device=device, dtype=torch.bfloat16) * 0.02
-        store.row(row).copy_(values.view(torch.uint8))
+    fill_randomly(store, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def run(engine: ReplayEngine, offloaded: OffloadedModel, sequences: Sequence[int], rounds: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from expertflow.engine.offline import prompt_lines
 from expertflow.errors import PromptError
 
 Tokens = tuple[int, ...]
@@ -123,13 +124,7 @@ def _ids(item: str | Tokens, tokenizer: PreTrainedTokenizerBase | None) -> Token
 
 
 def _read(path: Path) -> list[str | Tokens]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read: {error}", "Give a UTF-8 text file.") from error
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
-        raise PromptError(f"{path} holds no prompt", "Put one prompt a line.")
+    filled = prompt_lines(path)
     if path.suffix != ".jsonl":
         return [line for _, line in filled]
     return [_item(path, number, line) for number, line in filled]

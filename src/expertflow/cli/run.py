@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from expertflow.config import SamplingParams
 from expertflow.engine.llm import LLM, load_tokenizer, shipped_model
-from expertflow.engine.offline import Results
+from expertflow.engine.offline import Results, prompt_lines
 from expertflow.engine.request import RequestOutput
 from expertflow.errors import PromptError
 from expertflow.models.checkpoint import context_of, resolve
@@ -90,13 +90,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         PromptError: if the file cannot be read, holds no prompt, or a line is malformed.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read: {error}", "Give a UTF-8 text file.") from error
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
-        raise PromptError(f"{path} holds no prompt", "Put one prompt a line.")
+    filled = prompt_lines(path)
     if path.suffix != ".jsonl":
         return [line for _, line in filled]
     return [_json_prompt(path, number, line) for number, line in filled]

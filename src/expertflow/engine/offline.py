@@ -1,4 +1,4 @@
-"""Many prompts into a file of results that survives a crash: appended as requests finish, finished ones skipped on restart.
+"""Many prompts from a file, into a file of results that survives a crash: appended as requests finish, finished ones skipped on restart.
 
 JSON lines: a header that says of which prompts, model and sampling, then a line a finished request. When the last one is there
 the file is written anew in the order of the prompts. Knows files and requests; refuses to know how they run.
@@ -13,9 +13,25 @@ from typing import IO, Any, Self
 
 from expertflow.config import SamplingParams
 from expertflow.engine.request import RequestOutput
-from expertflow.errors import ResultsError
+from expertflow.errors import PromptError, ResultsError
 
 _FORMAT = 1
+
+
+def prompt_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file of prompts that are not blank, with their numbers.
+
+    Raises:
+        PromptError: if the file cannot be read, or holds none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read: {error}", "Give a UTF-8 text file.") from error
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
+        raise PromptError(f"{path} holds no prompt", "Put one prompt a line.")
+    return filled
 
 
 class Results:
