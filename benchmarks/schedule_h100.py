@@ -149,7 +149,7 @@ class ReplayEngine(Engine):
     def _which(self, number: int) -> int:
         return self._running[number].request.index
 
-    def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
+    def _pick(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
         best = self._executor.best()
         (logits.argmax(-1) if best is None else best).tolist()  # the device is waited for, as it is for real tokens
         return [self.recorded.tokens[request.index][PROMPT + len(request.token_ids)] for request in requests]

@@ -80,5 +80,8 @@ def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
         Results(path, PROMPTS, PARAMS, "f")
     with pytest.raises(ResultsError, match="other sampling"):
         Results(path, PROMPTS, SamplingParams(max_tokens=6), "f")
+    path.unlink()
+    with Results(path, PROMPTS, PARAMS, "f"), pytest.raises(ResultsError, match="cannot be used"):
+        Results(path, PROMPTS, PARAMS, "f")  # somebody is at it
     with pytest.raises(ResultsError, match="cannot be used"):
         Results(tmp_path / "nowhere" / "r.jsonl", PROMPTS, PARAMS, "f")

@@ -18,7 +18,7 @@ from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.engine.rows import Fed
 from expertflow.engine.runner import Piece
-from expertflow.errors import ConfigError
+from expertflow.errors import CancelledError, ConfigError
 from expertflow.models.families import FAMILIES
 from expertflow.schedule.cluster import in_order
 from expertflow.schedule.cost import Rates, best_guesses, cheapest, expected_loads, price
@@ -213,7 +213,7 @@ def test_no_waiting_request_is_passed_over_for_ever() -> None:
 
 
 def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
-    """One of four rows is empty: a pass that costs two rounds waits for eight, but for none where nobody steps."""
+    """Three step, one waits: a pass that costs two rounds waits for eight, but for none where nobody steps."""
     scheduler = Scheduler(rows=4, batch=4, chunk=10, costs=lambda: (2.0, 1.0))
     for number in range(4):
         scheduler.add(number, 2)
@@ -370,18 +370,19 @@ def test_streams_and_single_requests_share_the_engine(make_checkpoint: MakeCheck
         next(stream)
         for number in range(llm.engine.begun):
             llm.engine.cancel(number)
-        assert len(list(stream)) <= 1  # it ends; what was there already may come
+        with pytest.raises(CancelledError, match="2 of 2 requests were cancelled"):
+            list(stream)
 
 
-def failing_now_and_then(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A forward pass whose every fourth answer is lost."""
-    calls = iter(range(10_000))
+def failing_now_and_then(work: Callable[..., torch.Tensor], often: int) -> Callable[..., torch.Tensor]:
+    """Work whose every so many-th answer is lost."""
+    calls = iter(range(100_000))
 
     def run(*args: object, **kwargs: object) -> torch.Tensor:
-        logits = forward(*args, **kwargs)
-        if next(calls) % 4 == 2:
+        answer = work(*args, **kwargs)
+        if next(calls) % often == often - 1:
             raise RuntimeError("cosmic ray")
-        return logits
+        return answer
 
     return run
 
@@ -393,8 +394,12 @@ def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch:
     for execution in ("host", "graph"):
         options = {"max_batch": 2, "max_live": 3, "max_length": 48, "slots": 6, "execution": execution}
         with LLM(folder, device="cpu", **options) as llm:
-            engine, got = llm.engine, {}
-            monkeypatch.setattr(llm._offloaded._rows, "forward", failing_now_and_then(llm._offloaded._rows.forward))
+            engine, got, rows = llm.engine, {}, llm._offloaded._rows
+            if execution == "graph":  # in the middle of a layer: slots are decided, and their rows do not come
+                experts = llm._offloaded._decoder_now().experts
+                monkeypatch.setattr(experts._twin, "run_layer", failing_now_and_then(experts._twin.run_layer, 8))
+            else:
+                monkeypatch.setattr(rows, "forward", failing_now_and_then(rows.forward, 4))
             numbers = [engine.add(llm.request(p, s)) for p, s in zip(PROMPTS, params, strict=True)]
             broken = 0
             while engine.unfinished:
@@ -405,6 +410,53 @@ def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch:
                     broken += 1
             assert broken > 5
             assert [tuple(got[number]) for number in numbers] == expected
+
+
+def test_takers_and_choices_that_fail_harm_nobody_else(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A taker that raises loses its own request; a choice that fails uses up no random number; others get their tokens."""
+    folder = make_checkpoint("qwen3_moe")
+    params = [SamplingParams(max_tokens=6, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 1.0, 1.0)]
+    with LLM(folder, device=DEVICE, max_batch=3, max_length=48) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS[:3], params)]
+        engine, got = llm.engine, {}
+
+        def refuse(_: object) -> None:
+            raise ValueError("no room")
+
+        monkeypatch.setattr(engine, "_pick", failing_now_and_then(engine._pick, 3))
+        takers = [None, None, refuse]
+        numbers = [engine.add(llm.request(*one), take) for *one, take in zip(PROMPTS[:3], params, takers, strict=True)]
+        raised = []
+        while engine.unfinished:
+            try:
+                for number, output in engine.step():
+                    got.setdefault(number, []).append(output.token_id)
+            except (ValueError, RuntimeError) as error:
+                raised.append(str(error))
+        assert raised.count("no room") == 1
+        assert "cosmic ray" in raised
+        assert [tuple(got[number]) for number in numbers[:2]] == expected[:2]
+        assert numbers[2] not in got
+
+
+def test_a_broken_cohort_is_given_up(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a cohort keeps cannot be trusted behind an error: its requests are cancelled, the next ones are right."""
+    with LLM(make_checkpoint("switch_transformers"), device=DEVICE, max_batch=2, max_length=48, slots=3) as llm:
+        params = SamplingParams(max_tokens=5, ignore_eos=True)
+        expected = [output.token_ids for output in llm.generate(PROMPTS[:4], params)]
+        executor, stream = llm.engine._executor, llm.stream(PROMPTS[1], params)
+        own = llm.engine.add(llm.request(PROMPTS[0], params))
+        next(stream)
+        monkeypatch.setattr(executor, "decode", failing_now_and_then(executor.decode, 1))
+        with pytest.raises(RuntimeError, match="cosmic"):
+            llm.engine.step()
+        monkeypatch.undo()
+        assert not llm.engine.knows(own)
+        with pytest.raises(CancelledError, match="1 of 1 requests"):
+            list(stream)
+        assert [output.token_ids for output in llm.generate(PROMPTS[:4], params)] == expected
 
 
 def test_rows_do_what_copies_would(make_checkpoint: MakeCheckpoint) -> None:

@@ -62,6 +62,10 @@ class PromptError(ExpertFlowError):
     """A prompt is empty, unreadable, or longer than the model's context."""
 
 
+class CancelledError(ExpertFlowError):
+    """Requests were cancelled by somebody else, or by an error, before they had finished."""
+
+
 class ResultsError(ExpertFlowError):
     """A results file is of something else, damaged, or cannot be written."""
 

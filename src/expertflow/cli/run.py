@@ -179,17 +179,20 @@ def _offline(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Results(path, prompts, params, llm.fingerprint) as results, Progress(*columns, console=console) as bar:
+    with (
+        Results(path, prompts, params, f"{llm.fingerprint} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
+        Progress(*columns, console=console) as bar,
+    ):
         left = results.left
         task = bar.add_task("requests", total=len(prompts), completed=len(prompts) - len(left))
         if not left:
             return
         for item in llm.stream([prompts[index] for index in left], params):
-            interrupt.check()
             if item.output is not None:
                 outputs.append(replace(item.output, index=left[item.index]))
                 results.add(left[item.index], item.output)
                 bar.update(task, advance=1, description=f"{llm.stats.tokens_per_second:.0f} tokens/s")
+            interrupt.check()
 
 
 def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dict[str, Any]:

@@ -224,9 +224,9 @@ class DeviceExperts:
         self.asked = 0 if agenda is None else len(agenda.told)
 
     def _take_over(self) -> None:
-        self.steps, self.holds = 0, True
         self._held.transfer.settle()
         self._held.controller.hand_over(self.state.load)
+        self.steps, self.holds = 0, True  # last: a take-over that is broken off has not been
         state = self.state
         self.fixed = state.strategy.retain and int(state.resident) == state.slots == state.layers * state.experts
         if self.fixed:
@@ -236,8 +236,12 @@ class DeviceExperts:
         """Give back to the host, between two steps, if that has not been done; tell what happened."""
         if not self.holds:
             return
+        try:
+            self._held.controller.take_back(self.state.store, self.steps)
+        except BaseException:
+            self.abandon()  # the host may have half of it
+            raise
         self.holds = False
-        self._held.controller.take_back(self.state.store, self.steps)
         tally = self.state.take_tally()
         if not self.logs:
             self._held.counters.add(

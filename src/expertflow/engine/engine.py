@@ -1,7 +1,8 @@
 """The engine: requests come and go at any step; each `step` carries out what the scheduler decides next.
 
-`add`, `cancel`, `step`, `close`: a pass over prompts or a decode step at a time, a token of every sequence that took part.
-A step that raises has given nobody a token: the same turn comes again, or the request is cancelled. What stands between
+`add`, `cancel`, `step`: a pass over prompts or a decode step at a time, a token of every sequence that took part.
+A step that raises has given nobody a token: its sequences step again in the next round, unless they are cancelled, as those are
+that cannot (cohorts). What stands between
 requests (`engine.request`), decisions (`schedule.scheduler`), tensors (`engine.runner`) and who sees the routing; refuses to
 know how any of them works.
 """
@@ -72,6 +73,8 @@ class Engine:
         self._turns_a_round = 1
         self._running: dict[int, _Running] = {}
         self._untaken: list[tuple[int, StreamOutput]] = []
+        self._stepping = False
+        self._to_cancel: list[int] = []
         self._next = 0
         self.recorder: Recorder | None = None
 
@@ -82,8 +85,12 @@ class Engine:
 
     @property
     def unfinished(self) -> int:
-        """Requests that wait or run."""
-        return len(self._running)
+        """Requests that wait or run, or have tokens that `step` has not returned yet."""
+        return len(self._running.keys() | {number for number, _ in self._untaken})
+
+    def knows(self, number: int) -> bool:
+        """Whether a request waits or runs."""
+        return number in self._running
 
     def add(self, request: Request, take: Callable[[StreamOutput], None] | None = None) -> int:
         """Queue a request.
@@ -101,15 +108,23 @@ class Engine:
         return number
 
     def cancel(self, number: int) -> bool:
-        """Forget a request, waiting or running, between two steps; False if it is over, or unknown."""
-        if self._running.pop(number, None) is None:
+        """Forget a request, waiting or running; False if it is over, or unknown. In a step it takes effect behind it."""
+        if number not in self._running:
             return False
+        if self._stepping:
+            self._to_cancel.append(number)
+            return True
+        self._untaken = [one for one in self._untaken if one[0] != number]
+        self._remove(number)
+        return True
+
+    def _remove(self, number: int) -> None:
         self._scheduler.remove(number)
+        del self._running[number]
         if self._offloaded.foresight is not None:
             self._offloaded.foresight.leave([number])
         if not self._running:
             self._offloaded.settle()  # idle: totals and tables are the host's again
-        return True
 
     def step(self) -> list[tuple[int, StreamOutput]]:
         """Carry out what comes next; new tokens by request number, of requests that were added without a taker.
@@ -134,8 +149,19 @@ class Engine:
         if turn is None:
             return 0
         began = time.perf_counter()
-        with self._offloaded.meter.watch():
-            count = self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
+        self._stepping = True
+        try:
+            with self._offloaded.meter.watch():
+                count = self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
+        except BaseException:
+            if not self._executor.joins:  # what a cohort keeps may have half of the step
+                self._to_cancel += turn.sequences
+            raise
+        finally:
+            self._stepping = False
+            for number in self._to_cancel:
+                self.cancel(number)
+            self._to_cancel = []
         lasted = time.perf_counter() - began
         if isinstance(turn, Prefill):
             self._passes.append(lasted)
@@ -165,11 +191,11 @@ class Engine:
             )
         )
         logits = self._executor.prefill(pieces)
-        self._scheduler.done(turn)
         ended = [place for place, part in enumerate(turn.parts) if part.last]
-        if not ended:
-            return 0
-        return self._sample([turn.parts[place].sequence for place in ended], logits[ended])
+        numbers = [turn.parts[place].sequence for place in ended]
+        chosen = self._choose(numbers, logits[ended]) if ended else []
+        self._scheduler.done(turn)
+        return self._hand_out(numbers, chosen)
 
     def _decode(self, turn: Decode) -> int:
         fed = []
@@ -178,37 +204,51 @@ class Engine:
             position = len(request.prompt_token_ids) + len(request.token_ids) - 1
             fed.append(Fed(number, request.token_ids[-1], self._scheduler.row(number), position))
         self._announce(Coming(turn.sequences, following=turn.groups[1:]))
-        logits = self._executor.decode(fed)
-        return self._sample(turn.sequences, logits)
+        return self._hand_out(turn.sequences, self._choose(turn.sequences, self._executor.decode(fed)))
 
     def _announce(self, coming: Coming) -> None:
         for listener in (self.recorder, self._offloaded.foresight):
             if listener is not None:
                 listener.expect(coming)
 
-    def _sample(self, numbers: Sequence[int], logits: Tensor) -> int:
-        running = [self._running[number] for number in numbers]
-        tokens = self._choose([one.request for one in running], logits)
-        now, over = time.perf_counter(), []
-        if self._offloaded.foresight is not None:
-            self._offloaded.foresight.sampled(numbers, tokens)
-        for number, one, token in zip(numbers, running, tokens, strict=True):
-            one.first = one.first or now
-            output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
-            if output.output is not None:
-                over.append(number)
-            if one.take is None:
-                self._untaken.append((number, output))
-            else:
-                one.take(output)
-        for number in over:
-            self.cancel(number)
-        return len(tokens)
+    def _choose(self, numbers: Sequence[int], logits: Tensor) -> list[int]:
+        """The next token of each request; random numbers are not used up if that fails."""
+        requests = [self._running[number].request for number in numbers]
+        before = [(one.generator, one.generator.get_state()) for one in requests if one.params.temperature]
+        try:
+            return self._pick(requests, logits)
+        except BaseException:
+            for generator, state in before:
+                generator.set_state(state)
+            raise
 
-    def _choose(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
-        """The next token of each request."""
+    def _pick(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
         generators = [request.generator for request in requests]
         return choose_all(logits, [request.params for request in requests], generators, self._executor.best())
+
+    def _hand_out(self, numbers: Sequence[int], tokens: Sequence[int]) -> int:
+        """Give requests their tokens, and the tokens to their takers; how many. What one raises keeps none from the others."""
+        now, errors = time.perf_counter(), []
+        if self._offloaded.foresight is not None:
+            self._offloaded.foresight.sampled(numbers, tokens)
+        for number, token in zip(numbers, tokens, strict=True):
+            one = self._running[number]
+            one.first = one.first or now
+            try:
+                output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
+                if output.output is not None:
+                    self._remove(number)
+                if one.take is None:
+                    self._untaken.append((number, output))
+                else:
+                    one.take(output)
+            except Exception as error:  # noqa: BLE001 - a tokenizer's or a taker's; raised below
+                errors.append(error)
+                if number in self._running:
+                    self._to_cancel.append(number)
+        if errors:
+            raise errors[0]
+        return len(tokens)
 
     def _paths(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
         """How likely the next token of live sequences uses each expert."""

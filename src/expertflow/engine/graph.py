@@ -66,6 +66,8 @@ class GraphDecoder:
     @torch.inference_mode()
     def step(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
         """Feed one token a sequence; logits of the next, valid until the next step."""
+        if not self._whole:
+            self.end()  # the last step was broken off, and this may be the same one again
         count, length = len(fed), self.rows.nowhere
         sequences, tokens, rows, positions = map(list, zip(*fed, strict=True))
         self.experts.begin(sequences, tokens)

@@ -20,7 +20,7 @@ from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model
 from expertflow.engine.engine import Engine
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
-from expertflow.errors import CheckpointError, ConfigError, PromptError
+from expertflow.errors import CancelledError, CheckpointError, ConfigError, PromptError
 from expertflow.events import CacheCounters
 from expertflow.predict.artifact import Artifact
 from expertflow.trace.format import Header, TraceWriter
@@ -193,10 +193,10 @@ class LLM:
             try:
                 yield
             finally:
-                recorder.flush()
-                writer.sequences = [{"sequence": number} for number in range(first, self._engine.begun)]
                 self._engine.recorder = None
                 offloaded.unwatch(recorder)
+                recorder.flush()
+                writer.sequences = [{"sequence": number} for number in range(first, self._engine.begun)]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -272,8 +272,11 @@ class LLM:
                         self._stats.finished += 1
                         self._stats.first_token_seconds = output.output.first_token_seconds
                     yield output
-                if left and not self._engine.unfinished:
-                    return  # somebody cancelled the others
+                if left and not any(self._engine.knows(number) for number in mine):
+                    raise CancelledError(
+                        f"{left} of {len(mine)} requests were cancelled before they had finished",
+                        "Ask for them again; they were cancelled through `LLM.engine`, or by an error in a step they took part in.",
+                    )
                 if left:
                     self._step()
         finally:

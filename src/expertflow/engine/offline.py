@@ -4,6 +4,7 @@ JSON lines: a header that says of which prompts, model and sampling, then a line
 the file is written anew in the order of the prompts. Knows files and requests; refuses to know how they run.
 """
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ class Results:
         path: made if it is not there; else gone on with.
         prompts: all of them.
         params: how they are sampled.
-        fingerprint: of the model's weights.
+        model: which one: what its tokens depend on, such as fingerprint, dtype and the longest sequence.
 
     Attributes:
         done: finished requests by index, as dictionaries.
@@ -50,12 +51,12 @@ class Results:
         ResultsError: if the file is of something else, damaged before its last line, or cannot be written. It is left as it is.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[str], params: SamplingParams, fingerprint: str) -> None:
+    def __init__(self, path: Path, prompts: Sequence[str], params: SamplingParams, model: str) -> None:
         """Read what is there."""
         self._path, self._count = path, len(prompts)
-        told = json.dumps([list(prompts), asdict(params), fingerprint], ensure_ascii=False)
+        told = json.dumps([list(prompts), asdict(params), model], ensure_ascii=False)
         self._header = {
-            "expertflow_results": _FORMAT, "prompts": len(prompts), "model": fingerprint,
+            "expertflow_results": _FORMAT, "prompts": len(prompts), "model": model,
             "of": hashlib.sha256(told.encode()).hexdigest(),
         }  # fmt: skip
         self.done: dict[int, dict[str, Any]] = {}
@@ -64,6 +65,7 @@ class Results:
             if path.exists():
                 whole = self._read(path.read_bytes())
             self._file: IO[bytes] = path.open("r+b" if path.exists() else "xb")
+            self._lock()
             self._file.truncate(whole)  # a line that a crash cut in two
             self._file.seek(whole)
             if not whole:
@@ -72,6 +74,14 @@ class Results:
             raise ResultsError(
                 f"{path} cannot be used: {error}", "Name a file in a folder you can write to."
             ) from error
+
+    def _lock(self) -> None:
+        """Nobody else may write; the lock goes with the process, however it ends."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise
 
     def _read(self, raw: bytes) -> int:
         """Take in the finished lines; how many bytes they are."""

@@ -43,6 +43,11 @@ class Prefill(NamedTuple):
 
     parts: tuple[Part, ...]
 
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Whose they are."""
+        return tuple(part.sequence for part in self.parts)
+
 
 class Decode(NamedTuple):
     """A step of the first group; the others' turns come next, in this order, as far as is known now."""
@@ -241,17 +246,18 @@ class Scheduler:
         """Whether to let waiting requests in now. Asked once a round.
 
         Let in one by one, each pays for a pass; let in together, rows stand empty for the first ones. Their sum is least where both
-        are equal, so a pass is due once the rows that stood empty while somebody waited have cost as much: a row that stands empty
-        for a round is its share of the round.
+        are equal, so a pass is due once the rows that stood empty while somebody waited have cost as much: the share of the round
+        that those who wait would have had.
         """
         wanted = min(len(self._free), len(self._waiting))
         if not wanted:
             return False
-        if self.costs is None or not any(self._decodes(sequence) for sequence in self._live):
+        stepping = sum(self._decodes(sequence) for sequence in self._live)
+        if self.costs is None or not stepping:
             self._lost = 0.0  # nobody is held up
             return True
         a_pass, a_round = self.costs()
-        self._lost += a_round * wanted / self.rows
+        self._lost += a_round * wanted / (stepping + wanted)
         if self._lost < a_pass:
             return False
         self._lost = 0.0
