@@ -78,7 +78,6 @@ LINK, MEMORY = 50.6e9, 3.0e12
 """Bytes a second: zero-copy fetch and device memory at their best, from kernels_h100.json."""
 SEED = 11
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
-RESIDENT_ROW = "resident"
 TABLE: dict[str, Strategy] = {
     **STRATEGIES,
     "plec-keep": replace(STRATEGIES["plec"], name="plec-keep", prefetch="none"),

@@ -123,7 +123,7 @@ class ReplayEngine(Engine):
     def __init__(self, offloaded: OffloadedModel, now: Tensor, recorded: Recorded) -> None:
         """Put the routes of what is fed where the routers find them."""
         super().__init__(offloaded)
-        self.now, self.recorded, self.seconds, self.turns = now, recorded, 0.0, 0
+        self.now, self.recorded, self.seconds = now, recorded, 0.0
         self.blind = False
         executor = self._executor
         self._real_decode, self._real_prefill = executor.decode, executor.prefill
@@ -161,7 +161,6 @@ class ReplayEngine(Engine):
         began = time.perf_counter()
         count = super()._decode(turn)
         self.seconds += time.perf_counter() - began
-        self.turns += 1
         return count
 
 

@@ -515,6 +515,29 @@ def merged(
     return found
 
 
+def test_padding_uses_no_expert(make_checkpoint: MakeCheckpoint) -> None:
+    """In a pass over prompts of unequal length whoever is nobody's is routed nowhere, and the others as alone."""
+    seen: list[npt.NDArray[np.int64]] = []
+
+    class Watch:
+        def begin(self, tokens: npt.NDArray[np.int32] | None) -> None: ...
+
+        def observe(self, layer: int, routes: npt.NDArray[np.int64], _: npt.NDArray[np.float32]) -> None:
+            if layer == 0:
+                seen.append(routes)
+
+    with LLM(make_checkpoint("qwen3_moe"), device=DEVICE, max_batch=2, max_length=48) as llm:
+        llm._offloaded.watch(Watch())
+        executor = llm.engine._executor
+        executor.prefill([Piece(0, PROMPTS[0], 0, 0), Piece(1, PROMPTS[1], 1, 0)])
+        executor.prefill([Piece(0, PROMPTS[0], 0, 0)])
+        executor.prefill([Piece(1, PROMPTS[1], 1, 0)])
+    together, first, second = seen
+    assert (together[6:9] == 8).all()  # three tokens of padding before a prompt of three
+    assert np.array_equal(np.sort(together[:6]), np.sort(first))
+    assert np.array_equal(np.sort(together[9:]), np.sort(second))
+
+
 def test_two_thousand_requests(make_checkpoint: MakeCheckpoint) -> None:
     """Overload: a long queue, random cancellations, one slot; everybody gets tokens or was cancelled, nothing is left."""
     folder, draw = make_checkpoint("mixtral"), random.Random(0)

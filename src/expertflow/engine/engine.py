@@ -1,10 +1,9 @@
 """The engine: requests come and go at any step; each `step` carries out what the scheduler decides next.
 
 `add`, `cancel`, `step`: a pass over prompts or a decode step at a time, a token of every sequence that took part.
-A step that raises has given nobody a token: its sequences step again in the next round, unless they are cancelled, as those are
-that cannot (cohorts). What stands between
-requests (`engine.request`), decisions (`schedule.scheduler`), tensors (`engine.runner`) and who sees the routing; refuses to
-know how any of them works.
+A step that breaks has given nobody a token: its sequences step again in the next round, but those of a cohort are cancelled.
+Stands between requests (`engine.request`), decisions (`schedule.scheduler`), tensors (`engine.runner`) and who sees the routing;
+refuses to know how any of them works.
 """
 
 import statistics

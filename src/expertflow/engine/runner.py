@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from expertflow.engine.graph import GraphDecoder
 from expertflow.engine.rows import Fed, Pass, RowModel
@@ -183,15 +183,13 @@ def _pad_id(model: PreTrainedModel) -> int:
 class DecoderBatch:
     """Sequences of a decoder-only model with the model's own cache, prompts padded on the left."""
 
-    def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int, cache: Cache | None = None
-    ) -> None:
-        """Pad the prompts and start an empty cache, or fill the one given."""
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int) -> None:
+        """Pad the prompts and start an empty cache."""
         self._model = model
         self._ids, self._mask = _padded(prompts, _pad_id(model), model.device, left=True)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._columns = max(1, chunk // len(prompts))
-        self._cache = DynamicCache(config=model.config) if cache is None else cache
+        self._cache = DynamicCache(config=model.config)
 
     @torch.inference_mode()
     def prefill(self) -> Float[Tensor, "B V"]:

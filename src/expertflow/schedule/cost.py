@@ -41,13 +41,11 @@ class Division(NamedTuple):
 
     Attributes:
         groups: `[N]` the turn of each sequence.
-        turns: how many.
         loads: expected loads of a round.
         seconds: expected duration of a round.
     """
 
     groups: Groups
-    turns: int
     loads: float
     seconds: float
 
@@ -75,7 +73,7 @@ def price(chances: Chances, groups: Groups, count: int, rates: Rates) -> Divisio
     uses = used(chances, groups, count)
     loads = expected_loads(uses, rates.slots)
     seconds = count * rates.step + float(uses.sum()) * rates.expert + loads * rates.load
-    return Division(groups, count, loads, seconds)
+    return Division(groups, loads, seconds)
 
 
 def cheapest(chances: Chances, batch: int, rates: Rates, top_k: int) -> Division:

@@ -217,13 +217,13 @@ class Scheduler:
         reading = [sequence for sequence in self._live if not self._decodes(sequence)]
         if not reading:
             return None
-        columns = max(1, self.chunk // len(reading))
+        columns = max(self._live[sequence].prompt for sequence in reading)  # a cohort's prompts are read whole
         if self.joins:
             reading, columns = self._widest(reading)
         parts = []
         for sequence in reading:
             known = self._live[sequence]
-            end = known.prompt if not self.joins else min(known.prompt, known.read + columns)
+            end = min(known.prompt, known.read + columns)
             parts.append(Part(sequence, known.read, end, end == known.prompt))
         return Prefill(tuple(parts))
 
