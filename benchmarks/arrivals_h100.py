@@ -2,6 +2,7 @@
 
 Arrivals, prompt lengths and answer lengths of `azure_conv_256.json` (lengths an eighth, time six times as fast), prompts of random
 tokens, on the shape of Qwen3-MoE (12 layers x 128 experts top-8, random weights) inside one budget of device memory for all.
+Modes that share a plan are served by one loaded model in turns, forwards and backwards, `--repeats` times.
 Tokens a second from the first arrival to the last token; time to the first token from a request's arrival, and mean time of its
 later tokens.
 
@@ -22,19 +23,19 @@ from engine_h100 import SEED, make_config
 from schedule_h100 import open_random
 
 from expertflow import SamplingParams, __version__
+from expertflow.engine.build import OffloadedModel
 from expertflow.engine.engine import Engine
 from expertflow.engine.request import Request, RequestOutput
 
 BUDGET = "8GiB"
-SHORTER, FASTER = 8, 6
-MODES: dict[str, dict[str, Any]] = {
-    "one at a time": {"max_batch": 1},
-    "static batches of 8": {"max_batch": 8},
-    "continuous, at once": {"max_batch": 8},
-    "continuous, 8 live": {"max_batch": 8},
-    "continuous, 16 live": {"max_batch": 16},
+SHORTER, FASTER, LENGTH = 8, 6, 640
+MODES: dict[str, tuple[str, ...]] = {
+    "8": ("static batches of 8", "continuous, at once", "continuous, 8 live"),
+    "8x32": ("continuous, 32 live in turns of 8",),
+    "16": ("static batches of 16", "continuous, 16 live"),
+    "1": ("one at a time",),
 }
-COMMON = {"max_length": 640, "prefill_chunk": 512}
+"""By sequences of a step at most, and of those that may live."""
 
 
 def serve(engine: Engine, requests: list[tuple[float, Request]]) -> tuple[float, list[RequestOutput]]:
@@ -74,11 +75,30 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     result = {
         "benchmark": "arrivals", "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
-        "config": {"shape": "q", "requests": options.requests, "shorter": SHORTER, "faster": FASTER, **COMMON},
+        "config": {"shape": "q", "requests": options.requests, "shorter": SHORTER, "faster": FASTER, "max_length": LENGTH,
+                   "prefill_chunk": options.prefill_chunk, "repeats": options.repeats},
         "machine": {"device": device},
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "expertflow": __version__},
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def serve_by(mode: str, offloaded: OffloadedModel, requests: list[tuple[float, Request]]) -> dict[str, Any]:
+    """All requests, from the first arrival on."""
+    engine = Engine(offloaded)
+    if mode.endswith("at once"):
+        engine._scheduler.costs = None  # noqa: SLF001 - whoever waits is let in as soon as there is a row
+    if mode.startswith("static"):
+        engine._scheduler.joins = False  # noqa: SLF001 - the next batch waits for the last of this one
+    seconds, outputs = serve(engine, requests)
+    assert len(outputs) == len(requests)
+    first, later = [o.first_token_seconds for o in outputs], [o.token_seconds for o in outputs]
+    tokens = sum(len(o.token_ids) for o in outputs)
+    return {
+        "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
+        "first_token_seconds": [percentile(first, share) for share in (0.5, 0.95)],
+        "token_seconds": [percentile(later, share) for share in (0.5, 0.95)],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -86,39 +106,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--budget", default=BUDGET)
+    parser.add_argument("--prefill-chunk", type=int, default=512, help="tokens of a pass over prompts")
+    parser.add_argument("--plans", default="8,8x32,16,1", help="those of `MODES`")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, rows = make_config("q", tiny=device == "cpu"), []
-    for name, wish in MODES.items():
-        wish = {**COMMON, **wish, "gpu_memory": options.budget, "device": device, "execution": "graph"}  # noqa: PLW2901
+    for plan in options.plans.split(","):
+        batch, live = int(plan.split("x")[0]), int(plan.split("x")[-1])
+        wish = {"max_batch": batch, "max_live": live, "max_length": LENGTH, "prefill_chunk": options.prefill_chunk, "gpu_memory": options.budget,
+                "device": device, "execution": "graph"}  # fmt: skip
         offloaded = open_random(config, wish)
-        engine = Engine(offloaded)
-        if name.endswith("at once"):
-            engine._scheduler.costs = None  # noqa: SLF001 - whoever waits is let in as soon as there is a row
-        if name.startswith("static"):
-            engine._scheduler.joins = False  # noqa: SLF001 - the next batch waits for the last of this one
-        for count in (1, 3, 5, 9, 16):  # shapes are captured before the clock runs
-            serve(
-                engine,
-                [(0.0, request) for _, request in make_requests(config.vocab_size, min(count, wish["max_batch"]))],
-            )
-        seconds, outputs = serve(engine, make_requests(config.vocab_size, options.requests))
-        assert len(outputs) == options.requests
-        first, later = [o.first_token_seconds for o in outputs], [o.token_seconds for o in outputs]
-        tokens, peak = sum(len(o.token_ids) for o in outputs), offloaded.measure()
-        row = {
-            "mode": name, "slots": offloaded.plan.slots, "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds,
-            "first_token_seconds": [percentile(first, share) for share in (0.5, 0.95)],
-            "token_seconds": [percentile(later, share) for share in (0.5, 0.95)],
-            "peak_bytes": peak, "budget_bytes": offloaded.plan.budget,
-        }  # fmt: skip
-        rows.append(row)
-        print(f"{name:20s} {row['slots']:4d} slots  {tokens / seconds:6.1f} tok/s in {seconds:5.1f} s; first token {row['first_token_seconds'][0]:.2f} s (95%: {row['first_token_seconds'][1]:.2f}), "
-              f"later {row['token_seconds'][0] * 1e3:.1f} ms (95%: {row['token_seconds'][1] * 1e3:.1f}); peak {peak / 2**30:.2f} GiB {'<=' if peak <= offloaded.plan.budget else '>'} {options.budget}", flush=True)  # fmt: skip
-        write(options, rows)
+        for count in {1, 3, 5, 9, 16} & set(range(batch + 1)) | {batch}:  # shapes are captured before the clock runs
+            serve(Engine(offloaded), [(0.0, request) for _, request in make_requests(config.vocab_size, count)])
+        runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES[plan]}
+        for repeat in range(options.repeats):
+            for mode in MODES[plan] if repeat % 2 == 0 else reversed(MODES[plan]):
+                runs[mode].append(serve_by(mode, offloaded, make_requests(config.vocab_size, options.requests)))
+            peak = offloaded.measure()
+            done = [
+                {"mode": mode, "slots": offloaded.plan.slots, "runs": found, "peak_bytes": peak, "budget_bytes": offloaded.plan.budget}
+                for mode, found in runs.items()
+            ]  # fmt: skip
+            write(options, rows + done)  # a run that is cut off has lost nothing
+        rows += done
+        for row in done:
+            middle = sorted(row["runs"], key=lambda run: run["tokens_per_second"])[len(row["runs"]) // 2]
+            print(f"{row['mode']:20s} {row['slots']:4d} slots  {middle['tokens_per_second']:6.1f} tok/s "
+                  f"({', '.join(format(run['tokens_per_second'], '.0f') for run in row['runs'])}); first token {middle['first_token_seconds'][0]:.2f} s "
+                  f"(95%: {middle['first_token_seconds'][1]:.2f}), later {middle['token_seconds'][0] * 1e3:.1f} ms (95%: {middle['token_seconds'][1] * 1e3:.1f}); "
+                  f"peak {row['peak_bytes'] / 2**30:.2f} GiB {'<=' if row['peak_bytes'] <= row['budget_bytes'] else '>'} {options.budget}", flush=True)  # fmt: skip
         offloaded.close()
-        del offloaded, engine
+        del offloaded
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()

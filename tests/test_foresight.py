@@ -148,7 +148,8 @@ def test_streams_in_turns_keep_their_sequences(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "execution"), [("qwen3_moe", "host"), ("qwen3_moe", "graph"), ("switch_transformers", "host")]
+    ("model_type", "execution"),
+    [(name, way) for name in ("qwen3_moe", "switch_transformers") for way in ("host", "graph")],
 )
 @pytest.mark.parametrize("slots", [1, 5])
 def test_predictions_change_no_token(

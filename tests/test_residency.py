@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.core import make_tables
-from expertflow.cache.forecast import Forecast
-from expertflow.cache.policy import Usage
+from expertflow.cache.forecast import Forecast, Nothing, Step
+from expertflow.cache.policy import Outlook, Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.events import Event, EventKind, EventStream
 from expertflow.kernels import residency, residency_reference
@@ -209,6 +209,65 @@ def test_nothing_is_lost_at_a_switch(maker: str) -> None:
                 controller.access(layer, np.flatnonzero(workload.needed[number, layer]).tolist())
             controller.table.check_integrity()
     assert happened == expected(workload, row, 8)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
+    """As a decoder's steps do with the encoder's layers: the twin's events are the host's, also for what was kept of those."""
+    workload, layers, experts, slots = random_workload(seed=5, steps=5), 3, 7, 9
+    row, reached = STRATEGIES[name].on_device(), (False, True, True)
+    told: list[list[Event]] = [[], []]
+    knows = workload.needed & np.array(reached)[None, :, None]
+    knows[0] = workload.needed[0]
+    future = knows if row.needs_future else None
+    streams = [EventStream() for _ in told]
+    for stream, events in zip(streams, told, strict=True):
+        stream.subscribe(events.append)
+    forecast = _OnlyReached(reached, sure=not row.predicted) if row.predicted or row.policy is layer_order else None
+    host, device = (
+        CacheController(
+            layers=layers, experts=experts, slots=slots, strategy=row, row_bytes=1, events=stream, future=future,
+            forecast=forecast,
+        )
+        for stream in streams
+    )  # fmt: skip
+    on = torch.device(_device(maker))
+    state = CacheState.allocate(row, device.tables, on, log=True, future=future, reached=reached)
+    schedule, twin = Schedule.allocate(state, 3, 2), MAKERS[maker](state)
+    for number, routes in enumerate(routes_of(workload)):
+        for controller in (host, device) if number == 0 else (host,):
+            controller.begin_step()
+            for layer in range(layers) if number == 0 else (1, 2):
+                controller.access(layer, np.flatnonzero(workload.needed[number, layer]).tolist())
+        if number == 0:
+            device.hand_over(state.load)
+            continue
+        told[1].append(Event(EventKind.STEP, number))
+        if row.predicted:
+            state.known.fill_(1)
+            state.demand[:1] = torch.from_numpy(forecast.outlook(Step(number)).demand)
+        twin.open_step()
+        for layer in (1, 2):
+            twin.run_layer(layer, torch.from_numpy(routes[:, layer]).contiguous().to(on), schedule)
+            twin.bind(layer)
+        twin.close_step()
+        told[1] += [as_event(entry, number, 1) for entry in state.take_log()]
+    device.take_back(state.store, steps=4)
+    assert told[0] == told[1]
+    assert not device.tables.pinned[0].any()  # what was loaded ahead for that layer may leave
+
+
+class _OnlyReached(Nothing):
+    """Every expert of some layers, for sure or more or less; in the first pass, of all layers."""
+
+    def __init__(self, reached: tuple[bool, ...], *, sure: bool) -> None:
+        self.reached, self.sure = reached, sure
+
+    def outlook(self, step: Step) -> Outlook:
+        said = np.ones(3) if step.number == 0 else np.array(self.reached, dtype=np.float64)
+        chances = np.ones((1, 3, 7)) if self.sure else np.random.default_rng(step.number).random((1, 3, 7))
+        return Outlook(chances * said[:, None])
 
 
 def test_what_has_no_twin_says_why() -> None:

@@ -26,7 +26,7 @@ from expertflow.schedule.scheduler import Decode, Part, Prefill, Scheduler
 from test_foresight import MakePredictor, make_predictor  # noqa: F401 - a fixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IN_ROWS = [name for name in FAMILIES if name != "switch_transformers"]
+IN_ROWS = list(FAMILIES)
 RATES = Rates(slots=4, load=1.0, step=0.1, expert=0.01)
 
 
@@ -443,7 +443,11 @@ def test_takers_and_choices_that_fail_harm_nobody_else(
 
 def test_a_broken_cohort_is_given_up(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a cohort keeps cannot be trusted behind an error: its requests are cancelled, the next ones are right."""
-    with LLM(make_checkpoint("switch_transformers"), device=DEVICE, max_batch=2, max_length=48, slots=3) as llm:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+             "max_position_embeddings": 128, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32}  # fmt: skip
+    no_row = make_checkpoint("flex_olmo", "float32", **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with LLM(no_row, device=DEVICE, max_batch=2, max_length=48, slots=3) as llm:
+        assert not llm.engine._executor.joins
         params = SamplingParams(max_tokens=5, ignore_eos=True)
         expected = [output.token_ids for output in llm.generate(PROMPTS[:4], params)]
         executor, stream = llm.engine._executor, llm.stream(PROMPTS[1], params)

@@ -2,8 +2,10 @@
 
 Run: ``PYTHONPATH=tools:src python -m switch.evaluate --text FILE.xz --out DIR --scratch DIR --deadline 560``
 
-For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`) and `switch_N_training.json`. The
-measurement gets an equal share of the time that training leaves; what does not fit is named in the result.
+For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`), `switch_N_training.json`,
+`switch_N_predictor.json` (its guesses on the bench's prompts, which it has not seen, beside the free ones) and `switch_N_schedule.json`
+(the token scheduler with and without). The bench gets an equal share of the time that the rest leaves; what does not fit is named in
+the result.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ from expertflow.bench.measure import measure
 from expertflow.bench.presets import make_settings
 from expertflow.bench.result import write_result
 from expertflow.cli.bench import command_of, show
+from expertflow.cli.eval_predictor import Test
+from expertflow.cli.eval_predictor import main as eval_predictor
 from expertflow.cli.train_predictor import Source
 from expertflow.cli.train_predictor import main as train_predictor
+from switch import schedule
 from switch.constants import PROMPTS_FILE, REPORT_FILE, TRAINING_PROMPTS_FILE
 from switch.train import prepare_text, sizes, train
 
 STARTED = time.perf_counter()
-TRACE = "training.trace"
+TRACE, UNSEEN = "training.trace", "unseen.trace"
 
 
 def say(text: str) -> None:
@@ -37,14 +42,14 @@ def say(text: str) -> None:
     print(f"[{time.perf_counter() - STARTED:5.0f} s] {text}", flush=True)
 
 
-def record(folder: Path, tokens: int, device: str) -> None:
-    """The routing of training prompts, for the predictor."""
-    lines = (folder / TRAINING_PROMPTS_FILE).read_text(encoding="utf-8").splitlines()
+def record(folder: Path, tokens: int, device: str, source: str, trace: str) -> None:
+    """The routing of prompts: those to train the predictor with, or the bench's."""
+    lines = (folder / source).read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["tokens"] for line in lines]
     longest = max(map(len, prompts)) + tokens
     with (
         LLM(folder, slots="100%", execution="host", max_batch=32, max_length=longest, device=device) as llm,
-        llm.record(folder / TRACE),
+        llm.record(folder / trace),
     ):
         llm.generate(prompts, SamplingParams(max_tokens=tokens, ignore_eos=True))
 
@@ -63,6 +68,31 @@ def predictor(folder: Path, epochs: int, device: str) -> None:
     train_predictor(source=source, out=folder / "predictor", kind="path", options=options)
 
 
+def judge(folder: Path, out: Path) -> None:
+    """The predictor on sequences it has not seen, beside free guesses that learned from the same ones as it did."""
+    test = Test(
+        trace=folder / UNSEEN, free=folder / TRACE, only="", leave_out="", skip="", cases=(), slots=("25%",), steps=1
+    )
+    eval_predictor(artifact=folder / "predictor", test=test, plot=None, json_file=out)
+
+
+def schedules(folder: Path, out: Path, options: argparse.Namespace) -> bool:
+    """The scheduler with and without, at the fewest and the most slots; whether every token was the same."""
+    slots = options.slots.split(",")
+    rows = [
+        schedule.measure(folder, count, batch=options.turn, live=options.live, tokens=options.tokens, repeats=options.repeats, device=options.device)
+        for count in dict.fromkeys((slots[0], slots[-1]))
+    ]  # fmt: skip
+    schedule.write(out, rows, options.device)
+    for row in rows:
+        speeds = {name: [round(run["tokens_per_second"]) for run in runs] for name, runs in row["schedules"].items()}
+        loads = {name: [round(run["loads_per_token"], 2) for run in runs] for name, runs in row["schedules"].items()}
+        say(
+            f"{row['slots']} slots, {row['live']} live in turns of {row['batch']}: tokens/s {speeds}, loads a token {loads}"
+        )
+    return all(row["tokens_equal"] for row in rows)
+
+
 def bench(folder: Path, out: Path, seconds: float, options: argparse.Namespace) -> bool:
     """The paper's preset on the model; whether every token was exact."""
     given = {
@@ -70,6 +100,7 @@ def bench(folder: Path, out: Path, seconds: float, options: argparse.Namespace) 
         "repeats": options.repeats, "device": options.device,
         "slots": tuple(options.slots.split(",")), "batches": tuple(int(part) for part in options.batches.split(",")),
         "strategies": tuple(options.strategies.split(",")), "long_prompt": options.long_prompt,
+        "executions": tuple(options.executions.split(",")),
     }  # fmt: skip
     last = [0.0]
 
@@ -99,6 +130,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", default="4,8,16,32")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--live", type=int, default=32, help="sequences that the scheduler divides")
+    parser.add_argument("--turn", type=int, default=8, help="sequences that step together there")
+    parser.add_argument("--after", type=float, default=60.0, help="seconds kept for the scheduler, a size")
+    parser.add_argument("--executions", default="auto", help="auto, host, graph; several side by side")
     parser.add_argument("--long-prompt", type=int, default=256)
     parser.add_argument("--characters", type=int, default=14_000_000)
     parser.add_argument("--batch", type=int, default=48, help="sequences of a training step")
@@ -130,16 +165,22 @@ def main(argv: list[str] | None = None) -> None:
         release()
         say(f"Switch-{experts} is written")
         if options.epochs:
-            record(folder, options.tokens, options.device)
+            record(folder, options.tokens, options.device, TRAINING_PROMPTS_FILE, TRACE)
+            record(folder, options.tokens, options.device, PROMPTS_FILE, UNSEEN)
             release()
             say("its routing is recorded")
             predictor(folder, options.epochs, options.device)
             say("its predictor is trained")
+            judge(folder, options.out / f"switch_{experts}_predictor.json")
         left = options.deadline - (time.perf_counter() - STARTED)
-        share = (left - sum(seconds[number + 1 :])) / (len(counts) - number)
+        after = options.after if options.epochs else 0.0
+        share = (left - sum(seconds[number + 1 :])) / (len(counts) - number) - after
         say(f"measuring for {share:.0f} s")
         exact &= bench(folder, options.out / f"switch_{experts}.json", max(share, 1.0), options)
         release()
+        if options.epochs:
+            exact &= schedules(folder, options.out / f"switch_{experts}_schedule.json", options)
+            release()
         if not options.keep:
             shutil.rmtree(folder)
     say("done")

@@ -172,14 +172,13 @@ class Bed:
         gate: Follower | None = None
         if row.needs_future:
             gate = RecordedGate(self.settings.gate_recall, self.settings.seed)
-        elif row.policy is layer_order and self.plan.shape.encoder_decoder:
-            gate = RecordedLayers()
         predictor = self.settings.predictor if row.predicted else "none"
-        llm = LLM(
-            self.folder, strategy=strategy, slots=slots, execution=execution, predictor=predictor, forecast=gate,
-            beside=self._owner, **self._common,
-        )  # fmt: skip
-        return Seat(llm, gate, others)
+        options = {"strategy": strategy, "slots": slots, "execution": execution, "predictor": predictor, **self._common}
+        if row.policy is layer_order and self.plan.shape.encoder_decoder:
+            config = EngineConfig.from_mapping(options)
+            if prepare(self.folder, config).plan.execution == "host":  # a graph knows which layers its steps reach
+                gate = RecordedLayers()
+        return Seat(LLM(self.folder, forecast=gate, beside=self._owner, **options), gate, others)
 
     def predictor_bytes(self) -> int:
         """The network of the predictor that strategies with one would use, in memory; 0 if the model has none.

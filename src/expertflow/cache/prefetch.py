@@ -181,6 +181,12 @@ def open_step(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules:
         demand: `[L, E]` how likely this step uses each expert; not read without a plan.
         rules: the strategy's numbers.
     """
+    if rules.prefetch:
+        for layer in range(
+            t.slot_of.shape[0]
+        ):  # one that the step leaves alone would keep what is pinned there for good
+            if not np.any(demand[layer] > 0):
+                t.pinned[layer] = False
     begin_step(t, planes)
     if rules.prefetch:
         plan(t, planes, demand, rules, -1)

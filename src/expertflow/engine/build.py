@@ -13,6 +13,7 @@ from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import DEFAULT, PREDICTED_DEFAULT, Strategy, find_strategy
 from expertflow.config import EngineConfig
+from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.device import DeviceExperts, Held, expert_mlp, graph_refusal
 from expertflow.engine.foresight import Foresight
 from expertflow.engine.graph import GraphDecoder
@@ -20,7 +21,7 @@ from expertflow.engine.observe import StepObserver, step_tokens, tell_all
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.provider import CachedExperts
 from expertflow.engine.rows import RowModel
-from expertflow.engine.runner import CohortExecutor, Executor, RowExecutor
+from expertflow.engine.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
 from expertflow.errors import BudgetError, ClosedError, ConfigError, DeviceError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
 from expertflow.memory.layout import RowLayout
@@ -205,7 +206,7 @@ class OffloadedModel:
             forecast=forecast or self.foresight,
         )
         self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
-        self._rows: RowModel | None = None
+        self._rows: RowModel | EncoderDecoderRows | None = None
         self._decoder: GraphDecoder | None = None
         self._told_why = ""
         self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
@@ -251,7 +252,10 @@ class OffloadedModel:
         if not plan.shape.in_rows:
             return CohortExecutor(self.model, plan.prefill_chunk)
         if self._rows is None:
-            self._rows = RowModel(self.model, self.skeleton, plan.max_live, plan.max_length)
+            kind = EncoderDecoderRows if plan.shape.encoder_decoder else RowModel
+            self._rows = kind(self.model, self.skeleton, plan.max_live, plan.max_length)
+        if isinstance(self._rows, EncoderDecoderRows):
+            return EncoderDecoderExecutor(self._rows, self._graphs)
         return RowExecutor(self._rows, self._graphs)
 
     def _graphs(self) -> GraphDecoder | None:
@@ -280,7 +284,9 @@ class OffloadedModel:
             )  # fmt: skip
             plan, mlp = self.plan, expert_mlp(self.skeleton)
             with torch.inference_mode(), self.meter.watch():
-                experts = DeviceExperts(mlp, held, plan.max_batch, plan.shape.top_k, log=log)
+                experts = DeviceExperts(
+                    mlp, held, plan.max_batch, plan.shape.top_k, log=log, reached=self.skeleton.reached
+                )
                 self._decoder = GraphDecoder(self._rows, experts, plan.max_batch)
         return self._decoder
 

@@ -16,6 +16,8 @@ from expertflow.kernels.backend import Backend, backend
 from expertflow.models.skeleton import Skeleton
 
 ATTENTION = "expertflow_decode"
+_NORMS = ("RMSNorm", "SwitchTransformersLayerNorm")
+"""How the names of norms end that divide by the root of the mean square and have no bias."""
 _WIDE_NORMS = ("gpt_oss",)
 """Families whose norm multiplies by its weight in float32."""
 
@@ -82,7 +84,7 @@ class DenseParts:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    return type(module).__name__.endswith(_NORMS) and hasattr(module, "variance_epsilon")
 
 
 def _is_attention(module: nn.Module, config: Any) -> bool:

@@ -57,14 +57,14 @@ def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
     module = skeleton.model.get_submodule(skeleton.expert_modules[0])
     layout = RowLayout.of(skeleton.specs)
     config = skeleton.config.get_text_config(decoder=True)
-    name = str(getattr(config, "hidden_act", ""))
+    name = str(getattr(config, "hidden_act", None) or getattr(config, "dense_act_fn", ""))
     return ExpertMlp.of(
         layout.specs,
         layout.offsets,
         layout.row_bytes,
         skeleton.family.activation or _ACTIVATIONS.get(name, name),
-        transposed=bool(module.is_transposed),
-        interleaved=not module.is_concatenated,
+        transposed=bool(getattr(module, "is_transposed", False)),  # the registry's word; Switch's experts have none
+        interleaved=not getattr(module, "is_concatenated", True),
     )
 
 
@@ -158,6 +158,7 @@ class DeviceExperts:
         rows: sequences at most.
         top_k: experts a token uses a layer.
         log: keep single events, for whoever listens; else only totals.
+        reached: the layers that a step runs; None: all.
 
     Attributes:
         state: what the device remembers.
@@ -169,13 +170,15 @@ class DeviceExperts:
         fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `begin` on.
     """
 
-    def __init__(self, mlp: ExpertMlp, held: Held, rows: int, top_k: int, *, log: bool) -> None:
+    def __init__(
+        self, mlp: ExpertMlp, held: Held, rows: int, top_k: int, *, log: bool, reached: Sequence[bool] | None = None
+    ) -> None:
         """Allocate everything a step needs but what the model itself allocates."""
         device = held.pool.buffer.device
         self._mlp, self._held, self._top_k = mlp, held, top_k
         strategy = held.controller.strategy.on_device()
         self.state = CacheState.allocate(
-            strategy, held.controller.tables, device, log=log, future=held.controller.future
+            strategy, held.controller.tables, device, log=log, future=held.controller.future, reached=reached
         )
         self._kernels = backend(device)
         foresight = held.foresight

@@ -61,6 +61,7 @@ class Engine:
             chunk=plan.prefill_chunk,
             policy=plan.schedule,  # type: ignore[arg-type]  # checked when it was stated
             joins=self._executor.joins,
+            whole=self._executor.whole,
             top_k=plan.shape.top_k,
             rates=rates(plan),
             ask=self._paths if asks else None,
@@ -200,7 +201,8 @@ class Engine:
         fed = []
         for number in turn.sequences:
             request = self._running[number].request
-            position = len(request.prompt_token_ids) + len(request.token_ids) - 1
+            before = len(request.prompt_token_ids) if request.continues else 1  # a decoder's own first token
+            position = before + len(request.token_ids) - 1
             fed.append(Fed(number, request.token_ids[-1], self._scheduler.row(number), position))
         self._announce(Coming(turn.sequences, following=turn.groups[1:]))
         return self._hand_out(turn.sequences, self._choose(turn.sequences, self._executor.decode(fed)))

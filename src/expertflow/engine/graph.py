@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertflow.engine.capture import capture, graph_pool, kept_bytes
+from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.dense import DenseParts
 from expertflow.engine.device import DeviceExperts
 from expertflow.engine.rows import Fed, Pass, RowModel
@@ -48,7 +49,9 @@ class GraphDecoder:
         best: int64 `[batch]`, its most probable next tokens.
     """
 
-    def __init__(self, rows: RowModel, experts: DeviceExperts, batch: int, *, dense: bool = True) -> None:
+    def __init__(
+        self, rows: RowModel | EncoderDecoderRows, experts: DeviceExperts, batch: int, *, dense: bool = True
+    ) -> None:
         """Make the buffers that graphs point at."""
         self.rows, self.experts, self._batch = rows, experts, batch
         device, length = rows.model.device, rows.nowhere
@@ -59,7 +62,8 @@ class GraphDecoder:
         self.logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
         self.best = torch.zeros(batch, dtype=torch.long, device=device)
         self._dense = DenseParts(rows.model, rows.skeleton, rows.windows) if dense else None
-        self._graphs: dict[tuple[int, int, bool, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, int, bool, bool], torch.cuda.CUDAGraph] = {}
+        self._reach = 0
         self._pool = graph_pool(device)
         self._whole = True
 
@@ -73,7 +77,8 @@ class GraphDecoder:
         self.experts.begin(sequences, tokens)
         need = max(count, self.experts.asked)
         batch = round_up(need, 1, self._batch)
-        columns = round_up(max(positions) + 1, min(LEAST_COLUMNS, length), length)
+        columns, reach = round_up(max(positions) + 1, min(LEAST_COLUMNS, length), length), self.rows.reach(rows)
+        self._reach = round_up(reach, min(LEAST_COLUMNS, length), length) if reach else 0
         padding = [0] * (self._batch - count)
         columns_of = [*positions, *(length for _ in padding)]
         staged = [[*tokens, *padding], [*rows, *padding], [*positions, *padding], columns_of]
@@ -86,7 +91,7 @@ class GraphDecoder:
 
     def launch(self, batch: int, columns: int) -> None:
         """Run a step over what the buffers hold: replay its graph, or run it and capture it for the next time."""
-        shape = batch, columns, self.experts.fixed, self.experts.predicting
+        shape = batch, columns, self._reach, self.experts.fixed, self.experts.predicting
         graph = self._graphs.get(shape)
         if graph is not None:
             graph.replay()
@@ -124,7 +129,7 @@ class GraphDecoder:
         self.experts.open_step(batch)
         logits = self.rows.forward(
             self.rows.model.forward,  # not a call: its hooks begin a step of the host execution
-            Pass(tokens[:, None], rows, positions[:, None], where[:, None], columns),
+            Pass(tokens[:, None], rows, positions[:, None], where[:, None], columns, self._reach),
             whole=whole,
         )
         self.experts.close_step()

@@ -213,7 +213,7 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     buffers += rows * (shape.vocabulary * DTYPE_BYTES[shape.dtype] + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
-    captured = workspace_bytes(shape, rows, length, rows)
+    captured = workspace_bytes(shape, rows, length, rows, prompts=False)
     return state + buffers + (captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES if device == "cuda" else 0)
 
 
@@ -259,7 +259,7 @@ def _slots(config: EngineConfig, shape: ModelShape, row: int, fixed: int, budget
     return min(total, (budget - fixed - SlotPool.nbytes(row, 0)) // row)
 
 
-def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int) -> int:
+def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, prompts: bool = True) -> int:
     """Upper bound on the temporary device memory of one step.
 
     The phases of a layer follow one another, so the largest counts; what lives through all of them is added.
@@ -269,10 +269,11 @@ def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int) -> i
         batch: sequences.
         length: tokens of a sequence, prompt included.
         chunk: tokens of a prefill pass over all sequences.
+        prompts: whether the step may be one over prompts.
     """
     element = DTYPE_BYTES[shape.dtype]
     tokens = max(chunk, batch)
-    if shape.encoder_decoder:
+    if shape.encoder_decoder and prompts:
         tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
     columns = max(1, tokens // batch)
     state = tokens * shape.hidden

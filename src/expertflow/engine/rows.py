@@ -36,6 +36,7 @@ class Pass(NamedTuple):
         positions: int64 `[B, C]`; each token sees columns up to its own position.
         columns: int64 `[B, C]`, where the tokens' keys and values go: their positions, or nowhere.
         end: columns that are looked at.
+        reach: the same of what an encoder has read; 0 without one.
     """
 
     tokens: Tensor
@@ -43,6 +44,7 @@ class Pass(NamedTuple):
     positions: Tensor
     columns: Tensor
     end: int
+    reach: int = 0
 
 
 class Span:
@@ -106,10 +108,10 @@ class RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """All layers' rows."""
 
-    def __init__(self, layers: int, rows: int, length: int) -> None:
+    def __init__(self, layers: int, rows: int, length: int, kind: type[RowLayer] = RowLayer) -> None:
         """Room for `rows` sequences of `length` tokens in `layers` attention layers."""
         self.span = Span()
-        super().__init__(layers=[RowLayer(rows, length, self.span) for _ in range(layers)])
+        super().__init__(layers=[kind(rows, length, self.span) for _ in range(layers)])
 
 
 class RowModel:
@@ -145,6 +147,10 @@ class RowModel:
         """Give keys and values back; nothing can be run afterwards."""
         self.cache.layers.clear()
 
+    def reach(self, rows: Sequence[int]) -> int:  # noqa: ARG002 - as of rows behind an encoder
+        """Tokens an encoder has read: there is none."""
+        return 0
+
     def forward(self, run: Callable[..., Any], given: Pass, *, whole: bool = False) -> Float[Tensor, "B V"]:
         """Run a pass; logits of each row's last token.
 
@@ -153,7 +159,7 @@ class RowModel:
             given: what is fed in.
             whole: attention finds its rows itself.
         """
-        tokens, rows, positions, columns, end = given
+        tokens, rows, positions, columns, end, _ = given
         span = self.cache.span
         span.rows, span.columns, span.end, span.whole = rows, columns, end, whole
         masks = step_masks(positions, end, self._masks, self._dtype)

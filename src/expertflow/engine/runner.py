@@ -1,7 +1,7 @@
 """Passes and steps over any of the live sequences: tensors in, logits out.
 
-Most models keep keys and values in rows (`engine.rows`), so sequences join, leave and step in any company, by the host
-execution or by graphs. Others run in cohorts: sequences that come together step together until the last one is over.
+Most models keep keys and values in rows (`engine.rows`, `engine.cross`), so sequences join, leave and step in any company, by the
+host execution or by graphs. Others run in cohorts: sequences that come together step together until the last one is over.
 Knows rows and positions; refuses to know text, sampling and who steps when.
 """
 
@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.graph import GraphDecoder
 from expertflow.engine.rows import Fed, Pass, RowModel
 
@@ -32,10 +33,12 @@ class Executor(Protocol):
 
     Attributes:
         joins: whether sequences may join while others live.
+        whole: whether a prompt is read in one pass.
         padded_left: on which side the shorter pieces of a pass are padded.
     """
 
     joins: bool
+    whole: bool
     padded_left: bool
 
     def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
@@ -57,8 +60,9 @@ class RowExecutor:
     """
 
     joins = padded_left = True
+    whole = False
 
-    def __init__(self, rows: RowModel, graphs: Callable[[], GraphDecoder | None]) -> None:
+    def __init__(self, rows: RowModel | EncoderDecoderRows, graphs: Callable[[], GraphDecoder | None]) -> None:
         """Nothing has run."""
         self._rows, self._graphs = rows, graphs
         self._bindings = [rows.model.get_submodule(path) for path in rows.skeleton.expert_modules]
@@ -109,11 +113,34 @@ class RowExecutor:
         device = self._rows.model.device
         _, tokens, rows, positions = torch.tensor(fed, device=device).unbind(1)
         end, at = max(one.position for one in fed) + 1, positions[:, None]
-        return self._rows.forward(self._rows.model, Pass(tokens[:, None], rows, at, at, end))
+        reach = self._rows.reach([one.row for one in fed])
+        return self._rows.forward(self._rows.model, Pass(tokens[:, None], rows, at, at, end, reach))
 
     def best(self) -> Int[Tensor, " B"] | None:
         """The most probable next tokens, if a graph has them ready."""
         return self._best
+
+
+class EncoderDecoderExecutor(RowExecutor):
+    """An encoder-decoder model in rows: the prompts are what the encoder reads, whole."""
+
+    padded_left = False
+    whole = True
+
+    def __init__(self, rows: EncoderDecoderRows, graphs: Callable[[], GraphDecoder | None]) -> None:
+        """Nothing has run."""
+        super().__init__(rows, graphs)
+        self._encoder = rows
+
+    @torch.inference_mode()
+    def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
+        """Run whole prompts through the encoder, the shorter ones padded on the right, then the decoder's first token."""
+        model, prompts = self._encoder.model, [piece.tokens for piece in pieces]
+        ids, mask = _padded(prompts, _pad_id(model), model.device, left=False)
+        self._best = None
+        with self._padding(mask == 0):
+            encoded = self._encoder.encode(ids, mask)
+        return self._encoder.start([piece.row for piece in pieces], encoded, list(map(len, prompts)))
 
 
 class Batch(Protocol):
@@ -132,7 +159,7 @@ class Batch(Protocol):
 class CohortExecutor:
     """A model whose sequences come together and step together; those that are over leave."""
 
-    joins = False
+    joins, whole = False, True
 
     def __init__(self, model: PreTrainedModel, chunk: int) -> None:
         """Nothing has run; decoder-only models read `chunk` tokens a pass, over all sequences."""

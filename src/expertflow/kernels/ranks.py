@@ -96,7 +96,7 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
     planes = 0
     if SOURCE == _CONSTANT:
         planes = 1
-        tl.store(demand + at, tl.full([EP], 1.0, tl.float64), mask=mask)
+        tl.store(demand + at, tl.load(future + at, mask=mask, other=0).to(tl.float64), mask=mask)
     elif SOURCE == _RECORDED:
         where = step * layers * experts + at
         sure = tl.load(future + where, mask=mask & (step < steps), other=0)
@@ -123,7 +123,8 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
         before = tl.load(count + at, mask=mask, other=0.0)
         after_use, after_rest, most = before + 1.0, before, before
     elif POLICY == _LAYER_ORDER:
-        before = tl.zeros([EP], tl.float64) - now
+        reached = (planes == 0) | (tl.max(chance, 0) > 0.0)  # or the step is known to leave this layer alone
+        before = tl.zeros([EP], tl.float64) - tl.where(reached, now, coming)
         after_use = tl.zeros([EP], tl.float64) - coming
         after_rest, most = after_use, before
     else:
@@ -171,6 +172,7 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
     if PREFETCH:
         tl.store(limit + at, most, mask=mask)
         pin = tl.load(pinned + at, mask=mask, other=0) & tl.load(fresh + at, mask=mask, other=0)
+        pin = tl.where(tl.max(chance, 0) > 0.0, pin, 0).to(tl.uint8)
         tl.store(pinned + at, pin, mask=mask)
         present = present & (pin == 0)
     ranks = tl.where(present, before, float("inf"))

@@ -8,6 +8,7 @@ together. Their number in a graph is fixed, `phase_bound`; the twin fills as man
 is computed before, and beside, the first phase's fetch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -46,20 +47,28 @@ def refusal(strategy: Strategy, *, predicted: bool = False) -> str | None:
     return None
 
 
-def source_of(strategy: Strategy, setting: Setting) -> tuple[int, np.ndarray]:
-    """Where the demand of a strategy comes from, and what its forecast will say: bool `[N, L, E]`, N = 0 if unknown."""
+def source_of(strategy: Strategy, setting: Setting, reached: Sequence[bool] | None = None) -> tuple[int, np.ndarray]:
+    """Where the demand of a strategy comes from, and what its forecast will say: bool `[N, L, E]`, N = 0 if unknown.
+
+    Args:
+        strategy: row of the strategy table.
+        setting: what its forecast is made for.
+        reached: the layers that a step runs; None: all.
+    """
     nothing = np.zeros((0, setting.layers, setting.experts), dtype=np.bool_)
     if strategy.predicted:
         return GIVEN, nothing
     forecast = strategy.make_forecast(setting)
     if isinstance(forecast, LayerOrder):
-        return CONSTANT, np.ones((1, setting.layers, setting.experts), dtype=np.bool_)
+        said = np.ones((1, setting.layers, setting.experts), dtype=np.bool_)
+        said[:, [] if reached is None else np.flatnonzero(~np.asarray(reached))] = False
+        return CONSTANT, said
     if setting.future is None or not strategy.needs_future:
         return UNKNOWN, nothing
     if isinstance(forecast, Recorded):
         return RECORDED, setting.future
-    said = [forecast.outlook(Step(number)) for number in range(len(setting.future))]
-    return RECORDED, np.stack([o.demand[0] > 0 for o in said if o is not None])
+    each = [forecast.outlook(Step(number)) for number in range(len(setting.future))]
+    return RECORDED, np.stack([o.demand[0] > 0 for o in each if o is not None])
 
 
 def phase_bound(strategy: Strategy, layers: int, slots: int, needed: int) -> int:
@@ -215,6 +224,7 @@ class CacheState:
         *,
         log: bool = False,
         future: np.ndarray | None = None,
+        reached: Sequence[bool] | None = None,
     ) -> Self:
         """Room for what `tables` holds; nothing is taken over yet.
 
@@ -224,6 +234,7 @@ class CacheState:
             device: where to.
             log: keep a step's log rows, to be taken with `take_log` after every step.
             future: bool `[N, L, E]`, the run's routing, for a strategy that knows it.
+            reached: the layers that a step runs, an encoder's are not among them; None: all.
         """
         (layers, experts), slots = tables.slot_of.shape, len(tables.owner)
 
@@ -233,7 +244,7 @@ class CacheState:
         def plane() -> Tensor:
             return room(torch.float64, layers, experts)
 
-        source, recorded = source_of(strategy, Setting(layers=layers, experts=experts, future=future))
+        source, recorded = source_of(strategy, Setting(layers=layers, experts=experts, future=future), reached)
         following = next_uses(recorded) if strategy.policy is belady else np.zeros((0, layers, experts), np.float32)
         entries = _entries(strategy, layers, experts)
         rows = layers * (1 + 3 * experts) + 3 * entries

@@ -120,7 +120,6 @@ _ROWS = (
     ),
     Family(
         model_type="switch_transformers", title="Switch Transformers", examples="switch-base-8 ... 256", hook="switch",
-        no_graph="it is an encoder-decoder whose routing is one-hot",
         expert_key=r"(?P<module>.+\.experts)\.expert_(?P<expert>\d+)\.(?P<tensor>w[io])\.weight",
         tiny=MappingProxyType({
             "d_model": 64, "d_kv": 16, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,

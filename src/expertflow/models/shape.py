@@ -120,7 +120,7 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         context=None if skeleton.encoder_decoder else getattr(config, "max_position_embeddings", None),
         encoder_decoder=skeleton.encoder_decoder,
         unplanned=unplanned,
-        in_rows=skeleton.family is not None and not skeleton.encoder_decoder and not unplanned,
+        in_rows=skeleton.family is not None and not unplanned,
         scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - the only place transformers says it
     )
 

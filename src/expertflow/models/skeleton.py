@@ -58,6 +58,11 @@ class Skeleton:
         """Whether the model has an encoder."""
         return bool(self.config.is_encoder_decoder)
 
+    @property
+    def reached(self) -> tuple[bool, ...]:
+        """For each expert module, whether a decode step runs it: an encoder's are left alone."""
+        return tuple(not self.encoder_decoder or path.startswith("decoder.") for path in self.expert_modules)
+
 
 def build_skeleton(folder: Path, dtype: str) -> Skeleton:
     """Read the config, build the model on the meta device, find and empty its experts.

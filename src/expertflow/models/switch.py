@@ -41,6 +41,10 @@ class SwitchExperts(nn.Module):
         assert binding is not None
         chosen = selected_experts.argmax(dim=-1)
         index = torch.where(selected_experts.any(dim=-1), chosen, self.num_experts)
+        if binding.whole is not None:
+            return binding.whole(binding.layer, hidden_states, index, routing_weights)
+        if binding.padding is not None:
+            index = index.masked_fill(binding.padding[:, None], self.num_experts)
         return run_experts(binding, self._mlp, hidden_states, index, routing_weights, self.num_experts)
 
     def _mlp(self, tokens: Tensor, row: Row) -> Tensor:

@@ -80,6 +80,7 @@ class Scheduler:
         chunk: tokens of a pass at most, over all its sequences.
         policy: how live sequences are divided into turns: `fifo` by arrival, `group` by route, `auto` what is cheapest.
         joins: whether sequences may join while others live; if not, they come and step in cohorts.
+        whole: whether a prompt has to be read in one pass, however long; so is a cohort's.
         patience: how often a waiting request may be passed over by a later one.
         top_k: experts a token uses a layer.
         rates: what a step costs, for `auto`.
@@ -96,6 +97,7 @@ class Scheduler:
     chunk: int
     policy: Policy = "fifo"
     joins: bool = True
+    whole: bool = False
     patience: int = 4
     top_k: int = 1
     rates: Rates | None = None
@@ -217,8 +219,10 @@ class Scheduler:
         reading = [sequence for sequence in self._live if not self._decodes(sequence)]
         if not reading:
             return None
-        columns = max(self._live[sequence].prompt for sequence in reading)  # a cohort's prompts are read whole
-        if self.joins:
+        if self.whole or not self.joins:
+            reading = reading[: self.batch]
+            columns = max(self._live[sequence].prompt for sequence in reading)
+        else:
             reading, columns = self._widest(reading)
         parts = []
         for sequence in reading:

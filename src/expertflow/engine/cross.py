@@ -1,0 +1,189 @@
+"""An encoder-decoder model over rows: the decoder's own keys and values, and those of what the encoder has read.
+
+The same rows as a decoder-only model's (`engine.rows`), twice: a sequence's first pass reads its whole prompt through the encoder
+and leaves what the decoder attends to in its row; from then on it steps in any company, eagerly or captured. Positions are each
+row's own, which the T5 relative position bias of transformers does not provide for: here it is computed row by row.
+Knows rows and columns; refuses to know requests, experts and graphs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import EncoderDecoderCache, PreTrainedModel
+
+from expertflow.engine.rows import Pass, RowCache, RowLayer, step_masks
+from expertflow.models.skeleton import Skeleton
+
+
+class Encoded(NamedTuple):
+    """What an encoder made of the prompts, as the model's forward reads it: by place and by name."""
+
+    last_hidden_state: Tensor
+    hidden_states: None = None
+    attentions: None = None
+    router_logits: None = None
+
+
+class ReadLayer(RowLayer):
+    """One layer's keys and values of what the encoder has read; attention takes them as attributes."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate; zeros, because what is masked must still be finite."""
+        shape = self._rows, key_states.shape[1], self._length, key_states.shape[3]
+        self._keys, self._values = key_states.new_zeros(shape), value_states.new_zeros(shape)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keep what the prompts of a pass gave, `[B, heads, W, width]`; attention looks at just that."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        width = key_states.shape[2]
+        self._keys[self._span.rows, :, :width] = key_states
+        self._values[self._span.rows, :, :width] = value_states
+        return key_states, value_states
+
+    def _seen(self, kept: Tensor) -> Tensor:
+        return kept[:, :, : self._span.end][self._span.rows]
+
+    @property
+    def keys(self) -> Tensor:
+        """`[B, heads, end, width]` of the rows in use."""
+        return self._seen(self._keys)
+
+    @keys.setter
+    def keys(self, value: Tensor) -> None:
+        """What transformers' constructor does is of no account."""
+
+    @property
+    def values(self) -> Tensor:
+        """As `keys`."""
+        return self._seen(self._values)
+
+    @values.setter
+    def values(self, value: Tensor) -> None:
+        """As `keys`."""
+
+
+class EncoderDecoderRows:
+    """An encoder-decoder model's forward over rows.
+
+    Args:
+        model: loaded model of a family with a row in `models.families`.
+        skeleton: of it.
+        rows: sequences that may live at once.
+        length: tokens of a prompt, and of an answer, at most.
+
+    Attributes:
+        nowhere: the column that padding writes to.
+        windows: each decoder layer's sliding window: None.
+        cache: the decoder's own keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel, skeleton: Skeleton, rows: int, length: int) -> None:
+        """Empty rows."""
+        self.model, self.skeleton, self.rows, self.nowhere = model, skeleton, rows, length
+        layers = int(model.config.num_decoder_layers)
+        self.windows: list[int | None] = [None] * layers
+        self.cache, self._read = RowCache(layers, rows, length), RowCache(layers, rows, length, kind=ReadLayer)
+        self._both = EncoderDecoderCache(self.cache, self._read)
+        self._lengths = [1] * rows
+        self._lasts = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self._dtype = getattr(torch, skeleton.dtype)
+        self._biased = [m for m in model.get_decoder().modules() if getattr(m, "has_relative_attention_bias", False)]
+        self._nothing = torch.zeros(1, 1, 1, dtype=self._dtype, device=model.device)
+
+    def drop(self) -> None:
+        """Give keys and values back; nothing can be run afterwards."""
+        self.cache.layers.clear()
+        self._read.layers.clear()
+
+    def reach(self, rows: Sequence[int]) -> int:
+        """Tokens of the longest prompt that was read into these rows."""
+        return max(self._lengths[row] for row in rows)
+
+    def encode(self, prompts: Int[Tensor, "B W"], mask: Int[Tensor, "B W"]) -> Float[Tensor, "B W H"]:
+        """Run the encoder over whole prompts, padded on the right; the mask is 1 for a token, 0 for padding."""
+        encoder: Any = self.model.get_encoder()
+        states: Tensor = encoder(input_ids=prompts, attention_mask=mask).last_hidden_state
+        return states
+
+    def start(
+        self, rows: Sequence[int], encoded: Float[Tensor, "B W H"], lengths: Sequence[int]
+    ) -> Float[Tensor, "B V"]:
+        """Run the decoder's first token in these rows, whatever they held before; logits of the next.
+
+        Args:
+            rows: of the sequences.
+            encoded: what the encoder made of their prompts.
+            lengths: tokens of each prompt.
+        """
+        config, device = self.model.config, encoded.device
+        where = torch.tensor(rows, device=device)
+        self._lasts[where] = torch.tensor(lengths, device=device) - 1
+        for row, count in zip(rows, lengths, strict=True):
+            self._lengths[row] = count
+        token = getattr(config, "decoder_start_token_id", None)
+        tokens = torch.full((len(rows), 1), config.pad_token_id if token is None else token, device=device)
+        first = torch.zeros_like(tokens)
+        return self._run(self.model, Pass(tokens, where, first, first, 1, encoded.shape[1]), encoded)
+
+    def forward(self, run: Callable[..., Any], given: Pass, *, whole: bool = False) -> Float[Tensor, "B V"]:
+        """Run a step of the decoder; logits of each row's last token.
+
+        Args:
+            run: the model, or its bare forward.
+            given: what is fed in.
+            whole: not known here: attention is given the rows it works on.
+        """
+        del whole
+        return self._run(run, given, None)
+
+    def _run(self, run: Callable[..., Any], given: Pass, encoded: Tensor | None) -> Tensor:
+        tokens, rows, positions, columns, end, reach = given
+        own, read = self.cache.span, self._read.span
+        own.rows, own.columns, own.end, own.whole = rows, columns, end, False
+        read.rows, read.end = rows, reach
+        self._both.is_updated = dict.fromkeys(range(len(self.windows)), encoded is None)
+        with self._bias(positions, end):
+            out: Any = run(
+                encoder_outputs=Encoded(self._nothing if encoded is None else encoded),
+                attention_mask=step_masks(self._lasts[rows][:, None], reach, (None,), self._dtype)[0],
+                decoder_input_ids=tokens,
+                decoder_attention_mask=step_masks(positions, end, (None,), self._dtype)[0],
+                past_key_values=self._both,
+                use_cache=True,
+            )
+        last: Tensor = out.logits[:, -1]
+        return last
+
+    @contextmanager
+    def _bias(self, positions: Int[Tensor, "B C"], end: int) -> Iterator[None]:
+        """Inside, position biases are `[B, heads, C, end]`: each row counts from its own position."""
+        for module in self._biased:
+            module.compute_bias = _row_bias(module, positions, end)
+        try:
+            yield
+        finally:
+            for module in self._biased:
+                del module.compute_bias
+
+
+def _row_bias(module: Any, positions: Tensor, end: int) -> Callable[..., Tensor]:
+    """In place of `compute_bias` of T5's attention, whose query position is one for all rows."""
+
+    def compute_bias(*_: Any, **__: Any) -> Tensor:
+        column = torch.arange(end, dtype=torch.long, device=positions.device)
+        bucket = module._relative_position_bucket(  # noqa: SLF001 - the family's own rule
+            column - positions[:, :, None],
+            bidirectional=False,
+            num_buckets=module.relative_attention_num_buckets,
+            max_distance=module.relative_attention_max_distance,
+        )
+        bias: Tensor = module.relative_attention_bias(bucket)
+        return bias.permute(0, 3, 1, 2)
+
+    return compute_bias
