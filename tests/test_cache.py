@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Recorded
+from expertflow.cache.policy import Outlook, Policy, Usage, discounted_use, next_use
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.errors import ConfigError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
@@ -283,3 +284,17 @@ def test_layers_may_be_passed_over(strategy: str, steps: list, slots: int, seed:
                 assert sorted(access.expert for access in schedule) == part
                 assert all(0 <= access.slot < slots for access in schedule)
                 controller.table.check_integrity()
+
+
+@pytest.mark.parametrize("policy", [next_use, discounted_use])
+def test_an_encoders_experts_wait_for_the_next_prompt(policy: Policy) -> None:
+    """What an encoder has just used ranks below what decode steps use now and then, and only a demand says otherwise."""
+    usage, far = Usage(layers=2, experts=2, reached=(False, True)), Usage(layers=2, experts=2)
+    for number in range(24):  # a prompt, then steps that use the decoder's first expert once in four
+        needed = np.array([[number == 23, False], [number % 10 == 0, False]])
+        usage.learn(needed)
+        far.learn(needed)
+    assert policy(usage, None).before[0, 0] < policy(usage, None).before[1, 0]
+    assert policy(far, None).before[0, 0] > policy(far, None).before[1, 0]
+    wanted = Outlook(np.array([[[1.0, 0.0], [0.0, 0.0]]]))
+    assert policy(usage, wanted).before[0, 0] > policy(usage, wanted).before[1, 0]

@@ -228,7 +228,7 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
     host, device = (
         CacheController(
             layers=layers, experts=experts, slots=slots, strategy=row, row_bytes=1, events=stream, future=future,
-            forecast=forecast,
+            forecast=forecast, reached=reached,
         )
         for stream in streams
     )  # fmt: skip

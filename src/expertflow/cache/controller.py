@@ -32,7 +32,7 @@ class Brain:
         """Know nothing yet; `forecast` replaces the strategy's own source."""
         self.strategy = strategy
         self.forecast = forecast or strategy.make_forecast(setting)
-        self.usage = Usage(layers=setting.layers, experts=setting.experts)
+        self.usage = Usage(layers=setting.layers, experts=setting.experts, reached=setting.reached)
         self._none = np.zeros((setting.layers, setting.experts))
 
     def begin(self, step: Step) -> tuple[Planes, npt.NDArray[np.float64]]:
@@ -60,6 +60,7 @@ class CacheController:
         events: where everything is told.
         future: `[N, L, E]` bool, the coming run's routing, for strategies that need a recording of it.
         forecast: replaces the strategy's own source of expectations.
+        reached: the layers that a decode step runs, an encoder's are not among them; None: all.
 
     Raises:
         ConfigError: if the strategy needs a recording and there is neither that nor a forecast.
@@ -76,6 +77,7 @@ class CacheController:
         events: EventStream,
         future: npt.NDArray[np.bool_] | None = None,
         forecast: Forecast | None = None,
+        reached: Sequence[bool] | None = None,
     ) -> None:
         """Start with every slot empty."""
         self.strategy, self.events, self.future = strategy, events, future
@@ -83,7 +85,7 @@ class CacheController:
         self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
         self.table = SlotTable(self._tables)
         self._rules: Rules = strategy.rules(layers, slots)
-        self._brain = Brain(strategy, Setting(layers=layers, experts=experts, future=future), forecast)
+        self._brain = Brain(strategy, Setting(layers=layers, experts=experts, future=future, reached=reached), forecast)
         self._planes, self._demand = self._brain.begin(Step(0))
         self._row_bytes, self._open = row_bytes, False
         self._needed = np.zeros((layers, experts), dtype=np.bool_)

@@ -5,7 +5,7 @@ that who leaves is an extremum over arrays, on the host, in compiled code and in
 state and never touches the tables.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,11 +43,14 @@ class Usage:
         count: uses.
         recent: uses, each step's weight fading by `FADE[0]` a step.
         steady: the same with `FADE[1]`.
+        reached: the layers that a decode step runs; None: all. An encoder's are not.
+        waits: `[L, 1]`, steps until a layer comes again at the earliest: `PROMPTS_APART` for those, else 0.
     """
 
     layers: int
     experts: int
     step: int = 0
+    reached: Sequence[bool] | None = None
     last_use: Plane = field(init=False)
     count: Plane = field(init=False)
     recent: Plane = field(init=False)
@@ -59,6 +62,9 @@ class Usage:
         self.last_use = np.full(shape, -1.0)
         self.count, self.recent, self.steady = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         self.place = np.arange(self.layers, dtype=np.float64)[:, None]
+        self.waits = np.zeros((self.layers, 1))
+        if self.reached is not None:
+            self.waits[~np.asarray(self.reached)] = PROMPTS_APART
 
     def learn(self, needed: npt.NDArray[np.bool_]) -> None:
         """A step is over; `needed` `[L, E]` is what it used."""
@@ -71,6 +77,8 @@ class Usage:
         self.step += 1
 
 
+PROMPTS_APART = 32.0
+"""Steps that an encoder's experts are taken to wait for the next prompt: their counts are high just when it is far."""
 FADE = (0.7, 0.97)
 """How fast `Usage.recent` and `Usage.steady` forget; measured, see docs/lab-notes.md."""
 
@@ -144,7 +152,7 @@ def next_use(usage: Usage, outlook: Outlook | None) -> Planes:
     demand p_0, p_1, ... for this step and further ones the expectation is p_0 * 0 + (1 - p_0) * (1 + ...).
     """
     mean, used_rate, unused_rate = rates(usage)
-    before, used, unused = gap(mean), gap(used_rate), gap(unused_rate)
+    before, used, unused = (np.maximum(gap(rate), usage.waits) for rate in (mean, used_rate, unused_rate))
     if outlook is not None:
         for demand in outlook.demand[:0:-1]:  # from the farthest step known to the next one
             used, unused = (1 - demand) * (1 + used), (1 - demand) * (1 + unused)
@@ -163,7 +171,8 @@ def discounted_use(usage: Usage, outlook: Outlook | None) -> Planes:
     A load ahead hides the share HIDDEN of its time if the expert is used (p_0), is a load wasted if not, and costs
     what its victim is worth: it pays where p_0 * HIDDEN - (1 - p_0) is above that.
     """
-    worth, used, unused = (rate / (1 - DISCOUNT * (1 - rate)) for rate in rates(usage))
+    most = DISCOUNT**usage.waits
+    worth, used, unused = (np.minimum(rate / (1 - DISCOUNT * (1 - rate)), most) for rate in rates(usage))
     if outlook is None:
         return in_time(usage, _as_gap(worth), _as_gap(used), _as_gap(unused))
     for demand in outlook.demand[:0:-1]:

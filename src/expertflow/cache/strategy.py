@@ -3,7 +3,7 @@
 A row says what is expected (a forecast), what is loaded ahead (the plan's numbers) and who leaves (a policy).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -32,12 +32,14 @@ class Setting:
         experts: experts a layer.
         future: `[N, L, E]` bool, the routing of the very run that is coming; None unless it was recorded.
         gate_recall: share of a layer's path that the next-layer gate foresees, where it is replayed from a recording.
+        reached: the layers that a decode step runs; None: all.
     """
 
     layers: int
     experts: int
     future: npt.NDArray[np.bool_] | None = None
     gate_recall: float = 0.85
+    reached: Sequence[bool] | None = None
 
 
 MakeForecast = Callable[[Setting], Forecast]

@@ -204,6 +204,7 @@ class OffloadedModel:
             row_bytes=plan.row,
             events=self.events,
             forecast=forecast or self.foresight,
+            reached=prepared.skeleton.reached,
         )
         self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
         self._rows: RowModel | EncoderDecoderRows | None = None

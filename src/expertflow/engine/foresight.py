@@ -67,6 +67,8 @@ class Foresight:
         self._live: dict[int, int] = {}
         self._untold: dict[int, int] = {}
         self._known: set[int] = set()
+        self._stale: set[int] = set()
+        """Rows that still hold what their last sequence left; cleared when the next one gets them, many at a time."""
         rows, device = online.rows + 1, online.device
         shape = rows, self._layers, self._top_k
         self.routes = torch.full(shape, self._experts, dtype=torch.int32, device=device)
@@ -203,13 +205,16 @@ class Foresight:
         free = iter(sorted(set(range(self._online.rows)) - set(self._live.values())))
         for number in new:
             self._live[number] = next(free)
+        used_before = sorted(self._stale.intersection(self._live[number] for number in new))
+        self._clear(used_before)
+        self._stale.difference_update(used_before)
 
     def _forget(self, numbers: list[int]) -> None:
         rows = [self._live.pop(number) for number in numbers]
         for number in numbers:
             self._untold.pop(number, None)
             self._known.discard(number)
-        self._clear(rows)
+        self._stale.update(rows)
         # the pass that is not learnt yet may have been theirs
         self._asked.rows[np.isin(self._asked.rows, rows)] = NOBODY
 

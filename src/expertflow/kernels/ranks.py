@@ -56,7 +56,7 @@ def _as_gap(worth):
 
 @triton.jit(do_not_specialize=["layers", "experts", "steps", "entries", "slots"])
 def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the compiler keeps one
-    slot_of, last_use, count, recent, steady, used, unused, limit, demand, known, pinned, fresh, rank, low, lowest,
+    slot_of, last_use, count, recent, steady, waits, used, unused, limit, demand, known, pinned, fresh, rank, low, lowest,
     clock, future, following, ledger, filled, entry, ahead, waiting, tally,
     layers, experts, steps, entries, slots,
     POLICY: tl.constexpr, SOURCE: tl.constexpr, PREFETCH: tl.constexpr, EP: tl.constexpr,  # noqa: N803
@@ -133,7 +133,9 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
         faded = _MIX_FADE * fast + _REST_FADE * slow
         mean = _MIX * fast + _REST * slow
         if POLICY == _DISCOUNTED:
-            worth, using, resting = _worth(mean), _worth(faded + _GAIN), _worth(faded)
+            top = tl.load(waits + layers + layer)
+            worth, using = tl.minimum(_worth(mean), top), tl.minimum(_worth(faded + _GAIN), top)
+            resting = tl.minimum(_worth(faded), top)
             for less in tl.static_range(_FURTHER):
                 further = _FURTHER - less
                 then = tl.load(demand + further * layers * experts + at, mask=mask & (further < planes), other=0.0)
@@ -145,7 +147,9 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
                 gain = tl.minimum(chance * _HIDDEN - (1.0 - chance), worth)
             wait, using, resting, gain = _as_gap(worth), _as_gap(using), _as_gap(resting), _as_gap(gain)
         else:
-            wait, using, resting = _gap(mean), _gap(faded + _GAIN), _gap(faded)
+            least = tl.load(waits + layer)
+            wait, using = tl.maximum(_gap(mean), least), tl.maximum(_gap(faded + _GAIN), least)
+            resting = tl.maximum(_gap(faded), least)
             for less in tl.static_range(_FURTHER):
                 further = _FURTHER - less
                 then = tl.load(demand + further * layers * experts + at, mask=mask & (further < planes), other=0.0)

@@ -56,8 +56,8 @@ class Residency:
         """`prefetch.open_step`: this step's ranks, and its plan."""
         s = self.state
         ranks.open_step[(s.layers,)](
-            s.slot_of, s.last_use, s.count, s.recent, s.steady, s.used, s.unused, s.limit, s.demand, s.known, s.pinned,
-            s.fresh, s.rank, s.low, s.lowest, s.clock, s.future, s.following, s.ledger.table, s.ledger.count, s.entry,
+            s.slot_of, s.last_use, s.count, s.recent, s.steady, s.waits, s.used, s.unused, s.limit, s.demand, s.known,
+            s.pinned, s.fresh, s.rank, s.low, s.lowest, s.clock, s.future, s.following, s.ledger.table, s.ledger.count, s.entry,
             s.ahead, s.waiting, s.tally, s.layers, s.experts, len(s.future), s.ledger.entries, s.slots,
             POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, **self._options,
         )  # fmt: skip

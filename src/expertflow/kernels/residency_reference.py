@@ -58,6 +58,7 @@ class Residency:
         self._usage = Usage(layers=state.layers, experts=state.experts)
         for name in ("last_use", "count", "recent", "steady"):
             setattr(self._usage, name, getattr(state, name).numpy())
+        self._usage.waits = state.waits[0].numpy()[:, None]
         before = state.rank.numpy().copy()
         self._planes = Planes(before, state.used.numpy(), state.unused.numpy(), state.limit.numpy())
 

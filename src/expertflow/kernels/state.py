@@ -19,7 +19,7 @@ from torch import Tensor
 from expertflow.cache.core import LOG, PENDING, RESIDENT, Tables
 from expertflow.cache.forecast import LayerOrder, Recorded, Step, next_uses
 from expertflow.cache.horizon import STEPS_KNOWN
-from expertflow.cache.policy import Policy, Usage, belady, discounted_use, layer_order, lfu, lru, next_use
+from expertflow.cache.policy import DISCOUNT, Policy, Usage, belady, discounted_use, layer_order, lfu, lru, next_use
 from expertflow.cache.strategy import Setting, Strategy
 from expertflow.kernels.ledger import DONE, Ledger
 
@@ -47,21 +47,16 @@ def refusal(strategy: Strategy, *, predicted: bool = False) -> str | None:
     return None
 
 
-def source_of(strategy: Strategy, setting: Setting, reached: Sequence[bool] | None = None) -> tuple[int, np.ndarray]:
-    """Where the demand of a strategy comes from, and what its forecast will say: bool `[N, L, E]`, N = 0 if unknown.
-
-    Args:
-        strategy: row of the strategy table.
-        setting: what its forecast is made for.
-        reached: the layers that a step runs; None: all.
-    """
+def source_of(strategy: Strategy, setting: Setting) -> tuple[int, np.ndarray]:
+    """Where the demand of a strategy comes from, and what its forecast will say: bool `[N, L, E]`, N = 0 if unknown."""
     nothing = np.zeros((0, setting.layers, setting.experts), dtype=np.bool_)
     if strategy.predicted:
         return GIVEN, nothing
     forecast = strategy.make_forecast(setting)
     if isinstance(forecast, LayerOrder):
         said = np.ones((1, setting.layers, setting.experts), dtype=np.bool_)
-        said[:, [] if reached is None else np.flatnonzero(~np.asarray(reached))] = False
+        if setting.reached is not None:
+            said[:, ~np.asarray(setting.reached)] = False
         return CONSTANT, said
     if setting.future is None or not strategy.needs_future:
         return UNKNOWN, nothing
@@ -159,6 +154,7 @@ class CacheState:
         recent: float64 `[L, E]`.
         steady: float64 `[L, E]`.
         clock: int64 `[2]`, steps learned from, twice: a kernel reads one and writes the other.
+        waits: float64 `[2, L]`, `Usage.waits`, and what a use so far away is worth.
         used: float64 `[L, E]`, this step's `Planes.used`.
         unused: float64 `[L, E]`, this step's `Planes.unused`.
         limit: float64 `[L, E]`, this step's `Planes.limit`.
@@ -197,6 +193,7 @@ class CacheState:
     recent: Tensor
     steady: Tensor
     clock: Tensor
+    waits: Tensor
     used: Tensor
     unused: Tensor
     limit: Tensor
@@ -244,7 +241,7 @@ class CacheState:
         def plane() -> Tensor:
             return room(torch.float64, layers, experts)
 
-        source, recorded = source_of(strategy, Setting(layers=layers, experts=experts, future=future), reached)
+        source, recorded = source_of(strategy, Setting(layers=layers, experts=experts, future=future, reached=reached))
         following = next_uses(recorded) if strategy.policy is belady else np.zeros((0, layers, experts), np.float32)
         entries = _entries(strategy, layers, experts)
         rows = layers * (1 + 3 * experts) + 3 * entries
@@ -268,6 +265,7 @@ class CacheState:
             recent=plane(),
             steady=plane(),
             clock=room(torch.int64, 2),
+            waits=room(torch.float64, 2, layers),
             used=plane(),
             unused=plane(),
             limit=plane(),
@@ -316,6 +314,7 @@ class CacheState:
         for name in _USAGE:
             getattr(self, name).copy_(torch.from_numpy(getattr(usage, name)))
         self.resident.fill_(int(tables.cursor[RESIDENT]))
+        self.waits.copy_(torch.from_numpy(np.stack([usage.waits[:, 0], DISCOUNT ** usage.waits[:, 0]])))
         self.clock.fill_(usage.step)
         self.needed.zero_()
         self.entry.fill_(-1)
