@@ -7,8 +7,8 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 .PHONY: demo test check fix bench clean
 
-demo: $(RUN_STAMP)  ## run the shipped model inside a budget well under its size
-	$(BIN)/expertflow run --prompt "The old house stood at the end of the lane, and" --gpu-memory 12MiB --max-tokens 120 --temperature 0.7 --seed 7
+demo: $(RUN_STAMP)  ## run the shipped model with an eighth of its experts on the device
+	$(BIN)/expertflow run --prompt "The old house stood at the end of the lane, and" --slots 12.5% --max-tokens 120 --temperature 0.7 --seed 7
 
 test: $(DEV_STAMP)  ## all tests
 	$(BIN)/python -m pytest -n 2

