@@ -32,7 +32,7 @@ def _save(picture: Picture, path: Path) -> Path:
 
 
 def speed(result: Result, path: Path) -> Path:
-    """Bars of tokens a second by strategy and slots, one panel a batch, the all-resident model as a line."""
+    """Bars of tokens a second by strategy (colour), execution (hatched: eager) and slots, one panel a batch; the all-resident model is a line."""
     rows = [row for row in _warm(result) if DECODE in row.figures]
     batches = sorted({row.batch for row in rows})
     picture = Picture(figsize=(3.6 * len(batches) + 1.6, 3.6), layout="constrained")
@@ -42,14 +42,17 @@ def speed(result: Result, path: Path) -> Path:
         bars = [row for row in here if row.strategy != RESIDENT]
         slots = sorted({row.slots for row in bars})
         labels = list(dict.fromkeys(_label(row, bars) for row in bars))
+        names = list(dict.fromkeys(row.strategy for row in bars))
         for place, label in enumerate(labels):
             mine = sorted((row for row in bars if _label(row, bars) == label), key=lambda row: row.slots)
             at = [slots.index(row.slots) + (place - (len(labels) - 1) / 2) * 0.8 / len(labels) for row in mine]
             figures = [row.figures[DECODE] for row in mine]
             spread = [[f.median - f.low for f in figures], [f.high - f.median for f in figures]]
+            eager = mine[0].execution == "host" and any(row.execution != "host" for row in bars)
             panel.bar(
-                at, [f.median for f in figures], 0.8 / len(labels), yerr=spread, label=label, error_kw={"lw": 0.7}
-            )
+                at, [f.median for f in figures], 0.8 / len(labels), yerr=spread, label=label, error_kw={"lw": 0.7},
+                color=f"C{names.index(mine[0].strategy)}", hatch="////" if eager else "", edgecolor="white", linewidth=0,
+            )  # fmt: skip
         for row, style in zip((row for row in here if row.strategy == RESIDENT), ("--", ":"), strict=False):
             panel.axhline(
                 row.figures[DECODE].median, color="black", ls=style, lw=1, label=f"all resident ({row.execution})"

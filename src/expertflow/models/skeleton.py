@@ -61,7 +61,7 @@ class Skeleton:
     @property
     def reached(self) -> tuple[bool, ...]:
         """For each expert module, whether a decode step runs it: an encoder's are left alone."""
-        return tuple(not self.encoder_decoder or path.startswith("decoder.") for path in self.expert_modules)
+        return tuple("encoder" not in path.split(".") for path in self.expert_modules)
 
 
 def build_skeleton(folder: Path, dtype: str) -> Skeleton:
