@@ -11,7 +11,7 @@ from typing import NamedTuple
 from expertflow.bench.result import DECODE, KEPT, MOVED, PEAK, SAVED, WARM, Figure, Result, Row
 
 OURS = ("plec", "next-use")
-"""Strategies of this project, the one with a predictor first."""
+"""Strategies of this project: the better one of a place counts."""
 
 
 class Verdict(NamedTuple):
@@ -62,17 +62,17 @@ def verdicts(result: Result) -> list[Verdict]:
     return [verdict for goal in GOALS if goal.fits(result) for verdict in goal.judge(warm, result.model.layers)]
 
 
-def _find(rows: Sequence[Row], strategy: str, like: Row) -> Row | None:
-    same = (row for row in rows if row.strategy == strategy and (row.slots, row.batch) == (like.slots, like.batch))
-    return max(same, key=_speed, default=None)  # the fastest execution of it
-
-
 def _speed(row: Row) -> float:
     return row.figures[DECODE].median if DECODE in row.figures else 0.0
 
 
 def _kept_share(row: Row) -> float:
     return row.figures[KEPT].median if KEPT in row.figures else 0.0
+
+
+def _find(rows: Sequence[Row], strategy: str, like: Row, worth: Callable[[Row], float] = _speed) -> Row | None:
+    same = (row for row in rows if row.strategy == strategy and (row.slots, row.batch) == (like.slots, like.batch))
+    return max(same, key=worth, default=None)  # its best execution
 
 
 def _ours(rows: Sequence[Row], worth: Callable[[Row], float] = _speed) -> list[Row]:
@@ -102,11 +102,13 @@ def times_faster(baseline: str, target: float, per_layer: int | None = None) -> 
         ratio = _speed(best) / _speed(other)
         bound = best.figures[DECODE].bound
         most = None if bound is None else bound / _speed(other)
-        every = ", ".join(f"{a.slots} slots batch {a.batch}: {_speed(a) / _speed(b):.2f}x" for a, b in pairs)
+        every = ", ".join(
+            f"{a.strategy} {a.slots} slots batch {a.batch}: {_speed(a) / _speed(b):.2f}x" for a, b in pairs
+        )
         where = "" if per_layer is None else f" at {per_layer} slots a layer"
         return [
             Verdict(
-                f"{best.strategy} at least {target:g}x {baseline}{where}", f"{ratio:.2f}x at best ({every})",
+                f"{' or '.join(OURS)} at least {target:g}x {baseline}{where}", f"{ratio:.2f}x at best ({every})",
                 "" if most is None else f"{most:.2f}x ({best.figures[DECODE].bound_is})", ratio >= target,
                 "" if ratio >= target else _why_slow(best, other, target, most),
             )
@@ -157,7 +159,7 @@ def peak_below(target: float) -> Callable[..., list[Verdict]]:
     """Measured peak, in 10^9 bytes, of our strategy at the fewest slots."""
 
     def judge(rows: Sequence[Row], layers: int) -> list[Verdict]:  # noqa: ARG001 - a judge's signature
-        found = [row for row in _ours(rows) if PEAK in row.figures]
+        found = [row for row in rows if row.strategy in OURS and PEAK in row.figures]
         if not found:
             return []
         row = min(found, key=lambda item: item.figures[PEAK].median)
@@ -196,7 +198,11 @@ def points_over(baseline: str, points: float) -> Callable[..., list[Verdict]]:
     """Share of needs kept above a baseline's, everywhere: the worst place counts."""
 
     def judge(rows: Sequence[Row], layers: int) -> list[Verdict]:  # noqa: ARG001 - a judge's signature
-        pairs = [(row, other) for row in _ours(rows, _kept_share) if (other := _find(rows, baseline, row)) is not None]
+        pairs = [
+            (row, other)
+            for row in _ours(rows, _kept_share)
+            if (other := _find(rows, baseline, row, _kept_share)) is not None
+        ]
         if not pairs:
             return []
         row, other = min(pairs, key=lambda pair: pair[0].figures[KEPT].median - pair[1].figures[KEPT].median)
@@ -207,10 +213,12 @@ def points_over(baseline: str, points: float) -> Callable[..., list[Verdict]]:
         reason = "" if met else f"{row.strategy} would have to see further ahead"
         if not met and most is not None and most < points:
             reason = f"out of reach there: Belady is {most:.1f} points above {baseline}"
-        where = f"{gain:.1f} points ({row.slots} slots, batch {row.batch}: the least of {len(pairs)} places)"
+        where = f"{gain:.1f} points ({row.strategy}, {row.slots} slots, batch {row.batch}: the least of {len(pairs)} places)"
         bound = "" if most is None else f"{most:.1f} points (Belady)"
         return [
-            Verdict(f"{row.strategy} at least {points:g} points over {baseline} everywhere", where, bound, met, reason)
+            Verdict(
+                f"{' or '.join(OURS)} at least {points:g} points over {baseline} everywhere", where, bound, met, reason
+            )
         ]
 
     return judge
