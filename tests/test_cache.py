@@ -290,7 +290,7 @@ def test_layers_may_be_passed_over(strategy: str, steps: list, slots: int, seed:
 def test_an_encoders_experts_wait_for_the_next_prompt(policy: Policy) -> None:
     """What an encoder has just used ranks below what decode steps use now and then, and only a demand says otherwise."""
     usage, far = Usage(layers=2, experts=2, reached=(False, True)), Usage(layers=2, experts=2)
-    for number in range(24):  # a prompt, then steps that use the decoder's first expert once in four
+    for number in range(24):  # a prompt, then steps that use the decoder's first expert once in ten
         needed = np.array([[number == 23, False], [number % 10 == 0, False]])
         usage.learn(needed)
         far.learn(needed)

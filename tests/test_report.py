@@ -121,6 +121,19 @@ def test_a_missed_hit_ratio_names_belady_or_foresight() -> None:
     assert [verdict.reason for verdict in verdicts(within)] == ["next-use would have to see further ahead"] * 2
 
 
+def test_a_baseline_is_taken_at_its_best() -> None:
+    """Points over a baseline count against the execution that keeps most, not the fastest; so does ours."""
+    rows = (
+        row("lru", 192, 4, 90.0, kept=0.6),
+        replace(row("lru", 192, 4, 50.0, kept=0.75), execution="graph"),
+        row("plec", 192, 4, 99.0, kept=0.5),
+        row("next-use", 192, 4, 10.0, kept=0.8, belady=0.95),
+    )
+    _, points = verdicts(made(*rows, experts=32))
+    assert points.figure.startswith("5.0 points (next-use, 192 slots, batch 4")
+    assert not points.met
+
+
 def test_other_models_have_no_goals() -> None:
     """A goal is judged on its own model only."""
     assert not verdicts(made(row("ring", 48, 4, 10.0), row("plec", 48, 4, 300.0), experts=64))

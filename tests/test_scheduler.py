@@ -119,6 +119,23 @@ def test_cohorts_come_and_go_together() -> None:
         Scheduler(rows=4, batch=2, chunk=8, joins=False)
 
 
+def test_whole_prompts_are_read_in_one_pass() -> None:
+    """However long, as many as a step takes; who waits joins while others live."""
+    scheduler = Scheduler(rows=5, batch=2, chunk=8, whole=True)
+    for number in range(3):
+        scheduler.add(number, 50 + number)
+    first = scheduler.next()
+    assert first.parts == (Part(0, 0, 50, True), Part(1, 0, 51, True))
+    scheduler.done(first)
+    second = scheduler.next()
+    assert second.parts == (Part(2, 0, 52, True),)
+    scheduler.done(second)
+    scheduler.add(3, 9)
+    happened = [scheduler.next() for _ in range(4)]
+    assert Prefill((Part(3, 0, 9, True),)) in happened
+    assert [turn.sequences for turn in happened if isinstance(turn, Decode)][:2] == [(0, 1), (2,)]
+
+
 def test_prompts_are_read_between_rounds() -> None:
     """A long prompt is cut into passes, and between two of them every live sequence steps once."""
     scheduler = Scheduler(rows=4, batch=2, chunk=10)

@@ -96,7 +96,7 @@ def schedules(folder: Path, out: Path, options: argparse.Namespace) -> bool:
 def bench(folder: Path, out: Path, seconds: float, options: argparse.Namespace) -> bool:
     """The paper's preset on the model; whether every token was exact."""
     given = {
-        "model": str(folder), "prompts_file": folder / PROMPTS_FILE, "deadline": seconds, "tokens": options.tokens,
+        "model": str(folder), "prompts_file": folder / PROMPTS_FILE, "deadline": round(seconds), "tokens": options.tokens,
         "repeats": options.repeats, "device": options.device,
         "slots": tuple(options.slots.split(",")), "batches": tuple(int(part) for part in options.batches.split(",")),
         "strategies": tuple(options.strategies.split(",")), "long_prompt": options.long_prompt,

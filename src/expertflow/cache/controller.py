@@ -80,7 +80,7 @@ class CacheController:
         reached: Sequence[bool] | None = None,
     ) -> None:
         """Start with every slot empty."""
-        self.strategy, self.events, self.future = strategy, events, future
+        self.strategy, self.events, self.future, self.reached = strategy, events, future, reached
         self.step = -1
         self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
         self.table = SlotTable(self._tables)

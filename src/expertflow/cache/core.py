@@ -232,7 +232,7 @@ def end_wave(
 
 @shared
 def begin_step(t: Tables, planes: Planes) -> None:
-    """A step starts: rank everybody by what is known before it. Prefetches across the border stay pinned."""
+    """A step starts: rank everybody by what is known before it. What was loaded ahead stays pinned (see `prefetch.open_step`)."""
     t.cursor[PENDING] = 0  # what waited for a layer that did not run
     t.pinned[:] = t.pinned & t.fresh
     t.rank[:] = np.where((t.slot_of >= 0) & ~t.pinned, planes.before, np.inf)

@@ -44,7 +44,7 @@ class Usage:
         recent: uses, each step's weight fading by `FADE[0]` a step.
         steady: the same with `FADE[1]`.
         reached: the layers that a decode step runs; None: all. An encoder's are not.
-        waits: `[L, 1]`, steps until a layer comes again at the earliest: `PROMPTS_APART` for those, else 0.
+        waits: `[L, 1]`, steps until a layer is taken to come again: `PROMPTS_APART` for an encoder's, else 0.
     """
 
     layers: int
@@ -148,7 +148,8 @@ def rates(usage: Usage) -> tuple[Plane, Plane, Plane]:
 def next_use(usage: Usage, outlook: Outlook | None) -> Planes:
     """The latest expected next use leaves: demand as far as a forecast goes, faded counts behind it.
 
-    An expert used by a share r of the steps is expected after 1/r - 1 steps, at its layer's place in the step. With
+    An expert used by a share r of the steps is expected after 1/r - 1 steps, at its layer's place in the step; an
+    encoder's not before `Usage.waits`. With
     demand p_0, p_1, ... for this step and further ones the expectation is p_0 * 0 + (1 - p_0) * (1 + ...).
     """
     mean, used_rate, unused_rate = rates(usage)
@@ -164,7 +165,8 @@ def discounted_use(usage: Usage, outlook: Outlook | None) -> Planes:
     """The least discounted next use leaves: an expert is worth the mean of DISCOUNT ** steps until its next use.
 
     Demand p_0, p_1, ... is each step's chance of use if not used before, so the worth is p_0 + (1 - p_0) * DISCOUNT *
-    (p_1 + ...); behind the last known step an expert is used by a share r of the steps, as faded counts say. Unlike
+    (p_1 + ...); behind the last known step an expert is used by a share r of the steps, as faded counts say, an encoder's
+    not before `Usage.waits`. Unlike
     the expected gap of `next_use`, that of an expert used soon or never is not ruled by the never. Ranks are those of
     the certain next use that is worth as much.
 

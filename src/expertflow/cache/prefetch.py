@@ -182,9 +182,8 @@ def open_step(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules:
         rules: the strategy's numbers.
     """
     if rules.prefetch:
-        for layer in range(
-            t.slot_of.shape[0]
-        ):  # one that the step leaves alone would keep what is pinned there for good
+        # what is pinned in a layer that does not run would stay so for good; where nothing is known, nobody is waited for
+        for layer in range(t.slot_of.shape[0]):
             if not np.any(demand[layer] > 0):
                 t.pinned[layer] = False
     begin_step(t, planes)

@@ -285,9 +285,7 @@ class OffloadedModel:
             )  # fmt: skip
             plan, mlp = self.plan, expert_mlp(self.skeleton)
             with torch.inference_mode(), self.meter.watch():
-                experts = DeviceExperts(
-                    mlp, held, plan.max_batch, plan.shape.top_k, log=log, reached=self.skeleton.reached
-                )
+                experts = DeviceExperts(mlp, held, plan.max_batch, plan.shape.top_k, log=log)
                 self._decoder = GraphDecoder(self._rows, experts, plan.max_batch)
         return self._decoder
 

@@ -158,7 +158,6 @@ class DeviceExperts:
         rows: sequences at most.
         top_k: experts a token uses a layer.
         log: keep single events, for whoever listens; else only totals.
-        reached: the layers that a step runs; None: all.
 
     Attributes:
         state: what the device remembers.
@@ -170,15 +169,13 @@ class DeviceExperts:
         fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `begin` on.
     """
 
-    def __init__(
-        self, mlp: ExpertMlp, held: Held, rows: int, top_k: int, *, log: bool, reached: Sequence[bool] | None = None
-    ) -> None:
+    def __init__(self, mlp: ExpertMlp, held: Held, rows: int, top_k: int, *, log: bool) -> None:
         """Allocate everything a step needs but what the model itself allocates."""
         device = held.pool.buffer.device
         self._mlp, self._held, self._top_k = mlp, held, top_k
-        strategy = held.controller.strategy.on_device()
+        controller, strategy = held.controller, held.controller.strategy.on_device()
         self.state = CacheState.allocate(
-            strategy, held.controller.tables, device, log=log, future=held.controller.future, reached=reached
+            strategy, controller.tables, device, log=log, future=controller.future, reached=controller.reached
         )
         self._kernels = backend(device)
         foresight = held.foresight

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.graph import GraphDecoder
@@ -143,39 +143,23 @@ class EncoderDecoderExecutor(RowExecutor):
         return self._encoder.start([piece.row for piece in pieces], encoded, list(map(len, prompts)))
 
 
-class Batch(Protocol):
-    """Sequences that step together from their prompts on."""
-
-    def prefill(self) -> Float[Tensor, "B V"]:
-        """Run the prompts; logits of each sequence's next token."""
-
-    def decode(self, tokens: Sequence[int]) -> Float[Tensor, "B V"]:
-        """Run one new token a sequence; logits of the next."""
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences only, in this order."""
-
-
 class CohortExecutor:
-    """A model whose sequences come together and step together; those that are over leave."""
+    """A decoder-only model whose sequences come together and step together; those that are over leave."""
 
-    joins, whole = False, True
+    joins = False
+    whole = padded_left = True
 
     def __init__(self, model: PreTrainedModel, chunk: int) -> None:
-        """Nothing has run; decoder-only models read `chunk` tokens a pass, over all sequences."""
+        """Nothing has run; prompts are read `chunk` tokens a forward, over all sequences."""
         self._model, self._chunk = model, chunk
-        self.padded_left = not model.config.is_encoder_decoder
-        self._batch: Batch | None = None
+        self._batch: DecoderBatch | None = None
         self._members: list[int] = []
 
     def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
         """Run whole prompts of a new cohort."""
         prompts = [piece.tokens for piece in pieces]
         self._members = [piece.sequence for piece in pieces]
-        if self._model.config.is_encoder_decoder:
-            self._batch = EncoderDecoderBatch(self._model, prompts)
-        else:
-            self._batch = DecoderBatch(self._model, prompts, self._chunk)
+        self._batch = DecoderBatch(self._model, prompts, self._chunk)
         return self._batch.prefill()
 
     def decode(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
@@ -250,48 +234,6 @@ class DecoderBatch:
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
-        )
-        last: Tensor = out.logits[:, -1]
-        return last
-
-
-class EncoderDecoderBatch:
-    """Sequences of an encoder-decoder model: the prompts are what the encoder reads."""
-
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
-        """Pad the prompts and start empty caches."""
-        self._model = model
-        self._ids, self._mask = _padded(prompts, _pad_id(model), model.device, left=False)
-        self._cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
-
-    @torch.inference_mode()
-    def prefill(self) -> Float[Tensor, "B V"]:
-        """Run the encoder, then the decoder's start token."""
-        encoder: Any = self._model.get_encoder()
-        self._encoded: Any = encoder(input_ids=self._ids, attention_mask=self._mask)
-        config = self._model.config
-        start = getattr(config, "decoder_start_token_id", None)
-        return self._forward([config.pad_token_id if start is None else start] * len(self._ids))
-
-    @torch.inference_mode()
-    def decode(self, tokens: Sequence[int]) -> Float[Tensor, "B V"]:
-        """Run one token a sequence through the decoder."""
-        return self._forward(tokens)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop the other sequences' caches and encoder states."""
-        index = torch.tensor(rows, device=self._mask.device)
-        self._mask = self._mask[index]
-        self._encoded.last_hidden_state = self._encoded.last_hidden_state[index]
-        self._cache.batch_select_indices(index)
-
-    def _forward(self, tokens: Sequence[int]) -> Tensor:
-        out: Any = self._model(
-            decoder_input_ids=torch.tensor(tokens, device=self._mask.device)[:, None],
-            encoder_outputs=self._encoded,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
         )
         last: Tensor = out.logits[:, -1]
         return last
