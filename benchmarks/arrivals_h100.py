@@ -1,12 +1,14 @@
 """Requests that arrive as they did at a large service: continuous batching beside one at a time and static batches.
 
-Arrivals, prompt lengths and answer lengths of `azure_conv_256.json` (lengths an eighth, time six times as fast), prompts of random
-tokens, on the shape of Qwen3-MoE (12 layers x 128 experts top-8, random weights) inside one budget of device memory for all.
+Arrivals, prompt lengths and answer lengths of `azure_conv_256.json` inside one budget of device memory for all. Shape `q`: Qwen3-MoE (12
+layers x 128 experts top-8), random weights and prompts of random tokens, lengths an eighth, time six times as fast. Shape `g`: gpt-oss-20b's,
+random weights, tokens and routing of a recorded trace's sequences and a predictor trained on others, lengths a sixteenth, time twice as fast.
 Modes that share a plan are served by one loaded model in turns, forwards and backwards, `--repeats` times.
 Tokens a second from the first arrival to the last token; time to the first token from a request's arrival, and mean time of its
 later tokens.
 
 Usage: python benchmarks/arrivals_h100.py --out FILE
+       python benchmarks/arrivals_h100.py --shape g --trace TEST.trace --predictor FOLDER --out FILE
 """
 
 import argparse
@@ -18,17 +20,22 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from engine_h100 import SEED, make_config
-from schedule_h100 import open_random
+from schedule_h100 import ReplayEngine, open_random, replaying, sizes_of
+from torch import Tensor
 
 from expertflow import SamplingParams, __version__
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.engine import Engine
 from expertflow.engine.request import Request, RequestOutput
+from expertflow.trace.format import Trace, load_trace
 
-BUDGET = "8GiB"
-SHORTER, FASTER, LENGTH = 8, 6, 640
+BUDGET = {"q": "8GiB", "g": "23GiB"}
+SHORTER, FASTER, LENGTH = {"q": 8, "g": 16}, {"q": 6.0, "g": 2.0}, {"q": 640, "g": 320}
+SCHEDULE = {"q": "fifo", "g": "auto"}
 MODES: dict[str, tuple[str, ...]] = {
     "8": ("static batches of 8", "continuous, at once", "continuous, 8 live"),
     "8x32": ("continuous, 32 live in turns of 8",),
@@ -36,6 +43,26 @@ MODES: dict[str, tuple[str, ...]] = {
     "1": ("one at a time",),
 }
 """By sequences of a step at most, and of those that may live."""
+
+
+class Parts:
+    """What a trace says of every request: its sequences in turn, each from where its last part ended, over and over."""
+
+    def __init__(self, trace: Trace, requests: list[tuple[float, Request]]) -> None:
+        """Tokens `[n]` and routes `[n, L, K]` of each request, prompt and answer."""
+        rows = [np.flatnonzero(trace.rows.sequence == number) for number in np.unique(trace.rows.sequence)]
+        rows.sort(key=lambda mine: -trace.rows.tokens[mine].min())  # those whose tokens are known first
+        self.known = sum(trace.rows.tokens[mine].min() >= 0 for mine in rows)
+        self.tokens: list[list[int]] = []
+        self.routes: list[npt.NDArray[np.uint8]] = []
+        begins = [0] * len(rows)
+        for _, request in requests:
+            which = request.index % len(rows)
+            needed = len(request.prompt_token_ids) + request.limit + 1
+            part = rows[which][(begins[which] + np.arange(needed)) % len(rows[which])]
+            begins[which] += needed
+            self.tokens.append(np.maximum(trace.rows.tokens[part], 0).tolist())
+            self.routes.append(trace.rows.experts[part])
 
 
 def serve(engine: Engine, requests: list[tuple[float, Request]]) -> tuple[float, list[RequestOutput]]:
@@ -51,17 +78,17 @@ def serve(engine: Engine, requests: list[tuple[float, Request]]) -> tuple[float,
     return time.perf_counter() - began, outputs
 
 
-def make_requests(vocabulary: int, count: int) -> list[tuple[float, Request]]:
+def make_requests(shape: str, vocabulary: int, count: int) -> list[tuple[float, Request]]:
     """Arrival times, prompts and lengths of the file."""
-    random = torch.Generator().manual_seed(SEED)
+    shorter, random = SHORTER[shape], torch.Generator().manual_seed(SEED)
     told = json.loads((Path(__file__).parent / "azure_conv_256.json").read_text())["requests"][:count]
     requests = []
     for number, (when, context, answer) in enumerate(told):
-        tokens = torch.randint(3, vocabulary, (max(1, context // SHORTER),), generator=random).tolist()
-        limit = max(2, answer // SHORTER)
+        tokens = torch.randint(3, vocabulary, (max(1, context // shorter),), generator=random).tolist()
+        limit = max(2, answer // shorter)
         params = SamplingParams(max_tokens=limit, ignore_eos=True)
         request = Request(index=number, prompt=None, prompt_token_ids=tuple(tokens), params=params, ends=(), limit=limit, decoder=None)  # fmt: skip
-        requests.append((when / FASTER, request))
+        requests.append((when / FASTER[shape], request))
     return requests
 
 
@@ -75,17 +102,16 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     result = {
         "benchmark": "arrivals", "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
-        "config": {"shape": "q", "requests": options.requests, "shorter": SHORTER, "faster": FASTER, "max_length": LENGTH,
-                   "prefill_chunk": options.prefill_chunk, "repeats": options.repeats},
+        "config": {"shape": options.shape, "requests": options.requests, "shorter": SHORTER[options.shape], "faster": FASTER[options.shape],
+                   "max_length": LENGTH[options.shape], "schedule": SCHEDULE[options.shape], "prefill_chunk": options.prefill_chunk, "repeats": options.repeats},
         "machine": {"device": device},
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "expertflow": __version__},
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def serve_by(mode: str, offloaded: OffloadedModel, requests: list[tuple[float, Request]]) -> dict[str, Any]:
+def serve_by(mode: str, engine: Engine, requests: list[tuple[float, Request]]) -> dict[str, Any]:
     """All requests, from the first arrival on."""
-    engine = Engine(offloaded)
     if mode.endswith("at once"):
         engine._scheduler.costs = None  # noqa: SLF001 - whoever waits is let in as soon as there is a row
     if mode.startswith("static"):
@@ -104,26 +130,42 @@ def serve_by(mode: str, offloaded: OffloadedModel, requests: list[tuple[float, R
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=["q", "g"], default="q")
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--predictor", type=Path)
     parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--budget", default=BUDGET)
+    parser.add_argument("--budget")
     parser.add_argument("--prefill-chunk", type=int, default=512, help="tokens of a pass over prompts")
     parser.add_argument("--plans", default="8,8x32,16,1", help="those of `MODES`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config, rows = make_config("q", tiny=device == "cpu"), []
+    shape, tiny, budget = options.shape, device == "cpu", options.budget or BUDGET[options.shape]
+    config, rows = sizes_of("g", tiny=tiny) if shape == "g" else make_config("q", tiny=tiny), []
+    trace = load_trace(options.trace).without("repetition") if shape == "g" else None
     for plan in options.plans.split(","):
         batch, live = int(plan.split("x")[0]), int(plan.split("x")[-1])
-        wish = {"max_batch": batch, "max_live": live, "max_length": LENGTH, "prefill_chunk": options.prefill_chunk, "gpu_memory": options.budget,
-                "device": device, "execution": "graph"}  # fmt: skip
-        offloaded = open_random(config, wish)
+        wish = {"max_batch": batch, "max_live": live, "max_length": LENGTH[shape], "prefill_chunk": options.prefill_chunk, "gpu_memory": budget,
+                "device": device, "execution": "graph", "schedule": SCHEDULE[shape] if live > batch else "fifo"}  # fmt: skip
+        offloaded = open_random(config, wish, options.predictor)
+        now = None if trace is None else replaying(offloaded, max(options.prefill_chunk, live * LENGTH[shape]))
+
+        def start(
+            requests: list[tuple[float, Request]], offloaded: OffloadedModel = offloaded, now: Tensor | None = now
+        ) -> Engine:
+            if trace is None or now is None:
+                return Engine(offloaded)
+            return ReplayEngine(offloaded, now, Parts(trace, requests))
+
         for count in {1, 3, 5, 9, 16} & set(range(batch + 1)) | {batch}:  # shapes are captured before the clock runs
-            serve(Engine(offloaded), [(0.0, request) for _, request in make_requests(config.vocab_size, count)])
+            few = make_requests(shape, config.vocab_size, count)
+            serve(start(few), [(0.0, request) for _, request in few])
         runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES[plan]}
         for repeat in range(options.repeats):
             for mode in MODES[plan] if repeat % 2 == 0 else reversed(MODES[plan]):
-                runs[mode].append(serve_by(mode, offloaded, make_requests(config.vocab_size, options.requests)))
+                requests = make_requests(shape, config.vocab_size, options.requests)
+                runs[mode].append(serve_by(mode, start(requests), requests))
             peak = offloaded.measure()
             done = [
                 {"mode": mode, "slots": offloaded.plan.slots, "runs": found, "peak_bytes": peak, "budget_bytes": offloaded.plan.budget}
@@ -136,9 +178,12 @@ def main() -> None:
             print(f"{row['mode']:20s} {row['slots']:4d} slots  {middle['tokens_per_second']:6.1f} tok/s "
                   f"({', '.join(format(run['tokens_per_second'], '.0f') for run in row['runs'])}); first token {middle['first_token_seconds'][0]:.2f} s "
                   f"(95%: {middle['first_token_seconds'][1]:.2f}), later {middle['token_seconds'][0] * 1e3:.1f} ms (95%: {middle['token_seconds'][1] * 1e3:.1f}); "
-                  f"peak {row['peak_bytes'] / 2**30:.2f} GiB {'<=' if row['peak_bytes'] <= row['budget_bytes'] else '>'} {options.budget}", flush=True)  # fmt: skip
+                  f"peak {row['peak_bytes'] / 2**30:.2f} GiB {'<=' if row['peak_bytes'] <= row['budget_bytes'] else '>'} {budget}", flush=True)  # fmt: skip
+        failure = None if offloaded.foresight is None else offloaded.foresight.failure
+        if failure:
+            raise SystemExit(f"the predictor failed: {failure}")
         offloaded.close()
-        del offloaded
+        del offloaded, start, now
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()

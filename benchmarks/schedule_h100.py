@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -96,8 +96,15 @@ class RowRouter(nn.Module):
         return logits, scores, self.now[: len(index), self.layer].to(index.dtype)
 
 
+class Routed(Protocol):
+    """Tokens `[n]` and routes `[n, L, K]` of every request, prompt and answer, by its index."""
+
+    tokens: list[list[int]]
+    routes: list[npt.NDArray[np.uint8]]
+
+
 class Recorded:
-    """Parts of a trace's sequences: tokens `[n]` and routes `[n, L, K]` of each; `LIVE` parts a repeat."""
+    """Parts of a trace's sequences, `LIVE` parts a repeat. See `Routed`."""
 
     def __init__(self, trace: Trace, length: int) -> None:
         """Of the sequences that are long enough, those whose tokens are known first; each repeat takes another part."""
@@ -120,7 +127,7 @@ class Recorded:
 class ReplayEngine(Engine):
     """The engine, whose requests' tokens and routes are recorded ones."""
 
-    def __init__(self, offloaded: OffloadedModel, now: Tensor, recorded: Recorded) -> None:
+    def __init__(self, offloaded: OffloadedModel, now: Tensor, recorded: Routed) -> None:
         """Put the routes of what is fed where the routers find them."""
         super().__init__(offloaded)
         self.now, self.recorded, self.seconds = now, recorded, 0.0
@@ -152,7 +159,10 @@ class ReplayEngine(Engine):
     def _pick(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
         best = self._executor.best()
         (logits.argmax(-1) if best is None else best).tolist()  # the device is waited for, as it is for real tokens
-        return [self.recorded.tokens[request.index][PROMPT + len(request.token_ids)] for request in requests]
+        return [
+            self.recorded.tokens[request.index][len(request.prompt_token_ids) + len(request.token_ids)]
+            for request in requests
+        ]
 
     def _announce(self, coming: Coming) -> None:
         super()._announce(coming._replace(following=()) if self.blind else coming)
@@ -192,10 +202,10 @@ def open_random(
     return OffloadedModel(prepared, engine)
 
 
-def replaying(offloaded: OffloadedModel) -> Tensor:
-    """Replace the routers; `[T, L, K]`, where they look up what was recorded."""
+def replaying(offloaded: OffloadedModel, width: int = BATCH * PROMPT) -> Tensor:
+    """Replace the routers; `[width, L, K]`, where they look up what was recorded of a pass's tokens."""
     figures = offloaded.plan.shape
-    now = torch.zeros(BATCH * PROMPT, figures.layers, figures.top_k, dtype=torch.long, device=offloaded.device)
+    now = torch.zeros(width, figures.layers, figures.top_k, dtype=torch.long, device=offloaded.device)
     for place, layer in enumerate(offloaded.model.model.layers):
         name = "router" if hasattr(layer.mlp, "router") else "gate"
         setattr(layer.mlp, name, RowRouter(getattr(layer.mlp, name), now, place))
