@@ -1,8 +1,10 @@
-"""When waiting requests should be let in, on a virtual clock: the engine's scheduler, passes and steps of fixed cost.
+"""When waiting requests should be let in, on a virtual clock: the engine's scheduler, passes and steps of given cost.
 
 With experts in host memory a pass over prompts costs nearly the same however few tokens it has, since few tokens need most experts
-already. Costs are those of `arrivals_h100.py` (shape Q, half of the experts in slots): a pass .12 s, a step 3.5 ms and .7 ms a
-sequence. Arrivals of `azure_conv_256.json`, lengths an eighth, time six times as fast.
+already. How a step grows with its sequences depends on the slots: where loads rule, half-empty steps are cheap, and little is lost
+by waiting for a batch to end. Machines, seconds: `few slots`, as measured on gpt-oss-20b's shape with half of the experts in
+slots; `most slots`, an assumption: a fifth of the loads; `resident`, an assumption: none. Arrivals of `azure_conv_256.json`, lengths
+a sixteenth or as they were, always more than can be served.
 
 Usage: python benchmarks/admission.py [--out FILE]
 """
@@ -11,22 +13,29 @@ import argparse
 import json
 import statistics
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
+from expertflow.schedule.cost import fixed_part
 from expertflow.schedule.scheduler import Prefill, Scheduler
 
-PASS, STEP, MEMBER = 0.12, 0.0035, 0.0007
-SHORTER, FASTER, ROWS = 8, 6, 8
+MACHINES = {"few slots": (0.42, 0.004, 0.012), "most slots": (0.11, 0.004, 0.0025), "resident": (0.03, 0.004, 0.0003)}
+"""Seconds of a pass, of a step, and of each of its sequences."""
+ROWS, CHUNK = 8, 2048
 MODES = ("static batches", "at once", "when it pays")
 
 
-def serve(mode: str, chunk: int, count: int) -> dict[str, Any]:
+def serve(machine: str, mode: str, shorter: int, count: int) -> dict[str, Any]:
     """All requests through the scheduler."""
+    a_pass, step, member = MACHINES[machine]
     told = json.loads((Path(__file__).parent / "azure_conv_256.json").read_text())["requests"][:count]
-    coming = [(when / FASTER, max(1, context // SHORTER), max(2, answer // SHORTER)) for when, context, answer in told]
-    costs = (lambda: (PASS, STEP + MEMBER * ROWS)) if mode == "when it pays" else None
-    scheduler = Scheduler(rows=ROWS, batch=ROWS, chunk=chunk, costs=costs, joins=mode != "static batches")
+    coming = [(when / 16, max(1, context // shorter), max(2, answer // shorter)) for when, context, answer in told]
+    lasted: deque[tuple[int, float]] = deque(maxlen=64)
+    costs = (lambda: (a_pass, fixed_part(lasted))) if mode == "when it pays" else None
+    scheduler = Scheduler(rows=ROWS, batch=ROWS, chunk=CHUNK, costs=costs)
+    if mode == "static batches":
+        scheduler._opportune = lambda: not scheduler.live  # type: ignore[method-assign]  # noqa: SLF001
     clock, passes, steps, number = 0.0, 0, 0, 0
     first: dict[int, float] = {}
     last: dict[int, float] = {}
@@ -40,14 +49,14 @@ def serve(mode: str, chunk: int, count: int) -> dict[str, Any]:
             clock = max(clock, coming[number][0])
             continue
         if isinstance(turn, Prefill):
-            widest = max(part.end - part.begin for part in turn.parts)
-            passes += (parts := -(-widest * len(turn.parts) // chunk))
-            clock += PASS * parts
+            passes += 1
+            clock += a_pass
             scheduler.done(turn)
             sampled = [part.sequence for part in turn.parts if part.last]
         else:
             steps += 1
-            clock += STEP + MEMBER * len(turn.sequences)
+            lasted.append((len(turn.sequences), step + member * len(turn.sequences)))
+            clock += lasted[-1][1]
             sampled = list(turn.sequences)
         for one in sampled:
             got[one] += 1
@@ -58,8 +67,8 @@ def serve(mode: str, chunk: int, count: int) -> dict[str, Any]:
     waited = sorted(first[one] - coming[one][0] for one in first)
     later = sorted((last[one] - first[one]) / (coming[one][2] - 1) for one in first)
     return {
-        "mode": mode, "chunk": chunk, "requests": count, "tokens_per_second": sum(got) / clock, "seconds": clock,
-        "passes": passes, "steps": steps, "first_token_seconds": [statistics.median(waited), waited[int(0.95 * count)]],
+        "machine": machine, "mode": mode, "shorter": shorter, "requests": count, "tokens_per_second": sum(got) / clock,
+        "seconds": clock, "passes": passes, "steps": steps, "first_token_seconds": [statistics.median(waited), waited[int(0.95 * count)]],
         "token_seconds": [statistics.median(later), later[int(0.95 * count)]],
     }  # fmt: skip
 
@@ -69,13 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = [serve(mode, chunk, 256) for chunk in (512, 2048) for mode in MODES]
+    rows = [serve(machine, mode, shorter, 256) for machine in MACHINES for shorter in (16, 1) for mode in MODES]
     for row in rows:
-        print(f"{row['chunk']:4d} tokens a pass, {row['mode']:14s} {row['tokens_per_second']:6.1f} tok/s  {row['passes']:3d} passes {row['steps']:4d} steps  first token "
+        print(f"{row['machine']:10s} lengths / {row['shorter']:2d} {row['mode']:14s} {row['tokens_per_second']:6.1f} tok/s  {row['passes']:3d} passes {row['steps']:4d} steps  first token "
               f"{row['first_token_seconds'][0]:.2f} s (95%: {row['first_token_seconds'][1]:.2f})  later {row['token_seconds'][0] * 1e3:.1f} ms (95%: {row['token_seconds'][1] * 1e3:.1f})")  # fmt: skip
     result = {
         "benchmark": "admission", "date": time.strftime("%Y-%m-%d"), "seed": None, "machine": {"device": "virtual clock"}, "versions": {},
-        "config": {"pass_seconds": PASS, "step_seconds": STEP, "member_seconds": MEMBER, "shorter": SHORTER, "faster": FASTER, "rows": ROWS},
+        "config": {"machines": MACHINES, "rows": ROWS, "chunk": CHUNK},
         "rows": rows,
     }  # fmt: skip
     if options.out:

@@ -53,12 +53,14 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=len(OPENINGS))
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--executions", default="graph" if torch.cuda.is_available() else "host")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count, rows = given.requests, []
-    for dtype in ("float32", "bfloat16"):
-        for execution in ("host", "graph") if device == "cuda" else ("host",):
+    for dtype in given.dtypes.split(","):
+        for execution in given.executions.split(","):
             options = {"device": device, "dtype": dtype, "execution": execution}
             alone = answers(list(range(count)), batch=1, live=1, options=options)
             for name, order in (("as they come", list(range(count))), ("backwards", list(range(count))[::-1])):

@@ -21,7 +21,7 @@ from expertflow.engine.runner import Piece
 from expertflow.errors import CancelledError, ConfigError
 from expertflow.models.families import FAMILIES
 from expertflow.schedule.cluster import in_order
-from expertflow.schedule.cost import Rates, best_guesses, cheapest, expected_loads, price
+from expertflow.schedule.cost import LEAST_FIXED, Rates, best_guesses, cheapest, expected_loads, fixed_part, price
 from expertflow.schedule.scheduler import Decode, Part, Prefill, Scheduler
 from test_foresight import MakePredictor, make_predictor  # noqa: F401 - a fixture
 
@@ -248,6 +248,15 @@ def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
         scheduler.remove(number)
     scheduler.add(5, 2)
     assert [part.sequence for part in scheduler.next().parts] == [5]
+
+
+@pytest.mark.parametrize(("alone", "each"), [(3.0, 0.5), (0.0, 2.0), (5.0, 0.0)])
+def test_the_fixed_part_of_a_step(alone: float, each: float) -> None:
+    """What does not grow with the sequences, however an odd step stands out; some of the step at least."""
+    steps = [(size, alone + each * size) for size in (2, 4, 6, 8, 8, 8) for _ in range(3)] + [(8, 900.0)]
+    assert fixed_part(steps) == pytest.approx(max(alone, LEAST_FIXED * (alone + each * 8)))
+    assert fixed_part(steps[-9:]) == alone + each * 8
+    assert fixed_part([]) == 0
 
 
 def test_long_prompts_do_not_crawl_beside_short_ones() -> None:

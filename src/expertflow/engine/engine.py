@@ -22,12 +22,13 @@ from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.rows import Fed
 from expertflow.engine.runner import Piece
 from expertflow.engine.sampler import choose_all
+from expertflow.schedule.cost import fixed_part
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import Coming
 from expertflow.trace.recorder import Recorder
 
-_REMEMBERED = 9
-"""Passes, and steps, whose durations say what the next one will take."""
+_PASSES, _STEPS = 9, 64
+"""Passes, and steps, whose durations say what the next ones will take."""
 _PREVIEW = 32
 """Tokens at a prompt's end that say which experts a waiting request is likely to use."""
 
@@ -68,8 +69,8 @@ class Engine:
             preview=self._usual if asks else None,
             costs=self._costs,
         )
-        self._passes: deque[float] = deque(maxlen=_REMEMBERED)
-        self._turns: deque[float] = deque(maxlen=_REMEMBERED)
+        self._passes: deque[float] = deque(maxlen=_PASSES)
+        self._turns: deque[tuple[int, float]] = deque(maxlen=_STEPS)
         self._turns_a_round = 1
         self._running: dict[int, _Running] = {}
         self._untaken: list[tuple[int, StreamOutput]] = []
@@ -166,15 +167,15 @@ class Engine:
         if isinstance(turn, Prefill):
             self._passes.append(lasted)
         else:
-            self._turns.append(lasted)
+            self._turns.append((len(turn.sequences), lasted))
             self._turns_a_round = len(turn.groups)
         return count
 
     def _costs(self) -> tuple[float, float]:
-        """Seconds of a pass and of a round, as the last ones took; medians, because a capture takes its time."""
+        """Seconds of a pass, and of a round as far as they do not grow with its sequences, as the last ones took."""
         if not self._passes or not self._turns:
             return 0.0, 0.0
-        return statistics.median(self._passes), statistics.median(self._turns) * self._turns_a_round
+        return statistics.median(self._passes), fixed_part(self._turns) * self._turns_a_round
 
     def _prefill(self, turn: Prefill) -> int:
         pieces = []

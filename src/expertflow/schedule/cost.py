@@ -6,6 +6,7 @@ well does: those that most steps of the round use, as many as there are slots. `
 against the simulator. Knows chances; refuses to know requests and where chances come from.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,3 +106,32 @@ def best_guesses(chances: Chances, top_k: int) -> npt.NDArray[np.bool_]:
     paths = np.zeros(chances.shape, dtype=np.bool_)
     np.put_along_axis(paths, best, values=True, axis=-1)
     return paths
+
+
+LEAST_FIXED = 0.1
+"""Share of a step that is taken to be fixed at least: so nobody waits forever for a batch to end."""
+
+
+def fixed_part(steps: Sequence[tuple[int, float]]) -> float:
+    """Seconds of a step that do not grow with its sequences: what is lost for good when a step has fewer than it could have.
+
+    A line through the median duration of each size, weighed by how often it came. Where an expert out of its slot rules,
+    steps grow with their sequences and half-empty ones are cheap; where everything is resident they do not.
+
+    Args:
+        steps: sequences and seconds of the last steps.
+
+    Returns:
+        Between `LEAST_FIXED` of the median step and all of it; all of it where every step was as large. 0 without steps.
+    """
+    if not steps:
+        return 0.0
+    sizes = np.array([size for size, _ in steps])
+    seconds = np.array([lasted for _, lasted in steps])
+    whole = float(np.median(seconds))
+    distinct, counts = np.unique(sizes, return_counts=True)
+    if len(distinct) < 2:
+        return whole
+    medians = [np.median(seconds[sizes == size]) for size in distinct]
+    intercept = float(np.polyfit(distinct, medians, 1, w=np.sqrt(counts))[1])
+    return min(max(intercept, LEAST_FIXED * whole), whole)

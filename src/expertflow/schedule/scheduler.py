@@ -86,7 +86,8 @@ class Scheduler:
         rates: what a step costs, for `auto`.
         ask: expected routes of live sequences, for `group` and `auto`.
         preview: the same of waiting ones, over their prompts' ends; None: requests are admitted as they came.
-        costs: seconds that a pass, and a round, take as a rule; None: requests are admitted as soon as there is a row.
+        costs: seconds that a pass takes as a rule, and those of a round that do not grow with its sequences; None: requests
+            are admitted as soon as there is a row.
 
     Raises:
         ConfigError: if a number is impossible.
@@ -250,8 +251,8 @@ class Scheduler:
         """Whether to let waiting requests in now. Asked once a round.
 
         Let in one by one, each pays for a pass; let in together, rows stand empty for the first ones. Their sum is least where both
-        are equal, so a pass is due once the rows that stood empty while somebody waited have cost as much: the share of the round
-        that those who wait would have had.
+        are equal, so a pass is due once the rows that stood empty while somebody waited have cost as much: of what a round takes
+        however few step, the share that those who wait would have had.
         """
         wanted = min(len(self._free), len(self._waiting))
         if not wanted:
@@ -260,8 +261,8 @@ class Scheduler:
         if self.costs is None or not stepping:
             self._lost = 0.0  # nobody is held up
             return True
-        a_pass, a_round = self.costs()
-        self._lost += a_round * wanted / (stepping + wanted)
+        a_pass, fixed = self.costs()
+        self._lost += fixed * wanted / (stepping + wanted)
         if self._lost < a_pass:
             return False
         self._lost = 0.0
