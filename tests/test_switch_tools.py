@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from switch.constants import EOS, PROMPTS_FILE, TINY, Recipe, Shape
 from switch.data import corrupt, shift_right
+from switch.evaluate import misled
 from switch.model import build, export, grouped, loss_of
 from switch.optim import Factored, round_to
 from switch.train import Text, prepare_text, train
@@ -20,6 +21,9 @@ from switch.train import Text, prepare_text, train
 from conftest import load_resident
 from expertflow import LLM, SamplingParams
 from expertflow.bench.workload import OPENINGS
+from expertflow.engine.llm import shipped_model
+from expertflow.predict.artifact import load_artifact
+from expertflow.predict.online import OnlinePredictor
 
 RECIPE = replace(Recipe(), raw=60, batch=4, prompts=6, training_prompts=6, prompt_lengths=(16, 24), capacity=4.0)
 SHAPE: Shape = replace(TINY, experts=4)
@@ -108,3 +112,19 @@ def test_training_writes_what_the_engine_runs(text: Text, tmp_path: Path) -> Non
         assert llm.tokenizer is not None
         outputs = llm.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True))
     assert [len(output.token_ids) for output in outputs] == [4] * 6
+
+
+def test_a_misled_predictor_says_the_same_of_others() -> None:
+    """Layer by layer the same chances, dealt to other experts; and the honest one is back behind it."""
+    online = OnlinePredictor(load_artifact(Path(shipped_model()).parent / "novella_predictor"), 2)
+    layers, _, top_k = online.artifact.shape
+    asked = torch.arange(2), torch.tensor([5, 9]), torch.zeros(2, layers, top_k, dtype=torch.long)
+    honest = online.step(*asked)
+    online.free([0, 1])
+    with misled():
+        wrong = online.step(*asked)
+    online.free([0, 1])
+    for said, other in zip(honest, wrong, strict=True):
+        assert torch.equal(said.sort(-1).values, other.sort(-1).values)
+        assert (said.argmax(-1) != other.argmax(-1)).float().mean() > 0.8
+    assert torch.equal(online.step(*asked).demand, honest.demand)

@@ -4,7 +4,8 @@ Run: ``PYTHONPATH=tools:src python -m switch.evaluate --text FILE.xz --out DIR -
 
 For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`), `switch_N_training.json`,
 `switch_N_predictor.json` (its guesses on the bench's prompts, which it has not seen, beside the free ones) and `switch_N_schedule.json`
-(the token scheduler with and without). The bench gets an equal share of the time that the rest leaves; what does not fit is named in
+(the token scheduler with and without); with `--control` also `switch_N_control.json` (`plec` with a predictor that says the same of
+wrong experts). The bench gets an equal share of the time that the rest leaves; what does not fit is named in
 the result.
 """
 
@@ -15,9 +16,13 @@ import gc
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from expertflow import LLM, SamplingParams
@@ -29,6 +34,7 @@ from expertflow.cli.eval_predictor import Test
 from expertflow.cli.eval_predictor import main as eval_predictor
 from expertflow.cli.train_predictor import Source
 from expertflow.cli.train_predictor import main as train_predictor
+from expertflow.predict.online import OnlinePredictor, Prediction
 from switch import schedule
 from switch.constants import PROMPTS_FILE, REPORT_FILE, TRAINING_PROMPTS_FILE
 from switch.train import prepare_text, sizes, train
@@ -93,6 +99,25 @@ def schedules(folder: Path, out: Path, options: argparse.Namespace) -> bool:
     return all(row["tokens_equal"] for row in rows)
 
 
+@contextmanager
+def misled(seed: int = 0) -> Iterator[None]:
+    """Predictors say of each layer's experts what they expect of others: as many loads ahead, as sure of themselves, nothing known."""
+    honest, orders = OnlinePredictor.step, {}
+
+    def step(self: OnlinePredictor, rows: Tensor, tokens: Tensor, routes: Tensor) -> Prediction:
+        said = honest(self, rows, tokens, routes)
+        layers, experts = said.demand.shape[-2:]
+        if layers not in orders:
+            random = torch.Generator().manual_seed(seed)
+            order = torch.stack([torch.randperm(experts, generator=random) for _ in range(layers)])
+            orders[layers] = order.to(said.demand.device)
+        order = orders[layers]
+        return Prediction(said.demand.gather(-1, order.expand_as(said.demand)), said.within.gather(-1, order.expand_as(said.within)))  # fmt: skip
+
+    with patch.object(OnlinePredictor, "step", step):
+        yield
+
+
 def bench(folder: Path, out: Path, seconds: float, options: argparse.Namespace) -> bool:
     """The paper's preset on the model; whether every token was exact."""
     given = {
@@ -133,6 +158,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--live", type=int, default=32, help="sequences that the scheduler divides")
     parser.add_argument("--turn", type=int, default=8, help="sequences that step together there")
     parser.add_argument("--after", type=float, default=60.0, help="seconds kept for the scheduler, a size")
+    parser.add_argument("--control", type=float, default=0.0, help="seconds for a misled predictor, a size; 0: none")
     parser.add_argument("--executions", default="auto", help="auto, host, graph; several side by side")
     parser.add_argument("--long-prompt", type=int, default=256)
     parser.add_argument("--characters", type=int, default=14_000_000)
@@ -174,10 +200,17 @@ def main(argv: list[str] | None = None) -> None:
             judge(folder, options.out / f"switch_{experts}_predictor.json")
         left = options.deadline - (time.perf_counter() - STARTED)
         after = options.after if options.epochs else 0.0
-        share = (left - sum(seconds[number + 1 :])) / (len(counts) - number) - after
+        share = (left - sum(seconds[number + 1 :])) / (len(counts) - number) - after - options.control
         say(f"measuring for {share:.0f} s")
         exact &= bench(folder, options.out / f"switch_{experts}.json", max(share, 1.0), options)
         release()
+        if options.control and options.epochs:
+            with misled():
+                only = argparse.Namespace(
+                    **vars(options) | {"strategies": "plec", "executions": "auto", "long_prompt": 0}
+                )
+                exact &= bench(folder, options.out / f"switch_{experts}_control.json", options.control, only)
+            release()
         if options.epochs:
             exact &= schedules(folder, options.out / f"switch_{experts}_schedule.json", options)
             release()
