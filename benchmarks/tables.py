@@ -214,14 +214,16 @@ def engine_q() -> str:
 
 def schedule() -> str:
     """Live sequences in turns on a GPU: by arrival, by route, as the cost model says."""
-    result = json.loads((RESULTS / "schedule_g_h100.json").read_text())
-    config, lines = result["config"], []
+    files = [json.loads((RESULTS / f"schedule_g_30{part}_h100.json").read_text()) for part in ("_25", "")]
+    result, config = files[0], files[0]["config"]
+    assert all(found["config"] == config for found in files)
+    measured = [row for found in files for row in found["rows"]]
     lines = [
         "| slots | schedule | tokens/s | over fifo | time per token, 95% of requests, over fifo | loads a token | peak GiB (budget) |",
         "|---|---|---|---|---|---|---|",
     ]
-    runs = {(row["share"], row["schedule"]): row["runs"] for row in result["rows"]}
-    for row in result["rows"]:
+    runs = {(row["share"], row["schedule"]): row["runs"] for row in measured}
+    for row in measured:
         fifo = runs[row["share"], "fifo"]
         speeds = [run["tokens_per_second"] for run in row["runs"]]
         gains, late = (
@@ -271,33 +273,76 @@ def turns() -> str:
     return "\n".join(lines)
 
 
+ARRIVALS = {
+    "arrivals_q_h100": "Qwen3-MoE's shape",
+    "arrivals_q_more_h100": "Qwen3-MoE's shape, the rule of before",
+    "arrivals_long_h100": "Qwen3-MoE's shape, longer",
+    "arrivals_g_h100": "gpt-oss-20b's shape and routing",
+    "arrivals_g_before_h100": "gpt-oss-20b's, the rule of before",
+}
+
+
 def arrivals() -> str:
-    """Requests that arrive: on a GPU, and the scheduler alone on a virtual clock."""
-    lines = [
-        "| | tokens/s | first token s, half and 95% of requests | later tokens ms, half and 95% | passes |",
-        "|---|---|---|---|---|",
-    ]
-    files = [json.loads((RESULTS / f"{name}.json").read_text()) for name in ("arrivals_h100", "arrivals_2048_h100")]
-    clock = json.loads((RESULTS / "admission.json").read_text())
-    rows = [(found["config"]["prefill_chunk"], row) for found in files for row in found["rows"]]
-    for chunk, row in rows:
-        runs = sorted(row["runs"], key=lambda run: run["tokens_per_second"])
-        speeds = " / ".join(f"{run['tokens_per_second']:.0f}" for run in row["runs"])
-        lines.append(_arrival(f"H100, {chunk} tokens a pass, {row['mode']}", runs[len(runs) // 2], speeds))
-    for row in clock["rows"]:
-        name = f"virtual clock, {row['chunk']} tokens a pass, {row['mode']}"
-        lines.append(_arrival(name, row, f"{row['tokens_per_second']:.0f}"))
-    inside = all(row["peak_bytes"] <= row["budget_bytes"] for _, row in rows)
-    about, config = files[0], files[0]["config"]
-    lines += ["", (f"{about['machine']['device']}, torch {about['versions']['torch']}, {config['requests']} requests, every run's speed and the times of the middle "
-              f"one; peak within the {rows[0][1]['budget_bytes'] / GIB:.0f} GiB budget in every row: {'yes' if inside else 'NO'}.")]  # fmt: skip
+    """Requests that arrive at a GPU."""
+    heads = "tokens/s", "first token s, half and 95% of requests", "later tokens ms, half and 95%"
+    lines = [f"| | | slots | {' | '.join(heads)} |", "|---" * 6 + "|"]
+    files = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ARRIVALS}
+    for name, found in files.items():
+        for row in found["rows"]:
+            runs = sorted(row["runs"], key=lambda run: run["tokens_per_second"])
+            speeds = " / ".join(f"{run['tokens_per_second']:.0f}" for run in row["runs"])
+            times = _times(runs[len(runs) // 2])
+            lines.append(f"| {ARRIVALS[name]} | {row['mode']} | {row['slots']} | {speeds} | {times} |")
+    inside = all(row["peak_bytes"] <= row["budget_bytes"] for found in files.values() for row in found["rows"])
+    about, config = files["arrivals_g_h100"], files["arrivals_g_h100"]["config"]
+    lines += ["", (f"{about['machine']['device']}, torch {about['versions']['torch']}, {config['requests']} requests, {config['prefill_chunk']} tokens a pass at most, every run's "
+              f"speed and the times of the middle one; peak within the budget in every row: {'yes' if inside else 'NO'}.")]  # fmt: skip
     return "\n".join(lines)
 
 
-def _arrival(name: str, run: dict[str, Any], speeds: str) -> str:
+def admission() -> str:
+    """The scheduler alone, on a virtual clock."""
+    rows = json.loads((RESULTS / "admission.json").read_text())["rows"]
+    lines = [
+        "| | lengths | | tokens/s | first token s, half and 95% of requests | later tokens ms, half and 95% | passes |",
+        "|---" * 7 + "|",
+    ]
+    for row in rows:
+        length = "as they were" if row["shorter"] == 1 else f"a {row['shorter']}th"
+        cells = row["machine"], length, row["mode"], f"{row['tokens_per_second']:.0f}", _times(row), str(row["passes"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(run: dict[str, Any]) -> str:
     first, later = run["first_token_seconds"], run["token_seconds"]
-    times = f"{first[0]:.2f}, {first[1]:.2f} | {later[0] * 1e3:.1f}, {later[1] * 1e3:.1f}"
-    return f"| {name} | {speeds} | {times} | {run.get('passes', '')} |"
+    return f"{first[0]:.2f}, {first[1]:.2f} | {later[0] * 1e3:.1f}, {later[1] * 1e3:.1f}"
+
+
+def control() -> str:
+    """The trained predictor beside one that says the same of wrong experts, in tokens a second."""
+    result = json.loads((RESULTS / "control_gpt_oss_20b.json").read_text())
+    sources = {
+        "none": "`next-use`, no predictor",
+        "shuffled": "`plec`, misled",
+        "trained": "`plec`",
+        "future": "Belady",
+    }
+    lines = [
+        f"| live | slots | {' | '.join(sources.values())} | loads ahead a token: misled | trained |",
+        "|---" * 8 + "|",
+    ]
+    cell = {(row["batch"], row["groups"], row["share"], row["predictor"]): row for row in result["rows"]}
+    for batch, groups, share in dict.fromkeys(key[:3] for key in cell):
+        mine = {source: cell[batch, groups, share, source] for source in sources}
+        live = f"{batch}" if groups == 1 else f"{batch} in {groups} turns"
+        speeds = " | ".join(f"{row['tokens_per_second']:.1f}" for row in mine.values())
+        ahead = [
+            f"{mine[source]['ahead_per_token']:.2f} ({mine[source]['wasted_per_token']:.2f} in vain)"
+            for source in ("shuffled", "trained")
+        ]
+        lines.append(f"| {live} | {share:.0%} | {speeds} | {' | '.join(ahead)} |")
+    return "\n".join(lines)
 
 
 STAGES = (
@@ -367,6 +412,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "schedule": schedule,
     "turns": turns,
     "arrivals": arrivals,
+    "admission": admission,
     "engine-g": engine_g,
     "engine-q": engine_q,
     "host-execution": host_execution,
@@ -390,7 +436,12 @@ def bench(name: str) -> Callable[[], str]:
 PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
 BENCHES = ("bench_quick_cpu", "switch_32", "switch_128", "shape_qwen", "shape_deepseek")
 """Results of `expertflow bench` that are committed, in the order of docs/benchmarks.md."""
-SWITCH = {"switch-stages": switch_stages, "switch-predictor": switch_predictor, "switch-schedule": switch_schedule}
+SWITCH = {
+    "switch-stages": switch_stages,
+    "switch-predictor": switch_predictor,
+    "switch-schedule": switch_schedule,
+    "control": control,
+}
 PAGES = {"README.md": TABLES, "docs/benchmarks.md": SWITCH | {name: bench(name) for name in BENCHES}}
 
 
