@@ -271,7 +271,8 @@ class Run:
         self.foresight: Foresight | None = None
         if strategy.predicted:
             assert world.predictor is not None
-            self.foresight = Foresight(OnlinePredictor(world.predictor, 2 * batch, world.device), EventStream())
+            twin = backend(world.device).path_step
+            self.foresight = Foresight(OnlinePredictor(world.predictor, 2 * batch, world.device, twin), EventStream())
         held = Held(
             controller=self.controller, store=world.store, pool=pool, transfer=PlainTransfer(world.store, pool),
             counters=CacheCounters(), foresight=self.foresight,

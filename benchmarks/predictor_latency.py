@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from expertflow.kernels.backend import backend
 from expertflow.predict.artifact import load_artifact
 from expertflow.predict.online import OnlinePredictor
 
@@ -81,7 +82,8 @@ def main() -> None:
         cell: dict[str, object] = {"batch": batch}
         cell["cpu_ms"] = cpu_ms(OnlinePredictor(load_artifact(options.artifact), batch), batch)
         if cuda:
-            online = OnlinePredictor(load_artifact(options.artifact), batch, torch.device("cuda"))
+            device = torch.device("cuda")
+            online = OnlinePredictor(load_artifact(options.artifact), batch, device, backend(device).path_step)
             cell["graph_ms"] = graph_ms(online, batch)
         cells.append(cell)
         print(batch, {name: round(statistics.median(v), 4) for name, v in cell.items() if isinstance(v, list)})

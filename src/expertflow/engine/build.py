@@ -24,6 +24,7 @@ from expertflow.engine.rows import RowModel
 from expertflow.engine.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
 from expertflow.errors import BudgetError, ClosedError, ConfigError, DeviceError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
+from expertflow.kernels.backend import backend
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
@@ -194,7 +195,7 @@ class OffloadedModel:
         self.foresight: Foresight | None = None
         if prepared.predictor is not None:
             own = self.device if plan.execution == "graph" else torch.device("cpu")  # a graph cannot ask the host
-            online = OnlinePredictor(prepared.predictor, _predictor_load(config)[0], own)
+            online = OnlinePredictor(prepared.predictor, _predictor_load(config)[0], own, backend(own).path_step)
             self.foresight = Foresight(online, self.events, aside=self.meter.aside)
         self.controller = CacheController(
             layers=plan.shape.layers,

@@ -12,12 +12,15 @@ from expertflow.kernels import dense_reference, reference, residency_reference
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
-    from expertflow.kernels import dense, experts, fetch, residency
+    from expertflow.kernels import dense, experts, fetch, path, residency
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One set of kernels; see `kernels.reference` and `kernels.residency_reference` for what each does."""
+    """One set of kernels; see `kernels.reference` and `kernels.residency_reference` for what each does.
+
+    `path_step` gives a predictor's step, or None for one it does not serve; where it is None, `predict` has the only one.
+    """
 
     expert_pairs: Callable[..., None]
     combine: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
@@ -26,6 +29,7 @@ class Backend:
     residency: Callable[..., Any]
     decode_attention: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
+    path_step: Callable[[Any], Callable[..., Tensor] | None] | None
 
 
 def backend(device: torch.device) -> Backend:
@@ -39,6 +43,7 @@ def backend(device: torch.device) -> Backend:
             residency.Residency,
             dense.decode_attention,
             dense.rms_norm,
+            path.path_step,
         )
     return Backend(
         reference.expert_pairs,
@@ -48,4 +53,5 @@ def backend(device: torch.device) -> Backend:
         residency_reference.Residency,
         dense_reference.decode_attention,
         dense_reference.rms_norm,
+        None,
     )

@@ -7,7 +7,7 @@ all layers. Regrouping moves nothing: rows may come in any order and any subset;
 captured in a CUDA graph. Knows artifacts and networks; refuses to know batches, requests and caches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -20,6 +20,8 @@ from expertflow.predict.artifact import Artifact
 from expertflow.predict.draft import Draft, look_up
 from expertflow.predict.model import OUTPUTS, Predictor, State, empty_state
 
+Step = Callable[[State, Tensor, Tensor, Tensor], Tensor]
+"""State, rows, tokens and routes as in `OnlinePredictor.step` to chances `[B, O, L, E]`; the state takes the tokens in."""
 _SLACK = 4096
 """Bytes an allocator may add to a tensor, and then some."""
 
@@ -43,17 +45,25 @@ class OnlinePredictor:
         artifact: trained predictor.
         rows: sequences that may live at once.
         device: where to compute.
+        twin: gives an artifact's step in kernels of that device, or None if it has none; None: no artifact has one.
 
     Attributes:
         spare: a row of nobody, which may be stepped as padding, also several times in a step.
     """
 
-    def __init__(self, artifact: Artifact, rows: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        rows: int,
+        device: torch.device | None = None,
+        twin: Callable[[Artifact], Step | None] | None = None,
+    ) -> None:
         """Every row free."""
         self.device, self.rows, self.spare = device or torch.device("cpu"), rows, rows
         self.artifact = artifact.to(self.device)
         self._model: Predictor = artifact.model  # type: ignore[assignment]  # what every kind offers
         self.state: State = self._model.fresh(rows + 1, self.device)
+        self._twin = None if twin is None else twin(self.artifact)
 
     @staticmethod
     def nbytes(artifact: Artifact, rows: int, batch: int, chunk: int) -> int:
@@ -147,8 +157,11 @@ class OnlinePredictor:
         return draft, self._feed(scratch, torch.arange(len(rows), device=rows.device), draft.tokens, routes)
 
     def _feed(self, state: State, rows: Tensor, tokens: Tensor, routes: Tensor) -> Prediction:
-        before = state.tokens[rows, (state.taken[rows] - 1) % state.tokens.shape[1]]
-        each = self.artifact.probabilities(self._model.feed(state, rows, tokens, routes), tokens, before)
+        if self._twin is not None:
+            each = self._twin(state, rows, tokens, routes)
+        else:
+            before = state.tokens[rows, (state.taken[rows] - 1) % state.tokens.shape[1]]
+            each = self.artifact.probabilities(self._model.feed(state, rows, tokens, routes), tokens, before)
         return Prediction(each[:, 0], each[:, 1:])
 
     def free(self, rows: Sequence[int]) -> None:
