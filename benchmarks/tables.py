@@ -434,7 +434,7 @@ def bench(name: str) -> Callable[[], str]:
 
 
 PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
-BENCHES = ("bench_quick_cpu", "switch_32", "switch_128", "shape_qwen", "shape_deepseek")
+BENCHES = ("bench_quick_cpu", "switch_32", "switch_128", "shape_qwen", "shape_deepseek", "shape_mixtral")
 """Results of `expertflow bench` that are committed, in the order of docs/benchmarks.md."""
 SWITCH = {
     "switch-stages": switch_stages,
