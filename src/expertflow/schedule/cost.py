@@ -8,6 +8,7 @@ against the simulator. Knows chances; refuses to know requests and where chances
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -124,14 +125,18 @@ def fixed_part(steps: Sequence[tuple[int, float]]) -> float:
     Returns:
         Between `LEAST_FIXED` of the median step and all of it; all of it where every step was as large. 0 without steps.
     """
-    if not steps:
+    by_size: dict[int, list[float]] = {}
+    for size, lasted in steps:
+        by_size.setdefault(size, []).append(lasted)
+    if not by_size:
         return 0.0
-    sizes = np.array([size for size, _ in steps])
-    seconds = np.array([lasted for _, lasted in steps])
-    whole = float(np.median(seconds))
-    distinct, counts = np.unique(sizes, return_counts=True)
-    if len(distinct) < 2:
+    whole = median(lasted for _, lasted in steps)
+    if len(by_size) < 2:
         return whole
-    medians = [np.median(seconds[sizes == size]) for size in distinct]
-    intercept = float(np.polyfit(distinct, medians, 1, w=np.sqrt(counts))[1])
-    return min(max(intercept, LEAST_FIXED * whole), whole)
+    points = [(size, median(lasted), len(lasted)) for size, lasted in by_size.items()]  # this runs between two steps
+    weight = sum(count for _, _, count in points)
+    x = sum(size * count for size, _, count in points) / weight
+    y = sum(lasted * count for _, lasted, count in points) / weight
+    spread = sum((size - x) ** 2 * count for size, _, count in points)
+    slope = sum((size - x) * (lasted - y) * count for size, lasted, count in points) / spread
+    return min(max(y - slope * x, LEAST_FIXED * whole), whole)
