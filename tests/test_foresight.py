@@ -25,7 +25,7 @@ from expertflow.predict.dataset import Shape, passages
 from expertflow.predict.kinds import KINDS, make
 from expertflow.predict.memory import SOURCES, remember
 from expertflow.predict.model import OUTPUTS, PredictorConfig
-from expertflow.predict.online import OnlinePredictor
+from expertflow.predict.online import OnlinePredictor, Prediction
 from expertflow.predict.score import score
 from expertflow.trace.format import DECODE, load_trace
 from expertflow.trace.owners import NOBODY, Coming, Owners
@@ -315,6 +315,33 @@ def test_a_predictor_that_raises_is_switched_off(
         assert llm._offloaded.foresight.failure == "RuntimeError: out of luck"
     assert [event.kind for event in events].count(EventKind.PREDICTOR_OFF) == 1
     assert [event.reason for event in events if event.reason] == ["RuntimeError: out of luck"]
+
+
+def test_nothing_is_loaded_ahead_in_passes_over_prompts(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However sure the predictor is of a prompt's experts; what the same certainty loads ahead in decode steps shows that it could."""
+    model = make_checkpoint("qwen3_moe")
+    events: list[Event] = []
+    with LLM(
+        model, device="cpu", max_batch=4, max_length=48, slots=12, predictor=str(make_predictor(model)), execution="host"
+    ) as llm:
+        online = llm._offloaded.foresight._online
+        layers, experts, _ = online.artifact.shape
+        sure = torch.zeros(layers, experts)
+        sure[:, :3] = 1.0
+        monkeypatch.setattr(online, "prefill", lambda tokens: sure)  # noqa: ARG005 - its signature
+        monkeypatch.setattr(
+            online, "step", lambda rows, *_: Prediction(sure.expand(len(rows), -1, -1), sure.expand(len(rows), 4, -1, -1))
+        )
+        llm._offloaded.events.subscribe(events.append)
+        llm.generate(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True))
+        assert llm.predictor_failure is None
+    begins = [place for place, event in enumerate(events) if event.kind is EventKind.STEP]
+    assert len(begins) == 4  # one pass, and three steps behind it
+    ahead = [place for place, event in enumerate(events) if event.kind is EventKind.PREFETCH]
+    assert ahead
+    assert min(ahead) > begins[1]
 
 
 def test_a_predictor_of_another_model_is_refused(

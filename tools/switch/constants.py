@@ -45,5 +45,5 @@ class Recipe:
     heldout_share: float = 0.02
     prompt_lengths: tuple[int, ...] = (40, 64, 88)
     prompts: int = 64
-    training_prompts: int = 256
+    training_prompts: int = 1024
     shard_bytes: int = 2 << 30

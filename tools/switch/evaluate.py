@@ -3,8 +3,8 @@
 Run: ``PYTHONPATH=tools:src python -m switch.evaluate --text FILE.xz --out DIR --scratch DIR --deadline 560``
 
 For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`), `switch_N_training.json`,
-`switch_N_predictor.json` (its guesses on the bench's prompts, which it has not seen, beside the free ones) and `switch_N_schedule.json`
-(the token scheduler with and without); with `--control` also `switch_N_control.json` (`plec` with a predictor that says the same of
+`switch_N_predictor.json` (its guesses on the bench's prompts, which it has not seen, beside the free ones; with `--other NAME=FILE` also
+`switch_N_predictor_NAME.json`, on text of another domain) and `switch_N_schedule.json` (the token scheduler with and without); with `--control` also `switch_N_control.json` (`plec` with a predictor that says the same of
 wrong experts). The bench gets an equal share of the time that the rest leaves; what does not fit is named in
 the result.
 """
@@ -16,11 +16,12 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -36,11 +37,12 @@ from expertflow.cli.train_predictor import Source
 from expertflow.cli.train_predictor import main as train_predictor
 from expertflow.predict.online import OnlinePredictor, Prediction
 from switch import schedule
-from switch.constants import PROMPTS_FILE, REPORT_FILE, TRAINING_PROMPTS_FILE
-from switch.train import prepare_text, sizes, train
+from switch.constants import PROMPTS_FILE, REPORT_FILE, TRAINING_PROMPTS_FILE, Recipe
+from switch.data import read_text, write_prompts
+from switch.train import Text, prepare_text, sizes, train
 
 STARTED = time.perf_counter()
-TRACE, UNSEEN = "training.trace", "unseen.trace"
+TRACE = "training.trace"
 
 
 def say(text: str) -> None:
@@ -49,7 +51,7 @@ def say(text: str) -> None:
 
 
 def record(folder: Path, tokens: int, device: str, source: str, trace: str) -> None:
-    """The routing of prompts: those to train the predictor with, or the bench's."""
+    """The routing of prompts: those to train the predictor with, the bench's, or others."""
     lines = (folder / source).read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["tokens"] for line in lines]
     longest = max(map(len, prompts)) + tokens
@@ -74,12 +76,25 @@ def predictor(folder: Path, epochs: int, device: str) -> None:
     train_predictor(source=source, out=folder / "predictor", kind="path", options=options)
 
 
-def judge(folder: Path, out: Path) -> None:
-    """The predictor on sequences it has not seen, beside free guesses that learned from the same ones as it did."""
+def judge(folder: Path, source: str, out: Path, options: argparse.Namespace) -> None:
+    """The predictor on prompts it has not seen, beside free guesses that learned from the same ones as it did."""
+    unseen = Path(source).stem + ".trace"
+    record(folder, options.tokens, options.device, source, unseen)
     test = Test(
-        trace=folder / UNSEEN, free=folder / TRACE, only="", leave_out="", skip="", cases=(), slots=("25%",), steps=1
+        trace=folder / unseen, free=folder / TRACE, only="", leave_out="", skip="", cases=(), slots=("25%",), steps=1
     )
     eval_predictor(artifact=folder / "predictor", test=test, plot=None, json_file=out)
+
+
+def other_prompts(text: Text, files: Sequence[str], recipe: Recipe, folder: Path) -> list[str]:
+    """Prompts cut from texts of other domains, given as `NAME=FILE`; the names."""
+    names = []
+    for given in files:
+        name, _, path = given.partition("=")
+        ids = text.tokenizer.backend_tokenizer.encode(read_text(Path(path), 1_000_000)).ids
+        write_prompts(folder / f"{name}.jsonl", np.asarray(ids), text.corpus.sentinel, recipe, recipe.prompts)
+        names.append(name)
+    return names
 
 
 def schedules(folder: Path, out: Path, options: argparse.Namespace) -> bool:
@@ -159,6 +174,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turn", type=int, default=8, help="sequences that step together there")
     parser.add_argument("--after", type=float, default=60.0, help="seconds kept for the scheduler, a size")
     parser.add_argument("--control", type=float, default=0.0, help="seconds for a misled predictor, a size; 0: none")
+    parser.add_argument("--other", nargs="*", default=[], metavar="NAME=FILE", help="texts of other domains")
     parser.add_argument("--executions", default="auto", help="auto, host, graph; several side by side")
     parser.add_argument("--long-prompt", type=int, default=256)
     parser.add_argument("--characters", type=int, default=14_000_000)
@@ -167,6 +183,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --scratch")
     parser.add_argument("--tiny", action="store_true", help="toy models, to try the script")
     options = parser.parse_args(argv)
+    if any(not name or not path for name, _, path in (given.partition("=") for given in options.other)):
+        parser.error("--other takes NAME=FILE")
     if len(options.experts.split(",")) != len(options.train_seconds.split(",")):
         parser.error("give one --train-seconds for every size")
     return options
@@ -192,12 +210,15 @@ def main(argv: list[str] | None = None) -> None:
         say(f"Switch-{experts} is written")
         if options.epochs:
             record(folder, options.tokens, options.device, TRAINING_PROMPTS_FILE, TRACE)
-            record(folder, options.tokens, options.device, PROMPTS_FILE, UNSEEN)
             release()
             say("its routing is recorded")
             predictor(folder, options.epochs, options.device)
             say("its predictor is trained")
-            judge(folder, options.out / f"switch_{experts}_predictor.json")
+            judge(folder, PROMPTS_FILE, options.out / f"switch_{experts}_predictor.json", options)
+            for name in other_prompts(text, options.other, recipe, folder):
+                judge(folder, f"{name}.jsonl", options.out / f"switch_{experts}_predictor_{name}.json", options)
+            release()
+            say("it is judged")
         left = options.deadline - (time.perf_counter() - STARTED)
         after = options.after if options.epochs else 0.0
         share = (left - sum(seconds[number + 1 :])) / (len(counts) - number) - after - options.control

@@ -237,7 +237,7 @@ class Foresight:
             self.sampled(owner.tolist(), step.tokens.tolist())
             return self._decode()
         each = [self._online.prefill(self._tensor(step.tokens[rows == row])).cpu().numpy() for row in present]
-        return Outlook(unite(np.stack(each))[None])
+        return Outlook(unite(np.stack(each))[None], ahead=False)
 
     def _decode(self) -> Outlook | None:
         """Of sequences that step by one token, and of those whose turns come."""
