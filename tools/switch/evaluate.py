@@ -4,7 +4,8 @@ Run: ``PYTHONPATH=tools:src python -m switch.evaluate --text FILE.xz --out DIR -
 
 For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`), `switch_N_training.json`,
 `switch_N_predictor.json` (its guesses on the bench's prompts, which it has not seen, beside the free ones; with `--other NAME=FILE` also
-`switch_N_predictor_NAME.json`, on text of another domain) and `switch_N_schedule.json` (the token scheduler with and without); with `--control` also `switch_N_control.json` (`plec` with a predictor that says the same of
+`switch_N_predictor_NAME.json`, on text of another domain; `--judge-elsewhere` puts predictor and traces there instead, for
+`expertflow eval-predictor`, which needs no GPU) and `switch_N_schedule.json` (the token scheduler with and without); with `--control` also `switch_N_control.json` (`plec` with a predictor that says the same of
 wrong experts). The bench gets an equal share of the time that the rest leaves; what does not fit is named in
 the result.
 """
@@ -80,6 +81,12 @@ def judge(folder: Path, source: str, out: Path, options: argparse.Namespace) -> 
     """The predictor on prompts it has not seen, beside free guesses that learned from the same ones as it did."""
     unseen = Path(source).stem + ".trace"
     record(folder, options.tokens, options.device, source, unseen)
+    if options.judge_elsewhere:
+        place = options.out / folder.name
+        shutil.copytree(folder / "predictor", place / "predictor", dirs_exist_ok=True)
+        for trace in (TRACE, unseen):
+            shutil.copy(folder / trace, place)
+        return
     test = Test(
         trace=folder / unseen, free=folder / TRACE, only="", leave_out="", skip="", cases=(), slots=("25%",), steps=1
     )
@@ -175,6 +182,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--after", type=float, default=60.0, help="seconds kept for the scheduler, a size")
     parser.add_argument("--control", type=float, default=0.0, help="seconds for a misled predictor, a size; 0: none")
     parser.add_argument("--other", nargs="*", default=[], metavar="NAME=FILE", help="texts of other domains")
+    parser.add_argument("--judge-elsewhere", action="store_true", help="only leave what judging the predictors needs")
     parser.add_argument("--executions", default="auto", help="auto, host, graph; several side by side")
     parser.add_argument("--long-prompt", type=int, default=256)
     parser.add_argument("--characters", type=int, default=14_000_000)
