@@ -196,7 +196,7 @@ def test_a_graph_expects_what_the_host_expects(
         assert llm.predictor_failure is None
     assert len(said) == len(again) >= 22
     for place, (mine, theirs) in enumerate(zip(again, said, strict=True)):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5, err_msg=f"step {place}")
+        np.testing.assert_allclose(mine, theirs, atol=5e-5, err_msg=f"step {place}")
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
@@ -282,7 +282,7 @@ def test_chances_that_are_no_numbers_switch_the_predictor_off(
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
-@pytest.mark.parametrize("call", [1, 2, 7])
+@pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("method", ["step", "prefill", "observe"])
 def test_a_predictor_that_raises_is_switched_off(
     make_checkpoint: MakeCheckpoint,
@@ -324,15 +324,23 @@ def test_nothing_is_loaded_ahead_in_passes_over_prompts(
     model = make_checkpoint("qwen3_moe")
     events: list[Event] = []
     with LLM(
-        model, device="cpu", max_batch=4, max_length=48, slots=12, predictor=str(make_predictor(model)), execution="host"
+        model,
+        device="cpu",
+        max_batch=4,
+        max_length=48,
+        slots=12,
+        predictor=str(make_predictor(model)),
+        execution="host",
     ) as llm:
         online = llm._offloaded.foresight._online
         layers, experts, _ = online.artifact.shape
         sure = torch.zeros(layers, experts)
         sure[:, :3] = 1.0
-        monkeypatch.setattr(online, "prefill", lambda tokens: sure)  # noqa: ARG005 - its signature
+        monkeypatch.setattr(online, "prefill", lambda *_: sure)
         monkeypatch.setattr(
-            online, "step", lambda rows, *_: Prediction(sure.expand(len(rows), -1, -1), sure.expand(len(rows), 4, -1, -1))
+            online,
+            "step",
+            lambda rows, *_: Prediction(sure.expand(len(rows), -1, -1), sure.expand(len(rows), 4, -1, -1)),
         )
         llm._offloaded.events.subscribe(events.append)
         llm.generate(PROMPTS, SamplingParams(max_tokens=4, ignore_eos=True))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from conftest import MakeCheckpoint
 from expertflow import LLM
@@ -61,10 +62,13 @@ def assert_same(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
 
 def tell(online: OnlinePredictor, texts: tuple[Tensor, Tensor], lengths: tuple[int, ...]) -> None:
     """Take the first tokens of texts in, each in the row of its number."""
-    for row, length in enumerate(lengths):
-        tokens, routes = texts[0][row], texts[1][row]
-        before = torch.cat([torch.full_like(routes[:1], online.artifact.config.experts), routes])
-        online.observe(row, tokens[:length], before[:length])
+    tokens, routes = texts
+    before = functional.pad(routes, (0, 0, 0, 0, 1, 0), value=online.artifact.config.experts)
+    rows = [row for row, length in enumerate(lengths) if length]
+    online.observe(
+        rows, [lengths[row] for row in rows],
+        *(torch.cat([part[row, : lengths[row]] for row in rows]) for part in (tokens, before)),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from expertflow.predict.calibration import Piece, calibrate, weigh
 from expertflow.predict.dataset import Passage, Shape, leave_out, passages, split, windows
 from expertflow.predict.kinds import KINDS, make
 from expertflow.predict.memory import SOURCES, Memory, remember
-from expertflow.predict.model import HORIZONS, OUTPUTS, PredictorConfig, TokenTable, multi_hot
+from expertflow.predict.model import HORIZONS, OUTPUTS, Pieces, PredictorConfig, TokenTable, multi_hot
 from expertflow.predict.online import OnlinePredictor
 from expertflow.predict.score import score
 from expertflow.predict.train import Epoch, TrainConfig, labels, train
@@ -111,9 +111,43 @@ def test_absorbing_is_many_steps(kind: str, cuts: tuple[int, ...]) -> None:
         for place in range(40):
             model.feed(one, torch.tensor([1]), tokens[0, place : place + 1], before[place : place + 1])
         for begin, end in zip((0, *cuts), cuts, strict=False):
-            model.absorb(many, 1, tokens[0, begin:end], before[begin:end])
+            pieces = Pieces.of([1], [end - begin], many.tokens.shape[1], CPU)
+            model.absorb(many, pieces, tokens[0, begin:end], before[begin:end])
         said = [model.feed(state, torch.tensor([1]), tokens[0, :1], routes[0, -1:]) for state in (one, many)]
     torch.testing.assert_close(*said)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_absorbing_many_sequences_is_absorbing_each(kind: str) -> None:
+    """Pieces of unlike lengths, one longer than the ring, twice in a row: every row's state is what single steps leave."""
+    window, lengths = 64, ((3, 1, 90), (2, 90, 1))
+    model = random_predictor(kind, window=window)
+    texts = [random_text(91, seed) for seed in range(3)]
+    one, many = model.fresh(4, CPU), model.fresh(4, CPU)
+    rows, done = [2, 0, 3], [0, 0, 0]
+    with torch.inference_mode():
+        for counts in lengths:
+            parts = []
+            for place, (tokens, routes) in enumerate(texts):
+                begin, end = done[place], done[place] + counts[place]
+                before = torch.cat([torch.full_like(routes[0, :1], 8), routes[0]])
+                for at in range(begin, end):
+                    model.feed(one, torch.tensor([rows[place]]), tokens[0, at : at + 1], before[at : at + 1])
+                parts.append((tokens[0, begin:end], before[begin:end]))
+                done[place] = end
+            model.absorb(many, Pieces.of(rows, counts, window, CPU), *map(torch.cat, zip(*parts, strict=True)))
+    for expected, found in zip(one, many, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_prompts_use_is_what_any_of_them_uses(kind: str) -> None:
+    """Several prompts in one question: padded beside one another, in more than one group, they say what each says alone."""
+    online = OnlinePredictor(random_artifact(kind), 1)
+    prompts = [random_text(length, seed)[0][0] for seed, length in enumerate((3, 40, 7, 38, 1))]
+    alone = torch.stack([online.prefill(prompt) for prompt in prompts])
+    together = online.prefill(torch.cat(prompts), [len(prompt) for prompt in prompts])
+    torch.testing.assert_close(together, 1 - torch.prod(1 - alone, dim=0), atol=1e-5, rtol=1e-4)
 
 
 def test_rows_go_in_any_order_and_company() -> None:

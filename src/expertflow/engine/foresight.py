@@ -229,15 +229,15 @@ class Foresight:
             return None
         owner = self._owners.take(len(step.tokens))
         rows = np.array([self._live.get(number, NOBODY) for number in owner.tolist()], dtype=np.int64)
-        present = np.unique(rows[rows != NOBODY])
-        if not len(present):
+        if not np.any(rows != NOBODY):
             return None
         self._asked = _Asked(rows, decoding=self._owners.coming.lengths is None)
         if self._asked.decoding:
             self.sampled(owner.tolist(), step.tokens.tolist())
             return self._decode()
-        each = [self._online.prefill(self._tensor(step.tokens[rows == row])).cpu().numpy() for row in present]
-        return Outlook(unite(np.stack(each))[None], ahead=False)
+        order, _, counts = _by_row(rows)
+        chances = self._online.prefill(self._tensor(step.tokens[order]), counts.tolist())
+        return Outlook(chances.cpu().numpy().astype(np.float64)[None], ahead=False)
 
     def _decode(self) -> Outlook | None:
         """Of sequences that step by one token, and of those whose turns come."""
@@ -252,24 +252,36 @@ class Foresight:
         asked = self._asked
         if step.tokens is None or len(asked.rows) != len(step.tokens):
             return
-        unknown = np.full((len(step.tokens), self._layers, self._top_k), self._experts)
-        routes = self._tensor(unknown if step.routes is None else step.routes).int()
+        routes = step.routes
+        if routes is None:
+            routes = np.full((len(step.tokens), self._layers, self._top_k), self._experts, dtype=np.uint16)
         if asked.decoding:
             alive = np.flatnonzero(asked.rows != NOBODY)
-            self.routes[self._tensor(asked.rows[alive])] = routes[self._tensor(alive)]
+            self.routes[self._tensor(asked.rows[alive])] = self._tensor(routes[alive]).int()
             return
-        present, counts = np.unique(asked.rows[asked.rows != NOBODY], return_counts=True)
-        singles = present[counts == 1]  # such as a decoder's first tokens: taken in together
+        count = np.bincount(asked.rows[asked.rows != NOBODY], minlength=self._online.rows)
+        single = count[asked.rows] == 1  # such as a decoder's first tokens: taken in together
+        singles, _, _ = _by_row(np.where(single, asked.rows, NOBODY))
         if len(singles):
-            places = np.array([int(np.flatnonzero(asked.rows == row)[0]) for row in singles])
-            seats, own = self._tensor(singles), self._tensor(places)
-            self._online.step(seats, self._tensor(step.tokens[places]), self.routes[seats])
-            self.routes[seats] = routes[own]
-        for row in present[counts > 1].tolist():
-            own = self._tensor(np.flatnonzero(asked.rows == row))
-            before = torch.cat([self.routes[row][None], routes[own][:-1]])
-            self._online.observe(row, self._tensor(step.tokens)[own], before)
-            self.routes[row] = routes[own][-1]
+            seats = self._tensor(asked.rows[singles])
+            self._online.step(seats, self._tensor(step.tokens[singles]), self.routes[seats])
+            self.routes[seats] = self._tensor(routes[singles]).int()
+        order, rows, counts = _by_row(np.where(single, NOBODY, asked.rows))
+        if len(order):
+            seats, used = self._tensor(rows), self._tensor(routes[order]).int()
+            begins = self._tensor(np.cumsum(counts) - counts)
+            before = used.roll(1, 0)
+            before[begins] = self.routes[seats]
+            self._online.observe(rows.tolist(), counts.tolist(), self._tensor(step.tokens[order]), before)
+            self.routes[seats] = used[begins.roll(-1, 0) - 1]
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self._online.device)
+
+
+def _by_row(rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Which tokens are somebody's, row after row, each row's in their order; the rows, and how many tokens each has."""
+    order = np.argsort(rows, kind="stable")
+    order = order[rows[order] != NOBODY]
+    present, counts = np.unique(rows[order], return_counts=True)
+    return order, present, counts

@@ -14,8 +14,9 @@ token, O = 1 + len(HORIZONS) outputs.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -120,8 +121,8 @@ class Predictor(Protocol):
     ) -> Float[Tensor, "B O L E"]:
         """One step: the same logits as `forward`, from the state, which takes the tokens in."""
 
-    def absorb(self, state: "State", row: int, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:
-        """Take N tokens of one sequence in, each with the routing of the token before it, without an answer."""
+    def absorb(self, state: "State", pieces: "Pieces", tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:
+        """Take tokens of several sequences in, each with the routing of the token before it, without an answer."""
 
 
 class State(NamedTuple):
@@ -147,6 +148,45 @@ class State(NamedTuple):
         """Forget sequences."""
         for column, empty in zip(self, (0, -1, -1, 0.0, experts, 0.0), strict=True):
             column[rows] = empty
+
+
+class Pieces(NamedTuple):
+    """Tokens of several sequences, one sequence after the other: whose each of them is, and where in its piece.
+
+    Attributes:
+        rows: int64 `[B]`, the sequences' rows, each once.
+        counts: int64 `[B]`, tokens of each, at least 1.
+        owner: int64 `[N]`, which of the B pieces a token belongs to.
+        place: int64 `[N]`, tokens of its piece before it.
+        left: int64 `[N]`, and behind it.
+        newest: int64 `[N']` or None, which tokens a ring of W places keeps; None: all.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    owner: Tensor
+    place: Tensor
+    left: Tensor
+    newest: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Sequence[int], counts: Sequence[int], window: int, device: torch.device) -> Self:
+        """Count on the host, in one copy to the device."""
+        whose, many = torch.tensor([list(rows), list(counts)])
+        owner = torch.arange(len(many)).repeat_interleave(many)
+        place = torch.arange(len(owner)) - (many.cumsum(0) - many)[owner]
+        left = many[owner] - 1 - place
+        newest = torch.nonzero(left < window)[:, 0]
+        sizes = [len(many), len(many), len(owner), len(owner), len(owner), len(newest)]
+        told = torch.cat([whose, many, owner, place, left, newest]).to(device)
+        whose, many, owner, place, left, newest = told.split(sizes)
+        return cls(whose, many, owner, place, left, newest if len(newest) < len(owner) else None)
+
+    def shifted(self, column: Tensor, first: Tensor) -> Tensor:
+        """`[N, ...]`: for each token the entry of the one before it, for a piece's first token that of `first` `[B, ...]`."""
+        moved = column.roll(1, 0)
+        moved[self.counts.cumsum(0) - self.counts] = first.to(column.dtype)
+        return moved
 
 
 def empty_state(config: PredictorConfig, rows: int, device: torch.device) -> State:
@@ -321,28 +361,31 @@ class PathPredictor(nn.Module):
         z = self._read(embedded, used.flatten(1), sources.flatten(2))
         return self._decide(z, sources)
 
-    def absorb(self, state: State, row: int, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:
-        """Take N tokens of one sequence in: the state that N calls of `feed` would leave.
+    def absorb(self, state: State, pieces: Pieces, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:
+        """Take tokens of several sequences in: the state that calls of `feed`, token by token, would leave.
 
         Args:
             state: changed in place.
-            row: which sequence.
-            tokens: the next tokens.
+            pieces: whose they are.
+            tokens: the next tokens of each sequence.
             routes: the true routing of the token before each of them; E where there is none.
         """
-        c, taken = self.config, int(state.taken[row])
-        kept = torch.stack([state.tokens[row, (taken - 1) % c.window], state.before[row, (taken - 1) % c.window]])
-        line = torch.cat([kept.flip(0), tokens])
-        for begin in range(0, len(tokens), c.window):
-            part = slice(begin, begin + c.window)
-            now, before = line[2:][part], line[1:-1][part]
-            place = torch.arange(taken + begin, taken + begin + len(now), device=tokens.device)
-            state.tokens[row, place % c.window], state.before[row, place % c.window] = now, before
-            pair = self.table(torch.stack([now, before], dim=1)).flatten(1)
-            state.keys[row, :, place % c.window] = self.key(pair).view(-1, c.heads, c.key).transpose(0, 1)
-            state.routes[row, (place - 1) % c.window] = routes[part].to(state.routes.dtype)
-            fade_in(state.faded[row], multi_hot(routes[part], c.experts), c.decays)
-        state.taken[row] += len(tokens)
+        c, rows = self.config, pieces.rows
+        taken = state.taken[rows]
+        before = pieces.shifted(tokens, state.tokens[rows, (taken - 1) % c.window])
+        fade_in(state, pieces, multi_hot(routes, c.experts), self.rates.flatten())
+        state.taken[rows] = taken + pieces.counts
+        owner, place = pieces.owner, pieces.place
+        if pieces.newest is not None:
+            owner, place, tokens, before, routes = (
+                part[pieces.newest] for part in (owner, place, tokens, before, routes)
+            )
+        row, place = rows[owner], taken[owner] + place
+        pair = self.table(torch.stack([tokens, before], dim=1)).flatten(1)
+        here, last = place % c.window, (place - 1) % c.window
+        state.tokens[row, here], state.before[row, here] = tokens, before
+        state.keys[row, :, here] = self.key(pair).view(-1, c.heads, c.key)
+        state.routes[row, last] = routes.to(state.routes.dtype)
 
     def _attend(self, embedded: list[Tensor], tokens: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, A, T, M]` twice: what each position copies from earlier ones (the rest goes to nobody), and which."""
@@ -416,12 +459,13 @@ class PathPredictor(nn.Module):
         return weighed + said + self.base
 
 
-def fade_in(faded: Float[Tensor, "R L E"], used: Float[Tensor, "N L E"], decays: tuple[float, ...]) -> None:
-    """Bring faded averages N steps forward, in place."""
-    left = torch.arange(len(used) - 1, -1, -1, device=used.device)
-    for average, rate in zip(faded, decays, strict=True):
-        weight = (1 - rate) * rate ** left.to(torch.float32)
-        average.mul_(rate ** len(used)).add_(torch.einsum("n,nle->le", weight, used))
+def fade_in(state: State, pieces: Pieces, used: Float[Tensor, "N L E"], rates: Float[Tensor, " R"]) -> None:
+    """Bring the pieces' faded averages forward, each by its tokens, in place."""
+    mine = torch.arange(len(pieces.rows), device=used.device)[:, None, None] == pieces.owner
+    weight = torch.where(mine, (1 - rates[:, None]) * rates[:, None] ** pieces.left, 0.0)  # [B, R, N]
+    fresh = (weight.flatten(0, 1) @ used.flatten(1)).view(-1, len(rates), *used.shape[1:])
+    kept = rates ** pieces.counts[:, None]
+    state.faded[pieces.rows] = state.faded[pieces.rows] * kept[..., None, None] + fresh
 
 
 def fade_all(used: Float[Tensor, "B T C"], decays: tuple[float, ...]) -> Float[Tensor, "B T R C"]:

@@ -14,14 +14,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from expertflow.errors import PredictorError
 from expertflow.predict.artifact import Artifact
 from expertflow.predict.draft import Draft, look_up
-from expertflow.predict.model import OUTPUTS, Predictor, State, empty_state
+from expertflow.predict.model import OUTPUTS, Pieces, Predictor, State, empty_state
 
 Step = Callable[[State, Tensor, Tensor, Tensor], Tensor]
 """State, rows, tokens and routes as in `OnlinePredictor.step` to chances `[B, O, L, E]`; the state takes the tokens in."""
+_PADDING = -2
+"""In the place of a token behind a piece's end; an unknown one is -1."""
 _SLACK = 4096
 """Bytes an allocator may add to a tensor, and then some."""
 
@@ -104,30 +107,49 @@ class OnlinePredictor:
         return torch.stack(demand)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "L E"]:
-        """What any of N tokens uses whose routing is not known yet, a prompt or a part of one."""
-        return 1 - torch.exp(torch.log1p(-self._blind(tokens).clamp(max=1 - 1e-6)).sum(0))
+    def prefill(self, tokens: Int[Tensor, " N"], counts: Sequence[int] | None = None) -> Float[Tensor, "L E"]:
+        """What any of N tokens uses whose routing is not known yet: prompts or parts of them.
+
+        Args:
+            tokens: one sequence's after the other.
+            counts: tokens of each sequence; None: they are one's.
+        """
+        parts = sorted(tokens.split(list(counts or [len(tokens)])), key=len, reverse=True)
+        nobody = torch.zeros(self.artifact.shape[:2], device=self.device)
+        while parts:  # as many together as need no more room, padded, than all of them do
+            together = max(1, len(tokens) // len(parts[0]))
+            padded = pad_sequence(parts[:together], batch_first=True, padding_value=_PADDING)
+            chances = self._blind(padded.clamp(min=-1))[padded != _PADDING]
+            nobody += torch.log1p(-chances.clamp(max=1 - 1e-6)).sum(0)
+            parts = parts[together:]
+        return 1 - torch.exp(nobody)
 
     @torch.inference_mode()
     def usual(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "L E"]:
         """What one of N tokens uses on average whose routing is not known yet."""
-        return self._blind(tokens).mean(0)
+        return self._blind(tokens[None])[0].mean(0)
 
-    def _blind(self, tokens: Tensor) -> Tensor:
-        before = functional.pad(tokens, (1, 0), value=-1)[:-1]
-        return self.artifact.probabilities(self._model.blind(tokens[None])[0, :, None], tokens, before)[:, 0]
+    def _blind(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T L E"]:
+        before = functional.pad(tokens, (1, 0), value=-1)[:, :-1]
+        logits = self._model.blind(tokens).flatten(0, 1)[:, None]
+        chances = self.artifact.probabilities(logits, tokens.flatten(), before.flatten())
+        return chances.view(*tokens.shape, *chances.shape[2:])
 
     @torch.inference_mode()
-    def observe(self, row: int, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:
-        """Take tokens in whose steps are done, such as a prompt's.
+    def observe(
+        self, rows: Sequence[int], counts: Sequence[int], tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]
+    ) -> None:
+        """Take tokens in whose steps are done, such as those of prompts.
 
         Args:
-            row: the sequence.
-            tokens: its next tokens.
+            rows: the sequences, each once.
+            counts: tokens of each, at least 1.
+            tokens: their next tokens, one sequence's after the other.
             routes: the true routing of the token before each of them (the last one's comes with the next `step`); E
                 where there is none.
         """
-        self._model.absorb(self.state, row, tokens, routes)
+        pieces = Pieces.of(rows, counts, self.state.tokens.shape[1], self.device)
+        self._model.absorb(self.state, pieces, tokens, routes)
 
     @torch.inference_mode()
     def step(self, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]) -> Prediction:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import T5Config, T5Model
 
-from expertflow.predict.model import OUTPUTS, PredictorConfig, State, Vocabulary, empty_state
+from expertflow.predict.model import OUTPUTS, Pieces, PredictorConfig, State, Vocabulary, empty_state
 
 BLOCK = 64
 """Tokens of the encoder's and of the decoder's window."""
@@ -76,13 +76,13 @@ class T5Predictor(nn.Module):
         logits = self._blocks(seen[:, :BLOCK], seen[:, BLOCK:])
         return logits[torch.arange(len(rows), device=rows.device), count - begin]
 
-    def absorb(self, state: State, row: int, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:  # noqa: ARG002 - the interface
-        """Take N tokens of one sequence in, without an answer."""
-        ring, taken = state.tokens.shape[1], int(state.taken[row])
-        kept = tokens[-ring:]
-        place = torch.arange(taken + len(tokens) - len(kept), taken + len(tokens), device=tokens.device)
-        state.tokens[row, place % ring] = kept
-        state.taken[row] += len(tokens)
+    def absorb(self, state: State, pieces: Pieces, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:  # noqa: ARG002 - the interface
+        """Take tokens of several sequences in, without an answer."""
+        kept = slice(None) if pieces.newest is None else pieces.newest
+        owner = pieces.owner[kept]
+        place = state.taken[pieces.rows][owner] + pieces.place[kept]
+        state.tokens[pieces.rows[owner], place % state.tokens.shape[1]] = tokens[kept]
+        state.taken[pieces.rows] += pieces.counts
 
     def _blocks(self, context: Tensor, running: Tensor) -> Tensor:
         """`[N, BLOCK]` twice to `[N, BLOCK, O, L, E]`."""
