@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from expertflow.bench import figures
 from expertflow.bench.report import section
-from expertflow.bench.result import DECODE, WARM, read_result
+from expertflow.bench.result import DECODE, MOVED, PEAK, RESIDENT, WARM, read_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -345,6 +347,22 @@ def control() -> str:
     return "\n".join(lines)
 
 
+def ablation() -> str:
+    """The cache and the scheduler, one part at a time, in tokens a second on a virtual clock, and loads a token."""
+    rows = json.loads((RESULTS / "ablation_gpt_oss_20b.json").read_text())["rows"]
+    cell = {(row["batch"], row["groups"], row["share"], row["stage"]): row for row in rows}
+    places = list(dict.fromkeys(key[:3] for key in cell))
+    heads = [f"{batch}{f' in {groups} turns' if groups > 1 else ''}, {share:.0%}" for batch, groups, share in places]
+    lines = [f"| live, slots | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for stage in sorted({row["stage"] for row in rows}, key=[row["stage"] for row in rows if row["groups"] > 1].index):
+        found = [cell.get((*place, stage)) for place in places]
+        said = [
+            "" if row is None else f"{row['tokens_per_second']:.1f} ({row['loads_per_token']:.1f})" for row in found
+        ]
+        lines.append(f"| {stage} | {' | '.join(said)} |")
+    return "\n".join(lines)
+
+
 STAGES = (
     ("on-demand", "host", "nothing kept, eager"),
     ("on-demand", "graph", "+ one graph a step, rows fetched by kernels"),
@@ -379,17 +397,52 @@ def switch_stages() -> str:
     return "\n".join(lines)
 
 
+SIZES = (32, 64, 128)
+"""Experts a layer of the Switch models that were measured."""
+
+
+def switch_growth() -> str:
+    """How speed, bytes and memory grow with the number of experts, at the same slots a layer."""
+    results = {count: read_result(RESULTS / f"switch_{count}.json") for count in SIZES}
+    lines = [
+        "| slots a layer, batch | model | Cache-MoE | SE-MoE's ring | `next-use` | **`plec`** | every expert resident | `plec`: MB a token, Cache-MoE's | peak, % of resident |",
+        "|---" * 9 + "|",
+    ]
+    for slots, batch in ((4, 4), (4, 32), (16, 4), (16, 32)):
+        for count, result in results.items():
+            rows = {
+                row.strategy: row
+                for row in result.rows
+                if row.state == WARM and row.batch == batch and row.execution == "graph" and DECODE in row.figures
+                and row.slots in (12 * slots, 12 * count)
+            }  # fmt: skip
+            speeds = [rows[name].figures[DECODE].median for name in ("lru", "ring", "next-use", "plec", RESIDENT)]
+            moved = [rows[name].figures[MOVED].median for name in ("plec", "lru")]
+            share = rows["plec"].figures[PEAK].median / rows[RESIDENT].figures[PEAK].median
+            lines.append(
+                f"| {slots}, {batch} | Switch-{count} | {' | '.join(f'{speed:.0f}' for speed in speeds)} "
+                f"| {moved[0]:.1f}, {moved[1]:.1f} | {share:.1%} |"
+            )
+    return "\n".join(lines)
+
+
 def switch_predictor() -> str:
     """How often the best guess of a layer is right: Switch routes a token to one expert."""
-    lines = ["| source | Switch-32 | Switch-128 |", "|---|---|---|"]
-    files = [json.loads((RESULTS / f"switch_{count}_predictor.json").read_text()) for count in (32, 128)]
-    found = [{row["name"]: row for row in result["evaluations"]} for result in files]
+    domains = {"": "novels", "_maths": "maths", "_chat": "instructions"}
+    files = {
+        (count, domain): json.loads((RESULTS / f"switch_{count}_predictor{domain}.json").read_text())
+        for count in SIZES
+        for domain in domains
+    }
+    heads = [f"Switch-{count}, {domains[domain]}" for count, domain in files]
+    lines = [f"| source | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    found = [{row["name"]: row for row in result["evaluations"]} for result in files.values()]
     for name in found[0]:
         cells = []
         for rows in found:
             layers = rows[name]["layer_recall"]
             half = len(layers) // 2
-            cells.append(f"{rows[name]['guesses']['recall'][0]:.3f} ({statistics.mean(layers[:half]):.3f}, {statistics.mean(layers[half:]):.3f})")  # fmt: skip
+            cells.append(f"{rows[name]['guesses']['recall'][0]:.2f} ({statistics.mean(layers[:half]):.2f}, {statistics.mean(layers[half:]):.2f})")  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -397,7 +450,7 @@ def switch_predictor() -> str:
 def switch_schedule() -> str:
     """The token scheduler with and without."""
     lines = ["| model | slots | fifo tokens/s | group | auto | loads a token: fifo | group | auto |", "|---" * 8 + "|"]
-    for count in (32, 128):
+    for count in SIZES:
         for row in json.loads((RESULTS / f"switch_{count}_schedule.json").read_text())["rows"]:
             cells = [
                 f"{statistics.median(run[key] for run in row['schedules'][name]):{form}}"
@@ -406,6 +459,40 @@ def switch_schedule() -> str:
             ]
             lines.append(f"| Switch-{count} | {row['slots']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw_growth(path: Path) -> None:
+    """Speed over the number of experts, a panel for slots and batch."""
+    results = {count: read_result(RESULTS / f"switch_{count}.json") for count in SIZES}
+    picture = Figure(figsize=(12, 3.4), layout="constrained")
+    places = ((4, 4), (4, 32), (16, 4), (16, 32))
+    for panel, (slots, batch) in zip(picture.subplots(1, 4), places, strict=True):
+        for name, mark in (
+            ("ring", "v"),
+            ("on-demand", "o"),
+            ("lru", "s"),
+            ("next-use", "D"),
+            ("plec", "<"),
+            (RESIDENT, "_"),
+        ):
+            found = [
+                next(
+                    row.figures[DECODE].median
+                    for row in result.rows
+                    if (row.state, row.strategy, row.batch, row.execution) == (WARM, name, batch, "graph")
+                    and row.slots in (12 * slots, 12 * count)
+                )
+                for count, result in results.items()
+            ]
+            style = {"color": "black", "ls": ":"} if name == RESIDENT else {}
+            panel.plot(range(len(SIZES)), found, marker=mark, label=name, **style)
+        panel.set_xticks(range(len(SIZES)), [f"Switch-{count}" for count in SIZES])
+        panel.set_title(f"{slots} slots a layer, batch {batch}", fontsize="medium")
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    picture.axes[0].set_ylabel("decoded tokens/s")
+    picture.legend(*picture.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    picture.savefig(path, dpi=90)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -434,12 +521,14 @@ def bench(name: str) -> Callable[[], str]:
 
 
 PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
-BENCHES = ("bench_quick_cpu", "switch_32", "switch_128", "shape_qwen", "shape_deepseek", "shape_mixtral")
+BENCHES = ("bench_quick_cpu", "switch_32", "switch_64", "switch_128", "shape_qwen", "shape_deepseek", "shape_mixtral")
 """Results of `expertflow bench` that are committed, in the order of docs/benchmarks.md."""
 SWITCH = {
     "switch-stages": switch_stages,
+    "switch-growth": switch_growth,
     "switch-predictor": switch_predictor,
     "switch-schedule": switch_schedule,
+    "ablation": ablation,
     "control": control,
 }
 PAGES = {"README.md": TABLES, "docs/benchmarks.md": SWITCH | {name: bench(name) for name in BENCHES}}
@@ -450,6 +539,7 @@ def draw() -> None:
     for name in BENCHES:
         for kind, make in PICTURES.items():
             make(read_result(RESULTS / f"{name}.json"), ROOT / "docs" / f"{name}_{kind}.png")
+    draw_growth(ROOT / "docs" / "switch_growth.png")
 
 
 def fill(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:

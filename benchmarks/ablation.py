@@ -1,0 +1,99 @@
+"""What each part of the cache and the scheduler adds, one at a time, on recorded routing: from nothing kept to groups by route.
+
+Every stage has all that the one before it has. The simulator's decisions are the device's (`Strategy.on_device`), its clock is
+virtual; graphs and fetching by kernels are compared on a GPU (docs/benchmarks.md, Switch-128). A missing expert is always
+loaded, so correction cannot be taken away from an exact engine: it is in all rows.
+
+Usage: python benchmarks/ablation.py TEST.trace --predictor FOLDER [--out FILE]
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from grouping import guesses, predict
+
+from expertflow.cache.strategy import STRATEGIES, Strategy
+from expertflow.sim.clock import Cost
+from expertflow.sim.predicted import PredictedRows, RowScores
+from expertflow.sim.replay import replay_sizes
+from expertflow.sim.workload import Workload, live_sequences, regrouped
+from expertflow.trace.format import Trace, load_trace
+
+CASES = ((1, 1), (4, 1), (16, 1), (32, 4))
+SHARES, STEPS, SEED = (0.25, 0.5), 600, 0
+KEEP_ONLY = replace(STRATEGIES["plec"], prefetch="none")
+
+
+class Stage(NamedTuple):
+    """A row: what it is called, how it caches, what it is told of, who divides the turns."""
+
+    name: str
+    strategy: Strategy
+    predicted: bool = False
+    told: bool = False
+    routes: bool = False
+
+
+STAGES = (
+    Stage("nothing kept", STRATEGIES["on-demand"]),
+    Stage("+ kept by recency, a share a layer (Cache-MoE)", STRATEGIES["lru"]),
+    Stage("+ kept by next use, one pool", STRATEGIES["next-use"]),
+    Stage("+ the predictor says what to keep", KEEP_ONLY, predicted=True),
+    Stage("+ loads ahead (`plec`)", STRATEGIES["plec"], predicted=True),
+    Stage("+ told of the turns that come", STRATEGIES["plec"], predicted=True, told=True),
+    Stage("+ groups by predicted route", STRATEGIES["plec"], predicted=True, told=True, routes=True),
+    Stage("Belady, the same groups", STRATEGIES["oracle"], routes=True),
+)
+
+
+def measure(trace: Trace, scores: RowScores, batch: int, groups: int) -> list[dict[str, Any]]:
+    """One case, every stage; those of turns only where there are some."""
+    arrival = live_sequences(trace, batch, groups, SEED)
+    arrival = replace(arrival, members=arrival.members[: STEPS * groups])
+    divided = regrouped(arrival, "swaps", guesses(trace, scores)) if groups > 1 else arrival
+    slots = [int(trace.header.layers * trace.header.experts * share) for share in SHARES]
+    rows = []
+    for stage in STAGES:
+        if groups == 1 and (stage.told or (stage.routes and stage.predicted)):
+            continue
+        workload: Workload = divided if stage.routes else arrival
+        known = workload if stage.told else replace(workload, groups=1)
+        forecast = PredictedRows(known, scores) if stage.predicted else None
+        outcomes = replay_sizes(workload, stage.strategy.on_device(), slots, Cost(), forecast=forecast)
+        for share, found in zip(SHARES, outcomes, strict=True):
+            row = {
+                "batch": batch, "groups": groups, "share": share, "stage": stage.name, "tokens_per_second": found.tokens_per_second,
+                "loads_per_token": found.loads / found.tokens, "ahead_per_token": found.prefetched / found.tokens, "kept": found.kept_ratio,
+            }  # fmt: skip
+            rows.append(row)
+            print(f"{batch:2d} in {groups} {share:.0%} {stage.name:48s} {row['tokens_per_second']:6.1f} tok/s, {row['loads_per_token']:.2f} loads a token", flush=True)  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--predictor", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    trace = load_trace(options.trace).without("repetition")
+    scores = predict(trace, options.predictor)
+    result = {
+        "benchmark": "ablation", "date": time.strftime("%Y-%m-%d"), "seed": SEED,
+        "rows": [row for batch, groups in CASES for row in measure(trace, scores, batch, groups)],
+        "config": {"trace": "gpt_oss_20b", "steps": STEPS, "shares": SHARES},
+        "machine": {"device": "virtual clock", "cores": os.cpu_count()}, "versions": {"numpy": np.__version__},
+    }  # fmt: skip
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
