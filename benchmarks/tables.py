@@ -363,35 +363,36 @@ def ablation() -> str:
     return "\n".join(lines)
 
 
+NEW, EAGER = "switch_128.json", "switch_128_eager.json"
 STAGES = (
-    ("on-demand", "host", "nothing kept, eager"),
-    ("on-demand", "graph", "+ one graph a step, rows fetched by kernels"),
-    ("lru", "graph", "+ kept by recency, 4 or 16 slots a layer (Cache-MoE)"),
-    ("next-use", "graph", "+ kept by next use, over all layers"),
-    ("plec", "graph", "+ a predictor, loads ahead, corrected"),
-    ("resident", "graph", "every expert resident"),
-    ("ring", "host", "SE-MoE's ring, eager"),
-    ("ring", "graph", "the same in graphs"),
-    ("lru", "host", "Cache-MoE, eager"),
-    ("resident", "host", "every expert resident, eager"),
+    (EAGER, "on-demand", "host", "nothing kept, eager"),
+    (EAGER, "on-demand", "graph", "+ one graph a step, rows fetched by kernels"),
+    (NEW, "lru", "graph", "+ kept by recency, 4 or 16 slots a layer (Cache-MoE)"),
+    (NEW, "next-use", "graph", "+ kept by next use, over all layers"),
+    (NEW, "plec", "graph", "+ a predictor, loads ahead, corrected"),
+    (NEW, "resident", "graph", "every expert resident"),
+    (NEW, "ring", "graph", "SE-MoE's ring, in graphs"),
+    (EAGER, "ring", "host", "SE-MoE's ring, eager"),
+    (EAGER, "lru", "host", "Cache-MoE, eager"),
+    (EAGER, "resident", "host", "every expert resident, eager"),
 )
 
 
 def switch_stages() -> str:
     """Switch-128, one improvement at a time."""
-    result = read_result(RESULTS / "switch_128.json")
     speeds = {
-        (row.strategy, row.execution, row.slots, row.batch): row.figures[DECODE]
-        for row in result.rows
+        (file, row.strategy, row.execution, row.slots, row.batch): row.figures[DECODE]
+        for file in (NEW, EAGER)
+        for row in read_result(RESULTS / file).rows
         if row.state == WARM and DECODE in row.figures
     }
     places = [(48, 4), (48, 32), (192, 4), (192, 32)]
     heads = " | ".join(f"{slots // 12} slots a layer, batch {batch}" for slots, batch in places)
     lines = [f"| | {heads} |", "|---" * (1 + len(places)) + "|"]
-    for strategy, execution, said in STAGES:
+    for file, strategy, execution, said in STAGES:
         cells = []
         for slots, batch in places:
-            figure = speeds[strategy, execution, 1536 if strategy == "resident" else slots, batch]
+            figure = speeds[file, strategy, execution, 1536 if strategy == "resident" else slots, batch]
             cells.append(f"{figure.median:.0f} ({figure.low:.0f}-{figure.high:.0f})")
         lines.append(f"| {said} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -405,8 +406,8 @@ def switch_growth() -> str:
     """How speed, bytes and memory grow with the number of experts, at the same slots a layer."""
     results = {count: read_result(RESULTS / f"switch_{count}.json") for count in SIZES}
     lines = [
-        "| slots a layer, batch | model | Cache-MoE | SE-MoE's ring | `next-use` | **`plec`** | every expert resident | `plec`: MB a token, Cache-MoE's | peak, % of resident |",
-        "|---" * 9 + "|",
+        "| slots a layer, batch | model | Cache-MoE | SE-MoE's ring | `next-use` | **`plec`** | every expert resident | `plec`, % of that | MB a token: `plec` | Cache-MoE | peak, % of resident |",
+        "|---" * 11 + "|",
     ]
     for slots, batch in ((4, 4), (4, 32), (16, 4), (16, 32)):
         for count, result in results.items():
@@ -421,7 +422,7 @@ def switch_growth() -> str:
             share = rows["plec"].figures[PEAK].median / rows[RESIDENT].figures[PEAK].median
             lines.append(
                 f"| {slots}, {batch} | Switch-{count} | {' | '.join(f'{speed:.0f}' for speed in speeds)} "
-                f"| {moved[0]:.1f}, {moved[1]:.1f} | {share:.1%} |"
+                f"| {speeds[3] / speeds[4]:.0%} | {moved[0]:.1f} | {moved[1]:.1f} | {share:.1%} |"
             )
     return "\n".join(lines)
 
@@ -469,7 +470,6 @@ def draw_growth(path: Path) -> None:
     for panel, (slots, batch) in zip(picture.subplots(1, 4), places, strict=True):
         for name, mark in (
             ("ring", "v"),
-            ("on-demand", "o"),
             ("lru", "s"),
             ("next-use", "D"),
             ("plec", "<"),

@@ -44,21 +44,23 @@ class Slip:
     def __init__(self, rows: int, sequences: int, spare: int, device: torch.device) -> None:
         """Nobody steps."""
         sizes = [rows, rows, rows, sequences, STEPS_KNOWN + 2]
-        self.room, self._sequences, self._spare = rows, sequences, spare
+        self.room, self._spare = rows, spare
         self._there = torch.zeros(sum(sizes), dtype=torch.long, device=device)
         self._there[: 2 * rows] = spare
         self.seats, self.told_seats, self.told_tokens, self.members, self.turns = self._there.split(sizes)
+        self._here = torch.zeros(sum(sizes), dtype=torch.long)
+        self._parts = [part.numpy() for part in self._here.split(sizes)]
 
     def write(self, seats: list[int], agenda: Agenda | None) -> None:
         """Tell the next step; without an agenda it has no forecast."""
         told = [] if agenda is None else agenda.told
         groups = [] if agenda is None else agenda.groups[:STEPS_KNOWN]
-        members = [seat for group in groups for seat in group]
-        borders = [0, *accumulate(len(group) for group in groups)]
-        rows = self.room
-        row = [*seats, *[self._spare] * (rows - len(seats))]
-        row += [*(seat for seat, _ in told), *[self._spare] * (rows - len(told))]
-        row += [*(token for _, token in told), *[0] * (rows - len(told))]
-        row += [*members, *[0] * (self._sequences - len(members))]
-        row += [len(groups), *borders, *[0] * (STEPS_KNOWN + 1 - len(borders))]
-        self._there.copy_(torch.tensor(row))  # ordinary memory: it may be used again at once
+        row, told_seats, told_tokens, members, turns = self._parts
+        row[: len(seats)], row[len(seats) :] = seats, self._spare
+        told_seats[len(told) :] = self._spare
+        if told:
+            told_seats[: len(told)], told_tokens[: len(told)] = zip(*told, strict=True)
+        everybody = [seat for group in groups for seat in group]
+        members[: len(everybody)] = everybody
+        turns[: 2 + len(groups)] = [len(groups), 0, *accumulate(len(group) for group in groups)]
+        self._there.copy_(self._here)  # ordinary memory: it may be used again at once

@@ -65,6 +65,8 @@ class Foresight:
         self._layers, self._experts, self._top_k = online.artifact.shape
         self._owners = Owners()
         self._live: dict[int, int] = {}
+        self._housed: list[int] = []
+        """The sequences that got rows last, as long as they all still have them."""
         self._untold: dict[int, int] = {}
         self._known: set[int] = set()
         self._stale: set[int] = set()
@@ -196,20 +198,25 @@ class Foresight:
     def _house(self, coming: Coming) -> None:
         """Rows for the sequences that come; if there are too few, those that stepped longest ago are forgotten."""
         wanted = [number for number in coming.sequences if number != NOBODY]
+        if wanted == self._housed:
+            return
         for number in wanted:
             if number in self._live:
                 self._live[number] = self._live.pop(number)  # to the end: stepped last
         new = [number for number in wanted if number not in self._live]
-        others = [number for number in self._live if number not in wanted]
-        self._forget(others[: max(0, len(self._live) + len(new) - self._online.rows)])
-        free = iter(sorted(set(range(self._online.rows)) - set(self._live.values())))
-        for number in new:
-            self._live[number] = next(free)
-        used_before = sorted(self._stale.intersection(self._live[number] for number in new))
-        self._clear(used_before)
-        self._stale.difference_update(used_before)
+        if new:
+            others = [number for number in self._live if number not in wanted]
+            self._forget(others[: max(0, len(self._live) + len(new) - self._online.rows)])
+            free = iter(sorted(set(range(self._online.rows)) - set(self._live.values())))
+            for number in new:
+                self._live[number] = next(free)
+            used_before = sorted(self._stale.intersection(self._live[number] for number in new))
+            self._clear(used_before)
+            self._stale.difference_update(used_before)
+        self._housed = wanted
 
     def _forget(self, numbers: list[int]) -> None:
+        self._housed = []
         rows = [self._live.pop(number) for number in numbers]
         for number in numbers:
             self._untold.pop(number, None)

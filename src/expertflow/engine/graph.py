@@ -57,6 +57,7 @@ class GraphDecoder:
         device, length = rows.model.device, rows.nowhere
         self.inputs = torch.zeros(4, batch, dtype=torch.long, device=device)
         self.inputs[COLUMNS] = length
+        self._staged = torch.zeros(4, batch, dtype=torch.long)
         vocabulary = int(rows.skeleton.config.get_text_config(decoder=True).vocab_size)
         dtype = getattr(torch, rows.skeleton.dtype)
         self.logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
@@ -79,10 +80,11 @@ class GraphDecoder:
         batch = round_up(need, 1, self._batch)
         columns, reach = round_up(max(positions) + 1, min(LEAST_COLUMNS, length), length), self.rows.reach(rows)
         self._reach = round_up(reach, min(LEAST_COLUMNS, length), length) if reach else 0
-        padding = [0] * (self._batch - count)
-        columns_of = [*positions, *(length for _ in padding)]
-        staged = [[*tokens, *padding], [*rows, *padding], [*positions, *padding], columns_of]
-        self.inputs.copy_(torch.tensor(staged))  # ordinary memory: it may be used again at once
+        staged = self._staged.numpy()
+        staged[:, count:] = 0
+        staged[TOKENS, :count], staged[ROWS, :count], staged[POSITIONS, :count] = tokens, rows, positions
+        staged[COLUMNS, :count], staged[COLUMNS, count:] = positions, length
+        self.inputs.copy_(self._staged)  # ordinary memory: it may be used again at once
         self._whole = False
         self.launch(batch, columns)
         self.experts.told()
