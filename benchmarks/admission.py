@@ -4,7 +4,7 @@ With experts in host memory a pass over prompts costs nearly the same however fe
 already. How a step grows with its sequences depends on the slots: where loads rule, half-empty steps are cheap, and little is lost
 by waiting for a batch to end. Machines, seconds: `few slots`, as measured on gpt-oss-20b's shape with half of the experts in
 slots; `most slots`, an assumption: a fifth of the loads; `resident`, an assumption: none. Arrivals of `azure_conv_256.json`, lengths
-a sixteenth or as they were, always more than can be served.
+a sixteenth or as they were, more than can be served; and as they were at a tenth of their pace, which leaves rows empty now and then.
 
 Usage: python benchmarks/admission.py [--out FILE]
 """
@@ -17,23 +17,28 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from expertflow.schedule.cost import fixed_part
+from expertflow.schedule.cost import Costs, fixed_part
 from expertflow.schedule.scheduler import Prefill, Scheduler
 
 MACHINES = {"few slots": (0.42, 0.004, 0.012), "most slots": (0.11, 0.004, 0.0025), "resident": (0.03, 0.004, 0.0003)}
 """Seconds of a pass, of a step, and of each of its sequences."""
 ROWS, CHUNK = 8, 2048
+LOADS = ((16, 16.0), (1, 16.0), (1, 0.1))
+"""How much shorter requests are, and how much faster they come, than they were: more than can be served, and now and then nothing to do."""
 MODES = ("static batches", "at once", "when it pays")
 
 
-def serve(machine: str, mode: str, shorter: int, count: int) -> dict[str, Any]:
+def serve(machine: str, mode: str, shorter: int, faster: float, count: int = 256) -> dict[str, Any]:
     """All requests through the scheduler."""
     a_pass, step, member = MACHINES[machine]
     told = json.loads((Path(__file__).parent / "azure_conv_256.json").read_text())["requests"][:count]
-    coming = [(when / 16, max(1, context // shorter), max(2, answer // shorter)) for when, context, answer in told]
+    coming = [(when / faster, max(1, context // shorter), max(2, answer // shorter)) for when, context, answer in told]
     lasted: deque[tuple[int, float]] = deque(maxlen=64)
-    costs = (lambda: (a_pass, fixed_part(lasted))) if mode == "when it pays" else None
-    scheduler = Scheduler(rows=ROWS, batch=ROWS, chunk=CHUNK, costs=costs)
+
+    def costs() -> Costs:
+        return Costs(a_pass, fixed_part(lasted), statistics.median(step for _, step in lasted) if lasted else 0.0)
+
+    scheduler = Scheduler(rows=ROWS, batch=ROWS, chunk=CHUNK, costs=costs if mode == "when it pays" else None)
     if mode == "static batches":
         scheduler._opportune = lambda: not scheduler.live  # type: ignore[method-assign]  # noqa: SLF001
     clock, passes, steps, number = 0.0, 0, 0, 0
@@ -67,7 +72,7 @@ def serve(machine: str, mode: str, shorter: int, count: int) -> dict[str, Any]:
     waited = sorted(first[one] - coming[one][0] for one in first)
     later = sorted((last[one] - first[one]) / (coming[one][2] - 1) for one in first)
     return {
-        "machine": machine, "mode": mode, "shorter": shorter, "requests": count, "tokens_per_second": sum(got) / clock,
+        "machine": machine, "mode": mode, "shorter": shorter, "faster": faster, "requests": count, "tokens_per_second": sum(got) / clock,
         "seconds": clock, "passes": passes, "steps": steps, "first_token_seconds": [statistics.median(waited), waited[int(0.95 * count)]],
         "token_seconds": [statistics.median(later), later[int(0.95 * count)]],
     }  # fmt: skip
@@ -78,9 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = [serve(machine, mode, shorter, 256) for machine in MACHINES for shorter in (16, 1) for mode in MODES]
+    rows = [serve(machine, mode, *load) for machine in MACHINES for load in LOADS for mode in MODES]
     for row in rows:
-        print(f"{row['machine']:10s} lengths / {row['shorter']:2d} {row['mode']:14s} {row['tokens_per_second']:6.1f} tok/s  {row['passes']:3d} passes {row['steps']:4d} steps  first token "
+        print(f"{row['machine']:10s} lengths / {row['shorter']:2d} {row['faster']:4.1f} times as fast {row['mode']:14s} {row['tokens_per_second']:6.1f} tok/s  {row['passes']:3d} passes {row['steps']:4d} steps  first token "
               f"{row['first_token_seconds'][0]:.2f} s (95%: {row['first_token_seconds'][1]:.2f})  later {row['token_seconds'][0] * 1e3:.1f} ms (95%: {row['token_seconds'][1] * 1e3:.1f})")  # fmt: skip
     result = {
         "benchmark": "admission", "date": time.strftime("%Y-%m-%d"), "seed": None, "machine": {"device": "virtual clock"}, "versions": {},

@@ -311,6 +311,8 @@ def admission() -> str:
     ]
     for row in rows:
         length = "as they were" if row["shorter"] == 1 else f"a {row['shorter']}th"
+        if row["faster"] < 1:
+            length += f", coming {row['faster']:g} times as fast"
         cells = row["machine"], length, row["mode"], f"{row['tokens_per_second']:.0f}", _times(row), str(row["passes"])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -21,8 +21,17 @@ from expertflow.engine.runner import Piece
 from expertflow.errors import CancelledError, ConfigError
 from expertflow.models.families import FAMILIES
 from expertflow.schedule.cluster import in_order
-from expertflow.schedule.cost import LEAST_FIXED, Rates, best_guesses, cheapest, expected_loads, fixed_part, price
-from expertflow.schedule.scheduler import Decode, Part, Prefill, Scheduler
+from expertflow.schedule.cost import (
+    LEAST_FIXED,
+    Costs,
+    Rates,
+    best_guesses,
+    cheapest,
+    expected_loads,
+    fixed_part,
+    price,
+)
+from expertflow.schedule.scheduler import LONGEST_WAIT, Decode, Part, Prefill, Scheduler
 from test_foresight import MakePredictor, make_predictor  # noqa: F401 - a fixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,7 +240,7 @@ def test_no_waiting_request_is_passed_over_for_ever() -> None:
 
 def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
     """Three step, one waits: a pass that costs two rounds waits for eight, but for none where nobody steps."""
-    scheduler = Scheduler(rows=4, batch=4, chunk=10, costs=lambda: (2.0, 1.0))
+    scheduler = Scheduler(rows=4, batch=4, chunk=10, costs=lambda: Costs(2.0, 1.0, 1.0))
     for number in range(4):
         scheduler.add(number, 2)
     assert [part.sequence for part in scheduler.next().parts] == [0, 1, 2, 3]
@@ -250,12 +259,28 @@ def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
     assert [part.sequence for part in scheduler.next().parts] == [5]
 
 
+def test_nobody_waits_longer_than_a_few_passes_take() -> None:
+    """Seven step and lose next to nothing by an empty row: the eighth is let in all the same once it waited four passes."""
+    scheduler = Scheduler(rows=8, batch=8, chunk=100, costs=lambda: Costs(3.0, 0.01, 1.0))
+    for number in range(7):
+        scheduler.add(number, 2)
+    scheduler.done(scheduler.next())
+    assert isinstance(scheduler.next(), Decode)
+    scheduler.add(7, 2)
+    rounds = 0
+    while isinstance(scheduler.next(), Decode):
+        rounds += 1
+    assert rounds == LONGEST_WAIT * 3 - 1
+
+
 @pytest.mark.parametrize(("alone", "each"), [(3.0, 0.5), (0.0, 2.0), (5.0, 0.0)])
 def test_the_fixed_part_of_a_step(alone: float, each: float) -> None:
     """What does not grow with the sequences, however an odd step stands out; some of the step at least."""
     steps = [(size, alone + each * size) for size in (2, 4, 6, 8, 8, 8) for _ in range(3)] + [(8, 900.0)]
     assert fixed_part(steps) == pytest.approx(max(alone, LEAST_FIXED * (alone + each * 8)))
     assert fixed_part(steps[-9:]) == alone + each * 8
+    once = [*steps, (5, 400.0)]  # a first captured step of its size
+    assert fixed_part(once) == fixed_part(steps)
     assert fixed_part([]) == 0
 
 
@@ -284,7 +309,7 @@ def test_long_prompts_do_not_crawl_beside_short_ones() -> None:
 @settings(max_examples=30, deadline=None)
 def test_economy_loses_nobody(rows: int, seed: int, cost: float) -> None:
     """Whatever a pass costs, everybody is served in the end."""
-    drive(Scheduler(rows=rows, batch=2 if rows > 1 else 1, chunk=10, costs=lambda: (cost, 1.0)), seed, 15)
+    drive(Scheduler(rows=rows, batch=2 if rows > 1 else 1, chunk=10, costs=lambda: Costs(cost, 1.0, 1.0)), seed, 15)
 
 
 @given(seed=st.integers(0, 999), slots=st.integers(0, 40), count=st.integers(2, 9), batch=st.integers(1, 5))

@@ -22,7 +22,7 @@ from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.rows import Fed
 from expertflow.engine.runner import Piece
 from expertflow.engine.sampler import choose_all
-from expertflow.schedule.cost import fixed_part
+from expertflow.schedule.cost import Costs, fixed_part
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import Coming
 from expertflow.trace.recorder import Recorder
@@ -171,11 +171,13 @@ class Engine:
             self._turns_a_round = len(turn.groups)
         return count
 
-    def _costs(self) -> tuple[float, float]:
-        """Seconds of a pass, and of a round as far as they do not grow with its sequences, as the last ones took."""
+    def _costs(self) -> Costs:
+        """What the last passes and steps took; of two passes the faster one, since the first one is slow."""
         if not self._passes or not self._turns:
-            return 0.0, 0.0
-        return statistics.median(self._passes), fixed_part(self._turns) * self._turns_a_round
+            return Costs(0.0, 0.0, 0.0)
+        step = statistics.median(lasted for _, lasted in self._turns)
+        turns = self._turns_a_round
+        return Costs(statistics.median_low(self._passes), fixed_part(self._turns) * turns, step * turns)
 
     def _prefill(self, turn: Prefill) -> int:
         pieces = []

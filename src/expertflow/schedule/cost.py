@@ -109,8 +109,24 @@ def best_guesses(chances: Chances, top_k: int) -> npt.NDArray[np.bool_]:
     return paths
 
 
+class Costs(NamedTuple):
+    """What letting requests in is weighed by, in seconds.
+
+    Attributes:
+        pass_: a pass over prompts.
+        fixed: of a round, what does not grow with its sequences.
+        round_: a round.
+    """
+
+    pass_: float
+    fixed: float
+    round_: float
+
+
 LEAST_FIXED = 0.1
-"""Share of a step that is taken to be fixed at least: so nobody waits forever for a batch to end."""
+"""Share of a step that is taken to be fixed at least."""
+_SURE = 3
+"""Steps of a size from which on it counts: the first one of a captured step takes far longer than the others."""
 
 
 def fixed_part(steps: Sequence[tuple[int, float]]) -> float:
@@ -123,7 +139,8 @@ def fixed_part(steps: Sequence[tuple[int, float]]) -> float:
         steps: sequences and seconds of the last steps.
 
     Returns:
-        Between `LEAST_FIXED` of the median step and all of it; all of it where every step was as large. 0 without steps.
+        Between `LEAST_FIXED` of the median step and all of it; all of it where nearly every step was as large. 0 without
+        steps.
     """
     by_size: dict[int, list[float]] = {}
     for size, lasted in steps:
@@ -131,6 +148,7 @@ def fixed_part(steps: Sequence[tuple[int, float]]) -> float:
     if not by_size:
         return 0.0
     whole = median(lasted for _, lasted in steps)
+    by_size = {size: lasted for size, lasted in by_size.items() if len(lasted) >= _SURE}
     if len(by_size) < 2:
         return whole
     points = [(size, median(lasted), len(lasted)) for size, lasted in by_size.items()]  # this runs between two steps

@@ -4,7 +4,8 @@ A sequence waits, gets a row, has its prompt read in passes of at most `chunk` t
 each live sequence steps once, in turns of at most `batch`. Between two rounds one pass of prompts may run, so that a long
 prompt does not hold the others up, and a waiting request does not wait for the others to end. Turns are made by arrival, or
 by predicted route, or as the cost model says. A pass needs nearly every expert, however few its tokens: so a waiting request is
-let in once the rows that stood empty have cost as much as a pass does, and others come with it. Pure: numbers in, numbers
+let in once the rows that stood empty have cost as much as a pass does, and others come with it, or once it waited as long as a
+few passes take. Pure: numbers in, numbers
 out, no clock, no tensors.
 Knows sequence numbers, prompt lengths and expected routes; refuses to know tokens, models and caches.
 """
@@ -18,11 +19,13 @@ import numpy.typing as npt
 
 from expertflow.errors import ConfigError
 from expertflow.schedule.cluster import group, in_order
-from expertflow.schedule.cost import Rates, best_guesses, cheapest
+from expertflow.schedule.cost import Costs, Rates, best_guesses, cheapest
 
 Policy = Literal["fifo", "group", "auto"]
 Ask = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
 """How likely the next token of each sequence uses an expert, `[N, L, E]`; None if nobody knows."""
+LONGEST_WAIT = 4
+"""Passes that a request waits at most, in time, for others to come with it; measured, see docs/lab-notes.md."""
 _CANDIDATES = 16
 """Waiting requests that are compared when some are to be admitted by route."""
 _REST = 32
@@ -86,8 +89,7 @@ class Scheduler:
         rates: what a step costs, for `auto`.
         ask: expected routes of live sequences, for `group` and `auto`.
         preview: the same of waiting ones, over their prompts' ends; None: requests are admitted as they came.
-        costs: seconds that a pass takes as a rule, and those of a round that do not grow with its sequences; None: requests
-            are admitted as soon as there is a row.
+        costs: what passes and rounds take as a rule; None: requests are admitted as soon as there is a row.
 
     Raises:
         ConfigError: if a number is impossible.
@@ -104,7 +106,7 @@ class Scheduler:
     rates: Rates | None = None
     ask: Ask | None = None
     preview: Ask | None = None
-    costs: Callable[[], tuple[float, float]] | None = None
+    costs: Callable[[], Costs] | None = None
     _waiting: dict[int, _Sequence] = field(default_factory=dict)
     _live: dict[int, _Sequence] = field(default_factory=dict)
     _round: list[list[int]] = field(default_factory=list)
@@ -113,6 +115,7 @@ class Scheduler:
     _by_arrival: int = 0
     _rest: int = 1
     _lost: float = 0.0
+    _waited: float = 0.0
 
     def __post_init__(self) -> None:
         """Every row free."""
@@ -252,20 +255,21 @@ class Scheduler:
 
         Let in one by one, each pays for a pass; let in together, rows stand empty for the first ones. Their sum is least where both
         are equal, so a pass is due once the rows that stood empty while somebody waited have cost as much: of what a round takes
-        however few step, the share that those who wait would have had.
+        however few step, the share that those who wait would have had. Nor does anybody wait longer than `LONGEST_WAIT` passes take.
         """
         wanted = min(len(self._free), len(self._waiting))
         if not wanted:
             return False
         stepping = sum(self._decodes(sequence) for sequence in self._live)
         if self.costs is None or not stepping:
-            self._lost = 0.0  # nobody is held up
+            self._lost = self._waited = 0.0  # nobody is held up
             return True
-        a_pass, fixed = self.costs()
-        self._lost += fixed * wanted / (stepping + wanted)
-        if self._lost < a_pass:
+        costs = self.costs()
+        self._lost += costs.fixed * wanted / (stepping + wanted)
+        self._waited += costs.round_
+        if self._lost < costs.pass_ and self._waited < LONGEST_WAIT * costs.pass_:
             return False
-        self._lost = 0.0
+        self._lost = self._waited = 0.0
         return True
 
     def _admit(self) -> None:
