@@ -1,8 +1,10 @@
 """Outside the family: Hugging Face accelerate's CPU offload on the same checkpoint, prompts and tokens, at the same peak memory.
 
-accelerate gives each module a device by `device_map="auto"`, fills the GPU up to `max_memory` and moves the rest in before each of
-its forwards. Greedy `generate`, batch by batch, the prompts of `expertflow bench` with the same seed; prefill is timed apart by
-generating one token first. Needs a GPU, and accelerate (`pip install accelerate`), which the package itself does not use.
+accelerate keeps on the GPU what its device map puts there and moves every other module in before each of its forwards. The map is
+ours, `dense_first`: `device_map="auto"` places whole layers and keeps room for the largest, so where the peak is less than a layer
+with all its experts it puts the model on the CPU and hooks nothing. Greedy `generate`, batch by batch, the prompts of
+`expertflow bench` with the same seed; prefill is timed apart by generating one token first. Needs a GPU, and accelerate
+(`pip install accelerate`), which the package itself does not use.
 
 Usage: python benchmarks/accelerate_offload.py --model FOLDER --like RESULT.json --strategy plec --slots 48 --out FILE
        --like is a result of `expertflow bench` on the same model: peak, batches, tokens and prompts are taken from it.
@@ -14,6 +16,7 @@ import statistics
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from expertflow.bench.workload import make_workload
 from expertflow.engine.llm import load_tokenizer
 
 ROOM = 0.85
-"""Share of the peak given to weights: accelerate's `max_memory` does not count activations. Raised or lowered by --room."""
+"""Share of the peak given to weights: the device map does not count activations. Raised or lowered by --room."""
 
 
 def wanted(result: Result, strategy: str, slots: int) -> dict[int, Row]:
@@ -39,11 +42,33 @@ def wanted(result: Result, strategy: str, slots: int) -> dict[int, Row]:
     return {row.batch: row for row in rows}
 
 
+def dense_first(model: PreTrainedModel, room: int) -> dict[str, int | str]:
+    """A device map of `room` bytes: what every token uses on the GPU, then a decoder's experts, an encoder's, less the space to move one in."""
+    sizes: dict[str, int] = {}
+    homes: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in chain(model.named_parameters(remove_duplicate=False), model.named_buffers()):
+        module = name.rpartition(".")[0]
+        home = homes.setdefault(id(tensor), module)
+        if home == module:
+            sizes[module] = sizes.get(module, 0) + tensor.nbytes
+        else:  # a tied weight is stored once, and all its names belong on one device
+            aliases[module] = home
+    experts = {module: size for module, size in sizes.items() if "experts" in module.split(".")}
+    spare = max(experts.values())
+    places: dict[str, int | str] = {}
+    for module in sorted(sizes, key=lambda module: (module in experts, module.startswith("encoder."))):
+        fits = sizes[module] <= room - (spare if module in experts else 0)
+        places[module] = 0 if fits else "cpu"
+        room -= sizes[module] if fits else 0
+    return places | {module: places[home] for module, home in aliases.items()}
+
+
 def load(folder: Path, room: int) -> PreTrainedModel:
     """The stock model, dispatched by accelerate."""
     kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(folder).is_encoder_decoder else AutoModelForCausalLM
-    memory: dict[int | str, int] = {0: room, "cpu": 1 << 42}
-    return kind.from_pretrained(folder, dtype="auto", device_map="auto", max_memory=memory).eval()  # type: ignore[no-any-return]
+    places = dense_first(kind.from_pretrained(folder, dtype="auto", device_map="meta"), room)
+    return kind.from_pretrained(folder, dtype="auto", device_map=places).eval()  # type: ignore[no-any-return]
 
 
 def timed(model: PreTrainedModel, prompts: list[tuple[int, ...]], tokens: int) -> tuple[float, list[list[int]]]:
