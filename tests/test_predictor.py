@@ -148,6 +148,7 @@ def test_what_prompts_use_is_what_any_of_them_uses(kind: str) -> None:
     alone = torch.stack([online.prefill(prompt) for prompt in prompts])
     together = online.prefill(torch.cat(prompts), [len(prompt) for prompt in prompts])
     torch.testing.assert_close(together, 1 - torch.prod(1 - alone, dim=0), atol=1e-5, rtol=1e-4)
+    assert not online.prefill(torch.zeros(0, dtype=torch.long), [0]).any()
 
 
 def test_rows_go_in_any_order_and_company() -> None:

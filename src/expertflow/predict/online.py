@@ -116,7 +116,7 @@ class OnlinePredictor:
         """
         parts = sorted(tokens.split(list(counts or [len(tokens)])), key=len, reverse=True)
         nobody = torch.zeros(self.artifact.shape[:2], device=self.device)
-        while parts:  # as many together as need no more room, padded, than all of them do
+        while parts and len(parts[0]):  # as many together as need no more room, padded, than all of them do
             together = max(1, len(tokens) // len(parts[0]))
             padded = pad_sequence(parts[:together], batch_first=True, padding_value=_PADDING)
             chances = self._blind(padded.clamp(min=-1))[padded != _PADDING]
