@@ -1,8 +1,8 @@
 """Small random checkpoints of every family, made once a session; tensor shapes are checked in every test."""
 
 import json
-import zlib
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 

@@ -69,7 +69,10 @@ def test_logits_equal_the_stock_model(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_engine_generates_the_stock_tokens(model_type: str, dtype: str, make_checkpoint: MakeCheckpoint) -> None:
-    """`LLM.generate` gives the tokens of transformers' own greedy `generate`, padded batch included."""
+    """`LLM.generate` gives the tokens of transformers' own greedy `generate`, padded batch included.
+
+    Its batch has another shape than ours, so in bfloat16 a row may go another way where two logits are as good as equal.
+    """
     folder = make_checkpoint(model_type, dtype)
     resident = load_resident(folder)
     encoder_decoder = resident.config.is_encoder_decoder
@@ -78,13 +81,20 @@ def test_engine_generates_the_stock_tokens(model_type: str, dtype: str, make_che
     width = max(lengths)
     rows = [(p + [0] * (width - len(p))) if encoder_decoder else ([0] * (width - len(p)) + p) for p in prompts]
     ids = torch.tensor(rows)
-    tokens = resident.generate(
-        ids, attention_mask=(ids != 0).long(), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
-    )
-    expected = tokens[:, 1:] if encoder_decoder else tokens[:, width:]
+    stock = resident.generate(
+        ids, attention_mask=(ids != 0).long(), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    expected = stock.sequences[:, 1:] if encoder_decoder else stock.sequences[:, width:]
     with LLM(folder, slots=5, device="cpu", max_length=32, max_batch=3) as llm:
         outputs = llm.generate(prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True))
-    assert [output.token_ids for output in outputs] == [tuple(row) for row in expected.tolist()]
+    assert [len(output.token_ids) for output in outputs] == [NEW_TOKENS] * 3
+    for row, output in enumerate(outputs):
+        apart = np.flatnonzero(np.array(output.token_ids) != expected[row].numpy())
+        if len(apart):
+            best, second = stock.logits[apart[0]][row].float().topk(2).values.tolist()
+            assert dtype == "bfloat16"
+            assert best - second <= abs(best) * 2**-6  # two steps of bfloat16 at most
 
 
 FALLBACK = {
