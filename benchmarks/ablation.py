@@ -7,26 +7,20 @@ loaded, so correction cannot be taken away from an exact engine: it is in all ro
 Usage: python benchmarks/ablation.py TEST.trace --predictor FOLDER [--out FILE]
 """
 
-import argparse
-import json
-import os
-import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from grouping import guesses, predict
+from control import SEED, SHARES, STEPS, study
+from grouping import guesses
 
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.sim.clock import Cost
 from expertflow.sim.predicted import PredictedRows, RowScores
 from expertflow.sim.replay import replay_sizes
 from expertflow.sim.workload import Workload, live_sequences, regrouped
-from expertflow.trace.format import Trace, load_trace
+from expertflow.trace.format import Trace
 
 CASES = ((1, 1), (4, 1), (16, 1), (32, 4))
-SHARES, STEPS, SEED = (0.25, 0.5), 600, 0
 KEEP_ONLY = replace(STRATEGIES["plec"], prefetch="none")
 
 
@@ -76,24 +70,10 @@ def measure(trace: Trace, scores: RowScores, batch: int, groups: int) -> list[di
     return rows
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trace", type=Path)
-    parser.add_argument("--predictor", type=Path, required=True)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    trace = load_trace(options.trace).without("repetition")
-    scores = predict(trace, options.predictor)
-    result = {
-        "benchmark": "ablation", "date": time.strftime("%Y-%m-%d"), "seed": SEED,
-        "rows": [row for batch, groups in CASES for row in measure(trace, scores, batch, groups)],
-        "config": {"trace": "gpt_oss_20b", "steps": STEPS, "shares": SHARES},
-        "machine": {"device": "virtual clock", "cores": os.cpu_count()}, "versions": {"numpy": np.__version__},
-    }  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+def every(trace: Trace, scores: RowScores) -> list[dict[str, Any]]:
+    """All cases."""
+    return [row for batch, groups in CASES for row in measure(trace, scores, batch, groups)]
 
 
 if __name__ == "__main__":
-    main()
+    study("ablation", __doc__, every)

@@ -58,7 +58,7 @@ def dense_first(model: PreTrainedModel, room: int) -> dict[str, int | str]:
     spare = max(experts.values())
     places: dict[str, int | str] = {}
     for module in sorted(sizes, key=lambda module: (module in experts, module.startswith("encoder."))):
-        fits = sizes[module] <= room - (spare if module in experts else 0)
+        fits = sizes[module] <= room - spare
         places[module] = 0 if fits else "cpu"
         room -= sizes[module] if fits else 0
     return places | {module: places[home] for module, home in aliases.items()}

@@ -4,7 +4,8 @@ With experts in host memory a pass over prompts costs nearly the same however fe
 already. How a step grows with its sequences depends on the slots: where loads rule, half-empty steps are cheap, and little is lost
 by waiting for a batch to end. Machines, seconds: `few slots`, as measured on gpt-oss-20b's shape with half of the experts in
 slots; `most slots`, an assumption: a fifth of the loads; `resident`, an assumption: none. Arrivals of `azure_conv_256.json`, lengths
-a sixteenth or as they were, more than can be served; and as they were at a tenth of their pace, which leaves rows empty now and then.
+a sixteenth or as they were, more than can be served; and as they were at a tenth of their pace, which leaves
+rows empty now and then but on the slowest machine.
 
 Usage: python benchmarks/admission.py [--out FILE]
 """

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,19 +59,16 @@ def measure(trace: Trace, scores: dict[str, RowScores], batch: int, groups: int)
     return rows
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def study(benchmark: str, about: str | None, cases: Callable[[Trace, RowScores], list[dict[str, Any]]]) -> None:
+    """Read the command line, the trace and what the predictor says of it; measure, write."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--predictor", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     trace = load_trace(options.trace).without("repetition")
-    trained = predict(trace, options.predictor)
-    scores = {"trained": trained, "shuffled": shuffled(trained)}
-    rows = [row for batch, groups in CASES for row in measure(trace, scores, batch, groups)]
     result = {
-        "benchmark": "control", "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
+        "benchmark": benchmark, "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": cases(trace, predict(trace, options.predictor)),
         "config": {"trace": "gpt_oss_20b", "steps": STEPS, "shares": SHARES},
         "machine": {"device": "virtual clock", "cores": os.cpu_count()}, "versions": {"numpy": np.__version__},
     }  # fmt: skip
@@ -78,5 +76,11 @@ def main() -> None:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def every(trace: Trace, trained: RowScores) -> list[dict[str, Any]]:
+    """All cases."""
+    scores = {"trained": trained, "shuffled": shuffled(trained)}
+    return [row for batch, groups in CASES for row in measure(trace, scores, batch, groups)]
+
+
 if __name__ == "__main__":
-    main()
+    study("control", __doc__, every)

@@ -14,6 +14,7 @@ from expertflow.cache.forecast import Step
 from expertflow.cache.horizon import HORIZONS, unite
 from expertflow.config import EngineConfig
 from expertflow.engine.build import SHIPPED_PREDICTOR, prepare
+from expertflow.engine.foresight import _by_row
 from expertflow.engine.llm import shipped_model
 from expertflow.errors import ConfigError, PredictorError
 from expertflow.events import Event, EventKind
@@ -241,6 +242,18 @@ def test_more_sequences_than_the_predictor_has_rows(
         assert [[outputs[index] for index in range(4)] for outputs in found.values()] == [expected, expected]
         assert [output.token_ids for output in llm.generate(prompts, params)] == expected
         assert (llm.predictor_failure is not None) == fails
+
+
+@pytest.mark.parametrize(("room", "parts"), [(100, [[0, 2, 5]]), (4, [[0, 2], [5]]), (1, [[0], [2], [5]])])
+def test_prompts_are_told_in_parts_that_fit(room: int, parts: list[list[int]]) -> None:
+    """Whole rows, each token once and in its order; as many together as there is room for, one at least."""
+    owners = np.array([5, 0, NOBODY, 2, 5, 2, NOBODY, 5, 0])
+    found = list(_by_row(owners, room))
+    assert [rows.tolist() for _, rows, _ in found] == parts
+    for order, rows, counts in found:
+        assert owners[order].tolist() == np.repeat(rows, counts).tolist()
+    assert np.concatenate([order for order, _, _ in found]).tolist() == [1, 8, 3, 5, 0, 4, 7]
+    assert not list(_by_row(np.full(3, NOBODY), room))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -273,6 +273,29 @@ def test_nobody_waits_longer_than_a_few_passes_take() -> None:
     assert rounds == LONGEST_WAIT * 3 - 1
 
 
+def test_nobody_waits_beside_a_prompt_that_is_read() -> None:
+    """A long prompt is read chunk by chunk between rounds: whoever comes is let in with its next pass; what was lost for one who left is forgotten."""
+    scheduler = Scheduler(rows=4, batch=4, chunk=10, costs=lambda: Costs(9.0, 0.01, 1.0))
+    scheduler.add(0, 2)
+    scheduler.done(scheduler.next())
+    scheduler.next()
+    scheduler.add(1, 2)
+    for _ in range(30):
+        assert isinstance(scheduler.next(), Decode)
+    scheduler.remove(1)
+    scheduler.next()
+    scheduler.add(2, 600)
+    rounds = 0
+    while isinstance(turn := scheduler.next(), Decode):
+        rounds += 1
+    assert rounds >= 30
+    scheduler.done(turn)
+    scheduler.add(3, 2)
+    turns = [scheduler.next() for _ in range(2)]
+    assert scheduler.live == 3
+    assert any(isinstance(turn, Prefill) for turn in turns)
+
+
 @pytest.mark.parametrize(("alone", "each"), [(3.0, 0.5), (0.0, 2.0), (5.0, 0.0)])
 def test_the_fixed_part_of_a_step(alone: float, each: float) -> None:
     """What does not grow with the sequences, however an odd step stands out; some of the step at least."""

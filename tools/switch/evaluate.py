@@ -81,6 +81,7 @@ def judge(folder: Path, source: str, out: Path, options: argparse.Namespace) -> 
     """The predictor on prompts it has not seen, beside free guesses that learned from the same ones as it did."""
     unseen = Path(source).stem + ".trace"
     record(folder, options.tokens, options.device, source, unseen)
+    release()
     if options.judge_elsewhere:
         place = options.out / folder.name
         shutil.copytree(folder / "predictor", place / "predictor", dirs_exist_ok=True)
@@ -191,8 +192,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints in --scratch")
     parser.add_argument("--tiny", action="store_true", help="toy models, to try the script")
     options = parser.parse_args(argv)
-    if any(not name or not path for name, _, path in (given.partition("=") for given in options.other)):
-        parser.error("--other takes NAME=FILE")
+    taken = {Path(name).stem for name in (TRACE, PROMPTS_FILE, TRAINING_PROMPTS_FILE)}
+    for name, _, path in (given.partition("=") for given in options.other):
+        if not name.isidentifier() or name in taken or not path:
+            parser.error(f"--other takes NAME=FILE, with a NAME of letters that is none of {', '.join(sorted(taken))}")
     if len(options.experts.split(",")) != len(options.train_seconds.split(",")):
         parser.error("give one --train-seconds for every size")
     return options

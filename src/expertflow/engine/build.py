@@ -196,7 +196,7 @@ class OffloadedModel:
         if prepared.predictor is not None:
             own = self.device if plan.execution == "graph" else torch.device("cpu")  # a graph cannot ask the host
             online = OnlinePredictor(prepared.predictor, _predictor_load(config)[0], own, backend(own).path_step)
-            self.foresight = Foresight(online, self.events, aside=self.meter.aside)
+            self.foresight = Foresight(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
         self.controller = CacheController(
             layers=plan.shape.layers,
             experts=plan.shape.experts,

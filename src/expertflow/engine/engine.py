@@ -172,8 +172,8 @@ class Engine:
         return count
 
     def _costs(self) -> Costs:
-        """What the last passes and steps took; of two passes the faster one, since the first one is slow."""
-        if not self._passes or not self._turns:
+        """What the last passes and steps took; nothing until two passes ran, since the first one is slow."""
+        if len(self._passes) < 2 or not self._turns:
             return Costs(0.0, 0.0, 0.0)
         step = statistics.median(lasted for _, lasted in self._turns)
         turns = self._turns_a_round

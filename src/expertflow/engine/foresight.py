@@ -8,7 +8,7 @@ and generation goes on: a forecast can cost bytes, never a token. Knows sequence
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
@@ -43,6 +43,7 @@ class Foresight:
         online: the predictor, a row for every sequence that may live at once.
         events: where it is told that the predictor was switched off.
         aside: entered while the predictor works: in host memory, which is not the device's, unless it is on the device.
+        room: tokens of prompts that it is told of, or asked about, at once, if they are not all one sequence's.
 
     Attributes:
         artifact: what was trained.
@@ -58,9 +59,10 @@ class Foresight:
         online: OnlinePredictor,
         events: EventStream,
         aside: Callable[[], AbstractContextManager[object]] = nullcontext,
+        room: int = 1 << 30,
     ) -> None:
         """No sequence yet."""
-        self._online, self._events, self._aside = online, events, aside
+        self._online, self._events, self._aside, self._room = online, events, aside, room
         self.artifact = online.artifact
         self._layers, self._experts, self._top_k = online.artifact.shape
         self._owners = Owners()
@@ -242,9 +244,11 @@ class Foresight:
         if self._asked.decoding:
             self.sampled(owner.tolist(), step.tokens.tolist())
             return self._decode()
-        order, _, counts = _by_row(rows)
-        chances = self._online.prefill(self._tensor(step.tokens[order]), counts.tolist())
-        return Outlook(chances.cpu().numpy().astype(np.float64)[None], ahead=False)
+        each = [
+            self._online.prefill(self._tensor(step.tokens[order]), counts.tolist()).cpu().numpy()
+            for order, _, counts in _by_row(rows, self._room)
+        ]
+        return Outlook(unite(np.stack(each))[None], ahead=False)
 
     def _decode(self) -> Outlook | None:
         """Of sequences that step by one token, and of those whose turns come."""
@@ -268,13 +272,11 @@ class Foresight:
             return
         count = np.bincount(asked.rows[asked.rows != NOBODY], minlength=self._online.rows)
         single = count[asked.rows] == 1  # such as a decoder's first tokens: taken in together
-        singles, _, _ = _by_row(np.where(single, asked.rows, NOBODY))
-        if len(singles):
-            seats = self._tensor(asked.rows[singles])
+        for singles, rows, _ in _by_row(np.where(single, asked.rows, NOBODY), self._online.rows):
+            seats = self._tensor(rows)
             self._online.step(seats, self._tensor(step.tokens[singles]), self.routes[seats])
             self.routes[seats] = self._tensor(routes[singles]).int()
-        order, rows, counts = _by_row(np.where(single, NOBODY, asked.rows))
-        if len(order):
+        for order, rows, counts in _by_row(np.where(single, NOBODY, asked.rows), self._room):
             seats, used = self._tensor(rows), self._tensor(routes[order]).int()
             begins = self._tensor(np.cumsum(counts) - counts)
             before = used.roll(1, 0)
@@ -286,9 +288,19 @@ class Foresight:
         return torch.from_numpy(values.astype(np.int64)).to(self._online.device)
 
 
-def _by_row(rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Which tokens are somebody's, row after row, each row's in their order; the rows, and how many tokens each has."""
+def _by_row(
+    rows: npt.NDArray[np.int64], room: int
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Which tokens are somebody's, row after row, each row's in their order; the rows, and how many tokens each has.
+
+    In parts of at most `room` tokens, or of one row.
+    """
     order = np.argsort(rows, kind="stable")
     order = order[rows[order] != NOBODY]
     present, counts = np.unique(rows[order], return_counts=True)
-    return order, present, counts
+    ends, first = np.cumsum(counts), 0
+    while first < len(present):
+        begin = ends[first] - counts[first]
+        last = max(first + 1, int(np.searchsorted(ends, begin + room, side="right")))
+        yield order[begin : ends[last - 1]], present[first:last], counts[first:last]
+        first = last

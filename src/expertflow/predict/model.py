@@ -172,7 +172,7 @@ class Pieces(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[int], counts: Sequence[int], window: int, device: torch.device) -> Self:
         """Count on the host, in one copy to the device."""
-        whose, many = torch.tensor([list(rows), list(counts)])
+        whose, many = torch.tensor([list(rows), list(counts)], dtype=torch.long)
         owner = torch.arange(len(many)).repeat_interleave(many)
         place = torch.arange(len(owner)) - (many.cumsum(0) - many)[owner]
         left = many[owner] - 1 - place

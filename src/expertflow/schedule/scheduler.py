@@ -25,7 +25,7 @@ Policy = Literal["fifo", "group", "auto"]
 Ask = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
 """How likely the next token of each sequence uses an expert, `[N, L, E]`; None if nobody knows."""
 LONGEST_WAIT = 4
-"""Passes that a request waits at most, in time, for others to come with it; measured, see docs/lab-notes.md."""
+"""Passes that a request waits at most, in time of rounds, for others to come with it; measured, see docs/lab-notes.md."""
 _CANDIDATES = 16
 """Waiting requests that are compared when some are to be admitted by route."""
 _REST = 32
@@ -255,13 +255,16 @@ class Scheduler:
 
         Let in one by one, each pays for a pass; let in together, rows stand empty for the first ones. Their sum is least where both
         are equal, so a pass is due once the rows that stood empty while somebody waited have cost as much: of what a round takes
-        however few step, the share that those who wait would have had. Nor does anybody wait longer than `LONGEST_WAIT` passes take.
+        however few step, the share that those who wait would have had; or once the rounds that ran beside free rows took as long as
+        `LONGEST_WAIT` passes. Beside prompts that are being read anyway nobody waits.
         """
         wanted = min(len(self._free), len(self._waiting))
         if not wanted:
+            if not self._waiting:
+                self._lost = self._waited = 0.0
             return False
         stepping = sum(self._decodes(sequence) for sequence in self._live)
-        if self.costs is None or not stepping:
+        if self.costs is None or not stepping or stepping < len(self._live):
             self._lost = self._waited = 0.0  # nobody is held up
             return True
         costs = self.costs()
