@@ -296,6 +296,17 @@ def test_nobody_waits_beside_a_prompt_that_is_read() -> None:
     assert any(isinstance(turn, Prefill) for turn in turns)
 
 
+def test_a_slow_first_pass_holds_nobody_back(make_checkpoint: MakeCheckpoint) -> None:
+    """What passes take is known from the second one on, and is then the faster one's: the first one compiles and warms up."""
+    with LLM(make_checkpoint("qwen3_moe"), slots=5, device="cpu", max_length=32) as llm:
+        engine = llm.engine
+        engine._turns.extend([(1, 0.5)] * 3)
+        engine._passes.append(9.0)
+        assert engine._costs() == Costs(0.0, 0.0, 0.0)
+        engine._passes.append(1.0)
+        assert engine._costs() == Costs(1.0, 0.5, 0.5)
+
+
 @pytest.mark.parametrize(("alone", "each"), [(3.0, 0.5), (0.0, 2.0), (5.0, 0.0)])
 def test_the_fixed_part_of_a_step(alone: float, each: float) -> None:
     """What does not grow with the sequences, however an odd step stands out; some of the step at least."""

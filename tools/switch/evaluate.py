@@ -4,10 +4,10 @@ Run: ``PYTHONPATH=tools:src python -m switch.evaluate --text FILE.xz --out DIR -
 
 For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`), `switch_N_training.json`,
 `switch_N_predictor.json` (its guesses on the bench's prompts, which it has not seen, beside the free ones; with `--other NAME=FILE` also
-`switch_N_predictor_NAME.json`, on text of another domain; `--judge-elsewhere` puts predictor and traces there instead, for
-`expertflow eval-predictor`, which needs no GPU) and `switch_N_schedule.json` (the token scheduler with and without); with `--control` also `switch_N_control.json` (`plec` with a predictor that says the same of
-wrong experts). The bench gets an equal share of the time that the rest leaves; what does not fit is named in
-the result.
+`switch_N_predictor_NAME.json`, on text of another domain) and `switch_N_schedule.json` (the token scheduler with and without); with
+`--control` also `switch_N_control.json` (`plec` with a predictor that says the same of wrong experts). `--judge-elsewhere` leaves predictor
+and traces in place of the guesses, for `expertflow eval-predictor`, which needs no GPU. The bench gets an equal share of the time that
+the rest leaves; what does not fit is named in the result.
 """
 
 from __future__ import annotations
