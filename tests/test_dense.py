@@ -44,6 +44,24 @@ def test_attention_bits_depend_on_the_sequence_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("window", [None, 90])
+def test_attention_adds_a_bias_by_distance(dtype: torch.dtype, window: int | None) -> None:
+    """A table of M distances a head, of which the kernel reads as many as a sequence is long; checked against plain indexing."""
+    query, keys, values, where = draw(5, dtype)
+    table = torch.randn(6, 310, generator=torch.Generator().manual_seed(6)).to(DEVICE, dtype)
+    mine = dense.decode_attention(query, keys, values, where, 0.3, window, None, table)
+    theirs = dense_reference.decode_attention(query, keys, values, where, 0.3, window, None, table)
+    torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    row, position = where[0][2], int(where[1][2])  # the last sequence, as one would write it down
+    begin = 0 if window is None else max(0, position - window + 1)
+    seen = keys[row, :, begin : position + 1].float().repeat_interleave(3, dim=0)
+    scores = (seen @ query[2].float()[:, :, None])[:, :, 0] * 0.3
+    scores += table[:, : position + 1 - begin].float().flip(1)
+    plain = scores.softmax(1)[:, None] @ values[row, :, begin : position + 1].float().repeat_interleave(3, dim=0)
+    torch.testing.assert_close(theirs[2].float(), plain[:, 0], atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("wide", [False, True])
 def test_norm_is_the_references(dtype: torch.dtype, wide: bool) -> None:  # noqa: FBT001
     """For widths that are no power of two as well."""

@@ -47,11 +47,12 @@ class ReadLayer(RowLayer):
         return key_states, value_states
 
     def _seen(self, kept: Tensor) -> Tensor:
-        return kept[:, :, : self._span.end][self._span.rows]
+        columns = kept[:, :, : self._span.end]
+        return columns if self._span.whole else columns[self._span.rows]
 
     @property
     def keys(self) -> Tensor:
-        """`[B, heads, end, width]` of the rows in use."""
+        """`[B, heads, end, width]` of the rows in use, or of all if attention finds its rows itself."""
         return self._seen(self._keys)
 
     @keys.setter
@@ -94,7 +95,7 @@ class EncoderDecoderRows:
         self._lasts = torch.zeros(rows, dtype=torch.long, device=model.device)
         self._dtype = getattr(torch, skeleton.dtype)
         self._biased = [m for m in model.get_decoder().modules() if getattr(m, "has_relative_attention_bias", False)]
-        self._nothing = torch.zeros(1, 1, 1, dtype=self._dtype, device=model.device)
+        self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
 
     def drop(self) -> None:
         """Give keys and values back; nothing can be run afterwards."""
@@ -104,6 +105,10 @@ class EncoderDecoderRows:
     def reach(self, rows: Sequence[int]) -> int:
         """Tokens of the longest prompt that was read into these rows."""
         return max(self._lengths[row] for row in rows)
+
+    def lasts(self, rows: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """Position of the last token that the encoder has read into each of these rows."""
+        return self._lasts[rows]
 
     def encode(self, prompts: Int[Tensor, "B W"], mask: Int[Tensor, "B W"]) -> Float[Tensor, "B W H"]:
         """Run the encoder over whole prompts, padded on the right; the mask is 1 for a token, 0 for padding."""
@@ -137,23 +142,31 @@ class EncoderDecoderRows:
         Args:
             run: the model, or its bare forward.
             given: what is fed in.
-            whole: not known here: attention is given the rows it works on.
+            whole: attention finds its rows itself, and goes by positions instead of masks.
         """
-        del whole
-        return self._run(run, given, None)
+        return self._run(run, given, None, whole=whole)
 
-    def _run(self, run: Callable[..., Any], given: Pass, encoded: Tensor | None) -> Tensor:
+    def _run(
+        self, run: Callable[..., Any], given: Pass, encoded: Tensor | None, *, whole: bool = False
+    ) -> Tensor:
         tokens, rows, positions, columns, end, reach = given
         own, read = self.cache.span, self._read.span
-        own.rows, own.columns, own.end, own.whole = rows, columns, end, False
-        read.rows, read.end = rows, reach
+        own.rows, own.columns, own.end, own.whole = rows, columns, end, whole
+        read.rows, read.end, read.whole = rows, reach, whole
         self._both.is_updated = dict.fromkeys(range(len(self.windows)), encoded is None)
-        with self._bias(positions, end):
+        if whole:
+            mask = read_mask = self._unread
+            distances = -torch.arange(self.nowhere, device=tokens.device)[None, None]
+        else:
+            mask = step_masks(positions, end, (None,), self._dtype)[0]
+            read_mask = step_masks(self.lasts(rows)[:, None], reach, (None,), self._dtype)[0]
+            distances = torch.arange(end, device=tokens.device) - positions[:, :, None]
+        with self._bias(distances):
             out: Any = run(
-                encoder_outputs=Encoded(self._nothing if encoded is None else encoded),
-                attention_mask=step_masks(self._lasts[rows][:, None], reach, (None,), self._dtype)[0],
+                encoder_outputs=Encoded(self._unread[0] if encoded is None else encoded),
+                attention_mask=read_mask,
                 decoder_input_ids=tokens,
-                decoder_attention_mask=step_masks(positions, end, (None,), self._dtype)[0],
+                decoder_attention_mask=mask,
                 past_key_values=self._both,
                 use_cache=True,
             )
@@ -161,10 +174,10 @@ class EncoderDecoderRows:
         return last
 
     @contextmanager
-    def _bias(self, positions: Int[Tensor, "B C"], end: int) -> Iterator[None]:
-        """Inside, position biases are `[B, heads, C, end]`: each row counts from its own position."""
+    def _bias(self, relative: Int[Tensor, "B C N"]) -> Iterator[None]:
+        """Inside, position biases are `[B, heads, C, N]`: of columns so far from each row's own position."""
         for module in self._biased:
-            module.compute_bias = _row_bias(module, positions, end)
+            module.compute_bias = _row_bias(module, relative)
         try:
             yield
         finally:
@@ -172,13 +185,12 @@ class EncoderDecoderRows:
                 del module.compute_bias
 
 
-def _row_bias(module: Any, positions: Tensor, end: int) -> Callable[..., Tensor]:
+def _row_bias(module: Any, relative: Tensor) -> Callable[..., Tensor]:
     """In place of `compute_bias` of T5's attention, whose query position is one for all rows."""
 
     def compute_bias(*_: Any, **__: Any) -> Tensor:
-        column = torch.arange(end, dtype=torch.long, device=positions.device)
         bucket = module._relative_position_bucket(  # noqa: SLF001 - the family's own rule
-            column - positions[:, :, None],
+            relative,
             bidirectional=False,
             num_buckets=module.relative_attention_num_buckets,
             max_distance=module.relative_attention_max_distance,

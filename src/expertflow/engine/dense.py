@@ -33,18 +33,21 @@ class DenseParts:
     Attributes:
         rows: int64 `[B]`, of keys and values, of the running step; to be set before the model runs.
         positions: int64 `[B]`, of its tokens; likewise.
+        lasts: int64 `[B]`, position of the last token that an encoder has read; likewise, None without an encoder.
     """
 
     def __init__(self, model: PreTrainedModel, skeleton: Skeleton, windows: Sequence[int | None]) -> None:
         """Find the modules."""
-        self._config: Any = model.config.get_text_config(decoder=True)
         self._windows = windows
         self._kernels: Backend = backend(model.device)
-        self._own = self._config._attn_implementation  # noqa: SLF001 - transformers offers no other way to read it
         self._wide = skeleton.config.model_type in _WIDE_NORMS
-        self._norms = [module for module in model.modules() if _is_norm(module)]
-        self._attentions = [module for module in model.modules() if _is_attention(module, self._config)]
+        stepping = list(model.get_decoder().modules())
+        self._norms = [module for module in stepping if _is_norm(module)]
+        self._attentions: list[Any] = [module for module in stepping if _is_attention(module)]
+        self._config: Any = self._attentions[0].config if self._attentions else None
+        self._own = getattr(self._config, "_attn_implementation", None)  # transformers offers no other way to read it
         self.rows = self.positions = torch.zeros(0, dtype=torch.long)
+        self.lasts: Tensor | None = None
 
     @property
     def attends(self) -> bool:
@@ -75,32 +78,46 @@ class DenseParts:
 
         return forward
 
-    def _attend(self, module: Any, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """`[B, Q, 1, D]` over keys and values of all rows to `[B, 1, Q, D]`."""
+    def _attend(
+        self, module: Any, query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None
+    ) -> Tensor:
+        """`[B, Q, 1, D]` over keys and values of all rows to `[B, 1, Q, D]`; `bias` is `[1, Q, 1, M]`, by distance."""
+        asked, attend = query[:, :, 0].contiguous(), self._kernels.decode_attention
+        if not module.is_causal:  # over what the encoder has read, all of it alike
+            assert self.lasts is not None
+            return attend(asked, keys, values, (self.rows, self.lasts), scale)[:, None]
         window, sinks = self._windows[module.layer_idx], getattr(module, "sinks", None)
-        asked = query[:, :, 0].contiguous()
-        where = self.rows, self.positions
-        return self._kernels.decode_attention(asked, keys, values, where, scale, window, sinks)[:, None]
+        by_distance = None if bias is None else bias[0, :, 0]
+        return attend(asked, keys, values, (self.rows, self.positions), scale, window, sinks, by_distance)[:, None]
 
 
 def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith(_NORMS) and hasattr(module, "variance_epsilon")
 
 
-def _is_attention(module: nn.Module, config: Any) -> bool:
+def _is_attention(module: Any) -> bool:
     """Whether keys and values are cached as attention reads them, in heads of a width the kernel takes."""
-    if getattr(config, "kv_lora_rank", None) or not hasattr(module, "layer_idx") or not hasattr(module, "scaling"):
+    if not all(hasattr(module, name) for name in ("config", "layer_idx", "scaling", "is_causal")):
         return False
-    width = getattr(module, "head_dim", 0)
+    if getattr(module.config, "kv_lora_rank", None):
+        return False
+    width = getattr(module, "head_dim", getattr(module, "key_value_proj_dim", 0))
     return width >= 16 and width & (width - 1) == 0
 
 
 def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    position_bias: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention implementation `expertflow_decode`; the mask says nothing that positions and windows do not."""
     del attention_mask
-    return module.expertflow_attend(module, query, key, value, scaling), None
+    return module.expertflow_attend(module, query, key, value, scaling, position_bias), None
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -127,7 +127,7 @@ class GraphDecoder:
         tokens, rows, positions, where = (self.inputs[place, :batch] for place in range(4))
         whole = self._dense is not None and self._dense.attends
         if self._dense is not None:
-            self._dense.rows, self._dense.positions = rows, positions
+            self._dense.rows, self._dense.positions, self._dense.lasts = rows, positions, self.rows.lasts(rows)
         self.experts.open_step(batch)
         logits = self.rows.forward(
             self.rows.model.forward,  # not a call: its hooks begin a step of the host execution

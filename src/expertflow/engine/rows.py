@@ -141,6 +141,7 @@ class RowModel:
             self._kinds = (kinds[0],)
         self._masks = tuple(None if kind == "full_attention" else window for kind in self._kinds)
         self._dtype = getattr(torch, skeleton.dtype)
+        self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
         self.cache = RowCache(len(kinds), rows, length)
 
     def drop(self) -> None:
@@ -151,18 +152,21 @@ class RowModel:
         """Tokens an encoder has read: there is none."""
         return 0
 
+    def lasts(self, rows: Tensor) -> None:
+        """Where what an encoder has read ends: there is none."""
+
     def forward(self, run: Callable[..., Any], given: Pass, *, whole: bool = False) -> Float[Tensor, "B V"]:
         """Run a pass; logits of each row's last token.
 
         Args:
             run: the model, or its bare forward.
             given: what is fed in.
-            whole: attention finds its rows itself.
+            whole: attention finds its rows itself, and goes by positions instead of masks.
         """
         tokens, rows, positions, columns, end, _ = given
         span = self.cache.span
         span.rows, span.columns, span.end, span.whole = rows, columns, end, whole
-        masks = step_masks(positions, end, self._masks, self._dtype)
+        masks = [self._unread] * len(self._masks) if whole else step_masks(positions, end, self._masks, self._dtype)
         by_kind = dict(zip(self._kinds, masks, strict=True))
         out: Any = run(
             input_ids=tokens,

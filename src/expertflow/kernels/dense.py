@@ -20,9 +20,9 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def _attend(
-    query, keys, values, rows, positions, sinks, out, part, row_stride, head_stride, splits,
+    query, keys, values, rows, positions, sinks, bias, out, part, row_stride, head_stride, bias_stride, splits,
     scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
-    span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, single: tl.constexpr,
+    span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, biased: tl.constexpr, single: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one key head with its query heads, one span of columns: maximum, sum and weighted values."""
     row, head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
@@ -52,6 +52,9 @@ def _attend(
         if INTERPRETED:
             left, key, value = left.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
         score = tl.dot(left, tl.trans(key), input_precision="ieee") * scale
+        if biased:
+            far = bias + (head * groups + lane[:, None]) * bias_stride + (position - here)[None, :]
+            score += tl.load(far, mask=(lane[:, None] < groups) & seen[None, :], other=0.0).to(tl.float32)
         score = tl.where(seen[None, :], score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
         share = tl.exp(score - higher[:, None])
@@ -105,6 +108,7 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a sequence over the columns up to its position.
 
@@ -116,6 +120,7 @@ def decode_attention(
         scale: of the scores.
         window: columns seen, the token's own included; None: all.
         sinks: `[Q]`, a score a head gives to nothing; None: no such.
+        bias: `[Q, M]` with unit columns, what is added to a score by how far back its column is, each less than M; None: nothing.
 
     Returns:
         `[B, Q, D]`.
@@ -130,9 +135,10 @@ def decode_attention(
     out = torch.empty_like(query)
     part = query.new_empty((rows * kv_heads, splits, padded, width + 2) if splits > 1 else (1,), dtype=torch.float32)
     _attend[(rows * kv_heads, splits)](
-        query, keys, values, row, position, query if sinks is None else sinks, out, part, keys.stride(0), keys.stride(1),
-        splits, scale=scale, groups=groups, kv_heads=kv_heads, width=width, padded=padded, span=SPAN,
-        window=window or 0, sink=sinks is not None, single=splits == 1, num_warps=4,
+        query, keys, values, row, position, query if sinks is None else sinks, query if bias is None else bias, out, part,
+        keys.stride(0), keys.stride(1), 0 if bias is None else bias.stride(0), splits, scale=scale, groups=groups,
+        kv_heads=kv_heads, width=width, padded=padded, span=SPAN, window=window or 0, sink=sinks is not None,
+        biased=bias is not None, single=splits == 1, num_warps=4,
     )  # fmt: skip
     if splits > 1:
         _join[(rows * kv_heads,)](part, out, splits, groups=groups, width=width, padded=padded, num_warps=4)

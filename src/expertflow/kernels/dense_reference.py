@@ -12,6 +12,7 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a sequence over the columns up to its position. See the twin; float32 inside."""
     (rows, heads, width), (kv_heads, length) = query.shape, keys.shape[1:3]
@@ -22,6 +23,8 @@ def decode_attention(
     distance = positions[:, None] - torch.arange(length, device=query.device)
     seen = (distance >= 0) & ((distance < window) if window else (distance >= 0))
     scores = scores.masked_fill(~seen[:, None, None], float("-inf")).view(rows, heads, length)
+    if bias is not None:
+        scores = scores + bias.float()[:, distance.clamp(min=0)].transpose(0, 1)
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().view(1, heads, 1).expand(rows, heads, 1)], dim=2)
     shares = scores.softmax(dim=2)[..., :length].view(rows, kv_heads, heads // kv_heads, length)
