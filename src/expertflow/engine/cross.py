@@ -146,9 +146,7 @@ class EncoderDecoderRows:
         """
         return self._run(run, given, None, whole=whole)
 
-    def _run(
-        self, run: Callable[..., Any], given: Pass, encoded: Tensor | None, *, whole: bool = False
-    ) -> Tensor:
+    def _run(self, run: Callable[..., Any], given: Pass, encoded: Tensor | None, *, whole: bool = False) -> Tensor:
         tokens, rows, positions, columns, end, reach = given
         own, read = self.cache.span, self._read.span
         own.rows, own.columns, own.end, own.whole = rows, columns, end, whole

@@ -106,18 +106,11 @@ def _is_attention(module: Any) -> bool:
 
 
 def attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    position_bias: Tensor | None = None,
-    **_: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **more: Any
 ) -> tuple[Tensor, None]:
     """The attention implementation `expertflow_decode`; the mask says nothing that positions and windows do not."""
     del attention_mask
-    return module.expertflow_attend(module, query, key, value, scaling, position_bias), None
+    return module.expertflow_attend(module, query, key, value, scaling, more.get("position_bias")), None
 
 
 AttentionInterface.register(ATTENTION, attend)
