@@ -194,6 +194,6 @@ def _row_bias(module: Any, relative: Tensor) -> Callable[..., Tensor]:
             max_distance=module.relative_attention_max_distance,
         )
         bias: Tensor = module.relative_attention_bias(bucket)
-        return bias.permute(0, 3, 1, 2)
+        return bias.permute(0, 3, 1, 2).contiguous()
 
     return compute_bias

@@ -130,6 +130,7 @@ def decode_attention(
     assert query.is_contiguous()
     assert keys.stride() == values.stride()
     assert keys.stride()[2:] == (width, 1)
+    assert bias is None or bias.stride(1) == 1
     groups, splits = heads // kv_heads, triton.cdiv(length, SPAN)
     padded = max(_LEAST_HEADS, int(triton.next_power_of_2(groups)))
     out = torch.empty_like(query)

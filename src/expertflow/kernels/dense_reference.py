@@ -24,6 +24,7 @@ def decode_attention(
     seen = (distance >= 0) & ((distance < window) if window else (distance >= 0))
     scores = scores.masked_fill(~seen[:, None, None], float("-inf")).view(rows, heads, length)
     if bias is not None:
+        assert bias.stride(1) == 1, "the kernel reads it as rows"
         scores = scores + bias.float()[:, distance.clamp(min=0)].transpose(0, 1)
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().view(1, heads, 1).expand(rows, heads, 1)], dim=2)
