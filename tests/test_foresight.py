@@ -218,25 +218,6 @@ def test_the_next_turns_are_known(
         assert np.abs(said[place][3] - said[place + 3][0]).max() > 1e-3  # its token is not known yet
 
 
-def test_the_predictor_works_as_soon_as_tokens_are_sampled(
-    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor
-) -> None:
-    """Behind a captured step it is asked at once; before one only about what a pass over prompts sampled."""
-    model, told = make_checkpoint("qwen3_moe"), []
-    options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 6, "execution": "graph"}
-    with LLM(model, **options, predictor=str(make_predictor(model))) as llm:
-        experts = llm._offloaded._graphs().experts
-        begin, ask, close = experts.begin, experts.ask, experts.close_step
-        experts.begin = lambda *given: told.append("begin") or begin(*given)
-        experts.ask = lambda rows: told.append(f"ask {experts._news.seats[:rows].tolist()}") or ask(rows)
-        experts.close_step = lambda: told.append("step") or close()
-        params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (4, 3, 4)]
-        llm.generate(PROMPTS, params)
-    everybody = "ask [0, 1, 2, 4]"  # row 4 is nobody's
-    first, second, last = (["begin", *asked, "step"] for asked in ([everybody], [], []))
-    assert told == [*first, everybody, *second, everybody, *last, "ask [0, 2]"]
-
-
 @pytest.mark.parametrize("execution", ["host", "graph"])
 def test_a_predictor_in_host_memory_uses_one_thread(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch, execution: str

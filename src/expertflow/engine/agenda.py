@@ -1,4 +1,4 @@
-"""What a step has to know of the predictor's rows, and how the host tells captured work of them: one copy before each.
+"""What a step has to know of the predictor's rows, and how the host tells a captured step: one copy before each.
 
 Knows rows and tokens; refuses to know sequences, networks and slots.
 """
@@ -24,7 +24,7 @@ class Agenda(NamedTuple):
 
 
 class Slip:
-    """What the host tells a step of the predictor's rows, in one copy: whose step it is, and whose turns come.
+    """What the host tells a step of the predictor's rows, in one copy: whose step it is, whose tokens are new, whose turns come.
 
     Args:
         rows: sequences of a step at most.
@@ -33,57 +33,34 @@ class Slip:
         device: where to.
 
     Attributes:
+        room: tokens that may be new.
         seats: int64 `[rows]`, the step's own.
+        told_seats: int64 `[rows]`, whose tokens are new; the spare one behind them.
+        told_tokens: int64 `[rows]`.
         members: int64 `[sequences]`, who steps, in the order of their turns.
         turns: int64 `[STEPS_KNOWN + 2]`, as `Residency.expect` wants it.
     """
 
     def __init__(self, rows: int, sequences: int, spare: int, device: torch.device) -> None:
         """Nobody steps."""
-        sizes = [rows, sequences, STEPS_KNOWN + 2]
-        self._spare = spare
+        sizes = [rows, rows, rows, sequences, STEPS_KNOWN + 2]
+        self.room, self._spare = rows, spare
         self._there = torch.zeros(sum(sizes), dtype=torch.long, device=device)
-        self._there[:rows] = spare
-        self.seats, self.members, self.turns = self._there.split(sizes)
+        self._there[: 2 * rows] = spare
+        self.seats, self.told_seats, self.told_tokens, self.members, self.turns = self._there.split(sizes)
         self._here = torch.zeros(sum(sizes), dtype=torch.long)
         self._parts = [part.numpy() for part in self._here.split(sizes)]
 
     def write(self, seats: list[int], agenda: Agenda | None) -> None:
         """Tell the next step; without an agenda it has no forecast."""
+        told = [] if agenda is None else agenda.told
         groups = [] if agenda is None else agenda.groups[:STEPS_KNOWN]
-        row, members, turns = self._parts
+        row, told_seats, told_tokens, members, turns = self._parts
         row[: len(seats)], row[len(seats) :] = seats, self._spare
+        told_seats[len(told) :] = self._spare
+        if told:
+            told_seats[: len(told)], told_tokens[: len(told)] = zip(*told, strict=True)
         everybody = [seat for group in groups for seat in group]
         members[: len(everybody)] = everybody
         turns[: 2 + len(groups)] = [len(groups), 0, *accumulate(len(group) for group in groups)]
-        self._there.copy_(self._here)  # ordinary memory: it may be used again at once
-
-
-class News:
-    """Rows whose newest tokens the predictor is told of, in one copy.
-
-    Args:
-        room: rows at most.
-        spare: the row that padding shares.
-        device: where to.
-
-    Attributes:
-        room: as above.
-        seats: int64 `[room]`; the spare one behind those that are told.
-        tokens: int64 `[room]`.
-    """
-
-    def __init__(self, room: int, spare: int, device: torch.device) -> None:
-        """Nothing new."""
-        self.room, self._spare = room, spare
-        self._there = torch.zeros(2, room, dtype=torch.long, device=device)
-        self._there[0] = spare
-        self.seats, self.tokens = self._there
-        self._here = torch.zeros(2, room, dtype=torch.long)
-        self._parts = self._here.numpy()
-
-    def write(self, told: list[tuple[int, int]]) -> None:
-        """Rows and their newest tokens, one at least."""
-        self._parts[0, len(told) :] = self._spare
-        self._parts[:, : len(told)] = list(zip(*told, strict=True))
         self._there.copy_(self._here)  # ordinary memory: it may be used again at once

@@ -1,7 +1,7 @@
 """The experts of a decode step, decided, fetched and computed on the device: no answer of the host is waited for.
 
-Stands in for provider and transfer while decode steps run as graphs. Before the first layer the step is planned by what
-the predictor said when its tokens were sampled; loads ahead begin on a line of their own. A layer: the router's choice goes to the residency kernel;
+Stands in for provider and transfer while decode steps run as graphs. Before the first layer the predictor is asked and
+the step is planned; loads ahead begin on a line of their own. A layer: the router's choice goes to the residency kernel;
 what is resident is computed while what is missing is fetched; then, phase by phase, the rest; then all pairs are added in
 ascending order of expert. Loads whose slots the layer gave free follow behind it.
 Knows slots and kernels; refuses to know attention and requests.
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.strategy import Strategy
-from expertflow.engine.agenda import News, Slip
+from expertflow.engine.agenda import Slip
 from expertflow.engine.foresight import Foresight
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.kernels.backend import HAS_TRITON, backend
@@ -162,7 +162,7 @@ class DeviceExperts:
     Attributes:
         state: what the device remembers.
         live: int32 `[1]`, rows that count; those behind are padding.
-        asked: rows that the predictor has to be told of, by `ask`, before the next step.
+        asked: rows of the coming step in which the predictor is told of a token.
         steps: steps since `begin`.
         logs: as above.
         holds: whether what is known about the slots is here, and not with the host's controller.
@@ -179,10 +179,9 @@ class DeviceExperts:
         )
         self._kernels = backend(device)
         foresight = held.foresight
-        self._slip, self._news, notes = None, None, None
-        if foresight is not None:
-            self._slip = Slip(rows, foresight.sequences, foresight.spare, device)
-            self._news = News(rows, foresight.spare, device)
+        self._slip = None if foresight is None else Slip(rows, foresight.sequences, foresight.spare, device)
+        notes = None
+        if foresight is not None and self._slip is not None:
             notes = Notes(routes=foresight.routes, seats=self._slip.seats)
         self._twin = self._kernels.residency(self.state, notes)
         self._work = Workspace.allocate(mlp, rows, top_k, device)
@@ -202,7 +201,7 @@ class DeviceExperts:
 
     @property
     def predicting(self) -> bool:
-        """Whether there is a predictor, and it works."""
+        """Whether the predictor is asked in every step."""
         return self._held.foresight is not None and self._held.foresight.failure is None
 
     def begin(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
@@ -215,30 +214,14 @@ class DeviceExperts:
         if len(tokens) != self._count:
             self._count = len(tokens)
             self.live.fill_(self._count)
-        foresight, slip, news = self._held.foresight, self._slip, self._news
-        if slip is None or news is None or foresight is None or self.fixed or not self.predicting:
+        self.asked = 0
+        foresight, slip = self._held.foresight, self._slip
+        if slip is None or foresight is None or self.fixed or not self.predicting:
             return
         foresight.sampled(sequences, tokens)
-        agenda = foresight.agenda(news.room)
+        agenda = foresight.agenda(slip.room)
         slip.write(foresight.seats(sequences), agenda)
-        self._hear([] if agenda is None else agenda.told)
-
-    def sampled(self) -> None:
-        """The foresight was told of new tokens: what the predictor says of them can be known before the next step."""
-        foresight, news = self._held.foresight, self._news
-        if foresight is not None and news is not None and self.predicting and self.holds and not self.fixed:
-            self._hear(foresight.news(news.room))
-
-    def _hear(self, told: list[tuple[int, int]]) -> None:
-        self.asked = len(told)
-        if told and self._news is not None:
-            self._news.write(told)
-
-    def ask(self, rows: int) -> None:
-        """Ask the predictor about so many rows, of which `asked` count."""
-        foresight, news = self._held.foresight, self._news
-        if foresight is not None and news is not None and self.predicting:
-            foresight.ask(news.seats[:rows], news.tokens[:rows])
+        self.asked = 0 if agenda is None else len(agenda.told)
 
     def _take_over(self) -> None:
         self._held.transfer.settle()
@@ -294,7 +277,7 @@ class DeviceExperts:
             self._schedules[rows] = replace(Schedule.allocate(self.state, rows, self._top_k), live=self.live)
 
     def open_step(self, rows: int) -> None:
-        """A step of so many rows begins, of which `live` count: plan, begin to load."""
+        """A step of so many rows begins, of which `live` count: ask the predictor, plan, begin to load."""
         self._schedule = self._schedules[rows]
         if self.fixed:
             self._padding = torch.arange(rows, device=self.live.device)[:, None] >= self.live
@@ -302,7 +285,7 @@ class DeviceExperts:
         with self._plans.work():  # beside the first layer's attention
             foresight, slip = self._held.foresight, self._slip
             if foresight is not None and slip is not None:
-                if self.predicting:
+                if self.predicting and foresight.ask(slip.told_seats[:rows], slip.told_tokens[:rows]):
                     self._twin.expect(foresight.said, slip.members, slip.turns)
                 else:
                     self.state.known.zero_()

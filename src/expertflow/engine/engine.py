@@ -235,7 +235,6 @@ class Engine:
         now, errors = time.perf_counter(), []
         if self._offloaded.foresight is not None:
             self._offloaded.foresight.sampled(numbers, tokens)
-            self._executor.sampled()
         for number, token in zip(numbers, tokens, strict=True):
             one = self._running[number]
             one.first = one.first or now

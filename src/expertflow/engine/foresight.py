@@ -146,29 +146,17 @@ class Foresight:
     def _agenda(self, room: int) -> Agenda | None:
         coming = self._owners.coming
         now = [number for number in coming.sequences if number in self._live]
-        told = self._news(room, now)
+        untold = [number for number in now if number in self._untold]
+        untold += [number for number in self._untold if number not in untold]
+        told = [(self._live[number], self._untold.pop(number)) for number in untold]
+        self._known.update(untold)
+        self._tell(told[room:])
         if len(now) < len(coming.sequences) or not self._known.issuperset(now):
             return None
         turns = (now, *coming.following)
         groups = [[self._live[number] for number in turn if number in self._known] for turn in turns]
         self._known.difference_update(now)  # once they have stepped, their next token is another one
-        return Agenda(told, [group for group in groups if group])
-
-    def news(self, room: int) -> list[tuple[int, int]]:
-        """Rows whose newest tokens the predictor was not told of, and these: the caller asks about them before anything else.
-
-        Args:
-            room: as of `agenda`.
-        """
-        return self._guarded(Step(-1), lambda: self._news(room, [])) or []
-
-    def _news(self, room: int, first: Sequence[int]) -> list[tuple[int, int]]:
-        untold = [number for number in first if number in self._untold]
-        untold += [number for number in self._untold if number not in untold]
-        told = [(self._live[number], self._untold.pop(number)) for number in untold]
-        self._known.update(untold)
-        self._tell(told[room:])
-        return told[:room]
+        return Agenda(told[:room], [group for group in groups if group])
 
     def ask(self, seats: Tensor, tokens: Tensor) -> bool:
         """What rows will use in the steps their newest tokens are fed in: written to `said`. False once it is switched off.

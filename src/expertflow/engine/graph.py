@@ -1,9 +1,8 @@
 """Decode steps as graphs: the whole step, routing included, is captured once a shape and replayed.
 
-A step reads tokens, rows and positions from fixed buffers and leaves logits and the most probable tokens in others; the plan
-and the loads of the experts are part of it (`engine.device`); keys and values are in rows that never move (`engine.rows`). The
-predictor's step is a graph of its own: it starts as soon as tokens are sampled, and runs while the host sees to texts and turns.
- Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes; the first
+A step reads tokens, rows and positions from fixed buffers and leaves logits and the most probable tokens in others; the
+predictor, the plan and the loads of the experts are part of it (`engine.device`); keys and values are in rows that never move
+(`engine.rows`). Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes; the first
 step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
 Knows the model's forward; refuses to know requests.
 """
@@ -65,7 +64,6 @@ class GraphDecoder:
         self.best = torch.zeros(batch, dtype=torch.long, device=device)
         self._dense = DenseParts(rows.model, rows.skeleton, rows.windows) if dense else None
         self._graphs: dict[tuple[int, int, int, bool, bool], torch.cuda.CUDAGraph] = {}
-        self._asks: dict[int, torch.cuda.CUDAGraph] = {}
         self._reach = 0
         self._pool = graph_pool(device)
         self._whole = True
@@ -78,8 +76,8 @@ class GraphDecoder:
         count, length = len(fed), self.rows.nowhere
         sequences, tokens, rows, positions = map(list, zip(*fed, strict=True))
         self.experts.begin(sequences, tokens)
-        self._ask()
-        batch = round_up(count, 1, self._batch)
+        need = max(count, self.experts.asked)
+        batch = round_up(need, 1, self._batch)
         columns, reach = round_up(max(positions) + 1, min(LEAST_COLUMNS, length), length), self.rows.reach(rows)
         self._reach = round_up(reach, min(LEAST_COLUMNS, length), length) if reach else 0
         staged = self._staged.numpy()
@@ -118,26 +116,6 @@ class GraphDecoder:
                 self._dense.detach()
             self.experts.detach(self.rows.model, self.rows.skeleton)
 
-    @torch.inference_mode()
-    def sampled(self) -> None:
-        """Tokens were sampled of the last step: the predictor works on them while the host gets the next one ready."""
-        self.experts.sampled()
-        self._ask()
-
-    def _ask(self) -> None:
-        """Have the predictor told of what is new: by a graph, or directly and captured for the next time."""
-        if not self.experts.asked:
-            return
-        rows, self.experts.asked = round_up(self.experts.asked, 1, self._batch), 0
-        if rows in self._asks:
-            self._asks[rows].replay()
-            return
-        self.experts.ask(rows)
-        if self._pool is not None and self.experts.predicting:
-            graph = capture(lambda: self.experts.ask(rows), self._pool)
-            if self.experts.predicting:  # else it was switched off meanwhile
-                self._asks[rows] = graph
-
     def _run(self, batch: int, columns: int) -> None:
         try:
             self._step(batch, columns)
@@ -171,7 +149,6 @@ class GraphDecoder:
     def drop(self) -> None:
         """Give the captured steps' memory back."""
         self._graphs.clear()
-        self._asks.clear()
 
     @property
     def pool_bytes(self) -> int:

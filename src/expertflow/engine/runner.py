@@ -50,9 +50,6 @@ class Executor(Protocol):
     def best(self) -> Int[Tensor, " B"] | None:
         """The most probable next tokens, if the last step has them ready."""
 
-    def sampled(self) -> None:
-        """Tokens were sampled, and the predictor's forecast told of them: whatever can be prepared for the next step."""
-
 
 class RowExecutor:
     """A decoder-only model whose keys and values lie in rows.
@@ -70,7 +67,6 @@ class RowExecutor:
         self._rows, self._graphs = rows, graphs
         self._bindings = [rows.model.get_submodule(path) for path in rows.skeleton.expert_modules]
         self._best: Tensor | None = None
-        self._stepped: GraphDecoder | None = None
 
     @torch.inference_mode()
     def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
@@ -108,7 +104,7 @@ class RowExecutor:
     @torch.inference_mode()
     def decode(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence."""
-        self._stepped = graphs = self._graphs()
+        graphs = self._graphs()
         if graphs is not None:
             logits = graphs.step(fed)
             self._best = graphs.best[: len(fed)]
@@ -123,11 +119,6 @@ class RowExecutor:
     def best(self) -> Int[Tensor, " B"] | None:
         """The most probable next tokens, if a graph has them ready."""
         return self._best
-
-    def sampled(self) -> None:
-        """Behind a step by graphs, the predictor begins; the host execution asks it when the next one comes."""
-        if self._stepped is not None:  # which knows whether the host has taken over since
-            self._stepped.sampled()
 
 
 class EncoderDecoderExecutor(RowExecutor):
@@ -182,9 +173,6 @@ class CohortExecutor:
 
     def best(self) -> None:
         """Not computed on the way."""
-
-    def sampled(self) -> None:
-        """Nothing can be prepared."""
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
