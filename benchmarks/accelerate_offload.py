@@ -3,14 +3,16 @@
 accelerate keeps on the GPU what its device map puts there and moves every other module in before each of its forwards. The map is
 ours, `dense_first`: `device_map="auto"` places whole layers and keeps room for the largest, so where the peak is less than a layer
 with all its experts it puts the model on the CPU and hooks nothing. Greedy `generate`, batch by batch, the prompts of
-`expertflow bench` with the same seed; prefill is timed apart by generating one token first. Needs a GPU, and accelerate
-(`pip install accelerate`), which the package itself does not use.
+`expertflow bench` with the same seed; prefill is timed apart by generating one token first. Behind the clock the engine answers the
+same prompts, and the result says how many answers are the same, token by token: in bfloat16 two logits may tie, so not all have to be.
+Needs a GPU, and accelerate (`pip install accelerate`), which the package itself does not use.
 
 Usage: python benchmarks/accelerate_offload.py --model FOLDER --like RESULT.json --strategy plec --slots 48 --out FILE
        --like is a result of `expertflow bench` on the same model: peak, batches, tokens and prompts are taken from it.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -24,9 +26,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import logging
 
+from expertflow import LLM, SamplingParams
 from expertflow.bench.about import commit, machine, versions
 from expertflow.bench.result import DECODE, PEAK, WARM, Result, Row, read_result
-from expertflow.bench.workload import make_workload
+from expertflow.bench.workload import Workload, make_workload
 from expertflow.engine.llm import load_tokenizer
 
 ROOM = 0.85
@@ -68,7 +71,9 @@ def load(folder: Path, room: int) -> PreTrainedModel:
     """The stock model, dispatched by accelerate."""
     kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(folder).is_encoder_decoder else AutoModelForCausalLM
     places = dense_first(kind.from_pretrained(folder, dtype="auto", device_map="meta"), room)
-    return kind.from_pretrained(folder, dtype="auto", device_map=places).eval()  # type: ignore[no-any-return]
+    model: PreTrainedModel = kind.from_pretrained(folder, dtype="auto", device_map=places).eval()
+    model.generation_config.eos_token_id = None  # every answer has as many tokens as are measured
+    return model
 
 
 def timed(model: PreTrainedModel, prompts: list[tuple[int, ...]], tokens: int) -> tuple[float, list[list[int]]]:
@@ -86,7 +91,6 @@ def timed(model: PreTrainedModel, prompts: list[tuple[int, ...]], tokens: int) -
             input_ids=ids.cuda(),
             attention_mask=mask.cuda(),
             do_sample=False,
-            min_new_tokens=tokens,
             max_new_tokens=tokens,
         )
     torch.cuda.synchronize()
@@ -94,13 +98,11 @@ def timed(model: PreTrainedModel, prompts: list[tuple[int, ...]], tokens: int) -
 
 
 def measure(
-    model: PreTrainedModel, rows: dict[int, Row], result: Result, prompts_file: Path | None
-) -> list[dict[str, Any]]:
-    """Every batch: tokens a second decoding, beside the row compared with."""
+    model: PreTrainedModel, rows: dict[int, Row], result: Result, workload: Workload
+) -> tuple[list[dict[str, Any]], dict[int, list[list[int]]]]:
+    """Every batch: tokens a second decoding, beside the row compared with; and the answers of the last repeat."""
     tokens, repeats = int(result.config["tokens"]), int(result.config["repeats"])
-    folder = Path(model.config.name_or_path)
-    workload = make_workload(prompts_file, load_tokenizer(folder), long_prompt=0, seed=result.seed)
-    found = []
+    found, answers = [], {}
     for batch, row in sorted(rows.items()):
         torch.cuda.reset_peak_memory_stats()
         timed(model, workload.batch(batch, 0), 2)
@@ -108,7 +110,7 @@ def measure(
         for repeat in range(1, repeats + 1):
             prompts = workload.batch(batch, repeat)
             first, _ = timed(model, prompts, 1)
-            whole, _ = timed(model, prompts, tokens)
+            whole, answers[batch] = timed(model, prompts, tokens)
             speeds.append(batch * (tokens - 1) / (whole - first))
         ours = row.figures[DECODE].median
         found.append({
@@ -120,7 +122,29 @@ def measure(
             f"batch {batch:2d}: accelerate {statistics.median(speeds):.2f} tokens/s, {row.strategy} {ours:.2f}",
             flush=True,
         )
-    return found
+    return found, answers
+
+
+def same_answers(
+    folder: Path, rows: dict[int, Row], result: Result, workload: Workload, answers: dict[int, list[list[int]]]
+) -> dict[int, int]:
+    """How many of the last repeat's answers are, token by token, those of the engine with the slots compared with; by batch."""
+    tokens, repeat = int(result.config["tokens"]), int(result.config["repeats"])
+    same = {}
+    for batch, theirs in answers.items():
+        prompts = workload.batch(batch, repeat)
+        longest = max(map(len, prompts)) + tokens
+        options = {
+            "strategy": rows[batch].strategy,
+            "slots": rows[batch].slots,
+            "max_batch": batch,
+            "max_length": longest,
+        }
+        with LLM(folder, device="cuda", **options) as llm:
+            outputs = llm.generate(prompts, SamplingParams(max_tokens=tokens, ignore_eos=True))
+        same[batch] = sum(list(output.token_ids) == other for output, other in zip(outputs, theirs, strict=True))
+        print(f"batch {batch:2d}: {same[batch]} of {batch} answers are the engine's, token by token", flush=True)
+    return same
 
 
 def main() -> None:
@@ -145,8 +169,15 @@ def main() -> None:
     if options.batches:
         rows = {batch: rows[batch] for batch in map(int, options.batches.split(","))}
     peak = int(min(row.figures[PEAK].median for row in rows.values()))
+    workload = make_workload(options.prompts_file, load_tokenizer(options.model), long_prompt=0, seed=result.seed)
     model = load(options.model, int(peak * options.room))
-    found = measure(model, rows, result, options.prompts_file)
+    found, answers = measure(model, rows, result, workload)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    same = same_answers(options.model, rows, result, workload, answers)
+    for one in found:
+        one["answers_equal"] = same[one["batch"]]
     about = {
         "benchmark": "accelerate_offload", "date": time.strftime("%Y-%m-%d"), "commit": commit(), "seed": result.seed,
         "config": {"like": options.like.name, "room": options.room, "tokens": result.config["tokens"], "repeats": result.config["repeats"]},
