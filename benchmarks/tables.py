@@ -365,36 +365,36 @@ def ablation() -> str:
     return "\n".join(lines)
 
 
-NEW, EAGER = "switch_128.json", "switch_128_eager.json"
 STAGES = (
-    (EAGER, "on-demand", "host", "nothing kept, eager"),
-    (EAGER, "on-demand", "graph", "+ one graph a step, rows fetched by kernels"),
-    (NEW, "lru", "graph", "+ kept by recency, 4 or 16 slots a layer (Cache-MoE)"),
-    (NEW, "next-use", "graph", "+ kept by next use, over all layers"),
-    (NEW, "plec", "graph", "+ a predictor, loads ahead, corrected"),
-    (NEW, "resident", "graph", "every expert resident"),
-    (NEW, "ring", "graph", "SE-MoE's ring, in graphs"),
-    (EAGER, "ring", "host", "SE-MoE's ring, eager"),
-    (EAGER, "lru", "host", "Cache-MoE, eager"),
-    (EAGER, "resident", "host", "every expert resident, eager"),
+    ("on-demand", "host", "nothing kept, eager"),
+    ("on-demand", "graph", "+ one graph a step, rows fetched by kernels"),
+    ("lru", "graph", "+ kept by recency, 4 or 16 slots a layer (Cache-MoE)"),
+    ("next-use", "graph", "+ kept by next use, over all layers"),
+    ("plec", "graph", "+ a predictor, loads ahead, corrected"),
+    ("resident", "graph", "every expert resident"),
+    ("ring", "graph", "SE-MoE's ring, in graphs"),
+    ("ring", "host", "SE-MoE's ring, eager"),
+    ("lru", "host", "Cache-MoE, eager"),
+    ("next-use", "host", "`next-use`, eager"),
+    ("plec", "host", "`plec`, eager"),
+    ("resident", "host", "every expert resident, eager"),
 )
 
 
 def switch_stages() -> str:
     """Switch-128, one improvement at a time."""
     speeds = {
-        (file, row.strategy, row.execution, row.slots, row.batch): row.figures[DECODE]
-        for file in (NEW, EAGER)
-        for row in read_result(RESULTS / file).rows
+        (row.strategy, row.execution, row.slots, row.batch): row.figures[DECODE]
+        for row in read_result(RESULTS / "switch_128.json").rows
         if row.state == WARM and DECODE in row.figures
     }
     places = [(48, 4), (48, 32), (192, 4), (192, 32)]
     heads = " | ".join(f"{slots // 12} slots a layer, batch {batch}" for slots, batch in places)
     lines = [f"| | {heads} |", "|---" * (1 + len(places)) + "|"]
-    for file, strategy, execution, said in STAGES:
+    for strategy, execution, said in STAGES:
         cells = []
         for slots, batch in places:
-            figure = speeds[file, strategy, execution, 1536 if strategy == "resident" else slots, batch]
+            figure = speeds[strategy, execution, 1536 if strategy == "resident" else slots, batch]
             cells.append(f"{figure.median:.0f} ({figure.low:.0f}-{figure.high:.0f})")
         lines.append(f"| {said} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -464,6 +464,23 @@ def switch_schedule() -> str:
     return "\n".join(lines)
 
 
+def accelerate() -> str:
+    """Hugging Face accelerate's offload, beside the row whose peak it was given."""
+    lines = [
+        "| model | batch | accelerate tokens/s | peak | `plec` tokens/s, 4 slots a layer | peak | times faster | answers equal |",
+        "|---" * 8 + "|",
+    ]
+    for count in (32, 128):
+        for row in json.loads((RESULTS / f"accelerate_switch_{count}.json").read_text())["rows"]:
+            speeds, ours = row["decode_tokens_per_second"], row["compared_with"]
+            lines.append(
+                f"| Switch-{count} | {row['batch']} | {statistics.median(speeds):.0f} ({min(speeds):.0f}-{max(speeds):.0f}) "
+                f"| {row['peak_bytes'] / 2**20:.0f} MiB | {ours['decode_tokens_per_second']:.0f} | {ours['peak_bytes'] / 2**20:.0f} MiB "
+                f"| {row['times_faster']:.1f} | {row['answers_equal']} of {row['batch']} |"
+            )
+    return "\n".join(lines)
+
+
 def draw_growth(path: Path) -> None:
     """Speed over the number of experts, a panel for slots and batch."""
     results = {count: read_result(RESULTS / f"switch_{count}.json") for count in SIZES}
@@ -530,6 +547,7 @@ SWITCH = {
     "switch-growth": switch_growth,
     "switch-predictor": switch_predictor,
     "switch-schedule": switch_schedule,
+    "accelerate": accelerate,
     "ablation": ablation,
     "control": control,
 }
