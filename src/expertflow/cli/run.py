@@ -282,6 +282,7 @@ def _latencies(llm: LLM, outputs: list[RequestOutput]) -> list[tuple[str, str]]:
 def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
     stats, plan = llm.stats, llm.plan
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    step = llm.engine.step_seconds
     budget = "none stated" if plan.budget is None else format_bytes(plan.budget)
     rows: list[tuple[str, str]] = [
         ("budget", f"{budget} on {plan.device}"),
@@ -302,6 +303,7 @@ def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
             "speed",
             f"{stats.tokens} tokens in {stats.seconds:.2f} s: {stats.tokens_per_second:.1f} tokens/s, the first after {stats.first_token_seconds:.2f} s",
         ),
+        *([("decode step", f"{step * 1e3:.2f} ms, the median of the last ones")] if step else []),
         *_latencies(llm, outputs),
     ]
     if plan.budget is not None and stats.peak_bytes > plan.budget:
