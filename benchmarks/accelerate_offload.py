@@ -4,7 +4,7 @@ accelerate keeps on the GPU what its device map puts there and moves every other
 ours, `dense_first`: `device_map="auto"` places whole layers and keeps room for the largest, so where the peak is less than a layer
 with all its experts it puts the model on the CPU and hooks nothing. Greedy `generate`, batch by batch, the prompts of
 `expertflow bench` with the same seed; prefill is timed apart by generating one token first. Behind the clock the engine answers the
-same prompts, and the result says how many answers are the same, token by token: in bfloat16 two logits may tie, so not all have to be.
+last repeat's prompts, and the result says how many answers are the same, token by token: in bfloat16 two logits may tie, so not all have to be.
 Needs a GPU, and accelerate (`pip install accelerate`), which the package itself does not use.
 
 Usage: python benchmarks/accelerate_offload.py --model FOLDER --like RESULT.json --strategy plec --slots 48 --out FILE
@@ -172,17 +172,18 @@ def main() -> None:
     workload = make_workload(options.prompts_file, load_tokenizer(options.model), long_prompt=0, seed=result.seed)
     model = load(options.model, int(peak * options.room))
     found, answers = measure(model, rows, result, workload)
+    about = {
+        "benchmark": "accelerate_offload", "date": time.strftime("%Y-%m-%d"), "commit": commit(), "seed": result.seed,
+        "config": {"like": options.like.name, "room": options.room, "tokens": result.config["tokens"], "repeats": result.config["repeats"]},
+        "machine": machine("cuda"), "versions": {**versions(), "accelerate": version("accelerate")}, "rows": found,
+    }  # fmt: skip
+    options.out.write_text(json.dumps(about, indent=1) + "\n")  # the timings are safe, whatever comes
     del model
     gc.collect()
     torch.cuda.empty_cache()
     same = same_answers(options.model, rows, result, workload, answers)
     for one in found:
         one["answers_equal"] = same[one["batch"]]
-    about = {
-        "benchmark": "accelerate_offload", "date": time.strftime("%Y-%m-%d"), "commit": commit(), "seed": result.seed,
-        "config": {"like": options.like.name, "room": options.room, "tokens": result.config["tokens"], "repeats": result.config["repeats"]},
-        "machine": machine("cuda"), "versions": {**versions(), "accelerate": version("accelerate")}, "rows": found,
-    }  # fmt: skip
     options.out.write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -43,7 +43,17 @@ def test_run_prints_text_and_summary(make_checkpoint: MakeCheckpoint) -> None:
         "cpu",
     )
     assert out.startswith("abc")
-    for word in ("budget", "600.0 KiB", "measured peak", "slots", "hit ratio", "loads", "moved", "tokens/s", "decode step"):
+    for word in (
+        "budget",
+        "600.0 KiB",
+        "measured peak",
+        "slots",
+        "hit ratio",
+        "loads",
+        "moved",
+        "tokens/s",
+        "decode step",
+    ):
         assert word in out
 
 

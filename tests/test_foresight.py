@@ -218,28 +218,6 @@ def test_the_next_turns_are_known(
         assert np.abs(said[place][3] - said[place + 3][0]).max() > 1e-3  # its token is not known yet
 
 
-@pytest.mark.parametrize("execution", ["host", "graph"])
-def test_a_predictor_in_host_memory_uses_one_thread(
-    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch, execution: str
-) -> None:
-    """Its threads would take the processors from whoever drives the device; the model keeps its own."""
-    model, seen = make_checkpoint("qwen3_moe"), []
-    options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 6, "execution": execution}
-    before = torch.get_num_threads()
-    with LLM(model, **options, predictor=str(make_predictor(model))) as llm:
-        step = llm._offloaded.foresight._online.step
-        watched = lambda *given: seen.append(torch.get_num_threads()) or step(*given)  # noqa: E731
-        monkeypatch.setattr(llm._offloaded.foresight._online, "step", watched)
-        try:
-            torch.set_num_threads(2)
-            llm.generate(PROMPTS, SamplingParams(max_tokens=4))
-            assert torch.get_num_threads() == 2
-        finally:
-            torch.set_num_threads(before)
-    assert seen
-    assert set(seen) == {1}
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_more_sequences_than_the_predictor_has_rows(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch, *, fails: bool

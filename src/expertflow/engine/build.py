@@ -1,7 +1,5 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -198,8 +196,7 @@ class OffloadedModel:
         if prepared.predictor is not None:
             own = self.device if plan.execution == "graph" else torch.device("cpu")  # a graph cannot ask the host
             online = OnlinePredictor(prepared.predictor, _predictor_load(config)[0], own, backend(own).path_step)
-            aside = self._aside if own.type == "cpu" else self.meter.aside
-            self.foresight = Foresight(online, self.events, aside, room=config.prefill_chunk)
+            self.foresight = Foresight(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
         self.controller = CacheController(
             layers=plan.shape.layers,
             experts=plan.shape.experts,
@@ -220,21 +217,6 @@ class OffloadedModel:
         self.watch()
         for module in self._steppers():
             module.register_forward_pre_hook(self._begin_step, with_kwargs=True)
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """For the predictor in host memory: not counted as the device's, and by one thread.
-
-        Its products are small. Threads that wait for the next one take the processors from the thread that drives the
-        device: on a machine of 16 the host execution's steps took three times as long.
-        """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with self.meter.aside():
-                yield
-        finally:
-            torch.set_num_threads(threads)
 
     def _steppers(self) -> list[torch.nn.Module]:
         """Modules whose forward is a step: the model, and an encoder that is called on its own."""
