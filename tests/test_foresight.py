@@ -14,7 +14,7 @@ from expertflow.cache.forecast import Step
 from expertflow.cache.horizon import HORIZONS, unite
 from expertflow.config import EngineConfig
 from expertflow.engine.build import SHIPPED_PREDICTOR, prepare
-from expertflow.engine.foresight import _by_row
+from expertflow.engine.foresight import CALM, _by_row
 from expertflow.engine.llm import shipped_model
 from expertflow.errors import ConfigError, PredictorError
 from expertflow.events import Event, EventKind
@@ -170,7 +170,8 @@ def demands_of(llm: LLM) -> list[npt.NDArray[np.float64]]:
 
     def listen(*given: torch.Tensor) -> None:
         expect(*given)
-        said.append(twin.state.demand.cpu().numpy().copy())
+        if int(twin.state.known):
+            said.append(twin.state.demand.cpu().numpy().copy())
 
     twin.expect = listen
     return said
@@ -198,6 +199,64 @@ def test_a_graph_expects_what_the_host_expects(
     assert len(said) == len(again) >= 22
     for place, (mine, theirs) in enumerate(zip(again, said, strict=True)):
         np.testing.assert_allclose(mine, theirs, atol=5e-5, err_msg=f"step {place}")
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+@pytest.mark.parametrize("turns", [{"max_batch": 4}, {"max_batch": 1, "max_live": 3}])
+def test_rest_forgets_nothing(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str, turns: dict[str, int]
+) -> None:
+    """At rest nothing is asked; awake again it says what it would have said, once each sequence was told of awake."""
+    model = make_checkpoint("qwen3_moe")
+    options = {"device": "cpu", "max_length": 48, "slots": 6, "predictor": str(make_predictor(model)), **turns}
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
+
+    def run(rests: range) -> tuple[dict[int, npt.NDArray[np.float64]], object]:
+        with LLM(model, **options, execution=execution) as llm:
+            foresight, begins = llm._offloaded.foresight, [0]
+            said = heard(llm) if execution == "host" else demands_of(llm)
+
+            def loaded(_: int) -> None:
+                foresight._calm = CALM if len(begins) in rests else 0
+                begins.append(len(said))
+
+            foresight.loaded = loaded
+            tokens = [(output.index, output.token_id) for output in llm.stream(PROMPTS, params)]
+            assert llm.predictor_failure is None
+        ends = [*begins[1:], len(said)]
+        return {
+            step: said[begin] for step, (begin, end) in enumerate(zip(begins, ends, strict=True)) if end > begin
+        }, tokens
+
+    always, expected = run(range(0))
+    rested, tokens = run(range(3, 7))
+    assert tokens == expected
+    lives = turns.get("max_live", 1)
+    assert set(always) - set(rested) == set(range(3, 6 + lives))  # whom it was told of at rest, it was not asked about
+    for step, demand in rested.items():
+        np.testing.assert_allclose(demand[0], always[step][0], atol=5e-5, err_msg=f"step {step}")
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_it_rests_where_everything_is_there(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str
+) -> None:
+    """A few steps without a load, and nothing is asked until the next one; the scheduler goes by arrival."""
+    model = make_checkpoint("qwen3_moe")
+    options = {"max_batch": 2, "max_live": 4, "max_length": 48, "schedule": "group"}
+    few, many = (
+        LLM(model, device="cpu", slots=slots, predictor=str(make_predictor(model)), execution=execution, **options)
+        for slots in (6, "95%")
+    )
+    for llm, rests in ((few, False), (many, True)):
+        with llm:
+            said = heard(llm) if execution == "host" else demands_of(llm)
+            for _ in range(2):
+                asked = len(said)
+                llm.generate(PROMPTS[2:], SamplingParams(max_tokens=16, ignore_eos=True))
+            assert llm._offloaded.foresight.resting == rests
+            assert (len(said) - asked < 6) == rests
+            assert (llm._offloaded.foresight.paths([]) is None) == rests
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])

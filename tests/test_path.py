@@ -148,6 +148,22 @@ def test_bits_of_a_row_are_its_own() -> None:
         assert torch.equal(mine[3], before)
 
 
+def test_noting_is_a_step_without_an_answer() -> None:
+    """The same state, bit for bit, among others and padding; the spare row's is nobody's."""
+    artifact = random_artifact(**{**SMALL, "experts": 20})
+    stepped, noted = (OnlinePredictor(artifact, 4, DEVICE, path.path_step) for _ in range(2))
+    tokens, routes = random_texts(8, 20)
+    for online in (stepped, noted):
+        tell(online, (tokens, routes), (7, 6, 7))
+    rows = torch.tensor([2, noted.spare, noted.spare, 0], device=DEVICE)
+    text = torch.tensor([2, 0, 0, 0], device=DEVICE)
+    before = [column.clone() for column in noted.state]
+    stepped.step(rows, tokens[text, 7], routes[text, 6])
+    noted.note(rows, tokens[text, 7], routes[text, 6])
+    assert (noted.state.taken - before[0]).tolist()[:4] == [1, 0, 1, 0]
+    assert all(torch.equal(mine[:4], other[:4]) for mine, other in zip(noted.state, stepped.state, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # NumPy's, in the interpreter
 def test_broken_weights_break_chances_alone() -> None:
     """Weights that are no numbers give chances that are none, which a step refuses, and no access out of bounds."""

@@ -85,6 +85,21 @@ def test_step_by_step_is_the_whole_sequence(kind: str, length: int, seed: int) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_noting_is_feeding_without_an_answer(kind: str) -> None:
+    """Bit for bit the same state, also where the ring wraps."""
+    model = random_predictor(kind)
+    tokens, routes = random_text(80, batch=2)
+    fed, noted, rows = model.fresh(5, CPU), model.fresh(5, CPU), torch.tensor([3, 1])
+    with torch.inference_mode():
+        for place in range(80):
+            given = rows, tokens[:, place], routes[:, place - 1] if place else torch.full_like(routes[:, 0], 8)
+            model.feed(fed, *given)
+            model.note(noted, *given)
+    assert fed.taken.any()
+    assert all(torch.equal(*pair) for pair in zip(fed, noted, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_future_is_not_seen(kind: str) -> None:
     """What a token's step uses, and everything later, changes nothing of what is said before it."""
     model = random_predictor(kind)

@@ -92,6 +92,7 @@ class CacheController:
         self._tokens: npt.NDArray[np.int32] | None = None
         self._routes: dict[int, npt.NDArray[np.int64]] = {}
         self._loads: list[Load] = []
+        self._loaded = 0
 
     @property
     def per_token(self) -> bool:
@@ -110,7 +111,7 @@ class CacheController:
         self.end_step()
         self.step += 1
         self._open = True
-        self._tokens = tokens
+        self._tokens, self._loaded = tokens, 0
         self._planes, self._demand = self._brain.begin(Step(self.step, tokens))
         self.events.emit(Event(EventKind.STEP, self.step))
         open_step(self._tables, self._planes, self._demand, self._rules)
@@ -154,7 +155,7 @@ class CacheController:
         if not self._open:
             return
         self._open = False
-        self._brain.end(Step(self.step, self._tokens, self._needed, self._token_routes()))
+        self._brain.end(Step(self.step, self._tokens, self._needed, self._token_routes(), self._loaded))
         self._needed[:] = False
         self._routes = {}
 
@@ -200,8 +201,10 @@ class CacheController:
             if event.kind is EventKind.HIT:
                 accesses.append(Access(event.expert, event.slot, load=False, fresh=bool(row[4]), after=-1))
             elif event.kind is EventKind.MISS:
+                self._loaded += 1
                 accesses.append(Access(event.expert, event.slot, load=True, fresh=False, after=row[4]))
             elif event.kind is EventKind.PREFETCH:
+                self._loaded += 1
                 self._loads.append(Load(event.layer, event.expert, event.slot))
         return accesses
 

@@ -24,12 +24,14 @@ class Step(NamedTuple):
         tokens: `[T]` token ids fed in, -1 unknown; None if nobody knows them.
         needed: `[L, E]` bool, what it used; None before it has run.
         routes: `[T, L, K]` the experts of each token, E means none; None before it has run, or if nobody asked.
+        loads: rows it loaded, ahead or not; 0 before it has run, and where nobody counts.
     """
 
     number: int
     tokens: npt.NDArray[np.int32] | None = None
     needed: npt.NDArray[np.bool_] | None = None
     routes: npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | None = None
+    loads: int = 0
 
 
 class Forecast(Protocol):

@@ -166,6 +166,7 @@ class DeviceExperts:
         steps: steps since `begin`.
         logs: as above.
         holds: whether what is known about the slots is here, and not with the host's controller.
+        resting: the coming step tells the predictor of its tokens, but asks nothing and loads nothing ahead.
         fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `begin` on.
     """
 
@@ -192,12 +193,16 @@ class DeviceExperts:
         self._schedule: Schedule | None = None
         self.steps = 0
         self.logs = log
-        self.fixed = self.holds = False
-        self.asked = 0
+        self.fixed = self.holds = self.resting = False
+        self.asked = self._made = 0
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._padding = torch.zeros(0)
-        self._looks_ahead = strategy.prefetch != "none"
+        self._prefetches = strategy.prefetch != "none"
         self._corrections, self._plans, self._ahead = Lane(device), Lane(device), Lane(device)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self._prefetches and not self.resting
 
     @property
     def predicting(self) -> bool:
@@ -214,14 +219,25 @@ class DeviceExperts:
         if len(tokens) != self._count:
             self._count = len(tokens)
             self.live.fill_(self._count)
-        self.asked = 0
+        self.asked, self.resting = 0, False
         foresight, slip = self._held.foresight, self._slip
         if slip is None or foresight is None or self.fixed or not self.predicting:
             return
+        if (
+            self.steps
+        ):  # the last one's tokens were waited for, or this may be an older number: then it rests a step later
+            self._count_loads(int(self.state.made))
+        self.resting = foresight.resting
         foresight.sampled(sequences, tokens)
         agenda = foresight.agenda(slip.room)
         slip.write(foresight.seats(sequences), agenda)
         self.asked = 0 if agenda is None else len(agenda.told)
+
+    def _count_loads(self, made: int) -> None:
+        """Tell how many loads the last step took, of `made` since the host gave over."""
+        if self._held.foresight is not None:
+            self._held.foresight.loaded(made - self._made)
+        self._made = made
 
     def _take_over(self) -> None:
         self._held.transfer.settle()
@@ -243,6 +259,9 @@ class DeviceExperts:
             raise
         self.holds = False
         tally = self.state.take_tally()
+        if self.steps and not self.fixed:
+            self._count_loads(tally[LOADS] + tally[AHEAD])
+        self._made = 0
         if not self.logs:
             self._held.counters.add(
                 CacheCounters(
@@ -269,12 +288,25 @@ class DeviceExperts:
         controller.take_back(lambda tables, usage: None, self.steps)  # noqa: ARG005 - what is known stays as it was
         controller.forget()
         self.state.drop()
-        self.steps = 0
+        self.steps = self._made = 0
+
+    def moods(self) -> Iterator[None]:
+        """Once as the coming step is, and once more as it may come to be, if the predictor asks and rests by turns."""
+        yield
+        if self.predicting and not self.fixed:
+            self.resting = not self.resting
+            try:
+                yield
+            finally:
+                self.resting = not self.resting
 
     def prepare(self, rows: int) -> None:
         """Have the buffers for steps of `rows` rows: they must not be allocated while a graph is captured."""
         if rows not in self._schedules:
             self._schedules[rows] = replace(Schedule.allocate(self.state, rows, self._top_k), live=self.live)
+            if self.predicting and self._held.foresight is not None:  # what has never run is not captured
+                nobody = torch.full((rows,), self._held.foresight.spare, device=self.live.device)
+                self._held.foresight.note(nobody, torch.zeros_like(nobody))
 
     def open_step(self, rows: int) -> None:
         """A step of so many rows begins, of which `live` count: ask the predictor, plan, begin to load."""
@@ -285,11 +317,14 @@ class DeviceExperts:
         with self._plans.work():  # beside the first layer's attention
             foresight, slip = self._held.foresight, self._slip
             if foresight is not None and slip is not None:
-                if self.predicting and foresight.ask(slip.told_seats[:rows], slip.told_tokens[:rows]):
+                told = slip.told_seats[:rows], slip.told_tokens[:rows]
+                if self.resting:
+                    foresight.note(*told)
+                if self.predicting and not self.resting and foresight.ask(*told):
                     self._twin.expect(foresight.said, slip.members, slip.turns)
                 else:
                     self.state.known.zero_()
-            self._twin.open_step()
+            self._twin.open_step(ahead=not self.resting)
             self._load_ahead(0)
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ from expertflow.events import Event, EventKind, EventStream
 from expertflow.predict.online import OnlinePredictor
 from expertflow.trace.owners import NOBODY, Coming, Owners
 
+CALM = 4
+"""Decode steps without a load after which the predictor rests; the next load wakes it. Asking for a step costs about as much as
+waiting for a row, and saves nothing where everything is there."""
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -70,7 +73,9 @@ class Foresight:
         self._housed: list[int] = []
         """The sequences that got rows last, as long as they all still have them."""
         self._untold: dict[int, int] = {}
-        self._known: set[int] = set()
+        self._told: dict[int, bool] = {}
+        """The sequences whose newest token the predictor was told of, and whether it was asked what comes of it."""
+        self._calm = 0
         self._stale: set[int] = set()
         """Rows that still hold what their last sequence left; cleared when the next one gets them, many at a time."""
         rows, device = online.rows + 1, online.device
@@ -123,10 +128,19 @@ class Foresight:
         _LOG.warning("the predictor failed in step %d and is switched off: %s", step, reason)
         self._events.emit(Event(EventKind.PREDICTOR_OFF, step, reason=reason))
 
+    @property
+    def resting(self) -> bool:
+        """Whether the predictor is only told, and not asked: lately there was nothing to load that it could have foreseen."""
+        return self._calm >= CALM
+
+    def loaded(self, rows: int) -> None:
+        """A decode step is over that took so many loads."""
+        self._calm = 0 if rows else self._calm + 1
+
     def sampled(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
         """The newest tokens of these sequences, to be fed in when their turns come."""
         for number, token in zip(sequences, tokens, strict=True):
-            if number in self._live and number not in self._known:
+            if number in self._live and number not in self._told:
                 self._untold[number] = token
 
     def seats(self, sequences: Sequence[int]) -> list[int]:
@@ -136,7 +150,7 @@ class Foresight:
     def agenda(self, room: int) -> Agenda | None:
         """What the step that was announced has to know; None if nothing is known of one of its sequences.
 
-        Whoever calls it sees to it that the rows told are asked about before the groups are looked at.
+        Whoever calls it sees to it that the rows told are asked about before the groups are looked at, or are noted where it rests.
 
         Args:
             room: how many rows the caller can tell of a token; if there are more, they are told at once.
@@ -149,13 +163,15 @@ class Foresight:
         untold = [number for number in now if number in self._untold]
         untold += [number for number in self._untold if number not in untold]
         told = [(self._live[number], self._untold.pop(number)) for number in untold]
-        self._known.update(untold)
+        self._told.update(dict.fromkeys(untold, not self.resting))
         self._tell(told[room:])
-        if len(now) < len(coming.sequences) or not self._known.issuperset(now):
+        if len(now) < len(coming.sequences) or not self._told.keys() >= set(now):
             return None
-        turns = (now, *coming.following)
-        groups = [[self._live[number] for number in turn if number in self._known] for turn in turns]
-        self._known.difference_update(now)  # once they have stepped, their next token is another one
+        asked = {number for number, asked in self._told.items() if asked}
+        turns = (now, *coming.following) if asked.issuperset(now) and not self.resting else ()
+        groups = [[self._live[number] for number in turn if number in asked] for turn in turns]
+        for number in now:
+            del self._told[number]  # once they have stepped, their next token is another one
         return Agenda(told[:room], [group for group in groups if group])
 
     def ask(self, seats: Tensor, tokens: Tensor) -> bool:
@@ -172,15 +188,21 @@ class Foresight:
         self.said[seats] = torch.cat([answer.demand[:, None], answer.within], dim=1)
         return True
 
+    def note(self, seats: Tensor, tokens: Tensor) -> None:
+        """Tell the predictor of the newest tokens, as `ask` does, and leave `said` as it is."""
+        self._guarded(Step(-1), lambda: self._online.note(seats, tokens, self.routes[seats]))
+
     def paths(self, sequences: Sequence[int]) -> npt.NDArray[np.float32] | None:
-        """How likely each sequence's next token uses an expert, `[N, L, E]`; None if nothing is known of one of them."""
+        """How likely each sequence's next token uses an expert, `[N, L, E]`; None if one of them is not known, or it rests."""
         return self._guarded(Step(-1), lambda: self._paths(sequences))
 
     def _paths(self, sequences: Sequence[int]) -> npt.NDArray[np.float32] | None:
+        if self.resting:
+            return None
         untold = [number for number in sequences if number in self._untold]
         self._tell([(self._live[number], self._untold.pop(number)) for number in untold])
-        self._known.update(untold)
-        if not self._known.issuperset(sequences):
+        self._told.update(dict.fromkeys(untold, True))
+        if not all(self._told.get(number) for number in sequences):
             return None
         chances: npt.NDArray[np.float32] = self.said[self.seats(sequences), 0].cpu().numpy()
         return chances
@@ -193,8 +215,11 @@ class Foresight:
     def _tell(self, told: list[tuple[int, int]]) -> None:
         if not told:
             return
-        seats = self._tensor(np.array([seat for seat, _ in told]))
-        self._ask(seats, self._tensor(np.array([token for _, token in told])))
+        seats, tokens = (self._tensor(np.array(column)) for column in zip(*told, strict=True))
+        if self.resting:
+            self._online.note(seats, tokens, self.routes[seats])
+        else:
+            self._ask(seats, tokens)
         self.routes[seats] = self._experts
 
     def _house(self, coming: Coming) -> None:
@@ -222,7 +247,7 @@ class Foresight:
         rows = [self._live.pop(number) for number in numbers]
         for number in numbers:
             self._untold.pop(number, None)
-            self._known.discard(number)
+            self._told.pop(number, None)
         self._stale.update(rows)
         # the pass that is not learnt yet may have been theirs
         self._asked.rows[np.isin(self._asked.rows, rows)] = NOBODY
@@ -256,6 +281,8 @@ class Foresight:
         if agenda is None:
             return None
         self._tell(agenda.told)
+        if not agenda.groups:
+            return None
         said = self.said.cpu().numpy()
         return Outlook(take_turns([hazards(unite(said[group])) for group in agenda.groups]))
 
@@ -267,6 +294,7 @@ class Foresight:
         if routes is None:
             routes = np.full((len(step.tokens), self._layers, self._top_k), self._experts, dtype=np.uint16)
         if asked.decoding:
+            self.loaded(step.loads)
             alive = np.flatnonzero(asked.rows != NOBODY)
             self.routes[self._tensor(asked.rows[alive])] = self._tensor(routes[alive]).int()
             return
@@ -274,7 +302,7 @@ class Foresight:
         single = count[asked.rows] == 1  # such as a decoder's first tokens: taken in together
         for singles, rows, _ in _by_row(np.where(single, asked.rows, NOBODY), self._online.rows):
             seats = self._tensor(rows)
-            self._online.step(seats, self._tensor(step.tokens[singles]), self.routes[seats])
+            self._online.note(seats, self._tensor(step.tokens[singles]), self.routes[seats])
             self.routes[seats] = self._tensor(routes[singles]).int()
         for order, rows, counts in _by_row(np.where(single, NOBODY, asked.rows), self._room):
             seats, used = self._tensor(rows), self._tensor(routes[order]).int()

@@ -63,7 +63,7 @@ class GraphDecoder:
         self.logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
         self.best = torch.zeros(batch, dtype=torch.long, device=device)
         self._dense = DenseParts(rows.model, rows.skeleton, rows.windows) if dense else None
-        self._graphs: dict[tuple[int, int, int, bool, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, int, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         self._reach = 0
         self._pool = graph_pool(device)
         self._whole = True
@@ -94,7 +94,7 @@ class GraphDecoder:
     def launch(self, batch: int, columns: int) -> None:
         """Run a step over what the buffers hold: replay its graph, or run it and capture it for the next time."""
         shape = batch, columns, self._reach, self.experts.fixed, self.experts.predicting
-        graph = self._graphs.get(shape)
+        graph = self._graphs.get((*shape, self.experts.resting))
         if graph is not None:
             graph.replay()
             return
@@ -105,7 +105,9 @@ class GraphDecoder:
         try:
             self._run(batch, columns)
             if self._pool is not None and self.experts.predicting == shape[-1]:  # else it was switched off meanwhile
-                self._graphs[shape] = capture(lambda: self._run(batch, columns), self._pool)
+                for _ in self.experts.moods():
+                    run = capture(lambda: self._run(batch, columns), self._pool)
+                    self._graphs[*shape, self.experts.resting] = run
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"the device ran out of memory while a decode step of {batch} sequences was made: {error}",

@@ -29,7 +29,7 @@ class Backend:
     residency: Callable[..., Any]
     decode_attention: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
-    path_step: Callable[[Any], Callable[..., Tensor] | None] | None
+    path_step: Callable[[Any], Any] | None
 
 
 def backend(device: torch.device) -> Backend:

@@ -519,27 +519,12 @@ class PathStep:
         """
         model, c = self._artifact.model, self._artifact.config
         memory, early, batch = self._artifact.memory, self._early, len(rows)
-        rows, tokens, routes = rows.contiguous(), tokens.contiguous(), routes.contiguous()
+        rows = rows.contiguous()
         flat, outputs, decays = c.layers * c.experts, model.base.shape[0], len(c.decays)
         groups, trusts, laters = 2 * c.heads, model.trust.out_features, model.later.out_features
         like = model.base
-        used, now = like.new_empty(batch, flat), like.new_empty(batch, flat)
-        sources, embedded = like.new_empty(batch, decays + groups, flat), like.new_empty(batch, 3 * c.embedding)
-        amounts, places, recalled = (
-            like.new_empty(size, dtype=torch.int32)
-            for size in ((batch, groups, c.matches), (batch, groups, c.matches), (batch, 2))
-        )
-        _take_in[(batch, 1 + c.heads + c.layers)](
-            rows, tokens, routes, state.taken, state.tokens, state.before, state.keys, state.routes, state.faded,
-            model.rates, model.table.vocabulary.seen.view(torch.uint8), model.table.table.weight, model.query.weight,
-            model.key.weight, model.bonus, memory.token_row, memory.pair_key,
-            used, sources, embedded, amounts, places, recalled,
-            layers=c.layers, experts=c.experts, ep=_padded(c.experts), top_k=c.top_k, decays=decays,
-            rp=_padded(decays), count=decays + groups, vocabulary=c.vocabulary, table_rows=model.table.rows,
-            hashed=model.table.hashed, emb=c.embedding, embp=_padded(c.embedding), heads=c.heads, matches=c.matches,
-            mp=_padded(c.matches), window=c.window, wp=_padded(c.window), depth=c.key, dp=_padded(c.key), scale=c.key**0.5,
-            pairs=len(memory.pair_key), early=early, num_warps=8 if _padded(c.window) * _padded(c.key) > 8192 else 4,
-        )  # fmt: skip
+        used, sources, embedded, amounts, places, recalled = self._take_in(state, rows, tokens, routes)
+        now = like.new_empty(batch, flat)
         _pour[(batch, groups, c.layers)](
             rows, state.routes, amounts, places, sources,
             layers=c.layers, experts=c.experts, ep=_padded(c.experts), top_k=c.top_k, decays=decays, groups=groups,
@@ -585,6 +570,35 @@ class PathStep:
             many_padded=_padded(decays + groups), depth=model.spread.in_features, early=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip
         return out
+
+    def note(self, state: Any, rows: Tensor, tokens: Tensor, routes: Tensor) -> None:
+        """What a step does to the state, without an answer: one launch, and the tokens count as taken."""
+        self._take_in(state, rows.contiguous(), tokens, routes)
+        state.taken.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int64))
+
+    def _take_in(self, state: Any, rows: Tensor, tokens: Tensor, routes: Tensor) -> tuple[Tensor, ...]:
+        """The first launch: what was used `[B, L E]`, sources, embeddings, what is copied, whence, what is recalled."""
+        model, memory, c = self._artifact.model, self._artifact.memory, self._artifact.config
+        tokens, routes, like = tokens.contiguous(), routes.contiguous(), model.base
+        batch, flat, decays, groups = len(rows), c.layers * c.experts, len(c.decays), 2 * c.heads
+        used = like.new_empty(batch, flat)
+        sources, embedded = like.new_empty(batch, decays + groups, flat), like.new_empty(batch, 3 * c.embedding)
+        amounts, places, recalled = (
+            like.new_empty(size, dtype=torch.int32)
+            for size in ((batch, groups, c.matches), (batch, groups, c.matches), (batch, 2))
+        )
+        _take_in[(batch, 1 + c.heads + c.layers)](
+            rows, tokens, routes, state.taken, state.tokens, state.before, state.keys, state.routes, state.faded,
+            model.rates, model.table.vocabulary.seen.view(torch.uint8), model.table.table.weight, model.query.weight,
+            model.key.weight, model.bonus, memory.token_row, memory.pair_key,
+            used, sources, embedded, amounts, places, recalled,
+            layers=c.layers, experts=c.experts, ep=_padded(c.experts), top_k=c.top_k, decays=decays,
+            rp=_padded(decays), count=decays + groups, vocabulary=c.vocabulary, table_rows=model.table.rows,
+            hashed=model.table.hashed, emb=c.embedding, embp=_padded(c.embedding), heads=c.heads, matches=c.matches,
+            mp=_padded(c.matches), window=c.window, wp=_padded(c.window), depth=c.key, dp=_padded(c.key), scale=c.key**0.5,
+            pairs=len(memory.pair_key), early=self._early, num_warps=8 if _padded(c.window) * _padded(c.key) > 8192 else 4,
+        )  # fmt: skip
+        return used, sources, embedded, amounts, places, recalled
 
 
 def _padded(size: int) -> int:

@@ -52,8 +52,12 @@ class Residency:
             said, members, turns, s.demand, s.known, s.tally, s.layers, s.experts, **self._options
         )
 
-    def open_step(self) -> None:
-        """`prefetch.open_step`: this step's ranks, and its plan."""
+    def open_step(self, *, ahead: bool = True) -> None:
+        """`prefetch.open_step`: this step's ranks, and its plan.
+
+        Args:
+            ahead: whether there may be loads ahead; if not, nothing may be `known`, and `bind` is not called.
+        """
         s = self.state
         ranks.open_step[(s.layers,)](
             s.slot_of, s.last_use, s.count, s.recent, s.steady, s.waits, s.used, s.unused, s.limit, s.demand, s.known,
@@ -61,7 +65,7 @@ class Residency:
             s.ahead, s.waiting, s.tally, s.layers, s.experts, len(s.future), s.ledger.entries, s.slots,
             POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, **self._options,
         )  # fmt: skip
-        if self._rules.prefetch:
+        if self._rules.prefetch and ahead:
             self._look_ahead(-1, plan=True)
 
     def run_layer(self, layer: int, ids: Tensor, schedule: Schedule) -> None:
@@ -109,5 +113,15 @@ class Residency:
         """`Brain.end`: learn from the step."""
         s = self.state
         ranks.close_step[(s.layers,)](
-            s.needed, s.last_use, s.count, s.recent, s.steady, s.clock, s.layers, s.experts, **self._options
+            s.needed,
+            s.last_use,
+            s.count,
+            s.recent,
+            s.steady,
+            s.clock,
+            s.tally,
+            s.made,
+            s.layers,
+            s.experts,
+            **self._options,
         )

@@ -75,8 +75,8 @@ class Residency:
         self.state.tally[BLIND] += not sane
         self.state.demand.copy_(self.state.demand.new_tensor(demand))
 
-    def open_step(self) -> None:
-        """`prefetch.open_step`: this step's ranks, and its plan."""
+    def open_step(self, *, ahead: bool = True) -> None:  # noqa: ARG002 - where nothing is known, nothing is planned anyway
+        """`prefetch.open_step`: this step's ranks, and its plan. See the twin."""
         state = self.state
         self._usage.step = int(state.clock[1])
         outlook = self._outlook(self._usage.step)
@@ -135,6 +135,7 @@ class Residency:
         """`Brain.end`: learn from the step."""
         self._usage.step = int(self.state.clock[0])
         self._usage.learn(self.state.needed.numpy() != 0)
+        self.state.made[0] = self.state.tally[LOADS] + self.state.tally[AHEAD]
         self.state.needed.zero_()
         self.state.clock[1] = self._usage.step
 

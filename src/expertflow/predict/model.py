@@ -121,6 +121,11 @@ class Predictor(Protocol):
     ) -> Float[Tensor, "B O L E"]:
         """One step: the same logits as `forward`, from the state, which takes the tokens in."""
 
+    def note(
+        self, state: "State", rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]
+    ) -> None:
+        """What `feed` does to the state, without an answer."""
+
     def absorb(self, state: "State", pieces: "Pieces", tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:
         """Take tokens of several sequences in, each with the routing of the token before it, without an answer."""
 
@@ -344,6 +349,24 @@ class PathPredictor(nn.Module):
             routes: the true routing of each sequence's token before; E where there is none or it is not known.
         """
         c = self.config
+        used, faded, embedded, before = self._take_in(state, rows, tokens, routes)
+        query = self.query(embedded[:, : 2 * c.embedding]).view(-1, c.heads, c.key)
+        found = self._retrieve(state, rows, tokens, before, query)
+        sources = torch.cat([faded, found], dim=1)
+        z = self._read(embedded, used.flatten(1), sources.flatten(2))
+        return self._decide(z, sources)
+
+    def note(
+        self, state: State, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]
+    ) -> None:
+        """What `feed` does to the state, without an answer."""
+        self._take_in(state, rows, tokens, routes)
+
+    def _take_in(
+        self, state: State, rows: Tensor, tokens: Tensor, routes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Experts of the last step `[B, L, E]`, their faded averages, embeddings `[B, 3 D]`, and the tokens before."""
+        c = self.config
         count = state.taken[rows]
         here, last = count % c.window, (count - 1) % c.window
         used = multi_hot(routes, c.experts)
@@ -352,14 +375,10 @@ class PathPredictor(nn.Module):
         state.faded[rows] = faded
         before, second = state.tokens[rows, last], state.before[rows, last]
         embedded = self.table(torch.stack([tokens, before, second], dim=1)).flatten(1)
-        pair = embedded[:, : 2 * c.embedding]
         state.tokens[rows, here], state.before[rows, here] = tokens, before
-        state.keys[rows, :, here] = self.key(pair).view(-1, c.heads, c.key)
+        state.keys[rows, :, here] = self.key(embedded[:, : 2 * c.embedding]).view(-1, c.heads, c.key)
         state.taken[rows] = count + 1
-        found = self._retrieve(state, rows, tokens, before, self.query(pair).view(-1, c.heads, c.key))
-        sources = torch.cat([faded, found], dim=1)
-        z = self._read(embedded, used.flatten(1), sources.flatten(2))
-        return self._decide(z, sources)
+        return used, faded, embedded, before
 
     def absorb(self, state: State, pieces: Pieces, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:
         """Take tokens of several sequences in: the state that calls of `feed`, token by token, would leave.

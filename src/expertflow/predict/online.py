@@ -2,13 +2,13 @@
 
 A sequence is a row number that the caller chooses. `start` gives the demand of a prompt's prefill, `observe` takes the
 prompt's true routing in, `step` takes the just-sampled tokens and the last step's true routing and gives the demand of
-all layers. Regrouping moves nothing: rows may come in any order and any subset; `free` forgets a sequence, `split` and
+all layers; `note` takes the same in and says nothing. Regrouping moves nothing: rows may come in any order and any subset; `free` forgets a sequence, `split` and
 `join` carry one from one predictor to another. A step has static shapes, no synchronisation and no branch on data, so it can be
 captured in a CUDA graph. Knows artifacts and networks; refuses to know batches, requests and caches.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,12 +21,20 @@ from expertflow.predict.artifact import Artifact
 from expertflow.predict.draft import Draft, look_up
 from expertflow.predict.model import OUTPUTS, Pieces, Predictor, State, empty_state
 
-Step = Callable[[State, Tensor, Tensor, Tensor], Tensor]
-"""State, rows, tokens and routes as in `OnlinePredictor.step` to chances `[B, O, L, E]`; the state takes the tokens in."""
 _PADDING = -2
 """In the place of a token behind a piece's end; an unknown one is -1."""
 _SLACK = 4096
 """Bytes an allocator may add to a tensor, and then some."""
+
+
+class Twin(Protocol):
+    """A predictor's step in kernels of a device; arguments as in `OnlinePredictor.step`."""
+
+    def __call__(self, state: State, rows: Tensor, tokens: Tensor, routes: Tensor) -> Tensor:
+        """Chances `[B, O, L, E]`; the state takes the tokens in."""
+
+    def note(self, state: State, rows: Tensor, tokens: Tensor, routes: Tensor) -> None:
+        """The state takes the tokens in."""
 
 
 class Prediction(NamedTuple):
@@ -59,7 +67,7 @@ class OnlinePredictor:
         artifact: Artifact,
         rows: int,
         device: torch.device | None = None,
-        twin: Callable[[Artifact], Step | None] | None = None,
+        twin: Callable[[Artifact], Twin | None] | None = None,
     ) -> None:
         """Every row free."""
         self.device, self.rows, self.spare = device or torch.device("cpu"), rows, rows
@@ -161,6 +169,11 @@ class OnlinePredictor:
             routes: the true routing of each sequence's last token; E where there is none or it is not known.
         """
         return self._feed(self.state, rows, tokens, routes)
+
+    @torch.inference_mode()
+    def note(self, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]) -> None:
+        """What `step` takes in, without an answer."""
+        (self._model if self._twin is None else self._twin).note(self.state, rows, tokens, routes)
 
     @torch.inference_mode()
     def draft(self, rows: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]) -> tuple[Draft, Prediction]:

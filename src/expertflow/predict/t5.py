@@ -61,13 +61,11 @@ class T5Predictor(nn.Module):
         return empty_state(self.config, rows, device)
 
     def feed(
-        self, state: State, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]  # noqa: ARG002 - the interface
-    ) -> Float[Tensor, "B O L E"]:  # fmt: skip
+        self, state: State, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]
+    ) -> Float[Tensor, "B O L E"]:
         """One step: the same logits as `forward`; both blocks are computed anew."""
-        ring = state.tokens.shape[1]
-        count = state.taken[rows]
-        state.tokens[rows, count % ring] = tokens
-        state.taken[rows] = count + 1
+        ring, count = state.tokens.shape[1], state.taken[rows]
+        self.note(state, rows, tokens, routes)
         begin = count // BLOCK * BLOCK
         offset = torch.arange(-BLOCK, BLOCK, device=tokens.device)
         place = begin[:, None] + offset
@@ -75,6 +73,14 @@ class T5Predictor(nn.Module):
         seen = torch.where((place >= 0) & (place <= count[:, None]), seen, -1)
         logits = self._blocks(seen[:, :BLOCK], seen[:, BLOCK:])
         return logits[torch.arange(len(rows), device=rows.device), count - begin]
+
+    def note(
+        self, state: State, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]
+    ) -> None:  # noqa: ARG002 - the interface
+        """What `feed` does to the state, without an answer."""
+        count = state.taken[rows]
+        state.tokens[rows, count % state.tokens.shape[1]] = tokens
+        state.taken[rows] = count + 1
 
     def absorb(self, state: State, pieces: Pieces, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:  # noqa: ARG002 - the interface
         """Take tokens of several sequences in, without an answer."""
