@@ -270,7 +270,7 @@ class Foresight:
             self.sampled(owner.tolist(), step.tokens.tolist())
             return self._decode()
         each = [
-            self._online.prefill(self._tensor(step.tokens[order]), counts.tolist()).cpu().numpy()
+            self._online.prefill(self._tensor(step.tokens[order]), counts.tolist(), room=self._room).cpu().numpy()
             for order, _, counts in _by_row(rows, self._room)
         ]
         return Outlook(unite(np.stack(each))[None], ahead=False)
