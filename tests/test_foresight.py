@@ -357,7 +357,7 @@ def test_chances_that_are_no_numbers_switch_the_predictor_off(
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("call", [1, 2, 3])
-@pytest.mark.parametrize("method", ["step", "prefill", "observe"])
+@pytest.mark.parametrize("method", ["step", "note", "prefill", "observe"])
 def test_a_predictor_that_raises_is_switched_off(
     make_checkpoint: MakeCheckpoint,
     make_predictor: MakePredictor,
@@ -375,12 +375,14 @@ def test_a_predictor_that_raises_is_switched_off(
         online, count = llm._offloaded.foresight._online, [0]
         real = getattr(online, method)
 
-        def broken(*args: object) -> object:
+        def broken(*args: object, **options: object) -> object:
             count[0] += 1
             if count[0] == call:
                 raise RuntimeError("out of luck")
-            return real(*args)
+            return real(*args, **options)
 
+        if method == "note":
+            monkeypatch.setattr("expertflow.engine.foresight.CALM", 0)  # it always rests
         monkeypatch.setattr(online, method, broken)
         llm._offloaded.events.subscribe(events.append)
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
@@ -410,7 +412,7 @@ def test_nothing_is_loaded_ahead_in_passes_over_prompts(
         layers, experts, _ = online.artifact.shape
         sure = torch.zeros(layers, experts)
         sure[:, :3] = 1.0
-        monkeypatch.setattr(online, "prefill", lambda *_: sure)
+        monkeypatch.setattr(online, "prefill", lambda *_, **__: sure)
         monkeypatch.setattr(
             online,
             "step",
