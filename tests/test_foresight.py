@@ -357,7 +357,7 @@ def test_chances_that_are_no_numbers_switch_the_predictor_off(
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("call", [1, 2, 3])
-@pytest.mark.parametrize("method", ["step", "note", "prefill", "observe"])
+@pytest.mark.parametrize("method", ["step", "note", "observe"])
 def test_a_predictor_that_raises_is_switched_off(
     make_checkpoint: MakeCheckpoint,
     make_predictor: MakePredictor,
@@ -412,7 +412,6 @@ def test_nothing_is_loaded_ahead_in_passes_over_prompts(
         layers, experts, _ = online.artifact.shape
         sure = torch.zeros(layers, experts)
         sure[:, :3] = 1.0
-        monkeypatch.setattr(online, "prefill", lambda *_, **__: sure)
         monkeypatch.setattr(
             online,
             "step",

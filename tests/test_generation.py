@@ -3,14 +3,19 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from transformers import PreTrainedTokenizerFast
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.strategy import STRATEGIES
+from expertflow.engine.llm import decoder_of, load_tokenizer, shipped_model
 from expertflow.engine.request import Request
 from expertflow.engine.sampler import choose, choose_all, make_generator
 from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
@@ -198,6 +203,35 @@ def test_one_set_of_parameters_a_prompt(llm: LLM) -> None:
     """Parameters are one for all or one each."""
     with pytest.raises(PromptError, match="2 sampling parameters for 1 prompts"):
         llm.generate([[3, 4]], [GREEDY, GREEDY])
+
+
+def test_the_library_decodes_as_transformers_does() -> None:
+    """The shipped tokenizer's tokens, special and broken ones too; a tokenizer that cleans up, or decodes its own way, is asked itself."""
+    tokenizer = load_tokenizer(shipped_model())
+    library = decoder_of(tokenizer)
+    assert library is tokenizer.backend_tokenizer
+    random = np.random.default_rng(0)
+    for length in (1, 2, 7, 40):
+        for _ in range(50):
+            tokens = random.integers(0, len(tokenizer), length).tolist()
+            for skip in (False, True):
+                expected = tokenizer.decode(tokens, skip_special_tokens=skip)
+                assert library.decode(tokens, skip_special_tokens=skip) == expected
+
+    class Own(PreTrainedTokenizerFast):
+        def _decode(self, *_: object, **__: object) -> str:
+            return "mine"
+
+    own = Own(tokenizer_object=tokenizer.backend_tokenizer)
+    assert decoder_of(own) is own
+    pieces = Tokenizer(WordPiece({"[UNK]": 0, "well": 1, ".": 2}, unk_token="[UNK]"))  # noqa: S106 - a token of text
+    for cleans in (False, True):
+        other = PreTrainedTokenizerFast(tokenizer_object=pieces, clean_up_tokenization_spaces=cleans)
+        assert (decoder_of(other) is other) == cleans
+        assert decoder_of(other).decode([1, 2], skip_special_tokens=True) == other.decode(
+            [1, 2], skip_special_tokens=True
+        )
+    assert decoder_of(None) is None
 
 
 def test_text_needs_a_tokenizer(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ class Brain:
         self._none = np.zeros((setting.layers, setting.experts))
 
     def begin(self, step: Step) -> tuple[Planes, npt.NDArray[np.float64]]:
-        """Ranks, and this step's demand as far as it may be loaded ahead, before it."""
+        """Ranks and demand of a step, before it."""
         outlook: Outlook | None = self.forecast.outlook(step)
-        demand = self._none if outlook is None or not outlook.ahead else outlook.demand[0]
+        demand = self._none if outlook is None else outlook.demand[0]
         return self.strategy.policy(self.usage, outlook), demand
 
     def end(self, step: Step) -> None:

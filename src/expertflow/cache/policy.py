@@ -25,13 +25,10 @@ class Outlook(NamedTuple):
     Attributes:
         demand: `[H, L, E]` float64, how likely each expert is used in this step, the next one, and so on.
         beyond: `[L, E]` float64, expected further steps until first use if not used in those H; None: unknown.
-        ahead: whether rows may be loaded ahead of it. A pass over prompts needs most experts and keeps the link busy
-            anyway: loads ahead hide nothing there, and throw out what the coming steps use.
     """
 
     demand: Plane
     beyond: Plane | None = None
-    ahead: bool = True
 
 
 @dataclass(kw_only=True)

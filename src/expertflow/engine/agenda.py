@@ -10,16 +10,21 @@ import torch
 
 from expertflow.cache.horizon import STEPS_KNOWN
 
+_TOKENS = 2
+"""Place of the told tokens among a slip's parts."""
+
 
 class Agenda(NamedTuple):
     """The predictor's rows in a step and behind it.
 
     Attributes:
-        told: rows whose newest token the predictor has not been told of, and that token.
+        told: rows whose newest token the predictor has not been told of.
+        tokens: those tokens.
         groups: rows that step now, then those whose turns come, group by group; those of which nothing is known are left out.
     """
 
-    told: list[tuple[int, int]]
+    told: list[int]
+    tokens: list[int]
     groups: list[list[int]]
 
 
@@ -50,17 +55,22 @@ class Slip:
         self.seats, self.told_seats, self.told_tokens, self.members, self.turns = self._there.split(sizes)
         self._here = torch.zeros(sum(sizes), dtype=torch.long)
         self._parts = [part.numpy() for part in self._here.split(sizes)]
+        self._rows: tuple[list[int], list[int], list[list[int]]] | None = None
+        """What the parts hold but for tokens; the same from step to step, as long as the same sequences step."""
 
     def write(self, seats: list[int], agenda: Agenda | None) -> None:
         """Tell the next step; without an agenda it has no forecast."""
-        told = [] if agenda is None else agenda.told
-        groups = [] if agenda is None else agenda.groups[:STEPS_KNOWN]
-        row, told_seats, told_tokens, members, turns = self._parts
+        told, tokens, groups = ([], [], []) if agenda is None else agenda
+        if self._rows != (seats, told, groups):
+            self._rows = seats, told, groups
+            self._write_rows(seats, told, groups[:STEPS_KNOWN])
+        self._parts[_TOKENS][: len(tokens)] = tokens
+        self._there.copy_(self._here)  # ordinary memory: it may be used again at once
+
+    def _write_rows(self, seats: list[int], told: list[int], groups: list[list[int]]) -> None:
+        row, told_seats, _, members, turns = self._parts
         row[: len(seats)], row[len(seats) :] = seats, self._spare
-        told_seats[len(told) :] = self._spare
-        if told:
-            told_seats[: len(told)], told_tokens[: len(told)] = zip(*told, strict=True)
+        told_seats[: len(told)], told_seats[len(told) :] = told, self._spare
         everybody = [seat for group in groups for seat in group]
         members[: len(everybody)] = everybody
         turns[: 2 + len(groups)] = [len(groups), 0, *accumulate(len(group) for group in groups)]
-        self._there.copy_(self._here)  # ordinary memory: it may be used again at once

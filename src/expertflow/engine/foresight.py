@@ -46,7 +46,7 @@ class Foresight:
         online: the predictor, a row for every sequence that may live at once.
         events: where it is told that the predictor was switched off.
         aside: entered while the predictor works: in host memory, which is not the device's, unless it is on the device.
-        room: tokens of prompts that it is told of, or asked about, at once, if they are not all one sequence's.
+        room: tokens of prompts that it is told of at once, if they are not all one sequence's.
 
     Attributes:
         artifact: what was trained.
@@ -73,6 +73,8 @@ class Foresight:
         self._housed: list[int] = []
         """The sequences that got rows last, as long as they all still have them."""
         self._untold: dict[int, int] = {}
+        self._again: tuple[tuple[int, ...], list[int]] | None = None
+        """The sequences of the last step, and their rows, as long as they have them."""
         self._told: dict[int, bool] = {}
         """The sequences whose newest token the predictor was told of, and whether it was asked what comes of it."""
         self._calm = 0
@@ -139,12 +141,15 @@ class Foresight:
 
     def sampled(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
         """The newest tokens of these sequences, to be fed in when their turns come."""
+        live, told, untold = self._live, self._told, self._untold
         for number, token in zip(sequences, tokens, strict=True):
-            if number in self._live and number not in self._told:
-                self._untold[number] = token
+            if number in live and number not in told:
+                untold[number] = token
 
     def seats(self, sequences: Sequence[int]) -> list[int]:
         """Predictor rows of sequences; who has none shares that of nobody."""
+        if self._again is not None and tuple(sequences) == self._again[0]:
+            return self._again[1]
         return [self._live.get(number, self.spare) for number in sequences]
 
     def agenda(self, room: int) -> Agenda | None:
@@ -159,12 +164,20 @@ class Foresight:
 
     def _agenda(self, room: int) -> Agenda | None:
         coming = self._owners.coming
+        if self._again is not None and not self._told and not coming.following and len(self._untold) <= room:
+            numbers, rows = self._again
+            if (
+                tuple(coming.sequences) == numbers == tuple(self._untold)
+            ):  # the same ones as in the last step, and nobody else
+                tokens = list(self._untold.values())
+                self._untold.clear()
+                return Agenda(rows, tokens, [] if self.resting else [rows])
         now = [number for number in coming.sequences if number in self._live]
         untold = [number for number in now if number in self._untold]
         untold += [number for number in self._untold if number not in untold]
-        told = [(self._live[number], self._untold.pop(number)) for number in untold]
+        told, tokens = [self._live[number] for number in untold], [self._untold.pop(number) for number in untold]
         self._told.update(dict.fromkeys(untold, not self.resting))
-        self._tell(told[room:])
+        self._tell(told[room:], tokens[room:])
         if len(now) < len(coming.sequences) or not self._told.keys() >= set(now):
             return None
         asked = {number for number, asked in self._told.items() if asked}
@@ -172,7 +185,8 @@ class Foresight:
         groups = [[self._live[number] for number in turn if number in asked] for turn in turns]
         for number in now:
             del self._told[number]  # once they have stepped, their next token is another one
-        return Agenda(told[:room], [group for group in groups if group])
+        self._again = (tuple(coming.sequences), [self._live[number] for number in now])
+        return Agenda(told[:room], tokens[:room], [group for group in groups if group])
 
     def ask(self, seats: Tensor, tokens: Tensor) -> bool:
         """What rows will use in the steps their newest tokens are fed in: written to `said`. False once it is switched off.
@@ -200,7 +214,7 @@ class Foresight:
         if self.resting:
             return None
         untold = [number for number in sequences if number in self._untold]
-        self._tell([(self._live[number], self._untold.pop(number)) for number in untold])
+        self._tell([self._live[number] for number in untold], [self._untold.pop(number) for number in untold])
         self._told.update(dict.fromkeys(untold, True))
         if not all(self._told.get(number) for number in sequences):
             return None
@@ -212,14 +226,14 @@ class Foresight:
         given = np.asarray(tokens, dtype=np.int64)
         return self._guarded(Step(-1), lambda: self._online.usual(self._tensor(given)).cpu().numpy())
 
-    def _tell(self, told: list[tuple[int, int]]) -> None:
-        if not told:
+    def _tell(self, rows: list[int], tokens: list[int]) -> None:
+        if not rows:
             return
-        seats, tokens = (self._tensor(np.array(column)) for column in zip(*told, strict=True))
+        seats, newest = self._tensor(np.array(rows)), self._tensor(np.array(tokens))
         if self.resting:
-            self._online.note(seats, tokens, self.routes[seats])
+            self._online.note(seats, newest, self.routes[seats])
         else:
-            self._ask(seats, tokens)
+            self._ask(seats, newest)
         self.routes[seats] = self._experts
 
     def _house(self, coming: Coming) -> None:
@@ -243,7 +257,7 @@ class Foresight:
         self._housed = wanted
 
     def _forget(self, numbers: list[int]) -> None:
-        self._housed = []
+        self._housed, self._again = [], None
         rows = [self._live.pop(number) for number in numbers]
         for number in numbers:
             self._untold.pop(number, None)
@@ -266,21 +280,17 @@ class Foresight:
         if not np.any(rows != NOBODY):
             return None
         self._asked = _Asked(rows, decoding=self._owners.coming.lengths is None)
-        if self._asked.decoding:
-            self.sampled(owner.tolist(), step.tokens.tolist())
-            return self._decode()
-        each = [
-            self._online.prefill(self._tensor(step.tokens[order]), counts.tolist(), room=self._room).cpu().numpy()
-            for order, _, counts in _by_row(rows, self._room)
-        ]
-        return Outlook(unite(np.stack(each))[None], ahead=False)
+        if not self._asked.decoding:  # a pass over prompts uses most experts: for it, counts keep what a forecast would
+            return None
+        self.sampled(owner.tolist(), step.tokens.tolist())
+        return self._decode()
 
     def _decode(self) -> Outlook | None:
         """Of sequences that step by one token, and of those whose turns come."""
         agenda = self.agenda(self.sequences)
         if agenda is None:
             return None
-        self._tell(agenda.told)
+        self._tell(agenda.told, agenda.tokens)
         if not agenda.groups:
             return None
         said = self.said.cpu().numpy()

@@ -134,12 +134,16 @@ class Request:
             self._done, self._read = self._read, len(self._ids)
 
     def _stop_position(self) -> int | None:
+        if not self.params.stop:
+            return None
         found = [self.text.find(stop) for stop in self.params.stop]
         return min((position for position in found if position >= 0), default=None)
 
     def _certain(self) -> int:
         """How much of the text cannot be the beginning of a stop text."""
-        longest = max((len(stop) for stop in self.params.stop), default=0)
+        if not self.params.stop:
+            return len(self.text)
+        longest = max(len(stop) for stop in self.params.stop)
         for held in range(min(longest - 1, len(self.text)), 0, -1):
             if any(stop.startswith(self.text[-held:]) for stop in self.params.stop):
                 return len(self.text) - held

@@ -115,20 +115,17 @@ class OnlinePredictor:
         return torch.stack(demand)
 
     @torch.inference_mode()
-    def prefill(
-        self, tokens: Int[Tensor, " N"], counts: Sequence[int] | None = None, *, room: int = 0
-    ) -> Float[Tensor, "L E"]:
+    def prefill(self, tokens: Int[Tensor, " N"], counts: Sequence[int] | None = None) -> Float[Tensor, "L E"]:
         """What any of N tokens uses whose routing is not known yet: prompts or parts of them.
 
         Args:
             tokens: one sequence's after the other.
             counts: tokens of each sequence; None: they are one's.
-            room: tokens there is memory for, if that is more than N.
         """
         parts = sorted(tokens.split(list(counts or [len(tokens)])), key=len, reverse=True)
         nobody = torch.zeros(self.artifact.shape[:2], device=self.device)
-        while parts and len(parts[0]):  # as many together as there is room for, padded
-            together = max(1, max(len(tokens), room) // len(parts[0]))
+        while parts and len(parts[0]):  # as many together as need no more room, padded, than all of them do
+            together = max(1, len(tokens) // len(parts[0]))
             padded = pad_sequence(parts[:together], batch_first=True, padding_value=_PADDING)
             chances = self._blind(padded.clamp(min=-1))[padded != _PADDING]
             nobody += torch.log1p(-chances.clamp(max=1 - 1e-6)).sum(0)

@@ -75,8 +75,12 @@ class T5Predictor(nn.Module):
         return logits[torch.arange(len(rows), device=rows.device), count - begin]
 
     def note(
-        self, state: State, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]
-    ) -> None:  # noqa: ARG002 - the interface
+        self,
+        state: State,
+        rows: Int[Tensor, " B"],
+        tokens: Int[Tensor, " B"],
+        routes: Int[Tensor, "B L K"],  # noqa: ARG002 - the interface
+    ) -> None:
         """What `feed` does to the state, without an answer."""
         count = state.taken[rows]
         state.tokens[rows, count % state.tokens.shape[1]] = tokens
