@@ -13,6 +13,7 @@ from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import Step
 from expertflow.cache.horizon import HORIZONS, unite
 from expertflow.config import EngineConfig
+from expertflow.engine.agenda import Agenda, Slip
 from expertflow.engine.build import SHIPPED_PREDICTOR, prepare
 from expertflow.engine.foresight import CALM, _by_row
 from expertflow.engine.llm import shipped_model
@@ -481,6 +482,28 @@ def test_a_fingerprint_is_of_the_weights(make_checkpoint: MakeCheckpoint) -> Non
     one = walk(model)
     assert fingerprint(dict(reversed(one.items()))) == fingerprint(one)
     assert fingerprint({**one, "more": next(iter(one.values()))}) != fingerprint(one)
+
+
+def test_a_slip_says_the_same_as_a_new_one() -> None:
+    """Whatever was told before: other tokens of the same rows, more rows, fewer, groups, nothing."""
+    agendas = [
+        Agenda([3, 1], [7, 8], [[3, 1]]), Agenda([3, 1], [9, 6], [[3, 1]]), Agenda([3, 1], [5, 5], []),
+        Agenda([3, 1, 0], [4, 3, 2], [[3, 1], [0, 2]]), Agenda([2], [1], [[2]]), None,
+        Agenda([3, 1], [7, 8], [[3, 1]]),
+    ]  # fmt: skip
+    slip = Slip(3, 4, 4, torch.device("cpu"))
+    for agenda in agendas:
+        seats = [0] if agenda is None else agenda.told
+        fresh = Slip(3, 4, 4, torch.device("cpu"))
+        for one in (slip, fresh):
+            one.write(seats, agenda)
+        told = 0 if agenda is None else len(agenda.told)
+        count = int(fresh.turns[0])
+        assert torch.equal(slip.turns[: 2 + count], fresh.turns[: 2 + count])
+        assert torch.equal(slip.members[: fresh.turns[1 + count]], fresh.members[: fresh.turns[1 + count]])
+        assert torch.equal(slip.seats, fresh.seats)
+        assert torch.equal(slip.told_seats, fresh.told_seats)
+        assert torch.equal(slip.told_tokens[:told], fresh.told_tokens[:told])
 
 
 def test_owners_of_rows() -> None:

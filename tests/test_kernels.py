@@ -274,7 +274,7 @@ def test_what_is_expected_of_single_sequences_is_united(groups: list[list[int]])
     said = torch.rand(6, 5, 3, 7, device=DEVICE)
     said[0, 2:, 0], said[3, 1, 1] = 0.0, 1.0
     slip = Slip(5, 5, 5, DEVICE)
-    slip.write([0], Agenda([], groups))
+    slip.write([0], Agenda([], [], groups))
     twin.expect(said, slip.members, slip.turns)
     expected = take_turns([hazards(unite(said[group].cpu().numpy())) for group in groups])
     assert state.demand.shape == expected.shape
