@@ -471,6 +471,14 @@ def draw(world: World, name: str, trace: Trace | None, batch: int) -> tuple[Tens
     return tokens[:, :batch].contiguous().to(world.device), None
 
 
+def with_known_tokens(trace: Trace) -> Trace:
+    """The trace without sequences that hold a token nobody recorded: the model has to be fed."""
+    rows = trace.rows
+    unknown = np.unique(rows.sequence[rows.tokens < 0])
+    kept = tuple(entry for entry in trace.sequences if entry["sequence"] not in unknown)
+    return replace(trace, rows=rows.take(~np.isin(rows.sequence, unknown)), sequences=kept)
+
+
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -495,7 +503,7 @@ def main() -> None:
     batches = [int(text) for text in options.batches.split(",")]
     shares = options.shares or {"q": "0.5,0.25", "g": "0.25,0.5,0.125"}[options.shape]
     names = [n for n in options.strategies.split(",") if world.predictor is not None or not TABLE[n].predicted]
-    trace = None if options.trace is None else load_trace(options.trace).without("repetition")
+    trace = None if options.trace is None else with_known_tokens(load_trace(options.trace).without("repetition"))
     if device.type == "cuda":
         Run.spare = torch.zeros(PROBED, world.store.layout.row_bytes, dtype=torch.uint8, device=device)
     truths = {}

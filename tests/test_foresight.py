@@ -217,7 +217,7 @@ def test_rest_forgets_nothing(
             foresight, begins = llm._offloaded.foresight, [0]
             said = heard(llm) if execution == "host" else demands_of(llm)
 
-            def loaded(_: int) -> None:
+            def loaded(*_: int) -> None:
                 foresight._calm = CALM if len(begins) in rests else 0
                 begins.append(len(said))
 

@@ -194,7 +194,8 @@ class DeviceExperts:
         self.steps = 0
         self.logs = log
         self.fixed = self.holds = self.resting = False
-        self.asked = self._made = 0
+        self.asked = 0
+        self._counted: tuple[int, ...] = (0, 0)
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._padding = torch.zeros(0)
         self._prefetches = strategy.prefetch != "none"
@@ -223,25 +224,24 @@ class DeviceExperts:
         foresight, slip = self._held.foresight, self._slip
         if slip is None or foresight is None or self.fixed or not self.predicting:
             return
-        if (
-            self.steps
-        ):  # the last one's tokens were waited for, or this may be an older number: then it rests a step later
-            self._count_loads(int(self.state.made))
+        self._count_loads()
         self.resting = foresight.resting
         foresight.sampled(sequences, tokens)
         agenda = foresight.agenda(slip.room)
         slip.write(foresight.seats(sequences), agenda)
         self.asked = 0 if agenda is None else len(agenda.told)
 
-    def _count_loads(self, made: int) -> None:
-        """Tell how many loads the last step took, of `made` since the host gave over."""
-        if self._held.foresight is not None:
-            self._held.foresight.loaded(made - self._made)
-        self._made = made
+    def _count_loads(self) -> None:
+        """Tell how many loads the steps took that are over by now; the last one is, if its tokens were waited for."""
+        loads, closed = self.state.made.tolist()
+        if closed > self._counted[1] and self._held.foresight is not None:
+            self._held.foresight.loaded(loads - self._counted[0], closed - self._counted[1])
+            self._counted = loads, closed
 
     def _take_over(self) -> None:
         self._held.transfer.settle()
         self._held.controller.hand_over(self.state.load)
+        self._counted = tuple(self.state.made.tolist())
         self.steps, self.holds = 0, True  # last: a take-over that is broken off has not been
         state = self.state
         self.fixed = state.strategy.retain and int(state.resident) == state.slots == state.layers * state.experts
@@ -258,10 +258,8 @@ class DeviceExperts:
             self.abandon()  # the host may have half of it
             raise
         self.holds = False
+        self._count_loads()
         tally = self.state.take_tally()
-        if self.steps and not self.fixed:
-            self._count_loads(tally[LOADS] + tally[AHEAD])
-        self._made = 0
         if not self.logs:
             self._held.counters.add(
                 CacheCounters(
@@ -288,7 +286,7 @@ class DeviceExperts:
         controller.take_back(lambda tables, usage: None, self.steps)  # noqa: ARG005 - what is known stays as it was
         controller.forget()
         self.state.drop()
-        self.steps = self._made = 0
+        self.steps = 0
 
     def moods(self) -> Iterator[None]:
         """Once as the coming step is, and once more as it may come to be, if the predictor asks and rests by turns."""

@@ -135,9 +135,9 @@ class Foresight:
         """Whether the predictor is only told, and not asked: lately there was nothing to load that it could have foreseen."""
         return self._calm >= CALM
 
-    def loaded(self, rows: int) -> None:
-        """A decode step is over that took so many loads."""
-        self._calm = 0 if rows else self._calm + 1
+    def loaded(self, rows: int, steps: int = 1) -> None:
+        """Decode steps are over that took so many loads."""
+        self._calm = 0 if rows else self._calm + steps
 
     def sampled(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
         """The newest tokens of these sequences, to be fed in when their turns come."""

@@ -197,6 +197,7 @@ def close_step(
     if layer == 0:
         tl.store(clock + 1, step + 1)
         tl.store(made, tl.load(tally + _LOADS) + tl.load(tally + _AHEAD))
+        tl.store(made + 1, step + 1)
     column = tl.arange(0, EP)
     mask = column < experts
     at = layer * experts + column
