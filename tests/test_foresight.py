@@ -517,3 +517,42 @@ def test_owners_of_rows() -> None:
     owners.expect(Coming([1, 2], [3, 1], padded_left=False))
     assert owners.take(6).tolist() == [1, 1, 1, 2, NOBODY, NOBODY]
     assert owners.take(2).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+@pytest.mark.parametrize("turns", [{"max_batch": 3}, {"max_batch": 2, "max_live": 5, "schedule": "group"}])
+@pytest.mark.parametrize("seed", range(2))
+def test_every_token_is_told_once(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str, turns: dict[str, object], seed: int
+) -> None:
+    """Whoever comes, leaves or takes turns, at rest or awake: the predictor holds each sequence's own tokens, all but those untold."""
+    model = make_checkpoint("qwen3_moe")
+    options = {"device": "cpu", "max_length": 48, "slots": 8, "prefill_chunk": 7, "execution": execution, **turns}
+    random = np.random.default_rng(seed)
+    with LLM(model, **options, predictor=str(make_predictor(model))) as llm:
+        foresight, engine = llm._offloaded.foresight, llm.engine
+        state, window, looked = foresight._online.state, foresight._online.artifact.config.window, 0
+
+        def loaded(*_: int) -> None:
+            foresight._calm = CALM if random.random() < 0.5 else 0
+
+        foresight.loaded = loaded
+        for _ in range(120):
+            if engine.unfinished < 6 and random.random() < 0.4:
+                prompt = random.integers(3, 90, random.integers(1, 12)).tolist()
+                engine.add(llm.request(prompt, SamplingParams(max_tokens=int(random.integers(1, 15)), ignore_eos=True)))
+            if engine.unfinished and random.random() < 0.05:
+                engine.cancel(int(random.integers(engine.begun)))
+            engine.step()
+            llm._offloaded.controller.end_step()  # a pass by the host is learned from behind it
+            for number, row in foresight._live.items():
+                request = engine._running[number].request
+                tokens = [*request.prompt_token_ids, *request.token_ids]
+                taken = int(state.taken[row])
+                if request.token_ids:  # all of its prompt is read
+                    looked += 1
+                    assert taken in {len(tokens) - 1, len(tokens)}
+                held = [int(state.tokens[row, place % window]) for place in range(max(0, taken - window), taken)]
+                assert held == tokens[max(0, taken - window) : taken]
+        assert llm.predictor_failure is None
+    assert looked > 100
