@@ -397,7 +397,7 @@ def test_a_predictor_that_raises_is_switched_off(
 def test_nothing_is_loaded_ahead_in_passes_over_prompts(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However sure the predictor is of a prompt's experts; what the same certainty loads ahead in decode steps shows that it could."""
+    """No forecast is made for them; what certainty loads ahead in decode steps shows that one could have."""
     model = make_checkpoint("qwen3_moe")
     events: list[Event] = []
     with LLM(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.core import make_tables
-from expertflow.cache.forecast import Forecast, Nothing, Step
+from expertflow.cache.forecast import Forecast, Nothing, Recorded, Step
 from expertflow.cache.policy import Outlook, Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.events import Event, EventKind, EventStream
@@ -53,7 +53,7 @@ def real() -> Trace:
 def run(
     maker: str, strategy: Strategy, slots: int, workload: Workload, tokens_known: Forecast | None = None
 ) -> tuple[list[Event], list]:
-    """The twin's events and schedules of a workload; what a predictor would say comes from `tokens_known`."""
+    """The twin's events and schedules of a workload; what a predictor would say comes from `tokens_known`, which may be at rest."""
     routes, experts = routes_of(workload), workload.trace.header.experts
     _, tokens, layers, top_k = routes.shape
     tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
@@ -65,25 +65,29 @@ def run(
     twin = MAKERS[maker](state)
     events, schedules = [], []
     for number in range(len(workload)):
+        rests = False
         if tokens_known is not None:
             outlook = tokens_known.outlook(workload.before(number))
+            rests = outlook is None
             state.known.fill_(0 if outlook is None else len(outlook.demand))
             if outlook is not None:
                 state.demand[: len(outlook.demand)] = torch.from_numpy(outlook.demand)
         events.append(Event(EventKind.STEP, number))
-        twin.open_step()
+        twin.open_step(ahead=not rests)
         for layer in range(layers):
             ids = torch.from_numpy(routes[number, :, layer].astype(np.int64)).contiguous().to(device)
             twin.run_layer(layer, ids, schedule)
             check_schedule(schedule, state, ids, layer * experts)
             schedules.append((schedule.slots.tolist(), schedule.bounds.tolist()))
-            twin.bind(layer)
+            if not rests:
+                twin.bind(layer)
         twin.close_step()
         if tokens_known is not None:
             tokens_known.learn(workload.after(number))
         events += [as_event(row, number, 1) for row in state.take_log()]
     kinds = (EventKind.HIT, EventKind.MISS, EventKind.EVICT, EventKind.PREFETCH, EventKind.WASTED)
-    tally = state.take_tally()
+    made, tally = state.made.tolist(), state.take_tally()
+    assert made == [tally[LOADS] + tally[AHEAD], len(workload)]
     assert [tally[place] for place in (HITS, LOADS, EVICTIONS, AHEAD, WASTES)] == [
         sum(event.kind is kind for event in events) for kind in kinds
     ]
@@ -116,9 +120,22 @@ def forecast_of(strategy: Strategy, workload: Workload) -> Forecast | None:
     return strategy.make_forecast(setting_of(workload)) if strategy.predicted else None
 
 
-def expected(workload: Workload, strategy: Strategy, slots: int) -> list[Event]:
+class _Naps(Nothing):
+    """A forecast that says nothing in every second pair of steps."""
+
+    def __init__(self, awake: Forecast) -> None:
+        self.awake, self.per_token = awake, awake.per_token
+
+    def outlook(self, step: Step) -> Outlook | None:
+        return None if step.number % 4 in {2, 3} else self.awake.outlook(step)
+
+    def learn(self, step: Step) -> None:
+        self.awake.learn(step)
+
+
+def expected(workload: Workload, strategy: Strategy, slots: int, forecast: Forecast | None = None) -> list[Event]:
     """What the compiled replay tells, without the end of the run."""
-    told = replay_events(workload, strategy, slots)
+    told = replay_events(workload, strategy, slots, forecast=forecast)
     while told[-1].kind is EventKind.WASTED:
         del told[-1]
     return told
@@ -179,6 +196,18 @@ def test_reference_decides_as_the_replay(seed: int, slots: int, name: str, varia
     events, schedules = run("reference", row, slots, workload, forecast_of(row, workload))
     assert events == expected(workload, row, slots)
     assert all(len(pairs) == 1 + phase_bound(row, 3, slots, 6) for pairs, _ in schedules)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_at_rest_nothing_is_planned(maker: str) -> None:
+    """Without plan and binding a twin at rest does what the cache does where nothing is known, and goes on from there."""
+    workload, row, slots = random_workload(seed=8, steps=6), STRATEGIES["plec"].on_device(), 16
+    events, _ = run(maker, row, slots, workload, _Naps(Recorded(workload.needed)))
+    assert events == expected(workload, row, slots, _Naps(Recorded(workload.needed)))
+    begins = [place for place, event in enumerate(events) if event.kind is EventKind.STEP]
+    ahead = [place for place, event in enumerate(events) if event.kind is EventKind.PREFETCH]
+    assert any(place > begins[4] for place in ahead)
+    assert not any(begins[2] < place < begins[4] for place in ahead)
 
 
 @pytest.mark.parametrize("maker", MAKERS)

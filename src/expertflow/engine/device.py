@@ -184,6 +184,7 @@ class DeviceExperts:
         notes = None
         if foresight is not None and self._slip is not None:
             notes = Notes(routes=foresight.routes, seats=self._slip.seats)
+            foresight.loaded(1)  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
         self._twin = self._kernels.residency(self.state, notes)
         self._work = Workspace.allocate(mlp, rows, top_k, device)
         self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
@@ -207,7 +208,7 @@ class DeviceExperts:
 
     @property
     def predicting(self) -> bool:
-        """Whether the predictor is asked in every step."""
+        """Whether there is a predictor at work, be it at rest."""
         return self._held.foresight is not None and self._held.foresight.failure is None
 
     def begin(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
@@ -235,7 +236,8 @@ class DeviceExperts:
         """Tell how many loads the steps took that are over by now; the last one is, if its tokens were waited for."""
         loads, closed = self.state.made.tolist()
         if closed > self._counted[1] and self._held.foresight is not None:
-            self._held.foresight.loaded(loads - self._counted[0], closed - self._counted[1])
+            before = self._counted[0] if loads >= self._counted[0] else 0  # else the tally was taken meanwhile
+            self._held.foresight.loaded(loads - before, closed - self._counted[1])
             self._counted = loads, closed
 
     def _take_over(self) -> None:

@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 
 
 class _Asked(NamedTuple):
-    """The pass that was asked about and is not learnt yet: each token's row, and whether it took its token in."""
+    """The pass that runs and is not learnt yet: each token's row, and whether the predictor took its token in before."""
 
     rows: npt.NDArray[np.int64]
     decoding: bool

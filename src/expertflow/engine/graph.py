@@ -2,8 +2,8 @@
 
 A step reads tokens, rows and positions from fixed buffers and leaves logits and the most probable tokens in others; the
 predictor, the plan and the loads of the experts are part of it (`engine.device`); keys and values are in rows that never move
-(`engine.rows`). Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes; the first
-step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
+(`engine.rows`). Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes, and once more
+for a predictor at rest; the first step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
 Knows the model's forward; refuses to know requests.
 """
 

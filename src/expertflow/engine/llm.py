@@ -102,7 +102,6 @@ class LLM:
         folder = shipped_model() if model is None else model
         self._offloaded: OffloadedModel = load_model(folder, self.config, forecast, other)
         self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
-        self._decoder = decoder_of(self.tokenizer)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
         self._engine = Engine(self._offloaded)
@@ -240,7 +239,7 @@ class LLM:
             params=params,
             ends=ends,
             limit=min(params.max_tokens, room),
-            decoder=self._decoder,
+            decoder=decoder_of(self.tokenizer),
             continues=not self.plan.shape.encoder_decoder,
         )
 

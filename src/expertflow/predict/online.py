@@ -2,7 +2,8 @@
 
 A sequence is a row number that the caller chooses. `start` gives the demand of a prompt's prefill, `observe` takes the
 prompt's true routing in, `step` takes the just-sampled tokens and the last step's true routing and gives the demand of
-all layers; `note` takes the same in and says nothing. Regrouping moves nothing: rows may come in any order and any subset; `free` forgets a sequence, `split` and
+all layers; `note` takes the same in and says nothing. The engine asks about decode steps only; `start` and `prefill` are for whoever
+wants to know of prompts. Regrouping moves nothing: rows may come in any order and any subset; `free` forgets a sequence, `split` and
 `join` carry one from one predictor to another. A step has static shapes, no synchronisation and no branch on data, so it can be
 captured in a CUDA graph. Knows artifacts and networks; refuses to know batches, requests and caches.
 """
