@@ -26,8 +26,8 @@ from expertflow.predict.online import OnlinePredictor
 from expertflow.trace.owners import NOBODY, Coming, Owners
 
 CALM = 4
-"""Decode steps without a load after which the predictor rests; the next load wakes it. 1 and 16 did no better than 4
-(docs/lab-notes.md): asking costs little, and saves nothing where everything is there."""
+"""Decode steps without a load after which the predictor rests; the next load wakes it. 1, 4 and 16 were not told
+apart for sure (docs/lab-notes.md); asking costs little, and saves nothing where everything is there."""
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
