@@ -4,15 +4,15 @@ A thin cover over `core` and `prefetch`: it makes the step's ranks from policy a
 simulator compiles, and turns their log rows into events and commands. No torch, no clock, no copies (design law 2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.cache.core import LOG, Planes, Rules, Tables, close, forget, make_tables
+from expertflow.cache.core import LOG, Planes, Rules, Tables, close, forget, leave, load, make_tables, meet
 from expertflow.cache.forecast import Forecast, Step
 from expertflow.cache.policy import Outlook, Usage
-from expertflow.cache.prefetch import open_step, run_layer
+from expertflow.cache.prefetch import open_step, pass_layer
 from expertflow.cache.strategy import Setting, Strategy
 from expertflow.cache.table import SlotTable
 from expertflow.events import Event, EventKind, EventStream
@@ -133,11 +133,25 @@ class CacheController:
         Returns:
             One access an expert: hits in ascending order, then misses, those worth keeping last.
         """
+        return list(self.turns(layer, needed))
+
+    def turns(self, layer: int, needed: Sequence[int]) -> Iterator[Access]:
+        """`access`, each turn told as soon as it is decided: its copy can be under way while the next one is thought about.
+
+        The layer is over when the iterator is exhausted; whoever gives up before has to `forget`.
+        """
         mask = np.zeros(self.table.experts, dtype=np.bool_)
         mask[list(needed)] = True
         self._needed[layer] |= mask
-        run_layer(self._tables, self._planes, self._demand, self._rules, layer, mask)
-        return self._drain()
+        tables, planes, rules = self._tables, self._planes, self._rules
+        misses, held = meet(tables, planes, rules, layer, mask)
+        yield from self._drain()
+        for number in range(misses.size):
+            load(tables, planes, rules, layer, mask, misses, held, number)
+            yield from self._drain()
+        leave(tables, planes, rules, layer, mask)
+        pass_layer(tables, planes, self._demand, rules, layer)
+        self._drain()
 
     def take_loads(self) -> list[Load]:
         """The copies decided since the last call that run ahead of their layer, in order."""

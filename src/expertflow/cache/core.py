@@ -178,10 +178,11 @@ def evict(t: Tables, slot: int) -> None:
 @shared
 def find_lowest(rank: npt.NDArray[np.float64], low: npt.NDArray[np.float64], lowest: npt.NDArray[np.int64]) -> int:
     """The layer with the smallest rank of all, the first among equals; looks only where something has changed."""
-    for layer in np.flatnonzero(lowest < 0):
-        lowest[layer] = np.argmin(rank[layer])
-        low[layer] = rank[layer, lowest[layer]]
-    return int(np.argmin(low))
+    for layer in (lowest < 0).nonzero()[0]:
+        column = rank[layer].argmin()
+        lowest[layer] = column
+        low[layer] = rank[layer, column]
+    return int(low.argmin())
 
 
 @shared
@@ -191,7 +192,7 @@ def make_room(t: Tables, layer: int) -> int:
     if t.cursor[RESIDENT] < slots and t.held[layer] < t.share[layer]:
         return int(t.newer[slots])
     if t.share[layer] < slots:
-        row, column = layer, int(np.argmin(t.rank[layer]))
+        row, column = layer, int(t.rank[layer].argmin())
     else:
         row = find_lowest(t.rank, t.low, t.lowest)
         column = int(t.lowest[row])
@@ -231,6 +232,16 @@ def end_wave(
 
 
 @shared
+def end_waves(
+    t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]
+) -> None:
+    """`end_wave` for all of the layer's residents but those `kept`."""
+    after = np.where(needed, planes.used[layer], planes.unused[layer]) - _NUDGE * (t.turn[t.slot_of[layer]] + 1)
+    t.rank[layer] = np.where((t.slot_of[layer] >= 0) & ~kept, after, t.rank[layer])
+    t.lowest[layer] = -1
+
+
+@shared
 def begin_step(t: Tables, planes: Planes) -> None:
     """A step starts: rank everybody by what is known before it. What was loaded ahead stays pinned (see `prefetch.open_step`)."""
     t.cursor[PENDING] = 0  # what waited for a layer that did not run
@@ -248,6 +259,8 @@ def access(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDAr
     next one. So a layer that needs more experts than there are slots runs all the same, and an expert that is not
     worth a slot takes none for longer than its turn.
 
+    Its parts are there for who carries out a turn before the next one is decided: `meet`, `load` for each load, `leave`.
+
     Args:
         t: changed in place; log rows are LAYER (detail: how many), HIT (detail: 1 if prefetched and unused so far)
             and MISS (detail: place in the schedule of the last access that uses the slot, or -1).
@@ -255,6 +268,22 @@ def access(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDAr
         rules: the strategy's numbers.
         layer: which.
         needed: `[E]` bool.
+    """
+    misses, held = meet(t, planes, rules, layer, needed)
+    for number in range(misses.size):
+        load(t, planes, rules, layer, needed, misses, held, number)
+    leave(t, planes, rules, layer, needed)
+
+
+@shared
+def meet(
+    t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Give the layer's residents their turns.
+
+    Returns:
+        What is missing, in the order of its loads: those worth keeping come last, because the last ones stay; and `[E]`, the
+        residents that may not leave before the first wave of loads is over.
     """
     present = t.slot_of[layer] >= 0
     hits = np.flatnonzero(needed & present)
@@ -267,8 +296,16 @@ def access(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDAr
         t.turn[slot] = turn
         tell(t, HIT, layer, expert, slot, int(t.fresh[layer, expert]))
         t.fresh[layer, expert] = False
+    held = needed & rules.joint
     if misses.size:
-        load(t, planes, rules, layer, needed, misses[np.argsort(planes.used[layer][misses], kind="mergesort")])
+        misses = misses[np.argsort(planes.used[layer][misses], kind="mergesort")]
+        t.rank[layer] = np.where(held, np.inf, t.rank[layer])
+    return misses, held
+
+
+@shared
+def leave(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDArray[np.bool_]) -> None:
+    """The layer's turns are all given."""
     t.turn[:] = -1
     settle(t, planes, layer, needed)
     if not rules.retain:
@@ -282,39 +319,37 @@ def give_up_plan(t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.b
     t.pinned[:] = False
     t.rank[:] = np.where(t.slot_of >= 0, planes.before, np.inf)
     t.lowest[:] = -1
-    end_wave(t, planes, layer, needed, np.flatnonzero(t.slot_of[layer] >= 0))
+    end_waves(t, planes, layer, needed, np.zeros_like(needed))
 
 
 @shared
-def load(
+def load(  # noqa: PLR0913, PLR0917 - what `meet` made, each used as it is
     t: Tables,
     planes: Planes,
     rules: Rules,
     layer: int,
     needed: npt.NDArray[np.bool_],
     misses: npt.NDArray[np.int64],
+    held: npt.NDArray[np.bool_],
+    number: int,
 ) -> None:
-    """Give the missing experts of a running layer slots; those worth keeping come last, because the last ones stay."""
-    first = int(np.sum(needed)) - misses.size
-    held = needed & rules.joint  # these may not leave before the first wave of loads is over
-    t.rank[layer] = np.where(held, np.inf, t.rank[layer])
-    for number in range(misses.size):
-        expert = misses[number]
-        if number == 0 or (rules.joint and number == rules.wave):
-            end_wave(t, planes, layer, needed, np.flatnonzero((t.slot_of[layer] >= 0) & ~held))
-            held[:] = False
-        elif number % rules.wave == 0:
-            end_wave(t, planes, layer, needed, misses[number - rules.wave : number])
+    """Give one of the running layer's missing experts a slot; `held` is emptied when the first wave is over."""
+    expert = misses[number]
+    if number == 0 or (rules.joint and number == rules.wave):
+        end_waves(t, planes, layer, needed, held)
+        held[:] = False
+    elif number % rules.wave == 0:
+        end_wave(t, planes, layer, needed, misses[number - rules.wave : number])
+    slot = make_room(t, layer)
+    if slot < 0:
+        end_waves(t, planes, layer, needed, held)
         slot = make_room(t, layer)
-        if slot < 0:
-            end_wave(t, planes, layer, needed, np.flatnonzero(t.slot_of[layer] >= 0))
-            slot = make_room(t, layer)
-        if slot < 0:
-            give_up_plan(t, planes, layer, needed)
-            slot = make_room(t, layer)
-        put(t, layer, expert, slot)
-        tell(t, MISS, layer, expert, slot, t.turn[slot])
-        t.turn[slot] = first + number
+    if slot < 0:
+        give_up_plan(t, planes, layer, needed)
+        slot = make_room(t, layer)
+    put(t, layer, expert, slot)
+    tell(t, MISS, layer, expert, slot, t.turn[slot])
+    t.turn[slot] = np.count_nonzero(needed) - misses.size + number
 
 
 @shared

@@ -203,6 +203,12 @@ def run_layer(
 ) -> None:
     """A layer of the step: its accesses, then the planned loads that wait for it."""
     access(t, planes, rules, layer, needed)
+    pass_layer(t, planes, demand, rules, layer)
+
+
+@shared
+def pass_layer(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rules, layer: int) -> None:
+    """A layer's accesses are over: plan anew if the strategy does, and bind the loads that waited for it."""
     if rules.prefetch:
         if rules.rolling:
             plan(t, planes, demand, rules, layer)

@@ -302,7 +302,7 @@ def _moe(shape: ModelShape, tokens: int) -> int:
     router = tokens * shape.experts * 4 * 5
     sorting = pairs * 8 * 6 + pairs * 4 * 2
     parts = pairs * shape.hidden * element + 3 * tokens * shape.hidden * element
-    # one expert may get every token: gathered input, inner states, output, weighted output in float32
+    # one expert may get every token: its input (a copy where rows are not aligned), inner states, output; weighting them
     expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
     dense = tokens * shape.dense_width * element * 4
     return router + sorting + parts + max(expert, dense)

@@ -3,6 +3,7 @@
 Starts every copy as early as its slot allows, so copies of later experts run while earlier ones compute.
 """
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from expertflow.cache.controller import CacheController
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.transfer import Transfer
 from expertflow.models.experts import Row
-from expertflow.types import Load
+from expertflow.types import Access, Load
 
 
 class CachedExperts:
@@ -31,32 +32,40 @@ class CachedExperts:
             self._prefetch(self.controller.take_loads())
 
     def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:
-        """Yield every needed expert once; its tensors are valid until the generator is resumed."""
-        with self._or_forget():
-            schedule = self.controller.access(layer, experts)
-            ahead = self.controller.take_loads()
-        first = layer * self.controller.table.experts
-        begun = reached = 0
+        """Yield every needed expert once; its tensors are valid until the generator is resumed.
+
+        Turns are taken from the controller no sooner than their copies can start, so that it decides beside running copies.
+        """
+        transfer, first = self._transfer, layer * self.controller.table.experts
+        turns, ready, done = self._turns(layer, experts), deque[Access](), 0
+        coming = next(turns, None)
         try:
-            for turn, access in enumerate(schedule):
-                while begun < len(schedule) and schedule[begun].after < turn:
-                    if schedule[begun].load:
-                        self._transfer.start(first + schedule[begun].expert, schedule[begun].slot)
-                    begun += 1
+            while ready or coming is not None:
+                while coming is not None and coming.after < done:
+                    if coming.load:
+                        transfer.start(first + coming.expert, coming.slot)
+                    ready.append(coming)
+                    coming = next(turns, None)
+                access = ready.popleft()
                 if access.load or access.fresh:
-                    self._transfer.wait(access.slot)
-                reached += 1
+                    transfer.wait(access.slot)
+                done += 1
                 try:
                     yield access.expert, self._pool.views[access.slot]
                 finally:
-                    self._transfer.release(access.slot)
+                    transfer.release(access.slot)
         finally:
             # a consumer may close the stream at its last expert; before that, the layer was given up half-way
             with self._or_forget():
-                if reached < len(schedule):
+                if ready or coming is not None:
                     self.controller.forget()
                 else:
-                    self._prefetch(ahead)
+                    self._prefetch(self.controller.take_loads())
+
+    def _turns(self, layer: int, experts: list[int]) -> Iterator[Access]:
+        """The controller's, whose tables cannot be trusted if it fails half-way."""
+        with self._or_forget():
+            yield from self.controller.turns(layer, experts)
 
     @contextmanager
     def _or_forget(self) -> Iterator[None]:

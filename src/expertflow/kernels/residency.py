@@ -90,7 +90,7 @@ class Residency:
         )  # fmt: skip
 
     def bind(self, layer: int) -> None:
-        """`prefetch.run_layer` behind `access`: plan anew if the strategy does, and bind the loads the layer lets go."""
+        """`prefetch.pass_layer`: plan anew if the strategy does, and bind the loads the layer lets go."""
         if self._rules.prefetch:
             self._look_ahead(layer, plan=self._rules.rolling)
 

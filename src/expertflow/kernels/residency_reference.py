@@ -19,12 +19,11 @@ from expertflow.cache.core import (
     Planes,
     Tables,
     access,
-    carry_out,
     make_tables,
 )
 from expertflow.cache.horizon import STEPS_KNOWN, hazards, take_turns, unite
 from expertflow.cache.policy import Outlook, Usage
-from expertflow.cache.prefetch import open_step, plan
+from expertflow.cache.prefetch import open_step, pass_layer
 from expertflow.kernels.ledger import CALLED_OFF, CARRIED, DONE, DST, PRIOR, SRC, TAKEN
 from expertflow.kernels.state import (
     AHEAD,
@@ -122,13 +121,11 @@ class Residency:
         state.tally[PHASES] += self._fill(schedule, rows, choice, layer * state.experts)
 
     def bind(self, layer: int) -> None:
-        """`prefetch.run_layer` behind `access`. See the twin."""
+        """`prefetch.pass_layer`. See the twin."""
         if not self._rules.prefetch:
             return
         self._tables.cursor[LOG] = 0
-        if self._rules.rolling:
-            plan(self._tables, self._planes, self.state.demand[0].numpy(), self._rules, layer)
-        carry_out(self._tables, layer)
+        pass_layer(self._tables, self._planes, self.state.demand[0].numpy(), self._rules, layer)
         self._bound(layer)
 
     def close_step(self) -> None:

@@ -52,32 +52,41 @@ class PlainTransfer:
 
 
 class StreamTransfer:
-    """Copies page-locked rows on a stream of their own."""
+    """Copies page-locked rows on a stream of their own.
+
+    The host's part of a load has to be short beside the copy, or the link waits for it: tensors of rows and slots are made
+    once, and streams are named and switched instead of asked for.
+    """
 
     def __init__(self, store: HostStore, pool: SlotPool) -> None:
         """Copy from `store` (page-locked) to `pool` (CUDA)."""
-        self._store, self._pool = store, pool
-        self._stream = torch.cuda.Stream(pool.buffer.device)
-        slots = len(pool.views)
-        self._loaded = [torch.cuda.Event() for _ in range(slots)]
-        self._released = [torch.cuda.Event() for _ in range(slots)]
+        device = pool.buffer.device
+        self._rows, self._slots = store.buffer.unbind(), pool.buffer.unbind()
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._stream = torch.cuda.Stream(device)
+        self._loaded = [torch.cuda.Event() for _ in self._slots]
+        self._released = [torch.cuda.Event() for _ in self._slots]
         # the pool's memory may have been used by work queued before it was allocated
-        self._stream.wait_stream(torch.cuda.current_stream(pool.buffer.device))
+        self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def start(self, row: int, slot: int) -> None:
         """Queue the copy behind the slot's last release."""
         self._stream.wait_event(self._released[slot])
-        with torch.cuda.stream(self._stream):
-            self._pool.slot(slot).copy_(self._store.row(row), non_blocking=True)
-            self._loaded[slot].record(self._stream)
+        computing = torch.cuda.current_stream(self._device)
+        torch.cuda.set_stream(self._stream)
+        try:
+            self._slots[slot].copy_(self._rows[row], non_blocking=True)
+        finally:
+            torch.cuda.set_stream(computing)
+        self._loaded[slot].record(self._stream)
 
     def wait(self, slot: int) -> None:
         """Order the current stream behind the slot's copy."""
-        torch.cuda.current_stream().wait_event(self._loaded[slot])
+        torch.cuda.current_stream(self._device).wait_event(self._loaded[slot])
 
     def release(self, slot: int) -> None:
         """Mark the current stream's position as the last that reads the slot."""
-        self._released[slot].record(torch.cuda.current_stream())
+        self._released[slot].record(torch.cuda.current_stream(self._device))
 
     def settle(self) -> None:
         """Wait for the copy stream."""

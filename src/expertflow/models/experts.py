@@ -19,6 +19,8 @@ from transformers.integrations.moe import ExpertsInterface
 
 IMPLEMENTATION = "expertflow"
 
+_ALIGNED = 64
+"""Bytes: what a tensor of its own is aligned to. Results of matrix products depend on it on CPUs."""
 Row = Mapping[str, Tensor]
 """One expert's tensors by parameter name, on the compute device."""
 
@@ -79,7 +81,7 @@ def run_experts(
 
     Args:
         binding: layer and provider.
-        mlp: one expert: tokens and weights in, tokens out.
+        mlp: one expert: tokens and weights in, tokens of the same dtype out.
         hidden: token states.
         index: expert of each token and rank; `experts` itself means none.
         weights: router weight of each; may be of a wider dtype than `hidden`.
@@ -96,14 +98,17 @@ def run_experts(
     ends = torch.bincount(flat, minlength=experts + 1).cumsum(0).tolist()  # the one host sync of a layer
     begins = [0, *ends[:experts]]
     needed = [expert for expert in range(experts) if ends[expert] > begins[expert]]
-    # a row a (token, rank) pair, sorted by expert; pairs without an expert stay zero
-    parts = hidden.new_empty(flat.shape[0], hidden.shape[1])
-    parts[ends[experts - 1] :] = 0
+    # a row a (token, rank) pair, sorted by expert: what the expert reads, and then what it made of it
+    parts = hidden[token_of]
+    aligned = hidden.shape[1] * hidden.element_size() % _ALIGNED == 0
     with closing(binding.provider.stream(binding.layer, needed)) as rows:
         for expert, row in rows:
-            mine = slice(begins[expert], ends[expert])
-            out = mlp(hidden[token_of[mine]], row)
-            parts[mine] = (out * weight_of[mine, None]).to(hidden.dtype)
+            mine = parts[begins[expert] : ends[expert]]
+            out = mlp(mine if aligned else mine.clone(), row)
+            assert out.dtype == hidden.dtype  # or it would be rounded before it is weighted
+            mine.copy_(out)
+    parts.mul_(weight_of[:, None])
+    parts[ends[experts - 1] :] = 0  # pairs without an expert
     position = torch.empty_like(order)
     position[order] = torch.arange(order.shape[0], device=order.device)
     ascending = position.view(top_k, tokens).sort(dim=0).values
