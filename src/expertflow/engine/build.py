@@ -257,8 +257,8 @@ class OffloadedModel:
             kind = EncoderDecoderRows if plan.shape.encoder_decoder else RowModel
             self._rows = kind(self.model, self.skeleton, plan.max_live, plan.max_length)
         if isinstance(self._rows, EncoderDecoderRows):
-            return EncoderDecoderExecutor(self._rows, self._graphs)
-        return RowExecutor(self._rows, self._graphs)
+            return EncoderDecoderExecutor(self._rows, self._graphs, self.controller.end_step)
+        return RowExecutor(self._rows, self._graphs, self.controller.end_step)
 
     def _graphs(self) -> GraphDecoder | None:
         """The graphs, if the plan says so and nobody has to see the routing; where not, says why, once."""

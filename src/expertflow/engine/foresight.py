@@ -22,6 +22,7 @@ from expertflow.cache.horizon import HORIZONS, hazards, take_turns, unite
 from expertflow.cache.policy import Outlook
 from expertflow.engine.agenda import Agenda
 from expertflow.events import Event, EventKind, EventStream
+from expertflow.predict.model import sent
 from expertflow.predict.online import OnlinePredictor
 from expertflow.trace.owners import NOBODY, Coming, Owners
 
@@ -269,7 +270,7 @@ class Foresight:
     def _clear(self, rows: list[int]) -> None:
         if rows:
             self._online.free(rows)
-            self.routes[rows] = self._experts
+            self.routes[self._tensor(np.array(rows))] = self._experts
 
     def _outlook(self, step: Step) -> Outlook | None:
         self._asked = _Asked(np.zeros(0, dtype=np.int64), decoding=False)
@@ -323,7 +324,7 @@ class Foresight:
             self.routes[seats] = used[begins.roll(-1, 0) - 1]
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._online.device)
+        return sent(torch.from_numpy(values.astype(np.int64)), self._online.device)
 
 
 def _by_row(

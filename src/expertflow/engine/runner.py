@@ -57,14 +57,20 @@ class RowExecutor:
     Args:
         rows: the model over its rows.
         graphs: asked before each decode step; None: the host execution takes it.
+        queued: told when a pass over prompts is queued: what it showed can be learned while the device is still at it.
     """
 
     joins = padded_left = True
     whole = False
 
-    def __init__(self, rows: RowModel | EncoderDecoderRows, graphs: Callable[[], GraphDecoder | None]) -> None:
+    def __init__(
+        self,
+        rows: RowModel | EncoderDecoderRows,
+        graphs: Callable[[], GraphDecoder | None],
+        queued: Callable[[], None],
+    ) -> None:
         """Nothing has run."""
-        self._rows, self._graphs = rows, graphs
+        self._rows, self._graphs, self._queued = rows, graphs, queued
         self._bindings = [rows.model.get_submodule(path) for path in rows.skeleton.expert_modules]
         self._best: Tensor | None = None
 
@@ -85,7 +91,9 @@ class RowExecutor:
         self._best = None
         given = Pass(ids.to(device), rows, positions.to(device), columns.to(device), end)
         with self._padding(columns == nowhere):
-            return self._rows.forward(self._rows.model, given)
+            logits = self._rows.forward(self._rows.model, given)
+        self._queued()
+        return logits
 
     @contextmanager
     def _padding(self, padding: Tensor) -> Iterator[None]:
@@ -127,9 +135,11 @@ class EncoderDecoderExecutor(RowExecutor):
     padded_left = False
     whole = True
 
-    def __init__(self, rows: EncoderDecoderRows, graphs: Callable[[], GraphDecoder | None]) -> None:
+    def __init__(
+        self, rows: EncoderDecoderRows, graphs: Callable[[], GraphDecoder | None], queued: Callable[[], None]
+    ) -> None:
         """Nothing has run."""
-        super().__init__(rows, graphs)
+        super().__init__(rows, graphs, queued)
         self._encoder = rows
 
     @torch.inference_mode()
@@ -140,7 +150,10 @@ class EncoderDecoderExecutor(RowExecutor):
         self._best = None
         with self._padding(mask == 0):
             encoded = self._encoder.encode(ids, mask)
-        return self._encoder.start([piece.row for piece in pieces], encoded, list(map(len, prompts)))
+        self._queued()
+        logits = self._encoder.start([piece.row for piece in pieces], encoded, list(map(len, prompts)))
+        self._queued()
+        return logits
 
 
 class CohortExecutor:

@@ -87,15 +87,16 @@ def run_experts(
         weights: router weight of each; may be of a wider dtype than `hidden`.
         experts: experts a layer.
     """
-    if binding.observe is not None:
-        binding.observe(binding.layer, index, weights)
     tokens, top_k = index.shape
     # the stock code takes an expert's tokens rank by rank, so sort by (expert, rank, token)
     flat = index.t().reshape(-1)
     order = torch.argsort(flat, stable=True)
     token_of = order % tokens
     weight_of = weights.t().reshape(-1)[order]
+    watched = None if binding.observe is None else tuple(part.to("cpu", non_blocking=True) for part in (index, weights))
     ends = torch.bincount(flat, minlength=experts + 1).cumsum(0).tolist()  # the one host sync of a layer
+    if binding.observe is not None and watched is not None:
+        binding.observe(binding.layer, *watched)
     begins = [0, *ends[:experts]]
     needed = [expert for expert in range(experts) if ends[expert] > begins[expert]]
     # a row a (token, rank) pair, sorted by expert: what the expert reads, and then what it made of it

@@ -155,6 +155,11 @@ class State(NamedTuple):
             column[rows] = empty
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host on their way to the device: to a GPU from page-locked memory, so that nobody waits for what it is at."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 class Pieces(NamedTuple):
     """Tokens of several sequences, one sequence after the other: whose each of them is, and where in its piece.
 
@@ -183,7 +188,7 @@ class Pieces(NamedTuple):
         left = many[owner] - 1 - place
         newest = torch.nonzero(left < window)[:, 0]
         sizes = [len(many), len(many), len(owner), len(owner), len(owner), len(newest)]
-        told = torch.cat([whose, many, owner, place, left, newest]).to(device)
+        told = sent(torch.cat([whose, many, owner, place, left, newest]), device)
         whose, many, owner, place, left, newest = told.split(sizes)
         return cls(whose, many, owner, place, left, newest if len(newest) < len(owner) else None)
 

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from expertflow.errors import PredictorError
 from expertflow.predict.artifact import Artifact
 from expertflow.predict.draft import Draft, look_up
-from expertflow.predict.model import OUTPUTS, Pieces, Predictor, State, empty_state
+from expertflow.predict.model import OUTPUTS, Pieces, Predictor, State, empty_state, sent
 
 _PADDING = -2
 """In the place of a token behind a piece's end; an unknown one is -1."""
@@ -202,7 +202,7 @@ class OnlinePredictor:
 
     def free(self, rows: Sequence[int]) -> None:
         """Forget sequences; their rows may be used for others."""
-        self.state.clear(torch.tensor(list(rows), device=self.device), self.artifact.config.experts)
+        self.state.clear(sent(torch.tensor(list(rows)), self.device), self.artifact.config.experts)
 
     def split(self, rows: Sequence[int]) -> State:
         """Take sequences out: their state, one after the other; the rows are free afterwards."""
