@@ -16,6 +16,7 @@ from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.engine import build
 from expertflow.kernels.backend import backend
+from expertflow.memory.meter import CpuMeter
 from expertflow.predict import memory, model
 from expertflow.predict.artifact import Artifact
 from expertflow.predict.dataset import Shape
@@ -164,6 +165,44 @@ def test_noting_is_a_step_without_an_answer() -> None:
     assert all(torch.equal(mine[:4], other[:4]) for mine, other in zip(noted.state, stepped.state, strict=True))
 
 
+def test_prompts_are_taken_in_as_by_notes() -> None:
+    """Pieces shorter and longer than the ring, behind others and first, unknown tokens: as in torch, and bit for bit as token by token."""
+    artifact = random_artifact(**{**SMALL, "experts": 20, "table": 7})
+    plain, twin = pair_of(artifact)
+    noted = OnlinePredictor(artifact, 3, DEVICE, path.path_step)
+    tokens, routes = random_texts(24, 20)
+    before = functional.pad(routes, (0, 0, 0, 0, 1, 0), value=20)
+    done = [0, 0, 0]
+    for rows, counts in ([2, 0], [3, 11]), ([1], [1]), ([0, 1, 2], [9, 5, 6]), ([1, 0], [17, 2]):
+        spans = [slice(done[row], done[row] + count) for row, count in zip(rows, counts, strict=True)]
+        said = [
+            torch.cat([part[row, span] for row, span in zip(rows, spans, strict=True)]) for part in (tokens, before)
+        ]
+        bystander = [column[3].clone() for column in twin.state]
+        for online in (plain, twin):
+            online.observe(rows, counts, *said)
+        for row, span in zip(rows, spans, strict=True):
+            for at in range(span.start, span.stop):
+                noted.note(torch.tensor([row], device=DEVICE), tokens[row, at : at + 1], before[row, at : at + 1])
+            done[row] = span.stop
+        assert_same(twin.state, plain.state)
+        assert all(torch.equal(mine, other) for mine, other in zip(twin.state, noted.state, strict=True))
+        assert all(torch.equal(column[3], was) for column, was in zip(twin.state, bystander, strict=True))
+
+
+def test_taking_prompts_in_needs_little_room() -> None:
+    """A pass of 512 tokens, as the engine tells it, takes no more than is planned; torch's marks of every token would take ten times that."""
+    artifact = random_artifact(**{**SMALL, "experts": 128})
+    online, meter = OnlinePredictor(artifact, 3, DEVICE, path.path_step), CpuMeter([])
+    with torch.inference_mode(), meter.watch():
+        used = torch.full((512, 2, 2), 128, dtype=torch.int32, device=DEVICE)
+        before = used.roll(1, 0)
+        online.observe([0, 2], [500, 12], torch.zeros(512, dtype=torch.long, device=DEVICE), before)
+    idle, step = (OnlinePredictor.nbytes(artifact, 3, 1, chunk, twin=True) for chunk in (0, 512))
+    assert meter.peak_bytes <= step - idle
+    assert 10 * (step - idle) <= artifact.model.prompt_bytes(512)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # NumPy's, in the interpreter
 def test_broken_weights_break_chances_alone() -> None:
     """Weights that are no numbers give chances that are none, which a step refuses, and no access out of bounds."""
@@ -213,16 +252,17 @@ def test_the_engine_asks_for_the_kernels(
     checkpoint = make_checkpoint()
     asked = []
 
-    def twin(artifact: Artifact) -> object:
-        def step(state: State, rows: Tensor, tokens: Tensor, routes: Tensor) -> Tensor:
-            asked.append(len(rows))
-            before = state.tokens[rows, (state.taken[rows] - 1) % artifact.config.window]
-            return artifact.probabilities(artifact.model.feed(state, rows, tokens, routes), tokens, before)
+    class Plain:
+        def __init__(self, artifact: Artifact) -> None:
+            self._artifact, self.note, self.absorb = artifact, artifact.model.note, artifact.model.absorb
 
-        return step
+        def __call__(self, state: State, rows: Tensor, tokens: Tensor, routes: Tensor) -> Tensor:
+            asked.append(len(rows))
+            before = state.tokens[rows, (state.taken[rows] - 1) % self._artifact.config.window]
+            return self._artifact.probabilities(self._artifact.model.feed(state, rows, tokens, routes), tokens, before)
 
     assert backend(torch.device("cpu")).path_step is None
-    monkeypatch.setattr(build, "backend", lambda _: SimpleNamespace(path_step=twin))
+    monkeypatch.setattr(build, "backend", lambda _: SimpleNamespace(path_step=Plain))
     with LLM(checkpoint, device="cpu", max_length=48, slots=6, predictor=str(make_predictor(checkpoint))) as llm:
         llm.generate([[5, 6, 7]])
         assert llm.predictor_failure is None

@@ -101,7 +101,8 @@ def prepare(
             "schedule='group' divides sequences by predicted route, and there is no predictor here",
             "Train one (`expertflow train-predictor`), or use schedule='auto' or 'fifo'.",
         )
-    device = resolve_device(config.device).type
+    computing = resolve_device(config.device)
+    device = computing.type
     no_graph = graph_refusal(
         skeleton,
         strategy,
@@ -110,7 +111,11 @@ def prepare(
         own_forecast=forecast is not None,
         predicted=predictor is not None,
     )
-    thinks = 0 if predictor is None else OnlinePredictor.nbytes(predictor, *_predictor_load(config))
+    thinks = 0
+    if predictor is not None:
+        kernels = backend(computing).path_step
+        twin = kernels is not None and kernels(predictor) is not None
+        thinks = OnlinePredictor.nbytes(predictor, *_predictor_load(config), twin=twin)
     plan = make_plan(config, shape, device, strategy.name, no_graph, predictor=thinks)
     return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor)
 

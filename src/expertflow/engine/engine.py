@@ -22,6 +22,7 @@ from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.rows import Fed
 from expertflow.engine.runner import Piece
 from expertflow.engine.sampler import choose_all
+from expertflow.predict.online import PREVIEW
 from expertflow.schedule.cost import Costs, fixed_part
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import Coming
@@ -29,8 +30,6 @@ from expertflow.trace.recorder import Recorder
 
 _PASSES, _STEPS = 9, 64
 """Passes, and steps, whose durations say what the next ones will take."""
-_PREVIEW = 32
-"""Tokens at a prompt's end that say which experts a waiting request is likely to use."""
 
 
 @dataclass(kw_only=True)
@@ -271,7 +270,7 @@ class Engine:
             one = self._running[number]
             if one.usual is None:
                 assert self._offloaded.foresight is not None
-                one.usual = self._offloaded.foresight.usual(one.request.prompt_token_ids[-_PREVIEW:])
+                one.usual = self._offloaded.foresight.usual(one.request.prompt_token_ids[-PREVIEW:])
             if one.usual is None:
                 return None
             said.append(one.usual)

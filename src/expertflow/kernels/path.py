@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from expertflow.kernels.absorb import absorb, embed, power_of_two, project
+
 FLOOR, NEVER, FIXED, RANGE = 0.02, -1e4, 1 << 20, 8.0
 """As `predict.model._FLOOR`, `_NEVER`, `_FIXED` and `predict.memory._RANGE` say."""
 _FLOOR, _NEVER, _FIXED = tl.constexpr(FLOOR), tl.constexpr(NEVER), tl.constexpr(float(FIXED))
@@ -39,32 +41,6 @@ def _begin(early: tl.constexpr):
     if early:
         gdc_wait()
         gdc_launch_dependents()
-
-
-@triton.jit
-def _embed(
-    seen, table, token, cell, vocabulary: tl.constexpr, rows: tl.constexpr, hashed: tl.constexpr, emb: tl.constexpr
-):
-    """`TokenTable.forward` of one token."""
-    inside = (token >= 0) & (token < vocabulary)
-    known = inside & (tl.load(seen + tl.where(inside, token, vocabulary)) != 0)
-    first = (token * 2654435761 >> 8) % rows if hashed else token
-    first = tl.where(known, first, rows)
-    result = tl.load(table + first * emb + cell, mask=cell < emb, other=0.0)
-    if hashed:
-        second = tl.where(known, (token * 40503 + 12345 >> 3) % rows, rows)
-        result += tl.load(table + second * emb + cell, mask=cell < emb, other=0.0)
-    return result
-
-
-@triton.jit
-def _project(weight, line, inside, one, two, cell, emb: tl.constexpr):
-    """Rows `line` of a weight `[*, 2 emb]` times two embeddings."""
-    mask = inside[:, None] & (cell < emb)[None, :]
-    at = weight + line[:, None] * (2 * emb) + cell[None, :]
-    left = tl.load(at, mask=mask, other=0.0)
-    right = tl.load(at + emb, mask=mask, other=0.0)
-    return tl.sum(left * one[None, :] + right * two[None, :], axis=1)
 
 
 @triton.jit
@@ -154,15 +130,15 @@ def _look_back(
     befores = tl.load(held_before + ring + place, mask=inside, other=-1)
     alike, twice = tl.load(bonus + head), tl.load(bonus + heads + head)
     distance, nobody = tl.load(bonus + 2 * heads + head), tl.load(bonus + 3 * heads + head)
-    one = _embed(seen, table, token, cell, vocabulary, table_rows, hashed, emb)
-    two = _embed(seen, table, before, cell, vocabulary, table_rows, hashed, emb)
+    one = embed(seen, table, token, cell, vocabulary, table_rows, hashed, emb)
+    two = embed(seen, table, before, cell, vocabulary, table_rows, hashed, emb)
     line = head * depth + deep
-    asked = _project(query, line, deep < depth, one, two, cell, emb)
-    told = _project(key, line, deep < depth, one, two, cell, emb)
+    asked = project(query, line, deep < depth, one, two, cell, emb)
+    told = project(key, line, deep < depth, one, two, cell, emb)
     tl.store(held_keys + (own + here) * depth + deep, told, mask=deep < depth)
     if head == 0:
         second = tl.load(held_before + ring + last)
-        three = _embed(seen, table, second, cell, vocabulary, table_rows, hashed, emb)
+        three = embed(seen, table, second, cell, vocabulary, table_rows, hashed, emb)
         at = embedded + b * (3 * emb) + cell
         tl.store(at, one, mask=cell < emb)
         tl.store(at + emb, two, mask=cell < emb)
@@ -527,7 +503,7 @@ class PathStep:
         now = like.new_empty(batch, flat)
         _pour[(batch, groups, c.layers)](
             rows, state.routes, amounts, places, sources,
-            layers=c.layers, experts=c.experts, ep=_padded(c.experts), top_k=c.top_k, decays=decays, groups=groups,
+            layers=c.layers, experts=c.experts, ep=power_of_two(c.experts), top_k=c.top_k, decays=decays, groups=groups,
             matches=c.matches, window=c.window, early=early, num_warps=1 if c.experts <= 128 else 4, launch_pdl=early,
         )  # fmt: skip
         turn = max(1, triton.cdiv(batch, _TURNS))
@@ -537,10 +513,10 @@ class PathStep:
             embedded, used, sources, model.read_tokens.weight, model.read_tokens.bias,
             *(read.weight for read in model.read_routes), parts, batch, turn,
             flat=flat, decays=decays, heads=c.heads, slow=min(2, decays - 1), emb=c.embedding, width=c.width, block=4,
-            block_emb=min(1024, _padded(3 * c.embedding)), block_flat=min(1024, _padded(flat)), early=early,
+            block_emb=min(1024, power_of_two(3 * c.embedding)), block_flat=min(1024, power_of_two(flat)), early=early,
             num_warps=4, launch_pdl=early,
         )  # fmt: skip
-        z, padded = parts, _padded(c.width)
+        z, padded = parts, power_of_two(c.width)
         for norm, up, _, _, down in model.blocks:
             inner, refined = like.new_empty(batch, 2 * c.width), like.new_empty(batch, 1, c.width)
             _up[(turns, triton.cdiv(2 * c.width, 8))](
@@ -562,12 +538,12 @@ class PathStep:
             early=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip
         out: Tensor = like.new_empty(batch, outputs, c.layers, c.experts)
-        block = min(128, _padded(c.experts))
+        block = min(128, power_of_two(c.experts))
         _decide[(turns, c.layers * triton.cdiv(c.experts, block), outputs)](
             rows, state.taken, sources, trust, now, later, recalled, model.habit, model.base, model.spread.weight,
             self._artifact.calibration, memory.token_odds, memory.pair_odds, out, batch, turn,
             layers=c.layers, experts=c.experts, block=block, outputs=outputs, many=decays + groups,
-            many_padded=_padded(decays + groups), depth=model.spread.in_features, early=early, num_warps=4, launch_pdl=early,
+            many_padded=power_of_two(decays + groups), depth=model.spread.in_features, early=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip
         return out
 
@@ -575,6 +551,10 @@ class PathStep:
         """What a step does to the state, without an answer: one launch, and the tokens count as taken."""
         self._take_in(state, rows.contiguous(), tokens, routes)
         state.taken.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int64))
+
+    def absorb(self, state: Any, pieces: Any, tokens: Tensor, routes: Tensor) -> None:
+        """`PathPredictor.absorb`: what notes of token by token would leave, in three launches."""
+        absorb(self._artifact, state, pieces, tokens, routes)
 
     def _take_in(self, state: Any, rows: Tensor, tokens: Tensor, routes: Tensor) -> tuple[Tensor, ...]:
         """The first launch: what was used `[B, L E]`, sources, embeddings, what is copied, whence, what is recalled."""
@@ -592,17 +572,13 @@ class PathStep:
             model.rates, model.table.vocabulary.seen.view(torch.uint8), model.table.table.weight, model.query.weight,
             model.key.weight, model.bonus, memory.token_row, memory.pair_key,
             used, sources, embedded, amounts, places, recalled,
-            layers=c.layers, experts=c.experts, ep=_padded(c.experts), top_k=c.top_k, decays=decays,
-            rp=_padded(decays), count=decays + groups, vocabulary=c.vocabulary, table_rows=model.table.rows,
-            hashed=model.table.hashed, emb=c.embedding, embp=_padded(c.embedding), heads=c.heads, matches=c.matches,
-            mp=_padded(c.matches), window=c.window, wp=_padded(c.window), depth=c.key, dp=_padded(c.key), scale=c.key**0.5,
-            pairs=len(memory.pair_key), early=self._early, num_warps=8 if _padded(c.window) * _padded(c.key) > 8192 else 4,
+            layers=c.layers, experts=c.experts, ep=power_of_two(c.experts), top_k=c.top_k, decays=decays,
+            rp=power_of_two(decays), count=decays + groups, vocabulary=c.vocabulary, table_rows=model.table.rows,
+            hashed=model.table.hashed, emb=c.embedding, embp=power_of_two(c.embedding), heads=c.heads, matches=c.matches,
+            mp=power_of_two(c.matches), window=c.window, wp=power_of_two(c.window), depth=c.key, dp=power_of_two(c.key), scale=c.key**0.5,
+            pairs=len(memory.pair_key), early=self._early, num_warps=8 if power_of_two(c.window) * power_of_two(c.key) > 8192 else 4,
         )  # fmt: skip
         return used, sources, embedded, amounts, places, recalled
-
-
-def _padded(size: int) -> int:
-    return int(triton.next_power_of_2(size))
 
 
 def _early(tensor: Tensor) -> bool:

@@ -24,6 +24,10 @@ from expertflow.predict.model import OUTPUTS, Pieces, Predictor, State, empty_st
 
 _PADDING = -2
 """In the place of a token behind a piece's end; an unknown one is -1."""
+PREVIEW = 32
+"""Tokens at a prompt's end that say which experts a waiting request is likely to use: what `usual` is asked about at most."""
+_TOLD_ROUTE, _TOLD_TOKEN = 16, 128
+"""Bytes of one expert of one token, and of what else there is to a token: as it comes, behind the one before, and packed."""
 _SLACK = 4096
 """Bytes an allocator may add to a tensor, and then some."""
 
@@ -36,6 +40,9 @@ class Twin(Protocol):
 
     def note(self, state: State, rows: Tensor, tokens: Tensor, routes: Tensor) -> None:
         """The state takes the tokens in."""
+
+    def absorb(self, state: State, pieces: Pieces, tokens: Tensor, routes: Tensor) -> None:
+        """The state takes several tokens of each sequence in; arguments as in `PathPredictor.absorb`."""
 
 
 class Prediction(NamedTuple):
@@ -78,7 +85,7 @@ class OnlinePredictor:
         self._twin = None if twin is None else twin(self.artifact)
 
     @staticmethod
-    def nbytes(artifact: Artifact, rows: int, batch: int, chunk: int) -> int:
+    def nbytes(artifact: Artifact, rows: int, batch: int, chunk: int, *, twin: bool = False) -> int:
         """Upper bound on the device memory of one, and of what is kept of its answers: what a planner counts.
 
         Args:
@@ -86,12 +93,15 @@ class OnlinePredictor:
             rows: sequences that may live at once.
             batch: sequences that step together at most.
             chunk: tokens of a prefill pass at most.
+            twin: kernels take those in, which need no room but for what they are told.
         """
         config, network = artifact.config, cast("Predictor", artifact.model)
         held = [*artifact.model.state_dict().values(), *artifact.memory.state_dict().values(), artifact.calibration]
         tensors: list[Tensor] = [*held, *empty_state(config, rows + 1, torch.device("meta"))]
         # a captured step keeps its memory while a prompt, or another step, takes as much again
-        step, prompt = network.step_bytes(batch), network.prompt_bytes(chunk)
+        told = chunk * (config.layers * config.top_k * _TOLD_ROUTE + _TOLD_TOKEN)
+        prompt = told + network.prompt_bytes(PREVIEW) if twin else network.prompt_bytes(chunk)
+        step = network.step_bytes(batch)
         routes = (rows + 1) * config.layers * config.top_k * 4
         said = (rows + 1) * OUTPUTS * config.layers * config.experts * 4
         return sum(int(t.nbytes) for t in tensors) + routes + said + step + max(step, prompt) + _SLACK * len(tensors)
@@ -158,7 +168,7 @@ class OnlinePredictor:
                 where there is none.
         """
         pieces = Pieces.of(rows, counts, self.state.tokens.shape[1], self.device)
-        self._model.absorb(self.state, pieces, tokens, routes)
+        (self._model if self._twin is None else self._twin).absorb(self.state, pieces, tokens, routes)
 
     @torch.inference_mode()
     def step(self, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]) -> Prediction:
