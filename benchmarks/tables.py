@@ -540,7 +540,10 @@ def bench(name: str) -> Callable[[], str]:
 
 
 PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
-BENCHES = ("bench_quick_cpu", "switch_32", "switch_64", "switch_128", "shape_qwen", "shape_deepseek", "shape_mixtral")
+BENCHES = (
+    "bench_quick_cpu", "switch_32", "switch_64", "switch_128", "shape_qwen", "shape_qwen_8_16", "shape_deepseek", "shape_deepseek_16",
+    "shape_mixtral",
+)  # fmt: skip
 """Results of `expertflow bench` that are committed, in the order of docs/benchmarks.md."""
 SWITCH = {
     "switch-stages": switch_stages,
