@@ -1,15 +1,19 @@
 """Law 1: offloaded equals resident, bit for bit."""
 
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES, Strategy
+from expertflow.models.experts import Binding, Row, run_experts
 from expertflow.models.families import FAMILIES
 from expertflow.models.skeleton import build_skeleton
 
@@ -142,3 +146,39 @@ def test_order_of_experts_does_not_change_the_sum(make_checkpoint: MakeCheckpoin
     assert model.expertflow.counters.hits > 0
     assert torch.equal(cold, warm)
     model.expertflow.close()
+
+
+class _Backwards:
+    """Brings the experts of one layer, the last one first."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        self._weights = weights
+
+    def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:  # noqa: ARG002 - a provider's signature
+        for expert in reversed(experts):
+            yield expert, {"w": self._weights[expert]}
+
+
+@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 20, 33])
+def test_a_layer_is_the_stock_sum_at_any_width(width: int, dtype: str, device: str) -> None:
+    """Rows that no alignment fits, weights wider than states, tokens of no expert: expert by expert, as the stock code adds them."""
+    experts, tokens, top_k = 5, 41, 2
+    random, kind = torch.Generator().manual_seed(width), getattr(torch, dtype)
+    hidden = torch.randn(tokens, width, generator=random).to(device, kind)
+    weights = [torch.randn(width, width, generator=random).to(device, kind) for _ in range(experts)]
+    index = torch.stack([torch.randperm(experts + 1, generator=random)[:top_k] for _ in range(tokens)]).to(device)
+    share = torch.rand(tokens, top_k, generator=random).to(device)
+    expected = torch.zeros_like(hidden)
+    for expert in range(experts):
+        rank, token = torch.where(index.t() == expert)
+        out = functional.linear(hidden[token], weights[expert]) * share[token, rank, None]
+        expected.index_add_(0, token, out.to(kind))
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    binding = Binding(layer=3, provider=_Backwards(weights), observe=lambda *told: seen.append(told))
+    made = run_experts(binding, lambda x, row: functional.linear(x, row["w"]), hidden, index, share, experts)
+    assert torch.equal(made, expected)
+    assert [layer for layer, _, _ in seen] == [3]
+    assert torch.equal(seen[0][1], index.cpu())
+    assert torch.equal(seen[0][2], share.cpu())

@@ -1,6 +1,6 @@
 """Rows, slots, copies, and the meter that measures device memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from expertflow.memory.meter import CpuMeter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, available_host_bytes, check_host_memory
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
-from expertflow.types import DTYPE_BYTES, TensorSpec
+from expertflow.types import DTYPE_BYTES, Access, TensorSpec
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 spec_lists = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPE_BYTES))), min_size=1, max_size=4).map(
@@ -98,6 +98,31 @@ def test_copies_start_before_earlier_experts_compute() -> None:
     provider = _provider(4, transfer, SlotPool(LAYOUT, 4, torch.device("cpu")))
     next(provider.stream(1, [2, 5, 6]))
     assert transfer.log[:3] == [("start", 10), ("start", 13), ("start", 14)]
+
+
+def test_a_copy_is_under_way_while_the_next_load_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host decides beside running copies: no load is decided while one before it could start and has not."""
+    transfer = RecordingTransfer()
+    provider = _provider(6, transfer, SlotPool(LAYOUT, 6, torch.device("cpu")))
+    turns = provider.controller.turns
+
+    def told(layer: int, needed: Sequence[int]) -> Iterator[Access]:
+        for access in turns(layer, needed):
+            transfer.log.append(("decided", 8 * layer + access.expert))
+            yield access
+
+    monkeypatch.setattr(provider.controller, "turns", told)
+    next(provider.stream(1, [2, 5, 6]))
+    assert transfer.log[:5] == [("decided", 10), ("start", 10), ("decided", 13), ("start", 13), ("decided", 14)]
+
+
+def test_a_layer_that_nobody_uses_forgets_nothing() -> None:
+    """A pass of padding alone needs no expert; what the slots hold stays there."""
+    provider = _provider(4, RecordingTransfer(), SlotPool(LAYOUT, 4, torch.device("cpu")))
+    for needed in ([1, 3], [], [3, 1]):
+        list(provider.stream(0, needed))
+    assert provider.controller.table.resident == 2
+    assert [access.load for access in provider.controller.access(0, [1, 3])] == [False, False]
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
