@@ -11,6 +11,8 @@ from expertflow.errors import ResultError
 _DPI = 90
 _MARKS = "osv^D<>pXh"
 MIB = 2**20
+_FAR = 3.0
+"""Times as high as everything else: a line there would flatten the bars."""
 
 
 def _warm(result: Result) -> list[Row]:
@@ -32,7 +34,10 @@ def _save(picture: Picture, path: Path) -> Path:
 
 
 def speed(result: Result, path: Path) -> Path:
-    """Bars of tokens a second by strategy (colour), execution (hatched: eager) and slots, one panel a batch; the all-resident model is a line."""
+    """Bars of tokens a second by strategy (colour), execution (hatched: eager) and slots, one panel a batch, each with its bound.
+
+    The all-resident model is a line, or a number where it is so far above that nothing else could be told apart.
+    """
     rows = [row for row in _warm(result) if DECODE in row.figures]
     batches = sorted({row.batch for row in rows})
     picture = Picture(figsize=(3.6 * len(batches) + 1.6, 3.6), layout="constrained")
@@ -53,14 +58,30 @@ def speed(result: Result, path: Path) -> Path:
                 at, [f.median for f in figures], 0.8 / len(labels), yerr=spread, label=label, error_kw={"lw": 0.7},
                 color=f"C{names.index(mine[0].strategy)}", hatch="////" if eager else "", edgecolor="white", linewidth=0,
             )  # fmt: skip
-        for row, style in zip((row for row in here if row.strategy == RESIDENT), ("--", ":"), strict=False):
-            panel.axhline(
-                row.figures[DECODE].median, color="black", ls=style, lw=1, label=f"all resident ({row.execution})"
-            )
+            bounds = [(x, f.bound) for x, f in zip(at, figures, strict=True) if f.bound is not None]
+            if bounds:
+                panel.plot(*zip(*bounds, strict=True), "_", color="black", ms=60 / len(labels) / len(slots), mew=1.2)
+        top = panel.get_ylim()[1]
+        for place, (row, style) in enumerate(
+            zip((row for row in here if row.strategy == RESIDENT), ("--", ":"), strict=False)
+        ):
+            whole, name = row.figures[DECODE].median, f"all resident ({row.execution})"
+            if whole <= _FAR * top:
+                panel.axhline(whole, color="black", ls=style, lw=1, label=name)
+            else:
+                panel.text(
+                    0.02,
+                    0.97 - 0.07 * place,
+                    f"{name}: {whole:.0f}",
+                    transform=panel.transAxes,
+                    va="top",
+                    fontsize="small",
+                )
         panel.set_xticks(range(len(slots)), [f"{count} slots" for count in slots])
         panel.set_title(f"batch {batch}")
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("decoded tokens/s")
+    panels[-1].plot([], [], "_", color="black", ms=10, mew=1.2, label="bound")
     picture.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     return _save(picture, path)
 
