@@ -1,5 +1,6 @@
 """Rows, slots, copies, and the meter that measures device memory."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -114,6 +115,30 @@ def test_a_copy_is_under_way_while_the_next_load_is_decided(monkeypatch: pytest.
     monkeypatch.setattr(provider.controller, "turns", told)
     next(provider.stream(1, [2, 5, 6]))
     assert transfer.log[:5] == [("decided", 10), ("start", 10), ("decided", 13), ("start", 13), ("decided", 14)]
+
+
+def test_a_layer_given_up_is_forgotten_once() -> None:
+    """A copy that fails makes the slots untrusted at once, and not once more when its traceback is let go of, in the middle of later work."""
+    transfer = RecordingTransfer()
+    provider = _provider(4, transfer, SlotPool(LAYOUT, 4, torch.device("cpu")))
+    start, kept = transfer.start, []
+
+    def fail(row: int, slot: int) -> None:
+        if row == 3:
+            raise RuntimeError("the link is gone")
+        start(row, slot)
+
+    transfer.start = fail
+    list(provider.stream(0, [0, 1]))
+    try:
+        list(provider.stream(0, [0, 2, 3, 4]))
+    except RuntimeError as error:
+        kept.append(error)
+    assert provider.controller.table.resident == 0
+    list(provider.stream(0, [0, 2]))
+    kept.clear()
+    gc.collect()
+    assert provider.controller.table.resident == 2
 
 
 def test_a_layer_that_nobody_uses_forgets_nothing() -> None:

@@ -55,6 +55,7 @@ class CachedExperts:
                 finally:
                     transfer.release(access.slot)
         finally:
+            turns.close()  # now, not when a traceback lets go of it: it forgets what was decided and not carried out
             # a consumer may close the stream at its last expert; before that, the layer was given up half-way
             with self._or_forget():
                 if ready or coming is not None:
@@ -62,7 +63,7 @@ class CachedExperts:
                 else:
                     self._prefetch(self.controller.take_loads())
 
-    def _turns(self, layer: int, experts: list[int]) -> Iterator[Access]:
+    def _turns(self, layer: int, experts: list[int]) -> Generator[Access, None, None]:
         """The controller's, whose tables cannot be trusted if it fails half-way."""
         with self._or_forget():
             yield from self.controller.turns(layer, experts)
