@@ -161,23 +161,28 @@ class _Backwards:
 
 @pytest.mark.parametrize("device", _devices())
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("width", [16, 20, 33])
-def test_a_layer_is_the_stock_sum_at_any_width(width: int, dtype: str, device: str) -> None:
-    """Rows that no alignment fits, weights wider than states, tokens of no expert: expert by expert, as the stock code adds them."""
+def test_a_layer_is_the_stock_sum_at_any_width(width: int, dtype: str, device: str, *, wide: bool) -> None:
+    """Rows that no alignment fits, weights and perhaps results wider than states, tokens of no expert: as the stock code adds them."""
     experts, tokens, top_k = 5, 41, 2
     random, kind = torch.Generator().manual_seed(width), getattr(torch, dtype)
     hidden = torch.randn(tokens, width, generator=random).to(device, kind)
     weights = [torch.randn(width, width, generator=random).to(device, kind) for _ in range(experts)]
     index = torch.stack([torch.randperm(experts + 1, generator=random)[:top_k] for _ in range(tokens)]).to(device)
     share = torch.rand(tokens, top_k, generator=random).to(device)
+
+    def mlp(x: Tensor, row: Row) -> Tensor:
+        return functional.linear(x, row["w"]).to(torch.float32 if wide else kind) * 1.001
+
     expected = torch.zeros_like(hidden)
     for expert in range(experts):
         rank, token = torch.where(index.t() == expert)
-        out = functional.linear(hidden[token], weights[expert]) * share[token, rank, None]
+        out = mlp(hidden[token], {"w": weights[expert]}) * share[token, rank, None]
         expected.index_add_(0, token, out.to(kind))
     seen: list[tuple[int, Tensor, Tensor]] = []
     binding = Binding(layer=3, provider=_Backwards(weights), observe=lambda *told: seen.append(told))
-    made = run_experts(binding, lambda x, row: functional.linear(x, row["w"]), hidden, index, share, experts)
+    made = run_experts(binding, mlp, hidden, index, share, experts)
     assert torch.equal(made, expected)
     assert [layer for layer, _, _ in seen] == [3]
     assert torch.equal(seen[0][1], index.cpu())

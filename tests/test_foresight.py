@@ -1,12 +1,13 @@
 """The predictor at work in the engine: whose tokens, which rows, and what happens when it is wrong, foreign or broken."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
@@ -17,6 +18,7 @@ from expertflow.engine.agenda import Agenda, Slip
 from expertflow.engine.build import SHIPPED_PREDICTOR, prepare
 from expertflow.engine.foresight import CALM, _by_row
 from expertflow.engine.llm import shipped_model
+from expertflow.engine.runner import Piece
 from expertflow.errors import ConfigError, PredictorError
 from expertflow.events import Event, EventKind
 from expertflow.memory.meter import CpuMeter
@@ -200,6 +202,43 @@ def test_a_graph_expects_what_the_host_expects(
     assert len(said) == len(again) >= 22
     for place, (mine, theirs) in enumerate(zip(again, said, strict=True)):
         np.testing.assert_allclose(mine, theirs, atol=5e-5, err_msg=f"step {place}")
+
+
+@pytest.mark.parametrize(("model_type", "passes"), [("qwen3_moe", 1), ("switch_transformers", 2)])
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_a_pass_is_learned_when_it_is_queued(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, model_type: str, passes: int, execution: str
+) -> None:
+    """On the device before anybody waits for the pass, an encoder's before the decoder's; in host memory once the tokens are out."""
+    model = make_checkpoint(model_type)
+    predictor = str(make_predictor(model))
+    options = {
+        "device": "cpu",
+        "max_length": 48,
+        "max_batch": 3,
+        "slots": 6,
+        "predictor": predictor,
+        "execution": execution,
+    }
+    with LLM(model, **options) as llm:
+        executor, foresight, seen = llm._engine._executor, llm._offloaded.foresight, []
+        prefill, learn = executor.prefill, foresight.learn
+
+        def told(step: Step) -> None:
+            seen.append(len(step.tokens))
+            learn(step)
+
+        def watched(pieces: Sequence[Piece]) -> Tensor:
+            logits = prefill(pieces)
+            seen.append("queued")
+            return logits
+
+        foresight.learn, executor.prefill = told, watched
+        llm.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True))
+        assert llm.predictor_failure is None
+    width = len(PROMPTS) * max(map(len, PROMPTS))
+    both = [width, len(PROMPTS)][:passes]
+    assert seen[: passes + 1] == ([*both, "queued"] if execution == "graph" else [*both[:-1], "queued", both[-1]])
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])

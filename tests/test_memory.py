@@ -141,6 +141,27 @@ def test_a_layer_given_up_is_forgotten_once() -> None:
     assert provider.controller.table.resident == 2
 
 
+@pytest.mark.parametrize("needed", [[2], [2, 3]])
+def test_an_expert_whose_copy_cannot_be_waited_for_is_not_kept(
+    needed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is the layer's last one: nobody may take it for one that is there."""
+    transfer = RecordingTransfer()
+    provider = _provider(4, transfer, SlotPool(LAYOUT, 4, torch.device("cpu")))
+
+    waits = []
+
+    def interrupted(slot: int) -> None:
+        waits.append(slot)
+        if len(waits) == len(needed):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(provider.stream(0, needed))
+    assert provider.controller.table.resident == 0
+
+
 def test_a_layer_that_nobody_uses_forgets_nothing() -> None:
     """A pass of padding alone needs no expert; what the slots hold stays there."""
     provider = _provider(4, RecordingTransfer(), SlotPool(LAYOUT, 4, torch.device("cpu")))

@@ -333,7 +333,7 @@ def load(  # noqa: PLR0913, PLR0917 - what `meet` made, each used as it is
     held: npt.NDArray[np.bool_],
     number: int,
 ) -> None:
-    """Give one of the running layer's missing experts a slot; `held` is emptied when the first wave is over."""
+    """Give one of the running layer's missing experts a slot. `held` stay where they are until the first wave of loads is over."""
     expert = misses[number]
     if number == 0 or (rules.joint and number == rules.wave):
         end_waves(t, planes, layer, needed, held)

@@ -18,7 +18,7 @@ from expertflow.engine.device import DeviceExperts, Held, expert_mlp, graph_refu
 from expertflow.engine.foresight import Foresight
 from expertflow.engine.graph import GraphDecoder
 from expertflow.engine.observe import StepObserver, step_tokens, tell_all
-from expertflow.engine.plan import Plan, make_plan
+from expertflow.engine.plan import Plan, make_plan, sequence_length
 from expertflow.engine.provider import CachedExperts
 from expertflow.engine.rows import RowModel
 from expertflow.engine.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
@@ -113,11 +113,18 @@ def prepare(
     )
     thinks = 0
     if predictor is not None:
-        kernels = backend(computing).path_step
-        twin = kernels is not None and kernels(predictor) is not None
-        thinks = OnlinePredictor.nbytes(predictor, *_predictor_load(config), twin=twin)
+        live, batch, chunk = _predictor_load(config)
+        if shape.encoder_decoder:  # it reads a prompt in one pass
+            chunk = max(chunk, sequence_length(config, shape))
+        thinks = OnlinePredictor.nbytes(predictor, live, batch, chunk, twin=has_twin(predictor, computing))
     plan = make_plan(config, shape, device, strategy.name, no_graph, predictor=thinks)
     return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor)
+
+
+def has_twin(predictor: Artifact, device: torch.device) -> bool:
+    """Whether kernels of the device step a predictor and take prompts in."""
+    kernels = backend(device).path_step
+    return kernels is not None and kernels(predictor) is not None
 
 
 def _predictor_load(config: EngineConfig) -> tuple[int, int, int]:
@@ -262,8 +269,13 @@ class OffloadedModel:
             kind = EncoderDecoderRows if plan.shape.encoder_decoder else RowModel
             self._rows = kind(self.model, self.skeleton, plan.max_live, plan.max_length)
         if isinstance(self._rows, EncoderDecoderRows):
-            return EncoderDecoderExecutor(self._rows, self._graphs, self.controller.end_step)
-        return RowExecutor(self._rows, self._graphs, self.controller.end_step)
+            return EncoderDecoderExecutor(self._rows, self._graphs, self._learn_beside)
+        return RowExecutor(self._rows, self._graphs, self._learn_beside)
+
+    def _learn_beside(self) -> None:
+        """A pass is queued. A predictor on the device learns from it now; one in host memory when the tokens are out."""
+        if self.plan.execution == "graph":
+            self.controller.end_step()
 
     def _graphs(self) -> GraphDecoder | None:
         """The graphs, if the plan says so and nobody has to see the routing; where not, says why, once."""

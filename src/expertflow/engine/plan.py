@@ -145,7 +145,7 @@ def make_plan(
 def _plan(
     config: EngineConfig, shape: ModelShape, device: str, strategy: str, *, graph: bool, predictor: int = 0
 ) -> Plan:
-    max_length = _max_length(config, shape)
+    max_length = sequence_length(config, shape)
     row = RowLayout.of(shape.specs).row_bytes
     live = _max_live(config, shape)
     # a row has one more column, which is nobody's
@@ -228,7 +228,12 @@ def _max_live(config: EngineConfig, shape: ModelShape) -> int:
     return live
 
 
-def _max_length(config: EngineConfig, shape: ModelShape) -> int:
+def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
+    """Tokens a sequence has room for: asked for, or what most models' prompts and answers need.
+
+    Raises:
+        ConfigError: if the model's context is shorter than what was asked for.
+    """
     if config.max_length is None:
         return min(shape.context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     if shape.context is not None and config.max_length > shape.context:

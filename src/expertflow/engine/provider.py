@@ -38,17 +38,19 @@ class CachedExperts:
         """
         transfer, first = self._transfer, layer * self.controller.table.experts
         turns, ready, done = self._turns(layer, experts), deque[Access](), 0
-        coming = next(turns, None)
+        coming: Access | None = None
         try:
+            coming = next(turns, None)
             while ready or coming is not None:
                 while coming is not None and coming.after < done:
                     if coming.load:
                         transfer.start(first + coming.expert, coming.slot)
                     ready.append(coming)
                     coming = next(turns, None)
-                access = ready.popleft()
+                access = ready[0]
                 if access.load or access.fresh:
                     transfer.wait(access.slot)
+                ready.popleft()  # from here on it counts as lent
                 done += 1
                 try:
                     yield access.expert, self._pool.views[access.slot]

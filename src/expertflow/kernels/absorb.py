@@ -41,11 +41,11 @@ def project(weight, line, inside, one, two, cell, emb: tl.constexpr):
 
 
 # the parts of a slip start anywhere, and sequences come in any number: no kernel is compiled anew for them
-@triton.jit(do_not_specialize_on_alignment=["rows", "counts", "routes", "firsts"])
+@triton.jit(do_not_specialize_on_alignment=["rows", "counts", "begins", "routes", "firsts"])
 def _fade(
-    rows, counts, routes, rates, taken, held_tokens, held_routes, faded, firsts,
-    piecesp: tl.constexpr, layers: tl.constexpr, experts: tl.constexpr, ep: tl.constexpr,
-    top_k: tl.constexpr, window: tl.constexpr, decays: tl.constexpr, rp: tl.constexpr,
+    rows, counts, begins, routes, rates, taken, held_tokens, held_routes, faded, firsts,
+    layers: tl.constexpr, experts: tl.constexpr, ep: tl.constexpr, top_k: tl.constexpr, window: tl.constexpr,
+    decays: tl.constexpr, rp: tl.constexpr,
 ):  # fmt: skip
     """One layer of one piece: its routings, token by token, go to the faded averages, and the newest ones to the ring.
 
@@ -56,9 +56,7 @@ def _fade(
     now = tl.load(taken + row)
     if layer == 0:
         tl.store(firsts + b, tl.load(held_tokens + row * window + (now + window - 1) % window))
-    piece = tl.arange(0, piecesp)
-    begin = tl.sum(tl.load(counts + piece, mask=piece < b, other=0), 0)
-    count = tl.load(counts + b)
+    begin, count = tl.load(begins + b), tl.load(counts + b)
     lane, turn = tl.arange(0, ep), tl.arange(0, rp)
     rate = tl.load(rates + turn, mask=turn < decays, other=0.0)[:, None]
     both = (turn < decays)[:, None] & (lane < experts)[None, :]
@@ -117,12 +115,14 @@ def absorb(artifact: Any, state: Any, pieces: Any, tokens: Tensor, routes: Tenso
         routes: integer `[N, L, K]`, the true routing of the token before each of them; E where there is none.
     """
     model, c = artifact.model, artifact.config
+    if not len(tokens):
+        return
     tokens, routes = tokens.contiguous(), routes.contiguous()
     firsts = torch.empty_like(pieces.rows)
     _fade[(len(pieces.rows), c.layers)](
-        pieces.rows, pieces.counts, routes, model.rates, state.taken, state.tokens, state.routes, state.faded, firsts,
-        piecesp=power_of_two(len(pieces.rows)), layers=c.layers, experts=c.experts, ep=power_of_two(c.experts),
-        top_k=c.top_k, window=c.window, decays=len(c.decays), rp=power_of_two(len(c.decays)),
+        pieces.rows, pieces.counts, pieces.begins, routes, model.rates, state.taken, state.tokens, state.routes, state.faded,
+        firsts, layers=c.layers, experts=c.experts, ep=power_of_two(c.experts), top_k=c.top_k, window=c.window,
+        decays=len(c.decays), rp=power_of_two(len(c.decays)),
     )  # fmt: skip
     _key[(len(tokens), c.heads)](
         pieces.rows, pieces.owner, pieces.place, pieces.left, tokens, state.taken, state.tokens, state.before, state.keys,

@@ -55,14 +55,14 @@ class StreamTransfer:
     """Copies page-locked rows on a stream of their own.
 
     The host's part of a load has to be short beside the copy, or the link waits for it: tensors of rows and slots are made
-    once, and streams are named and switched instead of asked for.
+    once, and streams are named and switched instead of asked for. The pool's device has to be the current one.
     """
 
     def __init__(self, store: HostStore, pool: SlotPool) -> None:
         """Copy from `store` (page-locked) to `pool` (CUDA)."""
         device = pool.buffer.device
         self._rows, self._slots = store.buffer.unbind(), pool.buffer.unbind()
-        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._device = device.index
         self._stream = torch.cuda.Stream(device)
         self._loaded = [torch.cuda.Event() for _ in self._slots]
         self._released = [torch.cuda.Event() for _ in self._slots]
@@ -73,8 +73,8 @@ class StreamTransfer:
         """Queue the copy behind the slot's last release."""
         self._stream.wait_event(self._released[slot])
         computing = torch.cuda.current_stream(self._device)
-        torch.cuda.set_stream(self._stream)
         try:
+            torch.cuda.set_stream(self._stream)
             self._slots[slot].copy_(self._rows[row], non_blocking=True)
         finally:
             torch.cuda.set_stream(computing)

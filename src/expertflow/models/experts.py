@@ -81,7 +81,7 @@ def run_experts(
 
     Args:
         binding: layer and provider.
-        mlp: one expert: tokens and weights in, tokens of the same dtype out.
+        mlp: one expert: tokens and weights in, tokens out.
         hidden: token states.
         index: expert of each token and rank; `experts` itself means none.
         weights: router weight of each; may be of a wider dtype than `hidden`.
@@ -106,7 +106,10 @@ def run_experts(
         for expert, row in rows:
             mine = parts[begins[expert] : ends[expert]]
             out = mlp(mine if aligned else mine.clone(), row)
-            assert out.dtype == hidden.dtype  # or it would be rounded before it is weighted
+            if out.dtype != hidden.dtype:  # weighted before it is rounded, as in the stock code
+                share = weight_of[begins[expert] : ends[expert]]
+                out = out * share[:, None]
+                share.fill_(1)
             mine.copy_(out)
     parts.mul_(weight_of[:, None])
     parts[ends[experts - 1] :] = 0  # pairs without an expert

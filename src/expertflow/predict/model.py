@@ -166,6 +166,7 @@ class Pieces(NamedTuple):
     Attributes:
         rows: int64 `[B]`, the sequences' rows, each once.
         counts: int64 `[B]`, tokens of each, at least 1.
+        begins: int64 `[B]`, tokens of the pieces before it.
         owner: int64 `[N]`, which of the B pieces a token belongs to.
         place: int64 `[N]`, tokens of its piece before it.
         left: int64 `[N]`, and behind it.
@@ -174,6 +175,7 @@ class Pieces(NamedTuple):
 
     rows: Tensor
     counts: Tensor
+    begins: Tensor
     owner: Tensor
     place: Tensor
     left: Tensor
@@ -183,19 +185,19 @@ class Pieces(NamedTuple):
     def of(cls, rows: Sequence[int], counts: Sequence[int], window: int, device: torch.device) -> Self:
         """Count on the host, in one copy to the device."""
         whose, many = torch.tensor([list(rows), list(counts)], dtype=torch.long)
-        owner = torch.arange(len(many)).repeat_interleave(many)
-        place = torch.arange(len(owner)) - (many.cumsum(0) - many)[owner]
+        owner, begins = torch.arange(len(many)).repeat_interleave(many), many.cumsum(0) - many
+        place = torch.arange(len(owner)) - begins[owner]
         left = many[owner] - 1 - place
         newest = torch.nonzero(left < window)[:, 0]
-        sizes = [len(many), len(many), len(owner), len(owner), len(owner), len(newest)]
-        told = sent(torch.cat([whose, many, owner, place, left, newest]), device)
-        whose, many, owner, place, left, newest = told.split(sizes)
-        return cls(whose, many, owner, place, left, newest if len(newest) < len(owner) else None)
+        parts = (whose, many, begins, owner, place, left, newest)
+        told = sent(torch.cat(parts), device).split([len(part) for part in parts])
+        whose, many, begins, owner, place, left, newest = told
+        return cls(whose, many, begins, owner, place, left, newest if len(newest) < len(owner) else None)
 
     def shifted(self, column: Tensor, first: Tensor) -> Tensor:
         """`[N, ...]`: for each token the entry of the one before it, for a piece's first token that of `first` `[B, ...]`."""
         moved = column.roll(1, 0)
-        moved[self.counts.cumsum(0) - self.counts] = first.to(column.dtype)
+        moved[self.begins] = first.to(column.dtype)
         return moved
 
 
