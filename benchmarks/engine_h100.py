@@ -38,7 +38,7 @@ from expertflow.cache.controller import CacheController
 from expertflow.cache.core import RESIDENT
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.config import EngineConfig
-from expertflow.engine.build import has_twin
+from expertflow.engine.build import predictor_bytes
 from expertflow.engine.device import DeviceExperts, Held, expert_mlp
 from expertflow.engine.foresight import Foresight
 from expertflow.engine.graph import POSITIONS, ROWS, TOKENS, GraphDecoder
@@ -528,9 +528,7 @@ def main() -> None:
                     continue
                 slots = int(total * float(share))
                 if world.predictor is not None and TABLE[name].predicted:
-                    thinks = OnlinePredictor.nbytes(
-                        world.predictor, 2 * batch, batch, 1, twin=has_twin(world.predictor, device)
-                    )
+                    thinks = predictor_bytes(world.predictor, device, 2 * batch, batch, 1)
                 wish = EngineConfig(slots=slots, max_batch=batch, max_length=LENGTH, execution="graph")
                 plan = make_plan(wish, shape, device.type, name, predictor=thinks if TABLE[name].predicted else 0)
                 row = Row(slots=slots, strategy=name, batch=batch, budget_bytes=plan.total)

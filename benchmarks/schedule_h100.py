@@ -37,7 +37,7 @@ from transformers import PreTrainedConfig, Qwen3MoeConfig
 from expertflow import SamplingParams, __version__
 from expertflow.config import EngineConfig
 from expertflow.engine import build
-from expertflow.engine.build import OffloadedModel, Prepared, has_twin
+from expertflow.engine.build import OffloadedModel, Prepared, predictor_bytes
 from expertflow.engine.engine import Engine
 from expertflow.engine.plan import make_plan
 from expertflow.engine.request import Request
@@ -46,7 +46,6 @@ from expertflow.engine.runner import Piece
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import build_skeleton
 from expertflow.predict.artifact import load_artifact
-from expertflow.predict.online import OnlinePredictor
 from expertflow.schedule.scheduler import Decode
 from expertflow.trace.format import Header, Trace, TraceWriter, load_trace
 from expertflow.trace.owners import Coming
@@ -195,10 +194,7 @@ def open_random(
         wish = {**wish, "slots": int(share * figures.total_experts)}
     engine = EngineConfig(**wish)
     live = engine.max_live or engine.max_batch
-    thinks = 0
-    if artifact is not None:
-        twin = has_twin(artifact, torch.device(engine.device))
-        thinks = OnlinePredictor.nbytes(artifact, live, live, engine.prefill_chunk, twin=twin)
+    thinks = predictor_bytes(artifact, torch.device(engine.device), live, live, engine.prefill_chunk)
     name = "next-use" if artifact is None else "plec"
     plan = make_plan(engine, figures, engine.device, name, predictor=thinks)
     prepared = Prepared(skeleton=skeleton, pieces=[], plan=plan, fingerprint="", predictor=artifact)

@@ -69,14 +69,8 @@ def speed(result: Result, path: Path) -> Path:
             if whole <= _FAR * top:
                 panel.axhline(whole, color="black", ls=style, lw=1, label=name)
             else:
-                panel.text(
-                    0.02,
-                    0.97 - 0.07 * place,
-                    f"{name}: {whole:.0f}",
-                    transform=panel.transAxes,
-                    va="top",
-                    fontsize="small",
-                )
+                at_top = {"transform": panel.transAxes, "va": "top", "fontsize": "small"}
+                panel.text(0.02, 0.97 - 0.07 * place, f"{name}: {whole:.0f}", **at_top)
         panel.set_xticks(range(len(slots)), [f"{count} slots" for count in slots])
         panel.set_title(f"batch {batch}")
         panel.grid(axis="y", alpha=0.3)

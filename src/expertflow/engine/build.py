@@ -101,30 +101,30 @@ def prepare(
             "schedule='group' divides sequences by predicted route, and there is no predictor here",
             "Train one (`expertflow train-predictor`), or use schedule='auto' or 'fifo'.",
         )
-    computing = resolve_device(config.device)
-    device = computing.type
+    device = resolve_device(config.device)
     no_graph = graph_refusal(
         skeleton,
         strategy,
-        device,
+        device.type,
         rows=config.max_batch,
         own_forecast=forecast is not None,
         predicted=predictor is not None,
     )
-    thinks = 0
-    if predictor is not None:
-        live, batch, chunk = _predictor_load(config)
-        if shape.encoder_decoder:  # it reads a prompt in one pass
-            chunk = max(chunk, sequence_length(config, shape))
-        thinks = OnlinePredictor.nbytes(predictor, live, batch, chunk, twin=has_twin(predictor, computing))
-    plan = make_plan(config, shape, device, strategy.name, no_graph, predictor=thinks)
+    live, batch, chunk = _predictor_load(config)
+    if shape.encoder_decoder:  # it reads a prompt in one pass
+        chunk = max(chunk, sequence_length(config, shape))
+    thinks = predictor_bytes(predictor, device, live, batch, chunk)
+    plan = make_plan(config, shape, device.type, strategy.name, no_graph, predictor=thinks)
     return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor)
 
 
-def has_twin(predictor: Artifact, device: torch.device) -> bool:
-    """Whether kernels of the device step a predictor and take prompts in."""
+def predictor_bytes(predictor: Artifact | None, device: torch.device, rows: int, batch: int, chunk: int) -> int:
+    """What a predictor takes on a device, with the kernels it gets there; 0 without one. See `OnlinePredictor.nbytes`."""
+    if predictor is None:
+        return 0
     kernels = backend(device).path_step
-    return kernels is not None and kernels(predictor) is not None
+    twin = kernels is not None and kernels(predictor) is not None
+    return OnlinePredictor.nbytes(predictor, rows, batch, chunk, twin=twin)
 
 
 def _predictor_load(config: EngineConfig) -> tuple[int, int, int]:

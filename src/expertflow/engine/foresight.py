@@ -316,10 +316,8 @@ class Foresight:
             self._online.note(seats, self._tensor(step.tokens[singles]), self.routes[seats])
             self.routes[seats] = self._tensor(routes[singles]).int()
         for order, rows, counts in _by_row(np.where(single, NOBODY, asked.rows), self._room):
-            seats, used = (
-                self._tensor(rows),
-                sent(torch.from_numpy(routes[order].astype(np.int32)), self._online.device),
-            )
+            seats = self._tensor(rows)
+            used = sent(torch.from_numpy(routes[order].astype(np.int32)), self._online.device)
             begins = self._tensor(np.cumsum(counts) - counts)
             before = used.roll(1, 0)
             before[begins] = self.routes[seats]

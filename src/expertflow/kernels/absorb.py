@@ -40,6 +40,12 @@ def project(weight, line, inside, one, two, cell, emb: tl.constexpr):
     return tl.sum(left * one[None, :] + right * two[None, :], axis=1)
 
 
+@triton.jit
+def fade(old, mark, rate):
+    """`torch.lerp(mark, old, rate)`."""
+    return tl.where(rate < 0.5, mark + rate * (old - mark), old - (old - mark) * (1.0 - rate))
+
+
 # the parts of a slip start anywhere, and sequences come in any number: no kernel is compiled anew for them
 @triton.jit(do_not_specialize_on_alignment=["rows", "counts", "begins", "routes", "firsts"])
 def _fade(
@@ -73,7 +79,7 @@ def _fade(
             hot = hot | (lane == route)
             tl.store(held_routes + place + k, route.to(held_routes.dtype.element_ty), mask=newest)
         mark = hot.to(tl.float32)[None, :]
-        average = tl.where(rate < 0.5, mark + rate * (average - mark), average - (average - mark) * (1.0 - rate))
+        average = fade(average, mark, rate)
         step += 1
     tl.store(at, average, mask=both)
 

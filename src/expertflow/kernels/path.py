@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow.kernels.absorb import absorb, embed, power_of_two, project
+from expertflow.kernels.absorb import absorb, embed, fade, power_of_two, project
 
 FLOOR, NEVER, FIXED, RANGE = 0.02, -1e4, 1 << 20, 8.0
 """As `predict.model._FLOOR`, `_NEVER`, `_FIXED` and `predict.memory._RANGE` say."""
@@ -67,8 +67,7 @@ def _remember(
     at = faded + row * (decays * layers * experts) + where
     old = tl.load(at, mask=both, other=0.0)
     tl.debug_barrier()  # small tiles are loaded by several threads and stored by one
-    mark = mark[None, :]
-    new = tl.where(rate < 0.5, mark + rate * (old - mark), old - (old - mark) * (1.0 - rate))  # as `torch.lerp`
+    new = fade(old, mark[None, :], rate)
     tl.store(at, new, mask=both)
     tl.store(sources + b * (count * layers * experts) + where, new, mask=both)
 
