@@ -401,7 +401,8 @@ def remember(run: Run, truth: Truth) -> None:
         tokens = truth.tokens[:BEGIN, column][torch.from_numpy(mine).to(truth.tokens.device)]
         used = torch.from_numpy(truth.routes[:BEGIN, column][mine].astype(np.int64)).to(tokens.device)
         nobody = torch.full_like(used[:1], truth.experts)
-        run.foresight._online.observe([seat], [len(tokens)], tokens, torch.cat([nobody, used[:-1]]))  # noqa: SLF001
+        online = run.foresight._online  # noqa: SLF001
+        online.observe(online.pieces([seat], [len(tokens)]), tokens, torch.cat([nobody, used[:-1]]))
         run.foresight.routes[seat] = used[-1].int()
 
 

@@ -21,13 +21,16 @@ from expertflow.bench.result import (
     BELADY,
     COLD,
     DECODE,
+    FIRST,
     KEPT,
     KEPT_ALL,
     LONG,
     MOVED,
     PEAK,
     RESIDENT,
+    SAVED,
     WARM,
+    WHOLE,
     Result,
     read_result,
     write_result,
@@ -164,7 +167,7 @@ def test_a_deadline_leaves_out_and_says_so(make_checkpoint: MakeCheckpoint) -> N
 def test_a_full_device_is_measured_without_the_whole_model(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where all experts do not fit, the result says so, on-demand loading gives the tokens, and there is no bound of speed."""
+    """Where all experts do not fit, the result says so, on-demand loading gives the tokens, and the link alone bounds the speed."""
     seat = Bed.seat
 
     def full(self: Bed, strategy: str, slots: str, execution: str) -> Seat:
@@ -177,7 +180,28 @@ def test_a_full_device_is_measured_without_the_whole_model(
     assert made.left_out == ("resident: the device is full",)
     rows = [row for row in made.rows if row.strategy != BELADY]
     assert {row.strategy for row in rows} == {"lru", "next-use"}
-    assert all(row.exact and row.figures[DECODE].bound is None for row in rows)
+    assert all(row.exact and row.figures[WHOLE].bound is None for row in rows)
+    least = next(row for row in made.rows if row.strategy == BELADY).figures[MOVED].median
+    for row in rows:
+        figure = row.figures[DECODE]
+        if row.state == WARM:
+            assert figure.bound == pytest.approx(made.link_gbps * 1e3 / least, rel=1e-4)
+            assert figure.bound_is == "Belady's bytes at the link's speed"
+        else:
+            assert figure.bound is None
+
+
+def test_a_gate_of_the_host_is_bound_by_captured_steps(make_checkpoint: MakeCheckpoint) -> None:
+    """A strategy that only the host can run stands beside the same bounds as the others, named for what they are."""
+    settings = small(make_checkpoint("qwen3_moe"), strategies=("pregated", "lru"), batches=(1,), executions=("graph",))
+    made = measure(settings, "", quiet)
+    warm = {row.strategy: row for row in made.rows if row.state == WARM}
+    assert (warm["pregated"].execution, warm["lru"].execution) == ("host", "graph")
+    for name in (WHOLE, FIRST):
+        assert warm["pregated"].figures[name].bound == warm["lru"].figures[name].bound
+        assert warm["pregated"].figures[name].bound_is == "all experts resident, graph"
+        assert warm["lru"].figures[name].bound_is == "all experts resident"
+    assert warm["pregated"].figures[SAVED].median > 0
 
 
 def test_a_model_without_predictor_has_no_plec_rows(make_checkpoint: MakeCheckpoint) -> None:

@@ -186,4 +186,4 @@ def test_a_layer_is_the_stock_sum_at_any_width(width: int, dtype: str, device: s
     assert torch.equal(made, expected)
     assert [layer for layer, _, _ in seen] == [3]
     assert torch.equal(seen[0][1], index.cpu())
-    assert torch.equal(seen[0][2], share.cpu())
+    assert torch.equal(seen[0][2].cpu(), share.cpu())

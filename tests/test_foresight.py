@@ -373,7 +373,11 @@ def test_a_predictor_takes_no_more_than_is_planned(kind: str) -> None:
             online.step(rows, torch.arange(4), routes)
         online.prefill(torch.arange(64))
         online.prefill(torch.arange(64), [40, 20, 4])
-        online.observe([0, 3, 1], [40, 20, 4], torch.arange(64), torch.zeros(64, *routes.shape[1:], dtype=torch.int32))
+        online.observe(
+            online.pieces([0, 3, 1], [40, 20, 4]),
+            torch.arange(64),
+            torch.zeros(64, *routes.shape[1:], dtype=torch.int32),
+        )
     planned = OnlinePredictor.nbytes(artifact, 8, 4, 64) - sum(tensor.nbytes for tensor in weights)
     assert 0.2 * planned <= meter.peak_bytes <= planned
 

@@ -67,7 +67,7 @@ def tell(online: OnlinePredictor, texts: tuple[Tensor, Tensor], lengths: tuple[i
     before = functional.pad(routes, (0, 0, 0, 0, 1, 0), value=online.artifact.config.experts)
     rows = [row for row, length in enumerate(lengths) if length]
     online.observe(
-        rows, [lengths[row] for row in rows],
+        online.pieces(rows, [lengths[row] for row in rows]),
         *(torch.cat([part[row, : lengths[row]] for row in rows]) for part in (tokens, before)),
     )  # fmt: skip
 
@@ -180,7 +180,7 @@ def test_prompts_are_taken_in_as_by_notes() -> None:
         ]
         bystander = [column[3].clone() for column in twin.state]
         for online in (plain, twin):
-            online.observe(rows, counts, *said)
+            online.observe(online.pieces(rows, counts), *said)
         for row, span in zip(rows, spans, strict=True):
             for at in range(span.start, span.stop):
                 noted.note(torch.tensor([row], device=DEVICE), tokens[row, at : at + 1], before[row, at : at + 1])
@@ -198,7 +198,7 @@ def test_taking_prompts_in_needs_little_room() -> None:
         with torch.inference_mode(), meter.watch():
             used = torch.full((512, 2, 2), 128, dtype=torch.int32, device=DEVICE)
             before = used.roll(1, 0)
-            online.observe([0, 2], [500, 12], torch.zeros(512, dtype=torch.long, device=DEVICE), before)
+            online.observe(online.pieces([0, 2], [500, 12]), torch.zeros(512, dtype=torch.long, device=DEVICE), before)
         peaks.append(meter.peak_bytes)
     none, planned = (OnlinePredictor.nbytes(artifact, 3, 1, chunk, twin=True) for chunk in (0, 512))
     assert 10 * peaks[1] <= peaks[0]

@@ -611,7 +611,7 @@ def test_padding_uses_no_expert(make_checkpoint: MakeCheckpoint) -> None:
     class Watch:
         def begin(self, tokens: npt.NDArray[np.int32] | None) -> None: ...
 
-        def observe(self, layer: int, routes: npt.NDArray[np.int64], _: npt.NDArray[np.float32]) -> None:
+        def observe(self, layer: int, routes: npt.NDArray[np.int64], _: object) -> None:
             if layer == 0:
                 seen.append(routes)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,10 @@ class Collector:
         del tokens
         self.layers = []
 
-    def observe(self, layer: int, routes: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
+    def observe(self, layer: int, routes: NDArray[np.int64], weights: Callable[[], NDArray[np.float32]]) -> None:
         """A layer's routing."""
         del layer
-        self.layers.append((routes, weights))
+        self.layers.append((routes, weights()))
 
     def take(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """`[T, L, K]` experts in descending weight, and the weights."""

@@ -103,7 +103,7 @@ class _Measuring:
         self.left_out: list[str] = []
         self.predictor_bytes = 0
         self._bed, self._settings, self._workload = bed, settings, workload
-        self._tell, self._began, self._done = tell, began, 0
+        self._tell, self._began, self._done, self._besides = tell, began, 0, 0
         self._batches = sorted(settings.batches)
         self._runs = settings.repeats + 1 + (1 if settings.long_prompt else 0)  # the first warms up
         self._recordings: dict[int, Recording] = {}
@@ -142,6 +142,7 @@ class _Measuring:
             if batch not in self._recordings:
                 self._record(seat, batch)
             if (seat.plan.execution, batch, 0) not in self._truth:
+                self._besides += self._runs
                 for number in range(self._runs):
                     self._truth[seat.plan.execution, batch, number] = self._run(seat, batch, number).tokens
 
@@ -242,7 +243,7 @@ class _Measuring:
     def _take_turns(self, seats: list[tuple[Seat, dict[int, int]]], batch: int, least: Least) -> None:
         """The timed runs, forwards and backwards, the all-resident model among them."""
         used = {seat.plan.execution for seat, _ in seats}
-        whole = [found for execution, found in self._whole.items() if execution in used]
+        whole = [found for execution, found in self._whole.items() if execution in used or len(self._whole) == 1]
         everybody = [*(found.seat for found in whole), *(seat for seat, _ in seats)]
         timed: list[list[tuple[int, Run]]] = [[] for _ in everybody]
         for repeat in range(1, self._settings.repeats + 1):
@@ -262,7 +263,9 @@ class _Measuring:
                 name = f"{seat.plan.strategy}, slots {seat.plan.slots}, batch {batch}"
                 self.left_out.append(f"{name}: {len(runs)} of {self._settings.repeats} repeats before the deadline")
             if runs:
-                limits = Bounds(resident.get(seat.plan.execution), least, self.link_gbps)
+                execution = seat.plan.execution  # such as a simulated gate's, beside captured steps
+                whole_row = resident.get(execution) or next(iter(resident.values()), None)
+                limits = Bounds(whole_row, least, self.link_gbps)
                 self.rows.append(self._row(seat, batch, WARM, runs, peaks[batch], limits))
 
     def _after_long(self, seats: list[tuple[Seat, dict[int, int]]]) -> None:
@@ -313,7 +316,7 @@ class _Measuring:
         """Runs in all, as far as one can say."""
         seats = len(self._settings.slots) * len(self._settings.strategies) * len(self._settings.executions)
         whole = 1 + len(self._settings.slots) * len(self._settings.executions)
-        return (whole + seats) * len(self._batches) * self._runs
+        return (whole + seats) * len(self._batches) * self._runs + self._besides
 
     def _late(self) -> bool:
         deadline = self._settings.deadline

@@ -28,7 +28,7 @@ class Bounds(NamedTuple):
     """What limits a strategy.
 
     Attributes:
-        resident: the row with every expert in a slot, or None.
+        resident: the row with every expert in a slot, of the same execution if there is one; None: the device holds none.
         least: Belady's loads, or None.
         link_gbps: of the link.
     """
@@ -93,11 +93,12 @@ def strategy_row(  # noqa: PLR0913 - what a row is made of
     """A strategy's numbers, each beside its bound."""
     resident, least = bounds.resident, bounds.least
     whole = _common(batch, runs)
+    if (limit := _speed_bound(plan, batch, bounds)) is not None:
+        whole[DECODE] = _bounded(whole[DECODE], *limit)
     if resident is not None:
-        speed, said = _speed_bound(plan, batch, resident, bounds)
-        whole[DECODE] = _bounded(whole[DECODE], speed, said)
-        whole[WHOLE] = _bounded(whole[WHOLE], resident.figures[WHOLE].median, "all experts resident")
-        whole[FIRST] = _bounded(whole[FIRST], resident.figures[FIRST].median, "all experts resident")
+        said = _all_resident(plan, resident)
+        whole[WHOLE] = _bounded(whole[WHOLE], resident.figures[WHOLE].median, said)
+        whole[FIRST] = _bounded(whole[FIRST], resident.figures[FIRST].median, said)
     figures = {
         **whole,
         HIT: Figure(values=_each(runs, lambda run: run.hits / max(run.needed, 1)), unit="share"),
@@ -121,13 +122,23 @@ def strategy_row(  # noqa: PLR0913 - what a row is made of
     )  # fmt: skip
 
 
-def _speed_bound(plan: Plan, batch: int, resident: Row, bounds: Bounds) -> tuple[float, str]:
-    """No slower link and no computation saved: the all-resident step, or Belady's bytes over the link, whichever is longer."""
-    step = batch / resident.figures[DECODE].median
+def _speed_bound(plan: Plan, batch: int, bounds: Bounds) -> tuple[float, str] | None:
+    """No slower link and no computation saved: the all-resident step, or Belady's bytes over the link, whichever is longer.
+
+    Of what is known of the two; None if neither says anything.
+    """
+    step = 0.0 if bounds.resident is None else batch / bounds.resident.figures[DECODE].median
     link = 0.0 if bounds.least is None else bounds.least.loads * plan.row / bounds.link_gbps / 1e9
     if link > step:
         return round(batch / link, 6), "Belady's bytes at the link's speed"
-    return round(batch / step, 6), "all experts resident"
+    if bounds.resident is None:
+        return None
+    return round(batch / step, 6), _all_resident(plan, bounds.resident)
+
+
+def _all_resident(plan: Plan, resident: Row) -> str:
+    """What such a bound is called."""
+    return "all experts resident" + ("" if resident.execution == plan.execution else f", {resident.execution}")
 
 
 def _bounded(figure: Figure, bound: float, said: str) -> Figure:

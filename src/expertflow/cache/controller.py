@@ -117,7 +117,7 @@ class CacheController:
         open_step(self._tables, self._planes, self._demand, self._rules)
         self._drain()
 
-    def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:  # noqa: ARG002 - an observer's signature
+    def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: object) -> None:  # noqa: ARG002 - an observer's signature
         """Take note of a layer's `[T, K]` choices, for forecasts that learn from single tokens."""
         self._routes.setdefault(layer, routes)
 

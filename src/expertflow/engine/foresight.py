@@ -277,7 +277,7 @@ class Foresight:
         if step.tokens is None:
             return None
         owner = self._owners.take(len(step.tokens))
-        rows = np.array([self._live.get(number, NOBODY) for number in owner.tolist()], dtype=np.int64)
+        rows = self._rows_of(owner)
         if not np.any(rows != NOBODY):
             return None
         self._asked = _Asked(rows, decoding=self._owners.coming.lengths is None)
@@ -285,6 +285,13 @@ class Foresight:
             return None
         self.sampled(owner.tolist(), step.tokens.tolist())
         return self._decode()
+
+    def _rows_of(self, owner: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Each token's row, `NOBODY` for those of nobody, or of sequences that have none."""
+        numbers, place = np.unique(owner, return_inverse=True)
+        rows = np.array([self._live.get(number, NOBODY) for number in numbers.tolist()], dtype=np.int64)
+        found: npt.NDArray[np.int64] = rows[place]
+        return found
 
     def _decode(self) -> Outlook | None:
         """Of sequences that step by one token, and of those whose turns come."""
@@ -316,13 +323,11 @@ class Foresight:
             self._online.note(seats, self._tensor(step.tokens[singles]), self.routes[seats])
             self.routes[seats] = self._tensor(routes[singles]).int()
         for order, rows, counts in _by_row(np.where(single, NOBODY, asked.rows), self._room):
-            seats = self._tensor(rows)
+            pieces = self._online.pieces(rows, counts)
             used = sent(torch.from_numpy(routes[order].astype(np.int32)), self._online.device)
-            begins = self._tensor(np.cumsum(counts) - counts)
-            before = used.roll(1, 0)
-            before[begins] = self.routes[seats]
-            self._online.observe(rows.tolist(), counts.tolist(), self._tensor(step.tokens[order]), before)
-            self.routes[seats] = used[begins.roll(-1, 0) - 1]
+            before = pieces.shifted(used, self.routes[pieces.rows])
+            self._online.observe(pieces, self._tensor(step.tokens[order]), before)
+            self.routes[pieces.rows] = used[pieces.begins + pieces.counts - 1]
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return sent(torch.from_numpy(values.astype(np.int64)), self._online.device)

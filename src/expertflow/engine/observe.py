@@ -4,7 +4,7 @@ The seam between the running model and trace recorder or learning forecasts. Wit
 comparison; with somebody, one copy of its routing to the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from expertflow.models.experts import Observer
 
+Weights = Callable[[], npt.NDArray[np.float32]]
+
 
 class StepObserver(Protocol):
     """Sees every forward pass."""
@@ -20,8 +22,8 @@ class StepObserver(Protocol):
     def begin(self, tokens: npt.NDArray[np.int32] | None) -> None:
         """A forward pass starts; `[T]` ids fed in, row by row of the batch."""
 
-    def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:
-        """A layer's routing, both `[T, K]`."""
+    def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: Weights) -> None:
+        """A layer's routing, both `[T, K]`; to ask for the weights costs a copy."""
 
 
 def step_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> npt.NDArray[np.int32] | None:
@@ -38,8 +40,8 @@ def tell_all(observers: Sequence[StepObserver]) -> Observer:
     """One function for the experts hook that tells every observer."""
 
     def observe(layer: int, index: Tensor, weights: Tensor) -> None:
-        routes, shares = index.cpu().numpy(), weights.float().cpu().numpy()
+        routes = index.numpy()
         for observer in observers:
-            observer.observe(layer, routes, shares)
+            observer.observe(layer, routes, lambda: weights.float().cpu().numpy())
 
     return observe

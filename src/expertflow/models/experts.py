@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class ExpertProvider(Protocol):
 
 
 Observer = Callable[[int, Tensor, Tensor], None]
+"""Told of a layer: its number, its experts in host memory, and its weights where they are."""
 Whole = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
 
@@ -50,7 +52,7 @@ class Binding:
     own_forward: bool = field(default=False)
     """Run the family's own eager forward (the universal fallback) instead of the expert loop."""
     observe: Observer | None = field(default=None)
-    """Told the layer's routing before it runs: layer, experts `[T, K]`, weights `[T, K]`."""
+    """Told the layer's routing before it runs: layer, experts `[T, K]` in host memory, weights `[T, K]` where they are."""
     padding: Tensor | None = field(default=None)
     """Bool `[T]`, tokens of nobody in this pass, which use no expert; None: there are none. Not for `own_forward`."""
     whole: Whole | None = field(default=None)
@@ -88,15 +90,14 @@ def run_experts(
         experts: experts a layer.
     """
     tokens, top_k = index.shape
+    routes = index.cpu()  # the one host sync of a layer
     # the stock code takes an expert's tokens rank by rank, so sort by (expert, rank, token)
-    flat = index.t().reshape(-1)
-    order = torch.argsort(flat, stable=True)
+    order = torch.argsort(index.t().reshape(-1), stable=True)
     token_of = order % tokens
     weight_of = weights.t().reshape(-1)[order]
-    watched = None if binding.observe is None else tuple(part.to("cpu", non_blocking=True) for part in (index, weights))
-    ends = torch.bincount(flat, minlength=experts + 1).cumsum(0).tolist()  # the one host sync of a layer
-    if binding.observe is not None and watched is not None:
-        binding.observe(binding.layer, *watched)
+    if binding.observe is not None:
+        binding.observe(binding.layer, routes, weights)
+    ends = np.bincount(routes.numpy().reshape(-1), minlength=experts + 1).cumsum().tolist()
     begins = [0, *ends[:experts]]
     needed = [expert for expert in range(experts) if ends[expert] > begins[expert]]
     # a row a (token, rank) pair, sorted by expert: what the expert reads, and then what it made of it
@@ -192,7 +193,7 @@ class _Current:
 def _own_forward(module: Any, binding: Binding, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The family's eager forward, with every `weights[e]` fetching expert e: exact for any eager code, no overlap."""
     if binding.observe is not None:
-        binding.observe(binding.layer, index, weights)
+        binding.observe(binding.layer, index.cpu(), weights)
     with closing(_Current(binding)) as current:
         for name, _ in module.expert_shapes:
             setattr(module, name, _Weights(current, name))

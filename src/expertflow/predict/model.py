@@ -14,10 +14,11 @@ token, O = 1 + len(HORIZONS) outputs.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -157,7 +158,11 @@ class State(NamedTuple):
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """Values of the host on their way to the device: to a GPU from page-locked memory, so that nobody waits for what it is at."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    if device.type != "cuda":
+        return values.to(device)
+    locked = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    locked.numpy()[...] = values.numpy()  # `pin_memory` wakes a pool of threads for some ten thousand numbers
+    return locked.to(device, non_blocking=True)
 
 
 class Pieces(NamedTuple):
@@ -182,15 +187,23 @@ class Pieces(NamedTuple):
     newest: Tensor | None
 
     @classmethod
-    def of(cls, rows: Sequence[int], counts: Sequence[int], window: int, device: torch.device) -> Self:
-        """Count on the host, in one copy to the device."""
-        whose, many = torch.tensor([list(rows), list(counts)], dtype=torch.long)
-        owner, begins = torch.arange(len(many)).repeat_interleave(many), many.cumsum(0) - many
-        place = torch.arange(len(owner)) - begins[owner]
+    def of(cls, rows: npt.ArrayLike, counts: npt.ArrayLike, window: int, device: torch.device) -> Self:
+        """Count on the host, in one copy to the device.
+
+        Args:
+            rows: of the sequences, each once.
+            counts: tokens of each, at least 1.
+            window: W, places of a ring.
+            device: where they are wanted.
+        """
+        whose, many = np.asarray(rows, dtype=np.int64), np.asarray(counts, dtype=np.int64)
+        begins = np.cumsum(many) - many
+        owner = np.repeat(np.arange(len(many)), many)
+        place = np.arange(len(owner)) - begins[owner]
         left = many[owner] - 1 - place
-        newest = torch.nonzero(left < window)[:, 0]
+        newest = np.flatnonzero(left < window)
         parts = (whose, many, begins, owner, place, left, newest)
-        told = sent(torch.cat(parts), device).split([len(part) for part in parts])
+        told = sent(torch.from_numpy(np.concatenate(parts)), device).split([len(part) for part in parts])
         whose, many, begins, owner, place, left, newest = told
         return cls(whose, many, begins, owner, place, left, newest if len(newest) < len(owner) else None)
 

@@ -11,6 +11,7 @@ captured in a CUDA graph. Knows artifacts and networks; refuses to know batches,
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, cast
 
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -154,20 +155,20 @@ class OnlinePredictor:
         chances = self.artifact.probabilities(logits, tokens.flatten(), before.flatten())
         return chances.view(*tokens.shape, *chances.shape[2:])
 
+    def pieces(self, rows: npt.ArrayLike, counts: npt.ArrayLike) -> Pieces:
+        """Whose tokens `observe` is told of: the sequences' rows, each once, and how many tokens each has, at least 1."""
+        return Pieces.of(rows, counts, self.state.tokens.shape[1], self.device)
+
     @torch.inference_mode()
-    def observe(
-        self, rows: Sequence[int], counts: Sequence[int], tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]
-    ) -> None:
+    def observe(self, pieces: Pieces, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:
         """Take tokens in whose steps are done, such as those of prompts.
 
         Args:
-            rows: the sequences, each once.
-            counts: tokens of each, at least 1.
-            tokens: their next tokens, one sequence's after the other.
+            pieces: whose they are, as `pieces` says.
+            tokens: the next tokens of each, one sequence's after the other.
             routes: the true routing of the token before each of them (the last one's comes with the next `step`); E
                 where there is none.
         """
-        pieces = Pieces.of(rows, counts, self.state.tokens.shape[1], self.device)
         (self._model if self._twin is None else self._twin).absorb(self.state, pieces, tokens, routes)
 
     @torch.inference_mode()

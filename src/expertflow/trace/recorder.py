@@ -4,6 +4,8 @@ Whoever runs the batch says before each of its steps which sequences its rows be
 then tell tokens and routing. A layer a pass does not reach (an encoder's, while the decoder runs) has no experts.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -37,9 +39,11 @@ class Recorder:
         self._step += 1
         self._tokens = tokens
 
-    def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:
+    def observe(
+        self, layer: int, routes: npt.NDArray[np.int64], weights: Callable[[], npt.NDArray[np.float32]]
+    ) -> None:
         """A layer's routing."""
-        self._layers[layer] = (routes, weights)
+        self._layers[layer] = (routes, weights())
 
     def flush(self) -> None:
         """Write the pass that is over."""
