@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from expertflow.bench import figures
 from expertflow.bench.report import section
-from expertflow.bench.result import DECODE, MOVED, PEAK, RESIDENT, WARM, read_result
+from expertflow.bench.result import BELADY, DECODE, MOVED, PEAK, RESIDENT, WARM, Result, Row, read_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -429,6 +429,59 @@ def switch_growth() -> str:
     return "\n".join(lines)
 
 
+def shapes() -> str:
+    """All files of the full-size shapes as one table: of each cell the row with the most repeats, of equals the newest."""
+    named = ("on-demand", "lru", "ring", "pregated", "next-use")
+    lines = [
+        "| slots, batch | on-demand | Cache-MoE | SE-MoE's ring | pregated (host) | **`next-use`** | every expert resident | bound | `next-use`, % of that | peak | of resident |",
+        "|---" * 11 + "|",
+    ]
+    for title, files in SHAPES.items():
+        results = [read_result(RESULTS / f"{name}.json") for name in files]
+        resident = {
+            batch: _best(results, 0, batch, RESIDENT)
+            for result in results
+            for batch in {row.batch for row in result.rows}
+        }
+        for slots, batch in sorted(
+            {(row.slots, row.batch) for r in results for row in r.rows if row.strategy != RESIDENT}
+        ):
+            rows = {name: _best(results, slots, batch, name) for name in (*named, BELADY)}
+            whole, mine, least = resident[batch], rows["next-use"], rows[BELADY]
+            assert mine is not None
+            assert least is not None
+            bound = min(result.link_gbps for result in results) * 1e3 / least.figures[MOVED].median
+            if whole is not None:
+                bound = min(bound, whole.figures[DECODE].median)
+            speed, peak = mine.figures[DECODE].median, mine.figures[PEAK].median
+            of_whole = "" if whole is None else f"{peak / whole.figures[PEAK].median:.0%}"
+            cells = [_decoded(rows[name]) for name in named] + [_decoded(whole), f"{bound:.1f}", f"{speed / bound:.0%}"]
+            lines.append(
+                f"| {title}, {slots // results[0].model.layers}, {batch} | {' | '.join(cells)} | {peak / 1e9:.2f} GB | {of_whole} |"
+            )
+    return "\n".join(lines)
+
+
+def _best(results: list[Result], slots: int, batch: int, strategy: str) -> Row | None:
+    """The warm row of a cell with the most repeats, of equals the last file's; `slots` 0: any number."""
+    found = [
+        row
+        for result in results
+        for row in result.rows
+        if row.state == WARM and row.strategy == strategy and row.batch == batch and slots in (0, row.slots)
+    ]
+    return max(reversed(found), key=_repeats, default=None)
+
+
+def _repeats(row: Row) -> int:
+    return max(len(figure.values) for figure in row.figures.values())
+
+
+def _decoded(row: Row | None) -> str:
+    """Its speed; starred where there are fewer than three runs."""
+    return "" if row is None else f"{row.figures[DECODE].median:.1f}{'' if _repeats(row) >= 3 else ' *'}"
+
+
 def switch_predictor() -> str:
     """How often the best guess of a layer is right: Switch routes a token to one expert."""
     domains = {"": "novels", "_maths": "maths", "_chat": "instructions"}
@@ -533,23 +586,34 @@ def bench(name: str) -> Callable[[], str]:
 
     def make() -> str:
         return section(
-            f"{name}.json", read_result(RESULTS / f"{name}.json"), [f"{name}_{kind}.png" for kind in PICTURES]
+            f"{name}.json",
+            read_result(RESULTS / f"{name}.json"),
+            [f"{name}_{kind}.png" for kind in PICTURES if name in PICTURED],
         )
 
     return make
 
 
 PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
-BENCHES = (
-    "bench_quick_cpu", "switch_32", "switch_64", "switch_128", "shape_qwen", "shape_qwen_8_16", "shape_deepseek", "shape_deepseek_16",
-    "shape_mixtral",
+SHAPES = {
+    "Qwen1.5-MoE-A2.7B": ("shape_qwen", "shape_qwen_8_16", "shape_qwen_rivals"),
+    "DeepSeek-V2-Lite": ("shape_deepseek", "shape_deepseek_8", "shape_deepseek_16", "shape_deepseek_rivals"),
+    "Mixtral-8x7B": ("shape_mixtral", "shape_mixtral_two"),
+}
+"""The files of each full-size shape, oldest first."""
+PICTURED = (
+    "bench_quick_cpu", "switch_32", "switch_64", "switch_128", "switch_128_grid", "shape_qwen", "shape_qwen_8_16", "shape_deepseek",
+    "shape_deepseek_16", "shape_mixtral",
 )  # fmt: skip
-"""Results of `expertflow bench` that are committed, in the order of docs/benchmarks.md."""
+"""Results of `expertflow bench` that are shown with pictures on docs/benchmarks.md."""
+BENCHES = (*PICTURED, "shape_qwen_rivals", "shape_deepseek_8", "shape_deepseek_rivals", "shape_mixtral_two")
+"""All that are committed, in the order of the page."""
 SWITCH = {
     "switch-stages": switch_stages,
     "switch-growth": switch_growth,
     "switch-predictor": switch_predictor,
     "switch-schedule": switch_schedule,
+    "shapes": shapes,
     "accelerate": accelerate,
     "ablation": ablation,
     "control": control,
@@ -559,7 +623,7 @@ PAGES = {"README.md": TABLES, "docs/benchmarks.md": SWITCH | {name: bench(name) 
 
 def draw() -> None:
     """The pictures of docs/benchmarks.md."""
-    for name in BENCHES:
+    for name in PICTURED:
         for kind, make in PICTURES.items():
             make(read_result(RESULTS / f"{name}.json"), ROOT / "docs" / f"{name}_{kind}.png")
     draw_growth(ROOT / "docs" / "switch_growth.png")
