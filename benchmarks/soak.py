@@ -35,7 +35,7 @@ from expertflow.predict.model import OUTPUTS, PredictorConfig
 from expertflow.trace.owners import Coming
 
 SEED, PROMPT, TOKENS, BATCHES = 5, 12, 250, (1, 4)
-NAMES = [name for name, row in STRATEGIES.items() if not row.needs_future and not refusal(row, predicted=True)]
+NAMES = [name for name, row in STRATEGIES.items() if not row.needs_future and not refusal(row, given=row.predicted)]
 LAYERS, EXPERTS, VOCABULARY = 6, 16, 512
 
 

@@ -3,12 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
+from expertflow.cache.forecast import NextGate, PreviousStep, Recorded
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.build import prepare
@@ -21,6 +23,8 @@ from expertflow.kernels.state import refusal
 from expertflow.models.families import FAMILIES
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import build_skeleton
+from expertflow.sim.workload import as_recorded
+from expertflow.trace.format import load_trace
 from expertflow.units import format_bytes
 
 GRAPHS = [name for name, row in FAMILIES.items() if not row.no_graph]
@@ -236,12 +240,43 @@ def test_streams_side_by_side_do_not_disturb_one_another(make_checkpoint: MakeCh
         assert sum(event.kind is EventKind.STEP for event in happened) < 14
 
 
+@pytest.mark.parametrize("device", _devices())
+def test_a_callers_forecast_is_told_to_captured_steps(
+    device: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """A gate that is always right, and one that is wrong about everything: the same tokens; with the first, few steps wait."""
+    folder, params = make_checkpoint("mixtral"), SamplingParams(max_tokens=9, ignore_eos=True)
+    with open_llm(folder, device, slots="100%", execution="host") as llm, llm.record(tmp_path / "t.trace"):
+        llm.generate(PROMPTS, params)
+    with open_llm(folder, device, slots="100%") as llm:
+        expected = llm.generate(PROMPTS, params)
+    needed = as_recorded(load_trace(tmp_path / "t.trace")).needed
+    missed = []
+    for future in (needed, ~needed):
+        with open_llm(folder, device, slots="75%", strategy="pregated", forecast=NextGate(future, recall=1.0)) as llm:
+            assert llm.plan.execution == "graph"
+            happened: list[Event] = []
+            llm._offloaded.events.subscribe(happened.append)
+            assert llm.generate(PROMPTS, params) == expected
+            llm._offloaded.settle()
+        decoding = [event for event in happened if event.step > 0]
+        assert any(event.kind is EventKind.PREFETCH for event in decoding)
+        missed.append(sum(event.kind is EventKind.MISS for event in decoding))
+    assert 4 * missed[0] < missed[1]  # a few: half of the slots are kept free of loads ahead, and a layer may need more
+
+
 def test_what_cannot_be_a_graph_says_why(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """A graph that was asked for and cannot be had is an error; one that was hoped for is an event with the reason."""
     with pytest.raises(ConfigError, match=r"plec.*no predictor.*execution='auto'"):
         open_llm(make_checkpoint("mixtral"), strategy="plec")
     with pytest.raises(ConfigError, match="513 sequences of 2 experts"):
         open_llm(make_checkpoint("mixtral"), max_batch=513)
+    with pytest.raises(ConfigError, match="goes by the facts of steps"):
+        open_llm(make_checkpoint("mixtral"), strategy="lru", forecast=PreviousStep(2, 8))
+    with pytest.raises(ConfigError, match="every later use"):
+        open_llm(
+            make_checkpoint("mixtral"), strategy="oracle", forecast=Recorded(np.zeros((1, 2, 8), dtype=bool), None)
+        )
     with pytest.raises(ConfigError, match="long-rope"):
         open_llm(make_checkpoint("phimoe"))
     with open_llm(make_checkpoint("mixtral"), execution="auto") as llm:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.core import make_tables
-from expertflow.cache.forecast import Forecast, Nothing, Recorded, Step
+from expertflow.cache.forecast import Forecast, NextGate, Nothing, Recorded, Step
 from expertflow.cache.policy import Outlook, Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.events import Event, EventKind, EventStream
@@ -36,7 +36,7 @@ from expertflow.sim.workload import Workload, live_sequences
 from expertflow.trace.format import Trace, load_trace
 from test_trace import EXCERPT, make_trace
 
-ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row, predicted=True) is None]
+ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row, given=row.predicted) is None]
 MAKERS = {"reference": residency_reference.Residency, "kernels": residency.Residency}
 Make = Callable[[CacheState], Any]
 
@@ -59,7 +59,8 @@ def run(
     tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
     future = workload.needed if strategy.needs_future else None
     device = torch.device(_device(maker))
-    state = CacheState.allocate(strategy, tables, device, log=True, future=future)
+    given = tokens_known is not None
+    state = CacheState.allocate(strategy, tables, device, log=True, future=future, given=given)
     state.load(tables, Usage(layers=layers, experts=experts))
     schedule = Schedule.allocate(state, tokens, top_k)
     twin = MAKERS[maker](state)
@@ -155,6 +156,17 @@ def variants(name: str) -> list[Strategy]:
     """The row as the host runs it, as the device runs it, and with waves so small that layers need several."""
     row = STRATEGIES[name]
     return [row, row.on_device(), replace(row, wave=2, joint=True)]
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("name", ["pregated", "oracle-step"])
+def test_a_forecast_told_step_by_step_decides_as_its_recording(name: str, maker: str) -> None:
+    """A gate's guesses with their mistakes, and the truth, a while with nothing said: as the replay, which asks the forecast itself."""
+    row, workload = STRATEGIES[name].on_device(), random_workload(3, 9)
+    gate = NextGate(workload.needed, recall=0.7) if name == "pregated" else Recorded(workload.needed)
+    events, _ = run(maker, row, 15, workload, _Naps(gate))
+    assert events == expected(workload, row, 15, _Naps(gate))
+    assert any(event.kind is EventKind.PREFETCH for event in events)
 
 
 def random_workload(seed: int, steps: int = 6) -> Workload:

@@ -217,10 +217,8 @@ class _Measuring:
                 row = find_strategy(name)
                 if row.predicted and not self._has_predictor():
                     self._leave_out(f"{name}: the model has no predictor")
-                elif not row.needs_future:
+                else:
                     yield name, execution
-                elif execution == self._settings.executions[0]:
-                    yield name, "host"  # its gate answers from a recording, which only the host can ask
 
     def _has_predictor(self) -> bool:
         if not self.predictor_bytes and self._settings.predictor != "none":
@@ -243,7 +241,7 @@ class _Measuring:
     def _take_turns(self, seats: list[tuple[Seat, dict[int, int]]], batch: int, least: Least) -> None:
         """The timed runs, forwards and backwards, the all-resident model among them."""
         used = {seat.plan.execution for seat, _ in seats}
-        whole = [found for execution, found in self._whole.items() if execution in used or len(self._whole) == 1]
+        whole = [found for execution, found in self._whole.items() if execution in used]
         everybody = [*(found.seat for found in whole), *(seat for seat, _ in seats)]
         timed: list[list[tuple[int, Run]]] = [[] for _ in everybody]
         for repeat in range(1, self._settings.repeats + 1):
@@ -263,9 +261,7 @@ class _Measuring:
                 name = f"{seat.plan.strategy}, slots {seat.plan.slots}, batch {batch}"
                 self.left_out.append(f"{name}: {len(runs)} of {self._settings.repeats} repeats before the deadline")
             if runs:
-                execution = seat.plan.execution  # such as a simulated gate's, beside captured steps
-                whole_row = resident.get(execution) or next(iter(resident.values()), None)
-                limits = Bounds(whole_row, least, self.link_gbps)
+                limits = Bounds(resident.get(seat.plan.execution), least, self.link_gbps)
                 self.rows.append(self._row(seat, batch, WARM, runs, peaks[batch], limits))
 
     def _after_long(self, seats: list[tuple[Seat, dict[int, int]]]) -> None:

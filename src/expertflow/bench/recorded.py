@@ -135,21 +135,22 @@ class Follower(Nothing):
 
     def __init__(self) -> None:
         """Knows nothing yet."""
-        self._needed: Needs | None = None
+        self._said: list[Outlook | None] = []
         self._first: int | None = None
 
     def follow(self, needed: Needs | None) -> None:
-        """The passes that come now, `[N, L, E]`; None: nobody recorded them."""
-        self._needed, self._first = needed, None
+        """The passes that come now, `[N, L, E]`; None: nobody recorded them. What is said of them is made here, outside the clock."""
+        self._said = [] if needed is None else [self.read(number, needed) for number in range(len(needed))]
+        self._first = None
 
     def outlook(self, step: Step) -> Outlook | None:
         """What is known of this pass; None behind the recording's end."""
-        if self._needed is None:
+        if not self._said:
             return None
         if self._first is None:
             self._first = step.number
         number = step.number - self._first
-        return None if number >= len(self._needed) else self.read(number, self._needed)
+        return None if number >= len(self._said) else self._said[number]
 
     def read(self, number: int, needed: Needs) -> Outlook | None:
         """What is known of pass `number`."""

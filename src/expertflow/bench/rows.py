@@ -28,7 +28,7 @@ class Bounds(NamedTuple):
     """What limits a strategy.
 
     Attributes:
-        resident: the row with every expert in a slot, of the same execution if there is one; None: the device holds none.
+        resident: the row with every expert in a slot; None: the device holds no such model.
         least: Belady's loads, or None.
         link_gbps: of the link.
     """
@@ -96,9 +96,8 @@ def strategy_row(  # noqa: PLR0913 - what a row is made of
     if (limit := _speed_bound(plan, batch, bounds)) is not None:
         whole[DECODE] = _bounded(whole[DECODE], *limit)
     if resident is not None:
-        said = _all_resident(plan, resident)
-        whole[WHOLE] = _bounded(whole[WHOLE], resident.figures[WHOLE].median, said)
-        whole[FIRST] = _bounded(whole[FIRST], resident.figures[FIRST].median, said)
+        whole[WHOLE] = _bounded(whole[WHOLE], resident.figures[WHOLE].median, "all experts resident")
+        whole[FIRST] = _bounded(whole[FIRST], resident.figures[FIRST].median, "all experts resident")
     figures = {
         **whole,
         HIT: Figure(values=_each(runs, lambda run: run.hits / max(run.needed, 1)), unit="share"),
@@ -133,12 +132,7 @@ def _speed_bound(plan: Plan, batch: int, bounds: Bounds) -> tuple[float, str] | 
         return round(batch / link, 6), "Belady's bytes at the link's speed"
     if bounds.resident is None:
         return None
-    return round(batch / step, 6), _all_resident(plan, bounds.resident)
-
-
-def _all_resident(plan: Plan, resident: Row) -> str:
-    """What such a bound is called."""
-    return "all experts resident" + ("" if resident.execution == plan.execution else f", {resident.execution}")
+    return round(batch / step, 6), "all experts resident"
 
 
 def _bounded(figure: Figure, bound: float, said: str) -> Figure:

@@ -35,9 +35,16 @@ class Step(NamedTuple):
 
 
 class Forecast(Protocol):
-    """Says what is expected. `per_token` says whether it learns from single tokens (`tokens`, `routes` of a step)."""
+    """Says what is expected.
+
+    Attributes:
+        per_token: whether it learns from single tokens (`tokens`, `routes` of a step).
+        foreknown: whether the number of a step is all it goes by: it learns nothing and looks at no token. So it can be asked
+            about steps whose facts stay on the device.
+    """
 
     per_token: bool
+    foreknown: bool
 
     def outlook(self, step: Step) -> Outlook | None:
         """Before a step; None if nothing is known."""
@@ -50,6 +57,7 @@ class Nothing:
     """Knows nothing."""
 
     per_token = False
+    foreknown = True
 
     def outlook(self, step: Step) -> Outlook | None:  # noqa: ARG002 - the protocol's signature
         """Nothing."""
@@ -74,7 +82,7 @@ class LayerOrder(Nothing):
 class PreviousStep:
     """The step will use what the last one used."""
 
-    per_token = False
+    per_token = foreknown = False
 
     def __init__(self, layers: int, experts: int) -> None:
         """Nothing seen yet."""
@@ -93,7 +101,7 @@ class PreviousStep:
 class Frequency:
     """How often an expert was used, recent steps weighing more."""
 
-    per_token = False
+    per_token = foreknown = False
 
     def __init__(self, layers: int, experts: int, fade: float = 0.95) -> None:
         """Nothing seen yet; a step's weight falls to `fade` with each later one."""
@@ -118,7 +126,7 @@ class TokenCounts:
     tokens does.
     """
 
-    per_token = True
+    per_token, foreknown = True, False
     PRIOR = 1.0
 
     def __init__(self, layers: int, experts: int) -> None:
@@ -159,6 +167,8 @@ class TokenCounts:
 
 class PredictedPath(Nothing):
     """Whatever a predictor says: any function from a step to demand `[H, L, E]`, such as the trained one."""
+
+    foreknown = False
 
     def __init__(self, predict: Callable[[Step], Plane]) -> None:
         """Ask `predict` at every step."""

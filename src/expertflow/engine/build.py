@@ -107,7 +107,7 @@ def prepare(
         strategy,
         device.type,
         rows=config.max_batch,
-        own_forecast=forecast is not None,
+        forecast=forecast,
         predicted=predictor is not None,
     )
     live, batch, chunk = _predictor_load(config)
@@ -205,6 +205,7 @@ class OffloadedModel:
         self.counters = CacheCounters()
         self.events.subscribe(self.counters.count)
         self.foresight: Foresight | None = None
+        self._forecast = forecast
         if prepared.predictor is not None:
             own = self.device if plan.execution == "graph" else torch.device("cpu")  # a graph cannot ask the host
             online = OnlinePredictor(prepared.predictor, _predictor_load(config)[0], own, backend(own).path_step)
@@ -299,7 +300,7 @@ class OffloadedModel:
             self._decoder = None
             held = Held(
                 controller=self.controller, store=self.store, pool=self._pool, transfer=self._transfer,
-                counters=self.counters, foresight=self.foresight,
+                counters=self.counters, foresight=self.foresight, forecast=self._forecast,
             )  # fmt: skip
             plan, mlp = self.plan, expert_mlp(self.skeleton)
             with torch.inference_mode(), self.meter.watch():

@@ -11,11 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController, as_event
+from expertflow.cache.forecast import Forecast, Step
+from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.strategy import Strategy
 from expertflow.engine.agenda import Slip
 from expertflow.engine.foresight import Foresight
@@ -74,7 +77,7 @@ def graph_refusal(
     device: str,
     *,
     rows: int,
-    own_forecast: bool = False,
+    forecast: Forecast | None = None,
     predicted: bool = False,
 ) -> str:
     """Why decode steps cannot run as graphs; empty if they can.
@@ -84,16 +87,17 @@ def graph_refusal(
         strategy: row of the strategy table.
         device: `cuda` or `cpu`.
         rows: sequences that step together at most.
-        own_forecast: whether the caller's forecast replaces the strategy's.
+        forecast: the caller's own, which replaces the strategy's.
         predicted: whether a trained predictor does.
     """
     if device == "cuda" and not HAS_TRITON:
         return "Triton is not installed"
     if rows * skeleton.top_k > MAX_PAIRS:
         return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
-    if own_forecast:
-        return "the forecast is the caller's own, which only the host can ask"
-    return refusal(strategy.on_device(), predicted=predicted) or _model_refusal(skeleton)
+    if forecast is not None and not forecast.foreknown:
+        return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
+    given = predicted or forecast is not None
+    return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton)
 
 
 def _model_refusal(skeleton: Skeleton) -> str:
@@ -147,6 +151,8 @@ class Held:
     transfer: Transfer
     counters: CacheCounters
     foresight: Foresight | None = None
+    forecast: Forecast | None = None
+    """The caller's own, in place of the strategy's or a predictor."""
 
 
 class DeviceExperts:
@@ -176,8 +182,9 @@ class DeviceExperts:
         self._mlp, self._held, self._top_k = mlp, held, top_k
         controller, strategy = held.controller, held.controller.strategy.on_device()
         self.state = CacheState.allocate(
-            strategy, controller.tables, device, log=log, future=controller.future, reached=controller.reached
-        )
+            strategy, controller.tables, device, log=log, future=controller.future, reached=controller.reached,
+            given=held.forecast is not None,
+        )  # fmt: skip
         self._kernels = backend(device)
         foresight = held.foresight
         self._slip = None if foresight is None else Slip(rows, foresight.sequences, foresight.spare, device)
@@ -222,6 +229,8 @@ class DeviceExperts:
             self._count = len(tokens)
             self.live.fill_(self._count)
         self.asked, self.resting = 0, False
+        if self._held.forecast is not None and not self.fixed:
+            self._foretell(self._held.forecast)
         foresight, slip = self._held.foresight, self._slip
         if slip is None or foresight is None or self.fixed or not self.predicting:
             return
@@ -231,6 +240,13 @@ class DeviceExperts:
         agenda = foresight.agenda(slip.room)
         slip.write(foresight.seats(sequences), agenda)
         self.asked = 0 if agenda is None else len(agenda.told)
+
+    def _foretell(self, forecast: Forecast) -> None:
+        """The coming step is told what the caller's own forecast says of it, as far as a step looks ahead."""
+        outlook = forecast.outlook(Step(self._held.controller.step + self.steps + 1))
+        demand = np.zeros(0) if outlook is None else outlook.demand[:STEPS_KNOWN]
+        self.state.demand[: len(demand)] = self.state.demand.new_tensor(demand)
+        self.state.known.fill_(len(demand))
 
     def _count_loads(self) -> None:
         """Tell how many loads the steps took that are over by now; the last one is, if its tokens were waited for."""

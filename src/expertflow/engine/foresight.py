@@ -56,7 +56,7 @@ class Foresight:
         failure: why it was switched off, or None.
     """
 
-    per_token = True
+    per_token, foreknown = True, False
 
     def __init__(
         self,

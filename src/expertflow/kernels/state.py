@@ -33,24 +33,26 @@ UNKNOWN, RECORDED, CONSTANT, GIVEN = range(4)
 into `CacheState.demand`."""
 
 
-def refusal(strategy: Strategy, *, predicted: bool = False) -> str | None:
+def refusal(strategy: Strategy, *, given: bool = False) -> str | None:
     """Why a strategy has no device twin; None if it has one.
 
     Args:
         strategy: row of the strategy table.
-        predicted: whether a trained predictor takes the place of its forecast.
+        given: whether a trained predictor or the caller's own forecast takes the place of the strategy's.
     """
     if strategy.policy not in POLICIES:
         return f"strategy {strategy.name!r} ranks by a policy without a device twin"
-    if strategy.predicted and not predicted:
+    if given and strategy.policy is belady:
+        return f"strategy {strategy.name!r} goes by every later use, and a step on the device is told of {STEPS_KNOWN}"
+    if strategy.predicted and not given:
         return f"strategy {strategy.name!r} has no predictor here, and its counts by token are kept on the host"
     return None
 
 
-def source_of(strategy: Strategy, setting: Setting) -> tuple[int, np.ndarray]:
+def source_of(strategy: Strategy, setting: Setting, *, given: bool = False) -> tuple[int, np.ndarray]:
     """Where the demand of a strategy comes from, and what its forecast will say: bool `[N, L, E]`, N = 0 if unknown."""
     nothing = np.zeros((0, setting.layers, setting.experts), dtype=np.bool_)
-    if strategy.predicted:
+    if strategy.predicted or given:
         return GIVEN, nothing
     forecast = strategy.make_forecast(setting)
     if isinstance(forecast, LayerOrder):
@@ -225,6 +227,7 @@ class CacheState:
         log: bool = False,
         future: np.ndarray | None = None,
         reached: Sequence[bool] | None = None,
+        given: bool = False,
     ) -> Self:
         """Room for what `tables` holds; nothing is taken over yet.
 
@@ -235,6 +238,7 @@ class CacheState:
             log: keep a step's log rows, to be taken with `take_log` after every step.
             future: bool `[N, L, E]`, the run's routing, for a strategy that knows it.
             reached: the layers that a step runs, an encoder's are not among them; None: all.
+            given: `demand` and `known` are written before every step, whatever the strategy's own forecast is.
         """
         (layers, experts), slots = tables.slot_of.shape, len(tables.owner)
 
@@ -244,7 +248,8 @@ class CacheState:
         def plane() -> Tensor:
             return room(torch.float64, layers, experts)
 
-        source, recorded = source_of(strategy, Setting(layers=layers, experts=experts, future=future, reached=reached))
+        setting = Setting(layers=layers, experts=experts, future=future, reached=reached)
+        source, recorded = source_of(strategy, setting, given=given)
         following = next_uses(recorded) if strategy.policy is belady else np.zeros((0, layers, experts), np.float32)
         entries = _entries(strategy, layers, experts)
         rows = layers * (1 + 3 * experts) + 3 * entries
