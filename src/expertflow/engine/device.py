@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -243,10 +242,11 @@ class DeviceExperts:
 
     def _foretell(self, forecast: Forecast) -> None:
         """The coming step is told what the caller's own forecast says of it, as far as a step looks ahead."""
-        outlook = forecast.outlook(Step(self._held.controller.step + self.steps + 1))
-        demand = np.zeros(0) if outlook is None else outlook.demand[:STEPS_KNOWN]
-        self.state.demand[: len(demand)] = self.state.demand.new_tensor(demand)
-        self.state.known.fill_(len(demand))
+        state, outlook = self.state, forecast.outlook(Step(self._held.controller.step + self.steps + 1))
+        known = 0 if outlook is None else min(len(outlook.demand), STEPS_KNOWN)
+        if outlook is not None:
+            state.demand[:known] = state.demand.new_tensor(outlook.demand[:known])
+        state.known.fill_(known)
 
     def _count_loads(self) -> None:
         """Tell how many loads the steps took that are over by now; the last one is, if its tokens were waited for."""
