@@ -90,6 +90,8 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
     own, and at no layer are more than all but `rules.reserve` slots pinned. Places count layers from this step's
     first one; those from L on are the next step's.
     """
+    if not np.any(demand >= rules.threshold):
+        return
     layers, slots = t.slot_of.shape[0], t.owner.size
     pins = pin_residents(t, demand, rules, now)
     left = np.array([slots - t.cursor[RESIDENT], now, t.newer[slots]])
