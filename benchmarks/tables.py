@@ -433,33 +433,32 @@ def shapes() -> str:
     """All files of the full-size shapes as one table: of each cell the row with the most repeats, of equals the newest."""
     named = ("on-demand", "lru", "ring", "pregated", "next-use")
     lines = [
-        "| slots, batch | on-demand | Cache-MoE | SE-MoE's ring | pregated (host) | **`next-use`** | every expert resident | bound | `next-use`, % of that | peak | of resident |",
+        "| slots, batch | on-demand | Cache-MoE | SE-MoE's ring | pregated | **`next-use`** | every expert resident | bound of `next-use` | % of that | peak | of resident |",
         "|---" * 11 + "|",
     ]
     for title, files in SHAPES.items():
         results = [read_result(RESULTS / f"{name}.json") for name in files]
-        resident = {
-            batch: _best(results, 0, batch, RESIDENT)
-            for result in results
-            for batch in {row.batch for row in result.rows}
-        }
-        for slots, batch in sorted(
-            {(row.slots, row.batch) for r in results for row in r.rows if row.strategy != RESIDENT}
-        ):
-            rows = {name: _best(results, slots, batch, name) for name in (*named, BELADY)}
-            whole, mine, least = resident[batch], rows["next-use"], rows[BELADY]
+        measured = {(row.slots, row.batch) for result in results for row in result.rows if row.strategy != RESIDENT}
+        for slots, batch in sorted(measured):
+            rows = {name: _best(results, slots, batch, name) for name in named}
+            whole, mine = _best(results, 0, batch, RESIDENT), rows["next-use"]
             assert mine is not None
-            assert least is not None
-            bound = min(result.link_gbps for result in results) * 1e3 / least.figures[MOVED].median
-            if whole is not None:
-                bound = min(bound, whole.figures[DECODE].median)
-            speed, peak = mine.figures[DECODE].median, mine.figures[PEAK].median
-            of_whole = "" if whole is None else f"{peak / whole.figures[PEAK].median:.0%}"
-            cells = [_decoded(rows[name]) for name in named] + [_decoded(whole), f"{bound:.1f}", f"{speed / bound:.0%}"]
-            lines.append(
-                f"| {title}, {slots // results[0].model.layers}, {batch} | {' | '.join(cells)} | {peak / 1e9:.2f} GB | {of_whole} |"
-            )
+            bound, peak = _bound(mine, results), mine.figures[PEAK].median
+            cells = [_decoded(row) for row in (*rows.values(), whole)]
+            cells += [f"{bound:.1f}", f"{mine.figures[DECODE].median / bound:.0%}", f"{peak / 1e9:.2f} GB"]
+            cells.append("" if whole is None else f"{peak / whole.figures[PEAK].median:.0%}")
+            lines.append(f"| {title}, {slots // results[0].model.layers}, {batch} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _bound(row: Row, results: list[Result]) -> float:
+    """The bound of a row's speed; of one that was measured before the link alone was a bound, that."""
+    if (bound := row.figures[DECODE].bound) is not None:
+        return bound
+    mine = next(result for result in results if row in result.rows)
+    least = _best([mine], row.slots, row.batch, BELADY)
+    assert least is not None
+    return mine.link_gbps * 1e3 / least.figures[MOVED].median
 
 
 def _best(results: list[Result], slots: int, batch: int, strategy: str) -> Row | None:
@@ -478,8 +477,11 @@ def _repeats(row: Row) -> int:
 
 
 def _decoded(row: Row | None) -> str:
-    """Its speed; starred where there are fewer than three runs."""
-    return "" if row is None else f"{row.figures[DECODE].median:.1f}{'' if _repeats(row) >= 3 else ' *'}"
+    """Its speed; marked where there are fewer than three runs, and where the host decided."""
+    if row is None:
+        return ""
+    marks = ("h" if row.execution == "host" else "") + ("*" if _repeats(row) < 3 else "")
+    return f"{row.figures[DECODE].median:.1f} {marks}".strip()
 
 
 def switch_predictor() -> str:

@@ -286,7 +286,7 @@ class _Measuring:
             raise PredictorError(f"the predictor failed: {seat.llm.predictor_failure}", "Leave it out, or mend it.")
         note = f"no graph: {seat.plan.why_host}" if seat.plan.why_host else ""
         if seat.gate is not None:
-            note = seat.gate.note
+            note = seat.gate.note + self._agreement(seat.plan.execution)
         exact: bool | None = None
         if (seat.plan.execution, batch, 0) in self._truth:
             exact = all(run.tokens == self._truth[seat.plan.execution, batch, number] for number, run in numbered)
@@ -296,6 +296,15 @@ class _Measuring:
             )
         runs = [run for _, run in numbered]
         return strategy_row(seat.plan, batch, state, runs, peak, limits, exact=exact, note=note)
+
+    def _agreement(self, execution: str) -> str:
+        """How far answers of this execution are those of the host's steps, whose routing was recorded."""
+        mine = {key[1:]: tokens for key, tokens in self._truth.items() if key[0] == execution != "host"}
+        pairs = [pair for key, tokens in mine.items() for pair in zip(tokens, self._truth["host", *key], strict=True)]
+        if not pairs:
+            return ""
+        same = sum(one == other for one, other in pairs) / len(pairs)
+        return f"; it was recorded on the host, whose answers are the same in {same:.0%} of the sequences"
 
     def _run(self, seat: Seat, batch: int, number: int) -> Run:
         """One run; a simulated gate is told which."""

@@ -132,6 +132,7 @@ class Follower(Nothing):
     """
 
     note = ""
+    foreknown = True
 
     def __init__(self) -> None:
         """Knows nothing yet."""

@@ -28,7 +28,7 @@ class Bounds(NamedTuple):
     """What limits a strategy.
 
     Attributes:
-        resident: the row with every expert in a slot; None: the device holds no such model.
+        resident: the row with every expert in a slot; None: not measured.
         least: Belady's loads, or None.
         link_gbps: of the link.
     """

@@ -40,7 +40,8 @@ class Forecast(Protocol):
     Attributes:
         per_token: whether it learns from single tokens (`tokens`, `routes` of a step).
         foreknown: whether the number of a step is all it goes by: it learns nothing and looks at no token. So it can be asked
-            about steps whose facts stay on the device.
+            about steps whose facts stay on the device. (There a step that an error broke off has no number of its own; on the
+            host it has.)
     """
 
     per_token: bool
@@ -56,8 +57,7 @@ class Forecast(Protocol):
 class Nothing:
     """Knows nothing."""
 
-    per_token = False
-    foreknown = True
+    per_token = foreknown = False
 
     def outlook(self, step: Step) -> Outlook | None:  # noqa: ARG002 - the protocol's signature
         """Nothing."""
@@ -69,6 +69,8 @@ class Nothing:
 
 class LayerOrder(Nothing):
     """Every expert of every layer, in the order of the layers."""
+
+    foreknown = True
 
     def __init__(self, layers: int, experts: int) -> None:
         """For a model of this size."""
@@ -168,8 +170,6 @@ class TokenCounts:
 class PredictedPath(Nothing):
     """Whatever a predictor says: any function from a step to demand `[H, L, E]`, such as the trained one."""
 
-    foreknown = False
-
     def __init__(self, predict: Callable[[Step], Plane]) -> None:
         """Ask `predict` at every step."""
         self._predict = predict
@@ -186,6 +186,8 @@ class Recorded(Nothing):
         needed: `[N, L, E]` bool, every step's experts.
         horizon: further steps known; None: all (what Belady's rule needs).
     """
+
+    foreknown = True
 
     def __init__(self, needed: npt.NDArray[np.bool_], horizon: int | None = 0) -> None:
         """Keep the recording; with an endless horizon, look up every next use once."""
@@ -213,6 +215,8 @@ class NextGate(Nothing):
         recall: share of the path foreseen.
         seed: of the mistakes.
     """
+
+    foreknown = True
 
     def __init__(self, needed: npt.NDArray[np.bool_], recall: float, seed: int = 0) -> None:
         """Draw mistakes step by step, the same for the same step."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -93,7 +94,9 @@ def graph_refusal(
         return "Triton is not installed"
     if rows * skeleton.top_k > MAX_PAIRS:
         return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
-    if forecast is not None and not forecast.foreknown:
+    if forecast is not None and not getattr(
+        forecast, "foreknown", False
+    ):  # a caller's class may be older than the word
         return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
     given = predicted or forecast is not None
     return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton)
@@ -245,7 +248,7 @@ class DeviceExperts:
         state, outlook = self.state, forecast.outlook(Step(self._held.controller.step + self.steps + 1))
         known = 0 if outlook is None else min(len(outlook.demand), STEPS_KNOWN)
         if outlook is not None:
-            state.demand[:known] = state.demand.new_tensor(outlook.demand[:known])
+            state.demand[:known].copy_(torch.from_numpy(np.ascontiguousarray(outlook.demand[:known])))
         state.known.fill_(known)
 
     def _count_loads(self) -> None:

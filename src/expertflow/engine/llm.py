@@ -80,7 +80,8 @@ class LLM:
 
     Args:
         model: checkpoint folder or Hugging Face id; None: the shipped model.
-        forecast: replaces the strategy's own source of expectations, such as a recorded future.
+        forecast: replaces the strategy's own source of expectations, such as a recorded future; steps are captured if it is
+            `foreknown` (`cache.forecast.Forecast`).
         beside: the same model, loaded before and open as long as this one: its experts in host memory are used too.
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 

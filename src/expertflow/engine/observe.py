@@ -1,7 +1,7 @@
 """Who else sees the routing: observers of steps and layers, fed with NumPy arrays.
 
 The seam between the running model and trace recorder or learning forecasts. With nobody watching a layer pays one
-comparison; with somebody, one copy of its routing to the host.
+comparison; with somebody, the routing that the layer has on the host anyway is shown.
 """
 
 from collections.abc import Callable, Sequence
