@@ -16,7 +16,7 @@ from expertflow.cache.horizon import HORIZONS, unite
 from expertflow.config import EngineConfig
 from expertflow.engine.agenda import Agenda, Slip
 from expertflow.engine.build import SHIPPED_PREDICTOR, prepare
-from expertflow.engine.foresight import CALM, _by_row
+from expertflow.engine.foresight import CALM, DOUBT, JUDGED, LONGEST_DOUBT, _by_row
 from expertflow.engine.llm import shipped_model
 from expertflow.engine.runner import Piece
 from expertflow.errors import ConfigError, PredictorError
@@ -275,6 +275,89 @@ def test_rest_forgets_nothing(
     assert set(always) - set(rested) == set(range(3, 6 + lives))  # whom it was told of at rest, it was not asked about
     for step, demand in rested.items():
         np.testing.assert_allclose(demand[0], always[step][0], atol=5e-5, err_msg=f"step {step}")
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_it_is_told_what_came_of_its_loads(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch, execution: str
+) -> None:
+    """Loads, loads ahead and the needs those met, over all decode steps: what the events say."""
+    monkeypatch.setattr("expertflow.engine.foresight.CALM", 1 << 30)
+    monkeypatch.setattr("expertflow.engine.foresight.JUDGED", 1 << 30)
+    model, told, events = make_checkpoint("qwen3_moe"), [], []
+    options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 12, "predictor": str(make_predictor(model))}
+    with LLM(model, **options, execution=execution) as llm:
+        foresight = llm._offloaded.foresight
+        step = foresight._online.step
+
+        def sure(*args: torch.Tensor) -> Prediction:
+            """Three experts of every layer, whatever comes."""
+            return Prediction(*(torch.arange(part.shape[-1]).lt(3).expand_as(part) * 0.95 for part in step(*args)))
+
+        monkeypatch.setattr(foresight._online, "step", sure)
+        llm._offloaded.events.subscribe(events.append)
+        monkeypatch.setattr(foresight, "loaded", lambda *counts: told.append(counts))
+        llm.generate(PROMPTS, SamplingParams(max_tokens=24, ignore_eos=True))
+        llm._offloaded.settle()
+        llm._offloaded.controller.end_step()
+    told = [counts for counts in told if len(counts) == 4]  # the device execution wakes it when it is made
+    decoding = [event for event in events if event.step > 0]
+    ahead = sum(event.kind is EventKind.PREFETCH for event in decoding)
+    assert ahead > 0
+    assert tuple(map(sum, zip(*told, strict=True))) == (
+        ahead + sum(event.kind is EventKind.MISS for event in decoding),
+        23,
+        ahead,
+        sum(event.value for event in decoding if event.kind is EventKind.HIT),
+    )
+
+
+def test_a_predictor_whose_loads_meet_no_need_rests(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor
+) -> None:
+    """Longer every time it fails again, and as at first once it has been right."""
+    model = make_checkpoint("qwen3_moe")
+    with LLM(model, device="cpu", slots=12, max_length=48, predictor=str(make_predictor(model))) as llm:
+        foresight = llm._offloaded.foresight
+        for wanted in (DOUBT, 2 * DOUBT, 4 * DOUBT, DOUBT, LONGEST_DOUBT):
+            if wanted == LONGEST_DOUBT:
+                foresight._doubted = LONGEST_DOUBT
+            foresight.loaded(9, 1, JUDGED - 1, 0)
+            assert not foresight.resting
+            foresight.loaded(9, 1, 1, 0)
+            assert foresight.resting
+            foresight.loaded(9, wanted - 1)
+            assert foresight.resting
+            foresight.loaded(9)
+            assert not foresight.resting
+            if wanted == 4 * DOUBT:
+                foresight.loaded(9, 1, JUDGED, JUDGED - 1)
+                assert not foresight.resting
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execution: str) -> None:
+    """The shipped model's predictor, each layer's experts exchanged: it rests, and loads far less than if nobody noticed; unspoilt it never does."""
+    loads: dict[str, int] = {}
+    for name in ("unnoticed", "found out", "right"):
+        with monkeypatch.context() as patched:
+            if name == "unnoticed":
+                patched.setattr("expertflow.engine.foresight.JUDGED", 1 << 30)
+            options = {"slots": "25%", "device": "cpu", "max_batch": 1, "max_length": 96, "execution": execution}
+            with LLM(**options) as llm:
+                foresight = llm._offloaded.foresight
+                if name != "right":
+                    step = foresight._online.step
+                    patched.setattr(
+                        foresight._online,
+                        "step",
+                        lambda *args, step=step: type(said := step(*args))(*(part.flip(-1) for part in said)),
+                    )
+                output = llm.generate("The old house stood at the end of the lane, and", SamplingParams(max_tokens=64))
+                loads[name] = llm.stats.cache.loads + llm.stats.cache.prefetched
+                assert (foresight._doubted > 0) == (name == "found out")
+                assert output[0].token_ids
+    assert loads["right"] < loads["found out"] < 0.9 * loads["unnoticed"]
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])

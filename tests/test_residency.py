@@ -88,7 +88,7 @@ def run(
         events += [as_event(row, number, 1) for row in state.take_log()]
     kinds = (EventKind.HIT, EventKind.MISS, EventKind.EVICT, EventKind.PREFETCH, EventKind.WASTED)
     made, tally = state.made.tolist(), state.take_tally()
-    assert made == [tally[LOADS] + tally[AHEAD], len(workload)]
+    assert made == [tally[LOADS] + tally[AHEAD], len(workload), tally[AHEAD], tally[FRESH]]
     assert [tally[place] for place in (HITS, LOADS, EVICTIONS, AHEAD, WASTES)] == [
         sum(event.kind is kind for event in events) for kind in kinds
     ]

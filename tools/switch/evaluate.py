@@ -124,7 +124,10 @@ def schedules(folder: Path, out: Path, options: argparse.Namespace) -> bool:
 
 @contextmanager
 def misled(seed: int = 0) -> Iterator[None]:
-    """Predictors say of each layer's experts what they expect of others: as many loads ahead, as sure of themselves, nothing known."""
+    """Predictors say of each layer's experts what they expect of others: as many loads ahead, as sure of themselves, nothing known.
+
+    Nor is it noticed that their loads are in vain: the question is what knowing is worth.
+    """
     honest, orders = OnlinePredictor.step, {}
 
     def step(self: OnlinePredictor, rows: Tensor, tokens: Tensor, routes: Tensor) -> Prediction:
@@ -137,7 +140,7 @@ def misled(seed: int = 0) -> Iterator[None]:
         order = orders[layers]
         return Prediction(said.demand.gather(-1, order.expand_as(said.demand)), said.within.gather(-1, order.expand_as(said.within)))  # fmt: skip
 
-    with patch.object(OnlinePredictor, "step", step):
+    with patch.object(OnlinePredictor, "step", step), patch("expertflow.engine.foresight.JUDGED", 1 << 62):
         yield
 
 

@@ -92,7 +92,7 @@ class CacheController:
         self._tokens: npt.NDArray[np.int32] | None = None
         self._routes: dict[int, npt.NDArray[np.int64]] = {}
         self._loads: list[Load] = []
-        self._loaded = 0
+        self._loaded = self._ahead = self._found = 0
 
     @property
     def per_token(self) -> bool:
@@ -111,7 +111,8 @@ class CacheController:
         self.end_step()
         self.step += 1
         self._open = True
-        self._tokens, self._loaded = tokens, 0
+        self._tokens = tokens
+        self._loaded = self._ahead = self._found = 0
         self._planes, self._demand = self._brain.begin(Step(self.step, tokens))
         self.events.emit(Event(EventKind.STEP, self.step))
         open_step(self._tables, self._planes, self._demand, self._rules)
@@ -169,7 +170,8 @@ class CacheController:
         if not self._open:
             return
         self._open = False
-        self._brain.end(Step(self.step, self._tokens, self._needed, self._token_routes(), self._loaded))
+        counts = self._loaded, self._ahead, self._found
+        self._brain.end(Step(self.step, self._tokens, self._needed, self._token_routes(), *counts))
         self._needed[:] = False
         self._routes = {}
 
@@ -213,12 +215,14 @@ class CacheController:
             event = as_event(row, self.step, self._row_bytes)
             self.events.emit(event)
             if event.kind is EventKind.HIT:
+                self._found += row[4]
                 accesses.append(Access(event.expert, event.slot, load=False, fresh=bool(row[4]), after=-1))
             elif event.kind is EventKind.MISS:
                 self._loaded += 1
                 accesses.append(Access(event.expert, event.slot, load=True, fresh=False, after=row[4]))
             elif event.kind is EventKind.PREFETCH:
                 self._loaded += 1
+                self._ahead += 1
                 self._loads.append(Load(event.layer, event.expert, event.slot))
         return accesses
 

@@ -25,6 +25,8 @@ class Step(NamedTuple):
         needed: `[L, E]` bool, what it used; None before it has run.
         routes: `[T, L, K]` the experts of each token, E means none; None before it has run, or if nobody asked.
         loads: rows it loaded, ahead or not; 0 before it has run, and where nobody counts.
+        ahead: of these, rows loaded ahead.
+        found: needs that were met by a row loaded ahead, its first use.
     """
 
     number: int
@@ -32,6 +34,8 @@ class Step(NamedTuple):
     needed: npt.NDArray[np.bool_] | None = None
     routes: npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | None = None
     loads: int = 0
+    ahead: int = 0
+    found: int = 0
 
 
 class Forecast(Protocol):

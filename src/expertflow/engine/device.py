@@ -205,7 +205,7 @@ class DeviceExperts:
         self.logs = log
         self.fixed = self.holds = self.resting = False
         self.asked = 0
-        self._counted: tuple[int, ...] = (0, 0)
+        self._counted: tuple[int, ...] = (0, 0, 0, 0)
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._padding = torch.zeros(0)
         self._prefetches = strategy.prefetch != "none"
@@ -252,12 +252,16 @@ class DeviceExperts:
         state.known.fill_(known)
 
     def _count_loads(self) -> None:
-        """Tell how many loads the steps took that are over by now; the last one is, if its tokens were waited for."""
-        loads, closed = self.state.made.tolist()
-        if closed > self._counted[1] and self._held.foresight is not None:
-            before = self._counted[0] if loads >= self._counted[0] else 0  # else the tally was taken meanwhile
-            self._held.foresight.loaded(loads - before, closed - self._counted[1])
-            self._counted = loads, closed
+        """Tell how many loads the steps took that are over by now, and what came of those ahead.
+
+        The last step is over if its tokens were waited for.
+        """
+        counted, before = tuple(self.state.made.tolist()), self._counted
+        if counted[1] > before[1] and self._held.foresight is not None:
+            if counted[0] < before[0]:  # the tally was taken meanwhile
+                before = (0, before[1], 0, 0)
+            self._held.foresight.loaded(*(now - then for now, then in zip(counted, before, strict=True)))
+            self._counted = counted
 
     def _take_over(self) -> None:
         self._held.transfer.settle()

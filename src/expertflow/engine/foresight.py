@@ -29,6 +29,11 @@ from expertflow.trace.owners import NOBODY, Coming, Owners
 CALM = 4
 """Decode steps without a load after which the predictor rests; the next load wakes it. 1, 4 and 16 were not told
 apart for sure (docs/lab-notes.md); asking costs little, and saves nothing where everything is there."""
+JUDGED, TRUSTED = 32, 2 / 3
+"""Loads ahead by which a predictor is judged, and the share of them that has to meet a need. They are made from a chance of .77 on, and
+those of a trained one meet theirs in .97 of the cases and more, of a misled one in .23 to .67 (docs/benchmarks.md, "Is it the predictor?")."""
+DOUBT, LONGEST_DOUBT = 64, 4096
+"""Decode steps that it rests if it is not: at first, and, doubled every time it fails again, at most."""
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -79,6 +84,9 @@ class Foresight:
         self._told: dict[int, bool] = {}
         """The sequences whose newest token the predictor was told of, and whether it was asked what comes of it."""
         self._calm = 0
+        self._ahead = self._found = 0
+        self._doubt = self._doubted = 0
+        """Steps that it is not trusted for from now on, and from the last judgement on."""
         self._stale: set[int] = set()
         """Rows that still hold what their last sequence left; cleared when the next one gets them, many at a time."""
         rows, device = online.rows + 1, online.device
@@ -133,12 +141,34 @@ class Foresight:
 
     @property
     def resting(self) -> bool:
-        """Whether the predictor is only told, and not asked: lately there was nothing to load that it could have foreseen."""
-        return self._calm >= CALM
+        """Whether the predictor is only told, and not asked: there was nothing to load lately, or too few of its loads met a need."""
+        return self._calm >= CALM or self._doubt > 0
 
-    def loaded(self, rows: int, steps: int = 1) -> None:
-        """Decode steps are over that took so many loads."""
+    def loaded(self, rows: int, steps: int = 1, ahead: int = 0, found: int = 0) -> None:
+        """Decode steps are over.
+
+        Args:
+            rows: loads they took.
+            steps: how many they were.
+            ahead: loads ahead among them.
+            found: needs that such a load met.
+        """
         self._calm = 0 if rows else self._calm + steps
+        self._doubt = max(0, self._doubt - steps)
+        self._ahead, self._found = self._ahead + ahead, self._found + found
+        if self._ahead < JUDGED:
+            return
+        if self._found >= TRUSTED * self._ahead:
+            self._doubted = 0
+        else:
+            self._doubt = self._doubted = min(max(2 * self._doubted, DOUBT), LONGEST_DOUBT)
+            _LOG.info(
+                "%d of %d loads ahead met a need: the predictor rests for %d steps",
+                self._found,
+                self._ahead,
+                self._doubt,
+            )
+        self._ahead = self._found = 0
 
     def sampled(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
         """The newest tokens of these sequences, to be fed in when their turns come."""
@@ -312,7 +342,7 @@ class Foresight:
         if routes is None:
             routes = np.full((len(step.tokens), self._layers, self._top_k), self._experts, dtype=np.uint16)
         if asked.decoding:
-            self.loaded(step.loads)
+            self.loaded(step.loads, 1, step.ahead, step.found)
             alive = np.flatnonzero(asked.rows != NOBODY)
             self.routes[self._tensor(asked.rows[alive])] = self._tensor(routes[alive]).int()
             return

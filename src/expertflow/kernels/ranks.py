@@ -12,7 +12,7 @@ import triton.language as tl
 
 from expertflow.cache.horizon import HORIZONS, STEPS_KNOWN
 from expertflow.cache.policy import DISCOUNT, FADE, GRAIN, HIDDEN, MIX
-from expertflow.kernels.state import AHEAD, BLIND, BLOCKS, CONSTANT, LOADS, RECORDED, UNKNOWN
+from expertflow.kernels.state import AHEAD, BLIND, BLOCKS, CONSTANT, FRESH, LOADS, RECORDED, UNKNOWN
 
 _NEW = tl.constexpr(1 - FADE[0])
 _NEW_STEADY = tl.constexpr(1 - FADE[1])
@@ -31,7 +31,7 @@ _HIDDEN = tl.constexpr(HIDDEN)
 _GRAIN = tl.constexpr(GRAIN)
 _FURTHER = tl.constexpr(STEPS_KNOWN - 1)
 _STEPS_KNOWN = tl.constexpr(STEPS_KNOWN)
-_BLIND, _BLOCKS, _LOADS, _AHEAD = (tl.constexpr(place) for place in (BLIND, BLOCKS, LOADS, AHEAD))
+_BLIND, _BLOCKS, _LOADS, _AHEAD, _FRESH = (tl.constexpr(place) for place in (BLIND, BLOCKS, LOADS, AHEAD, FRESH))
 _H1, _H2, _H3, _H4 = (tl.constexpr(horizon) for horizon in HORIZONS)
 
 
@@ -191,13 +191,16 @@ def close_step(
     layers, experts,
     EP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """`Usage.learn`; the host may read how many loads were made so far."""
+    """`Usage.learn`; the host may read how many loads were made so far, ahead or not, and what came of those ahead."""
     layer = tl.program_id(0)
     step = tl.load(clock)
     if layer == 0:
         tl.store(clock + 1, step + 1)
-        tl.store(made, tl.load(tally + _LOADS) + tl.load(tally + _AHEAD))
+        ahead = tl.load(tally + _AHEAD)
+        tl.store(made, tl.load(tally + _LOADS) + ahead)
         tl.store(made + 1, step + 1)
+        tl.store(made + 2, ahead)
+        tl.store(made + 3, tl.load(tally + _FRESH))
     column = tl.arange(0, EP)
     mask = column < experts
     at = layer * experts + column

@@ -132,7 +132,10 @@ class Residency:
         """`Brain.end`: learn from the step."""
         self._usage.step = int(self.state.clock[0])
         self._usage.learn(self.state.needed.numpy() != 0)
-        self.state.made[0], self.state.made[1] = self.state.tally[LOADS] + self.state.tally[AHEAD], self._usage.step
+        tally = self.state.tally
+        self.state.made.copy_(tally[[LOADS, LOADS, AHEAD, FRESH]])
+        self.state.made[0] += tally[AHEAD]
+        self.state.made[1] = self._usage.step
         self.state.needed.zero_()
         self.state.clock[1] = self._usage.step
 

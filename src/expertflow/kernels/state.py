@@ -170,7 +170,8 @@ class CacheState:
         ahead: int32 `[L + 1, 2]`, entries of the ledger that were bound behind layer l - 1: the first, and one past the last.
         order: int32 `[N]`, 0, 1, 2, ...: the ledger as a list of its own.
         tally: int64 `[10]`, totals since the last `take_tally`, and whether a layer took more phases than its bound.
-        made: int64 `[2]`, the loads in `tally` when the last step ended, and `clock` then; in host memory, to be read there
+        made: int64 `[4]`, the loads in `tally` when the last step ended, `clock` then, and of the loads those ahead and, of these, those
+            that met a need; in host memory, to be read there
             without waiting.
         log: int32 `[R, 5]`, log rows as `core.tell` writes them; R = 0 keeps none.
         told: int32 `[1]`, log rows written.
@@ -287,7 +288,7 @@ class CacheState:
             ahead=room(torch.int32, layers + 1, 2),
             order=torch.arange(entries, dtype=torch.int32, device=device),
             tally=room(torch.int64, 10),
-            made=torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda"),
+            made=torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda"),
             log=room(torch.int32, rows if log else 0, 5),
             told=room(torch.int32, 1),
             future=torch.from_numpy(recorded.astype(np.uint8)).to(device),
@@ -325,7 +326,7 @@ class CacheState:
         self.resident.fill_(int(tables.cursor[RESIDENT]))
         self.waits.copy_(torch.from_numpy(np.stack([usage.waits[:, 0], DISCOUNT ** usage.waits[:, 0]])))
         self.clock.fill_(usage.step)
-        self.made[0], self.made[1] = 0, usage.step
+        self.made.copy_(torch.tensor([0, usage.step, 0, 0]))
         self.needed.zero_()
         self.entry.fill_(-1)
 
