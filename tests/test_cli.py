@@ -169,6 +169,17 @@ with _Interrupt() as interrupt:
     assert result.stdout.split("\n")[:2] == ["dropped", "raised again"]
 
 
+@pytest.mark.parametrize("command", [["report", "result.json"], ["simulate", "a.trace", "--plot", "a.png"]])
+def test_pictures_without_matplotlib_are_refused(command: list[str]) -> None:
+    """It is optional: who lacks it is told what to install, whatever else is wrong, and sees no traceback."""
+    script = f"import sys; sys.modules['matplotlib'] = None; sys.argv[1:] = {command}; from expertflow.cli.main import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "need" in result.stderr
+    assert "expertflow-moe[plot]" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_ctrl_c_ends_cleanly() -> None:
     """An interrupt while generating gives the summary of what was done, exit code 130 and no traceback."""
     process = subprocess.Popen(

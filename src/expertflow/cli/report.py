@@ -5,7 +5,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from expertflow.bench.report import write_report
 from expertflow.bench.result import read_result
 from expertflow.errors import ConfigError
 
@@ -14,6 +13,8 @@ def main(*, results: list[Path], out: Path) -> None:
     """Read, write, say where."""
     if find_spec("matplotlib") is None:
         raise ConfigError("the report's pictures need matplotlib", "Install it: pip install 'expertflow-moe[plot]'.")
+    from expertflow.bench.report import write_report  # noqa: PLC0415 - draws, so not before it is known that it can
+
     written = write_report([(path.name, read_result(path)) for path in results], out)
     console = Console()
     for path in written:
