@@ -326,13 +326,28 @@ def test_a_predictor_whose_loads_meet_no_need_rests(
             assert not foresight.resting
             foresight.loaded(9, 1, 1, 0)
             assert foresight.resting
-            foresight.loaded(9, wanted - 1)
+            foresight.loaded(
+                9, wanted - 1, 0, JUDGED
+            )  # what was judged in vain and is found after all counts for nothing
             assert foresight.resting
             foresight.loaded(9)
             assert not foresight.resting
             if wanted == 4 * DOUBT:
                 foresight.loaded(9, 1, JUDGED, JUDGED - 1)
                 assert not foresight.resting
+
+
+def test_new_captured_steps_begin_awake(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
+    """Somebody listens from now on, so their buffers are made anew: their first step is no resting one, which would leave kernels unmade."""
+    model, moods = make_checkpoint("qwen3_moe"), []
+    options = {"device": "cpu", "execution": "graph", "max_length": 48, "predictor": str(make_predictor(model))}
+    with LLM(model, slots=6, **options) as llm:
+        for _ in range(2):
+            llm.generate([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))
+            moods.append(llm._offloaded._decoder.experts.resting)
+            llm._offloaded.foresight._doubt = DOUBT
+            llm._offloaded.events.subscribe(lambda _: None)
+    assert moods == [False, False]
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])

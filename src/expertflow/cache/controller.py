@@ -163,7 +163,7 @@ class CacheController:
         """Empty every slot: what was decided was not carried out, so what the slots hold is unknown."""
         forget(self._tables)
         self._drain()
-        self._loads = []
+        self._loads, self._ahead, self._found = [], 0, 0
 
     def end_step(self) -> None:
         """Learn from the step that is over, once; `begin_step` does it for the one before."""

@@ -193,7 +193,7 @@ class DeviceExperts:
         notes = None
         if foresight is not None and self._slip is not None:
             notes = Notes(routes=foresight.routes, seats=self._slip.seats)
-            foresight.loaded(1)  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
+            foresight.wake()  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
         self._twin = self._kernels.residency(self.state, notes)
         self._work = Workspace.allocate(mlp, rows, top_k, device)
         self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
@@ -258,7 +258,7 @@ class DeviceExperts:
         """
         counted, before = tuple(self.state.made.tolist()), self._counted
         if counted[1] > before[1] and self._held.foresight is not None:
-            if counted[0] < before[0]:  # the tally was taken meanwhile
+            if any(now < then for now, then in zip(counted, before, strict=True)):  # the tally was taken meanwhile
                 before = (0, before[1], 0, 0)
             self._held.foresight.loaded(*(now - then for now, then in zip(counted, before, strict=True)))
             self._counted = counted

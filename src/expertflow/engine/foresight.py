@@ -30,8 +30,9 @@ CALM = 4
 """Decode steps without a load after which the predictor rests; the next load wakes it. 1, 4 and 16 were not told
 apart for sure (docs/lab-notes.md); asking costs little, and saves nothing where everything is there."""
 JUDGED, TRUSTED = 32, 2 / 3
-"""Loads ahead by which a predictor is judged, and the share of them that has to meet a need. They are made from a chance of .77 on, and
-those of a trained one meet theirs in .97 of the cases and more, of a misled one in .23 to .67 (docs/benchmarks.md, "Is it the predictor?")."""
+"""Loads ahead by which a predictor is judged, and the share of them that has to meet a need. They are made from a chance of .77 on, and those
+of a trained one meet theirs in .97 of the cases and more, of a misled one in .23 to .62 where up to eight sequences live, in .67 and .76
+where sixteen do and any expert is likely (docs/benchmarks.md, "Is it the predictor?")."""
 DOUBT, LONGEST_DOUBT = 64, 4096
 """Decode steps that it rests if it is not: at first, and, doubled every time it fails again, at most."""
 _LOG = logging.getLogger(__name__)
@@ -144,8 +145,12 @@ class Foresight:
         """Whether the predictor is only told, and not asked: there was nothing to load lately, or too few of its loads met a need."""
         return self._calm >= CALM or self._doubt > 0
 
+    def wake(self) -> None:
+        """The next step is asked about, whatever the last ones were like."""
+        self._calm = self._doubt = 0
+
     def loaded(self, rows: int, steps: int = 1, ahead: int = 0, found: int = 0) -> None:
-        """Decode steps are over.
+        """Decode steps are over. What passes over prompts find of loads ahead is not counted.
 
         Args:
             rows: loads they took.
@@ -154,7 +159,9 @@ class Foresight:
             found: needs that such a load met.
         """
         self._calm = 0 if rows else self._calm + steps
-        self._doubt = max(0, self._doubt - steps)
+        if self._doubt:  # what is found now was loaded before, and is judged already
+            self._doubt = max(0, self._doubt - steps)
+            return
         self._ahead, self._found = self._ahead + ahead, self._found + found
         if self._ahead < JUDGED:
             return
