@@ -158,6 +158,13 @@ def variants(name: str) -> list[Strategy]:
     return [row, row.on_device(), replace(row, wave=2, joint=True)]
 
 
+def random_workload(seed: int, steps: int = 6) -> Workload:
+    """Three sequences on 3 layers of 7 experts; in one step only two of them live."""
+    members = np.arange(3 * steps).reshape(steps, 3)
+    members[steps // 2, 2] = -1
+    return Workload(trace=make_trace(3 * steps, layers=3, experts=7, seed=seed), members=members, batch=3)
+
+
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("name", ["pregated", "oracle-step"])
 def test_a_forecast_told_step_by_step_decides_as_its_recording(name: str, maker: str) -> None:
@@ -167,13 +174,6 @@ def test_a_forecast_told_step_by_step_decides_as_its_recording(name: str, maker:
     events, _ = run(maker, row, 15, workload, _Naps(gate))
     assert events == expected(workload, row, 15, _Naps(gate))
     assert any(event.kind is EventKind.PREFETCH for event in events)
-
-
-def random_workload(seed: int, steps: int = 6) -> Workload:
-    """Three sequences on 3 layers of 7 experts; in one step only two of them live."""
-    members = np.arange(3 * steps).reshape(steps, 3)
-    members[steps // 2, 2] = -1
-    return Workload(trace=make_trace(3 * steps, layers=3, experts=7, seed=seed), members=members, batch=3)
 
 
 @pytest.mark.parametrize("maker", MAKERS)

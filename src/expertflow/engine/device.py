@@ -94,9 +94,8 @@ def graph_refusal(
         return "Triton is not installed"
     if rows * skeleton.top_k > MAX_PAIRS:
         return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
-    if forecast is not None and not getattr(
-        forecast, "foreknown", False
-    ):  # a caller's class may be older than the word
+    # a caller's class may be older than the word
+    if forecast is not None and not getattr(forecast, "foreknown", False):
         return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
     given = predicted or forecast is not None
     return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton)
