@@ -406,12 +406,12 @@ SIZES = (32, 64, 128)
 
 def switch_growth() -> str:
     """How speed, bytes and memory grow with the number of experts, at the same slots a layer."""
-    results = {count: read_result(RESULTS / f"switch_{count}.json") for count in SIZES}
+    results = {count: read_result(RESULTS / f"switch_{count}_grid.json") for count in SIZES}
     lines = [
-        "| slots a layer, batch | model | Cache-MoE | SE-MoE's ring | `next-use` | **`plec`** | every expert resident | `plec`, % of that | MB a token: `plec` | Cache-MoE | peak, % of resident |",
-        "|---" * 11 + "|",
+        "| slots a layer, batch | model | Cache-MoE | SE-MoE's ring | Pre-gated | `next-use` | **`plec`** | every expert resident | `plec`, % of that | MB a token: `plec` | Cache-MoE | peak, % of resident |",
+        "|---" * 12 + "|",
     ]
-    for slots, batch in ((4, 4), (4, 32), (16, 4), (16, 32)):
+    for slots, batch in ((4, 4), (4, 32), (8, 4), (8, 32), (16, 4), (16, 32)):
         for count, result in results.items():
             rows = {
                 row.strategy: row
@@ -419,12 +419,13 @@ def switch_growth() -> str:
                 if row.state == WARM and row.batch == batch and row.execution == "graph" and DECODE in row.figures
                 and row.slots in (12 * slots, 12 * count)
             }  # fmt: skip
-            speeds = [rows[name].figures[DECODE].median for name in ("lru", "ring", "next-use", "plec", RESIDENT)]
+            named = ("lru", "ring", "pregated", "next-use", "plec", RESIDENT)
+            speeds = [rows[name].figures[DECODE].median for name in named]
             moved = [rows[name].figures[MOVED].median for name in ("plec", "lru")]
             share = rows["plec"].figures[PEAK].median / rows[RESIDENT].figures[PEAK].median
             lines.append(
                 f"| {slots}, {batch} | Switch-{count} | {' | '.join(f'{speed:.0f}' for speed in speeds)} "
-                f"| {speeds[3] / speeds[4]:.0%} | {moved[0]:.1f} | {moved[1]:.1f} | {share:.1%} |"
+                f"| {speeds[-2] / speeds[-1]:.0%} | {moved[0]:.1f} | {moved[1]:.1f} | {share:.1%} |"
             )
     return "\n".join(lines)
 
@@ -538,13 +539,14 @@ def accelerate() -> str:
 
 def draw_growth(path: Path) -> None:
     """Speed over the number of experts, a panel for slots and batch."""
-    results = {count: read_result(RESULTS / f"switch_{count}.json") for count in SIZES}
-    picture = Figure(figsize=(12, 3.4), layout="constrained")
-    places = ((4, 4), (4, 32), (16, 4), (16, 32))
-    for panel, (slots, batch) in zip(picture.subplots(1, 4), places, strict=True):
+    results = {count: read_result(RESULTS / f"switch_{count}_grid.json") for count in SIZES}
+    picture = Figure(figsize=(16, 3.4), layout="constrained")
+    places = ((4, 4), (4, 32), (8, 4), (8, 32), (16, 4), (16, 32))
+    for panel, (slots, batch) in zip(picture.subplots(1, len(places)), places, strict=True):
         for name, mark in (
             ("ring", "v"),
             ("lru", "s"),
+            ("pregated", "^"),
             ("next-use", "D"),
             ("plec", "<"),
             (RESIDENT, "_"),
@@ -560,7 +562,8 @@ def draw_growth(path: Path) -> None:
             ]
             style = {"color": "black", "ls": ":"} if name == RESIDENT else {}
             panel.plot(range(len(SIZES)), found, marker=mark, label=name, **style)
-        panel.set_xticks(range(len(SIZES)), [f"Switch-{count}" for count in SIZES])
+        panel.set_xticks(range(len(SIZES)), [str(count) for count in SIZES])
+        panel.set_xlabel("experts a layer")
         panel.set_title(f"{slots} slots a layer, batch {batch}", fontsize="medium")
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
@@ -599,16 +602,29 @@ def bench(name: str) -> Callable[[], str]:
 PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
 SHAPES = {
     "Qwen1.5-MoE-A2.7B": ("shape_qwen", "shape_qwen_8_16", "shape_qwen_rivals"),
-    "DeepSeek-V2-Lite": ("shape_deepseek", "shape_deepseek_8", "shape_deepseek_16", "shape_deepseek_rivals"),
+    "DeepSeek-V2-Lite": (
+        "shape_deepseek",
+        "shape_deepseek_8",
+        "shape_deepseek_16",
+        "shape_deepseek_rivals",
+        "shape_deepseek_pregated",
+    ),
     "Mixtral-8x7B": ("shape_mixtral", "shape_mixtral_two"),
 }
 """The files of each full-size shape, oldest first."""
 PICTURED = (
-    "bench_quick_cpu", "switch_32", "switch_64", "switch_128", "switch_128_grid", "shape_qwen", "shape_qwen_8_16", "shape_deepseek",
+    "bench_quick_cpu", "switch_32", "switch_64", "switch_128", "switch_32_grid", "switch_64_grid", "switch_128_grid", "shape_qwen", "shape_qwen_8_16", "shape_deepseek",
     "shape_deepseek_16", "shape_mixtral",
 )  # fmt: skip
 """Results of `expertflow bench` that are shown with pictures on docs/benchmarks.md."""
-BENCHES = (*PICTURED, "shape_qwen_rivals", "shape_deepseek_8", "shape_deepseek_rivals", "shape_mixtral_two")
+BENCHES = (
+    *PICTURED,
+    "shape_qwen_rivals",
+    "shape_deepseek_8",
+    "shape_deepseek_rivals",
+    "shape_deepseek_pregated",
+    "shape_mixtral_two",
+)
 """All that are committed, in the order of the page."""
 SWITCH = {
     "switch-stages": switch_stages,
