@@ -619,6 +619,7 @@ PICTURED = (
 """Results of `expertflow bench` that are shown with pictures on docs/benchmarks.md."""
 BENCHES = (
     *PICTURED,
+    "switch_128_16",
     "shape_qwen_rivals",
     "shape_deepseek_8",
     "shape_deepseek_rivals",
