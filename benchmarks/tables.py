@@ -608,8 +608,10 @@ SHAPES = {
         "shape_deepseek_16",
         "shape_deepseek_rivals",
         "shape_deepseek_pregated",
+        "shape_deepseek_32",
+        "shape_deepseek_32_16",
     ),
-    "Mixtral-8x7B": ("shape_mixtral", "shape_mixtral_two"),
+    "Mixtral-8x7B": ("shape_mixtral", "shape_mixtral_two", "shape_mixtral_32"),
 }
 """The files of each full-size shape, oldest first."""
 PICTURED = (
@@ -624,7 +626,10 @@ BENCHES = (
     "shape_deepseek_8",
     "shape_deepseek_rivals",
     "shape_deepseek_pregated",
+    "shape_deepseek_32",
+    "shape_deepseek_32_16",
     "shape_mixtral_two",
+    "shape_mixtral_32",
 )
 """All that are committed, in the order of the page."""
 SWITCH = {
