@@ -133,8 +133,13 @@ class LLM:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model's weights."""
+        """Of the model's weights, sampled: what traces and predictors carry."""
         return self._offloaded.fingerprint
+
+    @property
+    def identity(self) -> str:
+        """Hash of every byte that answers depend on: weights, config, generation config and tokenizer."""
+        return self._offloaded.identity
 
     @property
     def predictor(self) -> Artifact | None:
