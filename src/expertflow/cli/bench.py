@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -14,6 +13,7 @@ from expertflow.bench.measure import measure
 from expertflow.bench.presets import make_settings
 from expertflow.bench.result import BELADY, DECODE, HIT, KEPT, PEAK, RESIDENT, WARM, Result, Row, write_result
 from expertflow.cli.outputs import check_outputs
+from expertflow.progress import Progress
 from expertflow.units import format_bytes
 
 _PIPED_WIDTH = 120
@@ -24,15 +24,10 @@ def main(*, preset: str, options: Mapping[str, Any], out: Path | None) -> None:
     check_outputs(None, out)
     settings = make_settings(preset, options)
     transformers_logging.set_verbosity_error()
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        result = measure(settings, command_of(preset, options, out), tell)
+    with Progress("runs") as bar:
+        result = measure(
+            settings, command_of(preset, options, out), lambda what, done, total: bar.update(done, total, what)
+        )
     if out is not None:
         write_result(result, out)
     show(result)

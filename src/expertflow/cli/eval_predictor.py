@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from expertflow.cache.forecast import Forecast
@@ -31,6 +30,7 @@ from expertflow.predict.baselines import BASELINES
 from expertflow.predict.dataset import Passage, Shape, leave_out, mark, passages, shape_of
 from expertflow.predict.evaluate import GUESSES, PRECISION, RECALL, Evaluation, evaluate
 from expertflow.predict.score import score
+from expertflow.progress import Progress
 from expertflow.sim.clock import Cost
 from expertflow.sim.predicted import PredictedRows, RowScores
 from expertflow.sim.replay import Outcome, replay_sizes
@@ -109,12 +109,11 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
             f"[yellow]not replayed: {', '.join(map(str, too_large))} live sequences; there are {len(held)}[/]"
         )
     cases = [_workload(trace, held, case, test) for case in test.cases if case[0] <= len(held)]
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("predicting", total=sum(map(len, held)))
-        said = score(predictor, held, lambda tokens: bar.advance(task, tokens))
-        bar.update(task, description="replaying", completed=0, total=(len(BASELINES) + 2) * len(cases))
+    with Progress("predicting tokens", sum(map(len, held))) as bar:
+        said = score(predictor, held, bar.advance)
+    with Progress("replays", (len(BASELINES) + 2) * len(cases)) as bar:
         sources = _Sources(predictor.shape, held, free, said)
-        evaluations, cells = _study(sources, cases, lambda: bar.advance(task))
+        evaluations, cells = _study(sources, cases, bar.advance)
     _show(evaluations, cells)
     seconds = time.perf_counter() - started
     if json_file is not None:

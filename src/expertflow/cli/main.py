@@ -203,7 +203,7 @@ def trace_record(
     """Run a model, offloaded, and record every token's experts (`expertflow trace MODEL` is short for this)."""
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
-        "max_batch": max_batch, "max_length": max_length, "execution": "host",  # what is recorded passes by the host
+        "max_batch": max_batch, "max_length": max_length,
     }  # fmt: skip
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
     _call("record", model=model, prompts_file=prompts_file, out=out, engine=engine, sampling=sampling)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from expertflow.cli.outputs import check_outputs
 from expertflow.errors import ConfigError
+from expertflow.progress import Progress
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome
 from expertflow.sim.sweep import AS_RECORDED, Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
@@ -45,9 +45,8 @@ def main(
     started = time.perf_counter()
     console = Console(stderr=True)
     total = len(grid.batches) * len(set(grid.slots)) * len(grid.strategies)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("replaying", total=total)
-        outcomes = run_grid(grid, lambda outcome: bar.advance(task))  # noqa: ARG005 - only counted
+    with Progress("replays", total) as bar:
+        outcomes = run_grid(grid, lambda outcome: bar.advance(note=outcome.strategy))
     seconds = time.perf_counter() - started
     show(grid, outcomes)
     if json_file is not None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from expertflow.cache.forecast import Forecast
@@ -23,6 +22,7 @@ from expertflow.engine.request import Decoder, Request, RequestOutput, StreamOut
 from expertflow.errors import CancelledError, CheckpointError, ConfigError, PromptError
 from expertflow.events import CacheCounters
 from expertflow.predict.artifact import Artifact
+from expertflow.progress import Progress
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
 
@@ -161,14 +161,12 @@ class LLM:
             PromptError: if a prompt is empty or too long; nothing is generated then.
         """
         listed = _as_list(prompts)
-        columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         finished = []
-        with Progress(*columns, disable=not self.config.progress or len(listed) < 2, transient=True) as bar:
-            task = bar.add_task("requests", total=len(listed))
+        with Progress("requests", len(listed), show=self.config.progress and len(listed) > 1) as bar:
             for item in self.stream(prompts, params):
                 if item.output is not None:
                     finished.append(item.output)
-                    bar.advance(task)
+                    bar.advance()
         return sorted(finished, key=lambda output: output.index)
 
     def stream(
