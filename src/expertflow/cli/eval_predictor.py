@@ -24,6 +24,7 @@ from rich.table import Table
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.cli.outputs import check_outputs
+from expertflow.cli.record_bytes import Record, find_record
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.baselines import BASELINES
@@ -59,6 +60,8 @@ class Test:
         cases: live sequences and the groups they take turns in; none: no replay.
         slots: counts or shares.
         steps: of a replay, at most.
+        model: checkpoint the trace is of: what an expert's bytes are taken from; None: not stated.
+        record_mb: bytes of an expert in 10^6, where no model is stated; None: what the trace says.
     """
 
     trace: Path
@@ -69,6 +72,8 @@ class Test:
     cases: tuple[tuple[int, int], ...]
     slots: tuple[str, ...]
     steps: int
+    model: str | None = None
+    record_mb: float | None = None
 
 
 def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
@@ -92,6 +97,7 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
     check_outputs(plot, json_file)
     if test.steps < 1:
         raise ConfigError(f"steps={test.steps} is too small", "Replay one step or more.")
+    record = find_record(test.trace, test.model, test.record_mb)
     predictor = load_artifact(artifact)
     trace, held = _load(test.trace, test, predictor)
     seen = set(predictor.about.get("seen", ()))
@@ -113,11 +119,12 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
         said = score(predictor, held, bar.advance)
     with Progress("replays", (len(BASELINES) + 2) * len(cases)) as bar:
         sources = _Sources(predictor.shape, held, free, said)
-        evaluations, cells = _study(sources, cases, bar.advance)
-    _show(evaluations, cells)
+        evaluations, cells = _study(sources, cases, Cost(row_bytes=record.size), bar.advance)
+    _show(evaluations, cells, record)
     seconds = time.perf_counter() - started
     if json_file is not None:
         result = _result(artifact, test, predictor, evaluations, cells) | {"seconds": round(seconds, 1)}
+        result["config"] |= {"cost": asdict(Cost(row_bytes=record.size)), **record.as_json()}
         try:
             json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
@@ -211,12 +218,12 @@ class _Sources:
 
 
 def _study(
-    sources: _Sources, cases: Sequence[tuple[Workload, list[int]]], tell: Callable[[], None]
+    sources: _Sources, cases: Sequence[tuple[Workload, list[int]]], cost: Cost, tell: Callable[[], None]
 ) -> tuple[list[Evaluation], list[dict[str, Any]]]:
     cells: list[dict[str, Any]] = []
     for workload, sizes in cases:
         for source, row in ENDS:
-            cells += _replay(workload, sizes, source, row)
+            cells += _replay(workload, sizes, cost, source, row)
         tell()
     rows = np.concatenate([item.rows for item in sources.held])
     evaluations = []
@@ -226,16 +233,16 @@ def _study(
         scores = RowScores(rows=rows, probabilities=np.concatenate(chances))
         for workload, sizes in cases:
             if name not in _AFTER_THE_FACT:
-                cells += _replay(workload, sizes, name, "plec", PredictedRows(workload, scores))
+                cells += _replay(workload, sizes, cost, name, "plec", PredictedRows(workload, scores))
             tell()
     _add_closed(cells)
     return evaluations, sorted(cells, key=lambda cell: (cell["groups"], cell["batch"], cell["slots"]))
 
 
 def _replay(
-    workload: Workload, sizes: list[int], source: str, row: str, forecast: Forecast | None = None
+    workload: Workload, sizes: list[int], cost: Cost, source: str, row: str, forecast: Forecast | None = None
 ) -> list[dict[str, Any]]:
-    outcomes = replay_sizes(workload, STRATEGIES[row], sizes, Cost(), forecast=forecast)
+    outcomes = replay_sizes(workload, STRATEGIES[row], sizes, cost, forecast=forecast)
     return [_cell(source, outcome) for outcome in outcomes]
 
 
@@ -260,7 +267,7 @@ def _add_closed(cells: list[dict[str, Any]]) -> None:
         cell["closed"] = round((blind - cell["loads_per_token"]) / max(blind - best, 1e-9), 4)
 
 
-def _show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]]) -> None:
+def _show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]], record: Record) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPED_WIDTH)
@@ -271,6 +278,8 @@ def _show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]]) ->
     console.print(f"expected calibration error of the predictor (0: the token's own step): {said}")
     for case in dict.fromkeys((c["batch"], c["groups"], c["slots"]) for c in cells):
         console.print(_replay_table([c for c in cells if (c["batch"], c["groups"], c["slots"]) == case]))
+    if cells:
+        console.print(f"times are of the virtual clock; an expert has {record}.")
 
 
 def _guess_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -331,7 +340,7 @@ def _result(
         "versions": {name: version(name) for name in ("numpy", "torch")} | {"python": platform.python_version()},
         "config": {
             "trace": test.trace.name, "baselines": None if test.free is None else test.free.name, "only": test.only,
-            "leave_out": test.leave_out, "skip": test.skip, "steps": test.steps, "cost": asdict(Cost()),
+            "leave_out": test.leave_out, "skip": test.skip, "steps": test.steps,
             "predictor": {
                 "folder": artifact.name, "kind": predictor.config.kind, "made_for": predictor.made_for,
                 "fingerprint": predictor.fingerprint, "bytes": sum(path.stat().st_size for path in artifact.iterdir()),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertflow.cli.outputs import check_outputs
+from expertflow.cli.record_bytes import Record, find_record
 from expertflow.errors import ConfigError
 from expertflow.progress import Progress
 from expertflow.sim.clock import Cost
@@ -27,30 +28,35 @@ def main(
     slots: str,
     batch: str,
     strategy: str,
+    model: str | None,
+    record_mb: float | None,
     cost: dict[str, Any],
     options: dict[str, Any],
     plot: Path | None,
     json_file: Path | None,
 ) -> None:
     """Replay, print, draw, write."""
+    check_outputs(plot, json_file)
+    record = find_record(trace, model, record_mb)
     grid = Grid(
         trace=trace,
         slots=tuple(part.strip() for part in slots.split(",")),
         batches=tuple(_batch(part) for part in batch.split(",")),
         strategies=strategy_names(strategy),
-        cost=Cost(**cost),
+        cost=Cost(row_bytes=record.size, **cost),
         **options,
     )
-    check_outputs(plot, json_file)
     started = time.perf_counter()
     console = Console(stderr=True)
     total = len(grid.batches) * len(set(grid.slots)) * len(grid.strategies)
     with Progress("replays", total) as bar:
         outcomes = run_grid(grid, lambda outcome: bar.advance(note=outcome.strategy))
     seconds = time.perf_counter() - started
-    show(grid, outcomes)
+    show(grid, outcomes, record)
     if json_file is not None:
-        json_file.write_text(json.dumps(as_result(grid, outcomes, seconds), indent=1, default=str) + "\n")
+        result = as_result(grid, outcomes, seconds)
+        result["config"] |= record.as_json()
+        json_file.write_text(json.dumps(result, indent=1, default=str) + "\n")
     if plot is not None:
         import_module("expertflow.sim.plot").draw(outcomes, plot)
     console.print(f"{len(outcomes)} replays in {seconds:.1f} s")
@@ -64,7 +70,7 @@ def _batch(text: str) -> int:
     return int(text)
 
 
-def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
+def show(grid: Grid, outcomes: Sequence[Outcome], record: Record) -> None:
     """Print a table a batch and number of slots."""
     console = Console()
     if not console.is_terminal:
@@ -80,7 +86,7 @@ def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
             )
     console.print(
         "hit: needs in their slot when their layer ran; kept: of all needs, those no load was made for; clean: steps "
-        "without a miss; times are of the virtual clock."
+        f"without a miss; times are of the virtual clock. An expert has {record}."
     )
 
 

@@ -182,7 +182,7 @@ class LLM:
         offloaded, shape = self._offloaded, self.plan.shape
         header = Header(
             layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=shape.model_type,
-            fingerprint=offloaded.fingerprint,
+            fingerprint=offloaded.fingerprint, record_bytes=self.plan.row,
         )  # fmt: skip
         first = self._engine.begun
         with TraceWriter(Path(path), header) as writer:

@@ -1,0 +1,1 @@
+"""Every command runs from end to end, on a model that is made in a moment, with the smallest settings."""
