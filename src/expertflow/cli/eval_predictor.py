@@ -25,6 +25,7 @@ from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import Record, find_record
+from expertflow.cli.tables import figures_table, megabytes
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.baselines import BASELINES
@@ -42,7 +43,6 @@ from expertflow.units import parse_slots
 PREDICTOR = "predictor"
 ENDS = (("nothing (next-use)", "next-use"), ("this step's truth", "oracle-step"), ("Belady", "oracle"))
 """What every forecast is compared with: name here, row of the strategy table."""
-_PIPED_WIDTH = 150
 _AFTER_THE_FACT = {"previous layer"}
 """Sources that are known only while the step runs: measured, not replayed."""
 
@@ -269,8 +269,6 @@ def _add_closed(cells: list[dict[str, Any]]) -> None:
 
 def _show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]], record: Record) -> None:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPED_WIDTH)
     console.print(_guess_table(evaluations))
     console.print(_union_table(evaluations))
     first = evaluations[0]
@@ -283,30 +281,26 @@ def _show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]], re
 
 
 def _guess_table(evaluations: Sequence[Evaluation]) -> Table:
-    title = f"experts of {evaluations[0].tokens} tokens found among the m best guesses a layer"
-    table = Table(title=title, title_justify="left")
-    table.add_column("source", no_wrap=True)
+    title = f"recall: experts of {evaluations[0].tokens} tokens found among the m best guesses a layer"
     count = len(evaluations[0].guesses.recall)
     wanted = [m for m in GUESSES if m <= count]
-    for kind in ("recall", "precision", "next step, recall"):
-        for m in wanted:
-            table.add_column(f"{kind} @{m}", justify="right")
+    kinds = ("own step", "next step")
+    table = figures_table(title, "source", *(f"{kind}\n@{m}" for kind in kinds for m in wanted))
     for item in evaluations:
         later = item.next_guesses
         row = [f"{item.guesses.recall[m - 1]:.3f}" for m in wanted]
-        row += [f"{item.guesses.precision[m - 1]:.3f}" for m in wanted]
         row += ["" if later is None else f"{later.recall[m - 1]:.3f}" for m in wanted]
         table.add_row(item.name, *row)
     return table
 
 
 def _union_table(evaluations: Sequence[Evaluation]) -> Table:
-    title = f"batch accuracy: precision at {RECALL:.0%} recall, and recall at {PRECISION:.0%} precision, of the union"
-    table = Table(title=title, title_justify="left")
-    table.add_column("source", no_wrap=True)
-    for union in evaluations[0].batches:
-        table.add_column(f"B={union.batch} precision", justify="right")
-        table.add_column(f"B={union.batch} recall", justify="right")
+    title = (
+        f"batch accuracy, of the union of B sequences. p: precision at {RECALL:.0%} recall, r: recall at {PRECISION:.0%} "
+        "precision"
+    )
+    sizes = [union.batch for union in evaluations[0].batches]
+    table = figures_table(title, "source", *(f"{what}\nB={b}" for b in sizes for what in "pr"))
     for item in evaluations:
         figures = [(u.thresholds.precision_at(RECALL), u.thresholds.recall_at(PRECISION)) for u in item.batches]
         table.add_row(item.name, *(f"{value:.3f}" for pair in figures for value in pair))
@@ -317,13 +311,11 @@ def _replay_table(cells: Sequence[dict[str, Any]]) -> Table:
     first = cells[0]
     turns = f" in {first['groups']} groups that take turns" if first["groups"] > 1 else ""
     title = f"{first['batch']} live sequences{turns}, {first['slots']} slots ({first['share']:.1%}), {first['tokens']} tokens"
-    table = Table(title=title, title_justify="left")
-    table.add_column("forecast", no_wrap=True)
-    for name in ("loads/token", "MB/token", "kept", "hit", "wasted", "clean", "tokens/s", "to Belady"):
-        table.add_column(name, justify="right")
+    heads = ("loads/\ntoken", "MB/\ntoken", "kept", "hit", "wasted", "clean", "tokens\n/s", "to\nBelady")
+    table = figures_table(title, "forecast", *heads)
     for c in cells:
         table.add_row(
-            c["source"], f"{c['loads_per_token']:.2f}", f"{c['bytes_per_token'] / 1e6:.0f}", f"{c['kept']:.3f}",
+            c["source"], f"{c['loads_per_token']:.2f}", megabytes(c["bytes_per_token"]), f"{c['kept']:.3f}",
             f"{c['hit']:.3f}", f"{c['wasted_per_token']:.2f}", f"{c['clean']:.1%}", f"{c['tokens_per_second']:.1f}",
             f"{c['closed']:.0%}",
         )  # fmt: skip

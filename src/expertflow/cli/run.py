@@ -10,9 +10,9 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from expertflow.cli.tables import facts_table
 from expertflow.config import SamplingParams
 from expertflow.engine.llm import LLM, load_tokenizer, shipped_model
 from expertflow.engine.offline import Results, prompt_lines
@@ -273,7 +273,6 @@ def _latencies(llm: LLM, outputs: list[RequestOutput]) -> list[tuple[str, str]]:
 
 def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
     stats, plan = llm.stats, llm.plan
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     step = llm.engine.step_seconds
     budget = "none stated" if plan.budget is None else format_bytes(plan.budget)
     rows: list[tuple[str, str]] = [
@@ -301,7 +300,8 @@ def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
     if plan.budget is not None and stats.peak_bytes > plan.budget:
         over = f"by {format_bytes(stats.peak_bytes - plan.budget)}: please report this"
         rows.append(("[red]over budget[/]", over))
+    table = facts_table()
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(name, value)
     console.print()
     console.print(table)

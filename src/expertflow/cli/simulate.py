@@ -12,14 +12,12 @@ from rich.table import Table
 
 from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import Record, find_record
+from expertflow.cli.tables import figures_table, megabytes
 from expertflow.errors import ConfigError
 from expertflow.progress import Progress
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome
 from expertflow.sim.sweep import AS_RECORDED, Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
-
-_PIPED_WIDTH = 120
-"""Columns of the tables where there is no terminal to ask."""
 
 
 def main(
@@ -73,8 +71,6 @@ def _batch(text: str) -> int:
 def show(grid: Grid, outcomes: Sequence[Outcome], record: Record) -> None:
     """Print a table a batch and number of slots."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPED_WIDTH)
     for batch, slots in dict.fromkeys((outcome.batch, outcome.slots) for outcome in outcomes):
         cells = [outcome for outcome in outcomes if (outcome.batch, outcome.slots) == (batch, slots)]
         console.print(_table(cells, grid.grouping))
@@ -95,14 +91,12 @@ def _table(cells: Sequence[Outcome], grouping: str) -> Table:
     turns = f" in {first.groups} groups" if first.groups > 1 else ""
     turns += f" by route ({grouping})" if turns and grouping else ""
     title = f"{first.batch} live sequences{turns}, {first.slots} slots ({first.share:.1%}), {first.tokens} tokens"
-    table = Table(title=title, title_justify="left")
-    table.add_column("strategy", no_wrap=True)
-    for name in ("hit", "kept", "loads/token", "MB/token", "wasted", "late", "clean", "stall", "tokens/s"):
-        table.add_column(name, justify="right")
+    heads = ("hit", "kept", "loads/\ntoken", "MB/\ntoken", "wasted", "late", "clean", "stall", "tokens\n/s")
+    table = figures_table(title, "strategy", *heads)
     for cell in cells:
         table.add_row(
             cell.strategy, f"{cell.hit_ratio:.3f}", f"{cell.kept_ratio:.3f}", f"{cell.loads / cell.tokens:.2f}",
-            f"{cell.bytes_per_token / 1e6:.0f}", f"{cell.wasted / cell.tokens:.2f}", f"{cell.late / cell.tokens:.2f}",
+            megabytes(cell.bytes_per_token), f"{cell.wasted / cell.tokens:.2f}", f"{cell.late / cell.tokens:.2f}",
             f"{cell.clean_share:.1%}", f"{cell.stall_seconds / cell.seconds:.0%}", f"{cell.tokens_per_second:.1f}",
         )  # fmt: skip
     return table

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from expertflow.cli.record_bytes import bytes_of
+from expertflow.cli.tables import facts_table
 from expertflow.trace.format import PREFILL, open_trace, save_trace
 from expertflow.trace.importer import import_folder
 from expertflow.units import format_bytes
@@ -51,12 +52,12 @@ def info(*, path: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))  # noqa: T201 - the output
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = facts_table()
     facts["bytes"] = format_bytes(facts["bytes"])
     facts["record_bytes"] = format_bytes(header.record_bytes) if header.record_bytes else "unknown"
     for name, value in facts.items():
         if value != "":
-            table.add_row(f"[bold]{name.replace('_', ' ')}[/]", str(value))
+            table.add_row(name.replace("_", " "), escape(str(value)))
     Console().print(table)
 
 
