@@ -29,6 +29,7 @@ from expertflow.bench.result import (
     Row,
 )
 from expertflow.errors import ResultError
+from expertflow.files import write_whole
 from expertflow.units import format_bytes
 
 _PAGE = "README.md"
@@ -60,7 +61,7 @@ def write_report(results: Sequence[tuple[str, Result]], folder: Path) -> list[Pa
             ]
             pictures += drawn
             sections.append(section(name, result, [path.name for path in drawn]))
-        page.write_text("\n".join(sections), encoding="utf-8")
+        write_whole(page, "\n".join(sections))
     except OSError as error:
         raise ResultError(f"{folder} cannot be written: {error.strerror}", "Choose another place.") from error
     return [page, *pictures]

@@ -27,6 +27,7 @@ from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import Record, find_record
 from expertflow.cli.tables import figures_table, megabytes
 from expertflow.errors import ConfigError, PredictorError, TraceError
+from expertflow.files import processor, write_whole
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.baselines import BASELINES
 from expertflow.predict.dataset import Passage, Shape, leave_out, mark, passages, shape_of
@@ -126,12 +127,18 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
         result = _result(artifact, test, predictor, evaluations, cells) | {"seconds": round(seconds, 1)}
         result["config"] |= {"cost": asdict(Cost(row_bytes=record.size)), **record.as_json()}
         try:
-            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_whole(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
         except OSError as error:
             raise ConfigError(f"{json_file} cannot be written: {error.strerror}", "Choose another place.") from error
     if plot is not None:
-        import_module("expertflow.predict.report").draw(evaluations, plot)
+        import_module("expertflow.predict.report").draw(evaluations, plot, _about(trace, predictor))
     console.print(f"{len(held)} sequences, {sum(map(len, held))} tokens, {seconds:.0f} s")
+
+
+def _about(trace: Trace, predictor: Artifact) -> str:
+    """What the picture is of: model, machine, date."""
+    model = trace.header.model or predictor.made_for or "model unknown"
+    return f"{model}; {processor()}, {time.strftime('%Y-%m-%d')}"
 
 
 def _load(path: Path, test: Test, predictor: Artifact) -> tuple[Trace, list[Passage]]:
@@ -328,7 +335,7 @@ def _result(
     return {
         "benchmark": "eval_predictor",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "system": platform.system(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("numpy", "torch")} | {"python": platform.python_version()},
         "config": {
             "trace": test.trace.name, "baselines": None if test.free is None else test.free.name, "only": test.only,

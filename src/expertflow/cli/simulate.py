@@ -14,10 +14,12 @@ from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import Record, find_record
 from expertflow.cli.tables import figures_table, megabytes
 from expertflow.errors import ConfigError
+from expertflow.files import processor, write_whole
 from expertflow.progress import Progress
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome
 from expertflow.sim.sweep import AS_RECORDED, Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
+from expertflow.trace.format import open_trace
 
 
 def main(
@@ -54,10 +56,19 @@ def main(
     if json_file is not None:
         result = as_result(grid, outcomes, seconds)
         result["config"] |= record.as_json()
-        json_file.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        _write(json_file, result)
     if plot is not None:
-        import_module("expertflow.sim.plot").draw(outcomes, plot)
+        about = f"{open_trace(trace).header.model or 'model unknown'}, {record} an expert; replayed at {grid.cost.link_gbps:g} GB/s"
+        about += f" on a virtual clock; {processor()}, {time.strftime('%Y-%m-%d')}"
+        import_module("expertflow.sim.plot").draw(outcomes, plot, about)
     console.print(f"{len(outcomes)} replays in {seconds:.1f} s")
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", "Choose another place.") from error
 
 
 def _batch(text: str) -> int:

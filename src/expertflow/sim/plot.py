@@ -6,13 +6,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from expertflow.errors import ConfigError
+from expertflow.files import save_picture
 from expertflow.sim.replay import Outcome
 
 _MARKS = "osv^D<>pXh*d"
 
 
-def draw(outcomes: Sequence[Outcome], path: Path) -> None:
+def draw(outcomes: Sequence[Outcome], path: Path, about: str = "") -> None:
     """Draw and save.
+
+    Args:
+        outcomes: at least one.
+        path: of the picture, such as `x.png`.
+        about: model, machine and date, for a line below.
 
     Raises:
         ConfigError: if the file cannot be written, or its ending names no picture format.
@@ -36,6 +42,6 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     axes[1][0].set_ylabel("GB moved a token")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
     try:
-        figure.savefig(path, dpi=120)
+        save_picture(figure, path, about, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the picture {path} cannot be written: {error}", "Use a writable place and .png.") from error

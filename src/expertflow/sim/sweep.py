@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from expertflow.cache.strategy import STRATEGIES, find_strategy
 from expertflow.config import nearest
 from expertflow.errors import ConfigError
+from expertflow.files import processor
 from expertflow.schedule.cluster import METHODS
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome, check_slots, replay_sizes
@@ -165,7 +166,7 @@ def as_result(grid: Grid, outcomes: Sequence[Outcome], seconds: float) -> dict[s
     return {
         "benchmark": "simulate",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "system": platform.system(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("numpy", "numba")} | {"python": platform.python_version()},
         "config": {**asdict(grid), "trace": grid.trace.name},
         "seconds": round(seconds, 1),
