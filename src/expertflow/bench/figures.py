@@ -62,8 +62,8 @@ def speed(result: Result, path: Path) -> Path:
                 color=f"C{names.index(mine[0].strategy)}", hatch="////" if eager else "", edgecolor="white", linewidth=0,
             )  # fmt: skip
             bounds = [(x, f.bound) for x, f in zip(at, figures, strict=True) if f.bound is not None]
-            if bounds:
-                panel.plot(*zip(*bounds, strict=True), "_", color="black", ms=60 / len(labels) / len(slots), mew=1.2)
+            for x, bound in bounds:
+                panel.hlines(bound, x - 0.4 / len(labels), x + 0.4 / len(labels), color="black", lw=1.2)
         top = panel.get_ylim()[1]
         for place, (row, style) in enumerate(
             zip((row for row in here if row.strategy == RESIDENT), ("--", ":"), strict=False)
@@ -74,7 +74,8 @@ def speed(result: Result, path: Path) -> Path:
             else:
                 at_top = {"transform": panel.transAxes, "va": "top", "fontsize": "small"}
                 panel.text(0.02, 0.97 - 0.07 * place, f"{name}: {whole:.0f}", **at_top)
-        panel.set_xticks(range(len(slots)), [f"{count} slots" for count in slots])
+        panel.set_xticks(range(len(slots)), [str(count) for count in slots])
+        panel.set_xlabel("slots")
         panel.set_title(f"batch {batch}")
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("decoded tokens/s")
@@ -97,7 +98,7 @@ def kept(result: Result, path: Path) -> Path:
             style = {"color": "black", "ls": "--"} if label == BELADY else {}
             shown = "Belady" if label == BELADY else label
             shares, values = [100 * row.share for row in mine], [row.figures[KEPT].median for row in mine]
-            panel.plot(shares, values, marker=mark, label=shown, **style)
+            panel.plot(shares, values, marker=mark, label=shown, clip_on=False, **style)
         panel.set_title(f"batch {batch}")
         panel.set_xlabel("slots, % of experts")
         panel.set_xlim(left=0)
