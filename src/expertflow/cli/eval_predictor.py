@@ -121,7 +121,7 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
     with Progress("replays", (len(BASELINES) + 2) * len(cases)) as bar:
         sources = _Sources(predictor.shape, held, free, said)
         evaluations, cells = _study(sources, cases, Cost(row_bytes=record.size), bar.advance)
-    _show(evaluations, cells, record)
+    show(evaluations, cells, record)
     seconds = time.perf_counter() - started
     if json_file is not None:
         result = _result(artifact, test, predictor, evaluations, cells) | {"seconds": round(seconds, 1)}
@@ -274,7 +274,14 @@ def _add_closed(cells: list[dict[str, Any]]) -> None:
         cell["closed"] = round((blind - cell["loads_per_token"]) / max(blind - best, 1e-9), 4)
 
 
-def _show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]], record: Record) -> None:
+def show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]], record: Record) -> None:
+    """Print tables: guesses, unions, and a table a replayed case.
+
+    Args:
+        evaluations: at least one; the first is the predictor's.
+        cells: of the replays.
+        record: what an expert's record was taken to have.
+    """
     console = Console()
     console.print(_guess_table(evaluations))
     console.print(_union_table(evaluations))
