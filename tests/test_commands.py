@@ -19,6 +19,7 @@ from expertflow.errors import ConfigError, ExpertFlowError, TraceError
 from expertflow.files import whole_file, write_whole
 from expertflow.progress import Progress
 from expertflow.trace.format import load_trace, save_trace
+from test_trace import EXCERPT
 
 SMALL_RUN = ("--device", "cpu", "--max-tokens", 4, "--max-batch", 4, "--max-length", 32)
 
@@ -274,3 +275,23 @@ def test_lines_are_ten_at_most_and_end_with_everything(capsys: pytest.CaptureFix
     with Progress("steps") as bar:
         bar.advance()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("simulate", "TRACE", "--seed", -1), "seed=-1"),
+        (("simulate", "TRACE", "--gate-recall", "nan"), "gate_recall=nan"),
+        (("simulate", "TRACE", "--batch", "\u00b2"), "batch='\u00b2'"),
+        (("simulate", "TRACE", "--link-gbps", "inf"), "link_gbps=inf"),
+        (("eval-predictor", "p", "TRACE", "--leave-out", "category=physics"), "needs a trace"),
+        (("bench", "--seed", -1), "seed=-1"),
+        (("bench", "--long-prompt", -1), "long_prompt=-1"),
+        (("bench", "--deadline", "nan"), "deadline=nan"),
+        (("bench", "--batches", "\u00b2"), "batches='\u00b2'"),
+    ],
+)
+def test_impossible_numbers_are_errors_of_ours(words: tuple[object, ...], match: str) -> None:
+    """No traceback of NumPy or JSON, and no option without effect."""
+    with pytest.raises(ConfigError, match=match):
+        run(*(EXCERPT if word == "TRACE" else word for word in words))

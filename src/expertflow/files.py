@@ -8,17 +8,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
-
-
-class Picture(Protocol):
-    """What of a matplotlib figure is needed here: matplotlib is optional, and imported only by what draws."""
-
-    def supxlabel(self, text: str, **style: Any) -> Any:
-        """A line below everything."""
-
-    def savefig(self, path: Path, **options: Any) -> None:
-        """Write it."""
+from typing import Any
 
 
 @contextmanager
@@ -52,7 +42,7 @@ def write_whole(path: Path, text: str) -> None:
         place.write_text(text, encoding="utf-8")
 
 
-def save_picture(picture: Picture, path: Path, about: str, dpi: int) -> None:
+def save_picture(picture: Any, path: Path, about: str, dpi: int) -> None:
     """Write a picture with a small line below it.
 
     Args:

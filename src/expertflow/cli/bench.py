@@ -40,7 +40,7 @@ def command_of(preset: str, options: Mapping[str, Any], out: Path | None) -> str
         if value is None:
             continue
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        text = Path(text).name if name in {"model", "predictor", "prompts_file"} else text
+        text = Path(text).absolute().name if name in {"model", "predictor", "prompts_file"} else text
         words += ["--execution" if name == "executions" else f"--{name.replace('_', '-')}", text]
     words += [] if out is None else ["--out", out.name]
     return shlex.join(words)

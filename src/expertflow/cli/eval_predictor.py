@@ -98,6 +98,10 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
     check_outputs(plot, json_file)
     if test.steps < 1:
         raise ConfigError(f"steps={test.steps} is too small", "Replay one step or more.")
+    if test.leave_out and test.free is None:
+        raise ConfigError(
+            f"leave_out={test.leave_out!r} needs a trace that the baselines learn from", "Give it with --baselines."
+        )
     record = find_record(test.trace, test.model, test.record_mb)
     predictor = load_artifact(artifact)
     trace, held = _load(test.trace, test, predictor)

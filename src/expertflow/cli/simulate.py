@@ -74,7 +74,7 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 def _batch(text: str) -> int:
     if text.strip() == "recorded":
         return AS_RECORDED
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise ConfigError(f"batch={text.strip()!r} is no number of sequences", "Write it like 1,4,8 or recorded.")
     return int(text)
 

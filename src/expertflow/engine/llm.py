@@ -101,6 +101,7 @@ class LLM:
         self.config = EngineConfig.from_mapping(options)
         other = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
         folder = shipped_model() if model is None else model
+        self._name = Path(folder).absolute().name
         self._offloaded: OffloadedModel = load_model(folder, self.config, forecast, other)
         self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
         self._ends = _end_tokens(self._offloaded.model)
@@ -181,7 +182,7 @@ class LLM:
         """Record the routing of everything generated in the block into a trace file."""
         offloaded, shape = self._offloaded, self.plan.shape
         header = Header(
-            layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=shape.model_type,
+            layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=self._name,
             fingerprint=offloaded.fingerprint, record_bytes=self.plan.row,
         )  # fmt: skip
         first = self._engine.begun

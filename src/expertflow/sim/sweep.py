@@ -105,6 +105,10 @@ def _report(outcomes: list[Outcome], advance: Advance) -> list[Outcome]:
 
 
 def _check(grid: Grid) -> None:
+    if grid.seed < 0:
+        raise ConfigError(f"seed={grid.seed} is negative", "Give 0 or more.")
+    if not 0 <= grid.gate_recall <= 1:
+        raise ConfigError(f"gate_recall={grid.gate_recall} is no share", "Give a number between 0 and 1.")
     trace = load_trace(grid.trace)
     trace = trace.without(grid.skip) if grid.skip else trace
     for batch in grid.batches:
