@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.cli.main import app
+from expertflow.engine import build
 from expertflow.errors import ConfigError, ExpertFlowError, TraceError
 from expertflow.files import whole_file, write_whole
 from expertflow.progress import Progress
@@ -295,3 +296,25 @@ def test_impossible_numbers_are_errors_of_ours(words: tuple[object, ...], match:
     """No traceback of NumPy or JSON, and no option without effect."""
     with pytest.raises(ConfigError, match=match):
         run(*(EXCERPT if word == "TRACE" else word for word in words))
+
+
+def test_loading_a_large_model_shows_lines(
+    make_checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is asked for and takes long; what counts as large is set to nothing here."""
+    monkeypatch.setattr(build, "_LONG_TO_LOAD", 1)
+    for progress in (True, False):
+        LLM(make_checkpoint("qwen3_moe"), device="cpu", max_length=32, progress=progress).close()
+        assert ("loading experts: 576.0 KiB of 576.0 KiB (100%)" in capsys.readouterr().err) is progress
+
+
+def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the name, the numbers and the note, and is taken away at the end."""
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "80")):
+        monkeypatch.setenv(name, value)
+    with Progress("steps", 8) as bar:
+        bar.advance(3, note="7 tokens/s")
+    text = capsys.readouterr().err
+    assert "steps, 7 tokens/s" in text
+    assert "3/8" in text
+    assert text.endswith("\x1b[2K")  # the line is empty again

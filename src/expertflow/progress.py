@@ -46,6 +46,7 @@ class Progress:
         self._done, self._part, self._note = 0, 0, ""
         self._console = Console(stderr=True)
         self._bar: Bar | None = None
+        self._moves = self._console.is_terminal and not self._console.is_dumb_terminal
         self._lock = threading.Lock()
         self._began = self._last = time.monotonic()
 
@@ -88,7 +89,7 @@ class Progress:
         self._note = note or self._note
         if not self._show:
             return
-        if self._console.is_terminal:
+        if self._moves:
             self._move_bar()
         elif self._is_due():
             self._last = time.monotonic()

@@ -172,7 +172,7 @@ def _offline(
 ) -> None:
     """Put results into a file as requests finish; what it holds already is not done again."""
     with (
-        Results(path, prompts, params, f"{llm.fingerprint} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
+        Results(path, prompts, params, f"{llm.identity} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
         Progress("requests", len(prompts)) as bar,
     ):
         left = results.left
