@@ -67,6 +67,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 
 TraceArgument = Annotated[Path, typer.Argument(help="A trace file.")]
+TraceModel = Annotated[
+    str | None, typer.Option(help="Checkpoint the trace is of: checks that, and takes the size of an expert.")
+]
+RecordMb = Annotated[
+    float | None,
+    typer.Option(
+        "--record-mb",
+        "--row-mb",
+        help="One expert, MB (10^6 bytes), where no model is stated. Default: the trace's own.",
+    ),
+]
 
 
 class _TraceGroup(TyperGroup):
@@ -203,7 +214,7 @@ def trace_record(
     """Run a model, offloaded, and record every token's experts (`expertflow trace MODEL` is short for this)."""
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
-        "max_batch": max_batch, "max_length": max_length, "execution": "host",  # what is recorded passes by the host
+        "max_batch": max_batch, "max_length": max_length,
     }  # fmt: skip
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
     _call("record", model=model, prompts_file=prompts_file, out=out, engine=engine, sampling=sampling)
@@ -222,9 +233,12 @@ def trace_import(
     model: Annotated[str, typer.Option(help="Name of the model. Default: the folder's name.")] = "",
     experts: Annotated[int | None, typer.Option(help="Experts a layer. Default: what the data needs.")] = None,
     note: Annotated[str, typer.Option(help="Source and licence of the data.")] = "",
+    record_mb: Annotated[float | None, typer.Option(help="One expert, MB (10^6 bytes). Default: unknown.")] = None,
 ) -> None:
     """Convert a folder of recorded routing into a trace."""
-    import_module("expertflow.cli.trace").convert(source=source, out=out, model=model, experts=experts, note=note)
+    import_module("expertflow.cli.trace").convert(
+        source=source, out=out, model=model, experts=experts, note=note, record_mb=record_mb
+    )
 
 
 @app.command()
@@ -243,10 +257,8 @@ def simulate(
         ),
     ] = "",
     link_gbps: Annotated[float, typer.Option(help="Bandwidth of the link, GB/s.")] = 50.0,
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint the trace is of: checks that, and takes the size of an expert.")
-    ] = None,
-    row_mb: Annotated[float, typer.Option(help="One expert, MB, where no model is stated.")] = 49.8,
+    model: TraceModel = None,
+    record_mb: RecordMb = None,
     copy_us: Annotated[float, typer.Option(help="Fixed cost of a copy, microseconds.")] = 10.0,
     layer_us: Annotated[float, typer.Option(help="A layer without its experts, microseconds.")] = 25.0,
     expert_us: Annotated[float, typer.Option(help="One expert's computation, microseconds.")] = 17.0,
@@ -257,16 +269,12 @@ def simulate(
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
     """Replay a trace: what strategies, slots and batches would give, with the engine's own decisions."""
-    cost = {
-        "row_bytes": round(row_mb * 1e6), "link_gbps": link_gbps, "copy_us": copy_us, "layer_us": layer_us,
-        "expert_us": expert_us,
-    }  # fmt: skip
-    if model is not None:
-        cost["row_bytes"] = import_module("expertflow.cli.stated").row_bytes_of(model, trace)
+    cost = {"link_gbps": link_gbps, "copy_us": copy_us, "layer_us": layer_us, "expert_us": expert_us}
     options = {"groups": groups, "grouping": grouping, "gate_recall": gate_recall, "skip": skip, "seed": seed}
     _call(
         "simulate",
-        trace=trace, slots=slots, batch=batch, strategy=strategy, cost=cost, options=options, plot=plot, json_file=json,
+        trace=trace, slots=slots, batch=batch, strategy=strategy, model=model, record_mb=record_mb, cost=cost,
+        options=options, plot=plot, json_file=json,
     )  # fmt: skip
 
 
@@ -312,6 +320,8 @@ def eval_predictor(
     ] = "1,4,16,4x2",
     slots: Annotated[str, typer.Option(help="Counts or shares, separated by commas.")] = "25%,50%",
     steps: Annotated[int, typer.Option(help="Steps of a replay at most.")] = 2000,
+    model: TraceModel = None,
+    record_mb: RecordMb = None,
     skip: Annotated[str, typer.Option(help="Leave out sequences with this flag; empty: none.")] = "repetition",
     plot: Annotated[Path | None, typer.Option(help="Draw recall a layer, and precision against recall.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
@@ -320,7 +330,7 @@ def eval_predictor(
     module = import_module("expertflow.cli.eval_predictor")
     test = module.Test(
         trace=trace, free=baselines, only=only, leave_out=leave_out, skip=skip, cases=module.parse_cases(batch),
-        slots=tuple(part.strip() for part in slots.split(",")), steps=steps,
+        slots=tuple(part.strip() for part in slots.split(",")), steps=steps, model=model, record_mb=record_mb,
     )  # fmt: skip
     module.main(artifact=predictor, test=test, plot=plot, json_file=json)
 

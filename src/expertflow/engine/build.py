@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -41,11 +40,14 @@ from expertflow.models.skeleton import Skeleton, build_skeleton
 from expertflow.predict.artifact import ABOUT_NAME, Artifact, load_artifact
 from expertflow.predict.dataset import Shape
 from expertflow.predict.online import OnlinePredictor
+from expertflow.progress import Progress
 from expertflow.units import format_bytes, parse_bytes
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predictor"
 """What comes with the package."""
+_LONG_TO_LOAD = 1 << 30
+"""Bytes of experts from which loading shows its progress: less takes a second or two."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -439,7 +441,6 @@ def _check_memory(plan: Plan, config: EngineConfig) -> None:
 
 
 def _fill(pieces: list[ExpertPiece], store: HostStore, content: ContentHash, *, show: bool) -> None:
-    columns = (TextColumn("loading experts"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, disable=not show, transient=True) as bar:
-        task = bar.add_task("experts", total=sum(piece.nbytes for piece in pieces))
-        fill_rows(pieces, store, content, lambda count: bar.advance(task, count))
+    total = sum(piece.nbytes for piece in pieces)
+    with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
+        fill_rows(pieces, store, content, bar.advance)

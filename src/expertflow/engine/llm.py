@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from expertflow.cache.forecast import Forecast
@@ -30,6 +29,7 @@ from expertflow.errors import (
 )
 from expertflow.events import CacheCounters
 from expertflow.predict.artifact import Artifact
+from expertflow.progress import Progress
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
 
@@ -108,6 +108,7 @@ class LLM:
         self.config = EngineConfig.from_mapping(options)
         other: OffloadedModel | None = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
         folder = shipped_model() if model is None else model
+        self._name = Path(folder).absolute().name
         prepared = prepare(folder, self.config, forecast)
         if kinds := prepared.plan.shape.unserved:
             raise UnsupportedModelError(
@@ -180,15 +181,13 @@ class LLM:
             NonFiniteError: if a prompt's logits are no numbers, behind the other prompts; its `outputs` holds theirs.
         """
         listed = _as_list(prompts)
-        columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         finished = []
-        with Progress(*columns, disable=not self.config.progress or len(listed) < 2, transient=True) as bar:
-            task = bar.add_task("requests", total=len(listed))
+        with Progress("requests", len(listed), show=self.config.progress and len(listed) > 1) as bar:
             try:
                 for item in self.stream(prompts, params):
                     if item.output is not None:
                         finished.append(item.output)
-                        bar.advance(task)
+                        bar.advance()
             except NonFiniteError as error:
                 error.outputs = tuple(sorted(finished, key=lambda output: output.index))
                 raise
@@ -209,8 +208,8 @@ class LLM:
         """Record the routing of everything generated in the block into a trace file."""
         offloaded, shape = self._offloaded, self.plan.shape
         header = Header(
-            layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=shape.model_type,
-            fingerprint=offloaded.fingerprint,
+            layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=self._name,
+            fingerprint=offloaded.fingerprint, record_bytes=self.plan.row,
         )  # fmt: skip
         first = self._engine.begun
         with TraceWriter(Path(path), header) as writer:
