@@ -10,7 +10,8 @@ from expertflow.config import EngineConfig, SamplingParams
 from expertflow.errors import ExpertFlowError
 
 if TYPE_CHECKING:
-    from expertflow.engine.llm import LLM, from_pretrained
+    from expertflow.engine.llm import LLM
+    from expertflow.engine.plain import from_pretrained
     from expertflow.engine.request import RequestOutput, StreamOutput
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ __all__ = [
 ]
 _LAZY = {
     "LLM": "expertflow.engine.llm",
-    "from_pretrained": "expertflow.engine.llm",
+    "from_pretrained": "expertflow.engine.plain",
     "RequestOutput": "expertflow.engine.request",
     "StreamOutput": "expertflow.engine.request",
 }
