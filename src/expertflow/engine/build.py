@@ -32,6 +32,7 @@ from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_host_memory
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.models.checkpoint import resolve, walk
+from expertflow.models.experts import Uncopied
 from expertflow.models.fingerprint import fingerprint
 from expertflow.models.load import bind_experts, fill_rows, load_dense, unbind_experts
 from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
@@ -180,7 +181,7 @@ def _refuse_unused(predictor: Artifact | None, config: EngineConfig, strategy: S
         )
 
 
-class OffloadedModel:
+class OffloadedModel(Uncopied):
     """A transformers model whose experts come through the slot cache, and everything that serves it.
 
     Attributes:
@@ -386,7 +387,8 @@ def load_model(
     Raises:
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
-    return OffloadedModel(prepare(model, config, forecast), config, forecast, beside)
+    with torch.inference_mode(mode=False):  # tensors made inside it could not be written to outside
+        return OffloadedModel(prepare(model, config, forecast), config, forecast, beside)
 
 
 def _rows_of(beside: OffloadedModel, prepared: Prepared) -> HostStore:

@@ -39,22 +39,25 @@ class Passes:
         """
         own = module.forward
 
-        @wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        @torch.compiler.disable(recursive=False, reason="passes run one at a time")
+        def locked(*args: Any, **kwargs: Any) -> Any:
             with self.lock:
                 inside = self._inside
                 try:
                     self._inside = True
                     if begins or not inside:
-                        refuse_tracing()
                         self._begin(args, kwargs)
                     out = own(*args, **kwargs)
                 finally:
                     self._inside = inside
             return out if inside or not torch.is_grad_enabled() else without_backward(out)
 
-        # this frame stays outside a compiler, the stock code that it calls does not
-        module.forward = torch.compiler.disable(forward, recursive=False)
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            refuse_tracing()
+            return locked(*args, **kwargs)
+
+        module.forward = forward
 
 
 def refuse_tracing() -> None:
@@ -63,7 +66,7 @@ def refuse_tracing() -> None:
     Raises:
         UnsupportedModelError: inside `torch.jit.trace` or `torch.export`.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]  # untyped in torch
         raise UnsupportedModelError(
             "an offloaded model cannot be traced or exported: which experts run is decided anew in every pass",
             "Export the stock model, or use `torch.compile`.",

@@ -20,6 +20,7 @@ from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, nearest
 from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model
 from expertflow.errors import ConfigError, UnsupportedModelError
+from expertflow.models.experts import Uncopied
 
 ATTENTIONS = ("eager", "sdpa")
 """Attention implementations that were compared with the stock model of the same one."""
@@ -94,7 +95,8 @@ def _plain_config(options: Mapping[str, Any]) -> EngineConfig:
 
 def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
     """Give a loaded model the class and the guards of a model that others call."""
-    model, stock = offloaded.model, type(offloaded.model).__mro__[1]
+    model = offloaded.model
+    stock: Any = type(model).__mro__[1]
     own = {"stock": stock, "config_class": stock.config_class, "__module__": stock.__module__}
     model.__class__ = type(stock.__name__, (PlainModel, stock), own)
     model.expertflow = offloaded
@@ -110,7 +112,7 @@ def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
     return model
 
 
-class PlainModel(PreTrainedModel):
+class PlainModel(Uncopied, PreTrainedModel):
     """What differs from the stock class, which comes next in the order of bases.
 
     Attributes:
@@ -125,15 +127,7 @@ class PlainModel(PreTrainedModel):
         """A stock model: experts are only offloaded by `from_pretrained`."""
         return cls.stock(*args, **kwargs)
 
-    def __reduce_ex__(self, _: Any) -> NoReturn:
-        """Copying and pickling would take the experts' memory along.
-
-        Raises:
-            UnsupportedModelError: always.
-        """
-        _refuse("copied or pickled", "Share it, or call `from_pretrained` again where a second one is needed.")
-
-    def train(self, mode: bool = True) -> Self:  # noqa: FBT001 - transformers' signature
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - transformers' signature
         """Nothing for `train(False)`.
 
         Raises:
@@ -143,7 +137,7 @@ class PlainModel(PreTrainedModel):
             _refuse("trained", _TRAIN)
         return super().train(mode)
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:  # noqa: FBT001 - transformers' signature
+    def requires_grad_(self, requires_grad: bool = True) -> Self:  # noqa: FBT001, FBT002 - transformers' signature
         """As usual for False.
 
         Raises:
@@ -186,7 +180,7 @@ class PlainModel(PreTrainedModel):
             )
         return super().state_dict(*args, **kwargs)
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:  # noqa: FBT001 - transformers' signature
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:  # noqa: FBT001, FBT002 - transformers' signature
         """As of the stock model: experts count, but never as trainable."""
         own: int = super().num_parameters(only_trainable, exclude_embeddings)
         shape = self.expertflow.plan.shape
@@ -233,6 +227,6 @@ def _load_checked(
             f"given other experts: the state has {len(experts)} tensors of them, first {experts[0]!r}",
             "Load a checkpoint folder with these weights, or leave the experts out of the state.",
         )
-    if options.get("assign") or len(args) > 1 and args[1]:
+    if options.get("assign") or (len(args) > 1 and args[1]):
         _refuse("given other tensors in place of its own", "Leave `assign` out: values are then copied.")
     return load(state_dict, *args, **options)

@@ -9,7 +9,7 @@ Knows the contract of the experts modules; refuses to know slots, copies and fam
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,8 +42,23 @@ Whole = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
 
 
+class Uncopied:
+    """Refuses to be copied and pickled, and with it everything that refers to it."""
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """The experts' memory would have to come along.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            "an offloaded model, or a part of one, cannot be copied or pickled",
+            "Share it, or load it again where a second one is needed.",
+        )
+
+
 @dataclass(kw_only=True)
-class Binding:
+class Binding(Uncopied):
     """What an experts module needs to know to run offloaded; set as its attribute `expertflow`."""
 
     layer: int
