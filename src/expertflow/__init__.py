@@ -1,5 +1,6 @@
 """ExpertFlow: Mixture-of-Experts models inside a GPU memory budget you state, with the full model's exact output.
 
+Exact means the bits of stock transformers with `experts_implementation="eager"`, which is not its default.
 `LLM`, `SamplingParams` and `from_pretrained` are imported on first use, so that light commands need no torch.
 """
 

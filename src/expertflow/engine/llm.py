@@ -78,6 +78,8 @@ class RunStats:
 class LLM:
     """A model inside a memory budget.
 
+    The reference of its output is stock transformers with `experts_implementation="eager"`, which is not its default.
+
     Args:
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future; steps are captured if it is
