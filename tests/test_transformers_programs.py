@@ -406,7 +406,10 @@ def test_surroundings_of_loading(make_checkpoint: MakeCheckpoint) -> None:
         from_pretrained(folder, device="cpu")
     with torch.inference_mode():
         model = from_pretrained(folder, slots=3, device="cpu")
+        llm = LLM(folder, slots=3, device="cpu")
     assert torch.equal(logits(model), logits(load_resident(folder)))
+    assert len(llm.generate([IDS[0].tolist()])[0].token_ids) > 0
+    llm.close()
     model.expertflow.close()
     for call in (logits, tokens, lambda closed: closed.model(IDS)):
         with pytest.raises(ClosedError):

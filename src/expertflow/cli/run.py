@@ -180,7 +180,7 @@ def _offline(
         TimeRemainingColumn(),
     )
     with (
-        Results(path, prompts, params, f"{llm.fingerprint} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
+        Results(path, prompts, params, f"{llm.identity} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
         Progress(*columns, console=console) as bar,
     ):
         left = results.left
