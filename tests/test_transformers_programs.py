@@ -324,7 +324,7 @@ def test_training_is_refused(pair: Pair) -> None:
     assert torch.equal(model.lm_head.weight.grad, stock.lm_head.weight.grad)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.filterwarnings("ignore")  # deprecations of torch and transformers
 def test_traces_and_exports_are_refused(pair: Pair) -> None:
     """They would keep the experts of the example."""
     for export in (torch.jit.trace, torch.export.export):

@@ -151,6 +151,8 @@ class PlainModel(Uncopied, PreTrainedModel):
         """Refused: it is of use in training only."""
         _refuse("trained", _TRAIN)
 
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name from transformers 5.24 on
+
     def enable_input_require_grads(self) -> NoReturn:
         """Refused: it is of use in training only."""
         _refuse("trained", _TRAIN)
@@ -199,17 +201,17 @@ def _apply_checked(
     Raises:
         UnsupportedModelError: if they would not.
     """
-    dtype, device = getattr(torch, offloaded.skeleton.dtype), offloaded.device
+    dtype, device = getattr(torch, offloaded.skeleton.dtype), offloaded.model.device
     try:
         changed = change(torch.empty(1, dtype=dtype, device=device))
-        asked = f"{changed.dtype} on {changed.device.type}".removeprefix("torch.")
-        same = changed.dtype == dtype and changed.device.type == device.type
+        asked = f"{changed.dtype} on {changed.device}".removeprefix("torch.")
+        same = (changed.dtype, changed.device) == (dtype, device)
     except (RuntimeError, AssertionError) as error:  # torch cannot make such a tensor here
         asked, same = str(error).splitlines()[0], False
     if not same:
         _refuse(
-            f"converted or moved: its experts are {offloaded.skeleton.dtype} on {device.type}, asked for: {asked}",
-            "Call `from_pretrained` again with `dtype=` and `device=`.",
+            f"converted or moved: its experts are {offloaded.skeleton.dtype} on {device}, asked for: {asked}",
+            "Call `from_pretrained` again with `dtype=` and `device=`; `model.expertflow.close()` gives memory back.",
         )
     return apply(change, **options)
 
