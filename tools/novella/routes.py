@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from expertflow.engine.llm import from_pretrained, shipped_model
+from expertflow.engine.llm import shipped_model
+from expertflow.engine.plain import from_pretrained
 from expertflow.trace.format import DECODE, Header, Rows, Trace, save_trace
 from novella.constants import HELDOUT_FILE, TRAIN_FILE
 

@@ -1,4 +1,4 @@
-"""The Python front door: `LLM(model, gpu_memory="6GiB").generate([...])`, `.stream(...)`, and `from_pretrained`.
+"""The Python front door: `LLM(model, gpu_memory="6GiB").generate([...])` and `.stream(...)`.
 
 Turns prompts into requests, requests into batches, logits into tokens.
 """
@@ -15,14 +15,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
-from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model, prepare
+from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, prepare
 from expertflow.engine.engine import Engine
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Decoder, Request, RequestOutput, StreamOutput
 from expertflow.errors import (
     CancelledError,
     CheckpointError,
-    ConfigError,
     NonFiniteError,
     PromptError,
     UnsupportedModelError,
@@ -84,6 +83,8 @@ class RunStats:
 
 class LLM:
     """A model inside a memory budget.
+
+    The reference of its output is stock transformers with `experts_implementation="eager"`, which is not its default.
 
     Args:
         model: checkpoint folder or Hugging Face id; None: the shipped model.
@@ -322,41 +323,6 @@ class LLM:
             self._stats.tokens += self._engine.advance()
         finally:
             self._stats.seconds += time.perf_counter() - began
-
-
-def from_pretrained(
-    model: str | Path | None = None, *, forecast: Forecast | None = None, **options: Any
-) -> PreTrainedModel:
-    """The ordinary transformers model, its experts offloaded; `.generate()` and everything else work as usual.
-
-    Memory of keys, values and activations is then the caller's: `max_batch` and `max_length` say what to leave room for.
-
-    Args:
-        model: checkpoint folder or Hugging Face id; None: the shipped model.
-        forecast: replaces the strategy's own source of expectations, such as a recorded future.
-        options: fields of `EngineConfig`.
-
-    Raises:
-        ConfigError: for execution='graph', which only `LLM` can do.
-
-    Returns:
-        The model; its attribute `expertflow` is the `OffloadedModel` (plan, counters, events, `close`).
-    """
-    config = EngineConfig.from_mapping({"predictor": "none", **options})
-    if config.predictor != "none":
-        raise ConfigError(
-            f"predictor={config.predictor!r} cannot serve a plain transformers model: nobody says which rows are which sequences",
-            "Use LLM, or leave the predictor out.",
-        )
-    if config.execution == "graph":
-        raise ConfigError(
-            "execution='graph' cannot be had: the model is called by others, layer by layer",
-            "Use `LLM`, or leave the option out.",
-        )
-    config = replace(config, execution="host")
-    offloaded = load_model(shipped_model() if model is None else model, config, forecast)
-    offloaded.model.expertflow = offloaded
-    return offloaded.model
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
