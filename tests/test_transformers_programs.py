@@ -122,6 +122,7 @@ def test_generate_compiles_its_own_steps_exactly(pair: Pair, compiler: list[Any]
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_generate_over_a_static_cache_on_cuda(make_checkpoint: MakeCheckpoint, cuda: torch.device) -> None:
     """Transformers compiles these steps by itself; tokens are stock's."""
     folder = make_checkpoint("qwen3_moe", num_hidden_layers=2)
@@ -421,7 +422,9 @@ def test_tools_around_a_model_see_an_ordinary_one(pair: Pair, make_checkpoint: M
     tokenizer = AutoTokenizer.from_pretrained(make_checkpoint("qwen3_moe", num_hidden_layers=2))
 
     def results(model: PreTrainedModel) -> tuple[object, ...]:
-        texts = pipeline("text-generation", model=model, tokenizer=tokenizer)("abc", max_new_tokens=4, do_sample=False)
+        texts = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")(
+            "abc", max_new_tokens=4, do_sample=False
+        )
         beams = tokens(model, num_beams=3, num_return_sequences=2)
         with torch.autocast("cpu", torch.bfloat16):
             cast = logits(model)

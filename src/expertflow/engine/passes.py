@@ -6,7 +6,7 @@ Wraps the `forward` of the modules whose call is a pass. Knows autograd and the 
 from collections.abc import Callable
 from functools import wraps
 from threading import RLock
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class Passes:
 
         @torch.compiler.disable(recursive=False, reason="passes run one at a time")
         def locked(*args: Any, **kwargs: Any) -> Any:
+            if torch.jit.is_tracing():  # type: ignore[attr-defined]  # untyped in torch
+                refuse_tracing()
             with self.lock:
                 inside = self._inside
                 try:
@@ -54,7 +56,8 @@ class Passes:
 
         @wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            refuse_tracing()
+            if torch.compiler.is_exporting():  # asked out here: the compiler must not follow further, an export does
+                refuse_tracing()
             return locked(*args, **kwargs)
 
         forward.stock = own  # type: ignore[attr-defined]  # for `stock_forward`
@@ -67,17 +70,16 @@ def stock_forward(module: nn.Module) -> Callable[..., Any]:
     return own
 
 
-def refuse_tracing() -> None:
+def refuse_tracing() -> NoReturn:
     """A trace or an export would keep the routing of its example, and use it for every input.
 
     Raises:
-        UnsupportedModelError: inside `torch.jit.trace` or `torch.export`.
+        UnsupportedModelError: always.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]  # untyped in torch
-        raise UnsupportedModelError(
-            "an offloaded model cannot be traced or exported: which experts run is decided anew in every pass",
-            "Export the stock model, or use `torch.compile`.",
-        )
+    raise UnsupportedModelError(
+        "an offloaded model cannot be traced or exported: which experts run is decided anew in every pass",
+        "Export the stock model, or use `torch.compile`.",
+    )
 
 
 class _NoBackward(torch.autograd.Function):
