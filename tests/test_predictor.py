@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertflow.cli import eval_predictor, train_predictor
+from expertflow.cli import arguments, eval_predictor, train_predictor
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import ABOUT_NAME, WEIGHTS_NAME, Artifact, load_artifact, save_artifact
 from expertflow.predict.calibration import Piece, calibrate, weigh
@@ -597,7 +597,7 @@ def test_the_commands_refuse_before_they_work(tmp_path: Path) -> None:
         train_predictor.main(source=source, out=file / "p", kind="path", options={"device": "cpu"})
     for text in ("4x3", "4x0", "0", "²", "4y", "-1"):
         with pytest.raises(ConfigError, match=f"batch='{text}'"):
-            eval_predictor.parse_cases(f"1,{text}")
+            arguments.parse_cases(f"1,{text}")
     test = eval_predictor.Test(
         trace=EXCERPT, free=None, only="", leave_out="", skip="", cases=(), slots=("25%",), steps=0
     )
@@ -619,4 +619,4 @@ def test_training_keeps_what_is_not_its_own(tmp_path: Path) -> None:
     train_predictor.main(source=source, out=tmp_path, kind="path", options={"epochs": 1, "device": "cpu"})
     assert kept.read_text() == "mine"
     assert [path.name for path in kept.parent.iterdir()] == ["mine.txt"]
-    assert eval_predictor.parse_cases("1, 4x2,") == ((1, 1), (4, 2))
+    assert arguments.parse_cases("1, 4x2,") == ((1, 1), (4, 2))

@@ -137,6 +137,6 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     parts = names(text)
     if parts is None:
         return None
-    if bad := [part for part in parts if not part.isdigit()]:
+    if bad := [part for part in parts if not part.isdecimal()]:
         raise ConfigError(f"{option}={bad[0]!r} is no whole number", "Write it like 1,4,8.")
     return tuple(int(part) for part in parts)

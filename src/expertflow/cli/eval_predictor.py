@@ -7,7 +7,6 @@ Metrics of the predictions themselves, then PLEC in the simulator with each sour
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -69,21 +68,6 @@ class Test:
     cases: tuple[tuple[int, int], ...]
     slots: tuple[str, ...]
     steps: int
-
-
-def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
-    """`1,4,4x2`: live sequences, and after an x the groups they take turns in; empty: none.
-
-    Raises:
-        ConfigError: if a part is no such thing.
-    """
-    cases = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", part, re.ASCII)
-        if found is None or int(found[1]) % int(found[2] or 1):
-            raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,16 or 4x2 (two groups).")
-        cases.append((int(found[1]), int(found[2] or 1)))
-    return tuple(cases)
 
 
 def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | None) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from expertflow import __version__
 from expertflow.errors import ExpertFlowError
 
 app = typer.Typer(
@@ -86,6 +87,26 @@ trace_app = typer.Typer(
 app.add_typer(trace_app, name="trace")
 
 
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it
+    if wanted:
+        print(f"expertflow {__version__}")  # noqa: T201 - the output
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run Mixture-of-Experts models that do not fit on the GPU, inside a memory budget you state."""
+
+
+def _arguments() -> Any:
+    """What checks arguments; light, but not as light as `--help`."""
+    return import_module("expertflow.cli.arguments")
+
+
 def _call(command: str, **options: Any) -> None:
     import_module(f"expertflow.cli.{command}").main(**options)
 
@@ -139,11 +160,12 @@ def run(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
         "stop": tuple(stop or ()),
     }  # fmt: skip
+    prompts = _arguments().all_prompts(prompt or (), prompts_file)
+    _arguments().check_run(engine, sampling, len(prompts), results)
     _call(
         "run",
-        model=model,
-        prompts=prompt or [],
-        prompts_file=prompts_file,
+        model=_arguments().model_folder(model, fetch=True),
+        prompts=prompts,
         engine=engine,
         sampling=sampling,
         results=results,
@@ -174,7 +196,8 @@ def plan(
         "prefill_chunk": prefill_chunk, "max_batch": max_batch, "max_length": max_length, "predictor": predictor,
         "execution": execution, "max_live": max_live, "schedule": schedule,
     }  # fmt: skip
-    _call("plan", model=model, engine=engine, as_json=json)
+    _arguments().check_engine(engine, max_batch=1)
+    _call("plan", model=_arguments().model_folder(model, fetch=False), engine=engine, as_json=json)
 
 
 @app.command()
@@ -206,7 +229,10 @@ def trace_record(
         "max_batch": max_batch, "max_length": max_length, "execution": "host",  # what is recorded passes by the host
     }  # fmt: skip
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
-    _call("record", model=model, prompts_file=prompts_file, out=out, engine=engine, sampling=sampling)
+    prompts = _arguments().all_prompts((), prompts_file)
+    _arguments().check_run(engine, sampling, len(prompts), out)
+    folder = _arguments().model_folder(model, fetch=True)
+    _call("record", model=folder, prompts=prompts, out=out, engine=engine, sampling=sampling)
 
 
 @trace_app.command("info")
@@ -257,12 +283,14 @@ def simulate(
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
     """Replay a trace: what strategies, slots and batches would give, with the engine's own decisions."""
+    _arguments().check_simulate(trace, slots, batch, strategy, (plot, json))
     cost = {
         "row_bytes": round(row_mb * 1e6), "link_gbps": link_gbps, "copy_us": copy_us, "layer_us": layer_us,
         "expert_us": expert_us,
     }  # fmt: skip
     if model is not None:
-        cost["row_bytes"] = import_module("expertflow.cli.stated").row_bytes_of(model, trace)
+        folder = _arguments().model_folder(model, fetch=False)
+        cost["row_bytes"] = import_module("expertflow.cli.stated").row_bytes_of(folder, trace)
     options = {"groups": groups, "grouping": grouping, "gate_recall": gate_recall, "skip": skip, "seed": seed}
     _call(
         "simulate",
@@ -290,9 +318,12 @@ def train_predictor(
     device: Device = "auto",
 ) -> None:
     """Train a routing path predictor from a trace."""
-    module = import_module("expertflow.cli.train_predictor")
-    source = module.Source(trace=trace, model=model, skip=skip, leave_out=leave_out, validation=validation)
     options = {"epochs": epochs, "batch": batch, "rate": rate, "seed": seed, "device": device}
+    _arguments().check_training(trace, out, kind, options, validation)
+    _arguments().check_conditions(leave_out)
+    folder = _arguments().model_folder(model, fetch=False)
+    module = import_module("expertflow.cli.train_predictor")
+    source = module.Source(trace=trace, model=folder, skip=skip, leave_out=leave_out, validation=validation)
     module.main(source=source, out=out, kind=kind, options=options)
 
 
@@ -317,9 +348,13 @@ def eval_predictor(
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
     """Measure a predictor beside the free baselines, and what it saves in the simulator."""
+    cases = _arguments().parse_cases(batch)
+    _arguments().check_predictor(predictor)
+    _arguments().check_evaluation((trace, baselines), slots, steps, (plot, json))
+    _arguments().check_conditions(only, leave_out)
     module = import_module("expertflow.cli.eval_predictor")
     test = module.Test(
-        trace=trace, free=baselines, only=only, leave_out=leave_out, skip=skip, cases=module.parse_cases(batch),
+        trace=trace, free=baselines, only=only, leave_out=leave_out, skip=skip, cases=cases,
         slots=tuple(part.strip() for part in slots.split(",")), steps=steps,
     )  # fmt: skip
     module.main(artifact=predictor, test=test, plot=plot, json_file=json)
@@ -364,6 +399,7 @@ def bench(
         "prompts_file": prompts_file, "deadline": deadline, "executions": presets.names(execution), "device": device,
         "dtype": dtype, "seed": seed,
     }  # fmt: skip
+    _arguments().check_bench(preset, options, out)
     _call("bench", preset=preset, options=options, out=out)
 
 

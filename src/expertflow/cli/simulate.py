@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from expertflow.cli.arguments import parse_batches
 from expertflow.cli.outputs import check_outputs
-from expertflow.errors import ConfigError
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome
-from expertflow.sim.sweep import AS_RECORDED, Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
+from expertflow.sim.sweep import Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
 
 _PIPED_WIDTH = 120
 """Columns of the tables where there is no terminal to ask."""
@@ -36,7 +36,7 @@ def main(
     grid = Grid(
         trace=trace,
         slots=tuple(part.strip() for part in slots.split(",")),
-        batches=tuple(_batch(part) for part in batch.split(",")),
+        batches=parse_batches(batch),
         strategies=strategy_names(strategy),
         cost=Cost(**cost),
         **options,
@@ -55,14 +55,6 @@ def main(
     if plot is not None:
         import_module("expertflow.sim.plot").draw(outcomes, plot)
     console.print(f"{len(outcomes)} replays in {seconds:.1f} s")
-
-
-def _batch(text: str) -> int:
-    if text.strip() == "recorded":
-        return AS_RECORDED
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ConfigError(f"batch={text.strip()!r} is no number of sequences", "Write it like 1,4,8 or recorded.")
-    return int(text)
 
 
 def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:

@@ -1,0 +1,192 @@
+"""Arguments of the commands that import torch, checked before they do: a wrong one is refused at once.
+
+What only the model or the machine can refuse is left to the command. Knows options and files; refuses to import torch.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from expertflow.bench.presets import make_settings
+from expertflow.cache.strategy import find_strategy
+from expertflow.cli.outputs import check_outputs
+from expertflow.config import EngineConfig, SamplingParams
+from expertflow.errors import ConfigError, PredictorError, PromptError
+from expertflow.models.checkpoint import resolve
+from expertflow.predict.dataset import read_condition
+from expertflow.predict.options import ABOUT_NAME, TrainConfig, check_kind
+from expertflow.prompts import prompt_lines, read_prompts
+from expertflow.sim.sweep import AS_RECORDED, strategy_names
+from expertflow.trace.format import open_trace
+from expertflow.units import read_slots
+
+
+def all_prompts(given: Iterable[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of the file.
+
+    Raises:
+        PromptError: if there is none, or the file cannot be read.
+    """
+    prompts = [*given, *(read_prompts(file) if file is not None else ())]
+    if not prompts:
+        raise PromptError("there is no prompt", "Give --prompt TEXT or --prompts-file FILE.")
+    return prompts
+
+
+def check_run(engine: Mapping[str, Any], sampling: Mapping[str, Any], prompts: int, out: Path | None) -> None:
+    """Refuse options that no model could run with.
+
+    Args:
+        engine: fields of `EngineConfig`; None: the default.
+        sampling: fields of `SamplingParams`.
+        prompts: how many there are; the default of `max_batch` depends on it.
+        out: file to write, or None.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    SamplingParams.from_mapping(sampling)
+    check_outputs(None, out)
+    check_engine(engine, max_batch=min(prompts, 8))
+
+
+def check_engine(engine: Mapping[str, Any], max_batch: int) -> None:
+    """Refuse engine options that cannot mean anything.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    given = {name: value for name, value in engine.items() if value is not None}
+    config = EngineConfig.from_mapping({"max_batch": max_batch, **given})
+    if config.strategy is not None:
+        find_strategy(config.strategy).check_future(None)
+    if config.predictor not in {"auto", "none"}:
+        check_predictor(Path(config.predictor))
+
+
+def check_predictor(folder: Path) -> None:
+    """Refuse a folder without a predictor.
+
+    Raises:
+        PredictorError: then.
+    """
+    if not (folder / ABOUT_NAME).is_file():
+        raise PredictorError(
+            f"{folder} holds no predictor: {ABOUT_NAME} is missing",
+            "Give a folder written by `expertflow train-predictor`.",
+        )
+
+
+def model_folder(model: str | None, *, fetch: bool) -> str | None:
+    """The checkpoint folder that is named; None: the shipped model's.
+
+    Raises:
+        CheckpointError: if there is no such folder or model.
+    """
+    return None if model is None else str(resolve(model, fetch=fetch))
+
+
+def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
+    """`1,4,4x2`: live sequences, and after an x the groups they take turns in; empty: none.
+
+    Raises:
+        ConfigError: if a part is no such thing.
+    """
+    cases = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        found = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", part, re.ASCII)
+        if found is None or int(found[1]) % int(found[2] or 1):
+            raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,16 or 4x2 (two groups).")
+        cases.append((int(found[1]), int(found[2] or 1)))
+    return tuple(cases)
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """`1,4,recorded`: live sequences; 0 for the passes as they were recorded.
+
+    Raises:
+        ConfigError: if a part is no such thing.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if part != "recorded" and not (part.isdecimal() and int(part) >= 1):
+            raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,8 or recorded.")
+    return tuple(AS_RECORDED if part == "recorded" else int(part) for part in parts)
+
+
+def check_simulate(
+    trace: Path, slots: str, batch: str, strategy: str, outputs: tuple[Path | None, Path | None]
+) -> None:
+    """Refuse what cannot be replayed, and files that cannot be written.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    check_outputs(*outputs)
+    parse_batches(batch)
+    strategy_names(strategy)
+    _check_slots(slots.split(","))
+    open_trace(trace)
+
+
+def check_evaluation(
+    traces: tuple[Path, Path | None], slots: str, steps: int, outputs: tuple[Path | None, Path | None]
+) -> None:
+    """Refuse a replay that cannot be, traces that cannot be opened, and files that cannot be written.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    check_outputs(*outputs)
+    if steps < 1:
+        raise ConfigError(f"steps={steps} is too small", "Replay one step or more.")
+    _check_slots(slots.split(","))
+    for trace in traces:
+        if trace is not None:
+            open_trace(trace)
+
+
+def check_bench(preset: str, options: Mapping[str, Any], out: Path | None) -> None:
+    """Refuse settings that cannot be measured, on whatever machine.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    settings = make_settings(preset, options)
+    check_outputs(None, out)
+    _check_slots(settings.slots)
+    check_engine({name: getattr(settings, name) for name in ("device", "dtype", "predictor")}, max_batch=1)
+    if settings.prompts_file is not None:
+        prompt_lines(settings.prompts_file)
+    model_folder(settings.model, fetch=True)
+
+
+def _check_slots(texts: Iterable[str]) -> None:
+    for text in texts:
+        read_slots(text)
+
+
+def check_training(trace: Path, out: Path, kind: str, options: Mapping[str, Any], validation: float) -> None:
+    """Refuse training options, a trace or a folder that cannot be used.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    TrainConfig(**options)
+    check_kind(kind)
+    if not 0 < validation < 1:
+        raise ConfigError(f"validation={validation} is no share", "Use one between 0 and 1, such as 0.1.")
+    if out.exists() and not out.is_dir():
+        raise PredictorError(f"{out} cannot be written: it is a file", "Choose another place.")
+    open_trace(trace)
+
+
+def check_conditions(*conditions: str) -> None:
+    """Refuse a condition on sequences that is not like `category=physics`; empty: none.
+
+    Raises:
+        TraceError: then.
+    """
+    for condition in filter(None, conditions):
+        read_condition(condition)
