@@ -87,7 +87,8 @@ def parse_slots(text: str | int, layers: int, experts: int) -> int:
     """
     number, unit = read_slots(text)
     total = layers * experts
-    slots = math.floor(number * {"": 1, "%": Fraction(total, 100), "/layer": layers}[unit])
+    factors = {"": Fraction(1), "%": Fraction(total, 100), "/layer": Fraction(layers)}
+    slots = math.floor(number * factors[unit])
     if slots < 1:
         raise ConfigError(
             f"slots={text!r} gives {slots} slots of {total} experts",

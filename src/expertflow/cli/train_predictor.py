@@ -19,7 +19,8 @@ from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
 from expertflow.predict.dataset import Passage, leave_out, mark, passages, shape_of, split
 from expertflow.predict.model import PredictorConfig
-from expertflow.predict.train import Epoch, TrainConfig, Trained, train
+from expertflow.predict.options import TrainConfig
+from expertflow.predict.train import Epoch, Trained, train
 from expertflow.trace.format import Trace, check_model, load_trace
 from expertflow.units import format_bytes
 
