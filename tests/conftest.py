@@ -23,6 +23,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors; read when they are imported
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from transformers.utils import logging
@@ -57,14 +58,26 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     """Save a small random model of a family, once for each set of arguments."""
     made: dict[tuple, Path] = {}
 
-    def make(model_type: str = "qwen3_moe", dtype: str = "float32", *, shard: str = "5GB", **overrides: object) -> Path:
-        key = (model_type, dtype, shard, json.dumps(overrides, sort_keys=True))
+    def make(
+        model_type: str = "qwen3_moe",
+        dtype: str = "float32",
+        *,
+        shard: str = "5GB",
+        spread: float = 0,
+        **overrides: object,
+    ) -> Path:
+        """`spread`: standard deviation of the weights, wide enough that tokens depend on all that is seen; 0: as drawn."""
+        key = (model_type, dtype, shard, json.dumps(overrides, sort_keys=True), *([spread] if spread else []))
         if key not in made:
             tiny = FAMILIES[model_type].tiny if model_type in FAMILIES else {}
             config = AutoConfig.for_model(model_type, **{**tiny, **overrides})
             torch.manual_seed(zlib.crc32(repr(key).encode()))  # the same weights, whichever tests ran before
             folder = tmp_path_factory.mktemp(f"{model_type}-{dtype}")
-            model_class(config)(config).to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+            model = model_class(config)(config)
+            for name, parameter in model.named_parameters() if spread else ():
+                if parameter.ndim >= 2:
+                    nn.init.normal_(parameter, std=1 if "embed" in name else spread)
+            model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
             _save_tokenizer(folder, config.get_text_config(decoder=True).vocab_size)
             made[key] = folder
         return made[key]

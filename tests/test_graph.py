@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
@@ -20,6 +19,7 @@ from expertflow.engine.runner import Piece
 from expertflow.errors import BudgetError, ConfigError, DeviceError
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.kernels.state import refusal
+from expertflow.models.attention import layer_kinds
 from expertflow.models.families import FAMILIES
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import build_skeleton
@@ -127,7 +127,7 @@ def test_dense_kernels_compute_what_the_modules_do(
         with open_llm(folder, device, slots=1000) as llm:
             decoder = llm._offloaded._graphs()
             assert llm._offloaded._decoder is decoder
-            kinds, parts = get_layer_types_and_kwargs(llm._offloaded.model.config)[0], decoder._dense
+            kinds, parts = layer_kinds(llm._offloaded.model.config), decoder._dense
             each = 0 if model_type in OTHER_ATTENTION else 1 + llm.plan.shape.encoder_decoder
             assert len(parts._attentions) == each * len(kinds)
             assert len(parts._norms) > len(kinds)

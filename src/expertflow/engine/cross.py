@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import EncoderDecoderCache, PreTrainedModel
 
 from expertflow.engine.rows import Pass, RowCache, RowLayer, step_masks
+from expertflow.models.attention import cache_argument
 from expertflow.models.skeleton import Skeleton
 
 
@@ -88,6 +89,7 @@ class EncoderDecoderRows:
         """Empty rows."""
         self.model, self.skeleton, self.rows, self.nowhere = model, skeleton, rows, length
         layers = int(model.config.num_decoder_layers)
+        self._argument = cache_argument(model)
         self.windows: list[int | None] = [None] * layers
         self.cache, self._read = RowCache(layers, rows, length), RowCache(layers, rows, length, kind=ReadLayer)
         self._both = EncoderDecoderCache(self.cache, self._read)
@@ -165,8 +167,8 @@ class EncoderDecoderRows:
                 attention_mask=read_mask,
                 decoder_input_ids=tokens,
                 decoder_attention_mask=mask,
-                past_key_values=self._both,
                 use_cache=True,
+                **{self._argument: self._both},
             )
         last: Tensor = out.logits[:, -1]
         return last

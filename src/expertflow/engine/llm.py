@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
-from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model
+from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model, prepare
 from expertflow.engine.engine import Engine
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Decoder, Request, RequestOutput, StreamOutput
-from expertflow.errors import CancelledError, CheckpointError, ConfigError, PromptError
+from expertflow.errors import CancelledError, CheckpointError, ConfigError, PromptError, UnsupportedModelError
 from expertflow.events import CacheCounters
 from expertflow.predict.artifact import Artifact
 from expertflow.trace.format import Header, TraceWriter
@@ -99,9 +99,15 @@ class LLM:
     ) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
-        other = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
+        other: OffloadedModel | None = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
         folder = shipped_model() if model is None else model
-        self._offloaded: OffloadedModel = load_model(folder, self.config, forecast, other)
+        prepared = prepare(folder, self.config, forecast)
+        if kinds := prepared.plan.shape.unserved:
+            raise UnsupportedModelError(
+                f"{prepared.skeleton.config.model_type!r} has layers of kind {', '.join(kinds)}, whose cache LLM cannot serve",
+                "Use expertflow.from_pretrained and the model's own `generate`.",
+            )
+        self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast, other)
         self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)

@@ -149,8 +149,10 @@ def _plan(
     row = RowLayout.of(shape.specs).row_bytes
     live = _max_live(config, shape)
     # a row has one more column, which is nobody's
-    kv = shape.row_bytes(max_length + 1) * live if shape.in_rows else shape.kv_bytes(max_length) * live
-    workspace = workspace_bytes(shape, config.max_batch, max_length, config.prefill_chunk)
+    kv = shape.kv_bytes(max_length + 1 if shape.in_rows else max_length) * live
+    # a recurrent state is not carried from pass to pass, so such a prompt is read whole
+    chunk = max(config.prefill_chunk, config.max_batch * max_length) if shape.unplanned else config.prefill_chunk
+    workspace = workspace_bytes(shape, config.max_batch, max_length, chunk)
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
     budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
@@ -177,7 +179,7 @@ def _plan(
         max_batch=config.max_batch,
         max_live=live,
         max_length=max_length,
-        prefill_chunk=config.prefill_chunk,
+        prefill_chunk=chunk,
         host=row * shape.total_experts,
         schedule=config.schedule,
         graph=steps,

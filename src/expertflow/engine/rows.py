@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin
 
+from expertflow.models.attention import attention_windows, cache_argument, layer_kinds
 from expertflow.models.skeleton import Skeleton
 
 
@@ -131,18 +132,18 @@ class RowModel:
     def __init__(self, model: PreTrainedModel, skeleton: Skeleton, rows: int, length: int) -> None:
         """Find out what masks the model's layers are given."""
         config = skeleton.config.get_text_config(decoder=True)
-        kinds, options = get_layer_types_and_kwargs(config)
-        window = options.get("sliding_window")
-        assert skeleton.family is not None
+        windows = attention_windows(skeleton.model, config)
+        assert windows is not None, "a model in rows has masks that are windows"
         self.model, self.skeleton, self.rows, self.nowhere = model, skeleton, rows, length
-        self.windows = [None if kind == "full_attention" else window for kind in kinds]
-        self._kinds = tuple(dict.fromkeys((*kinds, "full_attention", "sliding_attention")))
-        if skeleton.family.masks == "one":
-            self._kinds = (kinds[0],)
-        self._masks = tuple(None if kind == "full_attention" else window for kind in self._kinds)
+        self.windows: list[int | None] = list(windows)
+        # a decoder whose layers differ takes a mask a kind of layer, by name
+        self._kinds = (
+            dict(zip(layer_kinds(config), windows, strict=True)) if len(set(windows)) > 1 else {"": windows[0]}
+        )
+        self._argument = cache_argument(model)
         self._dtype = getattr(torch, skeleton.dtype)
         self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
-        self.cache = RowCache(len(kinds), rows, length)
+        self.cache = RowCache(len(windows), rows, length)
 
     def drop(self) -> None:
         """Give keys and values back; nothing can be run afterwards."""
@@ -166,15 +167,16 @@ class RowModel:
         tokens, rows, positions, columns, end, _ = given
         span = self.cache.span
         span.rows, span.columns, span.end, span.whole = rows, columns, end, whole
-        masks = [self._unread] * len(self._masks) if whole else step_masks(positions, end, self._masks, self._dtype)
+        windows = list(self._kinds.values())
+        masks = [self._unread] * len(windows) if whole else step_masks(positions, end, windows, self._dtype)
         by_kind = dict(zip(self._kinds, masks, strict=True))
         out: Any = run(
             input_ids=tokens,
             attention_mask=by_kind if len(by_kind) > 1 else masks[0],
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._argument: self.cache},
         )
         last: Tensor = out.logits[:, -1]
         return last

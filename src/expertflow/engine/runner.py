@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.graph import GraphDecoder
 from expertflow.engine.rows import Fed, Pass, RowModel
+from expertflow.models.attention import cache_argument
 
 
 class Piece(NamedTuple):
@@ -204,6 +206,16 @@ def _pad_id(model: PreTrainedModel) -> int:
     return pad if isinstance(pad, int) and pad >= 0 else 0
 
 
+def _cache_of(model: PreTrainedModel) -> DynamicCache:
+    """The model's own cache, every attention layer of which keeps all tokens: what a layer sees is its mask's business.
+
+    transformers drops tokens by the config's `sliding_window`, also where the model's code does not read that key.
+    """
+    cache = DynamicCache(config=model.config)
+    cache.layers = [DynamicLayer() if isinstance(one, DynamicSlidingWindowLayer) else one for one in cache.layers]
+    return cache
+
+
 class DecoderBatch:
     """Sequences of a decoder-only model with the model's own cache, prompts padded on the left."""
 
@@ -213,7 +225,8 @@ class DecoderBatch:
         self._ids, self._mask = _padded(prompts, _pad_id(model), model.device, left=True)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._columns = max(1, chunk // len(prompts))
-        self._cache = DynamicCache(config=model.config)
+        self._cache = _cache_of(model)
+        self._argument = cache_argument(model)
 
     @torch.inference_mode()
     def prefill(self) -> Float[Tensor, "B V"]:
@@ -244,9 +257,9 @@ class DecoderBatch:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._argument: self._cache},
         )
         last: Tensor = out.logits[:, -1]
         return last

@@ -51,7 +51,6 @@ class Family:
         hook: `loop` computes routed experts in our loop, `switch` swaps the experts class.
         tiny: config values of a small model of the family, for tests and demos.
         activation: of the experts, by the name the kernels know it by; empty: the config's `hidden_act`.
-        masks: what its decoder layers are given: `one` mask for all, or one `by_kind` of layer.
         no_graph: why its decode step cannot be captured; empty if it can.
         expert_key: pattern of expert tensors in checkpoints, where transformers' conversion table does not say it;
             groups `module`, `expert` and `tensor`.
@@ -63,13 +62,12 @@ class Family:
     hook: Literal["loop", "switch"] = "loop"
     tiny: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     activation: str = ""
-    masks: Literal["one", "by_kind"] = "one"
     no_graph: str = ""
     expert_key: str | None = None
 
 
 def _row(model_type: str, title: str, examples: str, **tiny: Any) -> Family:
-    own = {name: tiny.pop(name) for name in ("activation", "masks", "no_graph") if name in tiny}
+    own = {name: tiny.pop(name) for name in ("activation", "no_graph") if name in tiny}
     return Family(
         model_type=model_type, title=title, examples=examples, tiny=MappingProxyType({**_BASE, **tiny}), **own
     )
@@ -79,7 +77,7 @@ _ROWS = (
     _row("mixtral", "Mixtral", "Mixtral-8x7B, 8x22B", intermediate_size=32, num_local_experts=8, num_experts_per_tok=2),
     _row(
         "qwen2_moe", "Qwen2-MoE", "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", moe_intermediate_size=32, num_experts=8,
-        num_experts_per_tok=4, shared_expert_intermediate_size=64, intermediate_size=64, masks="by_kind",
+        num_experts_per_tok=4, shared_expert_intermediate_size=64, intermediate_size=64,
     ),
     _row(
         "qwen3_moe", "Qwen3-MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B, Novella", moe_intermediate_size=32, num_experts=8,
@@ -96,7 +94,7 @@ _ROWS = (
     ),
     _row(
         "gpt_oss", "GPT-OSS", "gpt-oss-20b, 120b (bf16)", intermediate_size=32, num_local_experts=8,
-        num_experts_per_tok=2, head_dim=16, sliding_window=8, activation="clamped_swiglu", masks="by_kind",
+        num_experts_per_tok=2, head_dim=16, sliding_window=8, activation="clamped_swiglu",
     ),
     _row(
         "phimoe", "PhiMoE", "Phi-3.5-MoE, Phi-mini-MoE", intermediate_size=32, num_local_experts=8,

@@ -10,13 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 
+from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, attention_windows, layer_kinds
 from expertflow.models.skeleton import Skeleton
 from expertflow.types import DTYPE_BYTES, TensorSpec
-
-PLANNED = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of layers whose memory is keys and values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +22,10 @@ class KvLayer:
 
     Attributes:
         bytes_per_token: of keys and values together, for one sequence.
-        window: tokens kept at most (sliding window), or None.
         source_length: whether the layer holds the encoder's tokens (cross-attention) instead of generated ones.
     """
 
     bytes_per_token: int
-    window: int | None = None
     source_length: bool = False
 
 
@@ -58,6 +53,7 @@ class ModelShape:
         scores: whether attention keeps scores in memory (eager attention).
         unplanned: kinds of layers whose state and workspace the planner cannot foresee, such as state-space layers.
         in_rows: whether keys and values can be kept in rows, so that sequences may join and leave at any step.
+        windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
     """
 
     model_type: str
@@ -79,6 +75,12 @@ class ModelShape:
     scores: bool
     unplanned: tuple[str, ...]
     in_rows: bool
+    windows: tuple[int | None, ...] = ()
+
+    @property
+    def unserved(self) -> tuple[str, ...]:
+        """Kinds of layers whose cache no pass of ours has been tested with."""
+        return tuple(kind for kind in self.unplanned if kind not in RECURRENT | EMPTY)
 
     @property
     def total_experts(self) -> int:
@@ -86,11 +88,7 @@ class ModelShape:
         return self.layers * self.experts
 
     def kv_bytes(self, length: int) -> int:
-        """Bytes of one sequence's keys and values at `length` tokens."""
-        return sum(layer.bytes_per_token * min(length, layer.window or length) for layer in self.kv)
-
-    def row_bytes(self, length: int) -> int:
-        """The same where every layer keeps all `length` tokens, windows or not."""
+        """Bytes of one sequence's keys and values at `length` tokens; every layer keeps all of them, windows or not."""
         return sum(layer.bytes_per_token for layer in self.kv) * length
 
 
@@ -100,8 +98,11 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
     element = DTYPE_BYTES[skeleton.dtype]
     heads = int(config.num_attention_heads)
     key_width, value_width, head_width = _head_widths(config, heads)
-    kinds = () if skeleton.encoder_decoder else get_layer_types_and_kwargs(config)[0]
-    unplanned = tuple(sorted(set(kinds) - PLANNED))
+    kinds = () if skeleton.encoder_decoder else layer_kinds(config)
+    unplanned = tuple(sorted(set(kinds) - KEYS_AND_VALUES))
+    windows: tuple[int | None, ...] | None = ()
+    if skeleton.family is not None and not skeleton.encoder_decoder:
+        windows = attention_windows(skeleton.model, config)
     return ModelShape(
         model_type=skeleton.config.model_type,
         layers=len(skeleton.expert_modules),
@@ -120,7 +121,8 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         context=None if skeleton.encoder_decoder else getattr(config, "max_position_embeddings", None),
         encoder_decoder=skeleton.encoder_decoder,
         unplanned=unplanned,
-        in_rows=skeleton.family is not None and not unplanned,
+        in_rows=skeleton.family is not None and not unplanned and windows is not None,
+        windows=windows or (),
         scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - the only place transformers says it
     )
 
@@ -141,11 +143,7 @@ def _kv_layers(skeleton: Skeleton, bytes_per_token: int) -> tuple[KvLayer, ...]:
         own = KvLayer(bytes_per_token=bytes_per_token)
         cross = KvLayer(bytes_per_token=bytes_per_token, source_length=True)
         return (own, cross) * int(config.num_decoder_layers)
-    kinds, options = get_layer_types_and_kwargs(config)
-    window = options.get("sliding_window")
-    return tuple(
-        KvLayer(bytes_per_token=bytes_per_token, window=window if kind != "full_attention" else None) for kind in kinds
-    )
+    return tuple(KvLayer(bytes_per_token=bytes_per_token) for _ in layer_kinds(config))
 
 
 def _dense_bytes(skeleton: Skeleton) -> int:
