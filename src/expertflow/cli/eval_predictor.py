@@ -24,6 +24,7 @@ from rich.table import Table
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.cli.outputs import check_outputs
+from expertflow.engine.threads import limit_threads
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.baselines import BASELINES
@@ -73,6 +74,7 @@ class Test:
 def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | None) -> None:
     """Measure, replay, print, draw, write."""
     started, console = time.perf_counter(), Console(stderr=True)
+    limit_threads()
     check_outputs(plot, json_file)
     if test.steps < 1:
         raise ConfigError(f"steps={test.steps} is too small", "Replay one step or more.")

@@ -4,6 +4,7 @@ Each command's work is in a module of its own, imported when it runs. Errors of 
 exit code 2; Ctrl-C ends with exit code 130, as typer does it.
 """
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -414,6 +415,8 @@ def report(
 
 def main() -> None:
     """Entry point."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads would starve the one they wait for; torch reads it
     try:
         app(standalone_mode=True)
     except ExpertFlowError as error:

@@ -20,6 +20,7 @@ from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model, p
 from expertflow.engine.engine import Engine
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Decoder, Request, RequestOutput, StreamOutput
+from expertflow.engine.threads import limit_threads
 from expertflow.errors import CancelledError, CheckpointError, ConfigError, PromptError, UnsupportedModelError
 from expertflow.events import CacheCounters
 from expertflow.predict.artifact import Artifact
@@ -78,6 +79,9 @@ class RunStats:
 class LLM:
     """A model inside a memory budget.
 
+    Torch computes with no more threads than the process has processors (affinity and control groups), and with one where
+    experts are small. `OMP_NUM_THREADS` or an earlier `torch.set_num_threads` is kept, see `engine.threads`.
+
     Args:
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future; steps are captured if it is
@@ -99,6 +103,7 @@ class LLM:
     ) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
+        limit_threads()
         other: OffloadedModel | None = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
         folder = shipped_model() if model is None else model
         prepared = prepare(folder, self.config, forecast)
@@ -130,6 +135,11 @@ class LLM:
             PromptError: if the prompt is empty or too long.
         """
         return self._request(0, prompt, params or SamplingParams())
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step computes with."""
+        return self._engine.threads.number
 
     @property
     def fingerprint(self) -> str:
