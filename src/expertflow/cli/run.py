@@ -266,7 +266,7 @@ def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
             f"{format_bytes(stats.peak_bytes)} (all experts resident: {format_bytes(plan.resident_total)})",
         ),
         ("execution", f"{plan.execution}{plan.why_host and ': ' + plan.why_host}"),
-        ("threads", f"{llm.threads} of torch's; OMP_NUM_THREADS states another number"),
+        ("threads", str(llm.threads)),
         ("slots", f"{plan.slots} of {plan.shape.total_experts} experts ({plan.share:.1%}), strategy {plan.strategy}"),
         ("predictor", _predictor(llm)),
         ("hit ratio", f"{stats.cache.hit_ratio:.1%} of {stats.cache.accesses} accesses"),
