@@ -184,7 +184,7 @@ def open_random(
         predictor: folder; None: `next-use` decides.
         share: slots as a share of the experts; None: what the wish says.
     """
-    build.load_dense, build._fill = random_model, random_rows  # type: ignore[assignment]  # noqa: SLF001
+    build.load_dense, build._fill = random_dense, random_rows  # type: ignore[assignment]  # noqa: SLF001
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         skeleton = build_skeleton(Path(folder), "bfloat16")
@@ -211,9 +211,14 @@ def replaying(offloaded: OffloadedModel, width: int = BATCH * PROMPT) -> Tensor:
     return now
 
 
-def random_rows(_: Any, store: Any, *, show: bool) -> None:
+def random_dense(skeleton: Any, _: Any, device: torch.device) -> Any:
+    """In place of `load_dense`."""
+    return random_model(skeleton, device)
+
+
+def random_rows(_: Any, store: Any, content: Any, *, show: bool) -> None:
     """In place of `_fill`."""
-    del show
+    del content, show
     fill_randomly(store, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -118,14 +118,14 @@ def say(text: str) -> None:
     print(f"{time.perf_counter() - STARTED:5.0f} s  {text}", flush=True)
 
 
-def fill(pieces: object, store: HostStore, *, show: bool) -> None:
+def fill(pieces: object, store: HostStore, content: object, *, show: bool) -> None:
     """In place of `_fill`: draw the rows, and say how long that took."""
     began = time.perf_counter()
-    random_rows(pieces, store, show=show)
+    random_rows(pieces, store, content, show=show)
     say(f"{store.nbytes / 1e9:.1f} GB of experts drawn in {time.perf_counter() - began:.1f} s")
 
 
-def draw_dense(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
+def draw_dense(skeleton: Skeleton, _: object, device: torch.device) -> PreTrainedModel:
     """In place of `load_dense`: the same weights every time."""
     model: PreTrainedModel = random_model(skeleton, device).requires_grad_(False)
     model.get_input_embeddings().weight.mul_(SPREAD)

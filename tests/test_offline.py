@@ -57,7 +57,7 @@ def test_a_run_that_was_cut_off_is_gone_on_with(make_checkpoint: MakeCheckpoint,
         (b'{"title": "my novel"}\n', "no results file"),
         (
             b'{"expertflow_results": 1, "prompts": 2, "model": "x", "of": "y"}\n',
-            r"other prompts.*\(2 prompts, model x\)",
+            r"another model.*\(2 prompts, model x; now f\)",
         ),
     ],
 )

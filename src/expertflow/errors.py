@@ -3,6 +3,8 @@
 Knows nothing of the rest of the package, so that every room may raise from it.
 """
 
+from typing import Any
+
 
 class ExpertFlowError(Exception):
     """Base of every error this package raises on purpose.
@@ -64,6 +66,23 @@ class PromptError(ExpertFlowError):
 
 class CancelledError(ExpertFlowError):
     """Requests were cancelled by somebody else, or by an error, before they had finished."""
+
+
+class NonFiniteError(ExpertFlowError):
+    """A request's logits are no numbers (NaN or infinity), so it has no next token.
+
+    Args:
+        what: which request, and at which token.
+        remedy: what to do.
+
+    Attributes:
+        outputs: finished requests of the same call, in the order of its prompts.
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        """Of the same call nothing has finished yet."""
+        super().__init__(what, remedy)
+        self.outputs: tuple[Any, ...] = ()
 
 
 class ResultsError(ExpertFlowError):

@@ -18,7 +18,7 @@ from expertflow.config import SamplingParams
 from expertflow.engine.llm import LLM, load_tokenizer, shipped_model
 from expertflow.engine.offline import Results
 from expertflow.engine.request import RequestOutput
-from expertflow.errors import PromptError
+from expertflow.errors import NonFiniteError, PromptError
 from expertflow.models.checkpoint import context_of, resolve
 from expertflow.units import format_bytes
 
@@ -44,7 +44,7 @@ def main(
     wanted = {**_needs(folder, prompts, params), **wanted}
     with LLM(folder, progress=console.is_terminal and not as_json, **wanted) as llm:
         outputs: list[RequestOutput] = []
-        interrupted = False
+        interrupted, failed = False, None
         try:
             with _Interrupt() as interrupt:
                 if results is not None:
@@ -53,12 +53,17 @@ def main(
                     _generate(llm, prompts, params, outputs, interrupt, as_json=as_json)
         except KeyboardInterrupt:
             interrupted = True
+        except NonFiniteError as error:  # what the other prompts got is shown first
+            failed = error
         if as_json:
-            print(json.dumps(_report(llm, outputs, interrupted=interrupted), ensure_ascii=False))  # noqa: T201 - the output
+            report = _report(llm, outputs, interrupted=interrupted) | {"error": None if failed is None else str(failed)}
+            print(json.dumps(report, ensure_ascii=False))  # noqa: T201 - the output
         else:
             _summary(llm, console, outputs)
     if interrupted:
         raise KeyboardInterrupt
+    if failed is not None:
+        raise failed
 
 
 def _needs(folder: Path, prompts: list[str], params: SamplingParams) -> dict[str, int]:
@@ -154,7 +159,7 @@ def _offline(
         TimeRemainingColumn(),
     )
     with (
-        Results(path, prompts, params, f"{llm.fingerprint} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
+        Results(path, prompts, params, f"{llm.identity} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
         Progress(*columns, console=console) as bar,
     ):
         left = results.left

@@ -1,6 +1,7 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_host_memory
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
-from expertflow.models.checkpoint import resolve, walk
+from expertflow.models.checkpoint import StoredTensor, resolve, walk
 from expertflow.models.fingerprint import fingerprint
+from expertflow.models.identity import ContentHash, spans_of, stamps
 from expertflow.models.load import bind_experts, fill_rows, load_dense, unbind_experts
 from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
 from expertflow.models.shape import shape_of
@@ -63,13 +65,29 @@ def resolve_device(device: str) -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A checkpoint that was looked at but not loaded: skeleton, where its experts are, the plan, and which weights."""
+    """A checkpoint that was looked at but not loaded: skeleton, where its experts are, the plan, and which weights.
+
+    Attributes:
+        skeleton: the model.
+        pieces: where its experts are.
+        plan: what goes where.
+        fingerprint: sampled, of the weights.
+        predictor: of the model, or None.
+        tensors: the checkpoint, by key.
+    """
 
     skeleton: Skeleton
     pieces: list[ExpertPiece]
     plan: Plan
     fingerprint: str
     predictor: Artifact | None = None
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> dict[str, StoredTensor]:
+        """The checkpoint without its experts, by key."""
+        experts = {piece.source.key for piece in self.pieces}
+        return {key: tensor for key, tensor in self.tensors.items() if key not in experts}
 
 
 def prepare(
@@ -116,7 +134,7 @@ def prepare(
         chunk = max(chunk, sequence_length(config, shape))
     thinks = predictor_bytes(predictor, device, live, batch, chunk)
     plan = make_plan(config, shape, device.type, strategy.name, no_graph, predictor=thinks)
-    return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor)
+    return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor, tensors=tensors)
 
 
 def predictor_bytes(predictor: Artifact | None, device: torch.device, rows: int, batch: int, chunk: int) -> int:
@@ -170,7 +188,8 @@ class OffloadedModel:
         events: everything the cache does.
         counters: running totals of it.
         meter: measures device memory.
-        fingerprint: of the checkpoint's weights.
+        fingerprint: of the checkpoint's weights, sampled.
+        identity: hash of all that its answers depend on.
         foresight: the predictor at work, or None.
     """
 
@@ -190,13 +209,18 @@ class OffloadedModel:
         if self.device.type == "cuda":
             cuda_meter = CudaMeter(self.device)
         layout = RowLayout.of(plan.shape.specs)
-        self.model: PreTrainedModel = load_dense(prepared.skeleton, self.device)
+        folder, dense = prepared.skeleton.folder, prepared.dense
+        self.stamps = stamps(prepared.tensors, folder)
+        self.model: PreTrainedModel = load_dense(prepared.skeleton, dense, self.device)
         if beside is None:
+            content = ContentHash()
             self.store = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
-            _fill(prepared.pieces, self.store, show=config.progress)
+            _fill(prepared.pieces, self.store, content, show=config.progress)
             self.store.lock()
+            content.read(spans_of(dense))
+            self.identity = content.identity(prepared.tensors, folder)
         else:
-            self.store = _rows_of(beside, prepared)
+            self.store, self.identity = _rows_of(beside, prepared, self.stamps), beside.identity
         self._pool = pool = SlotPool(layout, plan.slots, self.device)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
         self.meter: Meter = (
@@ -364,14 +388,27 @@ def load_model(
     return OffloadedModel(prepare(model, config, forecast), config, forecast, beside)
 
 
-def _rows_of(beside: OffloadedModel, prepared: Prepared) -> HostStore:
+def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostStore:
     """The experts that another loaded model keeps in host memory.
 
+    Args:
+        beside: the other model.
+        prepared: the one that is loaded now.
+        seen: what the system knows of its files; if that is what it knew of the other's, nothing is read.
+
     Raises:
-        ConfigError: if they are of other weights, or of another dtype, than asked for.
+        ConfigError: if they are of another checkpoint, or of another dtype, than asked for.
     """
-    same = beside.fingerprint == prepared.fingerprint and beside.plan.row == prepared.plan.row
-    if not same or beside.plan.device != prepared.plan.device:
+    if seen == beside.stamps:
+        identity = beside.identity
+    else:
+        content = ContentHash()
+        content.read([*(piece.span for piece in prepared.pieces), *spans_of(prepared.dense)])
+        identity = content.identity(prepared.tensors, prepared.skeleton.folder)
+    if identity != beside.identity or (beside.plan.row, beside.plan.device) != (
+        prepared.plan.row,
+        prepared.plan.device,
+    ):
         raise ConfigError(
             f"{prepared.skeleton.folder} cannot share the experts of {beside.skeleton.folder}: checkpoint, dtype or device differ",
             "Load it by itself.",
@@ -402,8 +439,8 @@ def _check_memory(plan: Plan, config: EngineConfig) -> None:
             )
 
 
-def _fill(pieces: list[ExpertPiece], store: HostStore, *, show: bool) -> None:
+def _fill(pieces: list[ExpertPiece], store: HostStore, content: ContentHash, *, show: bool) -> None:
     columns = (TextColumn("loading experts"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(*columns, disable=not show, transient=True) as bar:
         task = bar.add_task("experts", total=sum(piece.nbytes for piece in pieces))
-        fill_rows(pieces, store, lambda count: bar.advance(task, count))
+        fill_rows(pieces, store, content, lambda count: bar.advance(task, count))

@@ -47,6 +47,12 @@ class ReadLayer(RowLayer):
         self._values[self._span.rows, :, :width] = value_states
         return key_states, value_states
 
+    def clear(self, row: int, columns: int) -> None:
+        """Zero the first columns of a row."""
+        if self.is_initialized:
+            self._keys[row, :, :columns].zero_()
+            self._values[row, :, :columns].zero_()
+
     def _seen(self, kept: Tensor) -> Tensor:
         columns = kept[:, :, : self._span.end]
         return columns if self._span.whole else columns[self._span.rows]
@@ -99,6 +105,11 @@ class EncoderDecoderRows:
         self._biased = [m for m in model.get_decoder().modules() if getattr(m, "has_relative_attention_bias", False)]
         self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
 
+    def clear(self, row: int) -> None:
+        """Let nothing of a row's former owner through, neither of what it wrote nor of what it had read."""
+        self.cache.clear(row)
+        self._read.clear(row)
+
     def drop(self) -> None:
         """Give keys and values back; nothing can be run afterwards."""
         self.cache.layers.clear()
@@ -133,6 +144,8 @@ class EncoderDecoderRows:
         self._lasts[where] = torch.tensor(lengths, device=device) - 1
         for row, count in zip(rows, lengths, strict=True):
             self._lengths[row] = count
+            self.cache.note(row, 1)
+            self._read.note(row, encoded.shape[1])
         token = getattr(config, "decoder_start_token_id", None)
         tokens = torch.full((len(rows), 1), config.pad_token_id if token is None else token, device=device)
         first = torch.zeros_like(tokens)

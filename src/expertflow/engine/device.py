@@ -22,6 +22,7 @@ from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.strategy import Strategy
 from expertflow.engine.agenda import Slip
 from expertflow.engine.foresight import Foresight
+from expertflow.engine.rope import by_length
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.kernels.backend import HAS_TRITON, backend
 from expertflow.kernels.reference import MAX_PAIRS, ExpertMlp, Workspace
@@ -47,7 +48,6 @@ from expertflow.models.skeleton import Skeleton
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 """The kernels' names of transformers' activations."""
-_ROPES_THAT_SYNC = ("dynamic", "longrope")
 
 
 def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
@@ -106,9 +106,8 @@ def _model_refusal(skeleton: Skeleton) -> str:
         return f"{skeleton.config.model_type!r} has no row in the table of families"
     if skeleton.family.no_graph:
         return f"{skeleton.family.title}: {skeleton.family.no_graph}"
-    rope = getattr(skeleton.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    if str(rope.get("rope_type")) in _ROPES_THAT_SYNC:
-        return f"its rotary embedding ({rope['rope_type']}) asks the device for the longest position in every step"
+    if any(by_length(module) for module in skeleton.model.modules()):
+        return "its rotary table depends on each sequence's length, which the host looks up"
     try:
         expert_mlp(skeleton)
     except ValueError as error:

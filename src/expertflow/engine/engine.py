@@ -21,7 +21,7 @@ from expertflow.engine.plan import rates
 from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.rows import Fed
 from expertflow.engine.runner import Piece
-from expertflow.engine.sampler import choose_all
+from expertflow.engine.sampler import NO_TOKEN, choose_all
 from expertflow.engine.threads import Threads
 from expertflow.predict.online import PREVIEW
 from expertflow.schedule.cost import Costs, fixed_part
@@ -81,6 +81,7 @@ class Engine:
         self._stepping = False
         self._to_cancel: list[int] = []
         self._next = 0
+        self._reread = offloaded.skeleton.reread_length
         self.recorder: Recorder | None = None
 
     @property
@@ -190,10 +191,9 @@ class Engine:
     def _prefill(self, turn: Prefill) -> int:
         pieces = []
         for part in turn.parts:
-            tokens = self._running[part.sequence].request.prompt_token_ids
-            pieces.append(
-                Piece(part.sequence, tokens[part.begin : part.end], self._scheduler.row(part.sequence), part.begin)
-            )
+            tokens, row = self._running[part.sequence].request.read_ids, self._scheduler.row(part.sequence)
+            read = tokens[part.begin : part.end]
+            pieces.append(Piece(part.sequence, read, row, part.begin, len(tokens) - part.begin - len(read)))
         self._announce(
             Coming(
                 [piece.sequence for piece in pieces],
@@ -242,14 +242,20 @@ class Engine:
         """Give requests their tokens, and the tokens to their takers; how many. What one raises keeps none from the others."""
         now, errors = time.perf_counter(), []
         if self._offloaded.foresight is not None:
-            self._offloaded.foresight.sampled(numbers, tokens)
+            found = [place for place, token in enumerate(tokens) if token != NO_TOKEN]
+            self._offloaded.foresight.sampled([numbers[place] for place in found], [tokens[place] for place in found])
         for number, token in zip(numbers, tokens, strict=True):
             one = self._running[number]
             one.first = one.first or now
             try:
-                output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
-                if output.output is not None:
+                if token == NO_TOKEN:
+                    output = one.request.fail()
+                else:
+                    output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
+                if output.output is not None or output.error is not None:
                     self._remove(number)
+                elif len(one.request.read_ids) == self._reread:
+                    self._read_anew(number, self._reread)
                 if one.take is None:
                     self._untaken.append((number, output))
                 else:
@@ -261,6 +267,12 @@ class Engine:
         if errors:
             raise errors[0]
         return len(tokens)
+
+    def _read_anew(self, number: int, length: int) -> None:
+        """A sequence's rotary table changes at this length: what was cached by the old one is made again."""
+        self._scheduler.reread(number, length)
+        if self._offloaded.foresight is not None:
+            self._offloaded.foresight.leave([number])
 
     def _paths(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
         """How likely the next token of live sequences uses each expert."""

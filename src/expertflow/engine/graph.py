@@ -18,6 +18,7 @@ from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.dense import DenseParts
 from expertflow.engine.device import DeviceExperts
 from expertflow.engine.rows import Fed, Pass, RowModel
+from expertflow.engine.sampler import most_probable
 from expertflow.errors import DeviceError
 
 LEAST_COLUMNS = 128
@@ -46,7 +47,7 @@ class GraphDecoder:
     Attributes:
         inputs: int64 `[4, batch]` on the device, what the next step is fed: tokens, rows, positions, columns.
         logits: `[batch, V]` of the last step.
-        best: int64 `[batch]`, its most probable next tokens.
+        best: int64 `[batch]`, its most probable next tokens, as `sampler.most_probable` says them.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class GraphDecoder:
         )
         self.experts.close_step()
         self.logits[:batch].copy_(logits)
-        torch.argmax(self.logits[:batch], dim=-1, out=self.best[:batch])
+        self.best[:batch].copy_(most_probable(self.logits[:batch]))
 
     def end(self) -> None:
         """The host decides next: it takes over what is resident, if that is known."""

@@ -21,7 +21,14 @@ from expertflow.engine.engine import Engine
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Decoder, Request, RequestOutput, StreamOutput
 from expertflow.engine.threads import limit_threads
-from expertflow.errors import CancelledError, CheckpointError, ConfigError, PromptError, UnsupportedModelError
+from expertflow.errors import (
+    CancelledError,
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    PromptError,
+    UnsupportedModelError,
+)
 from expertflow.events import CacheCounters
 from expertflow.predict.artifact import Artifact
 from expertflow.trace.format import Header, TraceWriter
@@ -143,8 +150,13 @@ class LLM:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model's weights."""
+        """Of the model's weights, sampled: what traces and predictors carry."""
         return self._offloaded.fingerprint
+
+    @property
+    def identity(self) -> str:
+        """Hash of every byte that answers depend on: weights, config, generation config and tokenizer."""
+        return self._offloaded.identity
 
     @property
     def predictor(self) -> Artifact | None:
@@ -175,22 +187,30 @@ class LLM:
 
         Raises:
             PromptError: if a prompt is empty or too long; nothing is generated then.
+            NonFiniteError: if a prompt's logits are no numbers, behind the other prompts; its `outputs` holds theirs.
         """
         listed = _as_list(prompts)
         columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         finished = []
         with Progress(*columns, disable=not self.config.progress or len(listed) < 2, transient=True) as bar:
             task = bar.add_task("requests", total=len(listed))
-            for item in self.stream(prompts, params):
-                if item.output is not None:
-                    finished.append(item.output)
-                    bar.advance(task)
+            try:
+                for item in self.stream(prompts, params):
+                    if item.output is not None:
+                        finished.append(item.output)
+                        bar.advance(task)
+            except NonFiniteError as error:
+                error.outputs = tuple(sorted(finished, key=lambda output: output.index))
+                raise
         return sorted(finished, key=lambda output: output.index)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[StreamOutput]:
-        """Like `generate`, token by token. Prompts are checked at the call, before the first token is asked for."""
+        """Like `generate`, token by token. Prompts are checked at the call, before the first token is asked for.
+
+        A `NonFiniteError` of one prompt is raised when the others are over.
+        """
         requests = self._requests(_as_list(prompts), params)
         return self._run(requests)
 
@@ -279,11 +299,15 @@ class LLM:
         mail: deque[StreamOutput] = deque()
         mine = [self._engine.add(request, mail.append) for request in requests]
         self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in requests)
-        left = len(mine)
+        left, failed = len(mine), None
         try:
             while left:
                 while mail:
                     output = mail.popleft()
+                    if output.error is not None:
+                        left -= 1
+                        failed = failed or output.error
+                        continue
                     if output.output is not None:
                         left -= 1
                         self._stats.finished += 1
@@ -299,6 +323,8 @@ class LLM:
         finally:
             for number in mine:
                 self._engine.cancel(number)
+        if failed is not None:
+            raise failed
 
     def _step(self) -> None:
         """One step of the engine."""

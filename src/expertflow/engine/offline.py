@@ -26,7 +26,7 @@ class Results:
         path: made if it is not there; else gone on with.
         prompts: all of them.
         params: how they are sampled.
-        model: which one: what its tokens depend on, such as fingerprint, dtype and the longest sequence.
+        model: which one: what its tokens depend on, such as identity, dtype and the longest sequence.
 
     Attributes:
         done: finished requests by index, as dictionaries.
@@ -93,9 +93,15 @@ class Results:
         if not isinstance(entry, dict) or "expertflow_results" not in entry:
             raise ResultsError(f"{self._path} is no results file", "Name another file.")
         if entry != self._header:
+            model = entry.get("model") != self._header["model"]
             raise ResultsError(
-                f"{self._path} holds results of other prompts, another model or other sampling "
-                f"({entry.get('prompts')} prompts, model {entry.get('model')})",
+                f"{self._path} holds results of "
+                + (
+                    "another model, or of this one before its files changed"
+                    if model
+                    else "other prompts or other sampling"
+                )
+                + f" ({entry.get('prompts')} prompts, model {entry.get('model')}; now {self._header['model']})",
                 "Name another file, or remove it.",
             )
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from expertflow.config import SamplingParams
-from expertflow.engine.sampler import make_generator
+from expertflow.engine.sampler import NO_TOKEN, make_generator
+from expertflow.errors import NonFiniteError
 
 _UNFINISHED = "\ufffd"
 _CONTEXT = 6
@@ -58,12 +59,14 @@ class StreamOutput:
         token_id: the new token.
         text: new text that is certain; may be empty.
         output: the whole request, once it has finished.
+        error: why the request ended without a result; then there is no new token.
     """
 
     index: int
     token_id: int
     text: str
     output: RequestOutput | None = None
+    error: NonFiniteError | None = None
 
 
 @dataclass(kw_only=True)
@@ -100,6 +103,19 @@ class Request:
         # some tokenizers drop the space a text begins with, so tokens are decoded behind those that precede them
         self._ids = list(self.prompt_token_ids[-_CONTEXT:]) if self.continues else []
         self._done, self._read = 0, len(self._ids)
+
+    @property
+    def read_ids(self) -> tuple[int, ...]:
+        """The tokens a pass over the prompt reads: with those generated so far, where the sequence is read anew."""
+        return (*self.prompt_token_ids, *self.token_ids) if self.continues else self.prompt_token_ids
+
+    def fail(self) -> StreamOutput:
+        """End without a result: the logits of the next token are no numbers."""
+        error = NonFiniteError(
+            f"request {self.index} has no token {len(self.token_ids) + 1}: its logits are not finite (NaN or infinity)",
+            "Look for such numbers in the weights; if activations overflow float16, run with dtype bfloat16 or float32.",
+        )
+        return StreamOutput(index=self.index, token_id=NO_TOKEN, text="", error=error)
 
     def append(self, token: int, *, waited: float = 0.0, lasted: float = 0.0) -> StreamOutput:
         """Take the next token; says what is new and whether this was the last.

@@ -93,6 +93,12 @@ class RowLayer(CacheLayerMixin):
         keys, values = self.keys[:, :, : span.end], self.values[:, :, : span.end]
         return (keys, values) if span.whole else (keys[span.rows], values[span.rows])
 
+    def clear(self, row: int, columns: int) -> None:
+        """Zero the first columns of a row."""
+        if self.is_initialized:
+            self.keys[row, :, :columns].zero_()
+            self.values[row, :, :columns].zero_()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
         """Columns a pass looks at, and where they begin."""
         return self._span.end, 0
@@ -107,12 +113,23 @@ class RowLayer(CacheLayerMixin):
 
 
 class RowCache(Cache):
-    """All layers' rows."""
+    """All layers' rows, and how many columns of each were written."""
 
     def __init__(self, layers: int, rows: int, length: int, kind: type[RowLayer] = RowLayer) -> None:
         """Room for `rows` sequences of `length` tokens in `layers` attention layers."""
         self.span = Span()
+        self._written = [0] * rows
         super().__init__(layers=[kind(rows, length, self.span) for _ in range(layers)])
+
+    def note(self, row: int, columns: int) -> None:
+        """A pass writes a row up to this many columns."""
+        self._written[row] = max(self._written[row], columns)
+
+    def clear(self, row: int) -> None:
+        """A row gets a new owner. What is masked must be finite: NaN, times a weight of zero, would still be NaN."""
+        for layer in self.layers:
+            layer.clear(row, self._written[row])
+        self._written[row] = 0
 
 
 class RowModel:
@@ -144,6 +161,10 @@ class RowModel:
         self._dtype = getattr(torch, skeleton.dtype)
         self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
         self.cache = RowCache(len(windows), rows, length)
+
+    def clear(self, row: int) -> None:
+        """Let nothing of a row's former owner through."""
+        self.cache.clear(row)
 
     def drop(self) -> None:
         """Give keys and values back; nothing can be run afterwards."""

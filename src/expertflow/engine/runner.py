@@ -17,17 +17,27 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.graph import GraphDecoder
+from expertflow.engine.rope import SequenceRope
 from expertflow.engine.rows import Fed, Pass, RowModel
 from expertflow.models.attention import cache_argument
 
 
 class Piece(NamedTuple):
-    """Tokens of a prompt, from position `begin` on: whose, and the row of their keys and values."""
+    """Tokens of a prompt, from position `begin` on: whose, and the row of their keys and values.
+
+    `rest` counts the prompt's tokens that later passes read.
+    """
 
     sequence: int
     tokens: Sequence[int]
     row: int
     begin: int
+    rest: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole prompt."""
+        return self.begin + len(self.tokens) + self.rest
 
 
 class Executor(Protocol):
@@ -74,6 +84,7 @@ class RowExecutor:
         """Nothing has run."""
         self._rows, self._graphs, self._queued = rows, graphs, queued
         self._bindings = [rows.model.get_submodule(path) for path in rows.skeleton.expert_modules]
+        self._rope = SequenceRope(rows.model)
         self._best: Tensor | None = None
 
     @torch.inference_mode()
@@ -88,11 +99,15 @@ class RowExecutor:
             columns[place, skip:] = torch.arange(piece.begin, piece.begin + len(piece.tokens))
             positions[place, skip:] = columns[place, skip:]
         end = max(piece.begin + len(piece.tokens) for piece in pieces)
+        for piece in pieces:
+            if piece.begin == 0:
+                self._rows.clear(piece.row)
+            self._rows.cache.note(piece.row, piece.begin + len(piece.tokens))
         device = self._rows.model.device
         rows = torch.tensor([piece.row for piece in pieces], device=device)
         self._best = None
         given = Pass(ids.to(device), rows, positions.to(device), columns.to(device), end)
-        with self._padding(columns == nowhere):
+        with self._padding(columns == nowhere), self._rope.of([piece.length for piece in pieces]):
             logits = self._rows.forward(self._rows.model, given)
         self._queued()
         return logits
@@ -114,6 +129,8 @@ class RowExecutor:
     @torch.inference_mode()
     def decode(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence."""
+        for one in fed:
+            self._rows.cache.note(one.row, one.position + 1)
         graphs = self._graphs()
         if graphs is not None:
             logits = graphs.step(fed)
@@ -124,7 +141,8 @@ class RowExecutor:
         _, tokens, rows, positions = torch.tensor(fed, device=device).unbind(1)
         end, at = max(one.position for one in fed) + 1, positions[:, None]
         reach = self._rows.reach([one.row for one in fed])
-        return self._rows.forward(self._rows.model, Pass(tokens[:, None], rows, at, at, end, reach))
+        with self._rope.of([one.position + 1 for one in fed]):
+            return self._rows.forward(self._rows.model, Pass(tokens[:, None], rows, at, at, end, reach))
 
     def best(self) -> Int[Tensor, " B"] | None:
         """The most probable next tokens, if a graph has them ready."""
@@ -148,6 +166,8 @@ class EncoderDecoderExecutor(RowExecutor):
     def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
         """Run whole prompts through the encoder, the shorter ones padded on the right, then the decoder's first token."""
         model, prompts = self._encoder.model, [piece.tokens for piece in pieces]
+        for piece in pieces:
+            self._encoder.clear(piece.row)
         ids, mask = _padded(prompts, _pad_id(model), model.device, left=False)
         self._best = None
         with self._padding(mask == 0):
@@ -227,6 +247,7 @@ class DecoderBatch:
         self._columns = max(1, chunk // len(prompts))
         self._cache = _cache_of(model)
         self._argument = cache_argument(model)
+        self._rope, self._lengths = SequenceRope(model), [len(prompt) for prompt in prompts]
 
     @torch.inference_mode()
     def prefill(self) -> Float[Tensor, "B V"]:
@@ -244,22 +265,25 @@ class DecoderBatch:
         ids = torch.tensor(tokens, device=self._mask.device)[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
         self._positions = self._positions + 1
+        self._lengths = [length + 1 for length in self._lengths]
         return self._forward(ids, self._positions, self._mask)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop the other sequences' keys, values and masks."""
         index = torch.tensor(rows, device=self._mask.device)
         self._mask, self._positions = self._mask[index], self._positions[index]
+        self._lengths = [self._lengths[row] for row in rows]
         self._cache.batch_select_indices(index)
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        out: Any = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._argument: self._cache},
-        )
+        with self._rope.of(self._lengths):
+            out: Any = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._argument: self._cache},
+            )
         last: Tensor = out.logits[:, -1]
         return last

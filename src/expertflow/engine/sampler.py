@@ -12,6 +12,9 @@ from torch import Tensor
 
 from expertflow.config import SamplingParams
 
+NO_TOKEN = -1
+"""In place of a token where logits are no numbers."""
+
 
 def make_generator(params: SamplingParams) -> torch.Generator:
     """The request's own source of random numbers."""
@@ -24,19 +27,25 @@ def choose_all(
     generators: Sequence[torch.Generator],
     best: Int[Tensor, " B"] | None = None,
 ) -> list[int]:
-    """Pick a token of every sequence; greedy ones wait for the device once, all together.
+    """Pick a token of every sequence, `NO_TOKEN` where its logits are no numbers; the device is waited for once for greedy ones.
 
     Args:
         logits: of all sequences.
         params: one a sequence.
         generators: one a sequence; see `choose`.
-        best: the most probable tokens, if they are known already.
+        best: what `most_probable` says of them, if that is known already.
     """
-    greedy = [p.temperature == 0 for p in params]
-    first = (logits.argmax(dim=-1) if best is None else best).tolist() if any(greedy) else []
+    first = (most_probable(logits) if best is None else best).tolist()
     return [
-        first[row] if greedy[row] else choose(logits[row], params[row], generators[row]) for row in range(len(params))
+        token if token == NO_TOKEN or one.temperature == 0 else choose(logits[row], one, generators[row])
+        for row, (token, one) in enumerate(zip(first, params, strict=True))
     ]
+
+
+def most_probable(logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+    """The most probable token of each sequence; `NO_TOKEN` where the largest logit is NaN or infinite. Waits for nothing."""
+    best = logits.argmax(dim=-1)  # NaN counts as the largest
+    return best.masked_fill_(~logits.gather(-1, best[:, None])[:, 0].isfinite(), NO_TOKEN)
 
 
 def choose(logits: Float[Tensor, " V"], params: SamplingParams, generator: torch.Generator) -> int:

@@ -6,10 +6,11 @@ Format: https://huggingface.co/docs/safetensors (8-byte little-endian header len
 
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -18,6 +19,9 @@ from expertflow.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"
+CHUNK_BYTES = 1 << 22
+"""Bytes read at a time where a tensor is only looked at."""
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["original/*", "consolidated*", "onnx/*"]
 _LARGEST_HEADER = 100_000_000
@@ -108,28 +112,29 @@ def context_of(folder: Path) -> int | None:
 def walk(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, by key, from the shard headers alone.
 
+    The one view of a folder: experts, dense weights, hashes and plan all come from it. What it takes is what transformers takes:
+    the file that the config names as `transformers_weights`, else `model.safetensors`, else the shards of the index.
+
     Raises:
-        CheckpointError: for pickles, a missing or truncated shard, a damaged header, or an index that lies.
+        CheckpointError: for pickles, a missing or truncated shard, a damaged header, an index that lies, two different copies
+            of a tensor, or an adapter beside the weights.
     """
-    if (folder / INDEX_NAME).is_file():
-        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map", "Fetch the checkpoint again.")
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise CheckpointError(f"{folder / INDEX_NAME} names shards that are no text", "Fetch the checkpoint again.")
-        shards = sorted(set(weight_map.values()))
-    elif (folder / SINGLE_NAME).is_file():
-        weight_map, shards = None, [SINGLE_NAME]
-    else:
-        _refuse_without_safetensors(folder)
+    if (folder / ADAPTER_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter ({ADAPTER_NAME}), which is not applied here", "Merge it into the weights first."
+        )
+    weight_map, shards = _files_of(folder)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         if not (folder / shard).is_file():
             raise CheckpointError(
                 f"the index names shard {shard}, which is not in {folder}", "Fetch the missing shard."
             )
-        tensors.update((tensor.key, tensor) for tensor in _read_header(folder / shard))
-    for key in weight_map or ():
+        for tensor in _read_header(folder / shard):
+            if (other := tensors.get(tensor.key)) is not None:
+                _refuse_other_copy(other, tensor)
+            tensors[tensor.key] = tensor
+    for key in weight_map:
         if key not in tensors:
             raise CheckpointError(
                 f"the index names tensor {key!r}, which no shard holds", "Fetch the checkpoint again."
@@ -137,14 +142,86 @@ def walk(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _refuse_without_safetensors(folder: Path) -> NoReturn:
+def _files_of(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """The index's map of tensors to shards, empty without an index, and the files in the order in which they are read."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    named = config.get("transformers_weights")
+    if named is not None:
+        return _named_files(folder, named)
+    if (folder / SINGLE_NAME).is_file():
+        return {}, [SINGLE_NAME]
+    if (folder / INDEX_NAME).is_file():
+        return _indexed_files(folder / INDEX_NAME)
+    raise _no_safetensors(folder)
+
+
+def _named_files(folder: Path, named: Any) -> tuple[dict[str, str], list[str]]:
+    """What the config's `transformers_weights` names."""
+    inside = isinstance(named, str) and (folder / named).resolve().is_relative_to(folder.resolve())
+    if not inside or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(
+            f"{folder / 'config.json'} says transformers_weights={named!r}, which is no safetensors file in the folder",
+            "Correct the config, or fetch it again.",
+        )
+    return _indexed_files(folder / named) if named.endswith(".index.json") else ({}, [named])
+
+
+def _indexed_files(index: Path) -> tuple[dict[str, str], list[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map", "Fetch the checkpoint again.")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index} names shards that are no text", "Fetch the checkpoint again.")
+    return weight_map, sorted(set(weight_map.values()))
+
+
+def _refuse_other_copy(one: StoredTensor, other: StoredTensor) -> None:
+    """Two shards hold a tensor of one name: the index names one, transformers reads the last, so they must be equal.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    same = (one.dtype, one.shape, one.nbytes) == (other.dtype, other.shape, other.nbytes)
+    if not same or any(ours != theirs for ours, theirs in zip(chunks_of(one), chunks_of(other), strict=True)):
+        raise CheckpointError(
+            f"{one.file.name} and {other.file.name} hold different copies of {one.key!r}",
+            "One of them is stale: fetch the checkpoint again into an empty folder.",
+        )
+
+
+def chunks_of(tensor: StoredTensor, offset: int = 0, nbytes: int | None = None) -> Iterator[bytes]:
+    """The bytes of a tensor, or of a part of it, in pieces of at most `CHUNK_BYTES`.
+
+    Raises:
+        CheckpointError: if the file ends early or cannot be read.
+    """
+    left = tensor.nbytes - offset if nbytes is None else nbytes
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start + offset)
+            while left:
+                chunk = file.read(min(left, CHUNK_BYTES))
+                if not chunk:
+                    raise CheckpointError(
+                        f"{tensor.file.name} ended while reading {tensor.key!r}", "Fetch the file again."
+                    )
+                left -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise CheckpointError(
+            f"{tensor.file} cannot be read: {error}", "Check the file and its permissions."
+        ) from error
+
+
+def _no_safetensors(folder: Path) -> CheckpointError:
+    """Why a folder without safetensors weights is refused."""
     pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
     if pickles:
-        raise CheckpointError(
+        return CheckpointError(
             f"{folder} holds pickled weights ({pickles[0]}), which can run code when loaded and are never read",
             "Convert it with `save_pretrained(..., safe_serialization=True)` where you trust it.",
         )
-    raise CheckpointError(f"{folder} holds no safetensors weights", f"It needs {SINGLE_NAME} or {INDEX_NAME}.")
+    return CheckpointError(f"{folder} holds no safetensors weights", f"It needs {SINGLE_NAME} or {INDEX_NAME}.")
 
 
 def _read_header(path: Path) -> list[StoredTensor]:

@@ -52,6 +52,7 @@ class Family:
         tiny: config values of a small model of the family, for tests and demos.
         activation: of the experts, by the name the kernels know it by; empty: the config's `hidden_act`.
         no_graph: why its decode step cannot be captured; empty if it can.
+        rereads_beyond: config key of the length beyond which a sequence has another rotary table and is read anew; empty: none.
         expert_key: pattern of expert tensors in checkpoints, where transformers' conversion table does not say it;
             groups `module`, `expert` and `tensor`.
     """
@@ -63,11 +64,12 @@ class Family:
     tiny: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     activation: str = ""
     no_graph: str = ""
+    rereads_beyond: str = ""
     expert_key: str | None = None
 
 
 def _row(model_type: str, title: str, examples: str, **tiny: Any) -> Family:
-    own = {name: tiny.pop(name) for name in ("activation", "no_graph") if name in tiny}
+    own = {name: tiny.pop(name) for name in ("activation", "no_graph", "rereads_beyond") if name in tiny}
     return Family(
         model_type=model_type, title=title, examples=examples, tiny=MappingProxyType({**_BASE, **tiny}), **own
     )
@@ -99,6 +101,7 @@ _ROWS = (
     _row(
         "phimoe", "PhiMoE", "Phi-3.5-MoE, Phi-mini-MoE", intermediate_size=32, num_local_experts=8,
         num_experts_per_tok=2, no_graph="its long-rope code makes a tensor on the host in every step",
+        rereads_beyond="original_max_position_embeddings",
     ),
     _row(
         "granitemoe", "Granite MoE", "granite-3.1-1b-a400m, 3b-a800m", intermediate_size=32, num_local_experts=8,

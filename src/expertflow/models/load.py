@@ -1,27 +1,28 @@
 """Weights from a checkpoint folder: the dense part into a transformers model, experts straight into host rows.
 
 Expert tensors are read from the file into their place in the row, by several threads, without a memory map and
-without a second copy. Dense tensors are loaded by transformers itself, which never sees the expert keys.
+without a second copy. Dense tensors are handed to transformers by key, so that it looks for no file by itself.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from expertflow.errors import CheckpointError
 from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor
 from expertflow.models.experts import Binding, ExpertProvider
+from expertflow.models.identity import ContentHash, Span, in_threads
 from expertflow.models.mapping import ExpertPiece
 from expertflow.models.skeleton import Skeleton
 
-_READERS = 8
 _Advance = Callable[[int], None]
 
 
@@ -33,21 +34,33 @@ class Rows(Protocol):
         """The named tensor of a row, contiguous, in host memory."""
 
 
-def load_dense(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
+def load_dense(skeleton: Skeleton, dense: Mapping[str, StoredTensor], device: torch.device) -> PreTrainedModel:
     """Load everything but the experts through transformers, then move it to the device.
+
+    Args:
+        skeleton: the model.
+        dense: the checkpoint's tensors without its experts, by key.
+        device: where the weights go.
 
     Raises:
         CheckpointError: if a dense weight is missing, has another shape than the config says, or cannot be read.
     """
     dtype = getattr(torch, skeleton.dtype)
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # it would list every expert key as unexpected
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model, report = skeleton.model_class.from_pretrained(
-            skeleton.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    except (RuntimeError, OSError, ValueError) as error:
+        with ExitStack() as files:
+            opened = {
+                path: files.enter_context(safe_open(path, framework="pt"))
+                for path in {tensor.file for tensor in dense.values()}
+            }
+            state = {key: opened[tensor.file].get_slice(key) for key, tensor in dense.items()}
+            model, report = skeleton.model_class.from_pretrained(
+                None, config=skeleton.config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
+        _load_generation_config(model, skeleton.folder)
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{skeleton.folder} cannot be loaded: {str(error).splitlines()[0]}",
             "Checkpoint and config.json disagree: fetch both again.",
@@ -67,29 +80,37 @@ def load_dense(skeleton: Skeleton, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def fill_rows(pieces: Sequence[ExpertPiece], rows: Rows, advance: _Advance) -> None:
+def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """The folder's generation config, or the part of the config that speaks of generation, as transformers has it."""
+    model.name_or_path = model.config.name_or_path = str(folder)
+    name = "generation_config.json"
+    known = {"_from_model_config": True, "config_file_name": "config.json"} if not (folder / name).is_file() else {}
+    model.generation_config = GenerationConfig.from_pretrained(folder, **known)
+
+
+def fill_rows(pieces: Sequence[ExpertPiece], rows: Rows, content: ContentHash, advance: _Advance) -> None:
     """Read every expert tensor into its row.
 
     Args:
         pieces: what to read, in file order.
         rows: where it goes.
+        content: takes the hash of every piece.
         advance: called with the bytes read, from several threads.
 
     Raises:
         CheckpointError: if a file ends early or cannot be read.
     """
     descriptors: dict[Path, int] = {}
+    by_span = {piece.span: piece for piece in pieces}
+
+    def read(span: Span) -> None:
+        _read_piece(descriptors[span.tensor.file], by_span[span], rows, content)
+        advance(span.nbytes)
+
     try:
         for path in {piece.source.file for piece in pieces}:
             descriptors[path] = os.open(path, os.O_RDONLY)
-        with ThreadPoolExecutor(_READERS) as pool:
-            jobs = [pool.submit(_read_piece, descriptors[p.source.file], p, rows, advance) for p in pieces]
-            try:
-                for job in jobs:
-                    job.result()
-            except BaseException:  # an error or Ctrl-C does not wait for the rest of the files
-                pool.shutdown(cancel_futures=True)
-                raise
+        in_threads(read, by_span)
     except OSError as error:
         raise CheckpointError(f"expert weights cannot be read: {error}", "Check the files and the disk.") from error
     finally:
@@ -97,17 +118,18 @@ def fill_rows(pieces: Sequence[ExpertPiece], rows: Rows, advance: _Advance) -> N
             os.close(descriptor)
 
 
-def _read_piece(descriptor: int, piece: ExpertPiece, rows: Rows, advance: _Advance) -> None:
+def _read_piece(descriptor: int, piece: ExpertPiece, rows: Rows, content: ContentHash) -> None:
     source = piece.source
     stored = getattr(torch, FLOAT_NAMES[source.dtype])
     elements = piece.nbytes // stored.itemsize
     target = rows.tensor(piece.row, piece.name).view(-1)[piece.begin : piece.begin + elements]
     direct = target.dtype == stored
     landing = target if direct else torch.empty(elements, dtype=stored)
-    _read_into(descriptor, landing.view(torch.uint8), source, piece.offset)
+    read = landing.view(torch.uint8)
+    _read_into(descriptor, read, source, piece.offset)
+    content.take(piece.span, [memoryview(read.numpy().data)])
     if not direct:
         target.copy_(landing)
-    advance(piece.nbytes)
 
 
 def _read_into(descriptor: int, target: Tensor, source: StoredTensor, offset: int) -> None:

@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor
+from expertflow.models.identity import Span
 from expertflow.models.skeleton import Skeleton
 from expertflow.types import TensorSpec
 
@@ -44,6 +45,11 @@ class ExpertPiece:
     source: StoredTensor
     offset: int
     nbytes: int
+
+    @property
+    def span(self) -> Span:
+        """The part of the checkpoint tensor that it is."""
+        return Span(self.source, self.offset, self.nbytes)
 
 
 def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, convert: bool) -> list[ExpertPiece]:

@@ -59,6 +59,13 @@ class Skeleton:
         return bool(self.config.is_encoder_decoder)
 
     @property
+    def reread_length(self) -> int | None:
+        """Tokens at which a growing sequence is read from its beginning again, as transformers does; None: never."""
+        key = self.family.rereads_beyond if self.family is not None else ""
+        beyond = getattr(self.config, key, None) if key else None
+        return None if beyond is None else int(beyond) + 1
+
+    @property
     def reached(self) -> tuple[bool, ...]:
         """For each expert module, whether a decode step runs it: an encoder's are left alone."""
         return tuple("encoder" not in path.split(".") for path in self.expert_modules)

@@ -154,10 +154,18 @@ class Scheduler:
             return False
         self._free.append(gone.row)
         self._free.sort()
+        self._leave_round(sequence)
+        return True
+
+    def reread(self, sequence: int, tokens: int) -> None:
+        """A live sequence has to be read from its beginning before its next step: so many tokens, into the same KV row."""
+        self._live[sequence].prompt, self._live[sequence].read = tokens, 0
+        self._leave_round(sequence)
+
+    def _leave_round(self, sequence: int) -> None:
         for turn in self._round:
             if sequence in turn:
                 turn.remove(sequence)
-        return True
 
     def row(self, sequence: int) -> int:
         """The row of a live sequence."""
