@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from expertflow.cache.horizon import HORIZONS, hazards, take_turns, unite
 from expertflow.cache.policy import DISCOUNT, HIDDEN, Outlook, Usage, belady, discounted_use, next_use
 from expertflow.cache.prefetch import open_step
 from expertflow.cache.strategy import STRATEGIES
+from expertflow.cli.eval_predictor import show as show_evaluation
+from expertflow.cli.record_bytes import Record
 from expertflow.errors import ConfigError, TraceError
+from expertflow.predict import report
 from expertflow.predict.baselines import BASELINES, Recent
 from expertflow.predict.dataset import Passage, Shape, passages, shape_of, used
 from expertflow.predict.evaluate import WITHIN, Evaluation, evaluate, happens_within, take_places
@@ -157,6 +161,45 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="cannot be written"):
         draw(results, tmp_path / "x.nothing")
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (1, 4, 16)])
+def test_the_legend_lies_inside_the_picture(
+    sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every source is named in full, whatever the number of panels; the line below says of what it is."""
+    seen: list[tuple[Any, str]] = []
+    monkeypatch.setattr(report, "save_picture", lambda figure, _, about, **__: seen.append((figure, about)))
+    found, chances, shape = small(16, 4)
+    draw(
+        [evaluate(name, chances, found, shape, batches=sizes) for name in ("predictor", *BASELINES)],
+        tmp_path / "x",
+        "of what",
+    )
+    ((figure, about),) = seen
+    figure.draw_without_rendering()
+    (legend,), box = figure.legends, figure.bbox
+    place = legend.get_window_extent()
+    assert box.x0 <= place.x0 < place.x1 <= box.x1
+    assert box.y0 <= place.y0 < place.y1 <= box.y1
+    assert [text.get_text() for text in legend.get_texts()] == ["predictor", *BASELINES]
+    assert about == "of what"
+
+
+def test_the_tables_of_an_evaluation_fit_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With three sizes of batches and the longest names, no line is longer and no cell is cut off."""
+    monkeypatch.setenv("COLUMNS", "80")
+    random, shape = np.random.default_rng(0), Shape(1, 16, 2)
+    routes = random.permuted(np.tile(np.arange(16), (10, 1, 1)), axis=2)[..., :2]
+    found = [Passage(np.arange(10), routes, np.arange(10), {})] * 16
+    chances = [random.random((10, 5, 1, 16)).astype(np.float32)] * 16
+    show_evaluation([evaluate(name, chances, found, shape) for name in BASELINES], [], Record(1, "assumed"))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\u2026" not in out
+    assert all(name in out for name in BASELINES)
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
-from transformers import PreTrainedTokenizerFast
+from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams, from_pretrained
@@ -288,7 +288,7 @@ def test_length_beyond_the_context_is_refused(make_checkpoint: MakeCheckpoint) -
 def test_the_transformers_model_is_an_ordinary_one(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """`from_pretrained` gives the stock class, counts what the cache does, and refuses to save half a model."""
     model = from_pretrained(make_checkpoint("olmoe"), slots="25%", device="cpu")
-    assert type(model).__mro__[1].__name__ == "OlmoeForCausalLM"
+    assert isinstance(model, OlmoeForCausalLM)
     model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
     assert model.expertflow.counters.loads > 0
     with pytest.raises(UnsupportedModelError, match="holds no experts"):

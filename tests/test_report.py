@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from expertflow.bench import figures
+from expertflow.bench.bounds import over_bounds
 from expertflow.bench.goals import verdicts
 from expertflow.bench.report import section, write_report
 from expertflow.bench.result import (
@@ -28,6 +30,7 @@ from expertflow.bench.result import (
     Row,
     write_result,
 )
+from expertflow.cli.bench import show
 from expertflow.cli.main import app
 from expertflow.errors import ResultError
 
@@ -71,7 +74,7 @@ def made(*rows: Row, experts: int = 128) -> Result:
         strategy=BELADY, slots=rows[0].slots, share=rows[0].share, batch=rows[0].batch, state=WARM, execution="replay",
         exact=None, figures=kept, note="counted",
     )  # fmt: skip
-    whole = replace(row(RESIDENT, 1536, rows[0].batch, 1000.0), exact=None)
+    whole = replace(row(RESIDENT, 1536, rows[0].batch, 1000.0), exact=None)  # 900 to 1100 tokens/s
     return Result(
         preset="paper", command="expertflow bench --preset paper --out made.json", date="2026-01-01", commit="", seed=0,
         config={"tokens": 8, "repeats": 3, "prompts": "p"}, machine={"device": "cpu", "processor": "p", "cores": 2},
@@ -163,3 +166,66 @@ def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultError, match="cannot be written"):
         CliRunner().invoke(app, [*words[:3], "-o", str(tmp_path / "file")], catch_exceptions=False)
+
+
+def speeds(row_: Row, *values: float, bound: float, bound_is: str, moved: float = 12.5) -> Row:
+    """The row with these decoding speeds, beside this bound."""
+    figures_ = {
+        **row_.figures,
+        DECODE: Figure(values=values, unit="tokens/s", bound=bound, bound_is=bound_is),
+        MOVED: Figure(values=(moved,), unit="MB/token", bound=7.5, bound_is="Belady"),
+    }
+    return replace(row_, figures=figures_)
+
+
+@pytest.mark.parametrize(
+    ("values", "bound", "bound_is", "moved", "why"),
+    [
+        ((880.0, 1050.0, 1200.0), 1000.0, "all experts resident", 12.5, "ran at 900.0 to 1100.0 tokens/s, and these runs, 880.0 to 1200.0, overlap"),
+        ((1200.0, 1300.0), 1000.0, "all experts resident", 12.5, "every run here was faster, 1200.0 to 1300.0"),
+        ((90.0,), 80.0, "Belady's bytes at the link's speed", 6.25, "7.50 MB/token, and the median of these runs is 6.25"),
+        ((9000.0,), 80.0, "Belady's bytes at the link's speed", 12.5, "measured 50.0 GB/s, and these runs moved 112.5 GB/s"),
+        ((90.0, 70.0, 95.0), 80.0, "Belady's bytes at the link's speed", 12.5, "the runs differ by more: 70.0 to 95.0"),
+    ],
+)  # fmt: skip
+def test_a_speed_over_its_bound_says_why(
+    values: tuple[float, ...], bound: float, bound_is: str, moved: float, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The measurement behind the bound is named, in the page and in the command's output; a speed below says nothing."""
+    over = speeds(row("lru", 48, 4, 1.0), *values, bound=bound, bound_is=bound_is, moved=moved)
+    result = made(over, row("plec", 48, 4, 30.0))
+    (line,) = over_bounds(result)
+    assert line.startswith("lru (host), 48 slots, batch 4: ")
+    assert why in line
+    assert f"- {line}." in section("made.json", result)
+    show(result)
+    assert " ".join(f"above the bound: {line}".split()) in " ".join(capsys.readouterr().out.split())
+    assert not over_bounds(made(row("plec", 48, 4, 30.0)))
+
+
+def test_the_table_of_a_measurement_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with the longest names, large numbers, and several executions."""
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [row(name, 1234, 32, 98765.4, peak=7.7e10) for name in ("lru-global", "oracle-step", "on-demand")]
+    show(made(*rows, *(replace(item, execution="graph") for item in rows)))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\u2026" not in out
+    assert "98765.4" in out
+
+
+def test_budget_axes_begin_at_zero_and_join_one_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line joins slot counts of one strategy; the all-resident model is a point; the picture says of what it is."""
+    seen: list[tuple[figures.Picture, str]] = []
+    monkeypatch.setattr(figures, "save_picture", lambda picture, _, about, **__: seen.append((picture, about)))
+    rows = [row(name, slots, 4, 10.0 * slots) for name in ("lru", "plec") for slots in (48, 192)]
+    figures.budget(made(*rows), tmp_path / "x.png")
+    ((picture, about),) = seen
+    assert about == "switch; p, 2026-01-01"
+    for panel in picture.axes:
+        assert (panel.get_xlim()[0], panel.get_ylim()[0]) == (0, 0)
+        lines = {line.get_label(): line for line in panel.get_lines()}
+        assert {name: len(line.get_xdata()) for name, line in lines.items()} == {"lru": 2, "plec": 2, RESIDENT: 1}
+        assert lines[RESIDENT].get_linestyle() == "None"

@@ -10,10 +10,12 @@ import torch
 
 from expertflow import __version__
 from expertflow.engine import threads
+from expertflow.engine.build import SHIPPED_PREDICTOR
 from expertflow.limits import usable_cpus
 
 FOLDER = Path(__file__).parent / "data"
 TRACE = str(FOLDER / "gpt_oss_20b_excerpt" / "routing.trace")
+PREDICTOR = str(SHIPPED_PREDICTOR)
 WRONG = {
     "run": [
         [],
@@ -49,6 +51,10 @@ WRONG = {
     "eval-predictor": [
         ["missing", TRACE],
         ["missing", TRACE, "--batch", "4x3"],
+        [PREDICTOR, TRACE, "--steps", "0"],
+        [PREDICTOR, TRACE, "--record-mb", "-1"],
+        [PREDICTOR, TRACE, "--only", "physics"],
+        [PREDICTOR, TRACE, "--json", "missing/result.json"],
     ],
     "bench": [
         ["--preset", "slow"],

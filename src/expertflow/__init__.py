@@ -1,5 +1,6 @@
 """ExpertFlow: Mixture-of-Experts models inside a GPU memory budget you state, with the full model's exact output.
 
+Exact means the bits of stock transformers with `experts_implementation="eager"`, which is not its default.
 `LLM`, `SamplingParams` and `from_pretrained` are imported on first use, so that light commands need no torch.
 """
 
@@ -10,7 +11,8 @@ from expertflow.config import EngineConfig, SamplingParams
 from expertflow.errors import ExpertFlowError
 
 if TYPE_CHECKING:
-    from expertflow.engine.llm import LLM, from_pretrained
+    from expertflow.engine.llm import LLM
+    from expertflow.engine.plain import from_pretrained
     from expertflow.engine.request import RequestOutput, StreamOutput
 
 __version__ = "0.1.0"
@@ -25,7 +27,7 @@ __all__ = [
 ]
 _LAZY = {
     "LLM": "expertflow.engine.llm",
-    "from_pretrained": "expertflow.engine.llm",
+    "from_pretrained": "expertflow.engine.plain",
     "RequestOutput": "expertflow.engine.request",
     "StreamOutput": "expertflow.engine.request",
 }

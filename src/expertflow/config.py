@@ -4,8 +4,10 @@ Frozen and keyword-only. An unknown key is an error that names the nearest one. 
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Self
 
 from expertflow.errors import ConfigError
@@ -16,6 +18,31 @@ DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", *DTYPE_BYTES)
 EXECUTIONS = ("auto", "host", "graph")
 SCHEDULES = ("auto", "fifo", "group")
+_NO_CODE = "Leave it out: code that comes with a checkpoint is never run."
+_FETCH = "Fetch it first (`hf download ID --local-dir FOLDER` takes this option), and give the folder as the model."
+_PLACE = "Leave it out: `gpu_memory` or `slots` says how much of the model is on the device."
+_WEIGHTS = "Leave it out: the checkpoint's weights run in `dtype`, float32, bfloat16 or float16."
+OF_OTHERS = MappingProxyType({
+    "torch_dtype": "Use `dtype`.",
+    "attn_implementation": "Only `from_pretrained` takes it: the captured steps of `LLM` have an attention kernel of their own.",
+    "experts_implementation": "Leave it out: experts are offloaded, with the bits of `experts_implementation='eager'`.",
+    "device_map": "Use `device`; `gpu_memory` or `slots` says how much of the model is on it.",
+    "max_memory": "Use `gpu_memory` and `host_memory`.",
+    "low_cpu_mem_usage": "Leave it out: every weight is read once, into its place.",
+    "trust_remote_code": _NO_CODE,
+    "code_revision": _NO_CODE,
+    "use_safetensors": "Leave it out: only safetensors files are read.",
+    "config": "Leave it out: the model is what its folder's config.json says.",
+    "generation_config": "Set `model.generation_config` once it is loaded.",
+    "adapter_kwargs": "Add adapters once the model is loaded.",
+    "output_loading_info": "Leave it out: a weight that is missing or of another shape is an error.",
+    "ignore_mismatched_sizes": "Leave it out: a weight that is missing or of another shape is an error.",
+    **dict.fromkeys(("offload_folder", "offload_state_dict", "offload_buffers", "tp_plan", "tp_size", "device_mesh"), _PLACE),
+    **dict.fromkeys(("quantization_config", "load_in_8bit", "load_in_4bit", "state_dict", "gguf_file"), _WEIGHTS),
+    **dict.fromkeys(("revision", "token", "use_auth_token", "cache_dir", "subfolder", "variant"), _FETCH),
+    **dict.fromkeys(("local_files_only", "force_download", "resume_download", "proxies"), _FETCH),
+})  # fmt: skip
+"""Options of transformers' `from_pretrained` that are none here, and what to do in place of each."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -45,7 +72,8 @@ class _Checked:
         """
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every subclass is a dataclass
         for key in options:
-            _require(key in known, f"unknown option {key!r}", nearest(key, known))
+            if key not in known:
+                raise ConfigError(f"unknown option {key!r}", OF_OTHERS.get(key) or nearest(key, known))
         return cls(**options)
 
 
@@ -79,8 +107,8 @@ class EngineConfig(_Checked):
         "prompt plus generated tokens a sequence; None: the model's context, at most 4096", default=None
     )
     prefill_chunk: int = doc("tokens a prefill pass, over all its sequences", default=512)
-    device: str = doc("auto, cuda or cpu", default="auto")
-    dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16", default="auto")
+    device: str = doc("auto, cpu, cuda, or the current device as cuda:N; a torch.device will do", default="auto")
+    dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16; a torch.dtype will do", default="auto")
     execution: str = doc(
         "graph (a decode step is one CUDA graph that decides on the GPU), host (decides layer by layer), or auto: graph on "
         "CUDA where the family, the strategy and the budget allow it",
@@ -91,7 +119,10 @@ class EngineConfig(_Checked):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
-        _require(self.device in DEVICES, f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
+        for name in ("device", "dtype"):  # torch's own objects, by the names that torch prints
+            object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
+        known = self.device in DEVICES or re.fullmatch(r"cuda:\d+|cpu:0", self.device)
+        _require(bool(known), f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown", nearest(self.dtype, DTYPES))
         _require(
             self.execution in EXECUTIONS,

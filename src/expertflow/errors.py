@@ -53,7 +53,7 @@ class CheckpointError(ExpertFlowError):
 
 
 class UnsupportedModelError(ExpertFlowError):
-    """The model is not an MoE, or not of a family this package can run exactly."""
+    """The model is no MoE, of no family that runs exactly, or cannot do while offloaded what was asked of it."""
 
 
 class ClosedError(ExpertFlowError):

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer
 
-from expertflow.engine.llm import from_pretrained, shipped_model
+from expertflow.engine.llm import shipped_model
+from expertflow.engine.plain import from_pretrained
 from expertflow.trace.format import DECODE, Header, Rows, Trace, save_trace
 from novella.constants import HELDOUT_FILE, TRAIN_FILE
 
@@ -115,6 +116,7 @@ def record(windows: Path, out: Path) -> None:
         header = Header(
             layers=shape.layers, experts=shape.experts, top_k=model.expertflow.skeleton.top_k, model="novella",
             fingerprint=model.expertflow.fingerprint, source=f"{part}: given text, token by token",
+            record_bytes=model.expertflow.plan.row,
         )  # fmt: skip
         rows = Rows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
         entries = tuple({"sequence": number, "category": part} for number in range(len(pieces)))

@@ -11,13 +11,14 @@ import torch
 import transformers
 
 from expertflow import __version__
+from expertflow.files import processor
 
 
 def machine(device: str) -> dict[str, str | int]:
     """Processor, cores, memory, and the GPU if that is what ran."""
     about: dict[str, str | int] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "processor": _processor(),
+        "processor": processor(),
         "system": platform.system(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
@@ -26,13 +27,6 @@ def machine(device: str) -> dict[str, str | int]:
     if device == "cuda":
         about["device_bytes"] = torch.cuda.get_device_properties(0).total_memory
     return about
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

@@ -146,7 +146,13 @@ class Bed:
             "prefill_chunk": min(_LARGEST_PASS, workload.longest * batch),
         }  # fmt: skip
         self._owner = LLM(
-            folder, strategy="on-demand", slots="1/layer", execution="host", predictor="none", **self._common
+            folder,
+            strategy="on-demand",
+            slots="1/layer",
+            execution="host",
+            predictor="none",
+            progress=True,
+            **self._common,
         )
         self.plan = self._owner.plan
 

@@ -1,12 +1,13 @@
 """The pictures of a report: speed by strategy, what is kept beside Belady, speed and memory over the budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure as Picture
 
 from expertflow.bench.result import BELADY, DECODE, KEPT, PEAK, RESIDENT, WARM, Result, Row
 from expertflow.errors import ResultError
+from expertflow.files import save_picture
 
 _DPI = 90
 _MARKS = "osv^D<>pXh"
@@ -25,9 +26,11 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
     return f"{row.strategy} ({row.execution})" if several else row.strategy
 
 
-def _save(picture: Picture, path: Path) -> Path:
+def _save(picture: Picture, path: Path, result: Result) -> Path:
+    facts, machine = result.model, result.machine
+    device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
     try:
-        picture.savefig(path, dpi=_DPI)
+        save_picture(picture, path, f"{facts.name}; {device}, {result.date}", dpi=_DPI)
     except OSError as error:
         raise ResultError(f"{path} cannot be written: {error.strerror}", "Choose another place.") from error
     return path
@@ -59,8 +62,8 @@ def speed(result: Result, path: Path) -> Path:
                 color=f"C{names.index(mine[0].strategy)}", hatch="////" if eager else "", edgecolor="white", linewidth=0,
             )  # fmt: skip
             bounds = [(x, f.bound) for x, f in zip(at, figures, strict=True) if f.bound is not None]
-            if bounds:
-                panel.plot(*zip(*bounds, strict=True), "_", color="black", ms=60 / len(labels) / len(slots), mew=1.2)
+            for x, bound in bounds:
+                panel.hlines(bound, x - 0.4 / len(labels), x + 0.4 / len(labels), color="black", lw=1.2)
         top = panel.get_ylim()[1]
         for place, (row, style) in enumerate(
             zip((row for row in here if row.strategy == RESIDENT), ("--", ":"), strict=False)
@@ -71,46 +74,19 @@ def speed(result: Result, path: Path) -> Path:
             else:
                 at_top = {"transform": panel.transAxes, "va": "top", "fontsize": "small"}
                 panel.text(0.02, 0.97 - 0.07 * place, f"{name}: {whole:.0f}", **at_top)
-        panel.set_xticks(range(len(slots)), [f"{count} slots" for count in slots])
+        panel.set_xticks(range(len(slots)), [str(count) for count in slots])
+        panel.set_xlabel("slots")
         panel.set_title(f"batch {batch}")
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("decoded tokens/s")
     panels[-1].plot([], [], "_", color="black", ms=10, mew=1.2, label="bound")
     picture.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    return _save(picture, path)
+    return _save(picture, path, result)
 
 
 def kept(result: Result, path: Path) -> Path:
     """Share of needs for which nothing was loaded against slots, Belady's beside it."""
     rows = [row for row in _warm(result) if KEPT in row.figures]
-    return _lines(rows, path, lambda row: row.figures[KEPT].median, "share of needs kept (no load)")
-
-
-def budget(result: Result, path: Path) -> Path:
-    """Speed and peak memory over the share of experts that have a slot, of the largest batch."""
-    rows = [row for row in _warm(result) if DECODE in row.figures]
-    batch = max(row.batch for row in rows)
-    rows = [row for row in rows if row.batch == batch]
-    whole = [row for row in rows if row.strategy == RESIDENT]
-    picture = Picture(figsize=(8.5, 3.6), layout="constrained")
-    left, right = picture.subplots(1, 2)
-    labels = list(dict.fromkeys(_label(row, rows) for row in rows if row.strategy != RESIDENT))
-    for label, mark in zip(labels, _MARKS * len(labels), strict=False):
-        mine = sorted((row for row in rows if _label(row, rows) == label), key=lambda row: row.share)
-        mine += [row for row in whole if row.execution == mine[0].execution]
-        shares = [100 * row.share for row in mine]
-        left.plot(shares, [row.figures[DECODE].median for row in mine], marker=mark, label=label)
-        right.plot(shares, [row.figures[PEAK].median / MIB for row in mine], marker=mark, label=label)
-    for panel, name in ((left, "decoded tokens/s"), (right, "peak device memory, MiB")):
-        panel.set_xlabel("slots, % of experts (100: all resident)")
-        panel.set_ylabel(name)
-        panel.grid(alpha=0.3)
-    picture.suptitle(f"batch {batch}", fontsize="medium")
-    picture.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    return _save(picture, path)
-
-
-def _lines(rows: Sequence[Row], path: Path, value: Callable[[Row], float], name: str) -> Path:
     batches = sorted({row.batch for row in rows})
     picture = Picture(figsize=(3.6 * len(batches) + 1.6, 3.6), layout="constrained")
     panels = picture.subplots(1, len(batches), squeeze=False, sharey=True)[0]
@@ -121,12 +97,45 @@ def _lines(rows: Sequence[Row], path: Path, value: Callable[[Row], float], name:
             mine = sorted((row for row in here if _label(row, here) == label), key=lambda row: row.share)
             style = {"color": "black", "ls": "--"} if label == BELADY else {}
             shown = "Belady" if label == BELADY else label
-            panel.plot(
-                [100 * row.share for row in mine], [value(row) for row in mine], marker=mark, label=shown, **style
-            )
+            shares, values = [100 * row.share for row in mine], [row.figures[KEPT].median for row in mine]
+            panel.plot(shares, values, marker=mark, label=shown, clip_on=False, **style)
         panel.set_title(f"batch {batch}")
         panel.set_xlabel("slots, % of experts")
+        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel(name)
+    panels[0].set_ylabel("share of needs kept (no load)")
     picture.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    return _save(picture, path)
+    return _save(picture, path, result)
+
+
+def budget(result: Result, path: Path) -> Path:
+    """Speed and peak memory over the share of experts that have a slot, of the largest batch.
+
+    A line joins the slot counts of one strategy; the all-resident model is a point of its own.
+    """
+    rows = [row for row in _warm(result) if DECODE in row.figures]
+    batch = max(row.batch for row in rows)
+    rows = [row for row in rows if row.batch == batch]
+    whole = [row for row in rows if row.strategy == RESIDENT]
+    picture = Picture(figsize=(8.5, 3.6), layout="constrained")
+    left, right = picture.subplots(1, 2)
+    labels = list(dict.fromkeys(_label(row, rows) for row in rows if row.strategy != RESIDENT))
+    for label, mark in zip(labels, _MARKS * len(labels), strict=False):
+        mine = sorted((row for row in rows if _label(row, rows) == label), key=lambda row: row.share)
+        shares = [100 * row.share for row in mine]
+        left.plot(shares, [row.figures[DECODE].median for row in mine], marker=mark, label=label)
+        right.plot(shares, [row.figures[PEAK].median / MIB for row in mine], marker=mark, label=label)
+    for row, mark in zip(whole, "*P", strict=False):  # another thing than any strategy: points of their own, no line
+        name = f"{RESIDENT} ({row.execution})" if len(whole) > 1 else RESIDENT
+        for panel, value in ((left, row.figures[DECODE].median), (right, row.figures[PEAK].median / MIB)):
+            panel.plot([100 * row.share], [value], marker=mark, ms=9, color="black", ls="", label=name)
+    for panel, name in ((left, "decoded tokens/s"), (right, "peak device memory, MiB")):
+        panel.set_xlabel("slots, % of experts (100: all resident)")
+        panel.set_ylabel(name)
+        panel.set_xlim(0, 104)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    picture.suptitle(f"batch {batch}", fontsize="medium")
+    picture.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    return _save(picture, path, result)

@@ -55,15 +55,16 @@ def measure(settings: Settings, command: str, tell: Tell) -> Result:
             measuring.strategies(slots)
         measuring.close()
         plan = bed.plan
+        name = Path(settings.model or folder).absolute().name  # a Hugging Face id lies in a folder with another name
         facts = ModelFacts(
-            name=folder.name, model_type=plan.shape.model_type, layers=plan.shape.layers, experts=plan.shape.experts,
+            name=name, model_type=plan.shape.model_type, layers=plan.shape.layers, experts=plan.shape.experts,
             top_k=plan.shape.top_k, dtype=plan.shape.dtype, row_bytes=plan.row, dense_bytes=plan.dense,
             fingerprint=bed.fingerprint, predictor_bytes=measuring.predictor_bytes,
         )  # fmt: skip
         config = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
         return Result(
             preset=settings.preset, command=command, date=time.strftime("%Y-%m-%d"), commit=commit(), seed=settings.seed,
-            config={**config, "model": folder.name, "predictor": Path(settings.predictor).name, "prompts": workload.source},
+            config={**config, "model": name, "predictor": Path(settings.predictor).name, "prompts": workload.source},
             machine=machine(plan.device), versions=versions(), model=facts, link_gbps=measuring.link_gbps,
             rows=tuple(measuring.rows), complete=not measuring.left_out, left_out=tuple(measuring.left_out),
             seconds=round(time.perf_counter() - began, 1),

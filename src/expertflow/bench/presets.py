@@ -5,6 +5,7 @@ Knows names and numbers; refuses to know models and devices.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,16 @@ class Settings:
         for name in self.executions:
             if name not in EXECUTIONS:
                 raise ConfigError(f"execution={name!r} is unknown", nearest(name, EXECUTIONS))
-        for label, values in (("batches", self.batches), ("repeats", (self.repeats,))):
-            if not values or min(values) < 1:
-                raise ConfigError(f"{label}={','.join(map(str, values))} is too small", "Use 1 or more.")
+        least = {"batches": 1, "repeats": 1, "seed": 0, "long_prompt": 0}
+        for label, smallest in least.items():
+            values = self.batches if label == "batches" else (getattr(self, label),)
+            if not values or min(values) < smallest:
+                raise ConfigError(f"{label}={','.join(map(str, values))} is too small", f"Use {smallest} or more.")
         if self.tokens < 2:
             raise ConfigError(f"tokens={self.tokens} is too small", "Use 2 or more: the first ends the prompt.")
         if not self.strategies or not self.slots:
             raise ConfigError("there is nothing to measure", "Name at least one strategy and one number of slots.")
-        if self.deadline is not None and self.deadline <= 0:
+        if self.deadline is not None and not 0 < self.deadline < inf:
             raise ConfigError(f"deadline={self.deadline} is no time", "Give seconds, more than 0.")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from expertflow.bench import figures
+from expertflow.bench.bounds import over_bounds
 from expertflow.bench.goals import verdicts
 from expertflow.bench.result import (
     BELADY,
@@ -28,6 +29,7 @@ from expertflow.bench.result import (
     Row,
 )
 from expertflow.errors import ResultError
+from expertflow.files import write_whole
 from expertflow.units import format_bytes
 
 _PAGE = "README.md"
@@ -59,7 +61,7 @@ def write_report(results: Sequence[tuple[str, Result]], folder: Path) -> list[Pa
             ]
             pictures += drawn
             sections.append(section(name, result, [path.name for path in drawn]))
-        page.write_text("\n".join(sections), encoding="utf-8")
+        write_whole(page, "\n".join(sections))
     except OSError as error:
         raise ResultError(f"{folder} cannot be written: {error.strerror}", "Choose another place.") from error
     return [page, *pictures]
@@ -78,7 +80,7 @@ def section(name: str, result: Result, pictures: Iterable[str] = ()) -> str:
     parts += [f"![{path}]({path})\n" for path in pictures]
     for title, body in (
         ("Goals", goals_table(result)),
-        ("Decoded tokens a second, warm", speed_table(result)),
+        ("Decoded tokens a second, warm", speed_table(result) + _over_bounds(result)),
         ("Share of decoding needs for which nothing had to be loaded, warm", kept_table(result, KEPT)),
         ("The same with prompts", kept_table(result, KEPT_ALL)),
         ("What each strategy did, warm", detail_table(result)),
@@ -178,6 +180,12 @@ def speed_table(result: Result) -> str:
             "" if best is None else f"{best:.1f} ({bounds[best]})",
         ])  # fmt: skip
     return _table(["slots", "batch", *columns, "all resident", "bound"], lines)
+
+
+def _over_bounds(result: Result) -> str:
+    """What is faster than its bound, and why: a list under the table of speeds, or nothing."""
+    lines = over_bounds(result)
+    return "\n".join(["", "Above the bound:", "", *(f"- {line}." for line in lines), ""]) if lines else ""
 
 
 def kept_table(result: Result, name: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expertflow.errors import ResultError
+from expertflow.files import write_whole
 
 FORMAT = "expertflow-bench"
 VERSION = 1
@@ -152,7 +153,9 @@ class Result:
 
     def to_json(self, indent: int | None = None) -> str:
         """The document; one line without `indent`."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=False, indent=indent)
+        return json.dumps(
+            {"format": FORMAT, "version": VERSION, **asdict(self)}, ensure_ascii=False, indent=indent, allow_nan=False
+        )
 
 
 def write_result(result: Result, path: Path) -> None:
@@ -162,7 +165,7 @@ def write_result(result: Result, path: Path) -> None:
         ResultError: if the place cannot be written.
     """
     try:
-        path.write_text(result.to_json(indent=1) + "\n", encoding="utf-8")
+        write_whole(path, result.to_json(indent=1) + "\n")
     except OSError as error:
         raise ResultError(f"{path} cannot be written: {error.strerror}", "Choose another place.") from error
 

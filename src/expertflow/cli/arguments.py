@@ -11,6 +11,7 @@ from typing import Any
 from expertflow.bench.presets import make_settings
 from expertflow.cache.strategy import find_strategy
 from expertflow.cli.outputs import check_outputs
+from expertflow.cli.record_bytes import bytes_of
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.errors import ConfigError, PredictorError, PromptError
 from expertflow.models.checkpoint import resolve
@@ -78,13 +79,18 @@ def check_predictor(folder: Path) -> None:
         )
 
 
-def model_folder(model: str | None, *, fetch: bool) -> str | None:
-    """The checkpoint folder that is named; None: the shipped model's.
+def check_model(model: str | None, *, fetch: bool) -> None:
+    """Refuse a checkpoint that is no folder, nor a model in the cache; None: the shipped model's.
+
+    Args:
+        model: folder or Hugging Face id.
+        fetch: whether an id may be fetched into the cache.
 
     Raises:
-        CheckpointError: if there is no such folder or model.
+        CheckpointError: then.
     """
-    return None if model is None else str(resolve(model, fetch=fetch))
+    if model is not None:
+        resolve(model, fetch=fetch)
 
 
 def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
@@ -147,6 +153,16 @@ def check_evaluation(
             open_trace(trace)
 
 
+def check_record(record_mb: float | None) -> None:
+    """Refuse what is no size of an expert.
+
+    Raises:
+        ConfigError: then.
+    """
+    if record_mb is not None:
+        bytes_of(record_mb)
+
+
 def check_bench(preset: str, options: Mapping[str, Any], out: Path | None) -> None:
     """Refuse settings that cannot be measured, on whatever machine.
 
@@ -159,7 +175,7 @@ def check_bench(preset: str, options: Mapping[str, Any], out: Path | None) -> No
     check_engine({name: getattr(settings, name) for name in ("device", "dtype", "predictor")}, max_batch=1)
     if settings.prompts_file is not None:
         prompt_lines(settings.prompts_file)
-    model_folder(settings.model, fetch=True)
+    check_model(settings.model, fetch=True)
 
 
 def _check_slots(texts: Iterable[str]) -> None:

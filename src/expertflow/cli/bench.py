@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from expertflow.bench.bounds import over_bounds
 from expertflow.bench.measure import measure
 from expertflow.bench.presets import make_settings
 from expertflow.bench.result import BELADY, DECODE, HIT, KEPT, PEAK, RESIDENT, WARM, Result, Row, write_result
 from expertflow.cli.outputs import check_outputs
+from expertflow.cli.tables import figures_table
+from expertflow.progress import Progress
 from expertflow.units import format_bytes
-
-_PIPED_WIDTH = 120
 
 
 def main(*, preset: str, options: Mapping[str, Any], out: Path | None) -> None:
@@ -24,15 +23,10 @@ def main(*, preset: str, options: Mapping[str, Any], out: Path | None) -> None:
     check_outputs(None, out)
     settings = make_settings(preset, options)
     transformers_logging.set_verbosity_error()
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        result = measure(settings, command_of(preset, options, out), tell)
+    with Progress("runs") as bar:
+        result = measure(
+            settings, command_of(preset, options, out), lambda what, done, total: bar.update(done, total, what)
+        )
     if out is not None:
         write_result(result, out)
     show(result)
@@ -46,27 +40,29 @@ def command_of(preset: str, options: Mapping[str, Any], out: Path | None) -> str
         if value is None:
             continue
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        text = Path(text).name if name in {"model", "predictor", "prompts_file"} else text
+        text = Path(text).absolute().name if name in {"model", "predictor", "prompts_file"} else text
         words += ["--execution" if name == "executions" else f"--{name.replace('_', '-')}", text]
     words += [] if out is None else ["--out", out.name]
     return shlex.join(words)
 
 
 def show(result: Result) -> None:
-    """Print the warm rows, short."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPED_WIDTH)
-    facts = result.model
-    title = f"{facts.name}: {facts.layers} x {facts.experts} experts, top-{facts.top_k}, on {result.machine['device']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("strategy", no_wrap=True)
-    for name in ("slots", "batch", "decode tokens/s", "of the bound", "hit", "kept", "Belady keeps", "peak", "exact"):
-        table.add_column(name, justify="right")
-    for row in result.rows:
-        if row.state == WARM and row.strategy != BELADY:
-            table.add_row(*_cells(row))
-    console.print(table)
+    """Print the warm rows, short: a table a batch."""
+    console, facts = Console(), result.model
+    console.print(
+        f"{facts.name}: {facts.layers} x {facts.experts} experts, top-{facts.top_k}, on {result.machine['device']}",
+        markup=False,
+    )
+    rows = [row for row in result.rows if row.state == WARM and row.strategy != BELADY]
+    for batch in sorted({row.batch for row in rows}):
+        heads = ("slots", "decoded\ntokens/s", "of the\nbound", "hit", "kept", "Belady\nkeeps", "peak", "exact")
+        table = figures_table(f"batch {batch}", "strategy", *heads)
+        for row in rows:
+            if row.batch == batch:
+                table.add_row(*_cells(row))
+        console.print(table)
+    for line in over_bounds(result):
+        console.print(f"above the bound: {line}", markup=False, highlight=False)
     for line in result.left_out:
         console.print(f"not measured: {line}", markup=False)
     state = "complete" if result.complete else "INCOMPLETE"
@@ -76,10 +72,10 @@ def show(result: Result) -> None:
 def _cells(row: Row) -> tuple[str, ...]:
     speed, peak = row.figures[DECODE], row.figures[PEAK]
     share = "" if speed.bound is None else f"{speed.median / speed.bound:.0%}"
-    cells = [f"{row.strategy} ({row.execution})", str(row.slots), str(row.batch), f"{speed.median:.1f}", share]
+    cells = [f"{row.strategy} ({row.execution})", str(row.slots), f"{speed.median:.1f}", share]
     if row.strategy == RESIDENT:
-        return (*cells, "", "", "", format_bytes(peak.median), "the reference")
+        return (*cells, "", "", "", format_bytes(peak.median), "")
     kept = row.figures[KEPT]
     bound = "" if kept.bound is None else f"{kept.bound:.3f}"
     cells += [f"{row.figures[HIT].median:.3f}", f"{kept.median:.3f}", bound, format_bytes(peak.median)]
-    return (*cells, {True: "yes", False: "NO", None: "not compared"}[row.exact])
+    return (*cells, {True: "yes", False: "NO", None: "?"}[row.exact])

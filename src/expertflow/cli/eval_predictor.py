@@ -18,19 +18,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.cli.outputs import check_outputs
+from expertflow.cli.record_bytes import Record, find_record
+from expertflow.cli.tables import figures_table, megabytes
 from expertflow.engine.threads import limit_threads
 from expertflow.errors import ConfigError, PredictorError, TraceError
+from expertflow.files import processor, write_whole
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.baselines import BASELINES
 from expertflow.predict.dataset import Passage, Shape, leave_out, mark, passages, shape_of
 from expertflow.predict.evaluate import GUESSES, PRECISION, RECALL, Evaluation, evaluate
 from expertflow.predict.score import score
+from expertflow.progress import Progress
 from expertflow.sim.clock import Cost
 from expertflow.sim.predicted import PredictedRows, RowScores
 from expertflow.sim.replay import Outcome, replay_sizes
@@ -41,7 +44,6 @@ from expertflow.units import parse_slots
 PREDICTOR = "predictor"
 ENDS = (("nothing (next-use)", "next-use"), ("this step's truth", "oracle-step"), ("Belady", "oracle"))
 """What every forecast is compared with: name here, row of the strategy table."""
-_PIPED_WIDTH = 150
 _AFTER_THE_FACT = {"previous layer"}
 """Sources that are known only while the step runs: measured, not replayed."""
 
@@ -59,6 +61,8 @@ class Test:
         cases: live sequences and the groups they take turns in; none: no replay.
         slots: counts or shares.
         steps: of a replay, at most.
+        model: checkpoint the trace is of: what an expert's bytes are taken from; None: not stated.
+        record_mb: bytes of an expert in 10^6, where no model is stated; None: what the trace says.
     """
 
     trace: Path
@@ -69,6 +73,8 @@ class Test:
     cases: tuple[tuple[int, int], ...]
     slots: tuple[str, ...]
     steps: int
+    model: str | None = None
+    record_mb: float | None = None
 
 
 def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | None) -> None:
@@ -78,6 +84,11 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
     check_outputs(plot, json_file)
     if test.steps < 1:
         raise ConfigError(f"steps={test.steps} is too small", "Replay one step or more.")
+    if test.leave_out and test.free is None:
+        raise ConfigError(
+            f"leave_out={test.leave_out!r} needs a trace that the baselines learn from", "Give it with --baselines."
+        )
+    record = find_record(test.trace, test.model, test.record_mb)
     predictor = load_artifact(artifact)
     trace, held = _load(test.trace, test, predictor)
     seen = set(predictor.about.get("seen", ()))
@@ -95,23 +106,29 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
             f"[yellow]not replayed: {', '.join(map(str, too_large))} live sequences; there are {len(held)}[/]"
         )
     cases = [_workload(trace, held, case, test) for case in test.cases if case[0] <= len(held)]
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("predicting", total=sum(map(len, held)))
-        said = score(predictor, held, lambda tokens: bar.advance(task, tokens))
-        bar.update(task, description="replaying", completed=0, total=(len(BASELINES) + 2) * len(cases))
+    with Progress("predicting tokens", sum(map(len, held))) as bar:
+        said = score(predictor, held, bar.advance)
+    with Progress("replays", (len(BASELINES) + 2) * len(cases)) as bar:
         sources = _Sources(predictor.shape, held, free, said)
-        evaluations, cells = _study(sources, cases, lambda: bar.advance(task))
-    _show(evaluations, cells)
+        evaluations, cells = _study(sources, cases, Cost(row_bytes=record.size), bar.advance)
+    show(evaluations, cells, record)
     seconds = time.perf_counter() - started
     if json_file is not None:
         result = _result(artifact, test, predictor, evaluations, cells) | {"seconds": round(seconds, 1)}
+        result["config"] |= {"cost": asdict(Cost(row_bytes=record.size)), **record.as_json()}
         try:
-            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_whole(json_file, json.dumps(result, indent=1, allow_nan=False) + "\n")
         except OSError as error:
             raise ConfigError(f"{json_file} cannot be written: {error.strerror}", "Choose another place.") from error
     if plot is not None:
-        import_module("expertflow.predict.report").draw(evaluations, plot)
+        import_module("expertflow.predict.report").draw(evaluations, plot, _about(trace, predictor))
     console.print(f"{len(held)} sequences, {sum(map(len, held))} tokens, {seconds:.0f} s")
+
+
+def _about(trace: Trace, predictor: Artifact) -> str:
+    """What the picture is of: model, machine, date."""
+    model = trace.header.model or predictor.made_for or "model unknown"
+    return f"{model}; {processor()}, {time.strftime('%Y-%m-%d')}"
 
 
 def _load(path: Path, test: Test, predictor: Artifact) -> tuple[Trace, list[Passage]]:
@@ -198,12 +215,12 @@ class _Sources:
 
 
 def _study(
-    sources: _Sources, cases: Sequence[tuple[Workload, list[int]]], tell: Callable[[], None]
+    sources: _Sources, cases: Sequence[tuple[Workload, list[int]]], cost: Cost, tell: Callable[[], None]
 ) -> tuple[list[Evaluation], list[dict[str, Any]]]:
     cells: list[dict[str, Any]] = []
     for workload, sizes in cases:
         for source, row in ENDS:
-            cells += _replay(workload, sizes, source, row)
+            cells += _replay(workload, sizes, cost, source, row)
         tell()
     rows = np.concatenate([item.rows for item in sources.held])
     evaluations = []
@@ -213,16 +230,16 @@ def _study(
         scores = RowScores(rows=rows, probabilities=np.concatenate(chances))
         for workload, sizes in cases:
             if name not in _AFTER_THE_FACT:
-                cells += _replay(workload, sizes, name, "plec", PredictedRows(workload, scores))
+                cells += _replay(workload, sizes, cost, name, "plec", PredictedRows(workload, scores))
             tell()
     _add_closed(cells)
     return evaluations, sorted(cells, key=lambda cell: (cell["groups"], cell["batch"], cell["slots"]))
 
 
 def _replay(
-    workload: Workload, sizes: list[int], source: str, row: str, forecast: Forecast | None = None
+    workload: Workload, sizes: list[int], cost: Cost, source: str, row: str, forecast: Forecast | None = None
 ) -> list[dict[str, Any]]:
-    outcomes = replay_sizes(workload, STRATEGIES[row], sizes, Cost(), forecast=forecast)
+    outcomes = replay_sizes(workload, STRATEGIES[row], sizes, cost, forecast=forecast)
     return [_cell(source, outcome) for outcome in outcomes]
 
 
@@ -247,10 +264,15 @@ def _add_closed(cells: list[dict[str, Any]]) -> None:
         cell["closed"] = round((blind - cell["loads_per_token"]) / max(blind - best, 1e-9), 4)
 
 
-def _show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]]) -> None:
+def show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]], record: Record) -> None:
+    """Print tables: guesses, unions, and a table a replayed case.
+
+    Args:
+        evaluations: at least one; the first is the predictor's.
+        cells: of the replays.
+        record: what an expert's record was taken to have.
+    """
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPED_WIDTH)
     console.print(_guess_table(evaluations))
     console.print(_union_table(evaluations))
     first = evaluations[0]
@@ -258,33 +280,31 @@ def _show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]]) ->
     console.print(f"expected calibration error of the predictor (0: the token's own step): {said}")
     for case in dict.fromkeys((c["batch"], c["groups"], c["slots"]) for c in cells):
         console.print(_replay_table([c for c in cells if (c["batch"], c["groups"], c["slots"]) == case]))
+    if cells:
+        console.print(f"times are of the virtual clock; an expert has {record}.")
 
 
 def _guess_table(evaluations: Sequence[Evaluation]) -> Table:
-    title = f"experts of {evaluations[0].tokens} tokens found among the m best guesses a layer"
-    table = Table(title=title, title_justify="left")
-    table.add_column("source", no_wrap=True)
+    title = f"recall: experts of {evaluations[0].tokens} tokens found among the m best guesses a layer"
     count = len(evaluations[0].guesses.recall)
     wanted = [m for m in GUESSES if m <= count]
-    for kind in ("recall", "precision", "next step, recall"):
-        for m in wanted:
-            table.add_column(f"{kind} @{m}", justify="right")
+    kinds = ("own step", "next step")
+    table = figures_table(title, "source", *(f"{kind}\n@{m}" for kind in kinds for m in wanted))
     for item in evaluations:
         later = item.next_guesses
         row = [f"{item.guesses.recall[m - 1]:.3f}" for m in wanted]
-        row += [f"{item.guesses.precision[m - 1]:.3f}" for m in wanted]
         row += ["" if later is None else f"{later.recall[m - 1]:.3f}" for m in wanted]
         table.add_row(item.name, *row)
     return table
 
 
 def _union_table(evaluations: Sequence[Evaluation]) -> Table:
-    title = f"batch accuracy: precision at {RECALL:.0%} recall, and recall at {PRECISION:.0%} precision, of the union"
-    table = Table(title=title, title_justify="left")
-    table.add_column("source", no_wrap=True)
-    for union in evaluations[0].batches:
-        table.add_column(f"B={union.batch} precision", justify="right")
-        table.add_column(f"B={union.batch} recall", justify="right")
+    title = (
+        f"batch accuracy, of the union of B sequences. p: precision at {RECALL:.0%} recall, r: recall at {PRECISION:.0%} "
+        "precision"
+    )
+    sizes = [union.batch for union in evaluations[0].batches]
+    table = figures_table(title, "source", *(f"{what}\nB={b}" for b in sizes for what in "pr"))
     for item in evaluations:
         figures = [(u.thresholds.precision_at(RECALL), u.thresholds.recall_at(PRECISION)) for u in item.batches]
         table.add_row(item.name, *(f"{value:.3f}" for pair in figures for value in pair))
@@ -295,13 +315,11 @@ def _replay_table(cells: Sequence[dict[str, Any]]) -> Table:
     first = cells[0]
     turns = f" in {first['groups']} groups that take turns" if first["groups"] > 1 else ""
     title = f"{first['batch']} live sequences{turns}, {first['slots']} slots ({first['share']:.1%}), {first['tokens']} tokens"
-    table = Table(title=title, title_justify="left")
-    table.add_column("forecast", no_wrap=True)
-    for name in ("loads/token", "MB/token", "kept", "hit", "wasted", "clean", "tokens/s", "to Belady"):
-        table.add_column(name, justify="right")
+    heads = ("loads/\ntoken", "MB/\ntoken", "kept", "hit", "wasted", "clean", "tokens\n/s", "to\nBelady")
+    table = figures_table(title, "forecast", *heads)
     for c in cells:
         table.add_row(
-            c["source"], f"{c['loads_per_token']:.2f}", f"{c['bytes_per_token'] / 1e6:.0f}", f"{c['kept']:.3f}",
+            c["source"], f"{c['loads_per_token']:.2f}", megabytes(c["bytes_per_token"]), f"{c['kept']:.3f}",
             f"{c['hit']:.3f}", f"{c['wasted_per_token']:.2f}", f"{c['clean']:.1%}", f"{c['tokens_per_second']:.1f}",
             f"{c['closed']:.0%}",
         )  # fmt: skip
@@ -314,11 +332,11 @@ def _result(
     return {
         "benchmark": "eval_predictor",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "system": platform.system(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("numpy", "torch")} | {"python": platform.python_version()},
         "config": {
             "trace": test.trace.name, "baselines": None if test.free is None else test.free.name, "only": test.only,
-            "leave_out": test.leave_out, "skip": test.skip, "steps": test.steps, "cost": asdict(Cost()),
+            "leave_out": test.leave_out, "skip": test.skip, "steps": test.steps,
             "predictor": {
                 "folder": artifact.name, "kind": predictor.config.kind, "made_for": predictor.made_for,
                 "fingerprint": predictor.fingerprint, "bytes": sum(path.stat().st_size for path in artifact.iterdir()),

@@ -15,6 +15,26 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from expertflow import __version__
+from expertflow.cli.options import (
+    Device,
+    Dtype,
+    Execution,
+    GpuMemory,
+    HostMemory,
+    Json,
+    MaxBatch,
+    MaxLength,
+    MaxLive,
+    Model,
+    Predictor,
+    PrefillChunk,
+    RecordMb,
+    Schedule,
+    Slots,
+    Strategy,
+    TraceArgument,
+    TraceModel,
+)
 from expertflow.errors import ExpertFlowError
 
 app = typer.Typer(
@@ -24,51 +44,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str | None,
-    typer.Argument(help="Checkpoint folder, or Hugging Face id. Default: the shipped model."),
-]
-GpuMemory = Annotated[str | None, typer.Option(help="Device memory for everything, such as 6GiB. Default: no limit.")]
-Slots = Annotated[
-    str | None,
-    typer.Option(help="Expert slots: a count, a share such as 25%, or 16/layer. Default: all the budget buys."),
-]
-Strategy = Annotated[
-    str | None,
-    typer.Option(
-        help="What to keep in the slots, see `expertflow strategies`. Default: plec with a predictor, else next-use."
-    ),
-]
-Predictor = Annotated[
-    str, typer.Option(help="Folder of a trained predictor, auto (the model's own, if it has one), or none.")
-]
-Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
-Execution = Annotated[
-    str, typer.Option(help="auto, host (decides layer by layer) or graph (a decode step is one CUDA graph).")
-]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-MaxBatch = Annotated[
-    int | None, typer.Option(help="Sequences computed together at most. Default: all prompts, at most 8.")
-]
-MaxLive = Annotated[
-    int | None,
-    typer.Option(help="Sequences with keys and values at once; they take turns if they are more than --max-batch."),
-]
-Schedule = Annotated[
-    str, typer.Option(help="Who steps together in a turn: fifo (arrival), group (predicted route) or auto.")
-]
-MaxLength = Annotated[
-    int | None, typer.Option(help="Tokens of a sequence, prompt included. Default: what the run needs.")
-]
-PrefillChunk = Annotated[
-    int | None, typer.Option(help="Tokens of one prefill pass. Default: the prompts', at most 512.")
-]
-HostMemory = Annotated[str | None, typer.Option(help="Host memory the experts may take. Default: what is free.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-
-TraceArgument = Annotated[Path, typer.Argument(help="A trace file.")]
 
 
 class _TraceGroup(TyperGroup):
@@ -163,9 +138,10 @@ def run(
     }  # fmt: skip
     prompts = _arguments().all_prompts(prompt or (), prompts_file)
     _arguments().check_run(engine, sampling, len(prompts), results)
+    _arguments().check_model(model, fetch=True)
     _call(
         "run",
-        model=_arguments().model_folder(model, fetch=True),
+        model=model,
         prompts=prompts,
         engine=engine,
         sampling=sampling,
@@ -198,7 +174,8 @@ def plan(
         "execution": execution, "max_live": max_live, "schedule": schedule,
     }  # fmt: skip
     _arguments().check_engine(engine, max_batch=1)
-    _call("plan", model=_arguments().model_folder(model, fetch=False), engine=engine, as_json=json)
+    _arguments().check_model(model, fetch=False)
+    _call("plan", model=model, engine=engine, as_json=json)
 
 
 @app.command()
@@ -227,13 +204,13 @@ def trace_record(
     """Run a model, offloaded, and record every token's experts (`expertflow trace MODEL` is short for this)."""
     engine = {
         "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
-        "max_batch": max_batch, "max_length": max_length, "execution": "host",  # what is recorded passes by the host
+        "max_batch": max_batch, "max_length": max_length,
     }  # fmt: skip
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
     prompts = _arguments().all_prompts((), prompts_file)
     _arguments().check_run(engine, sampling, len(prompts), out)
-    folder = _arguments().model_folder(model, fetch=True)
-    _call("record", model=folder, prompts=prompts, out=out, engine=engine, sampling=sampling)
+    _arguments().check_model(model, fetch=True)
+    _call("record", model=model, prompts=prompts, out=out, engine=engine, sampling=sampling)
 
 
 @trace_app.command("info")
@@ -249,9 +226,12 @@ def trace_import(
     model: Annotated[str, typer.Option(help="Name of the model. Default: the folder's name.")] = "",
     experts: Annotated[int | None, typer.Option(help="Experts a layer. Default: what the data needs.")] = None,
     note: Annotated[str, typer.Option(help="Source and licence of the data.")] = "",
+    record_mb: Annotated[float | None, typer.Option(help="One expert, MB (10^6 bytes). Default: unknown.")] = None,
 ) -> None:
     """Convert a folder of recorded routing into a trace."""
-    import_module("expertflow.cli.trace").convert(source=source, out=out, model=model, experts=experts, note=note)
+    import_module("expertflow.cli.trace").convert(
+        source=source, out=out, model=model, experts=experts, note=note, record_mb=record_mb
+    )
 
 
 @app.command()
@@ -270,10 +250,8 @@ def simulate(
         ),
     ] = "",
     link_gbps: Annotated[float, typer.Option(help="Bandwidth of the link, GB/s.")] = 50.0,
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint the trace is of: checks that, and takes the size of an expert.")
-    ] = None,
-    row_mb: Annotated[float, typer.Option(help="One expert, MB, where no model is stated.")] = 49.8,
+    model: TraceModel = None,
+    record_mb: RecordMb = None,
     copy_us: Annotated[float, typer.Option(help="Fixed cost of a copy, microseconds.")] = 10.0,
     layer_us: Annotated[float, typer.Option(help="A layer without its experts, microseconds.")] = 25.0,
     expert_us: Annotated[float, typer.Option(help="One expert's computation, microseconds.")] = 17.0,
@@ -284,18 +262,15 @@ def simulate(
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
     """Replay a trace: what strategies, slots and batches would give, with the engine's own decisions."""
+    _arguments().check_record(record_mb)
     _arguments().check_simulate(trace, slots, batch, strategy, (plot, json))
-    cost = {
-        "row_bytes": round(row_mb * 1e6), "link_gbps": link_gbps, "copy_us": copy_us, "layer_us": layer_us,
-        "expert_us": expert_us,
-    }  # fmt: skip
-    if model is not None:
-        folder = _arguments().model_folder(model, fetch=False)
-        cost["row_bytes"] = import_module("expertflow.cli.stated").row_bytes_of(folder, trace)
+    _arguments().check_model(model, fetch=False)
+    cost = {"link_gbps": link_gbps, "copy_us": copy_us, "layer_us": layer_us, "expert_us": expert_us}
     options = {"groups": groups, "grouping": grouping, "gate_recall": gate_recall, "skip": skip, "seed": seed}
     _call(
         "simulate",
-        trace=trace, slots=slots, batch=batch, strategy=strategy, cost=cost, options=options, plot=plot, json_file=json,
+        trace=trace, slots=slots, batch=batch, strategy=strategy, model=model, record_mb=record_mb, cost=cost,
+        options=options, plot=plot, json_file=json,
     )  # fmt: skip
 
 
@@ -322,9 +297,9 @@ def train_predictor(
     options = {"epochs": epochs, "batch": batch, "rate": rate, "seed": seed, "device": device}
     _arguments().check_training(trace, out, kind, options, validation)
     _arguments().check_conditions(leave_out)
-    folder = _arguments().model_folder(model, fetch=False)
+    _arguments().check_model(model, fetch=False)
     module = import_module("expertflow.cli.train_predictor")
-    source = module.Source(trace=trace, model=folder, skip=skip, leave_out=leave_out, validation=validation)
+    source = module.Source(trace=trace, model=model, skip=skip, leave_out=leave_out, validation=validation)
     module.main(source=source, out=out, kind=kind, options=options)
 
 
@@ -344,6 +319,8 @@ def eval_predictor(
     ] = "1,4,16,4x2",
     slots: Annotated[str, typer.Option(help="Counts or shares, separated by commas.")] = "25%,50%",
     steps: Annotated[int, typer.Option(help="Steps of a replay at most.")] = 2000,
+    model: TraceModel = None,
+    record_mb: RecordMb = None,
     skip: Annotated[str, typer.Option(help="Leave out sequences with this flag; empty: none.")] = "repetition",
     plot: Annotated[Path | None, typer.Option(help="Draw recall a layer, and precision against recall.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
@@ -351,12 +328,14 @@ def eval_predictor(
     """Measure a predictor beside the free baselines, and what it saves in the simulator."""
     cases = _arguments().parse_cases(batch)
     _arguments().check_predictor(predictor)
+    _arguments().check_record(record_mb)
     _arguments().check_evaluation((trace, baselines), slots, steps, (plot, json))
+    _arguments().check_model(model, fetch=False)
     _arguments().check_conditions(only, leave_out)
     module = import_module("expertflow.cli.eval_predictor")
     test = module.Test(
         trace=trace, free=baselines, only=only, leave_out=leave_out, skip=skip, cases=cases,
-        slots=tuple(part.strip() for part in slots.split(",")), steps=steps,
+        slots=tuple(part.strip() for part in slots.split(",")), steps=steps, model=model, record_mb=record_mb,
     )  # fmt: skip
     module.main(artifact=predictor, test=test, plot=plot, json_file=json)
 

@@ -16,7 +16,9 @@ def main(*, as_json: bool) -> None:
         ]
         print(json.dumps(rows))  # noqa: T201 - the output
         return
-    table = Table("model_type", "family", "checkpoints", title="Families with exactness tests", title_justify="left")
+    table = Table(title="Families with exactness tests", title_justify="left")
+    for head in ("model_type", "family", "checkpoints"):
+        table.add_column(head, overflow="fold")
     for row in FAMILIES.values():
         table.add_row(row.model_type, row.title, row.examples)
     console = Console()

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -23,7 +24,7 @@ def main(*, model: str | None, engine: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(as_dict(prepared.plan)))  # noqa: T201 - the output
     else:
-        _show(prepared.plan, str(prepared.skeleton.folder))
+        _show(prepared.plan, prepared.skeleton.folder.name if model is None else model)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -60,12 +61,12 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _show(plan: Plan, folder: str) -> None:
+def _show(plan: Plan, name: str) -> None:
     shape = plan.shape
-    table = Table(title=f"{folder}: {shape.model_type}, {shape.dtype}, on {plan.device}", title_justify="left")
-    table.add_column("where")
-    table.add_column("what")
-    table.add_column("bytes", justify="right")
+    table = Table(title=f"{escape(name)}: {shape.model_type}, {shape.dtype}, on {plan.device}", title_justify="left")
+    table.add_column("where", overflow="fold")
+    table.add_column("what", overflow="fold")
+    table.add_column("bytes", justify="right", overflow="fold")
     sequences = f"{plan.max_live} x {plan.max_length} tokens"
     table.add_row("device", "dense weights", format_bytes(plan.dense))
     table.add_row("device", f"keys and values, {sequences}", format_bytes(plan.kv))

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
 from expertflow.config import SamplingParams
 from expertflow.engine.llm import LLM, shipped_model
+from expertflow.progress import Progress
 from expertflow.units import format_bytes
 
 
@@ -18,11 +18,12 @@ def main(*, model: str | None, prompts: list[str], out: Path, engine: dict[str, 
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
     wanted = {key: value for key, value in engine.items() if value is not None}
-    with LLM(shipped_model() if model is None else model, execution="host", **wanted) as llm, llm.record(out):
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("recording", total=len(prompts))
+    folder = shipped_model() if model is None else model
+    # the host execution: captured steps keep the routing on the device
+    with LLM(folder, execution="host", progress=True, **wanted) as llm, llm.record(out):
+        with Progress("recording prompts", len(prompts)) as bar:
             for item in llm.stream(prompts, params):
                 if item.output is not None:
-                    bar.advance(task)
+                    bar.advance()
         tokens = llm.stats.tokens
     console.print(f"{out}: {len(prompts)} prompts, {tokens} generated tokens, {format_bytes(out.stat().st_size)}")

@@ -10,16 +10,16 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from expertflow.cli.tables import facts_table
 from expertflow.config import SamplingParams
 from expertflow.engine.llm import LLM, load_tokenizer, shipped_model
 from expertflow.engine.offline import Results
 from expertflow.engine.request import RequestOutput
 from expertflow.errors import NonFiniteError, PromptError
 from expertflow.models.checkpoint import context_of, resolve
+from expertflow.progress import Progress
 from expertflow.units import format_bytes
 
 _LARGEST_BATCH = 8
@@ -42,13 +42,13 @@ def main(
     console = Console(stderr=True)
     folder = resolve(shipped_model() if model is None else model)
     wanted = {**_needs(folder, prompts, params), **wanted}
-    with LLM(folder, progress=console.is_terminal and not as_json, **wanted) as llm:
+    with LLM(folder, progress=True, **wanted) as llm:
         outputs: list[RequestOutput] = []
         interrupted, failed = False, None
         try:
             with _Interrupt() as interrupt:
                 if results is not None:
-                    _offline(llm, prompts, params, results, outputs, interrupt, console)
+                    _offline(llm, prompts, params, results, outputs, interrupt)
                 else:
                     _generate(llm, prompts, params, outputs, interrupt, as_json=as_json)
         except KeyboardInterrupt:
@@ -148,29 +148,21 @@ def _offline(
     path: Path,
     outputs: list[RequestOutput],
     interrupt: _Interrupt,
-    console: Console,
 ) -> None:
     """Put results into a file as requests finish; what it holds already is not done again."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     with (
         Results(path, prompts, params, f"{llm.identity} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
-        Progress(*columns, console=console) as bar,
+        Progress("requests", len(prompts)) as bar,
     ):
         left = results.left
-        task = bar.add_task("requests", total=len(prompts), completed=len(prompts) - len(left))
+        bar.update(len(prompts) - len(left), len(prompts))
         if not left:
             return
         for item in llm.stream([prompts[index] for index in left], params):
             if item.output is not None:
                 outputs.append(replace(item.output, index=left[item.index]))
                 results.add(left[item.index], item.output)
-                bar.update(task, advance=1, description=f"{llm.stats.tokens_per_second:.0f} tokens/s")
+                bar.advance(note=f"{llm.stats.tokens_per_second:.0f} tokens/s")
             interrupt.check()
 
 
@@ -261,7 +253,6 @@ def _latencies(llm: LLM, outputs: list[RequestOutput]) -> list[tuple[str, str]]:
 
 def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
     stats, plan = llm.stats, llm.plan
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     step = llm.engine.step_seconds
     budget = "none stated" if plan.budget is None else format_bytes(plan.budget)
     rows: list[tuple[str, str]] = [
@@ -290,7 +281,8 @@ def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
     if plan.budget is not None and stats.peak_bytes > plan.budget:
         over = f"by {format_bytes(stats.peak_bytes - plan.budget)}: please report this"
         rows.append(("[red]over budget[/]", over))
+    table = facts_table()
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(name, value)
     console.print()
     console.print(table)

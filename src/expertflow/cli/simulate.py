@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from expertflow.cli.arguments import parse_batches
 from expertflow.cli.outputs import check_outputs
+from expertflow.cli.record_bytes import Record, find_record
+from expertflow.cli.tables import figures_table, megabytes
+from expertflow.errors import ConfigError
+from expertflow.files import processor, write_whole
+from expertflow.progress import Progress
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome
 from expertflow.sim.sweep import Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
-
-_PIPED_WIDTH = 120
-"""Columns of the tables where there is no terminal to ask."""
+from expertflow.trace.format import open_trace
 
 
 def main(
@@ -27,41 +29,52 @@ def main(
     slots: str,
     batch: str,
     strategy: str,
+    model: str | None,
+    record_mb: float | None,
     cost: dict[str, Any],
     options: dict[str, Any],
     plot: Path | None,
     json_file: Path | None,
 ) -> None:
     """Replay, print, draw, write."""
+    check_outputs(plot, json_file)
+    record = find_record(trace, model, record_mb)
     grid = Grid(
         trace=trace,
         slots=tuple(part.strip() for part in slots.split(",")),
         batches=parse_batches(batch),
         strategies=strategy_names(strategy),
-        cost=Cost(**cost),
+        cost=Cost(row_bytes=record.size, **cost),
         **options,
     )
-    check_outputs(plot, json_file)
     started = time.perf_counter()
     console = Console(stderr=True)
     total = len(grid.batches) * len(set(grid.slots)) * len(grid.strategies)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("replaying", total=total)
-        outcomes = run_grid(grid, lambda outcome: bar.advance(task))  # noqa: ARG005 - only counted
+    with Progress("replays", total) as bar:
+        outcomes = run_grid(grid, lambda outcome: bar.advance(note=outcome.strategy))
     seconds = time.perf_counter() - started
-    show(grid, outcomes)
+    show(grid, outcomes, record)
     if json_file is not None:
-        json_file.write_text(json.dumps(as_result(grid, outcomes, seconds), indent=1, default=str) + "\n")
+        result = as_result(grid, outcomes, seconds)
+        result["config"] |= record.as_json()
+        _write(json_file, result)
     if plot is not None:
-        import_module("expertflow.sim.plot").draw(outcomes, plot)
+        about = f"{open_trace(trace).header.model or 'model unknown'}, {record} an expert; replayed at {grid.cost.link_gbps:g} GB/s"
+        about += f" on a virtual clock; {processor()}, {time.strftime('%Y-%m-%d')}"
+        import_module("expertflow.sim.plot").draw(outcomes, plot, about)
     console.print(f"{len(outcomes)} replays in {seconds:.1f} s")
 
 
-def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}", "Choose another place.") from error
+
+
+def show(grid: Grid, outcomes: Sequence[Outcome], record: Record) -> None:
     """Print a table a batch and number of slots."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPED_WIDTH)
     for batch, slots in dict.fromkeys((outcome.batch, outcome.slots) for outcome in outcomes):
         cells = [outcome for outcome in outcomes if (outcome.batch, outcome.slots) == (batch, slots)]
         console.print(_table(cells, grid.grouping))
@@ -73,7 +86,7 @@ def show(grid: Grid, outcomes: Sequence[Outcome]) -> None:
             )
     console.print(
         "hit: needs in their slot when their layer ran; kept: of all needs, those no load was made for; clean: steps "
-        "without a miss; times are of the virtual clock."
+        f"without a miss; times are of the virtual clock. An expert has {record}."
     )
 
 
@@ -82,14 +95,12 @@ def _table(cells: Sequence[Outcome], grouping: str) -> Table:
     turns = f" in {first.groups} groups" if first.groups > 1 else ""
     turns += f" by route ({grouping})" if turns and grouping else ""
     title = f"{first.batch} live sequences{turns}, {first.slots} slots ({first.share:.1%}), {first.tokens} tokens"
-    table = Table(title=title, title_justify="left")
-    table.add_column("strategy", no_wrap=True)
-    for name in ("hit", "kept", "loads/token", "MB/token", "wasted", "late", "clean", "stall", "tokens/s"):
-        table.add_column(name, justify="right")
+    heads = ("hit", "kept", "loads/\ntoken", "MB/\ntoken", "wasted", "late", "clean", "stall", "tokens\n/s")
+    table = figures_table(title, "strategy", *heads)
     for cell in cells:
         table.add_row(
             cell.strategy, f"{cell.hit_ratio:.3f}", f"{cell.kept_ratio:.3f}", f"{cell.loads / cell.tokens:.2f}",
-            f"{cell.bytes_per_token / 1e6:.0f}", f"{cell.wasted / cell.tokens:.2f}", f"{cell.late / cell.tokens:.2f}",
+            megabytes(cell.bytes_per_token), f"{cell.wasted / cell.tokens:.2f}", f"{cell.late / cell.tokens:.2f}",
             f"{cell.clean_share:.1%}", f"{cell.stall_seconds / cell.seconds:.0%}", f"{cell.tokens_per_second:.1f}",
         )  # fmt: skip
     return table

@@ -1,4 +1,4 @@
-"""What `expertflow simulate --model` asks of a checkpoint: is the trace of it, and how large is one expert."""
+"""What `--model` asks of a checkpoint beside a trace: is the trace of it, and how large is one expert's record."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from expertflow.engine.build import prepare
 from expertflow.trace.format import check_model, open_trace
 
 
-def row_bytes_of(model: str, trace: Path) -> int:
-    """Bytes of one expert of a checkpoint, from its headers alone.
+def record_bytes_of(model: str, trace: Path) -> int:
+    """Bytes of one expert's record of a checkpoint, from its headers alone.
 
     Args:
         model: checkpoint folder, or a Hugging Face id in the local cache.

@@ -1,9 +1,10 @@
-"""`expertflow strategies`: the live strategy table, for eyes or as the page docs/strategies.md."""
+"""`expertflow strategies`: the live strategy table, a block a strategy, or as the page docs/strategies.md."""
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from expertflow.cache.strategy import ALL_LAYERS, DEFAULT, STRATEGIES, Strategy
+from expertflow.cli.tables import facts_table
 
 _INTRO = f"""# Strategies
 
@@ -15,6 +16,7 @@ recorded future is given to the engine; elsewhere they are refused.
 | name | slots | loads ahead | who leaves | needs a recording | what it does |
 |---|---|---|---|---|---|
 """
+_HEADS = ("slots", "loads ahead", "who leaves", "needs a recording")
 
 
 def main(*, markdown: bool) -> None:
@@ -22,10 +24,16 @@ def main(*, markdown: bool) -> None:
     if markdown:
         print(page(), end="")  # noqa: T201 - the output
         return
-    table = Table("name", "slots", "loads ahead", "who leaves", "needs a recording", "what it does")
+    console = Console()
     for row in STRATEGIES.values():
-        table.add_row(*_cells(row))
-    Console().print(table)
+        name, *values, summary = _cells(row)
+        console.print(
+            f"[bold]{name}[/]{' (the default)' if name == DEFAULT else ''}: {escape(summary)}", highlight=False
+        )
+        table = facts_table()
+        for head, value in zip(_HEADS, values, strict=True):
+            table.add_row(f"  {head}", escape(value))
+        console.print(table)
 
 
 def page() -> str:

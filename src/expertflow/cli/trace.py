@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
+from expertflow.cli.record_bytes import bytes_of
+from expertflow.cli.tables import facts_table
 from expertflow.trace.format import PREFILL, open_trace, save_trace
 from expertflow.trace.importer import import_folder
 from expertflow.units import format_bytes
@@ -34,6 +36,7 @@ def info(*, path: Path, as_json: bool) -> None:
         "layers": header.layers,
         "experts": header.experts,
         "top_k": header.top_k,
+        "record_bytes": header.record_bytes,
         "rows": len(trace),
         "prefill_rows": phases[PREFILL],
         "decode_rows": len(trace) - phases[PREFILL],
@@ -49,17 +52,19 @@ def info(*, path: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))  # noqa: T201 - the output
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = facts_table()
     facts["bytes"] = format_bytes(facts["bytes"])
+    facts["record_bytes"] = format_bytes(header.record_bytes) if header.record_bytes else "unknown"
     for name, value in facts.items():
         if value != "":
-            table.add_row(f"[bold]{name.replace('_', ' ')}[/]", str(value))
+            table.add_row(name.replace("_", " "), escape(str(value)))
     Console().print(table)
 
 
-def convert(*, source: Path, out: Path, model: str, experts: int | None, note: str) -> None:
+def convert(*, source: Path, out: Path, model: str, experts: int | None, note: str, record_mb: float | None) -> None:
     """Convert a folder of recorded routing into a trace."""
-    trace = import_folder(source, model=model, experts=experts, source=note)
+    record = 0 if record_mb is None else bytes_of(record_mb)
+    trace = import_folder(source, model=model, experts=experts, source=note, record_bytes=record)
     save_trace(trace, out)
     header = trace.header
     Console(stderr=True).print(

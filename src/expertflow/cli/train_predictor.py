@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from expertflow.config import EngineConfig
@@ -22,6 +21,7 @@ from expertflow.predict.dataset import Passage, leave_out, mark, passages, shape
 from expertflow.predict.model import PredictorConfig
 from expertflow.predict.options import TrainConfig
 from expertflow.predict.train import Epoch, Trained, train
+from expertflow.progress import Progress
 from expertflow.trace.format import Trace, check_model, load_trace
 from expertflow.units import format_bytes
 
@@ -173,15 +173,10 @@ def _number(item: Passage) -> int:
 def _train(
     config: PredictorConfig, training: Sequence[Passage], held: Sequence[Passage], settings: TrainConfig, folder: Path
 ) -> Trained:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=settings.epochs)
+    with Progress("epochs", settings.epochs) as bar:
 
         def tell(epoch: Epoch) -> None:
-            said = f"loss {epoch.loss:.3f}, validation {epoch.validation:.3f}, recall {epoch.recall:.3f}"
-            bar.update(task, completed=epoch.number, description=f"epoch {epoch.number}: {said}")
-            if not console.is_terminal and epoch.number % max(1, settings.epochs // 10) == 0:
-                console.print(f"epoch {epoch.number}: {said}")
+            losses = f"loss {epoch.loss:.3f}, validation {epoch.validation:.3f}, recall {epoch.recall:.3f}"
+            bar.update(epoch.number, settings.epochs, losses)
 
         return train(config, training, held, settings, folder, tell)

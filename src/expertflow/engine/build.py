@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,6 +18,7 @@ from expertflow.engine.device import DeviceExperts, Held, expert_mlp, graph_refu
 from expertflow.engine.foresight import Foresight
 from expertflow.engine.graph import GraphDecoder
 from expertflow.engine.observe import StepObserver, step_tokens, tell_all
+from expertflow.engine.passes import Passes
 from expertflow.engine.plan import Plan, make_plan, sequence_length
 from expertflow.engine.provider import CachedExperts
 from expertflow.engine.rows import RowModel
@@ -32,6 +32,7 @@ from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_host_memory
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.models.checkpoint import StoredTensor, resolve, walk
+from expertflow.models.experts import Uncopied
 from expertflow.models.fingerprint import fingerprint
 from expertflow.models.identity import ContentHash, spans_of, stamps
 from expertflow.models.load import bind_experts, fill_rows, load_dense, unbind_experts
@@ -42,25 +43,46 @@ from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.dataset import Shape
 from expertflow.predict.online import OnlinePredictor
 from expertflow.predict.options import ABOUT_NAME
+from expertflow.progress import Progress
 from expertflow.units import format_bytes, parse_bytes
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predictor"
 """What comes with the package."""
+_LONG_TO_LOAD = 1 << 30
+"""Bytes of experts from which loading shows its progress: less takes a second or two."""
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device for `auto`, `cuda` or `cpu`.
+    """The torch device for `auto`, `cpu`, `cuda`, or `cuda:N` where N is torch's current device.
 
     Raises:
-        DeviceError: if CUDA is asked for and not there.
+        DeviceError: if CUDA is asked for and not there, or another device than the current one.
     """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
+    available, (kind, _, index) = torch.cuda.is_available(), device.partition(":")
+    if kind == "cuda" and not available:
         raise DeviceError(
-            "device='cuda', but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
+            f"device={device!r}, but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
         )
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
+    if kind == "cuda" and index and int(index) != (current := torch.cuda.current_device()):
+        raise DeviceError(
+            f"device={device!r} is not torch's current device, which is 'cuda:{current}'",
+            f"Call `torch.cuda.set_device({index})` first, or start with CUDA_VISIBLE_DEVICES={index} and device='cuda'.",
+        )
+    return torch.device("cuda" if available and kind != "cpu" else "cpu")
+
+
+def check_default_device() -> None:
+    """Refuse to load where torch makes new tensors elsewhere than in host memory.
+
+    Raises:
+        DeviceError: inside `with torch.device(...)` or after `torch.set_default_device(...)` of another device.
+    """
+    if (default := torch.get_default_device().type) != "cpu":
+        raise DeviceError(
+            f"torch's default device is {default!r}, and a model is loaded through host memory",
+            "Load outside `with torch.device(...)`, or call `torch.set_default_device('cpu')`; `device=` says where it runs.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +122,7 @@ def prepare(
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
     """
+    check_default_device()
     if config.strategy is not None and forecast is None:
         find_strategy(config.strategy).check_future(None)  # before anything is read
     skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype)
@@ -179,7 +202,7 @@ def _refuse_unused(predictor: Artifact | None, config: EngineConfig, strategy: S
         )
 
 
-class OffloadedModel:
+class OffloadedModel(Uncopied):
     """A transformers model whose experts come through the slot cache, and everything that serves it.
 
     Attributes:
@@ -191,8 +214,10 @@ class OffloadedModel:
         fingerprint: of the checkpoint's weights, sampled.
         identity: hash of all that its answers depend on.
         foresight: the predictor at work, or None.
+        passes: what lets one pass at a time run.
     """
 
+    @torch.inference_mode(mode=False)  # tensors made inside it could not be written to outside
     def __init__(
         self,
         prepared: Prepared,
@@ -253,14 +278,12 @@ class OffloadedModel:
         self._provider: CachedExperts | None = CachedExperts(self.controller, self._transfer, pool)
         bind_experts(self.model, prepared.skeleton, self._provider)
         self.watch()
-        for module in self._steppers():
-            module.register_forward_pre_hook(self._begin_step, with_kwargs=True)
+        self.passes = Passes(self._begin_step)
+        self.passes.guard(self.model)
+        if self.skeleton.encoder_decoder:  # it is called on its own, too
+            self.passes.guard(self.model.get_encoder(), begins=True)
 
-    def _steppers(self) -> list[torch.nn.Module]:
-        """Modules whose forward is a step: the model, and an encoder that is called on its own."""
-        return [self.model, self.model.get_encoder()] if self.skeleton.encoder_decoder else [self.model]
-
-    def _begin_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check_open()
         assert self._provider is not None
         self.settle()
@@ -350,7 +373,14 @@ class OffloadedModel:
         self.watch()
 
     def close(self) -> None:
-        """Wait for copies under way, give store and slots back. The model cannot run afterwards; closing twice is fine."""
+        """Wait for passes and copies under way, give store and slots back.
+
+        The model cannot run afterwards; closing twice is fine.
+        """
+        with self.passes.lock:
+            self._close()
+
+    def _close(self) -> None:
         if self._provider is None:
             return
         self.controller.close()
@@ -440,7 +470,6 @@ def _check_memory(plan: Plan, config: EngineConfig) -> None:
 
 
 def _fill(pieces: list[ExpertPiece], store: HostStore, content: ContentHash, *, show: bool) -> None:
-    columns = (TextColumn("loading experts"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, disable=not show, transient=True) as bar:
-        task = bar.add_task("experts", total=sum(piece.nbytes for piece in pieces))
-        fill_rows(pieces, store, content, lambda count: bar.advance(task, count))
+    total = sum(piece.nbytes for piece in pieces)
+    with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
+        fill_rows(pieces, store, content, bar.advance)

@@ -1,4 +1,4 @@
-"""The Python front door: `LLM(model, gpu_memory="6GiB").generate([...])`, `.stream(...)`, and `from_pretrained`.
+"""The Python front door: `LLM(model, gpu_memory="6GiB").generate([...])` and `.stream(...)`.
 
 Turns prompts into requests, requests into batches, logits into tokens.
 """
@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
-from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model, prepare
+from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, prepare
 from expertflow.engine.engine import Engine
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Decoder, Request, RequestOutput, StreamOutput
@@ -24,13 +23,13 @@ from expertflow.engine.threads import limit_threads
 from expertflow.errors import (
     CancelledError,
     CheckpointError,
-    ConfigError,
     NonFiniteError,
     PromptError,
     UnsupportedModelError,
 )
 from expertflow.events import CacheCounters
 from expertflow.predict.artifact import Artifact
+from expertflow.progress import Progress
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
 
@@ -86,6 +85,8 @@ class RunStats:
 class LLM:
     """A model inside a memory budget.
 
+    The reference of its output is stock transformers with `experts_implementation="eager"`, which is not its default.
+
     Torch computes with no more threads than the process has processors (affinity and control groups), and with one where
     experts are small. `OMP_NUM_THREADS` or an earlier `torch.set_num_threads` is kept, see `engine.threads`.
 
@@ -113,6 +114,7 @@ class LLM:
         limit_threads()
         other: OffloadedModel | None = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
         folder = shipped_model() if model is None else model
+        self._name = Path(folder).absolute().name
         prepared = prepare(folder, self.config, forecast)
         if kinds := prepared.plan.shape.unserved:
             raise UnsupportedModelError(
@@ -190,15 +192,13 @@ class LLM:
             NonFiniteError: if a prompt's logits are no numbers, behind the other prompts; its `outputs` holds theirs.
         """
         listed = _as_list(prompts)
-        columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         finished = []
-        with Progress(*columns, disable=not self.config.progress or len(listed) < 2, transient=True) as bar:
-            task = bar.add_task("requests", total=len(listed))
+        with Progress("requests", len(listed), show=self.config.progress and len(listed) > 1) as bar:
             try:
                 for item in self.stream(prompts, params):
                     if item.output is not None:
                         finished.append(item.output)
-                        bar.advance(task)
+                        bar.advance()
             except NonFiniteError as error:
                 error.outputs = tuple(sorted(finished, key=lambda output: output.index))
                 raise
@@ -219,8 +219,8 @@ class LLM:
         """Record the routing of everything generated in the block into a trace file."""
         offloaded, shape = self._offloaded, self.plan.shape
         header = Header(
-            layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=shape.model_type,
-            fingerprint=offloaded.fingerprint,
+            layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=self._name,
+            fingerprint=offloaded.fingerprint, record_bytes=self.plan.row,
         )  # fmt: skip
         first = self._engine.begun
         with TraceWriter(Path(path), header) as writer:
@@ -333,41 +333,6 @@ class LLM:
             self._stats.tokens += self._engine.advance()
         finally:
             self._stats.seconds += time.perf_counter() - began
-
-
-def from_pretrained(
-    model: str | Path | None = None, *, forecast: Forecast | None = None, **options: Any
-) -> PreTrainedModel:
-    """The ordinary transformers model, its experts offloaded; `.generate()` and everything else work as usual.
-
-    Memory of keys, values and activations is then the caller's: `max_batch` and `max_length` say what to leave room for.
-
-    Args:
-        model: checkpoint folder or Hugging Face id; None: the shipped model.
-        forecast: replaces the strategy's own source of expectations, such as a recorded future.
-        options: fields of `EngineConfig`.
-
-    Raises:
-        ConfigError: for execution='graph', which only `LLM` can do.
-
-    Returns:
-        The model; its attribute `expertflow` is the `OffloadedModel` (plan, counters, events, `close`).
-    """
-    config = EngineConfig.from_mapping({"predictor": "none", **options})
-    if config.predictor != "none":
-        raise ConfigError(
-            f"predictor={config.predictor!r} cannot serve a plain transformers model: nobody says which rows are which sequences",
-            "Use LLM, or leave the predictor out.",
-        )
-    if config.execution == "graph":
-        raise ConfigError(
-            "execution='graph' cannot be had: the model is called by others, layer by layer",
-            "Use `LLM`, or leave the option out.",
-        )
-    config = replace(config, execution="host")
-    offloaded = load_model(shipped_model() if model is None else model, config, forecast)
-    offloaded.model.expertflow = offloaded
-    return offloaded.model
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,6 +1,6 @@
 """The hook: transformers' experts call, computed with weights that a provider brings one expert at a time.
 
-Registered in transformers' experts interface under `IMPLEMENTATION`, so an unmodified model calls it. Results are
+Stands as the `forward` of each experts module, so an unmodified model calls it. Results are
 bit-equal to the family's eager code: the same linear calls over the same token order, and each token's
 contributions added in ascending order of expert, whatever the order in which experts were computed.
 Knows the contract of the experts modules; refuses to know slots, copies and families.
@@ -9,16 +9,15 @@ Knows the contract of the experts modules; refuses to know slots, copies and fam
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.integrations.moe import ExpertsInterface
 
-IMPLEMENTATION = "expertflow"
+from expertflow.errors import UnsupportedModelError
 
 _ALIGNED = 64
 """Bytes: what a tensor of its own is aligned to. Results of matrix products depend on it on CPUs."""
@@ -43,8 +42,23 @@ Whole = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
 
 
+class Uncopied:
+    """Refuses to be copied and pickled, and with it everything that refers to it."""
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """The experts' memory would have to come along.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            "an offloaded model, or a part of one, cannot be copied or pickled",
+            "Share it, or load it again where a second one is needed.",
+        )
+
+
 @dataclass(kw_only=True)
-class Binding:
+class Binding(Uncopied):
     """What an experts module needs to know to run offloaded; set as its attribute `expertflow`."""
 
     layer: int
@@ -71,6 +85,19 @@ def is_registry_experts(module: nn.Module) -> bool:
     )
 
 
+def refuse_gradients(*inputs: Tensor) -> None:
+    """A backward pass would need expert weights that have left their slots by then.
+
+    Raises:
+        UnsupportedModelError: if autograd records this call.
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        raise UnsupportedModelError(
+            "a gradient was asked for through offloaded experts, which only run forward",
+            "Run the model under `torch.no_grad()`, or train the stock model.",
+        )
+
+
 def run_experts(
     binding: Binding,
     mlp: Mlp,
@@ -88,7 +115,11 @@ def run_experts(
         index: expert of each token and rank; `experts` itself means none.
         weights: router weight of each; may be of a wider dtype than `hidden`.
         experts: experts a layer.
+
+    Raises:
+        UnsupportedModelError: if autograd records the call.
     """
+    refuse_gradients(hidden, weights)
     tokens, top_k = index.shape
     routes = index.cpu()  # the one host sync of a layer
     # the stock code takes an expert's tokens rank by rank, so sort by (expert, rank, token)
@@ -123,13 +154,14 @@ def run_experts(
     return total
 
 
+@torch.compiler.disable(reason="offloaded experts are chosen and copied by the host")
 def offloaded_forward(
     self: nn.Module,
     hidden_states: Float[Tensor, "T H"],
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T H"]:
-    """The experts implementation `expertflow`, called by transformers in place of the family's own."""
+    """An experts module's `forward`, in place of the family's own."""
     binding = self.expertflow
     assert isinstance(binding, Binding)
     if binding.whole is not None:
@@ -192,6 +224,7 @@ class _Current:
 
 def _own_forward(module: Any, binding: Binding, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The family's eager forward, with every `weights[e]` fetching expert e: exact for any eager code, no overlap."""
+    refuse_gradients(hidden, weights)
     if binding.observe is not None:
         binding.observe(binding.layer, index.cpu(), weights)
     with closing(_Current(binding)) as current:
@@ -199,6 +232,3 @@ def _own_forward(module: Any, binding: Binding, hidden: Tensor, index: Tensor, w
             setattr(module, name, _Weights(current, name))
         out: Tensor = type(module).forward.__wrapped__(module, hidden, index, weights)
     return out
-
-
-ExpertsInterface.register(IMPLEMENTATION, offloaded_forward)

@@ -6,6 +6,7 @@ expert's tensors are, which class loads the rest. Reads no weights.
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.models.checkpoint import read_json
-from expertflow.models.experts import IMPLEMENTATION, is_registry_experts
+from expertflow.models.experts import is_registry_experts, offloaded_forward
 from expertflow.models.families import FAMILIES, REFUSED, Family
 from expertflow.models.switch import SwitchExperts, mark_switch_experts, swapped_switch_experts
 from expertflow.types import TensorSpec
@@ -176,7 +177,7 @@ def _emptied_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The same model class, whose experts hold no parameters: their checkpoint keys are then never read."""
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        config._experts_implementation = IMPLEMENTATION  # noqa: SLF001 - transformers offers no public setter before init
+        config._experts_implementation = "eager"  # noqa: SLF001 - transformers offers no public setter before init
         with swapped_switch_experts():
             base.__init__(self, config, *args, **kwargs)
         mark_switch_experts(self)
@@ -184,18 +185,12 @@ def _emptied_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             if is_registry_experts(module):
                 _empty(module)
 
-    def save_pretrained(self: PreTrainedModel, *_: Any, **__: Any) -> None:
-        raise UnsupportedModelError(
-            f"this {type(self).__name__} holds no experts, so saving it would lose them", "Copy the checkpoint folder."
-        )
-
     return type(
         base.__name__,  # transformers looks conversions up by class name
         (base,),
         {
             "__init__": __init__,
             "__module__": base.__module__,
-            "save_pretrained": save_pretrained,
             "_keys_to_ignore_on_load_unexpected": [r"\.experts\."],
         },
     )
@@ -206,6 +201,7 @@ def _empty(module: nn.Module) -> None:
     for name, _ in shapes:
         delattr(module, name)
     module.expert_shapes = shapes  # type: ignore[assignment]  # plain data on a module
+    module.forward = MethodType(offloaded_forward, module)  # whatever implementation the config names
     module._is_hf_initialized = True  # type: ignore[assignment]  # noqa: SLF001 - nothing is left to initialise
 
 

@@ -30,6 +30,7 @@ class SwitchExperts(nn.Module):
         self.expert_shapes = (("wi", (config.d_ff, config.d_model)), ("wo", (config.d_model, config.d_ff)))
         self.expertflow: Binding | None = None
 
+    @torch.compiler.disable(reason="offloaded experts are chosen and copied by the host")
     def forward(
         self,
         hidden_states: Float[Tensor, "T H"],

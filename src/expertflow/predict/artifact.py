@@ -20,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from expertflow.errors import ConfigError, PredictorError
+from expertflow.files import whole_file
 from expertflow.predict.calibration import weigh
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make
@@ -141,8 +142,9 @@ def save_artifact(artifact: Artifact, folder: Path) -> int:
     text = json.dumps(about, ensure_ascii=False, indent=None).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / WEIGHTS_NAME).write_bytes(packed)
-        (folder / ABOUT_NAME).write_bytes(text)
+        with whole_file(folder / WEIGHTS_NAME) as weights, whole_file(folder / ABOUT_NAME) as rest:
+            weights.write_bytes(packed)
+            rest.write_bytes(text)
     except OSError as error:
         raise PredictorError(f"{folder} cannot be written: {error.strerror}", "Choose another place.") from error
     return len(packed) + len(text)

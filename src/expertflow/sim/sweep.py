@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from expertflow.cache.strategy import STRATEGIES, find_strategy
 from expertflow.config import nearest
 from expertflow.errors import ConfigError
+from expertflow.files import processor
 from expertflow.limits import usable_cpus
 from expertflow.schedule.cluster import METHODS
 from expertflow.sim.clock import Cost
@@ -105,6 +106,10 @@ def _report(outcomes: list[Outcome], advance: Advance) -> list[Outcome]:
 
 
 def _check(grid: Grid) -> None:
+    if grid.seed < 0:
+        raise ConfigError(f"seed={grid.seed} is negative", "Give 0 or more.")
+    if not 0 <= grid.gate_recall <= 1:
+        raise ConfigError(f"gate_recall={grid.gate_recall} is no share", "Give a number between 0 and 1.")
     trace = load_trace(grid.trace)
     trace = trace.without(grid.skip) if grid.skip else trace
     for batch in grid.batches:
@@ -166,7 +171,7 @@ def as_result(grid: Grid, outcomes: Sequence[Outcome], seconds: float) -> dict[s
     return {
         "benchmark": "simulate",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "system": platform.system(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("numpy", "numba")} | {"python": platform.python_version()},
         "config": {**asdict(grid), "trace": grid.trace.name},
         "seconds": round(seconds, 1),

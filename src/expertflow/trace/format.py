@@ -3,7 +3,8 @@
 A trace is a zip archive:
 
 * `header.json`: `format` ("expertflow-trace"), `version` (1), `layers`, `experts`, `top_k`, `model` (a name),
-  `fingerprint` (of the model's shape; may be empty), `source` and `licence` (free text).
+  `fingerprint` (of the model's shape; may be empty), `source` and `licence` (free text), `record_bytes` (all tensors
+  of one expert; 0 or absent: unknown).
 * `NNNNNN/<column>.npy`, chunk by chunk, n rows each; a row is one token in one forward pass:
   `experts` `[n, L, K]` uint8 or uint16, descending router weight, the value E means none;
   `weights` `[n, L, K]` float16; `tokens` `[n]` int32, the token fed in, -1 unknown; `phase` `[n]` uint8, 0 prefill,
@@ -51,6 +52,7 @@ class Header:
         fingerprint: of the model's shape; empty if unknown.
         source: where the data comes from.
         licence: terms of the data.
+        record_bytes: bytes of one expert's record in the model that ran; 0 if unknown.
     """
 
     layers: int
@@ -60,6 +62,7 @@ class Header:
     fingerprint: str = ""
     source: str = ""
     licence: str = ""
+    record_bytes: int = 0
 
     @property
     def dtype(self) -> npt.DTypeLike:
@@ -288,7 +291,10 @@ def _parse_header(path: Path, header: Any) -> Header:
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise TraceError(f"{path}: the header says {name}={value!r}", _FOREIGN)
-    return Header(**sizes, **texts)  # type: ignore[arg-type]  # checked above
+    record = header.get("record_bytes", 0)
+    if not isinstance(record, int) or isinstance(record, bool) or record < 0:
+        raise TraceError(f"{path}: the header says record_bytes={record!r}", _FOREIGN)
+    return Header(**sizes, **texts, record_bytes=record)  # type: ignore[arg-type]  # checked above
 
 
 def load_trace(path: Path) -> Trace:

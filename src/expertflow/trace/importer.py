@@ -26,7 +26,9 @@ from expertflow.trace.format import DECODE, UNKNOWN_TOKEN, Header, Rows, Trace
 _LAYOUT = "The folder needs routing.npz and sequences.json; see expertflow.trace.importer."
 
 
-def import_folder(folder: Path, *, model: str = "", experts: int | None = None, source: str = "") -> Trace:
+def import_folder(
+    folder: Path, *, model: str = "", experts: int | None = None, source: str = "", record_bytes: int = 0
+) -> Trace:
     """Read the folder.
 
     Args:
@@ -34,6 +36,7 @@ def import_folder(folder: Path, *, model: str = "", experts: int | None = None, 
         model: name for the header; default: the folder's name.
         experts: experts a layer; default: the smallest power of two that holds every index.
         source: where the data comes from, and its licence.
+        record_bytes: bytes of one expert's record; 0 if unknown.
 
     Raises:
         TraceError: if a file is missing, damaged, or disagrees with another.
@@ -44,7 +47,10 @@ def import_folder(folder: Path, *, model: str = "", experts: int | None = None, 
     count = experts or 1 << largest.bit_length()
     if largest >= count:
         raise TraceError(f"{folder} names expert {largest}, but {count} a layer are stated", "State the right number.")
-    header = Header(layers=ids.shape[1], experts=count, top_k=ids.shape[2], model=model or folder.name, source=source)
+    header = Header(
+        layers=ids.shape[1], experts=count, top_k=ids.shape[2], model=model or folder.name, source=source,
+        record_bytes=record_bytes,
+    )  # fmt: skip
     texts = _read_texts(folder / "decoded_tokens.jsonl.gz", sequences)
     vocabulary = tuple(sorted({text for line in texts.values() for text in line}))
     number = {text: token for token, text in enumerate(vocabulary)}

@@ -1,0 +1,109 @@
+"""Passes of an offloaded model: each begins a step of the expert cache, and two never run at once.
+
+Wraps the `forward` of the modules whose call is a pass. Knows autograd and the compiler; refuses to know the cache.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertflow.errors import UnsupportedModelError
+
+Begin = Callable[[tuple[Any, ...], dict[str, Any]], None]
+"""Begins a step of the expert cache; gets the arguments of the pass."""
+
+
+class Passes:
+    """Lets one thread at a time run passes; that thread may call the model again inside a pass, from a hook.
+
+    Args:
+        begin: called before a pass computes anything. If it raises, the pass does not run.
+    """
+
+    def __init__(self, begin: Begin) -> None:
+        """No pass is running."""
+        self._begin = torch.compiler.disable(begin, reason="the host begins a step of the expert cache")
+        self.lock = RLock()
+        self._inside = False
+
+    def guard(self, module: nn.Module, *, begins: bool = False) -> None:
+        """Make every call of a module a pass; its stock forward stays as `module.forward.__wrapped__`.
+
+        Args:
+            module: a module that calls experts: the model, its decoder, its encoder.
+            begins: whether the call begins a step inside another pass too, as an encoder's does.
+        """
+        own = module.forward
+
+        @torch.compiler.disable(recursive=False, reason="passes run one at a time")
+        def locked(*args: Any, **kwargs: Any) -> Any:
+            with self.lock:
+                inside = self._inside
+                try:
+                    self._inside = True
+                    if begins or not inside:
+                        self._begin(args, kwargs)
+                    out = own(*args, **kwargs)
+                finally:
+                    self._inside = inside
+            return out if inside or not torch.is_grad_enabled() else without_backward(out)
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            refuse_tracing()
+            return locked(*args, **kwargs)
+
+        module.forward = forward
+
+
+def refuse_tracing() -> None:
+    """A trace or an export would keep the routing of its example, and use it for every input.
+
+    Raises:
+        UnsupportedModelError: inside `torch.jit.trace` or `torch.export`.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]  # untyped in torch
+        raise UnsupportedModelError(
+            "an offloaded model cannot be traced or exported: which experts run is decided anew in every pass",
+            "Export the stock model, or use `torch.compile`.",
+        )
+
+
+class _NoBackward(torch.autograd.Function):
+    """Gives its input on; a backward pass that arrives here is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, _: Tensor) -> Tensor:
+        del ctx
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        del ctx, grads
+        raise UnsupportedModelError(
+            "a backward pass reached an offloaded model, which only runs forward", "Train the stock model."
+        )
+
+
+def without_backward(out: Any) -> Any:
+    """The output of a pass whose loss and logits refuse a backward pass with the cause, where they have no gradient.
+
+    Args:
+        out: a `ModelOutput`, or the tuple that `return_dict=False` gives.
+    """
+
+    def marked(value: Any) -> Any:
+        plain = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+        anchor = torch.empty(0, requires_grad=True)
+        return _NoBackward.apply(value, anchor) if plain and not value.is_inference() else value
+
+    if isinstance(out, tuple):
+        return tuple(marked(value) for value in out)
+    for name in ("loss", "logits"):
+        if getattr(out, name, None) is not None:
+            out[name] = marked(out[name])
+    return out

@@ -1,0 +1,234 @@
+"""`from_pretrained`: an offloaded model as an ordinary transformers model, and what programs may do with it.
+
+Whatever would leave dense weights and experts disagreeing, or fail in a later pass, is refused at the call.
+Knows transformers' model methods; refuses to know plans, caches and copies.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from expertflow.cache.forecast import Forecast
+from expertflow.config import EngineConfig, nearest
+from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model
+from expertflow.errors import ConfigError, UnsupportedModelError
+from expertflow.models.experts import Uncopied
+
+ATTENTIONS = ("eager", "sdpa")
+"""Attention implementations that were compared with the stock model of the same one."""
+_TRAIN = "Train the stock model; this one only runs forward."
+
+
+def from_pretrained(
+    model: str | Path | None = None,
+    *,
+    forecast: Forecast | None = None,
+    attn_implementation: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The ordinary transformers model, its experts offloaded; `.generate()` and everything else work as usual.
+
+    Its logits are those of the stock model with `experts_implementation="eager"`, bit for bit. Plain transformers
+    takes grouped experts where that is left out; their sums differ in the last bits.
+    Memory of keys, values and activations is then the caller's: `max_batch` and `max_length` say what to leave room for.
+    Several threads may call the model: passes run one after the other.
+
+    Args:
+        model: checkpoint folder or Hugging Face id; None: the shipped model.
+        forecast: replaces the strategy's own source of expectations, such as a recorded future.
+        attn_implementation: `eager` or `sdpa`; None: the family's own, as in transformers.
+        options: fields of `EngineConfig`.
+
+    Raises:
+        ConfigError: for an option that is unknown, of transformers alone, or only of use in `LLM`.
+        ExpertFlowError: if model, budget, device or host memory cannot do it; nothing is loaded then.
+
+    Returns:
+        The model; its attribute `expertflow` is the `OffloadedModel` (plan, counters, events, `close`).
+    """
+    config = _plain_config(options)
+    if attn_implementation not in (None, *ATTENTIONS):
+        raise ConfigError(
+            f"attn_implementation={attn_implementation!r} was never compared with the stock model",
+            nearest(str(attn_implementation), ATTENTIONS),
+        )
+    offloaded = load_model(SHIPPED_MODEL if model is None else model, config, forecast)
+    if attn_implementation is not None:
+        try:
+            offloaded.model.set_attn_implementation(attn_implementation)
+        except ValueError as error:
+            offloaded.close()
+            raise ConfigError(
+                f"attn_implementation={attn_implementation!r} cannot run this family: {str(error).splitlines()[0]}",
+                "Leave it out.",
+            ) from error
+    return make_plain(offloaded)
+
+
+def _plain_config(options: Mapping[str, Any]) -> EngineConfig:
+    """The options of a model whose passes are called by others.
+
+    Raises:
+        ConfigError: if they need `LLM`.
+    """
+    config = EngineConfig.from_mapping({"predictor": "none", **options})
+    if config.predictor != "none":
+        raise ConfigError(
+            f"predictor={config.predictor!r} cannot serve a plain transformers model: which rows are which sequences is unknown",
+            "Use LLM, or leave the predictor out.",
+        )
+    if config.execution == "graph":
+        raise ConfigError(
+            "execution='graph' cannot be had: the model is called by others, layer by layer",
+            "Use `LLM`, or leave the option out.",
+        )
+    return replace(config, execution="host")
+
+
+def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
+    """Give a loaded model the class and the guards of a model that others call."""
+    model = offloaded.model
+    stock: Any = type(model).__mro__[1]
+    own = {"stock": stock, "config_class": stock.config_class, "__module__": stock.__module__}
+    model.__class__ = type(stock.__name__, (PlainModel, stock), own)
+    model.expertflow = offloaded
+    for module in {model.base_model, model.get_decoder()} - {model}:
+        offloaded.passes.guard(module)
+    paths = offloaded.skeleton.expert_modules
+    for name, module in model.named_modules():
+        below = name and f"{name}."
+        inside = tuple(f"{path}.".removeprefix(below) for path in paths if f"{path}.".startswith(below))
+        if inside:
+            module._apply = partial(_apply_checked, module._apply, offloaded)  # noqa: SLF001 - what `to` and its kin call
+            module.load_state_dict = partial(_load_checked, module.load_state_dict, inside)
+    return model
+
+
+class PlainModel(Uncopied, PreTrainedModel):
+    """What differs from the stock class, which comes next in the order of bases.
+
+    Attributes:
+        stock: that class; making one of this class makes one of that.
+        expertflow: plan, counters, events, `close`.
+    """
+
+    stock: type[PreTrainedModel]
+    expertflow: OffloadedModel
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A stock model: experts are only offloaded by `from_pretrained`."""
+        return cls.stock(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - transformers' signature
+        """Nothing for `train(False)`.
+
+        Raises:
+            UnsupportedModelError: for training.
+        """
+        if mode:
+            _refuse("trained", _TRAIN)
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:  # noqa: FBT001, FBT002 - transformers' signature
+        """As usual for False.
+
+        Raises:
+            UnsupportedModelError: for True.
+        """
+        if requires_grad:
+            _refuse("trained", _TRAIN)
+        return super().requires_grad_(requires_grad)
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: it is of use in training only."""
+        _refuse("trained", _TRAIN)
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name from transformers 5.24 on
+
+    def enable_input_require_grads(self) -> NoReturn:
+        """Refused: it is of use in training only."""
+        _refuse("trained", _TRAIN)
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: the checkpoint folder is there already."""
+        _refuse("saved: it holds no experts, so they would be lost", "Copy the checkpoint folder.")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: as `save_pretrained`."""
+        _refuse("saved: it holds no experts, so they would be lost", "Push the checkpoint folder.")
+
+    def set_experts_implementation(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: experts come through the slots, and nothing else can compute them."""
+        _refuse(
+            "given another experts implementation",
+            "Its experts have the bits of 'eager'; load the stock model for any other.",
+        )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The dense weights; says once that the experts are not among them."""
+        if not getattr(self, "_told_of_experts", False):
+            self._told_of_experts = True
+            warnings.warn(
+                "state_dict() of an offloaded model holds its dense weights only; the experts are in the checkpoint.",
+                stacklevel=2,
+            )
+        return super().state_dict(*args, **kwargs)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:  # noqa: FBT001, FBT002 - transformers' signature
+        """As of the stock model: experts count, but never as trainable."""
+        own: int = super().num_parameters(only_trainable, exclude_embeddings)
+        shape = self.expertflow.plan.shape
+        return own if only_trainable else own + shape.total_experts * sum(prod(spec.shape) for spec in shape.specs)
+
+
+def _refuse(what: str, remedy: str) -> NoReturn:
+    raise UnsupportedModelError(f"an offloaded model cannot be {what}", remedy)
+
+
+def _apply_checked(
+    apply: Callable[..., nn.Module], offloaded: OffloadedModel, change: Callable[[Tensor], Tensor], **options: Any
+) -> nn.Module:
+    """In place of `Module._apply`: what `to`, `half`, `cuda` and their kin do, if dtype and device stay.
+
+    Raises:
+        UnsupportedModelError: if they would not.
+    """
+    dtype, device = getattr(torch, offloaded.skeleton.dtype), offloaded.model.device
+    try:
+        changed = change(torch.empty(1, dtype=dtype, device=device))
+        asked = f"{changed.dtype} on {changed.device}".removeprefix("torch.")
+        same = (changed.dtype, changed.device) == (dtype, device)
+    except (RuntimeError, AssertionError) as error:  # torch cannot make such a tensor here
+        asked, same = str(error).splitlines()[0], False
+    if not same:
+        _refuse(
+            f"converted or moved: its experts are {offloaded.skeleton.dtype} on {device}, asked for: {asked}",
+            "Call `from_pretrained` again with `dtype=` and `device=`; `model.expertflow.close()` gives memory back.",
+        )
+    return apply(change, **options)
+
+
+def _load_checked(
+    load: Callable[..., Any], inside: tuple[str, ...], state_dict: Mapping[str, Any], *args: Any, **options: Any
+) -> Any:
+    """In place of `Module.load_state_dict`: dense weights are copied in, experts are refused.
+
+    Raises:
+        UnsupportedModelError: if the state has weights of experts, or is to be assigned instead of copied.
+    """
+    if experts := [key for key in state_dict if key.startswith(inside)]:
+        _refuse(
+            f"given other experts: the state has {len(experts)} tensors of them, first {experts[0]!r}",
+            "Load a checkpoint folder with these weights, or leave the experts out of the state.",
+        )
+    if options.get("assign") or (len(args) > 1 and args[1]):
+        _refuse("given other tensors in place of its own", "Leave `assign` out: values are then copied.")
+    return load(state_dict, *args, **options)
