@@ -326,18 +326,13 @@ def eval_predictor(
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
     """Measure a predictor beside the free baselines, and what it saves in the simulator."""
-    cases = _arguments().parse_cases(batch)
-    _arguments().check_predictor(predictor)
-    _arguments().check_record(record_mb)
-    _arguments().check_evaluation((trace, baselines), slots, steps, (plot, json))
-    _arguments().check_model(model, fetch=False)
-    _arguments().check_conditions(only, leave_out)
-    module = import_module("expertflow.cli.eval_predictor")
-    test = module.Test(
-        trace=trace, free=baselines, only=only, leave_out=leave_out, skip=skip, cases=cases,
+    evaluation = import_module("expertflow.cli.evaluation")
+    test = evaluation.Test(
+        trace=trace, free=baselines, only=only, leave_out=leave_out, skip=skip, cases=evaluation.parse_cases(batch),
         slots=tuple(part.strip() for part in slots.split(",")), steps=steps, model=model, record_mb=record_mb,
     )  # fmt: skip
-    module.main(artifact=predictor, test=test, plot=plot, json_file=json)
+    _arguments().check_evaluation(test, predictor, (plot, json))
+    _call("eval_predictor", artifact=predictor, test=test, plot=plot, json_file=json)
 
 
 @app.command()

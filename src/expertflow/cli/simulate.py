@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,16 @@ def main(
 ) -> None:
     """Replay, print, draw, write."""
     check_outputs(plot, json_file)
-    record = find_record(trace, model, record_mb)
     grid = Grid(
         trace=trace,
         slots=tuple(part.strip() for part in slots.split(",")),
         batches=parse_batches(batch),
         strategies=strategy_names(strategy),
-        cost=Cost(row_bytes=record.size, **cost),
+        cost=Cost(**cost),
         **options,
     )
+    record = find_record(trace, model, record_mb)  # with a model this imports torch, so last
+    grid = replace(grid, cost=replace(grid.cost, row_bytes=record.size))
     started = time.perf_counter()
     console = Console(stderr=True)
     total = len(grid.batches) * len(set(grid.slots)) * len(grid.strategies)
