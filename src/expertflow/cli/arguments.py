@@ -3,13 +3,13 @@
 What only the model or the machine can refuse is left to the command. Knows options and files; refuses to import torch.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from expertflow.bench.presets import make_settings
 from expertflow.cache.strategy import find_strategy
+from expertflow.cli.evaluation import Test
 from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import bytes_of
 from expertflow.config import EngineConfig, SamplingParams
@@ -93,21 +93,6 @@ def check_model(model: str | None, *, fetch: bool) -> None:
         resolve(model, fetch=fetch)
 
 
-def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
-    """`1,4,4x2`: live sequences, and after an x the groups they take turns in; empty: none.
-
-    Raises:
-        ConfigError: if a part is no such thing.
-    """
-    cases = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", part, re.ASCII)
-        if found is None or int(found[1]) % int(found[2] or 1):
-            raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,16 or 4x2 (two groups).")
-        cases.append((int(found[1]), int(found[2] or 1)))
-    return tuple(cases)
-
-
 def parse_batches(text: str) -> tuple[int, ...]:
     """`1,4,recorded`: live sequences; 0 for the passes as they were recorded.
 
@@ -136,21 +121,16 @@ def check_simulate(
     open_trace(trace)
 
 
-def check_evaluation(
-    traces: tuple[Path, Path | None], slots: str, steps: int, outputs: tuple[Path | None, Path | None]
-) -> None:
-    """Refuse a replay that cannot be, traces that cannot be opened, and files that cannot be written.
+def check_evaluation(test: Test, predictor: Path, outputs: tuple[Path | None, Path | None]) -> None:
+    """Refuse what cannot be measured, a folder without a predictor, and files that cannot be written.
 
     Raises:
         ExpertFlowError: then.
     """
+    test.check()
     check_outputs(*outputs)
-    if steps < 1:
-        raise ConfigError(f"steps={steps} is too small", "Replay one step or more.")
-    _check_slots(slots.split(","))
-    for trace in traces:
-        if trace is not None:
-            open_trace(trace)
+    check_predictor(predictor)
+    check_model(test.model, fetch=False)
 
 
 def check_record(record_mb: float | None) -> None:
@@ -198,11 +178,11 @@ def check_training(trace: Path, out: Path, kind: str, options: Mapping[str, Any]
     open_trace(trace)
 
 
-def check_conditions(*conditions: str) -> None:
+def check_condition(condition: str) -> None:
     """Refuse a condition on sequences that is not like `category=physics`; empty: none.
 
     Raises:
         TraceError: then.
     """
-    for condition in filter(None, conditions):
+    if condition:
         read_condition(condition)

@@ -296,7 +296,7 @@ def train_predictor(
     """Train a routing path predictor from a trace."""
     options = {"epochs": epochs, "batch": batch, "rate": rate, "seed": seed, "device": device}
     _arguments().check_training(trace, out, kind, options, validation)
-    _arguments().check_conditions(leave_out)
+    _arguments().check_condition(leave_out)
     _arguments().check_model(model, fetch=False)
     module = import_module("expertflow.cli.train_predictor")
     source = module.Source(trace=trace, model=model, skip=skip, leave_out=leave_out, validation=validation)
