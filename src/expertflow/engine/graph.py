@@ -17,6 +17,7 @@ from expertflow.engine.capture import capture, graph_pool, kept_bytes
 from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.dense import DenseParts
 from expertflow.engine.device import DeviceExperts
+from expertflow.engine.passes import stock_forward
 from expertflow.engine.rows import Fed, Pass, RowModel
 from expertflow.engine.sampler import most_probable
 from expertflow.errors import DeviceError
@@ -133,7 +134,7 @@ class GraphDecoder:
             self._dense.rows, self._dense.positions, self._dense.lasts = rows, positions, self.rows.lasts(rows)
         self.experts.open_step(batch)  # rows of padding attend to whatever lies in row 0; nobody reads what they give
         logits = self.rows.forward(
-            self.rows.model.forward.__wrapped__,  # the stock code: a pass would begin a step of the host execution
+            stock_forward(self.rows.model),  # a pass would begin a step of the host execution
             Pass(tokens[:, None], rows, positions[:, None], where[:, None], columns, self._reach),
             whole=whole,
         )

@@ -31,7 +31,7 @@ class Passes:
         self._inside = False
 
     def guard(self, module: nn.Module, *, begins: bool = False) -> None:
-        """Make every call of a module a pass; its stock forward stays as `module.forward.__wrapped__`.
+        """Make every call of a module a pass; `stock_forward` has what it did before.
 
         Args:
             module: a module that calls experts: the model, its decoder, its encoder.
@@ -57,7 +57,14 @@ class Passes:
             refuse_tracing()
             return locked(*args, **kwargs)
 
+        forward.stock = own  # type: ignore[attr-defined]  # for `stock_forward`
         module.forward = forward
+
+
+def stock_forward(module: nn.Module) -> Callable[..., Any]:
+    """A module's own forward, which begins no step of the expert cache."""
+    own: Callable[..., Any] = getattr(module.forward, "stock", module.forward)
+    return own
 
 
 def refuse_tracing() -> None:
