@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
+NEWEST := .venv-newest
+NEWEST_STAMP := $(NEWEST)/.installed
+TODAY := .venv-today
+SMOKE := -m pytest tests/test_families_smoke.py
 
-.PHONY: demo test check fix bench clean
+.PHONY: demo test check fix bench newest-smoke newest resolve clean
 
 demo: $(RUN_STAMP)  ## run the shipped model with an eighth of its experts on the device
 	$(BIN)/expertflow run --prompt "The old house stood at the end of the lane, and" --slots 12.5% --max-tokens 120 --temperature 0.7 --seed 7
@@ -26,16 +30,34 @@ fix: $(DEV_STAMP)  ## mend what the linter can mend
 bench: $(DEV_STAMP)  ## the benchmark that suits this machine; result under benchmarks/results/
 	$(BIN)/python benchmarks/host_execution.py
 
+newest-smoke: $(NEWEST_STAMP)  ## every family with the newest transformers that the project allows
+	$(NEWEST)/bin/python $(SMOKE)
+
+newest:  ## every family with the newest transformers of today's index; by hand
+	$(PYTHON) -m venv --clear $(TODAY)
+	$(TODAY)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[dev]'
+	$(TODAY)/bin/python -m pip install --upgrade transformers
+	$(TODAY)/bin/python $(SMOKE)
+
+resolve: | $(BIN)/python  ## resolve all pins against today's index, downloads half a gigabyte; by hand
+	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints.txt '.[dev]'
+	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints-newest.txt '.[dev]'
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUN_STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]'
 	touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(RUN_STAMP)
 
-clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+$(NEWEST_STAMP): pyproject.toml constraints-newest.txt
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[dev]'
+	touch $@
+
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(NEWEST) $(TODAY) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

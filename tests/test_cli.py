@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from conftest import MakeCheckpoint
 from expertflow.cli.main import app
-from expertflow.cli.run import read_prompts
 from expertflow.engine.llm import shipped_model
 from expertflow.errors import ExpertFlowError, PromptError, TraceError
 from expertflow.models.families import FAMILIES
+from expertflow.prompts import read_prompts
 
 COMMAND = [sys.executable, "-m", "expertflow.cli.main"]
 

@@ -10,17 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertflow.cli import eval_predictor, train_predictor
+from expertflow.cli import eval_predictor, evaluation, train_predictor
 from expertflow.errors import ConfigError, PredictorError, TraceError
-from expertflow.predict.artifact import ABOUT_NAME, WEIGHTS_NAME, Artifact, load_artifact, save_artifact
+from expertflow.predict.artifact import WEIGHTS_NAME, Artifact, load_artifact, save_artifact
 from expertflow.predict.calibration import Piece, calibrate, weigh
 from expertflow.predict.dataset import Passage, Shape, leave_out, passages, split, windows
 from expertflow.predict.kinds import KINDS, make
 from expertflow.predict.memory import SOURCES, Memory, remember
 from expertflow.predict.model import HORIZONS, OUTPUTS, Pieces, PredictorConfig, TokenTable, multi_hot
 from expertflow.predict.online import OnlinePredictor
+from expertflow.predict.options import ABOUT_NAME, TrainConfig
 from expertflow.predict.score import score
-from expertflow.predict.train import Epoch, TrainConfig, labels, train
+from expertflow.predict.train import Epoch, labels, train
 from expertflow.trace.format import Header, Rows, Trace, load_trace
 from test_trace import EXCERPT, make_trace
 
@@ -563,7 +564,7 @@ def test_the_commands_train_and_measure(tmp_path: Path, capsys: pytest.CaptureFi
     source = train_predictor.Source(trace=EXCERPT, model=None, skip="repetition", leave_out="", validation=0.2)
     train_predictor.main(source=source, out=out, kind="path", options={"epochs": 2, "device": "cpu"})
     assert sorted(path.name for path in out.iterdir()) == [ABOUT_NAME, WEIGHTS_NAME]
-    test = eval_predictor.Test(
+    test = evaluation.Test(
         trace=EXCERPT, free=None, only="", leave_out="", skip="repetition", cases=((1, 1), (4, 2), (64, 1)),
         slots=("25%",), steps=40,
     )  # fmt: skip
@@ -597,10 +598,8 @@ def test_the_commands_refuse_before_they_work(tmp_path: Path) -> None:
         train_predictor.main(source=source, out=file / "p", kind="path", options={"device": "cpu"})
     for text in ("4x3", "4x0", "0", "²", "4y", "-1"):
         with pytest.raises(ConfigError, match=f"batch='{text}'"):
-            eval_predictor.parse_cases(f"1,{text}")
-    test = eval_predictor.Test(
-        trace=EXCERPT, free=None, only="", leave_out="", skip="", cases=(), slots=("25%",), steps=0
-    )
+            evaluation.parse_cases(f"1,{text}")
+    test = evaluation.Test(trace=EXCERPT, free=None, only="", leave_out="", skip="", cases=(), slots=("25%",), steps=0)
     for plot, result, message in (
         (None, None, "steps=0"),
         (None, tmp_path, "cannot be written"),
@@ -619,4 +618,4 @@ def test_training_keeps_what_is_not_its_own(tmp_path: Path) -> None:
     train_predictor.main(source=source, out=tmp_path, kind="path", options={"epochs": 1, "device": "cpu"})
     assert kept.read_text() == "mine"
     assert [path.name for path in kept.parent.iterdir()] == ["mine.txt"]
-    assert eval_predictor.parse_cases("1, 4x2,") == ((1, 1), (4, 2))
+    assert evaluation.parse_cases("1, 4x2,") == ((1, 1), (4, 2))

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from expertflow.errors import ConfigError
 from expertflow.types import DTYPE_BYTES
-from expertflow.units import parse_bytes
+from expertflow.units import parse_bytes, read_slots
 
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", *DTYPE_BYTES)
@@ -149,6 +149,8 @@ class EngineConfig(_Checked):
             parse_bytes(self.gpu_memory, "gpu_memory")
         if self.host_memory is not None:
             parse_bytes(self.host_memory, "host_memory")
+        if self.slots is not None:
+            read_slots(self.slots)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,26 @@ def format_bytes(size: float) -> str:
     return f"{value:.2f} GiB"
 
 
+def read_slots(text: str | int) -> tuple[Fraction, str]:
+    """What is asked for, before the model is known: a number, and its unit `%`, `/layer` or none.
+
+    Raises:
+        ConfigError: if the text is no number of slots, or not more than zero.
+    """
+    raw = str(text).strip()
+    unit = next((unit for unit in ("%", "/layer") if raw.endswith(unit)), "")
+    digits = raw.removesuffix(unit)
+    try:
+        number = Fraction(digits) if unit == "%" else Fraction(int(digits))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"slots={text!r} is neither a count nor a share", "Write it like 96, 25% or 16/layer."
+        ) from error
+    if number <= 0:
+        raise ConfigError(f"slots={text!r} is less than one slot", "Ask for at least one (1, or a larger share).")
+    return number, unit
+
+
 def parse_slots(text: str | int, layers: int, experts: int) -> int:
     """Read a number of expert slots: `96`, a share of all experts such as `25%`, or `16/layer`.
 
@@ -65,16 +85,10 @@ def parse_slots(text: str | int, layers: int, experts: int) -> int:
     Raises:
         ConfigError: if the text is none of these, or asks for less than one slot.
     """
-    raw, total = str(text).strip(), layers * experts
-    try:
-        if raw.endswith("%"):
-            slots = math.floor(Fraction(raw[:-1]) * total / 100)
-        else:
-            slots = int(raw.removesuffix("/layer")) * (layers if raw.endswith("/layer") else 1)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(
-            f"slots={text!r} is neither a count nor a share", "Write it like 96, 25% or 16/layer."
-        ) from error
+    number, unit = read_slots(text)
+    total = layers * experts
+    factors = {"": Fraction(1), "%": Fraction(total, 100), "/layer": Fraction(layers)}
+    slots = math.floor(number * factors[unit])
     if slots < 1:
         raise ConfigError(
             f"slots={text!r} gives {slots} slots of {total} experts",

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from expertflow.engine.offline import prompt_lines
 from expertflow.errors import PromptError
+from expertflow.prompts import prompt_lines
 
 Tokens = tuple[int, ...]
 

@@ -7,7 +7,6 @@ Metrics of the predictions themselves, then PLEC in the simulator with each sour
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,9 +22,11 @@ from rich.table import Table
 
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import STRATEGIES
+from expertflow.cli.evaluation import Test
 from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import Record, find_record
 from expertflow.cli.tables import figures_table, megabytes
+from expertflow.engine.threads import limit_threads
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.files import processor, write_whole
 from expertflow.predict.artifact import Artifact, load_artifact
@@ -48,60 +49,12 @@ _AFTER_THE_FACT = {"previous layer"}
 """Sources that are known only while the step runs: measured, not replayed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Test:
-    """What is measured.
-
-    Attributes:
-        trace: sequences to predict.
-        free: trace that the free baselines learn from; None: each half of the sequences from the other.
-        only: `key=text` of the sequences to take; empty: all.
-        leave_out: `key=text` of sequences the free baselines do not learn from; empty: none.
-        skip: flag of sequences to leave out; empty: none.
-        cases: live sequences and the groups they take turns in; none: no replay.
-        slots: counts or shares.
-        steps: of a replay, at most.
-        model: checkpoint the trace is of: what an expert's bytes are taken from; None: not stated.
-        record_mb: bytes of an expert in 10^6, where no model is stated; None: what the trace says.
-    """
-
-    trace: Path
-    free: Path | None
-    only: str
-    leave_out: str
-    skip: str
-    cases: tuple[tuple[int, int], ...]
-    slots: tuple[str, ...]
-    steps: int
-    model: str | None = None
-    record_mb: float | None = None
-
-
-def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
-    """`1,4,4x2`: live sequences, and after an x the groups they take turns in; empty: none.
-
-    Raises:
-        ConfigError: if a part is no such thing.
-    """
-    cases = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", part, re.ASCII)
-        if found is None or int(found[1]) % int(found[2] or 1):
-            raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,16 or 4x2 (two groups).")
-        cases.append((int(found[1]), int(found[2] or 1)))
-    return tuple(cases)
-
-
 def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | None) -> None:
     """Measure, replay, print, draw, write."""
     started, console = time.perf_counter(), Console(stderr=True)
+    limit_threads()
     check_outputs(plot, json_file)
-    if test.steps < 1:
-        raise ConfigError(f"steps={test.steps} is too small", "Replay one step or more.")
-    if test.leave_out and test.free is None:
-        raise ConfigError(
-            f"leave_out={test.leave_out!r} needs a trace that the baselines learn from", "Give it with --baselines."
-        )
+    test.check()
     record = find_record(test.trace, test.model, test.record_mb)
     predictor = load_artifact(artifact)
     trace, held = _load(test.trace, test, predictor)

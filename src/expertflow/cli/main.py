@@ -4,6 +4,7 @@ Each command's work is in a module of its own, imported when it runs. Errors of 
 exit code 2; Ctrl-C ends with exit code 130, as typer does it.
 """
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,27 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from expertflow import __version__
+from expertflow.cli.options import (
+    Device,
+    Dtype,
+    Execution,
+    GpuMemory,
+    HostMemory,
+    Json,
+    MaxBatch,
+    MaxLength,
+    MaxLive,
+    Model,
+    Predictor,
+    PrefillChunk,
+    RecordMb,
+    Schedule,
+    Slots,
+    Strategy,
+    TraceArgument,
+    TraceModel,
+)
 from expertflow.errors import ExpertFlowError
 
 app = typer.Typer(
@@ -22,62 +44,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str | None,
-    typer.Argument(help="Checkpoint folder, or Hugging Face id. Default: the shipped model."),
-]
-GpuMemory = Annotated[str | None, typer.Option(help="Device memory for everything, such as 6GiB. Default: no limit.")]
-Slots = Annotated[
-    str | None,
-    typer.Option(help="Expert slots: a count, a share such as 25%, or 16/layer. Default: all the budget buys."),
-]
-Strategy = Annotated[
-    str | None,
-    typer.Option(
-        help="What to keep in the slots, see `expertflow strategies`. Default: plec with a predictor, else next-use."
-    ),
-]
-Predictor = Annotated[
-    str, typer.Option(help="Folder of a trained predictor, auto (the model's own, if it has one), or none.")
-]
-Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
-Execution = Annotated[
-    str, typer.Option(help="auto, host (decides layer by layer) or graph (a decode step is one CUDA graph).")
-]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-MaxBatch = Annotated[
-    int | None, typer.Option(help="Sequences computed together at most. Default: all prompts, at most 8.")
-]
-MaxLive = Annotated[
-    int | None,
-    typer.Option(help="Sequences with keys and values at once; they take turns if they are more than --max-batch."),
-]
-Schedule = Annotated[
-    str, typer.Option(help="Who steps together in a turn: fifo (arrival), group (predicted route) or auto.")
-]
-MaxLength = Annotated[
-    int | None, typer.Option(help="Tokens of a sequence, prompt included. Default: what the run needs.")
-]
-PrefillChunk = Annotated[
-    int | None, typer.Option(help="Tokens of one prefill pass. Default: the prompts', at most 512.")
-]
-HostMemory = Annotated[str | None, typer.Option(help="Host memory the experts may take. Default: what is free.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
-
-TraceArgument = Annotated[Path, typer.Argument(help="A trace file.")]
-TraceModel = Annotated[
-    str | None, typer.Option(help="Checkpoint the trace is of: checks that, and takes the size of an expert.")
-]
-RecordMb = Annotated[
-    float | None,
-    typer.Option(
-        "--record-mb",
-        "--row-mb",
-        help="One expert, MB (10^6 bytes), where no model is stated. Default: the trace's own.",
-    ),
-]
 
 
 class _TraceGroup(TyperGroup):
@@ -95,6 +61,26 @@ trace_app = typer.Typer(
     context_settings={"ignore_unknown_options": True},
 )  # fmt: skip
 app.add_typer(trace_app, name="trace")
+
+
+def _show_version(wanted: bool) -> None:  # noqa: FBT001 - typer calls it
+    if wanted:
+        print(f"expertflow {__version__}")  # noqa: T201 - the output
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run Mixture-of-Experts models that do not fit on the GPU, inside a memory budget you state."""
+
+
+def _arguments() -> Any:
+    """What checks arguments; light, but not as light as `--help`."""
+    return import_module("expertflow.cli.arguments")
 
 
 def _call(command: str, **options: Any) -> None:
@@ -150,11 +136,13 @@ def run(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
         "stop": tuple(stop or ()),
     }  # fmt: skip
+    prompts = _arguments().all_prompts(prompt or (), prompts_file)
+    _arguments().check_run(engine, sampling, len(prompts), results)
+    _arguments().check_model(model, fetch=True)
     _call(
         "run",
         model=model,
-        prompts=prompt or [],
-        prompts_file=prompts_file,
+        prompts=prompts,
         engine=engine,
         sampling=sampling,
         results=results,
@@ -185,6 +173,8 @@ def plan(
         "prefill_chunk": prefill_chunk, "max_batch": max_batch, "max_length": max_length, "predictor": predictor,
         "execution": execution, "max_live": max_live, "schedule": schedule,
     }  # fmt: skip
+    _arguments().check_engine(engine, max_batch=1)
+    _arguments().check_model(model, fetch=False)
     _call("plan", model=model, engine=engine, as_json=json)
 
 
@@ -217,7 +207,10 @@ def trace_record(
         "max_batch": max_batch, "max_length": max_length,
     }  # fmt: skip
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
-    _call("record", model=model, prompts_file=prompts_file, out=out, engine=engine, sampling=sampling)
+    prompts = _arguments().all_prompts((), prompts_file)
+    _arguments().check_run(engine, sampling, len(prompts), out)
+    _arguments().check_model(model, fetch=True)
+    _call("record", model=model, prompts=prompts, out=out, engine=engine, sampling=sampling)
 
 
 @trace_app.command("info")
@@ -269,6 +262,9 @@ def simulate(
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
     """Replay a trace: what strategies, slots and batches would give, with the engine's own decisions."""
+    _arguments().check_record(record_mb)
+    _arguments().check_simulate(trace, slots, batch, strategy, (plot, json))
+    _arguments().check_model(model, fetch=False)
     cost = {"link_gbps": link_gbps, "copy_us": copy_us, "layer_us": layer_us, "expert_us": expert_us}
     options = {"groups": groups, "grouping": grouping, "gate_recall": gate_recall, "skip": skip, "seed": seed}
     _call(
@@ -298,9 +294,12 @@ def train_predictor(
     device: Device = "auto",
 ) -> None:
     """Train a routing path predictor from a trace."""
+    options = {"epochs": epochs, "batch": batch, "rate": rate, "seed": seed, "device": device}
+    _arguments().check_training(trace, out, kind, options, validation)
+    _arguments().check_condition(leave_out)
+    _arguments().check_model(model, fetch=False)
     module = import_module("expertflow.cli.train_predictor")
     source = module.Source(trace=trace, model=model, skip=skip, leave_out=leave_out, validation=validation)
-    options = {"epochs": epochs, "batch": batch, "rate": rate, "seed": seed, "device": device}
     module.main(source=source, out=out, kind=kind, options=options)
 
 
@@ -327,12 +326,13 @@ def eval_predictor(
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
     """Measure a predictor beside the free baselines, and what it saves in the simulator."""
-    module = import_module("expertflow.cli.eval_predictor")
-    test = module.Test(
-        trace=trace, free=baselines, only=only, leave_out=leave_out, skip=skip, cases=module.parse_cases(batch),
+    evaluation = import_module("expertflow.cli.evaluation")
+    test = evaluation.Test(
+        trace=trace, free=baselines, only=only, leave_out=leave_out, skip=skip, cases=evaluation.parse_cases(batch),
         slots=tuple(part.strip() for part in slots.split(",")), steps=steps, model=model, record_mb=record_mb,
     )  # fmt: skip
-    module.main(artifact=predictor, test=test, plot=plot, json_file=json)
+    _arguments().check_evaluation(test, predictor, (plot, json))
+    _call("eval_predictor", artifact=predictor, test=test, plot=plot, json_file=json)
 
 
 @app.command()
@@ -374,6 +374,7 @@ def bench(
         "prompts_file": prompts_file, "deadline": deadline, "executions": presets.names(execution), "device": device,
         "dtype": dtype, "seed": seed,
     }  # fmt: skip
+    _arguments().check_bench(preset, options, out)
     _call("bench", preset=preset, options=options, out=out)
 
 
@@ -388,6 +389,8 @@ def report(
 
 def main() -> None:
     """Entry point."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads would starve the one they wait for; torch reads it
     try:
         app(standalone_mode=True)
     except ExpertFlowError as error:

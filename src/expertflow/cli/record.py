@@ -6,18 +6,14 @@ from typing import Any
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from expertflow.cli.outputs import check_outputs
-from expertflow.cli.run import read_prompts
 from expertflow.config import SamplingParams
 from expertflow.engine.llm import LLM, shipped_model
 from expertflow.progress import Progress
 from expertflow.units import format_bytes
 
 
-def main(*, model: str | None, prompts_file: Path, out: Path, engine: dict[str, Any], sampling: dict[str, Any]) -> None:
+def main(*, model: str | None, prompts: list[str], out: Path, engine: dict[str, Any], sampling: dict[str, Any]) -> None:
     """Load, generate, record."""
-    check_outputs(None, out)
-    prompts = read_prompts(prompts_file)
     params = SamplingParams.from_mapping(sampling)
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)

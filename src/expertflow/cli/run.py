@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from expertflow.cli.tables import facts_table
 from expertflow.config import SamplingParams
 from expertflow.engine.llm import LLM, load_tokenizer, shipped_model
-from expertflow.engine.offline import Results, prompt_lines
+from expertflow.engine.offline import Results
 from expertflow.engine.request import RequestOutput
 from expertflow.errors import NonFiniteError, PromptError
 from expertflow.models.checkpoint import context_of, resolve
@@ -30,16 +30,12 @@ def main(
     *,
     model: str | None,
     prompts: list[str],
-    prompts_file: Path | None,
     engine: dict[str, Any],
     sampling: dict[str, Any],
     results: Path | None,
     as_json: bool,
 ) -> None:
     """Load, generate, report."""
-    prompts = prompts + (read_prompts(prompts_file) if prompts_file else [])
-    if not prompts:
-        raise PromptError("there is no prompt", "Give --prompt TEXT or --prompts-file FILE.")
     params = SamplingParams.from_mapping(sampling)
     wanted = {key: value for key, value in engine.items() if value is not None}
     transformers_logging.set_verbosity_error()
@@ -87,28 +83,6 @@ def _needs(folder: Path, prompts: list[str], params: SamplingParams) -> dict[str
         )
     length = max(2, longest + params.max_tokens if most is None else min(longest + params.max_tokens, most))
     return {"max_batch": batch, "max_length": length, "prefill_chunk": min(_LARGEST_PASS, max(1, longest * batch))}
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: JSON lines with a field `prompt` if it ends in .jsonl, otherwise a prompt a line.
-
-    Raises:
-        PromptError: if the file cannot be read, holds no prompt, or a line is malformed.
-    """
-    filled = prompt_lines(path)
-    if path.suffix != ".jsonl":
-        return [line for _, line in filled]
-    return [_json_prompt(path, number, line) for number, line in filled]
-
-
-def _json_prompt(path: Path, number: int, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise PromptError(f"{path}, line {number} is no JSON object with a field 'prompt'", "Mend the line.") from error
-    if not isinstance(prompt, str):
-        raise PromptError(f"{path}, line {number}: 'prompt' is no text", "Mend the line.")
-    return prompt
 
 
 class _Interrupt:
@@ -209,6 +183,7 @@ def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dic
         ],
         "interrupted": interrupted,
         "device": plan.device,
+        "threads": llm.threads,
         "execution": plan.execution,
         "why_host": plan.why_host,
         "strategy": plan.strategy,
@@ -287,6 +262,7 @@ def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
             f"{format_bytes(stats.peak_bytes)} (all experts resident: {format_bytes(plan.resident_total)})",
         ),
         ("execution", f"{plan.execution}{plan.why_host and ': ' + plan.why_host}"),
+        ("threads", str(llm.threads)),
         ("slots", f"{plan.slots} of {plan.shape.total_experts} experts ({plan.share:.1%}), strategy {plan.strategy}"),
         ("predictor", _predictor(llm)),
         ("hit ratio", f"{stats.cache.hit_ratio:.1%} of {stats.cache.accesses} accesses"),

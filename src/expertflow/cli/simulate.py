@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from expertflow.cli.arguments import parse_batches
 from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import Record, find_record
 from expertflow.cli.tables import figures_table, megabytes
@@ -18,7 +20,7 @@ from expertflow.files import processor, write_whole
 from expertflow.progress import Progress
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome
-from expertflow.sim.sweep import AS_RECORDED, Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
+from expertflow.sim.sweep import Grid, as_result, bound_tokens_per_second, run_grid, strategy_names
 from expertflow.trace.format import open_trace
 
 
@@ -37,15 +39,16 @@ def main(
 ) -> None:
     """Replay, print, draw, write."""
     check_outputs(plot, json_file)
-    record = find_record(trace, model, record_mb)
     grid = Grid(
         trace=trace,
         slots=tuple(part.strip() for part in slots.split(",")),
-        batches=tuple(_batch(part) for part in batch.split(",")),
+        batches=parse_batches(batch),
         strategies=strategy_names(strategy),
-        cost=Cost(row_bytes=record.size, **cost),
+        cost=Cost(**cost),
         **options,
     )
+    record = find_record(trace, model, record_mb)  # with a model this imports torch, so last
+    grid = replace(grid, cost=replace(grid.cost, row_bytes=record.size))
     started = time.perf_counter()
     console = Console(stderr=True)
     total = len(grid.batches) * len(set(grid.slots)) * len(grid.strategies)
@@ -69,14 +72,6 @@ def _write(path: Path, result: dict[str, Any]) -> None:
         write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}", "Choose another place.") from error
-
-
-def _batch(text: str) -> int:
-    if text.strip() == "recorded":
-        return AS_RECORDED
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ConfigError(f"batch={text.strip()!r} is no number of sequences", "Write it like 1,4,8 or recorded.")
-    return int(text)
 
 
 def show(grid: Grid, outcomes: Sequence[Outcome], record: Record) -> None:

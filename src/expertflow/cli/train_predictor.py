@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from expertflow.config import EngineConfig
 from expertflow.engine.build import Prepared, prepare
 from expertflow.engine.llm import load_tokenizer
+from expertflow.engine.threads import limit_threads
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
 from expertflow.predict.dataset import Passage, leave_out, mark, passages, shape_of, split
 from expertflow.predict.model import PredictorConfig
-from expertflow.predict.train import Epoch, TrainConfig, Trained, train
+from expertflow.predict.options import TrainConfig
+from expertflow.predict.train import Epoch, Trained, train
 from expertflow.progress import Progress
 from expertflow.trace.format import Trace, check_model, load_trace
 from expertflow.units import format_bytes
@@ -49,6 +51,7 @@ class Source:
 def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> None:
     """Train, write, report."""
     console, started = Console(stderr=True), time.perf_counter()
+    limit_threads()
     settings = TrainConfig(**options)
     if not 0 < source.validation < 1:
         raise ConfigError(f"validation={source.validation} is no share", "Use one between 0 and 1, such as 0.1.")

@@ -39,9 +39,10 @@ from expertflow.models.load import bind_experts, fill_rows, load_dense, unbind_e
 from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
-from expertflow.predict.artifact import ABOUT_NAME, Artifact, load_artifact
+from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.dataset import Shape
 from expertflow.predict.online import OnlinePredictor
+from expertflow.predict.options import ABOUT_NAME
 from expertflow.progress import Progress
 from expertflow.units import format_bytes, parse_bytes
 

@@ -22,6 +22,7 @@ from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.rows import Fed
 from expertflow.engine.runner import Piece
 from expertflow.engine.sampler import NO_TOKEN, choose_all
+from expertflow.engine.threads import Threads
 from expertflow.predict.online import PREVIEW
 from expertflow.schedule.cost import Costs, fixed_part
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
@@ -48,12 +49,16 @@ class Engine:
 
     Args:
         offloaded: the model.
+
+    Attributes:
+        threads: how many the steps use.
     """
 
     def __init__(self, offloaded: OffloadedModel) -> None:
         """No request yet."""
         self._offloaded, plan = offloaded, offloaded.plan
         self._executor = offloaded.executor()
+        self.threads = Threads(plan.row)
         asks = offloaded.foresight is not None and plan.schedule != "fifo"
         self._scheduler = Scheduler(
             rows=plan.max_live,
@@ -157,7 +162,7 @@ class Engine:
         began = time.perf_counter()
         self._stepping = True
         try:
-            with self._offloaded.meter.watch():
+            with self._offloaded.meter.watch(), self.threads.step():
                 count = self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
         except BaseException:
             if not self._executor.joins:  # what a cohort keeps may have half of the step

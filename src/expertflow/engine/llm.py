@@ -19,6 +19,7 @@ from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, prepare
 from expertflow.engine.engine import Engine
 from expertflow.engine.plan import Plan
 from expertflow.engine.request import Decoder, Request, RequestOutput, StreamOutput
+from expertflow.engine.threads import limit_threads
 from expertflow.errors import (
     CancelledError,
     CheckpointError,
@@ -86,6 +87,9 @@ class LLM:
 
     The reference of its output is stock transformers with `experts_implementation="eager"`, which is not its default.
 
+    Torch computes with no more threads than the process has processors (affinity and control groups), and with one where
+    experts are small. `OMP_NUM_THREADS` or an earlier `torch.set_num_threads` is kept, see `engine.threads`.
+
     Args:
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future; steps are captured if it is
@@ -107,6 +111,7 @@ class LLM:
     ) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
+        limit_threads()
         other: OffloadedModel | None = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
         folder = shipped_model() if model is None else model
         self._name = Path(folder).absolute().name
@@ -139,6 +144,11 @@ class LLM:
             PromptError: if the prompt is empty or too long.
         """
         return self._request(0, prompt, params or SamplingParams())
+
+    @property
+    def threads(self) -> int:
+        """Threads that a step computes with."""
+        return self._engine.threads.number
 
     @property
     def fingerprint(self) -> str:

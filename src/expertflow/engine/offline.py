@@ -14,25 +14,9 @@ from typing import IO, Any, Self
 
 from expertflow.config import SamplingParams
 from expertflow.engine.request import RequestOutput
-from expertflow.errors import PromptError, ResultsError
+from expertflow.errors import ResultsError
 
 _FORMAT = 1
-
-
-def prompt_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a file of prompts that are not blank, with their numbers.
-
-    Raises:
-        PromptError: if the file cannot be read, or holds none.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read: {error}", "Give a UTF-8 text file.") from error
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
-        raise PromptError(f"{path} holds no prompt", "Put one prompt a line.")
-    return filled
 
 
 class Results:

@@ -6,13 +6,13 @@ so that the same weights in other shards have the same identity, and the files o
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from expertflow.errors import CheckpointError
+from expertflow.limits import usable_cpus
 from expertflow.models.checkpoint import StoredTensor, chunks_of
 
 SETTING_FILES = (
@@ -22,7 +22,7 @@ SETTING_FILES = (
 """Patterns of the files beside the weights that answers depend on."""
 _SPAN_BYTES = 1 << 26
 """Bytes of a dense tensor that are hashed by one thread."""
-READERS = min(16, os.cpu_count() or 1)
+READERS = min(16, usable_cpus())
 """Threads that read and hash: one hashes 1 to 2 GB a second."""
 
 

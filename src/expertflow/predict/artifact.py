@@ -26,10 +26,10 @@ from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make
 from expertflow.predict.memory import SOURCES, Memory
 from expertflow.predict.model import OUTPUTS, PredictorConfig
+from expertflow.predict.options import ABOUT_NAME
 
 FORMAT = "expertflow-predictor"
 VERSION = 1
-ABOUT_NAME = "predictor.json"
 WEIGHTS_NAME = "predictor.safetensors"
 _WORTH_PACKING = 4096
 _SCALE = ".scale"

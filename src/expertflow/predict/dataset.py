@@ -125,6 +125,18 @@ def split(items: Sequence[Passage], share: float, seed: int) -> tuple[list[Passa
     return kept, [items[number] for number in sorted(held)]
 
 
+def read_condition(condition: str) -> tuple[str, str]:
+    """Key and text of `key=text`.
+
+    Raises:
+        TraceError: if the condition is malformed.
+    """
+    key, equals, text = condition.partition("=")
+    if not equals or not key or not text:
+        raise TraceError(f"{condition!r} is no condition", "Write it like category=physics.")
+    return key, text
+
+
 def leave_out(items: Sequence[Passage], condition: str) -> tuple[list[Passage], list[Passage]]:
     """Divide by what the source says of the sequences: the others, and those that fulfil the condition.
 
@@ -135,9 +147,7 @@ def leave_out(items: Sequence[Passage], condition: str) -> tuple[list[Passage], 
     Raises:
         TraceError: if the condition is malformed, or leaves one side empty.
     """
-    key, equals, text = condition.partition("=")
-    if not equals or not key or not text:
-        raise TraceError(f"{condition!r} is no condition", "Write it like category=physics.")
+    key, text = read_condition(condition)
     chosen = [text in str(item.about.get(key, "")) for item in items]
     if not any(chosen) or all(chosen):
         keys = sorted({name for item in items for name in item.about})

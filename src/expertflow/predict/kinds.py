@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from expertflow.config import nearest
-from expertflow.errors import ConfigError
 from expertflow.predict.model import PathPredictor, PredictorConfig
+from expertflow.predict.options import PATH, T5, check_kind
 from expertflow.predict.t5 import T5Predictor
 
-KINDS: dict[str, Callable[[PredictorConfig], nn.Module]] = {"path": PathPredictor, "t5": T5Predictor}
+KINDS: dict[str, Callable[[PredictorConfig], nn.Module]] = {PATH: PathPredictor, T5: T5Predictor}
 """Name to class; every class offers `model.Predictor`."""
 
 
@@ -19,6 +18,5 @@ def make(config: PredictorConfig) -> nn.Module:
     Raises:
         ConfigError: for an unknown kind; names the nearest.
     """
-    if config.kind not in KINDS:
-        raise ConfigError(f"unknown predictor kind {config.kind!r}", nearest(config.kind, KINDS))
+    check_kind(config.kind)
     return KINDS[config.kind](config)

@@ -9,7 +9,7 @@ been. Knows passages and networks; refuses to know artifacts and engines.
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -21,66 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from expertflow.config import DEVICES, nearest
-from expertflow.errors import ConfigError, DeviceError, PredictorError
+from expertflow.errors import DeviceError, PredictorError
 from expertflow.predict.calibration import Piece, calibrate, recalled, weigh
 from expertflow.predict.dataset import Passage, Shape, Windows, windows
 from expertflow.predict.kinds import make
 from expertflow.predict.memory import Memory, remember
 from expertflow.predict.model import HORIZONS, OUTPUTS, PredictorConfig, multi_hot
+from expertflow.predict.options import TrainConfig
 
 _WARM_UP = 100
 _FITTED = 8192
 """Validation tokens that the calibration is fitted on."""
 _ROOM = {"cpu": 1 << 28, "cuda": 1 << 31}
 """Bytes of the largest intermediate of one pass; larger batches go in parts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-        epochs: passes over the training passages.
-        batch: windows a step.
-        length: tokens a window at most.
-        rate: highest learning rate; it warms up, then falls along a cosine.
-        decay: weight decay.
-        hide: share of token ids hidden, so that unknown tokens are learned too.
-        blind: share of windows without any routing, as a prompt is seen.
-        later: weight of each horizon output beside this step's.
-        average: how slowly the averaged weights follow.
-        seed: of everything random.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    epochs: int = 100
-    batch: int = 16
-    length: int = 512
-    rate: float = 2e-3
-    decay: float = 0.05
-    hide: float = 0.05
-    blind: float = 0.1
-    later: float = 0.3
-    average: float = 0.995
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot mean anything.
-
-        Raises:
-            ConfigError: then.
-        """
-        for name in ("epochs", "batch", "length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small", "Use 1 or more.")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} is out of range", "Use 0 to 4294967295.")
-        if not self.rate > 0:
-            raise ConfigError(f"rate={self.rate} is no learning rate", "Use one above 0, such as 0.002.")
-        if self.device not in DEVICES:
-            raise ConfigError(f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
 
 
 class Epoch(NamedTuple):

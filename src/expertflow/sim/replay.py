@@ -146,13 +146,13 @@ def _run_step(  # noqa: PLR0913, PLR0917 - state of three parts, each used as it
 ) -> None:
     missed = c.tally[MISSES]
     t.cursor[LOG] = 0
-    _open_step(t, planes, demand, rules)
+    open_step(t, planes, demand, rules)
     tick(c, rates, t.log, 0, t.cursor[LOG])
     for layer in range(needed.shape[0]):
         if not np.any(needed[layer]):
             continue
         t.cursor[LOG] = 0
-        _run_layer(t, planes, demand, rules, layer, needed[layer])
+        run_layer(t, planes, demand, rules, layer, needed[layer])
         tick(c, rates, t.log, 0, t.cursor[LOG])
     t.cursor[LOG] = 0
     c.tally[CLEAN] += missed == c.tally[MISSES]

@@ -16,6 +16,7 @@ from expertflow.cache.strategy import STRATEGIES, find_strategy
 from expertflow.config import nearest
 from expertflow.errors import ConfigError
 from expertflow.files import processor
+from expertflow.limits import usable_cpus
 from expertflow.schedule.cluster import METHODS
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome, check_slots, replay_sizes
@@ -83,7 +84,7 @@ def run_grid(grid: Grid, advance: Advance, workers: int | None = None) -> list[O
     _check(grid)
     tasks = [(batch, name) for batch in grid.batches for name in grid.strategies]
     tasks.sort(key=lambda task: (task[0] or 1, STRATEGIES[task[1]].prefetch != "layer"))  # long ones first
-    count = min(workers or os.cpu_count() or 1, len(tasks))
+    count = min(workers or usable_cpus(), len(tasks))
     outcomes: list[Outcome] = []
     if count == 1:
         for batch, name in tasks:

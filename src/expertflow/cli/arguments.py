@@ -1,0 +1,188 @@
+"""Arguments of the commands that import torch, checked before they do: a wrong one is refused at once.
+
+What only the model or the machine can refuse is left to the command. Knows options and files; refuses to import torch.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from expertflow.bench.presets import make_settings
+from expertflow.cache.strategy import find_strategy
+from expertflow.cli.evaluation import Test
+from expertflow.cli.outputs import check_outputs
+from expertflow.cli.record_bytes import bytes_of
+from expertflow.config import EngineConfig, SamplingParams
+from expertflow.errors import ConfigError, PredictorError, PromptError
+from expertflow.models.checkpoint import resolve
+from expertflow.predict.dataset import read_condition
+from expertflow.predict.options import ABOUT_NAME, TrainConfig, check_kind
+from expertflow.prompts import prompt_lines, read_prompts
+from expertflow.sim.sweep import AS_RECORDED, strategy_names
+from expertflow.trace.format import open_trace
+from expertflow.units import read_slots
+
+
+def all_prompts(given: Iterable[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of the file.
+
+    Raises:
+        PromptError: if there is none, or the file cannot be read.
+    """
+    prompts = [*given, *(read_prompts(file) if file is not None else ())]
+    if not prompts:
+        raise PromptError("there is no prompt", "Give --prompt TEXT or --prompts-file FILE.")
+    return prompts
+
+
+def check_run(engine: Mapping[str, Any], sampling: Mapping[str, Any], prompts: int, out: Path | None) -> None:
+    """Refuse options that no model could run with.
+
+    Args:
+        engine: fields of `EngineConfig`; None: the default.
+        sampling: fields of `SamplingParams`.
+        prompts: how many there are; the default of `max_batch` depends on it.
+        out: file to write, or None.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    SamplingParams.from_mapping(sampling)
+    check_outputs(None, out)
+    check_engine(engine, max_batch=min(prompts, 8))
+
+
+def check_engine(engine: Mapping[str, Any], max_batch: int) -> None:
+    """Refuse engine options that cannot mean anything.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    given = {name: value for name, value in engine.items() if value is not None}
+    config = EngineConfig.from_mapping({"max_batch": max_batch, **given})
+    if config.strategy is not None:
+        find_strategy(config.strategy).check_future(None)
+    if config.predictor not in {"auto", "none"}:
+        check_predictor(Path(config.predictor))
+
+
+def check_predictor(folder: Path) -> None:
+    """Refuse a folder without a predictor.
+
+    Raises:
+        PredictorError: then.
+    """
+    if not (folder / ABOUT_NAME).is_file():
+        raise PredictorError(
+            f"{folder} holds no predictor: {ABOUT_NAME} is missing",
+            "Give a folder written by `expertflow train-predictor`.",
+        )
+
+
+def check_model(model: str | None, *, fetch: bool) -> None:
+    """Refuse a checkpoint that is no folder, nor a model in the cache; None: the shipped model's.
+
+    Args:
+        model: folder or Hugging Face id.
+        fetch: whether an id may be fetched into the cache.
+
+    Raises:
+        CheckpointError: then.
+    """
+    if model is not None:
+        resolve(model, fetch=fetch)
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """`1,4,recorded`: live sequences; 0 for the passes as they were recorded.
+
+    Raises:
+        ConfigError: if a part is no such thing.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if part != "recorded" and not (part.isdecimal() and int(part) >= 1):
+            raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,8 or recorded.")
+    return tuple(AS_RECORDED if part == "recorded" else int(part) for part in parts)
+
+
+def check_simulate(
+    trace: Path, slots: str, batch: str, strategy: str, outputs: tuple[Path | None, Path | None]
+) -> None:
+    """Refuse what cannot be replayed, and files that cannot be written.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    check_outputs(*outputs)
+    parse_batches(batch)
+    strategy_names(strategy)
+    _check_slots(slots.split(","))
+    open_trace(trace)
+
+
+def check_evaluation(test: Test, predictor: Path, outputs: tuple[Path | None, Path | None]) -> None:
+    """Refuse what cannot be measured, a folder without a predictor, and files that cannot be written.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    test.check()
+    check_outputs(*outputs)
+    check_predictor(predictor)
+    check_model(test.model, fetch=False)
+
+
+def check_record(record_mb: float | None) -> None:
+    """Refuse what is no size of an expert.
+
+    Raises:
+        ConfigError: then.
+    """
+    if record_mb is not None:
+        bytes_of(record_mb)
+
+
+def check_bench(preset: str, options: Mapping[str, Any], out: Path | None) -> None:
+    """Refuse settings that cannot be measured, on whatever machine.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    settings = make_settings(preset, options)
+    check_outputs(None, out)
+    _check_slots(settings.slots)
+    check_engine({name: getattr(settings, name) for name in ("device", "dtype", "predictor")}, max_batch=1)
+    if settings.prompts_file is not None:
+        prompt_lines(settings.prompts_file)
+    check_model(settings.model, fetch=True)
+
+
+def _check_slots(texts: Iterable[str]) -> None:
+    for text in texts:
+        read_slots(text)
+
+
+def check_training(trace: Path, out: Path, kind: str, options: Mapping[str, Any], validation: float) -> None:
+    """Refuse training options, a trace or a folder that cannot be used.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    TrainConfig(**options)
+    check_kind(kind)
+    if not 0 < validation < 1:
+        raise ConfigError(f"validation={validation} is no share", "Use one between 0 and 1, such as 0.1.")
+    if out.exists() and not out.is_dir():
+        raise PredictorError(f"{out} cannot be written: it is a file", "Choose another place.")
+    open_trace(trace)
+
+
+def check_condition(condition: str) -> None:
+    """Refuse a condition on sequences that is not like `category=physics`; empty: none.
+
+    Raises:
+        TraceError: then.
+    """
+    if condition:
+        read_condition(condition)

@@ -1,0 +1,71 @@
+"""What can be said of a predictor before torch is imported: its kinds, its file, and how to train one.
+
+Knows names and numbers; refuses to know networks.
+"""
+
+from dataclasses import dataclass
+
+from expertflow.config import DEVICES, nearest
+from expertflow.errors import ConfigError
+
+ABOUT_NAME = "predictor.json"
+"""The file of a predictor's folder that says what it is."""
+PATH, T5 = "path", "t5"
+KIND_NAMES = (PATH, T5)
+
+
+def check_kind(kind: str) -> None:
+    """Refuse an unknown kind of predictor.
+
+    Raises:
+        ConfigError: then; names the nearest.
+    """
+    if kind not in KIND_NAMES:
+        raise ConfigError(f"unknown predictor kind {kind!r}", nearest(kind, KIND_NAMES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training passages.
+        batch: windows a step.
+        length: tokens a window at most.
+        rate: highest learning rate; it warms up, then falls along a cosine.
+        decay: weight decay.
+        hide: share of token ids hidden, so that unknown tokens are learned too.
+        blind: share of windows without any routing, as a prompt is seen.
+        later: weight of each horizon output beside this step's.
+        average: how slowly the averaged weights follow.
+        seed: of everything random.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    epochs: int = 100
+    batch: int = 16
+    length: int = 512
+    rate: float = 2e-3
+    decay: float = 0.05
+    hide: float = 0.05
+    blind: float = 0.1
+    later: float = 0.3
+    average: float = 0.995
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything.
+
+        Raises:
+            ConfigError: then.
+        """
+        for name in ("epochs", "batch", "length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is too small", "Use 1 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} is out of range", "Use 0 to 4294967295.")
+        if not self.rate > 0:
+            raise ConfigError(f"rate={self.rate} is no learning rate", "Use one above 0, such as 0.002.")
+        if self.device not in DEVICES:
+            raise ConfigError(f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
