@@ -122,7 +122,7 @@ def test_generate_compiles_its_own_steps_exactly(pair: Pair, compiler: list[Any]
 
 
 @pytest.mark.cuda
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")
 def test_generate_over_a_static_cache_on_cuda(make_checkpoint: MakeCheckpoint, cuda: torch.device) -> None:
     """Transformers compiles these steps by itself; tokens are stock's."""
     folder = make_checkpoint("qwen3_moe", num_hidden_layers=2)

@@ -6,7 +6,7 @@ Wraps the `forward` of the modules whose call is a pass. Knows autograd and the 
 from collections.abc import Callable
 from functools import wraps
 from threading import RLock
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,6 @@ class Passes:
 
         @torch.compiler.disable(recursive=False, reason="passes run one at a time")
         def locked(*args: Any, **kwargs: Any) -> Any:
-            if torch.jit.is_tracing():  # type: ignore[attr-defined]  # untyped in torch
-                refuse_tracing()
             with self.lock:
                 inside = self._inside
                 try:
@@ -56,7 +54,7 @@ class Passes:
 
         @wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_exporting():  # asked out here: the compiler must not follow further, an export does
+            if not torch.compiler.is_dynamo_compiling():  # in there torch 2.11 takes every compilation for an export
                 refuse_tracing()
             return locked(*args, **kwargs)
 
@@ -70,16 +68,17 @@ def stock_forward(module: nn.Module) -> Callable[..., Any]:
     return own
 
 
-def refuse_tracing() -> NoReturn:
+def refuse_tracing() -> None:
     """A trace or an export would keep the routing of its example, and use it for every input.
 
     Raises:
-        UnsupportedModelError: always.
+        UnsupportedModelError: inside `torch.jit.trace` or `torch.export`.
     """
-    raise UnsupportedModelError(
-        "an offloaded model cannot be traced or exported: which experts run is decided anew in every pass",
-        "Export the stock model, or use `torch.compile`.",
-    )
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]  # untyped in torch
+        raise UnsupportedModelError(
+            "an offloaded model cannot be traced or exported: which experts run is decided anew in every pass",
+            "Export the stock model, or use `torch.compile`.",
+        )
 
 
 class _NoBackward(torch.autograd.Function):
