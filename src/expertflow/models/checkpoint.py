@@ -16,10 +16,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from expertflow.errors import CheckpointError
+from expertflow.models.foreign import ADAPTER_NAME, refuse_foreign
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-ADAPTER_NAME = "adapter_config.json"
 CHUNK_BYTES = 1 << 22
 """Bytes read at a time where a tensor is only looked at."""
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -62,9 +62,12 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
         fetch: whether an id that is not in the local cache may be fetched into it.
 
     Raises:
-        CheckpointError: if there is no such folder, and no such model in the cache or on the hub.
+        CheckpointError: if there is no such folder, and no such model in the cache or on the hub; or if it holds something
+            else than a model.
     """
     folder = Path(model)
+    if folder.exists():
+        refuse_foreign(folder)
     if folder.is_dir():
         return folder
     name = str(model)
@@ -91,7 +94,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing", "Fetch the checkpoint again.") from error
+        remedy = "Fetch the checkpoint again; a repository of GGUF files or of an adapter is none."
+        raise CheckpointError(f"{path} is missing", remedy) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "Fetch the checkpoint again.") from error
     if not isinstance(value, dict):
@@ -105,7 +109,11 @@ def context_of(folder: Path) -> int | None:
     Raises:
         CheckpointError: if the config cannot be read.
     """
-    length = read_json(folder / "config.json").get("max_position_embeddings")
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")  # of a model that reads other things too
+    length = config.get(
+        "max_position_embeddings", text.get("max_position_embeddings") if isinstance(text, dict) else None
+    )
     return length if isinstance(length, int) else None
 
 

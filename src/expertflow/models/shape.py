@@ -54,6 +54,7 @@ class ModelShape:
         unplanned: kinds of layers whose state and workspace the planner cannot foresee, such as state-space layers.
         in_rows: whether keys and values can be kept in rows, so that sequences may join and leave at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
+        notes: what a user should know about how it runs, one sentence each.
     """
 
     model_type: str
@@ -76,6 +77,7 @@ class ModelShape:
     unplanned: tuple[str, ...]
     in_rows: bool
     windows: tuple[int | None, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def unserved(self) -> tuple[str, ...]:
@@ -103,6 +105,7 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
     windows: tuple[int | None, ...] | None = ()
     if skeleton.family is not None and not skeleton.encoder_decoder:
         windows = attention_windows(skeleton.model, config)
+    in_rows = skeleton.family is not None and not unplanned and windows is not None
     return ModelShape(
         model_type=skeleton.config.model_type,
         layers=len(skeleton.expert_modules),
@@ -121,10 +124,24 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         context=None if skeleton.encoder_decoder else getattr(config, "max_position_embeddings", None),
         encoder_decoder=skeleton.encoder_decoder,
         unplanned=unplanned,
-        in_rows=skeleton.family is not None and not unplanned and windows is not None,
+        in_rows=in_rows,
         windows=windows or (),
+        notes=(*skeleton.notes, *_notes(skeleton, unplanned, in_rows=in_rows)),
         scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - the only place transformers says it
     )
+
+
+def _notes(skeleton: Skeleton, unplanned: tuple[str, ...], *, in_rows: bool) -> tuple[str, ...]:
+    """What a family outside the table, or without rows of keys and values, does without."""
+    name = skeleton.config.model_type
+    if kinds := sorted(set(unplanned) - RECURRENT - EMPTY):
+        return (f"{name!r} has layers of kind {', '.join(kinds)}: it runs through expertflow.from_pretrained only",)
+    cohorts = "cohorts (sequences start together, and the next ones wait until all have ended)"
+    if skeleton.family is None:
+        return (
+            f"{name!r} is not in the table of families and runs by its own forward: no overlap, no graphs, {cohorts}",
+        )
+    return () if in_rows else (f"the keys and values of {name!r} are not kept in rows: no graphs, {cohorts}",)
 
 
 def _head_widths(config: Any, heads: int) -> tuple[int, int, int]:
