@@ -90,6 +90,7 @@ def test_the_text_part_of_a_larger_model_runs(tmp_path: Path) -> None:
         ("jetmoe", {**SIZES, "intermediate_size": 32, "kv_channels": 16}, r"class of their own \(JetMoeParallelExperts\)"),
         ("qwen3_vl_moe", {"text_config": {**SIZES, **EXPERTS}, "vision_config": VISION},
          "reads images and text, and only models of text run; its text part 'qwen3_vl_moe_text' has no model of its own"),
+        ("qwen3_next", {**QWEN35, "layer_types": ["linear_attention"] * 2}, "no layer of 'qwen3_next' .* is one of attention"),
         ("llama", SIZES, "has no experts: it is no Mixture-of-Experts model"),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
+from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
 from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor, read_json, walk
 from expertflow.models.experts import is_registry_experts, offloaded_forward
 from expertflow.models.families import FAMILIES, REFUSED, Family
@@ -109,6 +110,11 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
     found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
     if not found:
         raise no_experts(folder, config, model)
+    if not config.is_encoder_decoder and set(layer_kinds(config.get_text_config(decoder=True))) <= STATE_ONLY | EMPTY:
+        raise UnsupportedModelError(
+            f"no layer of {config.model_type!r} in {folder} is one of attention, and transformers' own forward needs one",
+            "Correct `layer_types` in config.json, or fetch it again.",
+        )
     top_k = _top_k(config)
     if not 1 <= top_k <= max(counts := {module.num_experts for _, module in found}):
         raise CheckpointError(
