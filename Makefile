@@ -9,13 +9,16 @@ NEWEST_STAMP := $(NEWEST)/.installed
 TODAY := .venv-today
 SMOKE := -m pytest tests/test_families_smoke.py
 
-.PHONY: demo test check fix bench newest-smoke newest resolve clean
+.PHONY: demo test mutations check fix bench newest-smoke newest resolve clean
 
 demo: $(RUN_STAMP)  ## run the shipped model with an eighth of its experts on the device
 	$(BIN)/expertflow run --prompt "The old house stood at the end of the lane, and" --slots 12.5% --max-tokens 120 --temperature 0.7 --seed 7
 
 test: $(DEV_STAMP)  ## all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+mutations: $(DEV_STAMP)  ## put small faults into a copy of the source and see the tests fail; minutes, by hand
+	$(BIN)/python tools/mutations.py
 
 check: $(DEV_STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from expertflow.progress import Progress
 from expertflow.trace.format import load_trace, save_trace
 from test_trace import EXCERPT
 
+pytestmark = pytest.mark.xdist_group("commands")  # its fixtures take long: one worker makes them
 SMALL_RUN = ("--device", "cpu", "--max-tokens", 4, "--max-batch", 4, "--max-length", 32)
 
 

@@ -31,9 +31,8 @@ def _slot_counts(config: object) -> list[int]:
 
 
 def _some(turn: int) -> list[tuple[str, Strategy]]:
-    """On-demand, LRU, and a third of the strategies, another one every turn: all of them are met by every family."""
-    always = {"on-demand", "lru"}
-    return [row for place, row in enumerate(STRATEGIES.items()) if row[0] in always or place % 3 == turn % 3]
+    """A third of the strategies, another one every turn: all of them are met by every family."""
+    return [row for place, row in enumerate(STRATEGIES.items()) if place % 3 == turn % 3]
 
 
 @pytest.mark.parametrize("device", _devices())
@@ -157,7 +156,7 @@ class _Backwards:
 @pytest.mark.parametrize("width", [16, 20, 33])
 def test_a_layer_is_the_stock_sum_at_any_width(width: int, dtype: str, device: str, *, wide: bool) -> None:
     """Rows that no alignment fits, weights and perhaps results wider than states, tokens of no expert: as the stock code adds them."""
-    experts, tokens, top_k = 5, 41, 2
+    experts, tokens, top_k = 7, 41, 5
     random, kind = torch.Generator().manual_seed(width), getattr(torch, dtype)
     hidden = torch.randn(tokens, width, generator=random).to(device, kind)
     weights = [torch.randn(width, width, generator=random).to(device, kind) for _ in range(experts)]

@@ -176,8 +176,14 @@ def test_a_forecast_told_step_by_step_decides_as_its_recording(name: str, maker:
     assert any(event.kind is EventKind.PREFETCH for event in events)
 
 
-@pytest.mark.parametrize("maker", MAKERS)
-@pytest.mark.parametrize("name", ON_DEVICE)
+INTERPRETED = () if torch.cuda.is_available() else ("next-use", "plec")
+"""Where kernels run on a CPU, a minute for all of them: a strategy without loads ahead, and one with them."""
+
+
+@pytest.mark.parametrize(
+    ("name", "maker"),
+    [(name, maker) for maker in MAKERS for name in (maker == "kernels" and INTERPRETED) or ON_DEVICE],
+)
 def test_twin_decides_as_the_replay_on_real_routing(name: str, maker: str, real: Trace) -> None:
     """On the excerpt, with slots for a tenth and a third of the experts, the twin tells the simulator's events."""
     batch, steps, slots = ((1, 2, 20), (2, 1, 40))[ON_DEVICE.index(name) % 2] if maker == "kernels" else (4, 8, 250)

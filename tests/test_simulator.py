@@ -32,6 +32,7 @@ from expertflow.sim.workload import Workload, as_recorded, live_sequences
 from expertflow.trace.format import Trace, load_trace, save_trace
 from test_trace import EXCERPT, make_trace
 
+pytestmark = pytest.mark.xdist_group("simulator")  # its fixtures take long: one worker makes them
 DOCS = Path(__file__).parents[1] / "docs"
 
 
