@@ -1,5 +1,9 @@
 """What attention layers see and keep: taken from the models themselves, never from config keys."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +12,7 @@ from transformers import AutoConfig, DynamicCache
 from conftest import MakeCheckpoint, load_resident, model_class
 from expertflow import LLM, SamplingParams
 from expertflow.engine.rows import step_masks
-from expertflow.errors import UnsupportedModelError
+from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.models.attention import attention_windows, cache_argument
 from expertflow.models.families import FAMILIES
 
@@ -130,4 +134,27 @@ def test_a_cache_of_unknown_kind_is_refused(make_checkpoint: MakeCheckpoint) -> 
         "deepseek_v32", **{**FAMILIES["deepseek_v3"].tiny, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16}
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="whose cache LLM cannot serve"):
+        LLM(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "match"),
+    [
+        ({"is_causal": False}, UnsupportedModelError, "bidirectional_attention"),
+        (
+            {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
+            UnsupportedModelError,
+            "linear_att",
+        ),
+        ({"layer_types": ["chunked_attention", "full_attention", "full_attention"]}, CheckpointError, "cannot run"),
+    ],
+)
+def test_attention_that_the_family_has_not_is_refused(
+    config: dict, error: type[Exception], match: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Tokens that see later ones, layers with a state, and layers of other families are refused before loading."""
+    folder = Path(shutil.copytree(make_checkpoint("mixtral"), tmp_path / "odd"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(error, match=match):
         LLM(folder, device="cpu")
