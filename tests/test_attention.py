@@ -26,6 +26,11 @@ CONFIGS = {
         "sliding_window": WINDOW,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
+    "full first, stray sharing": {
+        "sliding_window": WINDOW,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+    },
     "window in use": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
 }
 

@@ -28,8 +28,12 @@ _PROBED = (0, 1, 2, 3)
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
-    """What transformers keeps for each decoder layer, by its own words, such as `full_attention` or `linear_attention`."""
-    return tuple(get_layer_types_and_kwargs(config)[0])
+    """What transformers keeps for each decoder layer, by its own words, such as `full_attention` or `linear_attention`.
+
+    Layers that share another's keys and values count as well: configs also carry that key where the code ignores it.
+    """
+    kinds = get_layer_types_and_kwargs(config)[0]
+    return tuple(getattr(config, "layer_types", None) or kinds)
 
 
 def cache_argument(module: nn.Module) -> str:
