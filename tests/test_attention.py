@@ -102,6 +102,9 @@ RECURRENT = {
                    "layer_types": ["linear_attention", "linear_attention", "full_attention"]},
     "lfm2_moe": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64,
                  "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "inkling_text": {"moe_intermediate_size": 32, "n_routed_experts": 8, "head_dim": 16, "swa_num_attention_heads": 4,
+                     "swa_num_key_value_heads": 2, "swa_head_dim": 16, "sliding_window_size": WINDOW, "intermediate_size": 64,
+                     "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"]},
     "zaya": {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 16},
 }  # fmt: skip
 COHORTS = {

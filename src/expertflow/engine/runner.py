@@ -13,7 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.graph import GraphDecoder
@@ -231,8 +236,17 @@ def _cache_of(model: PreTrainedModel) -> DynamicCache:
     transformers drops tokens by the config's `sliding_window`, also where the model's code does not read that key.
     """
     cache = DynamicCache(config=model.config)
-    cache.layers = [DynamicLayer() if isinstance(one, DynamicSlidingWindowLayer) else one for one in cache.layers]
+    cache.layers = [_unbounded(layer) for layer in cache.layers]
     return cache
+
+
+def _unbounded(layer: Any) -> Any:
+    """A layer of the cache that keeps the same things, but of all tokens."""
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return layer
+    if isinstance(layer, LinearAttentionLayer):  # it keeps a state beside keys and values
+        return LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+    return DynamicLayer()
 
 
 class DecoderBatch:
