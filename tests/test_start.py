@@ -149,7 +149,7 @@ def test_a_quota_limits_the_processors(
 
 @pytest.mark.parametrize(
     ("variables", "before", "expected"),
-    [({}, 4, (2, 1)), ({"OMP_NUM_THREADS": "4"}, 4, (4, 4)), ({}, 7, (7, 7))],
+    [({}, 4, (2, 1)), ({"OMP_NUM_THREADS": "4,2"}, 4, (4, 4)), ({"OMP_NUM_THREADS": ""}, 4, (2, 1)), ({}, 7, (7, 7))],
 )
 def test_a_number_of_threads_that_was_chosen_is_kept(
     variables: dict[str, str], before: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
