@@ -70,6 +70,15 @@ def test_each_layer_sees_what_the_stock_forward_shows_it(family: str, config: di
             assert torch.equal(mask, ours), (begin, window)
 
 
+def test_a_wide_window_is_found() -> None:
+    """A window of more than 131,072 tokens, inside a context that is longer still."""
+    made = AutoConfig.for_model(
+        "gpt_oss", **{**FAMILIES["gpt_oss"].tiny, "sliding_window": 200_000, "max_position_embeddings": 1 << 20}
+    )
+    with torch.device("meta"):
+        assert attention_windows(model_class(made)(made), made) == (200_000, None, 200_000)
+
+
 @pytest.mark.parametrize("config", list(CONFIGS.values())[1:], ids=list(CONFIGS)[1:])
 @pytest.mark.parametrize("family", DECODERS)
 def test_tokens_beyond_the_window_are_stock(family: str, config: dict, make_checkpoint: MakeCheckpoint) -> None:

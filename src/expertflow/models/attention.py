@@ -22,7 +22,7 @@ RECURRENT = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 EMPTY = frozenset({"moe", "mlp", "dummy"})
 """Kinds of layers that keep nothing."""
 _LONGEST = 1 << 17
-"""Positions that are looked at; a window of more than these is none."""
+"""Positions that are looked at where the config states no context; a window of more than these is then none."""
 _PROBED = (0, 1, 2, 3)
 """Distances before the longest position that are looked at as well: a chunk's length changes there, a window's does not."""
 
@@ -52,7 +52,7 @@ def attention_windows(model: PreTrainedModel, config: PreTrainedConfig) -> tuple
         A layer's window, or None where it sees every earlier token; None instead of all if some layer's mask is no window.
     """
     decoder = model.get_decoder()
-    longest = min(getattr(config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
+    longest = getattr(config, "max_position_embeddings", None) or _LONGEST
     ends = sorted({max(longest - back, 1) for back in _PROBED})
     seen = [[_reach(mask) for mask in _masks_at(decoder, config, end - 1)] for end in ends]
     windows: list[int | None] = []
