@@ -141,3 +141,9 @@ def test_the_command_shows_what_finished_and_fails(
     told = json.loads(capsys.readouterr().out)
     assert [output["index"] for output in told["outputs"]] == [0]
     assert "request 1" in told["error"]
+    options = {"model": str(folder), "prompts": ["ab", "de", f"c{letter}"], "engine": engine, "as_json": True}
+    for finished in ([0, 1], []):  # the second time only the broken one is left
+        with pytest.raises(NonFiniteError, match="request 2 has no token 1"):
+            run(**options, sampling={"max_tokens": 3}, results=tmp_path / "results")
+        told = json.loads(capsys.readouterr().out)
+        assert [output["index"] for output in told["outputs"]] == finished

@@ -176,12 +176,15 @@ def _offline(
         bar.update(len(prompts) - len(left), len(prompts))
         if not left:
             return results.seed
-        for item in llm.stream([prompts[index] for index in left], seeded(params, results.seed, left)):
-            if item.output is not None:
-                outputs.append(replace(item.output, index=left[item.index]))
-                results.add(left[item.index], item.output)
-                bar.advance(note=f"{llm.stats.tokens_per_second:.0f} tokens/s")
-            interrupt.check()
+        try:
+            for item in llm.stream([prompts[index] for index in left], seeded(params, results.seed, left)):
+                if item.output is not None:
+                    outputs.append(replace(item.output, index=left[item.index]))
+                    results.add(left[item.index], item.output)
+                    bar.advance(note=f"{llm.stats.tokens_per_second:.0f} tokens/s")
+                interrupt.check()
+        except NonFiniteError as error:
+            raise NonFiniteError(left[error.index], error.token) from error
         return results.seed
 
 

@@ -27,7 +27,7 @@ class Results:
         path: made if it is not there; else gone on with.
         prompts: all of them.
         params: how they are sampled.
-        model: which one: what its tokens depend on, such as identity, dtype and the longest sequence.
+        model: which one: its identity, then what else its tokens depend on, such as dtype and the longest sequence.
 
     Attributes:
         done: finished requests by index, as dictionaries.
@@ -99,13 +99,13 @@ class Results:
         if self._drawn and entry == self._header | {"seed": entry.get("seed")}:
             self._header = entry
         if entry != self._header:
-            model = entry.get("model") != self._header["model"]
+            identities = [str(header.get("model")).partition(" ")[0] for header in (entry, self._header)]
             raise ResultsError(
                 f"{self._path} holds results of "
                 + (
                     "another model, or of this one before its files changed"
-                    if model
-                    else "other prompts or other sampling"
+                    if identities[0] != identities[1]
+                    else "other prompts, other sampling, another dtype or another longest sequence"
                 )
                 + f" ({entry.get('prompts')} prompts, model {entry.get('model')}; now {self._header['model']})",
                 "Name another file, or remove it.",

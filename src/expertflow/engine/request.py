@@ -101,10 +101,7 @@ class Request:
 
     def fail(self) -> StreamOutput:
         """End without a result: the logits of the next token are no numbers."""
-        error = NonFiniteError(
-            f"request {self.index} has no token {len(self.token_ids) + 1}: its logits are not finite (NaN or infinity)",
-            "Look for such numbers in the weights; if activations overflow float16, run with dtype bfloat16 or float32.",
-        )
+        error = NonFiniteError(self.index, len(self.token_ids) + 1)
         return StreamOutput(index=self.index, token_id=NO_TOKEN, text="", error=error)
 
     def append(self, token: int, *, waited: float = 0.0, lasted: float = 0.0) -> StreamOutput:
