@@ -14,8 +14,8 @@ import torch
 from expertflow.limits import default_threads, usable_cpus
 
 SMALL_EXPERT = 2**20
-"""Bytes of an expert up to which one thread computes: waking another takes 50 us, as long as half of such an expert for
-eight tokens (measured on two processors, torch 2.13, `OMP_WAIT_POLICY=passive`)."""
+"""Bytes of an expert up to which one thread computes. Waking another takes 50 us, half of such an expert's time for eight
+tokens (measured on two processors, torch 2.13, `OMP_WAIT_POLICY=passive`)."""
 
 
 class Threads:
