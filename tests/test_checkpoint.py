@@ -51,7 +51,9 @@ def test_truncated_shard(folder: Path) -> None:
     """A shard cut short is named."""
     path = folder / SINGLE_NAME
     path.write_bytes(path.read_bytes()[:-1000])
-    refused(folder, CheckpointError, "model.safetensors is no whole safetensors file: .*not fully covered.*fetch it again")
+    refused(
+        folder, CheckpointError, "model.safetensors is no whole safetensors file: .*not fully covered.*fetch it again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,11 @@ def test_header_that_contradicts_itself(folder: Path, entry: dict) -> None:
     """An entry whose shape, dtype and offsets disagree, or lacks them, is refused."""
     header = json.dumps({"x": entry}).encode()
     (folder / SINGLE_NAME).write_bytes(struct.pack("<Q", len(header)) + header + b"\x00" * 64)
-    refused(folder, CheckpointError, "model.safetensors is no whole safetensors file: .*(missing field|invalid shape, data type, or offset|Q3)")
+    refused(
+        folder,
+        CheckpointError,
+        "model.safetensors is no whole safetensors file: .*(missing field|invalid shape, data type, or offset|Q3)",
+    )
 
 
 def test_index_naming_a_missing_shard(sharded: Path) -> None:
