@@ -125,7 +125,7 @@ def test_the_command_shows_what_finished_and_fails(
     engine = {"device": "cpu", "max_length": 32}
     letter = chr(33 + BAD - 3)
     with pytest.raises(NonFiniteError):
-        run(model=str(folder), prompts=["ab", f"c{letter}"], prompts_file=None, engine=engine, sampling={"max_tokens": 3},
+        run(model=str(folder), prompts=["ab", f"c{letter}"], engine=engine, sampling={"max_tokens": 3},
             results=None, as_json=True)  # fmt: skip
     told = json.loads(capsys.readouterr().out)
     assert [output["index"] for output in told["outputs"]] == [0]

@@ -13,9 +13,10 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
         PromptError: if the file cannot be read, or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read: {error}", "Give a UTF-8 text file.") from error
+    lines = [line.removesuffix("\r") for line in text.split("\n")]  # other separators are part of a prompt
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not filled:
         raise PromptError(f"{path} holds no prompt", "Put one prompt a line.")

@@ -5,7 +5,9 @@ exit code 2; Ctrl-C ends with exit code 130, as typer does it.
 """
 
 import os
+import sys
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,10 +106,16 @@ def run(
     top_p: Annotated[
         float, typer.Option(help="Sample among the most probable tokens of this total probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the sampling; each prompt adds its place. Default: one is drawn and shown."),
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the generation; may be given several times.")
     ] = None,
+    keep_special_tokens: Annotated[
+        bool, typer.Option("--keep-special-tokens", help="Show special tokens in the text.")
+    ] = False,
     device: Device = "auto",
     execution: Execution = "auto",
     dtype: Dtype = "auto",
@@ -134,7 +142,7 @@ def run(
     }  # fmt: skip
     sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
-        "stop": tuple(stop or ()),
+        "stop": tuple(stop or ()), "skip_special_tokens": not keep_special_tokens,
     }  # fmt: skip
     prompts = _arguments().all_prompts(prompt or (), prompts_file)
     _arguments().check_run(engine, sampling, len(prompts), results)
@@ -389,6 +397,9 @@ def report(
 
 def main() -> None:
     """Entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a terminal cannot show is written as escapes
+            stream.reconfigure(errors="backslashreplace")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads would starve the one they wait for; torch reads it
     try:

@@ -1,6 +1,7 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,7 @@ class OffloadedModel(Uncopied):
         self.plan = plan = prepared.plan
         self.skeleton, self.fingerprint = prepared.skeleton, prepared.fingerprint
         self.device = torch.device(plan.device)
+        self._device_index = torch.cuda.current_device() if self.device.type == "cuda" else 0
         self._beside = beside
         _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped)
         if self.device.type == "cuda":
@@ -304,6 +306,10 @@ class OffloadedModel(Uncopied):
         for observer in self.observers:
             observer.begin(tokens)
         self._provider.begin_step(tokens)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Inside, the model's device is the current one: every thread has one of its own."""
+        return nullcontext() if self.device.type != "cuda" else torch.cuda.device(self._device_index)
 
     def check_open(self) -> None:
         """Refuse to go on with a model that was closed.

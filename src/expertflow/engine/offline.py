@@ -8,15 +8,16 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
 from expertflow.config import SamplingParams
 from expertflow.engine.request import RequestOutput
+from expertflow.engine.sampler import draw_seed
 from expertflow.errors import ResultsError
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Results:
@@ -30,6 +31,7 @@ class Results:
 
     Attributes:
         done: finished requests by index, as dictionaries.
+        seed: of the whole file: the one stated, that of the file that is gone on with, or a new one; None if greedy.
 
     Raises:
         ResultsError: if the file is of something else, damaged before its last line, or cannot be written. It is left as it is.
@@ -38,10 +40,12 @@ class Results:
     def __init__(self, path: Path, prompts: Sequence[str], params: SamplingParams, model: str) -> None:
         """Read what is there."""
         self._path, self._count = path, len(prompts)
-        told = json.dumps([list(prompts), asdict(params), model], ensure_ascii=False)
-        self._header = {
+        same = json.dumps([list(prompts), asdict(replace(params, seed=None)), model])
+        self._drawn = params.seed is None
+        self._header: dict[str, Any] = {
             "expertflow_results": _FORMAT, "prompts": len(prompts), "model": model,
-            "of": hashlib.sha256(told.encode()).hexdigest(),
+            "of": hashlib.sha256(same.encode()).hexdigest(),
+            "seed": None if not params.temperature else draw_seed() if self._drawn else params.seed,
         }  # fmt: skip
         self.done: dict[int, dict[str, Any]] = {}
         whole = 0
@@ -92,6 +96,8 @@ class Results:
     def _check(self, entry: Any) -> None:
         if not isinstance(entry, dict) or "expertflow_results" not in entry:
             raise ResultsError(f"{self._path} is no results file", "Name another file.")
+        if self._drawn and entry == self._header | {"seed": entry.get("seed")}:
+            self._header = entry
         if entry != self._header:
             model = entry.get("model") != self._header["model"]
             raise ResultsError(
@@ -104,6 +110,12 @@ class Results:
                 + f" ({entry.get('prompts')} prompts, model {entry.get('model')}; now {self._header['model']})",
                 "Name another file, or remove it.",
             )
+
+    @property
+    def seed(self) -> int | None:
+        """See above."""
+        seed: int | None = self._header["seed"]
+        return seed
 
     @property
     def left(self) -> list[int]:
