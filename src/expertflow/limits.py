@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from expertflow.errors import HostMemoryError
+
 _ROOT = Path("/")
 _CAP_IPC_LOCK = 14
 _REFUSED = (
@@ -50,6 +52,23 @@ def free_memory(root: Path = _ROOT) -> int:
         root: where `proc` and `sys` are.
     """
     return max(0, min([int(psutil.virtual_memory().available), *_memory_left(root)]))
+
+
+def check_room(needed: int, what: str, remedy: str) -> None:
+    """Refuse an array that the host has no memory for.
+
+    Args:
+        needed: its bytes.
+        what: what it is, such as `the replay`.
+        remedy: what to do.
+
+    Raises:
+        HostMemoryError: then.
+    """
+    if needed > (free := free_memory()):
+        raise HostMemoryError(
+            f"{what} takes {needed / 2**30:.1f} GiB of host memory, {free / 2**30:.1f} are free", remedy
+        )
 
 
 def free_addresses(root: Path = _ROOT) -> int | None:

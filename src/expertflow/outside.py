@@ -29,6 +29,8 @@ _DEEPEST = 64
 """Levels of nested lists and objects."""
 _DIGITS = 40
 """Digits of a number; a 64-bit integer has 20."""
+_MOST_RATIO = 1100
+"""Bytes that deflate makes of one byte at most (zlib's technical details: 1032), and a little."""
 _NPY_HEADER = 10_000
 """Bytes of the header of a column."""
 
@@ -168,6 +170,8 @@ def member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
             raise ValueError(f"it unpacks to {info.file_size} bytes, {most} at most are right")
         if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED} or info.flag_bits & 1:
             raise ValueError("it is encrypted, or packed in another way than deflate")
+        if info.file_size > _MOST_RATIO * (info.compress_size + 1):
+            raise ValueError(f"{info.compress_size} bytes cannot unpack to {info.file_size}")
         return archive.read(info)
     except KeyError:
         raise ValueError("it is missing") from None
@@ -188,12 +192,12 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         raise zipfile.BadZipFile(str(error)) from error
 
 
-def parse_column(raw: bytes, shape: tuple[int, ...], kinds: str) -> npt.NDArray[Any]:
+def parse_column(raw: bytes, shape: tuple[int, ...] | None, kinds: str) -> npt.NDArray[Any]:
     """An array of NumPy's `.npy` format, of a shape that is known beforehand.
 
     Args:
         raw: header and data.
-        shape: what it has to be.
+        shape: what it has to be; None: whatever its data have room for.
         kinds: allowed kinds of its type, such as `iu`; see `numpy.dtype.kind`.
 
     Raises:
@@ -210,14 +214,9 @@ def parse_column(raw: bytes, shape: tuple[int, ...], kinds: str) -> npt.NDArray[
         raise ValueError(f"its header is malformed: {error}") from error
     if dtype.kind not in kinds or dtype.itemsize > 8:
         raise ValueError(f"it holds numbers of type {dtype}")
-    if found != shape:
-        raise ValueError(f"it has shape {_short(found)}, not {shape}")
-    data = raw[stream.tell() :]
-    if by_column or len(data) != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"it holds {len(data)} bytes of data, shape {shape} of {dtype} needs another number or order")
-    return np.frombuffer(data, dtype).reshape(shape)
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) < 80 else text[:77] + "..."
+    if (shape is not None and found != shape) or not all(whole(size, 0, LARGE) for size in found) or len(found) > 8:
+        raise ValueError(f"it has shape {str(found)[:80]}, not {shape or 'one of up to 8 sizes'}")
+    data = memoryview(raw)[stream.tell() :]
+    if by_column or len(data) != math.prod(found) * dtype.itemsize:
+        raise ValueError(f"it holds {len(data)} bytes, shape {found} of {dtype} needs another number or order of them")
+    return np.frombuffer(data, dtype).reshape(found)
