@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from expertflow import outside
@@ -71,10 +71,12 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
         return Path(
             snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=not fetch)
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+    except (HFValidationError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"{name!r} is neither a folder nor in the Hugging Face cache"
-            + (f", and cannot be fetched: {str(error).splitlines()[0]}" if fetch else ""),
+            + (
+                f", and cannot be fetched: {next(iter(str(error).splitlines()), type(error).__name__)}" if fetch else ""
+            ),
             "Give a checkpoint folder, or fetch the model with `hf download` where there is a network.",
         ) from error
 
