@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig
 from expertflow.engine.build import prepare
-from expertflow.errors import BudgetError, CheckpointError, DeviceError, HostMemoryError, UnsupportedModelError
+from expertflow.errors import (
+    BudgetError,
+    CheckpointError,
+    DeviceError,
+    HostMemoryError,
+    UnreadWarning,
+    UnsupportedModelError,
+)
 from expertflow.models import checkpoint
 from expertflow.models.checkpoint import INDEX_NAME, SINGLE_NAME, walk
 
@@ -213,6 +220,19 @@ def test_missing_dense_weight(folder: Path) -> None:
     del tensors["model.layers.1.self_attn.q_proj.weight"]
     save_file(tensors, folder / SINGLE_NAME, {"format": "pt"})
     refused(folder, CheckpointError, "lacks 1 weights, first 'model.layers.1.self_attn.q_proj.weight'")
+
+
+def test_tensors_without_a_place_are_named(folder: Path) -> None:
+    """Biases that the model does not have, and layers beyond its config, are not used: the warning names them."""
+    tensors = load_file(folder / SINGLE_NAME)
+    extra = [
+        "model.layers.0.mlp.experts.1.up_proj.bias",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.9.mlp.gate.weight",
+    ]
+    save_file(tensors | {key: torch.ones(3) for key in extra}, folder / SINGLE_NAME, {"format": "pt"})
+    with pytest.warns(UnreadWarning, match=f"no place for 3 .*{', '.join(extra)}$"):
+        LLM(folder, device="cpu", max_length=16).close()
 
 
 def test_missing_expert(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from expertflow.errors import ExpertFlowError
+from expertflow.errors import ExpertFlowError, UnreadWarning
 from expertflow.limits import lacks_memory
 
 WRONG, INTERNAL = 2, 70
@@ -32,7 +33,9 @@ def reported() -> Iterator[None]:
     """
     try:
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                yield
         finally:
             sys.stdout.flush()
     except ExpertFlowError as error:
@@ -60,6 +63,12 @@ def _line(error: BaseException) -> str:
 
 def _say(kind: str, text: str) -> None:
     Console(stderr=True).print(f"[bold red]{kind}:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    """Our own warnings are for the user; others say where they come from."""
+    ours = issubclass(category, UnreadWarning)
+    _say("warning", str(message) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
 
 
 def _keep_traceback() -> str:

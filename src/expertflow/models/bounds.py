@@ -22,7 +22,7 @@ _MOST = ((_LAYERS, 1 << 10), (_EXPERTS, 1 << 14), (_SIZES, (1 << 31) - 1))
 """Keys, and the most that a model of that many layers, experts, or columns could have."""
 _POSITIVE = frozenset({
     "vocab_size", "hidden_size", "d_model", "num_hidden_layers", "num_layers", "n_layer", "num_attention_heads", "num_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "attention_chunk_size", "sliding_window", "num_experts",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "attention_chunk_size", "num_experts",
     "num_local_experts", "n_routed_experts", "num_experts_per_tok",
 })  # fmt: skip
 """Keys whose value has to be a number of 1 or more, or null."""

@@ -182,11 +182,7 @@ def _emptied_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(
         base.__name__,  # transformers looks conversions up by class name
         (base,),
-        {
-            "__init__": __init__,
-            "__module__": base.__module__,
-            "_keys_to_ignore_on_load_unexpected": [r"\.experts\."],
-        },
+        {"__init__": __init__, "__module__": base.__module__},
     )
 
 
