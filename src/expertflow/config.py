@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from math import inf
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -95,7 +96,8 @@ def _read_as(kind: str, value: Any) -> Any:
     if kind == "int":
         return operator.index(value) if hasattr(value, "__index__") else None
     if kind == "float":
-        return float(value) if hasattr(value, "__float__") and not isinstance(value, str) else None
+        large = isinstance(value, int) and abs(value) > 2**63
+        return float(value) if hasattr(value, "__float__") and not isinstance(value, str) and not large else None
     return os.fspath(value) if kind == "str" and isinstance(value, str | os.PathLike) else None
 
 
@@ -172,7 +174,7 @@ class EngineConfig(_Checked):
         _read_types(self)
         for name in ("device", "dtype"):  # torch's own objects, by the names that torch prints
             object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
-        known = self.device in DEVICES or re.fullmatch(r"cuda:\d+|cpu:0", self.device)
+        known = self.device in DEVICES or re.fullmatch(r"cuda:[0-9]{1,3}|cpu:0", self.device)
         _require(bool(known), f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown", nearest(self.dtype, DTYPES))
         _require(
@@ -191,6 +193,9 @@ class EngineConfig(_Checked):
         for name in ("max_batch", "prefill_chunk"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} is too small", "Use 1 or more.")
+        for name, most in (("max_batch", 2**20), ("max_live", 2**20), ("prefill_chunk", 2**31), ("max_length", 2**31)):
+            value = getattr(self, name) or 0
+            _require(value <= most, f"{name}={value} is too large", f"Use {most} or less.")
         _require(
             self.max_length is None or self.max_length >= 2,
             f"max_length={self.max_length} is too small",
@@ -229,8 +234,8 @@ class SamplingParams(_Checked):
             "Use 1 or more.",
         )
         _require(
-            self.temperature == 0 or self.temperature >= 1e-3,
-            f"temperature={self.temperature} is {'negative' if self.temperature < 0 else 'too small'}",
+            self.temperature == 0 or 1e-3 <= self.temperature < inf,
+            f"temperature={self.temperature} is {'negative' if self.temperature < 0 else 'too small, or no number'}",
             "Use 0 (greedy), or 0.001 and more.",
         )
         _require(

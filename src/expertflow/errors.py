@@ -52,6 +52,10 @@ class CheckpointError(ExpertFlowError):
     """A checkpoint folder is incomplete, damaged, or disagrees with its own config."""
 
 
+class UnreadWarning(UserWarning):
+    """A checkpoint holds tensors that its model has no place for, such as biases or layers beyond its config."""
+
+
 class UnsupportedModelError(ExpertFlowError):
     """The model is no MoE, of no family that runs exactly, or cannot do while offloaded what was asked of it."""
 

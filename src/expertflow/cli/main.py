@@ -1,7 +1,7 @@
 """The command `expertflow`: options of every command, and nothing else.
 
-Each command's work is in a module of its own, imported when it runs. Errors of our tree become one clear line and
-exit code 2; Ctrl-C ends with exit code 130, as typer does it.
+Each command's work is in a module of its own, imported when it runs. How a command ends is in `cli/endings.py`; Ctrl-C
+ends with exit code 130, as typer does it.
 """
 
 import os
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from expertflow import __version__
+from expertflow.cli.endings import reported
 from expertflow.cli.options import (
     Device,
     Dtype,
@@ -37,7 +36,6 @@ from expertflow.cli.options import (
     TraceArgument,
     TraceModel,
 )
-from expertflow.errors import ExpertFlowError
 
 app = typer.Typer(
     name="expertflow",
@@ -402,11 +400,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads would starve the one they wait for; torch reads it
-    try:
+    with reported():
         app(standalone_mode=True)
-    except ExpertFlowError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from expertflow.engine.rows import Fed
 from expertflow.engine.runner import Piece
 from expertflow.engine.sampler import NO_TOKEN, choose_all
 from expertflow.engine.threads import Threads
+from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
 from expertflow.schedule.cost import Costs, fixed_part
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
@@ -188,7 +189,7 @@ class Engine:
         began = time.perf_counter()
         self._stepping = True
         try:
-            with self._offloaded.meter.watch(), self.threads.step():
+            with memory_reported(), self._offloaded.meter.watch(), self.threads.step():
                 count = self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
         except BaseException:
             if not self._executor.joins:  # what a cohort keeps may have half of the step

@@ -10,7 +10,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -19,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
+from expertflow.models.bounds import check_config, describing
 from expertflow.models.checkpoint import read_json
 from expertflow.models.experts import is_registry_experts, offloaded_forward
 from expertflow.models.families import FAMILIES, REFUSED, Family
@@ -87,14 +87,8 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
     config = _read_config(folder)
     base_class = _model_class(config)
     model_class = _emptied_class(base_class)
-    try:
-        with torch.device("meta"):
-            model = model_class(config)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes no model that can be built: {type(error).__name__}: {error}",
-            "Checkpoint and config.json disagree: fetch both again.",
-        ) from error
+    with describing(folder / "config.json", "describes no model that can be built"), torch.device("meta"):
+        model = model_class(config)
     found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
     if not found:
         raise UnsupportedModelError(
@@ -135,9 +129,11 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             f"{folder} holds a checkpoint quantised with {method!r}",
             "Only float32, bfloat16 and float16 run exactly: convert it to bfloat16 first.",
         )
+    check_config(folder / "config.json", raw)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        with describing(folder / "config.json", "cannot be used"):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except CheckpointError as error:
         if "auto_map" in raw:
             raise UnsupportedModelError(
                 f"{folder} asks to run code of its own (auto_map), which is never done",
@@ -148,9 +144,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
                 f"model_type {raw.get('model_type')!r} is unknown to transformers",
                 "`expertflow models` lists the families.",
             ) from error
-        raise CheckpointError(
-            f"{folder / 'config.json'} is not valid: {error}", "Fetch the checkpoint again."
-        ) from error
+        raise
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -188,11 +182,7 @@ def _emptied_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(
         base.__name__,  # transformers looks conversions up by class name
         (base,),
-        {
-            "__init__": __init__,
-            "__module__": base.__module__,
-            "_keys_to_ignore_on_load_unexpected": [r"\.experts\."],
-        },
+        {"__init__": __init__, "__module__": base.__module__},
     )
 
 
