@@ -18,7 +18,9 @@ if os.environ.get("EXPERTFLOW_CHECK_SHAPES", "1") == "1":
     WITH_SHAPES = ["models.experts", "models.switch", "engine.runner", "engine.sampler"]
     install_import_hook([f"expertflow.{name}" for name in WITH_SHAPES], "beartype.beartype")
 
+import numpy as np
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors; read when they are imported
@@ -29,7 +31,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils import logging
 
 from expertflow.models.families import FAMILIES
+from expertflow.models.skeleton import build_skeleton
 
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")  # how long an example takes is the machine's affair
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -51,6 +56,12 @@ def load_resident(folder: Path) -> PreTrainedModel:
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # out of the memory map, whose alignment would change the bits of a GEMM
     return model
+
+
+def random_future(folder: Path) -> np.ndarray:
+    """A recording of some other run: whatever a strategy foresees, the output must not change."""
+    skeleton = build_skeleton(folder, "auto")
+    return np.random.default_rng(0).random((40, len(skeleton.expert_modules), skeleton.experts)) < 0.3
 
 
 @pytest.fixture(scope="session")

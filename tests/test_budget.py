@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.build import prepare
 from expertflow.errors import ClosedError, ConfigError
@@ -52,6 +52,29 @@ def test_dense_bytes_are_as_planned(model_type: str, make_checkpoint: MakeCheckp
             for t in (*model.parameters(), *model.buffers())
         }
         assert sum(storages.values()) <= llm.plan.dense <= sum(storages.values()) * 1.01 + 256
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_keys_and_values_are_as_planned(model_type: str, make_checkpoint: MakeCheckpoint) -> None:
+    """The planned bytes of keys and values are those of the tensors that hold them, to the byte."""
+    options = {"device": "cpu", "max_length": 16, "max_batch": 2, "max_live": 3}
+    with LLM(make_checkpoint(model_type, "bfloat16"), **options) as llm:
+        llm.generate([3, 4, 5], SamplingParams(max_tokens=1))
+        rows = llm._offloaded._rows
+        caches = [rows.cache, *([rows._read] if llm.plan.shape.encoder_decoder else [])]
+        tensors = [t for cache in caches for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == llm.plan.kv
+
+
+def test_keys_and_values_of_a_cohort_are_as_planned(make_checkpoint: MakeCheckpoint) -> None:
+    """A family outside the table: the plan counts what the stock model's own cache holds at full length."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vocab_size": 96, "num_experts": 8, "num_experts_per_tok": 4, "intermediate_size": 32, "pad_token_id": 0}  # fmt: skip
+    folder = make_checkpoint("flex_olmo", "bfloat16", **sizes)
+    plan = prepare(folder, EngineConfig(device="cpu", max_length=16, max_batch=3)).plan
+    with torch.inference_mode():
+        cache = load_resident(folder)(torch.ones(3, 16, dtype=torch.long), use_cache=True).past_key_values
+    assert sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values)) == plan.kv
 
 
 @pytest.mark.cuda

@@ -1,5 +1,8 @@
 """Laws 4: what the cache may and may not do, on random routing."""
 
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -188,6 +191,51 @@ def test_global_lru_is_lru(steps: list[list[set[int]]], slots: int) -> None:
                 del last[min(last, key=lambda k: (last[k], k))]
             last[key] = number
     assert counters.loads == misses
+
+
+def until_next_use(steps: list[list[set[int]]], step: int, layer: int, expert: ExpertId) -> float:
+    """Layer times until an expert is used, from just behind a layer of a step; infinite if never."""
+    later = [
+        (number * LAYERS + place) - (step * LAYERS + layer)
+        for number, needed in enumerate(steps)
+        for place, experts in enumerate(needed)
+        if place == expert.layer and expert.expert in experts and (number, place) > (step, layer)
+    ]
+    return min(later, default=math.inf)
+
+
+@pytest.mark.parametrize("strategy", ["lru", "lru-global", "lfu", "oracle"])
+@given(steps=routing, slots=slot_counts)
+@settings(max_examples=100)
+def test_who_leaves_is_who_the_policy_names(strategy: str, slots: int, steps: list[list[set[int]]]) -> None:
+    """Every single victim has the oldest use, the fewest uses or the farthest next use of all that could leave."""
+    controller, events, _ = make(strategy, slots, steps)
+    for step in steps:
+        controller.begin_step()
+        for layer, needed in enumerate(step):
+            controller.access(layer, sorted(needed))
+    divided = strategy == "lru" and slots >= LAYERS
+    last: Counter[ExpertId] = Counter()
+    uses: Counter[ExpertId] = Counter()
+    resident: set[ExpertId] = set()
+    place, worth = (0, 0), {"lru": last, "lru-global": last, "lfu": uses}.get(strategy)
+    for event in events:
+        expert = ExpertId(event.layer, event.expert)
+        if event.kind is EventKind.LAYER:
+            place = event.step, event.layer
+            for index in steps[event.step][event.layer]:
+                used = ExpertId(event.layer, index)
+                last[used], uses[used] = event.step * LAYERS + event.layer + 1, uses[used] + 1
+        elif event.kind is EventKind.MISS:
+            resident.add(expert)
+        elif event.kind is EventKind.EVICT:
+            others = [other for other in resident if other.layer == place[1] or not divided]
+            if worth is None:
+                distances = {other: until_next_use(steps, *place, other) for other in others}
+                assert distances[expert] == max(distances.values())
+            else:
+                assert worth[expert] == min(worth[other] for other in others)
+            resident.remove(expert)
 
 
 @pytest.mark.parametrize("strategy", ["lru-global", "lfu", "oracle"])

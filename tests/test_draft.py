@@ -27,7 +27,7 @@ def brute_force(line: list[int]) -> tuple[int, int]:
 
 
 @given(lines=st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=30), min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_look_up_is_the_brute_force_one(lines: list[list[int]]) -> None:
     """Rings that wrap, unknown tokens, rows in any order: the same token and the same kind of match."""
     state = empty_state(PredictorConfig(**SMALL, window=RING), len(lines), CPU)

@@ -1,7 +1,6 @@
 """Law 1: offloaded equals resident, bit for bit."""
 
 from collections.abc import Generator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from conftest import MakeCheckpoint, load_resident
+from conftest import MakeCheckpoint, load_resident, random_future
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.models.experts import Binding, Row, run_experts
 from expertflow.models.families import FAMILIES
-from expertflow.models.skeleton import build_skeleton
 
 DTYPES = ("float32", "bfloat16")
 NEW_TOKENS = 6
@@ -38,12 +36,6 @@ def _some(turn: int) -> list[tuple[str, Strategy]]:
     return [row for place, row in enumerate(STRATEGIES.items()) if row[0] in always or place % 3 == turn % 3]
 
 
-def _random_future(folder: Path) -> np.ndarray:
-    """A recording of some other run: whatever a strategy foresees, the output must not change."""
-    skeleton = build_skeleton(folder, "auto")
-    return np.random.default_rng(0).random((40, len(skeleton.expert_modules), skeleton.experts)) < 0.3
-
-
 @pytest.mark.parametrize("device", _devices())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -60,7 +52,7 @@ def test_logits_equal_the_stock_model(
         tokens = resident.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
     for place, slots in enumerate(_slot_counts(resident.config)):
         for strategy, row in _some(place + DTYPES.index(dtype) + list(FAMILIES).index(model_type)):
-            wrong = Recorded(_random_future(folder)) if row.needs_future else None
+            wrong = Recorded(random_future(folder)) if row.needs_future else None
             model = from_pretrained(folder, slots=slots, strategy=strategy, device=device, forecast=wrong)
             with torch.inference_mode():
                 assert torch.equal(model(ids, **extra).logits, expected), (slots, strategy)

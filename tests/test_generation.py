@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from conftest import MakeCheckpoint
+from conftest import MakeCheckpoint, random_future
 from expertflow import LLM, SamplingParams, from_pretrained
+from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.engine.llm import decoder_of, load_tokenizer, shipped_model
 from expertflow.engine.request import Request
@@ -144,7 +145,7 @@ def test_text_continues_the_prompt() -> None:
 
 
 def test_sampling_follows_the_probabilities() -> None:
-    """Frequencies of many draws match softmax; top-k and top-p cut the tail and renormalise."""
+    """Frequencies of many draws match softmax, of all tokens and of the first two."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     expected = torch.softmax(logits / 0.8, 0)
 
@@ -157,8 +158,23 @@ def test_sampling_follows_the_probabilities() -> None:
     assert torch.allclose(frequencies(), expected, atol=0.03)
     two = torch.where(torch.arange(4) < 2, expected, 0) / expected[:2].sum()
     assert torch.allclose(frequencies(top_k=2), two, atol=0.03)
-    assert torch.allclose(frequencies(top_p=float(expected[0]) + 0.01), two, atol=0.03)
-    assert frequencies(top_p=0.01)[0] == 1
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(0, 1.0), (0, 0.7), (7, 1.0), (3, 1.6)])
+def test_the_cut_is_where_the_probabilities_say(
+    top_k: int, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every `top_p` to a hundredth, the last token that can be drawn is the last of the fewest that make up `top_p`."""
+    random = np.random.default_rng(4)
+    raw = random.normal(size=12) * 1.5
+    chances = np.exp(raw / temperature) / np.exp(raw / temperature).sum()
+    order = np.argsort(-chances)
+    kept = chances[order][: top_k or None] / chances[order][: top_k or None].sum()
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1 - 1e-9, dtype=torch.float64))
+    for top_p in np.arange(0.01, 1.0, 0.01):
+        fewest = next(count for count in range(1, len(kept) + 1) if kept[:count].sum() >= top_p)
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=float(top_p))
+        assert choose(torch.tensor(raw), params, make_generator(params)) == order[fewest - 1], top_p
 
 
 def test_a_batch_draws_what_its_sequences_would_draw_alone() -> None:
@@ -251,9 +267,9 @@ def test_an_interrupted_step_leaves_nothing_wrong(
     strategy: str, slots: int, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever expert an error or Ctrl-C falls into, what is generated afterwards is right."""
-    if STRATEGIES[strategy].needs_future:
-        pytest.skip("needs a recording; it shares the code under test")
-    model = from_pretrained(make_checkpoint("qwen3_moe"), slots=slots, strategy=strategy)
+    folder = make_checkpoint("qwen3_moe")
+    recorded = Recorded(random_future(folder)) if STRATEGIES[strategy].needs_future else None
+    model = from_pretrained(folder, slots=slots, strategy=strategy, forecast=recorded)
     device = model.device
     ids = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(2)).to(device)
     one = torch.tensor([[7]], device=device)

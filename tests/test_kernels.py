@@ -150,7 +150,7 @@ def test_the_reference_is_what_transformers_computes(family: str) -> None:
         assert distance(module(hidden, index, weights), out) < 1e-6
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_slots_waves_and_company_change_no_bit(data: st.DataObject) -> None:
     """A pair's result is the same in any slot, in any wave, and whoever else is in the batch."""
@@ -219,7 +219,7 @@ def test_an_index_of_nobody_adds_nothing(module: SimpleNamespace) -> None:
     assert not out.any()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
     """Rows of entries within the bounds arrive in their slots; every other slot stays as it was, also the second time."""

@@ -1,6 +1,7 @@
 """Rows, slots, copies, and the meter that measures device memory."""
 
 import gc
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -58,21 +59,25 @@ def test_slots_are_aligned_and_disjoint(specs: tuple[TensorSpec, ...], slots: in
 
 
 class RecordingTransfer:
-    """Notes the order of verbs and refuses a copy into a slot that is still lent out."""
+    """Notes the order of verbs, and refuses a copy into a slot whose expert has not had its turn.
+
+    `users`: the rows that the running layer uses in each slot, in the order of their turns; given back ones are gone.
+    """
 
     def __init__(self) -> None:
         self.log: list[tuple[str, int]] = []
-        self.lent: set[int] = set()
+        self.users: defaultdict[int, list[int]] = defaultdict(list)
 
     def start(self, row: int, slot: int) -> None:
-        assert slot not in self.lent
+        assert self.users[slot][:1] in ([], [row]), f"row {row} into slot {slot} of {self.users[slot]}"
         self.log.append(("start", row))
 
     def wait(self, slot: int) -> None:
         self.log.append(("wait", slot))
 
     def release(self, slot: int) -> None:
-        self.lent.discard(slot)
+        if self.users[slot]:
+            del self.users[slot][0]
         self.log.append(("release", slot))
 
     def close(self) -> None:
@@ -172,16 +177,29 @@ def test_a_layer_that_nobody_uses_forgets_nothing() -> None:
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 5])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_copy_never_overwrites_a_lent_slot(slots: int, strategy: str) -> None:
-    """In waves, a slot is copied into only after the expert that used it was given back."""
+def test_a_copy_never_overwrites_a_slot_before_its_turn(
+    slots: int, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided turns that use one slot follow each other: the next one's copy starts when the one before is given back."""
     transfer = RecordingTransfer()
-    pool = SlotPool(LAYOUT, slots, torch.device("cpu"))
-    provider = _provider(slots, transfer, pool, strategy)
-    place = {pool.views[s]["w"].data_ptr(): s for s in range(slots)}
-    for needed in ([0, 1, 2, 3, 4, 5, 6, 7], [1, 3], [0, 2, 4, 6]):
-        for _, row in provider.stream(0, needed):
-            transfer.lent.add(place[row["w"].data_ptr()])
-    assert not transfer.lent
+    provider = _provider(slots, transfer, SlotPool(LAYOUT, slots, torch.device("cpu")), strategy)
+    turns, shared = provider.controller.turns, 0
+
+    def noting(layer: int, needed: Sequence[int]) -> Iterator[Access]:
+        nonlocal shared
+        for access in turns(layer, needed):
+            transfer.users[access.slot].append(8 * layer + access.expert)
+            shared += len(transfer.users[access.slot]) > 1
+            yield access
+
+    monkeypatch.setattr(provider.controller, "turns", noting)
+    for needed in ([0, 1, 2, 3, 4, 5, 6, 7], [1, 3], [0, 2, 4, 6], [1, 2, 3, 5, 6, 7]):
+        provider.begin_step()
+        for layer in range(2):
+            for expert, _ in provider.stream(layer, needed):
+                assert 8 * layer + expert in {users[0] for users in transfer.users.values() if users}
+            assert not any(transfer.users.values())
+    assert shared > 0, "no slot was used twice in a layer"
 
 
 def _filled_store(*, pin: bool) -> HostStore:

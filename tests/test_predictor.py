@@ -70,7 +70,7 @@ def random_text(length: int, seed: int = 0, batch: int = 1, **sizes: int) -> tup
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(length=st.integers(1, 140), seed=st.integers(0, 99))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_step_by_step_is_the_whole_sequence(kind: str, length: int, seed: int) -> None:
     """`feed`, from its state, gives the logits that `forward` gives from the whole past; rings wrap on the way."""
     model = random_predictor(kind, seed)

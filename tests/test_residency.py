@@ -201,7 +201,7 @@ def test_kernels_decide_as_the_replay_on_random_routing(name: str) -> None:
 
 
 @given(seed=st.integers(0, 999), slots=st.integers(1, 21), name=st.sampled_from(ON_DEVICE), variant=st.integers(0, 2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_reference_decides_as_the_replay(seed: int, slots: int, name: str, variant: int) -> None:
     """The reference tells the replay's events, and the bound on phases holds, whatever comes."""
     workload, row = random_workload(seed), variants(name)[variant]

@@ -28,7 +28,7 @@ def distinct(paths: Paths, found: np.ndarray) -> int:
     return sum(int(paths[found == number].any(axis=0).sum()) for number in np.unique(found))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 14), data=st.data(), method=st.sampled_from(sorted(METHODS)))
 def test_groups_are_balanced_and_never_worse_than_arrival(
     seed: int, count: int, data: st.DataObject, method: str
@@ -47,7 +47,7 @@ def test_groups_are_balanced_and_never_worse_than_arrival(
 
 
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 9), groups=st.integers(1, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_counting_bits_is_counting_experts(seed: int, count: int, groups: int) -> None:
     """Packed paths give the number of distinct experts that the paths give."""
     paths, found = draw(seed, count), np.random.default_rng(seed).integers(0, groups, count)

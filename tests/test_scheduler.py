@@ -99,7 +99,7 @@ def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int],
     rows=st.integers(1, 7), batch=st.integers(1, 7), chunk=st.integers(1, 40), seed=st.integers(0, 99),
     policy=st.sampled_from(["fifo", "group", "auto"]),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nobody_is_lost_or_served_twice(rows: int, batch: int, chunk: int, seed: int, policy: str) -> None:
     """Random arrivals, cancellations, lengths and limits: each request that is not cancelled gets its tokens, once."""
     scheduler = Scheduler(
@@ -340,14 +340,14 @@ def test_long_prompts_do_not_crawl_beside_short_ones() -> None:
 
 
 @given(rows=st.integers(1, 5), seed=st.integers(0, 99), cost=st.floats(0, 30))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_economy_loses_nobody(rows: int, seed: int, cost: float) -> None:
     """Whatever a pass costs, everybody is served in the end."""
     drive(Scheduler(rows=rows, batch=2 if rows > 1 else 1, chunk=10, costs=lambda: Costs(cost, 1.0, 1.0)), seed, 15)
 
 
 @given(seed=st.integers(0, 999), slots=st.integers(0, 40), count=st.integers(2, 9), batch=st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_price_of_a_division(seed: int, slots: int, count: int, batch: int) -> None:
     """With certain routes loads are those of the best fixed set of experts; finer groups never cost less."""
     routes = np.random.default_rng(seed).random((count, 2, 12)) < 0.2

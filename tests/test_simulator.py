@@ -160,7 +160,7 @@ def _trace_of(steps: list[list[list[int]]], experts: int, top_k: int = 2, sequen
 
 
 @given(batch=st.integers(1, 6), seed=st.integers(0, 5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_live_sequences_follow_one_another(batch: int, seed: int) -> None:
     """Every step has `batch` rows of different sequences, and a place runs a sequence from its start without a gap."""
     trace = load_trace(EXCERPT).without("repetition")

@@ -181,7 +181,7 @@ def test_a_pass_that_fails_lets_the_next_thread_in(error: type[BaseException], p
     got: list[Tensor] = []
     thread = threading.Thread(target=lambda: got.append(logits(model)), daemon=True)
     thread.start()
-    thread.join(60)
+    thread.join(900)
     assert got, "the thread waits for ever"
     assert torch.equal(got[0], logits(stock))
 

@@ -34,7 +34,7 @@ def reported() -> Iterator[None]:
     try:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+                warnings.showwarning = _show_warning  # type: ignore[assignment]  # ours names fewer arguments
                 yield
         finally:
             sys.stdout.flush()

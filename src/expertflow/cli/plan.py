@@ -57,6 +57,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "layers": shape.layers,
         "experts": shape.experts,
         "top_k": shape.top_k,
+        "notes": shape.notes,
         **sizes,
     }
 
@@ -88,6 +89,8 @@ def _show(plan: Plan, name: str) -> None:
     console = Console()
     console.print(table)
     console.print(_meaning(plan))
+    for note in shape.notes:
+        console.print(f"Note: {escape(note)}.")
 
 
 def _meaning(plan: Plan) -> str:

@@ -148,8 +148,7 @@ def _plan(
     max_length = sequence_length(config, shape)
     row = RowLayout.of(shape.specs).row_bytes
     live = _max_live(config, shape)
-    # a row has one more column, which is nobody's
-    kv = shape.kv_bytes(max_length + 1 if shape.in_rows else max_length) * live
+    kv = shape.kv_bytes(max_length) * live
     # a recurrent state is not carried from pass to pass, so such a prompt is read whole
     chunk = max(config.prefill_chunk, config.max_batch * max_length) if shape.unplanned else config.prefill_chunk
     workspace = workspace_bytes(shape, config.max_batch, max_length, chunk)
@@ -297,7 +296,7 @@ def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
     # the rows of a layer that step are gathered; keys and values are repeated over grouped heads
-    cache = max((layer.bytes_per_token for layer in shape.kv), default=0) * batch * length
+    cache = max((layer.read_per_token for layer in shape.kv), default=0) * batch * length
     repeated = 3 * batch * length * shape.head_width * element
     scores = batch * shape.heads * columns * length * (4 if not shape.encoder_decoder and not shape.scores else 16)
     return heads + cache + repeated + scores

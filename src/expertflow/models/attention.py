@@ -19,6 +19,8 @@ KEYS_AND_VALUES = frozenset({"full_attention", "sliding_attention", "chunked_att
 """Kinds of layers that keep keys and values only: a prompt can be read in several passes."""
 RECURRENT = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 """Kinds of layers that keep a state, which transformers starts anew in every pass of several tokens."""
+STATE_ONLY = frozenset({"linear_attention", "conv"})
+"""Kinds of layers that keep a state and no keys and values."""
 EMPTY = frozenset({"moe", "mlp", "dummy"})
 """Kinds of layers that keep nothing."""
 _LONGEST = 1 << 17

@@ -4,6 +4,7 @@ Reads headers only. Refuses pickles, damaged shards and shards that are not ther
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
 
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from expertflow import outside
 from expertflow.errors import CheckpointError
+from expertflow.models.foreign import ADAPTER_NAME, refuse_foreign
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-ADAPTER_NAME = "adapter_config.json"
 CHUNK_BYTES = 1 << 22
 """Bytes read at a time where a tensor is only looked at."""
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -59,9 +60,12 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
         fetch: whether an id that is not in the local cache may be fetched into it.
 
     Raises:
-        CheckpointError: if there is no such folder, and no such model in the cache or on the hub.
+        CheckpointError: if there is no such folder, and no such model in the cache or on the hub; or if it holds something
+            else than a model.
     """
     folder = Path(model)
+    if os.path.exists(folder):  # noqa: PTH110 - pathlib raises for names that are too long
+        refuse_foreign(folder)
     if outside.is_folder(folder):
         return folder
     name = str(model)
@@ -91,7 +95,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = outside.read_json(path, most, finite=False)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing", "Fetch the checkpoint again.") from error
+        remedy = "Fetch the checkpoint again; a repository of GGUF files or of an adapter is none."
+        raise CheckpointError(f"{path} is missing", remedy) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "Fetch the checkpoint again.") from error
     if not isinstance(value, dict):
@@ -105,7 +110,11 @@ def context_of(folder: Path) -> int | None:
     Raises:
         CheckpointError: if the config cannot be read.
     """
-    length = read_json(folder / "config.json").get("max_position_embeddings")
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")  # of a model that reads other things too
+    length = config.get(
+        "max_position_embeddings", text.get("max_position_embeddings") if isinstance(text, dict) else None
+    )
     return length if isinstance(length, int) else None
 
 

@@ -28,15 +28,15 @@ _MLA = {
     "moe_intermediate_size": 32,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
+    "num_experts_per_tok": 4,
     "first_k_dense_replace": 1,
     "kv_lora_rank": 16,
     "q_lora_rank": 24,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
-    "n_group": 2,
-    "topk_group": 1,
+    "n_group": 4,
+    "topk_group": 3,
 }
 
 
@@ -85,7 +85,7 @@ _ROWS = (
         "qwen3_moe", "Qwen3-MoE", "Qwen3-30B-A3B, Qwen3-235B-A22B, Novella", moe_intermediate_size=32, num_experts=8,
         num_experts_per_tok=2, head_dim=16, norm_topk_prob=True, intermediate_size=64,
     ),
-    _row("olmoe", "OLMoE", "OLMoE-1B-7B", intermediate_size=32, num_experts=8, num_experts_per_tok=2),
+    _row("olmoe", "OLMoE", "OLMoE-1B-7B", intermediate_size=32, num_experts=8, num_experts_per_tok=4),
     Family(
         model_type="deepseek_v2", title="DeepSeek-V2", examples="DeepSeek-V2, V2-Lite, DeepSeek-Coder-V2",
         tiny=MappingProxyType({**_MLA, "topk_method": "greedy"}),
@@ -96,7 +96,7 @@ _ROWS = (
     ),
     _row(
         "gpt_oss", "GPT-OSS", "gpt-oss-20b, 120b (bf16)", intermediate_size=32, num_local_experts=8,
-        num_experts_per_tok=2, head_dim=16, sliding_window=8, activation="clamped_swiglu",
+        num_experts_per_tok=4, head_dim=16, sliding_window=8, activation="clamped_swiglu",
     ),
     _row(
         "phimoe", "PhiMoE", "Phi-3.5-MoE, Phi-mini-MoE", intermediate_size=32, num_local_experts=8,
@@ -105,19 +105,19 @@ _ROWS = (
     ),
     _row(
         "granitemoe", "Granite MoE", "granite-3.1-1b-a400m, 3b-a800m", intermediate_size=32, num_local_experts=8,
-        num_experts_per_tok=2,
+        num_experts_per_tok=4,
     ),
     _row(
         "glm4_moe", "GLM-4 MoE", "GLM-4.5, GLM-4.5-Air, GLM-4.6", moe_intermediate_size=32, n_routed_experts=8,
-        num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, intermediate_size=64, head_dim=16,
+        num_experts_per_tok=4, n_shared_experts=1, first_k_dense_replace=1, intermediate_size=64, head_dim=16,
     ),
     _row(
         "ernie4_5_moe", "ERNIE 4.5 MoE", "ERNIE-4.5-21B-A3B, 300B-A47B", moe_intermediate_size=32, moe_num_experts=8,
-        moe_k=2, moe_num_shared_experts=1, intermediate_size=64,
+        moe_k=4, moe_num_shared_experts=1, intermediate_size=64,
     ),
     _row(
         "minimax_m2", "MiniMax M2", "MiniMax-M2 (bf16)", intermediate_size=32, num_local_experts=8,
-        num_experts_per_tok=2, head_dim=16, rotary_dim=16,
+        num_experts_per_tok=4, head_dim=16, rotary_dim=16,
     ),
     Family(
         model_type="switch_transformers", title="Switch Transformers", examples="switch-base-8 ... 256", hook="switch",

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor
 from expertflow.models.identity import Span
+from expertflow.models.refusals import converted_experts, lost_experts
 from expertflow.models.skeleton import Skeleton
 from expertflow.types import TensorSpec
 
@@ -74,12 +75,14 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
         for spec in specs.values():
             stored = found.pop((module, spec.name), None)
             if stored is None:
+                if lost := next((key for key in tensors if key.endswith("$")), None):
+                    raise lost_experts(skeleton.folder, lost)
                 raise CheckpointError(
                     f"the checkpoint holds no {spec.name} for {module}", "It does not match its config: fetch it again."
                 )
             pieces += _pieces(skeleton, layer, spec, stored)
     for piece in pieces:
-        _check_dtype(piece.source, skeleton.dtype, convert=convert)
+        _check_dtype(piece.source, skeleton, convert=convert)
     return sorted(pieces, key=lambda piece: (piece.source.file, piece.source.start + piece.offset))
 
 
@@ -108,7 +111,7 @@ def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
         if pattern is None and named in wanted:
             _check_shape(tensor, tuple(wanted[named].shape))
             if wanted[named].is_floating_point():
-                _check_dtype(tensor, skeleton.dtype, convert=convert or tensor.dtype == "F32")
+                _check_dtype(tensor, skeleton, convert=convert or tensor.dtype == "F32")
 
 
 _Stored = dict[tuple[int, int], StoredTensor]
@@ -150,7 +153,9 @@ def _resolve(skeleton: Skeleton, keys: Iterable[str]) -> Iterable[tuple[str, str
         if module not in skeleton.expert_modules and f"{prefix}.{module}" in skeleton.expert_modules:
             module = f"{prefix}.{module}"
         if module in skeleton.expert_modules:
-            where = (-1, 0) if pattern is None else _place(key, pattern, converters)
+            where = (-1, 0)
+            if pattern is not None:  # it is a pattern of the name behind all renamings
+                where = _place(rename_source_key(key, renamings, [])[0], pattern, converters)
             yield key, module, name, where
 
 
@@ -158,17 +163,11 @@ def _place(key: str, pattern: str, converters: list[Any]) -> tuple[int, int]:
     converter = next(c for c in converters if pattern in c.source_patterns)
     kinds = [type(operation) for operation in converter.operations]
     if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]):
-        names = ", ".join(kind.__name__ for kind in kinds)
-        raise UnsupportedModelError(
-            f"expert tensor {key!r} has to be converted by {names}", "This family is unsupported."
-        )
-    regex = re.escape(pattern).replace(r"\*", r"(\d+)")
+        raise converted_experts(key, ", ".join(kind.__name__ for kind in kinds))
+    regex = pattern.replace("*.", r"(\d+)\.")  # as transformers reads it, but only a number
     match = re.search(regex, key)
     if match is None or not match.groups():
-        raise UnsupportedModelError(
-            f"expert tensor {key!r} is stored in a way that is not understood ({pattern})",
-            "This family is unsupported.",
-        )
+        raise converted_experts(key, f"the pattern {pattern}")
     return int(match[1]), converter.source_patterns.index(pattern)
 
 
@@ -208,7 +207,8 @@ def _check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_dtype(tensor: StoredTensor, dtype: str, *, convert: bool) -> None:
+def _check_dtype(tensor: StoredTensor, skeleton: Skeleton, *, convert: bool) -> None:
+    dtype = skeleton.dtype
     stored = FLOAT_NAMES.get(tensor.dtype)
     if stored is None:
         raise UnsupportedModelError(
@@ -216,6 +216,6 @@ def _check_dtype(tensor: StoredTensor, dtype: str, *, convert: bool) -> None:
         )
     if stored != dtype and not convert:
         raise CheckpointError(
-            f"{tensor.key!r} is stored as {stored}, the config says {dtype}",
+            f"{tensor.key!r} is stored as {stored}, {skeleton.dtype_source} {dtype}",
             f"State the dtype to run in (--dtype {stored} or --dtype {dtype}); weights are then converted on loading.",
         )

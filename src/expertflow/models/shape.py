@@ -4,7 +4,7 @@ Pure figures, taken from a skeleton; refuses to know budgets and devices.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ class KvLayer:
 
     Attributes:
         bytes_per_token: of keys and values together, for one sequence.
+        read_per_token: the same as attention reads them: latents are kept as they are and expanded in each pass.
         source_length: whether the layer holds the encoder's tokens (cross-attention) instead of generated ones.
     """
 
     bytes_per_token: int
+    read_per_token: int
     source_length: bool = False
 
 
@@ -56,6 +58,7 @@ class ModelShape:
         unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
         in_rows: whether keys and values can be kept in rows, so that sequences may join and leave at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
+        notes: what a user should know about how it runs, one sentence each.
     """
 
     model_type: str
@@ -79,6 +82,7 @@ class ModelShape:
     unserved: tuple[str, ...]
     in_rows: bool
     windows: tuple[int | None, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def total_experts(self) -> int:
@@ -86,8 +90,12 @@ class ModelShape:
         return self.layers * self.experts
 
     def kv_bytes(self, length: int) -> int:
-        """Bytes of one sequence's keys and values at `length` tokens; every layer keeps all of them, windows or not."""
-        return sum(layer.bytes_per_token for layer in self.kv) * length
+        """Bytes of one sequence's keys and values at `length` tokens; every layer keeps all of them, windows or not.
+
+        In rows a layer has one more column, which padding writes to; what an encoder has read has none.
+        """
+        spare = [int(self.in_rows and not layer.source_length) for layer in self.kv]
+        return sum(layer.bytes_per_token * (length + more) for layer, more in zip(self.kv, spare, strict=True))
 
 
 def shape_of(skeleton: Skeleton) -> ModelShape:
@@ -97,6 +105,7 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
     heads = int(config.num_attention_heads)
     key_width, value_width, head_width = _head_widths(config, heads)
     unplanned, windows = ((), ()) if skeleton.encoder_decoder else _attention(skeleton, config)
+    in_rows = skeleton.family is not None and not unplanned and windows is not None
     return ModelShape(
         model_type=skeleton.config.model_type,
         layers=len(skeleton.expert_modules),
@@ -105,7 +114,7 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         specs=skeleton.specs,
         dtype=skeleton.dtype,
         dense_bytes=_dense_bytes(skeleton),
-        kv=_kv_layers(skeleton, (key_width + value_width) * element),
+        kv=_kv_layers(skeleton, (key_width + value_width) * element, element),
         hidden=int(config.hidden_size),
         expert_width=max(max(spec.shape) for spec in skeleton.specs),
         dense_width=_dense_width(skeleton.model),
@@ -116,8 +125,9 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         encoder_decoder=skeleton.encoder_decoder,
         unplanned=unplanned,
         unserved=() if skeleton.encoder_decoder else _unserved(skeleton, config, unplanned),
-        in_rows=skeleton.family is not None and not unplanned and windows is not None,
+        in_rows=in_rows,
         windows=windows or (),
+        notes=(*skeleton.notes, *_notes(skeleton, unplanned, in_rows=in_rows)),
         scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - the only place transformers says it
     )
 
@@ -147,9 +157,22 @@ def _unserved(skeleton: Skeleton, config: Any, unplanned: tuple[str, ...]) -> tu
     return (*(kind for kind in unplanned if kind not in served), *ahead)
 
 
+def _notes(skeleton: Skeleton, unplanned: tuple[str, ...], *, in_rows: bool) -> tuple[str, ...]:
+    """What a family outside the table, or without rows of keys and values, does without."""
+    name = skeleton.config.model_type
+    if kinds := sorted(set(unplanned) - RECURRENT - EMPTY):
+        return (f"{name!r} has layers of kind {', '.join(kinds)}: it runs through expertflow.from_pretrained only",)
+    cohorts = "cohorts (sequences start together, and the next ones wait until all have ended)"
+    if skeleton.family is None:
+        return (
+            f"{name!r} is not in the table of families and runs by its own forward: no overlap, no graphs, {cohorts}",
+        )
+    return () if in_rows else (f"the keys and values of {name!r} are not kept in rows: no graphs, {cohorts}",)
+
+
 def _head_widths(config: Any, heads: int) -> tuple[int, int, int]:
-    """Elements a token of cached keys, cached values and queries, over all heads."""
-    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention, cached decompressed by transformers
+    """Elements a token of keys, values and queries as attention reads them, over all heads."""
+    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention, expanded
         key = config.qk_nope_head_dim + config.qk_rope_head_dim
         return heads * key, heads * config.v_head_dim, heads * key
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
@@ -157,13 +180,20 @@ def _head_widths(config: Any, heads: int) -> tuple[int, int, int]:
     return kv_heads * head_dim, kv_heads * head_dim, heads * head_dim
 
 
-def _kv_layers(skeleton: Skeleton, bytes_per_token: int) -> tuple[KvLayer, ...]:
+def _kv_layers(skeleton: Skeleton, read: int, element: int) -> tuple[KvLayer, ...]:
+    """The decoder's layers, whose attention reads `read` bytes a token.
+
+    Latents are kept one for all heads by the families of the table; other families may keep them expanded, which is more.
+    """
     config = skeleton.config.get_text_config(decoder=True)
     if skeleton.encoder_decoder:
-        own = KvLayer(bytes_per_token=bytes_per_token)
-        cross = KvLayer(bytes_per_token=bytes_per_token, source_length=True)
+        own = KvLayer(bytes_per_token=read, read_per_token=read)
+        cross = replace(own, source_length=True)
         return (own, cross) * int(config.num_decoder_layers)
-    return tuple(KvLayer(bytes_per_token=bytes_per_token) for _ in layer_kinds(config))
+    rank = getattr(config, "kv_lora_rank", None) if skeleton.family is not None else None
+    kept = read if rank is None else (rank + config.qk_rope_head_dim) * element
+    layer = KvLayer(bytes_per_token=kept, read_per_token=read if rank is None else read + kept)
+    return tuple(layer for _ in layer_kinds(config))
 
 
 def _dense_bytes(skeleton: Skeleton) -> int:

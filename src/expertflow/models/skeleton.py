@@ -4,7 +4,10 @@ Everything later steps need to know about a checkpoint's model comes from here: 
 expert's tensors are, which class loads the rest. Reads no weights.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -18,10 +21,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
+from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
 from expertflow.models.bounds import check_config, describing
-from expertflow.models.checkpoint import read_json
+from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor, read_json, walk
 from expertflow.models.experts import is_registry_experts, offloaded_forward
 from expertflow.models.families import FAMILIES, REFUSED, Family
+from expertflow.models.refusals import LISTED, no_experts, not_text, refuse_quantised
 from expertflow.models.switch import SwitchExperts, mark_switch_experts, swapped_switch_experts
 from expertflow.types import TensorSpec
 
@@ -32,7 +37,7 @@ class Skeleton:
 
     Attributes:
         folder: the checkpoint folder.
-        config: its parsed config.
+        config: its parsed config; of the text part, where the folder's config holds one that runs by itself.
         model_class: the transformers class, with experts that hold no parameters.
         model: an instance on the meta device.
         family: its row, or None for a family that runs by the universal fallback.
@@ -41,6 +46,8 @@ class Skeleton:
         top_k: experts a token uses in a layer.
         specs: the tensors of one expert, in `dtype`.
         dtype: dtype the model will run in.
+        dtype_source: where that comes from, as the beginning of a sentence.
+        notes: what a user should know about how it runs, one sentence each.
     """
 
     folder: Path
@@ -53,6 +60,8 @@ class Skeleton:
     top_k: int
     specs: tuple[TensorSpec, ...]
     dtype: str
+    dtype_source: str = "the config says"
+    notes: tuple[str, ...] = ()
 
     @property
     def encoder_decoder(self) -> bool:
@@ -77,30 +86,39 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
 
     Args:
         folder: checkpoint folder.
-        dtype: dtype to run in, or `auto` for the one the config states (float32 if it states none).
+        dtype: dtype to run in, or `auto` for the one the config states (if it states none, that of most experts).
 
     Raises:
         CheckpointError: if the config cannot be read.
         UnsupportedModelError: if the model is no MoE, is quantised, needs remote code, or its experts cannot be
             run exactly.
     """
-    config = _read_config(folder)
-    base_class = _model_class(config)
+    whole = _read_config(folder)
+    base_class = _model_class(folder, whole)
+    config, notes = _text_part(whole, base_class)
+    if quantization := _quantization(folder, whole, config):
+        refuse_quantised(folder, quantization, walk(folder))
     model_class = _emptied_class(base_class)
     with describing(folder / "config.json", "describes no model that can be built"), torch.device("meta"):
         model = model_class(config)
     found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
     if not found:
+        raise no_experts(folder, config, model)
+    if not config.is_encoder_decoder and set(layer_kinds(config.get_text_config(decoder=True))) <= STATE_ONLY | EMPTY:
         raise UnsupportedModelError(
-            f"{config.model_type!r} in {folder} has no experts that can be offloaded",
-            "Give a Mixture-of-Experts checkpoint; `expertflow models` lists the families.",
+            f"no layer of {config.model_type!r} in {folder} is one of attention, and transformers' own forward needs one",
+            "Correct `layer_types` in config.json, or fetch it again.",
         )
     top_k = _top_k(config)
     if not 1 <= top_k <= max(counts := {module.num_experts for _, module in found}):
         raise CheckpointError(
             f"{folder / 'config.json'} routes a token to {top_k} of {max(counts)} experts", "Fetch the config again."
         )
-    runs_in = dtype if dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+    stated = config.dtype or whole.dtype
+    runs_in = str(stated).removeprefix("torch.") if dtype == "auto" else dtype
+    if dtype == "auto" and stated is None:
+        runs_in = _stored_dtype(walk(folder))
+        notes = (*notes, f"config.json states no dtype: it runs in {runs_in}, the dtype of most expert weights")
     shapes = {_shapes(module) for _, module in found}
     if len(shapes) != 1 or len(counts) != 1:
         raise UnsupportedModelError(
@@ -118,17 +136,13 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
         top_k=top_k,
         specs=tuple(TensorSpec(name=name, shape=shape, dtype=runs_in) for name, shape in shapes.pop()),
         dtype=runs_in,
+        dtype_source="most expert weights are" if dtype == "auto" and stated is None else "the config says",
+        notes=notes,
     )
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     raw = read_json(folder / "config.json")
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"{folder} holds a checkpoint quantised with {method!r}",
-            "Only float32, bfloat16 and float16 run exactly: convert it to bfloat16 first.",
-        )
     check_config(folder / "config.json", raw)
     try:
         with describing(folder / "config.json", "cannot be used"):
@@ -141,26 +155,50 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             ) from error
         if "model_type" not in raw or "does not recognize this architecture" in str(error):
             raise UnsupportedModelError(
-                f"model_type {raw.get('model_type')!r} is unknown to transformers",
-                "`expertflow models` lists the families.",
+                f"model_type {raw.get('model_type')!r} is unknown to transformers", LISTED
             ) from error
         raise
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _quantization(folder: Path, *configs: PreTrainedConfig) -> Any:
+    """What a checkpoint says of its quantisation, in a config or in a file of its own; empty if nothing."""
+    found = [getattr(config, "quantization_config", None) for config in configs]
+    own_file = "modelopt" if (folder / "hf_quant_config.json").is_file() else None
+    return next((about for about in (*found, own_file) if about), None)
+
+
+def _model_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if config.model_type in REFUSED:
-        raise UnsupportedModelError(
-            f"{config.model_type!r} cannot be run: {REFUSED[config.model_type]}",
-            "`expertflow models` lists the families.",
-        )
+        raise UnsupportedModelError(f"{config.model_type!r} cannot be run: {REFUSED[config.model_type]}", LISTED)
     try:
         found = mapping[type(config)]
     except KeyError as error:
-        raise UnsupportedModelError(
-            f"{config.model_type!r} is not a text-generating model", "`expertflow models` lists the families."
-        ) from error
+        raise not_text(folder, config) from error
     return found[0] if isinstance(found, tuple) else found
+
+
+def _text_part(
+    config: PreTrainedConfig, model_class: type[PreTrainedModel]
+) -> tuple[PreTrainedConfig, tuple[str, ...]]:
+    """The config its text-generating class is built from, and a note if that is a part of the whole.
+
+    Some configs hold one of a text model beside others; transformers' AutoModelForCausalLM takes that part then.
+    """
+    if model_class.config_class is not config.sub_configs.get("text_config"):
+        return config, ()
+    note = f"of this {config.model_type!r} checkpoint the text part runs; its other parts are left out"
+    return config.get_text_config(), (note,)
+
+
+def _stored_dtype(tensors: Mapping[str, StoredTensor]) -> str:
+    """The float dtype of most expert elements of a checkpoint; of all elements if no name says expert."""
+    floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in FLOAT_NAMES}
+    chosen = {key: tensor for key, tensor in floats.items() if ".experts." in key} or floats
+    elements = Counter[str]()
+    for tensor in chosen.values():
+        elements[FLOAT_NAMES[tensor.dtype]] += prod(tensor.shape)
+    return elements.most_common(1)[0][0] if elements else "float32"
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -1,0 +1,154 @@
+"""Why a model that transformers knows cannot run here, and what turns it into one that can.
+
+Makes errors from configs and headers. Must not know how a model is loaded or run.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from expertflow.errors import CheckpointError, ExpertFlowError, UnsupportedModelError
+from expertflow.models.checkpoint import StoredTensor
+from expertflow.models.foreign import lines
+
+LISTED = "`expertflow models` lists the families that run."
+_ELSEWHERE = f"Run it with transformers itself, which keeps every expert in memory; {LISTED}"
+_INTEGERS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized"}
+"""Formats of compressed-tensors whose experts transformers decodes rightly (tried with 5.17 and small checkpoints)."""
+_MAKES = {
+    "mxfp4": ("Mxfp4Config", ""),
+    "fp8": ("FineGrainedFP8Config", "accelerate"),
+    "compressed-tensors": ("CompressedTensorsConfig", "compressed-tensors"),
+}
+"""transformers' config class of each method it decodes, and the package it needs for that."""
+
+
+def refuse_quantised(folder: Path, quantization: Any, tensors: Mapping[str, StoredTensor]) -> NoReturn:
+    """Refuse a quantised checkpoint, with the lines that convert it where transformers decodes its experts rightly.
+
+    Args:
+        folder: the checkpoint.
+        quantization: the config's `quantization_config`, or the name of a method.
+        tensors: the checkpoint, by key.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
+    about = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    method = str(about.get("quant_method", "unknown"))
+    reason = "" if method in _MAKES else f"transformers does not decode experts of the method {method!r}"
+    if method == "compressed-tensors":
+        reason = _undecoded_groups(about)
+    if method == "fp8":
+        reason = _uneven_blocks(about, tensors)
+    what = f"{folder} holds a checkpoint quantised with {method!r}, and only float32, bfloat16 and float16 weights run"
+    if reason:
+        raise UnsupportedModelError(
+            f"{what}; it cannot be converted by transformers either: {reason}",
+            "Fetch the model in bfloat16, or decode it with its publisher's own tool and take `quantization_config` out of "
+            "config.json.",
+        )
+    raise UnsupportedModelError(what, conversion(folder, method))
+
+
+def conversion(folder: Path, method: str) -> str:
+    """How to convert a quantised checkpoint, as lines of Python."""
+    name, package = _MAKES[method]
+    needs = f" (pip install {package})" if package else ""
+    return f"Convert it to bfloat16{needs}, then give the new folder:\n" + lines(
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer, {name}",
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='bfloat16', "
+        f"quantization_config={name}(dequantize=True))",
+        "model.save_pretrained('converted', save_original_format=False)",
+        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained('converted')",
+    )
+
+
+def _undecoded_groups(about: Mapping[str, Any]) -> str:
+    """What of a compressed-tensors config transformers decodes wrongly or not at all; empty: nothing."""
+    groups = about.get("config_groups")
+    listed = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    formats = {str(group.get("format") or about.get("format")) for group in listed} or {str(about.get("format"))}
+    if unknown := sorted(formats - _INTEGERS):
+        return f"it does not decode experts of the format {unknown[0]!r}"
+    weights = [group.get("weights") for group in listed]
+    if any(isinstance(each, dict) and each.get("symmetric") is False for each in weights):
+        return "it does not decode experts with zero points"
+    return ""
+
+
+def _uneven_blocks(about: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
+    """What transformers would decode with wrong scales, since it divides rows evenly among blocks; empty: nothing."""
+    block = about.get("weight_block_size")
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+        return "its weights have no block size"
+    for key, tensor in tensors.items():
+        uneven = any(size > side and size % side for size, side in zip(tensor.shape[-2:], block, strict=False))
+        if uneven and f"{key}_scale_inv" in tensors:
+            return f"{key!r} is {list(tensor.shape)}, which are no whole blocks of {block}"
+    return ""
+
+
+def lost_experts(folder: Path, key: str) -> CheckpointError:
+    """A dequantised model that transformers saved in its default way, which keeps one layer's experts of all."""
+    return CheckpointError(
+        f"{folder} was saved by a transformers that writes a dequantised model's experts of all layers under one name, "
+        f"{key!r}, so that all but one layer's are lost",
+        "Convert the quantised checkpoint again, with `model.save_pretrained(..., save_original_format=False)`.",
+    )
+
+
+def not_text(folder: Path, config: PreTrainedConfig) -> ExpertFlowError:
+    """A config of which transformers makes no text-generating model: the text part is named if there is one."""
+    text = config.get_text_config(decoder=True)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or text is config:
+        return UnsupportedModelError(f"{config.model_type!r} is not a text-generating model", LISTED)
+    what = f"{config.model_type!r} reads images and text, and only models of text run"
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return UnsupportedModelError(f"{what}; its text part {text.model_type!r} has no model of its own", _ELSEWHERE)
+    return UnsupportedModelError(
+        what,
+        f"Take its text part out, which is of the family {text.model_type!r}, and give the new folder:\n"
+        + lines(
+            "from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer",
+            f"whole = AutoModelForImageTextToText.from_pretrained({str(folder)!r}, dtype='auto')",
+            "model = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype)",
+            "model.config.tie_word_embeddings = whole.config.tie_word_embeddings",
+            "model.model, model.lm_head = whole.model.language_model, whole.lm_head",
+            "model.save_pretrained('text', save_original_format=False)",
+            f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained('text')",
+        ),
+    )
+
+
+def no_experts(folder: Path, config: PreTrainedConfig, model: nn.Module) -> ExpertFlowError:
+    """A model without experts that can be offloaded: because it has none, or because of the class they are in."""
+    names = sorted({type(module).__name__ for module in model.modules() if any(True for _ in module.parameters())})
+    own = [
+        name for word in ("Experts", "SparseMLP", "SparseMoe", "MoE", "Moe") for name in names if name.endswith(word)
+    ]
+    if not own:
+        return UnsupportedModelError(
+            f"{config.model_type!r} in {folder} has no experts: it is no Mixture-of-Experts model",
+            f"Give a Mixture-of-Experts checkpoint; {LISTED}",
+        )
+    return UnsupportedModelError(
+        f"the experts of {config.model_type!r} are in a class of their own ({own[0]}), outside transformers' experts "
+        "registry, through which experts are offloaded",
+        _ELSEWHERE,
+    )
+
+
+def converted_experts(key: str, names: str) -> ExpertFlowError:
+    """Experts whose stored tensors transformers computes others from."""
+    return UnsupportedModelError(
+        f"expert tensor {key!r} is stored in a way that transformers converts by {names}, which is not done here",
+        _ELSEWHERE,
+    )
