@@ -259,7 +259,7 @@ def test_the_shipped_model_writes_english_within_a_quarter_of_its_size() -> None
 def test_simulate_refuses_a_trace_of_another_model(make_checkpoint: MakeCheckpoint) -> None:
     """Stating the model checks the trace against it."""
     trace = Path(__file__).parent / "data" / "gpt_oss_20b_excerpt" / "routing.trace"
-    with pytest.raises(TraceError, match=r"\(24, 32, 4\), not \(3, 8, 2\)"):
+    with pytest.raises(TraceError, match=r"\(24, 32, 4\), not \(3, 8, 4\)"):
         invoke("simulate", trace, "--model", make_checkpoint("gpt_oss"))
 
 

@@ -197,7 +197,7 @@ def test_results_keep_the_seed_they_were_drawn_with(tmp_path: Path) -> None:
         assert second.seed == seed is not None
     with Results(tmp_path / "r", ["a"], SamplingParams(temperature=1.0, seed=seed), "m") as third:
         assert third.seed == seed
-    with pytest.raises(ResultsError, match="other prompts or other sampling"):
+    with pytest.raises(ResultsError, match="other prompts, other sampling"):
         Results(tmp_path / "r", ["a"], SamplingParams(temperature=1.0, seed=seed + 1), "m")
     with Results(tmp_path / "greedy", ["a"], SamplingParams(seed=3), "m") as greedy:
         assert greedy.seed is None

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertflow.errors import CheckpointError
 from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, attention_windows, layer_kinds
+from expertflow.models.bounds import describing
 from expertflow.models.skeleton import Skeleton
 from expertflow.types import DTYPE_BYTES, TensorSpec
 
@@ -138,16 +138,11 @@ def _attention(skeleton: Skeleton, config: Any) -> tuple[tuple[str, ...], tuple[
     Raises:
         CheckpointError: if the config describes layers that the model's own code cannot run.
     """
-    try:
+    name = f"describes attention layers that {config.model_type!r} cannot run"
+    with describing(skeleton.folder / "config.json", name):
         unplanned = tuple(sorted(set(layer_kinds(config)) - KEYS_AND_VALUES))
         known = skeleton.family is not None and not unplanned
         return unplanned, attention_windows(skeleton.model, config) if known else ()
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{skeleton.folder / 'config.json'} describes attention layers that {config.model_type!r} cannot run: "
-            f"{type(error).__name__}: {error}",
-            "Checkpoint and config.json disagree: fetch both again.",
-        ) from error
 
 
 def _unserved(skeleton: Skeleton, config: Any, unplanned: tuple[str, ...]) -> tuple[str, ...]:

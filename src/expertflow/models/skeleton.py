@@ -104,7 +104,9 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
     found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
     if not found:
         raise no_experts(folder, config, model)
-    if not config.is_encoder_decoder and set(layer_kinds(config.get_text_config(decoder=True))) <= STATE_ONLY | EMPTY:
+    with describing(folder / "config.json", f"describes attention layers that {config.model_type!r} cannot run"):
+        kinds = set() if config.is_encoder_decoder else set(layer_kinds(config.get_text_config(decoder=True)))
+    if kinds and kinds <= STATE_ONLY | EMPTY:
         raise UnsupportedModelError(
             f"no layer of {config.model_type!r} in {folder} is one of attention, and transformers' own forward needs one",
             "Correct `layer_types` in config.json, or fetch it again.",
