@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from io import BytesIO
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -210,7 +211,7 @@ def parse_column(raw: bytes, shape: tuple[int, ...] | None, kinds: str) -> npt.N
         if version not in readers:
             raise ValueError(f"version {version} of the npy format is unknown")
         found, by_column, dtype = readers[version](stream, max_header_size=_NPY_HEADER)
-    except (SyntaxError, TypeError, KeyError, OverflowError, RecursionError, MemoryError) as error:
+    except (TokenError, SyntaxError, TypeError, KeyError, OverflowError, RecursionError, MemoryError) as error:
         raise ValueError(f"its header is malformed: {error}") from error
     if dtype.kind not in kinds or dtype.itemsize > 8:
         raise ValueError(f"it holds numbers of type {dtype}")

@@ -327,6 +327,7 @@ class OffloadedModel(Uncopied):
 
     def executor(self) -> Executor:
         """What runs the model's passes and steps. One at a time: it owns the rows of keys and values."""
+        _give_logits_alone(self.model)
         plan = self.plan
         if not plan.shape.in_rows:
             return CohortExecutor(self.model, plan.prefill_chunk)
@@ -410,6 +411,14 @@ class OffloadedModel(Uncopied):
         del self._transfer, self._pool
         if self._beside is None:
             self.store.close()
+
+
+def _give_logits_alone(model: PreTrainedModel) -> None:
+    """No more than what a step needs, whatever the config says: a router's loss cannot be had from masks of a batch."""
+    for config in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
+        for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
 
 
 def _on(device: torch.device, strategy: Strategy) -> Strategy:

@@ -62,8 +62,10 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _fault(key: str, value: Any) -> str:
     """What is wrong with a value; empty if nothing is known to be."""
-    if key in _FIXED and value is not None and value is not _FIXED[key]:
+    if key in _FIXED and value is not _FIXED[key]:
         return f"and only {str(_FIXED[key]).lower()} can be run"
+    if key in {"dtype", "torch_dtype"} and not isinstance(value, str | None):
+        return "which is no name of a type"
     if isinstance(value, float) and not math.isfinite(value) and key.removesuffix("[]") not in _UNBOUNDED:
         return "which is no number"
     if isinstance(value, bool) or not isinstance(value, int):
