@@ -1,5 +1,9 @@
 """What attention layers see and keep: taken from the models themselves, never from config keys."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +12,7 @@ from transformers import AutoConfig, DynamicCache
 from conftest import MakeCheckpoint, load_resident, model_class
 from expertflow import LLM, SamplingParams
 from expertflow.engine.rows import step_masks
-from expertflow.errors import UnsupportedModelError
+from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.models.attention import attention_windows, cache_argument
 from expertflow.models.families import FAMILIES
 
@@ -21,6 +25,11 @@ CONFIGS = {
     "full first": {
         "sliding_window": WINDOW,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "full first, stray sharing": {
+        "sliding_window": WINDOW,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
     },
     "window in use": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
 }
@@ -61,6 +70,15 @@ def test_each_layer_sees_what_the_stock_forward_shows_it(family: str, config: di
             assert torch.equal(mask, ours), (begin, window)
 
 
+def test_a_wide_window_is_found() -> None:
+    """A window of more than 131,072 tokens, inside a context that is longer still."""
+    made = AutoConfig.for_model(
+        "gpt_oss", **{**FAMILIES["gpt_oss"].tiny, "sliding_window": 200_000, "max_position_embeddings": 1 << 20}
+    )
+    with torch.device("meta"):
+        assert attention_windows(model_class(made)(made), made) == (200_000, None, 200_000)
+
+
 @pytest.mark.parametrize("config", list(CONFIGS.values())[1:], ids=list(CONFIGS)[1:])
 @pytest.mark.parametrize("family", DECODERS)
 def test_tokens_beyond_the_window_are_stock(family: str, config: dict, make_checkpoint: MakeCheckpoint) -> None:
@@ -93,6 +111,9 @@ RECURRENT = {
                    "layer_types": ["linear_attention", "linear_attention", "full_attention"]},
     "lfm2_moe": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64,
                  "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+    "inkling_text": {"moe_intermediate_size": 32, "n_routed_experts": 8, "head_dim": 16, "swa_num_attention_heads": 4,
+                     "swa_num_key_value_heads": 2, "swa_head_dim": 16, "sliding_window_size": WINDOW, "intermediate_size": 64,
+                     "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"]},
     "zaya": {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 16},
 }  # fmt: skip
 COHORTS = {
@@ -130,4 +151,27 @@ def test_a_cache_of_unknown_kind_is_refused(make_checkpoint: MakeCheckpoint) -> 
         "deepseek_v32", **{**FAMILIES["deepseek_v3"].tiny, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16}
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="whose cache LLM cannot serve"):
+        LLM(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "match"),
+    [
+        ({"is_causal": False}, UnsupportedModelError, "bidirectional_attention"),
+        (
+            {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
+            UnsupportedModelError,
+            "linear_att",
+        ),
+        ({"layer_types": ["chunked_attention", "full_attention", "full_attention"]}, CheckpointError, "cannot run"),
+    ],
+)
+def test_attention_that_the_family_has_not_is_refused(
+    config: dict, error: type[Exception], match: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Tokens that see later ones, layers with a state, and layers of other families are refused before loading."""
+    folder = Path(shutil.copytree(make_checkpoint("mixtral"), tmp_path / "odd"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(error, match=match):
         LLM(folder, device="cpu")

@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig
 from expertflow.engine.build import prepare
-from expertflow.errors import BudgetError, CheckpointError, DeviceError, HostMemoryError, UnsupportedModelError
+from expertflow.errors import (
+    BudgetError,
+    CheckpointError,
+    DeviceError,
+    HostMemoryError,
+    UnreadWarning,
+    UnsupportedModelError,
+)
 from expertflow.models import checkpoint
 from expertflow.models.checkpoint import INDEX_NAME, SINGLE_NAME, walk
 
@@ -48,10 +55,12 @@ def test_headers_say_where_tensors_are(sharded: Path) -> None:
 
 
 def test_truncated_shard(folder: Path) -> None:
-    """A shard cut short is named, with the tensor that does not fit."""
+    """A shard cut short is named."""
     path = folder / SINGLE_NAME
     path.write_bytes(path.read_bytes()[:-1000])
-    refused(folder, CheckpointError, "model.safetensors is truncated.*fetch it again")
+    refused(
+        folder, CheckpointError, "model.safetensors is no whole safetensors file: .*not fully covered.*fetch it again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +69,7 @@ def test_truncated_shard(folder: Path) -> None:
 def test_unreadable_shard(folder: Path, content: bytes) -> None:
     """A file that is no safetensors file is named."""
     (folder / SINGLE_NAME).write_bytes(content)
-    refused(folder, CheckpointError, "model.safetensors has (no safetensors|an unreadable) header")
+    refused(folder, CheckpointError, "model.safetensors is no whole safetensors file: .*header")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +84,11 @@ def test_header_that_contradicts_itself(folder: Path, entry: dict) -> None:
     """An entry whose shape, dtype and offsets disagree, or lacks them, is refused."""
     header = json.dumps({"x": entry}).encode()
     (folder / SINGLE_NAME).write_bytes(struct.pack("<Q", len(header)) + header + b"\x00" * 64)
-    refused(folder, CheckpointError, "model.safetensors: .*'x'")
+    refused(
+        folder,
+        CheckpointError,
+        "model.safetensors is no whole safetensors file: .*(missing field|invalid shape, data type, or offset|Q3)",
+    )
 
 
 def test_index_naming_a_missing_shard(sharded: Path) -> None:
@@ -207,6 +220,19 @@ def test_missing_dense_weight(folder: Path) -> None:
     refused(folder, CheckpointError, "lacks 1 weights, first 'model.layers.1.self_attn.q_proj.weight'")
 
 
+def test_tensors_without_a_place_are_named(folder: Path) -> None:
+    """Biases that the model does not have, and layers beyond its config, are not used: the warning names them."""
+    tensors = load_file(folder / SINGLE_NAME)
+    extra = [
+        "model.layers.0.mlp.experts.1.up_proj.bias",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.9.mlp.gate.weight",
+    ]
+    save_file(tensors | {key: torch.ones(3) for key in extra}, folder / SINGLE_NAME, {"format": "pt"})
+    with pytest.warns(UnreadWarning, match=f"no place for 3 .*{', '.join(extra)}$"):
+        LLM(folder, device="cpu", max_length=16).close()
+
+
 def test_missing_expert(folder: Path) -> None:
     """An expert that is not there is named."""
     tensors = load_file(folder / SINGLE_NAME)
@@ -314,6 +340,8 @@ def test_nonsense_in_the_config(folder: Path, changes: dict) -> None:
         [],
         {"x": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}},
         {"x": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+        {"x": ["F32", [16], [0, 64]]},
+        {"x": {"dtype": "F32", "shape": [16.0], "data_offsets": [0, 64]}},
     ],
 )
 def test_header_of_wrong_types(folder: Path, header: object) -> None:
@@ -326,7 +354,7 @@ def test_header_of_wrong_types(folder: Path, header: object) -> None:
 def test_index_of_wrong_types(sharded: Path) -> None:
     """An index whose shards are no names is refused."""
     (sharded / INDEX_NAME).write_text('{"weight_map": {"a": 3}}')
-    refused(sharded, CheckpointError, "names shards that are no text")
+    refused(sharded, CheckpointError, "names a shard .3., which is no file of the folder")
 
 
 def test_broken_tokenizer(folder: Path) -> None:

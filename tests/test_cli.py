@@ -259,5 +259,30 @@ def test_the_shipped_model_writes_english_within_a_quarter_of_its_size() -> None
 def test_simulate_refuses_a_trace_of_another_model(make_checkpoint: MakeCheckpoint) -> None:
     """Stating the model checks the trace against it."""
     trace = Path(__file__).parent / "data" / "gpt_oss_20b_excerpt" / "routing.trace"
-    with pytest.raises(TraceError, match=r"\(24, 32, 4\), not \(3, 8, 2\)"):
+    with pytest.raises(TraceError, match=r"\(24, 32, 4\), not \(3, 8, 4\)"):
         invoke("simulate", trace, "--model", make_checkpoint("gpt_oss"))
+
+
+def test_a_terminal_without_unicode_loses_nothing(make_checkpoint: MakeCheckpoint) -> None:
+    """Where standard output takes ASCII only, JSON stays JSON with the whole prompt in it, and text comes as escapes."""
+    folder = make_checkpoint("qwen3_moe")
+    prompt, environment = "a\u5b57\U0001f600", {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = [
+        sys.executable,
+        "-m",
+        "expertflow",
+        "run",
+        str(folder),
+        "--device",
+        "cpu",
+        "--max-tokens",
+        "1",
+        "--prompt",
+        prompt,
+    ]
+    for more in ([], ["--json"]):
+        done = subprocess.run([*words, *more], capture_output=True, env=environment, check=True)
+        if more:
+            assert json.loads(done.stdout)["outputs"][0]["prompt"] == prompt
+        else:
+            assert done.stdout.startswith(b"a\\u5b57\\U0001f600")

@@ -28,7 +28,7 @@ KINDS = [
 ]
 
 
-def broken(make: MakeCheckpoint, tmp_path: Path, family: str, dtype: str = "float32") -> Path:
+def broken(make: MakeCheckpoint, tmp_path: Path, family: str, dtype: str = "float32", token: int = BAD) -> Path:
     """A checkpoint in which one token's embedding is NaN: whoever reads it has no next token, all others are well."""
     sizes = FAMILIES["olmoe"].tiny if family == "flex_olmo" else {}
     made = make(family, dtype, spread=0.3, **sizes, tie_word_embeddings=False)
@@ -40,7 +40,7 @@ def broken(make: MakeCheckpoint, tmp_path: Path, family: str, dtype: str = "floa
     tensors = load_file(made / "model.safetensors")
     for key in tensors:
         if key.endswith(("embed_tokens.weight", "shared.weight")):
-            tensors[key][BAD] = float("nan")
+            tensors[key][token] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -66,6 +66,17 @@ def test_a_broken_request_ends_alone(
             assert [output.token_ids for output in caught.value.outputs] == alone
         assert llm.stats.finished == 4
         assert llm.engine.unfinished == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "flex_olmo"])
+def test_a_broken_padding_token_is_not_seen(family: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Prompts that a pass pads get the tokens they get alone, although the model's padding token is NaN."""
+    folder = broken(make_checkpoint, tmp_path, family, token=0)
+    options = {"device": "cpu", "slots": 9, "max_length": 32}
+    with LLM(folder, max_batch=1, **options) as llm:
+        alone = [output.token_ids for output in llm.generate(GOOD, PARAMS)]
+    with LLM(folder, max_batch=2, **options) as llm:
+        assert [output.token_ids for output in llm.generate(GOOD, PARAMS)] == alone
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -125,8 +136,14 @@ def test_the_command_shows_what_finished_and_fails(
     engine = {"device": "cpu", "max_length": 32}
     letter = chr(33 + BAD - 3)
     with pytest.raises(NonFiniteError):
-        run(model=str(folder), prompts=["ab", f"c{letter}"], prompts_file=None, engine=engine, sampling={"max_tokens": 3},
+        run(model=str(folder), prompts=["ab", f"c{letter}"], engine=engine, sampling={"max_tokens": 3},
             results=None, as_json=True)  # fmt: skip
     told = json.loads(capsys.readouterr().out)
     assert [output["index"] for output in told["outputs"]] == [0]
     assert "request 1" in told["error"]
+    options = {"model": str(folder), "prompts": ["ab", "de", f"c{letter}"], "engine": engine, "as_json": True}
+    for finished in ([0, 1], []):  # the second time only the broken one is left
+        with pytest.raises(NonFiniteError, match="request 2 has no token 1"):
+            run(**options, sampling={"max_tokens": 3}, results=tmp_path / "results")
+        told = json.loads(capsys.readouterr().out)
+        assert [output["index"] for output in told["outputs"]] == finished

@@ -90,6 +90,26 @@ def test_two_copies_of_a_tensor_must_agree(sharded: Path) -> None:
         save_file(before, other, {"format": "pt"})
 
 
+@pytest.mark.parametrize(
+    ("family", "stacked"),
+    [
+        ("qwen3_moe", "model.layers.1.mlp.experts.down_proj"),
+        ("granitemoe", "model.layers.1.block_sparse_moe.experts.down_proj"),
+    ],
+)
+def test_experts_under_two_names_are_refused(
+    family: str, stacked: str, tmp_path: Path, make_checkpoint: MakeCheckpoint
+) -> None:
+    """A layer's experts, stored by transformers' own names beside the names of the family's checkpoints."""
+    folder = tmp_path / family
+    shutil.copytree(make_checkpoint(family), folder)
+    content = load_file(folder / SINGLE_NAME)
+    other = dict(load_resident(folder).named_parameters())[stacked].detach() * 2
+    save_file({**content, stacked: other}, folder / SINGLE_NAME, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"'{stacked}' (and|are).*{stacked.rpartition('.')[0]}"):
+        tokens(folder)
+
+
 def test_an_adapter_is_not_forgotten(single: Path) -> None:
     """Weights that come with an adapter would give other tokens without it."""
     (single / "adapter_config.json").write_text("{}")
@@ -118,6 +138,7 @@ def _unsampled(folder: Path) -> None:
 CHANGES: dict[str, Callable[[Path], None]] = {
     "config": lambda folder: edit(folder / "config.json", rope_theta=5000.0),
     "generation config": lambda folder: edit(folder / "generation_config.json", eos_token_id=[2, 9]),
+    "versioned config": lambda folder: (folder / "config.5.0.0.json").write_text((folder / "config.json").read_text()),
     "tokenizer": lambda folder: edit(folder / "tokenizer_config.json", model_max_length=77),
     "chat template": lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
     "weights": _unsampled,

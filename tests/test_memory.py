@@ -3,7 +3,6 @@
 import gc
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from expertflow.memory import store as store_module
 from expertflow.memory.layout import ALIGNMENT, RowLayout
 from expertflow.memory.meter import CpuMeter
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import HostStore, available_host_bytes, check_host_memory
+from expertflow.memory.store import HostStore, check_addresses, check_host_memory, memory_reported
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.types import DTYPE_BYTES, Access, TensorSpec
 
@@ -268,11 +267,43 @@ def test_too_little_host_memory_is_refused_before_loading() -> None:
     check_host_memory(10, 10)
 
 
-def test_a_control_group_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Free memory is what the control group leaves, if that is less than what the machine has."""
-    monkeypatch.setattr(store_module.psutil, "virtual_memory", type("Memory", (), {"available": 10_000}))
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("3000\n")
-    assert available_host_bytes(tmp_path) == 2000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_host_bytes(tmp_path) == 10_000
+def test_a_limit_on_address_space_is_our_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before loading, and for an allocation that torch or Python is refused; other errors stay what they are."""
+    monkeypatch.setattr(store_module, "free_addresses", lambda: 2**30)
+    check_addresses(2**29)
+    with pytest.raises(HostMemoryError, match=r"address space, the limit leaves 1.00 GiB.*ulimit -v"):
+        check_addresses(2**30)
+    with pytest.raises(HostMemoryError, match="host refused memory"), memory_reported():
+        torch.empty(2**55, dtype=torch.uint8)
+    with pytest.raises(HostMemoryError, match="host refused memory"), memory_reported():
+        bytearray(2**62)
+    with pytest.raises(RuntimeError, match="shape"), memory_reported():
+        torch.ones(2) @ torch.ones(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("limit", "code", "refused"), [(None, 1, False), (8192, 0, False), (8192, 1, True), (2**40, 1, False)]
+)
+def test_a_limit_on_locked_memory_is_tried_before_loading(
+    limit: int | None, code: int, refused: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a driver that keeps to a limit which is too small is an error: most do not."""
+    sizes: list[int] = []
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+            assert address % 4096 == flags == 0
+            sizes.append(size)
+            return code
+
+        def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
+            sizes.append(-address)
+
+    monkeypatch.setattr(store_module, "lockable_memory", lambda: limit)
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    if refused:
+        with pytest.raises(HostMemoryError, match=r"page-locks 1.0 MiB.*is 8.0 KiB.*ulimit -l unlimited"):
+            store_module.check_locking(2**20)
+    else:
+        store_module.check_locking(2**20)
+    assert [size for size in sizes if size > 0] == ([8192 + 4096] if limit == 8192 else [])

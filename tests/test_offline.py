@@ -80,6 +80,8 @@ def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
         Results(path, PROMPTS, PARAMS, "f")
     with pytest.raises(ResultsError, match="other sampling"):
         Results(path, PROMPTS, SamplingParams(max_tokens=6), "f")
+    with pytest.raises(ResultsError, match="holds results of other prompts, other sampling, another dtype or"):
+        Results(path, PROMPTS, PARAMS, "f bfloat16 32")
     path.unlink()
     with Results(path, PROMPTS, PARAMS, "f"), pytest.raises(ResultsError, match="cannot be used"):
         Results(path, PROMPTS, PARAMS, "f")  # somebody is at it

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertflow import __version__
+from expertflow import __version__, limits
 from expertflow.engine import threads
 from expertflow.engine.build import SHIPPED_PREDICTOR
 from expertflow.limits import usable_cpus
@@ -116,6 +116,12 @@ assert "numba" in sys.modules
     python(script)
 
 
+def _write_tree(root: Path, tree: dict[str, str]) -> None:
+    for name, text in tree.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+
+
 CGROUPS = [  # line of /proc/self/cgroup, files below /sys/fs/cgroup, processors
     ("0::/", {"cpu.max": "max 100000"}, None),
     ("0::/", {"cpu.max": "350000 100000"}, 3),
@@ -140,16 +146,86 @@ def test_a_quota_limits_the_processors(
 ) -> None:
     """The smallest of affinity and the quotas of the process's group and all above it, rounded down; versions 1 and 2."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    tree = {"proc/self/cgroup": line, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}
-    for name, text in tree.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
+    _write_tree(tmp_path, {"proc/self/cgroup": line, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}})
     assert usable_cpus(tmp_path) == (expected or 8)
+
+
+MEMORY = [  # line of /proc/self/cgroup, files below /sys/fs/cgroup, bytes that are left of 10,000
+    ("0::/", {"memory.max": "max", "memory.current": "9000"}, 10_000),
+    ("0::/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
+    ("0::/a/b", {"a/b/memory.max": "5000", "a/b/memory.current": "4000", "a/memory.max": "max"}, 1000),
+    ("0::/a/b", {"a/memory.max": "5000", "a/memory.current": "4900", "a/b/memory.max": "max"}, 100),
+    (
+        "0::/a",
+        {"a/memory.max": "5000", "a/memory.current": "4000", "a/memory.stat": "inactive_file 700\nactive_file 200"},
+        1900,
+    ),
+    ("0::/a", {"a/memory.max": "5000", "a/memory.current": "6000"}, 0),
+    ("4:memory:/a", {"memory/a/memory.limit_in_bytes": "5000", "memory/a/memory.usage_in_bytes": "3000"}, 2000),
+    ("4:memory:/docker/x", {"memory/memory.limit_in_bytes": "5000", "memory/memory.usage_in_bytes": "3000"}, 2000),
+    (
+        "4:memory:/a",
+        {
+            "memory/a/memory.limit_in_bytes": "5000",
+            "memory/a/memory.usage_in_bytes": "3000",
+            "memory/a/memory.stat": "inactive_file 5\ntotal_inactive_file 500\ntotal_active_file 400",
+        },
+        2900,
+    ),
+    ("4:cpu:/a", {"memory/a/memory.limit_in_bytes": "5000", "memory/a/memory.usage_in_bytes": "3000"}, 10_000),
+]
+
+
+@pytest.mark.parametrize(("line", "files", "expected"), MEMORY)
+def test_a_control_group_limits_the_memory(
+    line: str, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the machine has, or what the process's group or one above it leaves, its page cache included."""
+    monkeypatch.setattr(limits.psutil, "virtual_memory", type("Memory", (), {"available": 10_000}))
+    _write_tree(tmp_path, {"proc/self/cgroup": line, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}})
+    assert limits.free_memory(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("rights", "limit", "expected"), [("0", 8192, 8192), ("1000", 8192, 8192), ("4000", 8192, None)]
+)
+def test_a_privileged_process_locks_what_it_wants(
+    rights: str, limit: int, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The right CAP_IPC_LOCK is bit 14 (capabilities(7)); without it the limit counts."""
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (limit, limit))
+    _write_tree(tmp_path, {"proc/self/status": f"Name: x\nCapEff:\t{rights.zfill(16)}"})
+    assert limits.lockable_memory(tmp_path) == expected
+
+
+def test_the_limit_on_address_space_is_read() -> None:
+    """What is left of it shrinks with what is mapped."""
+    script = """
+import mmap, resource
+from expertflow.limits import free_addresses
+resource.setrlimit(resource.RLIMIT_AS, (2**40, 2**40))
+before = free_addresses()
+room = mmap.mmap(-1, 2**30)
+assert 2**39 < before < 2**40 and abs(before - free_addresses() - 2**30) < 2**24
+"""
+    python(script)
+
+
+def test_compiled_functions_need_no_place_to_be_kept() -> None:
+    """A function whose file is nowhere (as where nothing can be written) runs all the same."""
+    script = """
+from expertflow.cache.shared import compiled
+@compiled
+def double(number):
+    return 2 * number
+assert double(21) == 42
+"""
+    python(script)
 
 
 @pytest.mark.parametrize(
     ("variables", "before", "expected"),
-    [({}, 4, (2, 1)), ({"OMP_NUM_THREADS": "4"}, 4, (4, 4)), ({}, 7, (7, 7))],
+    [({}, 4, (2, 1)), ({"OMP_NUM_THREADS": "4,2"}, 4, (4, 4)), ({"OMP_NUM_THREADS": ""}, 4, (2, 1)), ({}, 7, (7, 7))],
 )
 def test_a_number_of_threads_that_was_chosen_is_kept(
     variables: dict[str, str], before: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch

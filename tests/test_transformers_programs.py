@@ -6,6 +6,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -323,6 +324,46 @@ def test_training_is_refused(pair: Pair) -> None:
         one.requires_grad_(False).train(False).lm_head.requires_grad_(True)
         one(IDS, labels=IDS).loss.backward()
     assert torch.equal(model.lm_head.weight.grad, stock.lm_head.weight.grad)
+
+
+def test_logits_are_written_into_as_in_the_stock_model(pair: Pair) -> None:
+    """Programs that forbid tokens do so in place, also outside `torch.no_grad()`."""
+    written = []
+    for one in pair:
+        found = one(IDS).logits
+        found[:, :, 3] = -100.0
+        found[:, -1] /= 2
+        written.append(found.detach())
+    assert torch.equal(*written)
+
+
+def test_a_frozen_model_is_a_constant(pair: Pair) -> None:
+    """A student learns from the logits of a teacher that `requires_grad_(False)` froze, as from the stock teacher."""
+    gradients = []
+    for one in pair:
+        scale = torch.ones(96, requires_grad=True)
+        (scale * one.requires_grad_(False)(IDS).logits).sum().backward()
+        gradients.append(scale.grad)
+    assert torch.equal(*gradients)
+
+
+def test_the_base_model_refuses_the_same(pair: Pair, tmp_path: Path) -> None:
+    """The model without its head is a model as well: saved, it would lose its experts without a word."""
+    base, stock = pair[0].model, pair[1].model
+    for use in (
+        lambda: base.save_pretrained(tmp_path),
+        lambda: base.set_experts_implementation("grouped_mm"),
+        base.train,
+        base.requires_grad_,
+        base.gradient_checkpointing_enable,
+    ):
+        with pytest.raises(UnsupportedModelError, match="an offloaded model cannot be"):
+            use()
+    assert base.num_parameters() == stock.num_parameters()
+    assert type(base).__name__ == type(stock).__name__
+    assert isinstance(base, type(stock))
+    with pytest.warns(UserWarning, match="holds its dense weights only"):
+        base.state_dict()
 
 
 @pytest.mark.filterwarnings("ignore")  # deprecations of torch and transformers

@@ -4,9 +4,12 @@ Frozen and keyword-only. An unknown key is an error that names the nearest one. 
 """
 
 import difflib
+import operator
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from math import inf
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -43,6 +46,8 @@ OF_OTHERS = MappingProxyType({
     **dict.fromkeys(("local_files_only", "force_download", "resume_download", "proxies"), _FETCH),
 })  # fmt: skip
 """Options of transformers' `from_pretrained` that are none here, and what to do in place of each."""
+_READ_ELSEWHERE = ("stop", "stop_token_ids", "device", "dtype")
+"""Fields with rules of their own for what they take."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -60,6 +65,53 @@ def _require(ok: bool, what: str, remedy: str) -> None:  # noqa: FBT001 - the co
 def doc(text: str, **kwargs: Any) -> Any:
     """A dataclass field with its documentation line."""
     return field(metadata={"doc": text}, **kwargs)
+
+
+def _read_types(options: Any) -> None:
+    """Turn numbers of other libraries into Python's, and refuse values of another type than the field has.
+
+    Raises:
+        ConfigError: naming the option, its value and what it takes.
+    """
+    for one in fields(options):
+        kinds = [one.type.__name__] if isinstance(one.type, type) else str(one.type).split(" | ")
+        value = getattr(options, one.name)
+        if one.name in _READ_ELSEWHERE or (value is None and "None" in kinds):
+            continue
+        read = next((found for kind in kinds if (found := _read_as(kind, value)) is not None), None)
+        _require(
+            read is not None,
+            f"{one.name}={value!r} is of type {type(value).__name__}",
+            f"It takes {' or '.join(kinds)}.",
+        )
+        object.__setattr__(options, one.name, read)
+
+
+def _read_as(kind: str, value: Any) -> Any:
+    """A value as one of Python's types; None if it is none of these."""
+    if kind == "bool":
+        return bool(value) if type(value).__name__ in ("bool", "bool_") else None
+    if type(value).__name__ in ("bool", "bool_"):
+        return None
+    if kind == "int":
+        return operator.index(value) if hasattr(value, "__index__") else None
+    if kind == "float":
+        large = isinstance(value, int) and abs(value) > 2**63
+        return float(value) if hasattr(value, "__float__") and not isinstance(value, str) and not large else None
+    return os.fspath(value) if kind == "str" and isinstance(value, str | os.PathLike) else None
+
+
+def _read_several(name: str, value: Any, kind: type) -> tuple[Any, ...]:
+    """One or several values of a type, as a tuple.
+
+    Raises:
+        ConfigError: if one of them is of another type.
+    """
+    listed = (value,) if isinstance(value, str | bytes) or not isinstance(value, Iterable) else tuple(value)
+    read = tuple(_read_as(kind.__name__, one) for one in listed)
+    for one, found in zip(listed, read, strict=True):
+        _require(found is not None, f"{name} holds {one!r}, of type {type(one).__name__}", f"It takes {kind.__name__}.")
+    return read
 
 
 class _Checked:
@@ -119,9 +171,10 @@ class EngineConfig(_Checked):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
+        _read_types(self)
         for name in ("device", "dtype"):  # torch's own objects, by the names that torch prints
             object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
-        known = self.device in DEVICES or re.fullmatch(r"cuda:\d+|cpu:0", self.device)
+        known = self.device in DEVICES or re.fullmatch(r"cuda:[0-9]{1,3}|cpu:0", self.device)
         _require(bool(known), f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown", nearest(self.dtype, DTYPES))
         _require(
@@ -140,6 +193,9 @@ class EngineConfig(_Checked):
         for name in ("max_batch", "prefill_chunk"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} is too small", "Use 1 or more.")
+        for name, most in (("max_batch", 2**20), ("max_live", 2**20), ("prefill_chunk", 2**31), ("max_length", 2**31)):
+            value = getattr(self, name) or 0
+            _require(value <= most, f"{name}={value} is too large", f"Use {most} or less.")
         _require(
             self.max_length is None or self.max_length >= 2,
             f"max_length={self.max_length} is too small",
@@ -157,26 +213,34 @@ class EngineConfig(_Checked):
 class SamplingParams(_Checked):
     """How to choose tokens and when to stop."""
 
-    max_tokens: int = doc("tokens to generate at most", default=128)
+    max_tokens: int | None = doc("tokens to generate at most; None: as many as fit", default=128)
     temperature: float = doc("0 is greedy; larger is more random", default=0.0)
     top_k: int = doc("sample among the k most probable tokens; 0: all", default=0)
     top_p: float = doc("sample among the most probable tokens that together reach this probability", default=1.0)
-    seed: int = doc("seed of the request's own random numbers", default=0)
+    seed: int | None = doc("seed of the request's own random numbers; None: one is drawn", default=None)
     stop: str | tuple[str, ...] = doc("texts that end the generation (not part of the output)", default=())
     stop_token_ids: tuple[int, ...] = doc("token ids that end the generation, beside the model's own", default=())
     ignore_eos: bool = doc("do not stop at the model's end-of-text token", default=False)
+    skip_special_tokens: bool = doc("leave special tokens out of the text", default=True)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
-        _require(self.max_tokens >= 1, f"max_tokens={self.max_tokens} is too small", "Use 1 or more.")
+        _read_types(self)
+        for name, kind in (("stop", str), ("stop_token_ids", int)):
+            object.__setattr__(self, name, _read_several(name, getattr(self, name), kind))
         _require(
-            self.temperature == 0 or self.temperature >= 1e-3,
-            f"temperature={self.temperature} is {'negative' if self.temperature < 0 else 'too small'}",
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"max_tokens={self.max_tokens} is too small",
+            "Use 1 or more.",
+        )
+        _require(
+            self.temperature == 0 or 1e-3 <= self.temperature < inf,
+            f"temperature={self.temperature} is {'negative' if self.temperature < 0 else 'too small, or no number'}",
             "Use 0 (greedy), or 0.001 and more.",
         )
-        _require(0 <= self.seed < 2**63, f"seed={self.seed} is out of range", "Use 0 to 2**63 - 1.")
+        _require(
+            self.seed is None or 0 <= self.seed < 2**63, f"seed={self.seed} is out of range", "Use 0 to 2**63 - 1."
+        )
         _require(self.top_k >= 0, f"top_k={self.top_k} is negative", "Use 0 (no limit) or more.")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} is not a probability", "Use a value in (0, 1].")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
         _require(all(self.stop), "stop contains an empty text", "Remove it: an empty text would stop at once.")

@@ -52,6 +52,10 @@ class CheckpointError(ExpertFlowError):
     """A checkpoint folder is incomplete, damaged, or disagrees with its own config."""
 
 
+class UnreadWarning(UserWarning):
+    """A checkpoint holds tensors that its model has no place for, such as biases or layers beyond its config."""
+
+
 class UnsupportedModelError(ExpertFlowError):
     """The model is no MoE, of no family that runs exactly, or cannot do while offloaded what was asked of it."""
 
@@ -72,16 +76,22 @@ class NonFiniteError(ExpertFlowError):
     """A request's logits are no numbers (NaN or infinity), so it has no next token.
 
     Args:
-        what: which request, and at which token.
-        remedy: what to do.
+        index: position of its prompt in the call.
+        token: number of the token it lacks, from 1.
 
     Attributes:
+        index: as above.
+        token: as above.
         outputs: finished requests of the same call, in the order of its prompts.
     """
 
-    def __init__(self, what: str, remedy: str) -> None:
+    def __init__(self, index: int, token: int) -> None:
         """Of the same call nothing has finished yet."""
-        super().__init__(what, remedy)
+        super().__init__(
+            f"request {index} has no token {token}: its logits are not finite (NaN or infinity)",
+            "Look for such numbers in the weights; if activations overflow float16, run with dtype bfloat16 or float32.",
+        )
+        self.index, self.token = index, token
         self.outputs: tuple[Any, ...] = ()
 
 

@@ -24,7 +24,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield path
         return
     target = path.resolve()
-    part = target.with_name(f"{target.stem}.{os.getpid()}.part{target.suffix}")  # a picture's format is its ending
+    ending = target.suffix if len(target.suffix) < 20 else ""  # a picture's format is its ending
+    part = target.with_name(f"{target.stem[:50]}.{os.getpid()}.part{ending}")
     try:
         yield part
         part.replace(target)

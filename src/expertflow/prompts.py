@@ -1,8 +1,8 @@
 """Prompts from a file: a prompt a line, or JSON lines. Knows files; refuses to know models and requests."""
 
-import json
 from pathlib import Path
 
+from expertflow import outside
 from expertflow.errors import PromptError
 
 
@@ -13,9 +13,10 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
         PromptError: if the file cannot be read, or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = outside.read_bytes(path).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise PromptError(f"{path} cannot be read: {error}", "Give a UTF-8 text file.") from error
+    lines = [line.removesuffix("\r") for line in text.split("\n")]  # other separators are part of a prompt
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not filled:
         raise PromptError(f"{path} holds no prompt", "Put one prompt a line.")
@@ -36,8 +37,8 @@ def read_prompts(path: Path) -> list[str]:
 
 def _json_prompt(path: Path, number: int, line: str) -> str:
     try:
-        prompt = json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        prompt = outside.parse_json(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
         raise PromptError(f"{path}, line {number} is no JSON object with a field 'prompt'", "Mend the line.") from error
     if not isinstance(prompt, str):
         raise PromptError(f"{path}, line {number}: 'prompt' is no text", "Mend the line.")

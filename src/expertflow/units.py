@@ -22,6 +22,7 @@ _FACTORS = {
     "g": 2**30,
     "t": 2**40,
 }
+_LARGEST = 2.0**60
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -38,7 +39,10 @@ def parse_bytes(text: str | int, option: str = "size") -> int:
     match = _SIZE.fullmatch(str(text))
     if match is None or match[2].lower() not in _FACTORS:
         raise ConfigError(f"{option}={text!r} is not a size", "Write it like 6GiB, 500MB or 1073741824.")
-    size = int(float(match[1]) * _FACTORS[match[2].lower()])
+    number = float(match[1]) * _FACTORS[match[2].lower()]
+    if number >= _LARGEST:
+        raise ConfigError(f"{option}={str(text)[:40]!r} is more than any machine has", "Write it like 6GiB or 500MB.")
+    size = int(number)
     if size <= 0:
         raise ConfigError(f"{option}={text!r} must be more than zero bytes", "Write it like 6GiB or 500MB.")
     return size
@@ -63,12 +67,12 @@ def read_slots(text: str | int) -> tuple[Fraction, str]:
     raw = str(text).strip()
     unit = next((unit for unit in ("%", "/layer") if raw.endswith(unit)), "")
     digits = raw.removesuffix(unit)
-    try:
-        number = Fraction(digits) if unit == "%" else Fraction(int(digits))
-    except (ValueError, ZeroDivisionError) as error:
+    pattern = r"-?[0-9]{1,12}(\.[0-9]{0,12})?" if unit == "%" else "-?[0-9]{1,12}"
+    if not re.fullmatch(pattern, digits):
         raise ConfigError(
-            f"slots={text!r} is neither a count nor a share", "Write it like 96, 25% or 16/layer."
-        ) from error
+            f"slots={str(text)[:40]!r} is neither a count nor a share", "Write it like 96, 25% or 16/layer."
+        )
+    number = Fraction(digits)
     if number <= 0:
         raise ConfigError(f"slots={text!r} is less than one slot", "Ask for at least one (1, or a larger share).")
     return number, unit

@@ -17,6 +17,11 @@ from expertflow.errors import ConfigError
 SIMULATED = ("pregated",)
 """Strategies that are run with a forecast made from a recording."""
 
+_RANGES = (
+    ("batches", 1, 2**20), ("repeats", 1, 2**20), ("seed", 0, 2**63 - 1), ("long_prompt", 0, 2**20), ("tokens", 2, 2**20),
+)  # fmt: skip
+"""Numbers of the settings, and the least and most they can be."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -69,13 +74,13 @@ class Settings:
         for name in self.executions:
             if name not in EXECUTIONS:
                 raise ConfigError(f"execution={name!r} is unknown", nearest(name, EXECUTIONS))
-        least = {"batches": 1, "repeats": 1, "seed": 0, "long_prompt": 0}
-        for label, smallest in least.items():
+        for label, least, most in _RANGES:
             values = self.batches if label == "batches" else (getattr(self, label),)
-            if not values or min(values) < smallest:
-                raise ConfigError(f"{label}={','.join(map(str, values))} is too small", f"Use {smallest} or more.")
-        if self.tokens < 2:
-            raise ConfigError(f"tokens={self.tokens} is too small", "Use 2 or more: the first ends the prompt.")
+            if not values or min(values) < least:
+                more = ": the first ends the prompt" if label == "tokens" else ""
+                raise ConfigError(f"{label}={','.join(map(str, values))} is too small", f"Use {least} or more{more}.")
+            if max(values) > most:
+                raise ConfigError(f"{label}={','.join(map(str, values))} is too large", f"Use {most} or less.")
         if not self.strategies or not self.slots:
             raise ConfigError("there is nothing to measure", "Name at least one strategy and one number of slots.")
         if self.deadline is not None and not 0 < self.deadline < inf:
@@ -140,6 +145,6 @@ def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     parts = names(text)
     if parts is None:
         return None
-    if bad := [part for part in parts if not part.isdecimal()]:
-        raise ConfigError(f"{option}={bad[0]!r} is no whole number", "Write it like 1,4,8.")
+    if bad := [part for part in parts if not (part.isdecimal() and len(part) < 10)]:
+        raise ConfigError(f"{option}={bad[0]!r} is no whole number below 10^9", "Write it like 1,4,8.")
     return tuple(int(part) for part in parts)

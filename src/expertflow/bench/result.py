@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from expertflow import outside
 from expertflow.errors import ResultError
 from expertflow.files import write_whole
 
@@ -177,7 +178,7 @@ def read_result(path: Path) -> Result:
         ResultError: if it is missing, truncated, of another kind or version, or a field is absent or of a wrong type.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = outside.read_json(path)
     except OSError as error:
         raise ResultError(f"{path} cannot be read: {error.strerror}", "Give an existing result file.") from error
     except ValueError as error:  # no JSON, or no UTF-8

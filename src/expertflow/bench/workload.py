@@ -3,7 +3,6 @@
 Knows prompts as token ids; refuses to know models beyond their tokenizer.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from expertflow import outside
 from expertflow.errors import PromptError
 from expertflow.prompts import prompt_lines
 
@@ -132,12 +132,12 @@ def _read(path: Path) -> list[str | Tokens]:
 
 def _item(path: Path, number: int, line: str) -> str | Tokens:
     try:
-        entry: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+        entry: Any = outside.parse_json(line)
+    except ValueError as error:
         raise PromptError(f"{path}, line {number} is no JSON", "Mend the line.") from error
     value = entry.get("tokens", entry.get("prompt")) if isinstance(entry, dict) else None
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(isinstance(token, int) for token in value):
+    if isinstance(value, list) and all(outside.whole(token, 0, 2**31 - 1) for token in value):
         return tuple(value)
     raise PromptError(f"{path}, line {number} has neither 'prompt' (a text) nor 'tokens' (ids)", "Mend the line.")

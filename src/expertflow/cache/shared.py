@@ -25,7 +25,7 @@ def shared(function: Function) -> Function:
 
 
 def compiled(function: Function) -> Function:
-    """Translate a function at its first call; the result is kept on disk for the next process."""
+    """Translate a function at its first call; the result is kept on disk for the next process, where there is a place."""
     return cast("Function", _Compiled(function))
 
 
@@ -47,9 +47,27 @@ class _Compiled:
         any file of the rooms that decide has: the digest of all of them stands in for the file's time stamp.
         """
         _register_callees(cast("FunctionType", self._function))
-        dispatcher: Any = import_module("numba").njit(cache=True, nogil=True)(self._function)
-        dispatcher._cache._cache_file._source_stamp = _digest()  # noqa: SLF001 - numba has no public way
+        dispatcher: Any = import_module("numba").njit(nogil=True)(self._function)
+        try:
+            dispatcher.enable_caching()
+        except RuntimeError:  # no folder can be written to: every process translates for itself
+            return dispatcher
+        kept = dispatcher._cache  # noqa: SLF001 - numba has no public way
+        kept._cache_file._source_stamp = _digest()  # noqa: SLF001
+        kept.load_overload, kept.save_overload = _optional(kept.load_overload), _optional(kept.save_overload)
         return dispatcher
+
+
+def _optional(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of keeping results that gives None where it fails: files that are damaged, unreadable, or on a full disk."""
+
+    def attempt(*arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except Exception:  # noqa: BLE001 - a damaged pickle may raise anything; the function is translated anew
+            return None
+
+    return attempt
 
 
 @cache

@@ -15,6 +15,7 @@ from expertflow.cli.record_bytes import bytes_of
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.errors import ConfigError, PredictorError, PromptError
 from expertflow.models.checkpoint import resolve
+from expertflow.outside import is_file, name_fault
 from expertflow.predict.dataset import read_condition
 from expertflow.predict.options import ABOUT_NAME, TrainConfig, check_kind
 from expertflow.prompts import prompt_lines, read_prompts
@@ -72,7 +73,7 @@ def check_predictor(folder: Path) -> None:
     Raises:
         PredictorError: then.
     """
-    if not (folder / ABOUT_NAME).is_file():
+    if not is_file(folder / ABOUT_NAME):
         raise PredictorError(
             f"{folder} holds no predictor: {ABOUT_NAME} is missing",
             "Give a folder written by `expertflow train-predictor`.",
@@ -101,7 +102,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
     """
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
-        if part != "recorded" and not (part.isdecimal() and int(part) >= 1):
+        if part != "recorded" and not (part.isdecimal() and len(part) < 10 and int(part) >= 1):
             raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,8 or recorded.")
     return tuple(AS_RECORDED if part == "recorded" else int(part) for part in parts)
 
@@ -173,8 +174,10 @@ def check_training(trace: Path, out: Path, kind: str, options: Mapping[str, Any]
     check_kind(kind)
     if not 0 < validation < 1:
         raise ConfigError(f"validation={validation} is no share", "Use one between 0 and 1, such as 0.1.")
-    if out.exists() and not out.is_dir():
+    if is_file(out):
         raise PredictorError(f"{out} cannot be written: it is a file", "Choose another place.")
+    if fault := name_fault(out):
+        raise PredictorError(f"{out} cannot be written: {fault}", "Choose another place.")
     open_trace(trace)
 
 

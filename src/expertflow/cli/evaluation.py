@@ -70,7 +70,7 @@ def parse_cases(text: str) -> tuple[tuple[int, int], ...]:
     """
     cases = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch("([1-9][0-9]*)(?:x([1-9][0-9]*))?", part, re.ASCII)
+        found = re.fullmatch("([1-9][0-9]{0,8})(?:x([1-9][0-9]{0,8}))?", part, re.ASCII)
         if found is None or int(found[1]) % int(found[2] or 1):
             raise ConfigError(f"batch={part!r} is no number of sequences", "Write it like 1,4,16 or 4x2 (two groups).")
         cases.append((int(found[1]), int(found[2] or 1)))

@@ -1,20 +1,21 @@
 """The command `expertflow`: options of every command, and nothing else.
 
-Each command's work is in a module of its own, imported when it runs. Errors of our tree become one clear line and
-exit code 2; Ctrl-C ends with exit code 130, as typer does it.
+Each command's work is in a module of its own, imported when it runs. How a command ends is in `cli/endings.py`; Ctrl-C
+ends with exit code 130, as typer does it.
 """
 
 import os
+import sys
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from expertflow import __version__
+from expertflow.cli.endings import reported
 from expertflow.cli.options import (
     Device,
     Dtype,
@@ -35,7 +36,6 @@ from expertflow.cli.options import (
     TraceArgument,
     TraceModel,
 )
-from expertflow.errors import ExpertFlowError
 
 app = typer.Typer(
     name="expertflow",
@@ -104,10 +104,16 @@ def run(
     top_p: Annotated[
         float, typer.Option(help="Sample among the most probable tokens of this total probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the sampling; each prompt adds its place. Default: one is drawn and shown."),
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the generation; may be given several times.")
     ] = None,
+    keep_special_tokens: Annotated[
+        bool, typer.Option("--keep-special-tokens", help="Show special tokens in the text.")
+    ] = False,
     device: Device = "auto",
     execution: Execution = "auto",
     dtype: Dtype = "auto",
@@ -134,7 +140,7 @@ def run(
     }  # fmt: skip
     sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
-        "stop": tuple(stop or ()),
+        "stop": tuple(stop or ()), "skip_special_tokens": not keep_special_tokens,
     }  # fmt: skip
     prompts = _arguments().all_prompts(prompt or (), prompts_file)
     _arguments().check_run(engine, sampling, len(prompts), results)
@@ -389,13 +395,13 @@ def report(
 
 def main() -> None:
     """Entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a terminal cannot show is written as escapes
+            stream.reconfigure(errors="backslashreplace")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # waiting threads would starve the one they wait for; torch reads it
-    try:
+    with reported():
         app(standalone_mode=True)
-    except ExpertFlowError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

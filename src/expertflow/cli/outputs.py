@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from expertflow.errors import ConfigError
+from expertflow.outside import is_folder, name_fault
 
 
 def check_outputs(plot: Path | None, json_file: Path | None) -> None:
@@ -17,10 +18,12 @@ def check_outputs(plot: Path | None, json_file: Path | None) -> None:
         ConfigError: if a folder is missing or named as the file, the ending is no picture's, or matplotlib is missing.
     """
     for path in (plot, json_file):
-        if path is not None and not path.parent.is_dir():
+        if path is not None and not is_folder(path.parent):
             raise ConfigError(f"the folder {path.parent} does not exist", "Make it, or choose another place.")
-        if path is not None and path.is_dir():
+        if path is not None and is_folder(path):
             raise ConfigError(f"{path} cannot be written: it is a folder", "Name a file in it.")
+        if path is not None and (fault := name_fault(path, ".part")):
+            raise ConfigError(f"{path} cannot be written: {fault}", "Choose another name.")
     if plot is None:
         return
     if plot.suffix not in {".png", ".svg", ".pdf"}:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from expertflow.config import SamplingParams
@@ -26,4 +27,6 @@ def main(*, model: str | None, prompts: list[str], out: Path, engine: dict[str, 
                 if item.output is not None:
                     bar.advance()
         tokens = llm.stats.tokens
-    console.print(f"{out}: {len(prompts)} prompts, {tokens} generated tokens, {format_bytes(out.stat().st_size)}")
+    console.print(
+        f"{escape(str(out))}: {len(prompts)} prompts, {tokens} generated tokens, {format_bytes(out.stat().st_size)}"
+    )

@@ -4,7 +4,6 @@ It must not load torch, unless a model is named.
 """
 
 from importlib import import_module
-from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from expertflow.trace.format import open_trace
 
 ASSUMED_BYTES = 49_800_000
 """An expert of gpt-oss-20b in bf16: what is taken where nothing is known."""
+_LARGEST_MB = 1e9
 _ORIGINS = {
     "model": "the model's",
     "option": "as stated",
@@ -49,8 +49,10 @@ def bytes_of(record_mb: float) -> int:
     Raises:
         ConfigError: if it is not positive and finite.
     """
-    if not 0 < record_mb < inf or round(record_mb * 1e6) < 1:
-        raise ConfigError(f"record_mb={record_mb} is no size of an expert", "Give a number above 0, such as 49.8.")
+    if not 0 < record_mb < _LARGEST_MB or round(record_mb * 1e6) < 1:
+        raise ConfigError(
+            f"record_mb={record_mb} is no size of an expert", "Give a number above 0 and below 10^9, such as 49.8."
+        )
     return round(record_mb * 1e6)
 
 

@@ -18,4 +18,4 @@ def main(*, results: list[Path], out: Path) -> None:
     written = write_report([(path.name, read_result(path)) for path in results], out)
     console = Console()
     for path in written:
-        console.print(str(path), soft_wrap=True, highlight=False)
+        console.print(str(path), soft_wrap=True, markup=False, highlight=False)

@@ -4,6 +4,7 @@ import json
 import signal
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,9 +15,12 @@ from transformers.utils import logging as transformers_logging
 
 from expertflow.cli.tables import facts_table
 from expertflow.config import SamplingParams
-from expertflow.engine.llm import LLM, load_tokenizer, shipped_model
+from expertflow.engine.inputs import PromptReader, clean_text
+from expertflow.engine.llm import LLM, load_tokenizer, shipped_model, stop_tokens
 from expertflow.engine.offline import Results
+from expertflow.engine.plan import DEFAULT_CONTEXT
 from expertflow.engine.request import RequestOutput
+from expertflow.engine.sampler import draw_seed
 from expertflow.errors import NonFiniteError, PromptError
 from expertflow.models.checkpoint import context_of, resolve
 from expertflow.progress import Progress
@@ -44,22 +48,26 @@ def main(
     wanted = {**_needs(folder, prompts, params), **wanted}
     with LLM(folder, progress=True, **wanted) as llm:
         outputs: list[RequestOutput] = []
-        interrupted, failed = False, None
+        interrupted, failed, seed = False, None, params.seed
         try:
             with _Interrupt() as interrupt:
                 if results is not None:
-                    _offline(llm, prompts, params, results, outputs, interrupt)
+                    seed = _offline(llm, prompts, params, results, outputs, interrupt)
                 else:
-                    _generate(llm, prompts, params, outputs, interrupt, as_json=as_json)
+                    seed = draw_seed() if params.temperature and params.seed is None else params.seed
+                    _generate(
+                        llm, prompts, seeded(params, seed, range(len(prompts))), outputs, interrupt, as_json=as_json
+                    )
         except KeyboardInterrupt:
             interrupted = True
         except NonFiniteError as error:  # what the other prompts got is shown first
             failed = error
         if as_json:
-            report = _report(llm, outputs, interrupted=interrupted) | {"error": None if failed is None else str(failed)}
-            print(json.dumps(report, ensure_ascii=False))  # noqa: T201 - the output
+            report = _report(llm, outputs, interrupted=interrupted)
+            report |= {"error": None if failed is None else str(failed), "seed": seed}
+            print(json.dumps(report, ensure_ascii=not _writes_unicode()))  # noqa: T201 - the output
         else:
-            _summary(llm, console, outputs)
+            _summary(llm, console, outputs, seed if params.temperature else None)
     if interrupted:
         raise KeyboardInterrupt
     if failed is not None:
@@ -68,21 +76,31 @@ def main(
 
 def _needs(folder: Path, prompts: list[str], params: SamplingParams) -> dict[str, int]:
     """The smallest batch, length and prefill pass that do these prompts in one piece: what is not reserved is slots."""
-    tokenizer = load_tokenizer(folder)
-    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts] if tokenizer is not None else []
-    batch = min(len(prompts), _LARGEST_BATCH)
-    if not lengths:
+    tokenizer, batch = load_tokenizer(folder), min(len(prompts), _LARGEST_BATCH)
+    if tokenizer is None:
         return {"max_batch": batch}
-    if 0 in lengths:
-        raise PromptError(f"prompt {lengths.index(0)} is empty", "Give at least one token.")
+    stop_tokens(tokenizer, params)  # refused before anything is loaded
+    reader = PromptReader(tokenizer)
+    lengths = [len(reader.read(place, prompt).token_ids) for place, prompt in enumerate(prompts)]
     longest = max(lengths)
     most = context_of(folder)
     if most is not None and longest >= most:
         raise PromptError(
             f"prompt {lengths.index(longest)} has {longest} tokens; with one to generate, {most} fit", "Shorten it."
         )
-    length = max(2, longest + params.max_tokens if most is None else min(longest + params.max_tokens, most))
+    wanted = longest + (params.max_tokens or DEFAULT_CONTEXT)
+    length = max(2, wanted if most is None else min(wanted, most))
     return {"max_batch": batch, "max_length": length, "prefill_chunk": min(_LARGEST_PASS, max(1, longest * batch))}
+
+
+def seeded(params: SamplingParams, seed: int | None, places: Iterable[int]) -> list[SamplingParams]:
+    """Parameters of the prompts at these places: each has a seed of its own, that of the run plus its place."""
+    return [params if seed is None else replace(params, seed=(seed + place) % 2**63) for place in places]
+
+
+def _writes_unicode() -> bool:
+    """Whether standard output takes every character."""
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 class _Interrupt:
@@ -116,7 +134,7 @@ class _Interrupt:
 def _generate(
     llm: LLM,
     prompts: list[str],
-    params: SamplingParams,
+    params: list[SamplingParams],
     outputs: list[RequestOutput],
     interrupt: _Interrupt,
     *,
@@ -125,7 +143,7 @@ def _generate(
     """Collect finished requests; show one prompt's text as it comes, several prompts' texts as they finish."""
     live = len(prompts) == 1 and not as_json
     if live:
-        sys.stdout.write(prompts[0])
+        sys.stdout.write(clean_text(prompts[0]))
     for item in llm.stream(prompts, params):
         interrupt.check()
         if live:
@@ -148,8 +166,8 @@ def _offline(
     path: Path,
     outputs: list[RequestOutput],
     interrupt: _Interrupt,
-) -> None:
-    """Put results into a file as requests finish; what it holds already is not done again."""
+) -> int | None:
+    """Put results into a file as requests finish; what it holds already is not done again. The seed they are drawn with."""
     with (
         Results(path, prompts, params, f"{llm.identity} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
         Progress("requests", len(prompts)) as bar,
@@ -157,13 +175,17 @@ def _offline(
         left = results.left
         bar.update(len(prompts) - len(left), len(prompts))
         if not left:
-            return
-        for item in llm.stream([prompts[index] for index in left], params):
-            if item.output is not None:
-                outputs.append(replace(item.output, index=left[item.index]))
-                results.add(left[item.index], item.output)
-                bar.advance(note=f"{llm.stats.tokens_per_second:.0f} tokens/s")
-            interrupt.check()
+            return results.seed
+        try:
+            for item in llm.stream([prompts[index] for index in left], seeded(params, results.seed, left)):
+                if item.output is not None:
+                    outputs.append(replace(item.output, index=left[item.index]))
+                    results.add(left[item.index], item.output)
+                    bar.advance(note=f"{llm.stats.tokens_per_second:.0f} tokens/s")
+                interrupt.check()
+        except NonFiniteError as error:
+            raise NonFiniteError(left[error.index], error.token) from error
+        return results.seed
 
 
 def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dict[str, Any]:
@@ -178,6 +200,7 @@ def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dic
                 "finish_reason": o.finish_reason,
                 "first_token_seconds": o.first_token_seconds,
                 "token_seconds": o.token_seconds,
+                "seed": o.seed,
             }
             for o in sorted(outputs, key=lambda output: output.index)
         ],
@@ -252,7 +275,7 @@ def _latencies(llm: LLM, outputs: list[RequestOutput]) -> list[tuple[str, str]]:
     return [*rows, ("later tokens", _spread(later))] if later else rows
 
 
-def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
+def _summary(llm: LLM, console: Console, outputs: list[RequestOutput], seed: int | None) -> None:
     stats, plan = llm.stats, llm.plan
     step = llm.engine.step_seconds
     budget = "none stated" if plan.budget is None else format_bytes(plan.budget)
@@ -279,6 +302,7 @@ def _summary(llm: LLM, console: Console, outputs: list[RequestOutput]) -> None:
         ),
         *([("decode step", f"{step * 1e3:.2f} ms, the median of the last ones")] if step else []),
         *_latencies(llm, outputs),
+        *([("seed", str(seed))] if seed is not None else []),
     ]
     if plan.budget is not None and stats.peak_bytes > plan.budget:
         over = f"by {format_bytes(stats.peak_bytes - plan.budget)}: please report this"

@@ -68,6 +68,6 @@ def convert(*, source: Path, out: Path, model: str, experts: int | None, note: s
     save_trace(trace, out)
     header = trace.header
     Console(stderr=True).print(
-        f"{out}: {len(trace)} rows of {len(trace.sequences)} sequences, {header.layers} layers x {header.experts} "
+        f"{escape(str(out))}: {len(trace)} rows of {len(trace.sequences)} sequences, {header.layers} layers x {header.experts} "
         f"experts, top-{header.top_k}, {format_bytes(out.stat().st_size)}"
     )

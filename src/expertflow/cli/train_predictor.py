@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from expertflow.config import EngineConfig
@@ -99,7 +100,7 @@ def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> No
     with suppress(OSError):  # somebody keeps something there
         (out / _UNFINISHED).rmdir()
     console.print(
-        f"{out}: {format_bytes(size)}, epoch {best.number} of {settings.epochs}: of the experts a validation token "
+        f"{escape(str(out))}: {format_bytes(size)}, epoch {best.number} of {settings.epochs}: of the experts a validation token "
         f"uses, {result.recall:.1%} are among its {shape.top_k} best guesses a layer, {result.next_recall:.1%} a step "
         f"ahead; {time.perf_counter() - started:.0f} s"
     )

@@ -1,6 +1,7 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from expertflow.kernels.backend import backend
 from expertflow.memory.layout import RowLayout
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import HostStore, check_host_memory
+from expertflow.memory.store import HostStore, check_addresses, check_host_memory, check_locking, memory_reported
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
+from expertflow.models.bounds import describing
 from expertflow.models.checkpoint import StoredTensor, resolve, walk
 from expertflow.models.experts import Uncopied
 from expertflow.models.fingerprint import fingerprint
@@ -106,12 +108,18 @@ class Prepared:
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
+    def mapped(self) -> int:
+        """Bytes of the files that dense weights are in: they are mapped while those are loaded."""
+        return sum(file.stat().st_size for file in {tensor.file for tensor in self.dense.values()})
+
+    @property
     def dense(self) -> dict[str, StoredTensor]:
         """The checkpoint without its experts, by key."""
         experts = {piece.source.key for piece in self.pieces}
         return {key: tensor for key, tensor in self.tensors.items() if key not in experts}
 
 
+@memory_reported()
 def prepare(
     model: str | Path, config: EngineConfig, forecast: Forecast | None = None, *, fetch: bool = True
 ) -> Prepared:
@@ -129,7 +137,9 @@ def prepare(
     tensors, convert = walk(skeleton.folder), config.dtype != "auto"
     pieces = map_experts(skeleton, tensors, convert=convert)
     check_dense(skeleton, tensors, convert=convert)
-    shape, mark = shape_of(skeleton), fingerprint(tensors)
+    with describing(skeleton.folder / "config.json", "describes no model that can be run"):
+        shape = shape_of(skeleton)
+    mark = fingerprint(tensors)
     predictor = None if forecast is not None else _choose_predictor(config, skeleton.folder)
     if predictor is not None:
         wanted = Shape(shape.layers, shape.experts, skeleton.top_k)
@@ -217,6 +227,7 @@ class OffloadedModel(Uncopied):
         passes: what lets one pass at a time run.
     """
 
+    @memory_reported()
     @torch.inference_mode(mode=False)  # tensors made inside it could not be written to outside
     def __init__(
         self,
@@ -229,8 +240,9 @@ class OffloadedModel(Uncopied):
         self.plan = plan = prepared.plan
         self.skeleton, self.fingerprint = prepared.skeleton, prepared.fingerprint
         self.device = torch.device(plan.device)
+        self._device_index = torch.cuda.current_device() if self.device.type == "cuda" else 0
         self._beside = beside
-        _check_memory(plan if beside is None else replace(plan, host=0), config)
+        _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped)
         if self.device.type == "cuda":
             cuda_meter = CudaMeter(self.device)
         layout = RowLayout.of(plan.shape.specs)
@@ -295,6 +307,10 @@ class OffloadedModel(Uncopied):
             observer.begin(tokens)
         self._provider.begin_step(tokens)
 
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Inside, the model's device is the current one: every thread has one of its own."""
+        return nullcontext() if self.device.type != "cuda" else torch.cuda.device(self._device_index)
+
     def check_open(self) -> None:
         """Refuse to go on with a model that was closed.
 
@@ -311,6 +327,7 @@ class OffloadedModel(Uncopied):
 
     def executor(self) -> Executor:
         """What runs the model's passes and steps. One at a time: it owns the rows of keys and values."""
+        _give_logits_alone(self.model)
         plan = self.plan
         if not plan.shape.in_rows:
             return CohortExecutor(self.model, plan.prefill_chunk)
@@ -396,6 +413,14 @@ class OffloadedModel(Uncopied):
             self.store.close()
 
 
+def _give_logits_alone(model: PreTrainedModel) -> None:
+    """No more than what a step needs, whatever the config says: a router's loss cannot be had from masks of a batch."""
+    for config in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
+        for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
+
+
 def _on(device: torch.device, strategy: Strategy) -> Strategy:
     """The row as the host execution runs it on a device: copies beside computation need two slots to take turns in."""
     return strategy.double_buffered() if device.type == "cuda" else strategy
@@ -446,8 +471,13 @@ def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostSt
     return beside.store
 
 
-def _check_memory(plan: Plan, config: EngineConfig) -> None:
+def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
     """Refuse before loading what the host or the device cannot hold.
+
+    Args:
+        plan: what will be allocated.
+        config: for the stated limit on host memory.
+        mapped: bytes of files that are mapped while weights are loaded.
 
     Raises:
         HostMemoryError: if the host lacks memory.
@@ -459,7 +489,9 @@ def _check_memory(plan: Plan, config: EngineConfig) -> None:
         check_host_memory(plan.host + plan.total, None)
     else:
         check_host_memory(plan.host, None)
+    check_addresses(plan.host + mapped + (plan.total if plan.device == "cpu" else 0))
     if plan.device == "cuda":
+        check_locking(plan.host)
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         if plan.total > free:
             raise BudgetError(

@@ -17,12 +17,14 @@ import numpy.typing as npt
 from torch import Tensor
 
 from expertflow.engine.build import OffloadedModel
+from expertflow.engine.lock import FairLock
 from expertflow.engine.plan import rates
 from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.rows import Fed
 from expertflow.engine.runner import Piece
 from expertflow.engine.sampler import NO_TOKEN, choose_all
 from expertflow.engine.threads import Threads
+from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
 from expertflow.schedule.cost import Costs, fixed_part
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
@@ -45,12 +47,13 @@ class _Running:
 
 
 class Engine:
-    """Runs requests on a loaded model.
+    """Runs requests on a loaded model. Several threads may add, cancel and step.
 
     Args:
         offloaded: the model.
 
     Attributes:
+        lock: held for a step or an addition, and handed on in the order in which threads asked for it.
         threads: how many the steps use.
     """
 
@@ -79,7 +82,8 @@ class Engine:
         self._running: dict[int, _Running] = {}
         self._untaken: list[tuple[int, StreamOutput]] = []
         self._stepping = False
-        self._to_cancel: list[int] = []
+        self._to_cancel: deque[int] = deque()
+        self.lock = FairLock()
         self._next = 0
         self._reread = offloaded.skeleton.reread_length
         self.recorder: Recorder | None = None
@@ -92,7 +96,8 @@ class Engine:
     @property
     def unfinished(self) -> int:
         """Requests that wait or run, or have tokens that `step` has not returned yet."""
-        return len(self._running.keys() | {number for number, _ in self._untaken})
+        live = self._running.keys() - set(self._to_cancel)
+        return len(live | {number for number, _ in self._untaken})
 
     @property
     def step_seconds(self) -> float:
@@ -101,7 +106,7 @@ class Engine:
 
     def knows(self, number: int) -> bool:
         """Whether a request waits or runs."""
-        return number in self._running
+        return number in self._running and number not in self._to_cancel
 
     def add(self, request: Request, take: Callable[[StreamOutput], None] | None = None) -> int:
         """Queue a request.
@@ -113,21 +118,35 @@ class Engine:
         Returns:
             Its number, by which it can be cancelled.
         """
-        number, self._next = self._next, self._next + 1
-        self._running[number] = _Running(request=request, added=time.perf_counter(), take=take)
-        self._scheduler.add(number, len(request.prompt_token_ids))
+        with self.lock:
+            number, self._next = self._next, self._next + 1
+            self._running[number] = _Running(request=request, added=time.perf_counter(), take=take)
+            self._scheduler.add(number, len(request.prompt_token_ids))
         return number
 
     def cancel(self, number: int) -> bool:
-        """Forget a request, waiting or running; False if it is over, or unknown. In a step it takes effect behind it."""
-        if number not in self._running:
+        """Forget a request, waiting or running; False if it is over, or unknown. Waits for nothing.
+
+        While a step runs, in this thread or another, it takes effect behind that step.
+        """
+        if not self.knows(number):
             return False
-        if self._stepping:
-            self._to_cancel.append(number)
-            return True
-        self._untaken = [one for one in self._untaken if one[0] != number]
-        self._remove(number)
+        self._to_cancel.append(number)
+        self._drop_cancelled()
         return True
+
+    def _drop_cancelled(self) -> None:
+        """Forget what was cancelled, unless a step runs: that does it at its end."""
+        while self._to_cancel and self.lock.acquire(wait=False):
+            try:
+                if self._stepping:
+                    return
+                number = self._to_cancel.popleft()
+                self._untaken = [one for one in self._untaken if one[0] != number]
+                if number in self._running:
+                    self._remove(number)
+            finally:
+                self.lock.release()
 
     def _remove(self, number: int) -> None:
         self._scheduler.remove(number)
@@ -145,16 +164,24 @@ class Engine:
         Raises:
             ClosedError: if the model was closed.
         """
-        self.advance()
-        found, self._untaken = self._untaken, []
+        with self.lock:
+            self.advance()
+            found, self._untaken = self._untaken, []
         return found
 
     def advance(self) -> int:
-        """Carry out what comes next, and hand out the tokens; how many there were.
+        """Carry out what comes next, and hand out the tokens; how many there were. One thread at a time.
 
         Raises:
             ClosedError: if the model was closed.
         """
+        try:
+            with self.lock, self._offloaded.on_device():
+                return self._advance()
+        finally:
+            self._drop_cancelled()
+
+    def _advance(self) -> int:
         self._offloaded.check_open()
         turn = self._scheduler.next()
         if turn is None:
@@ -162,7 +189,7 @@ class Engine:
         began = time.perf_counter()
         self._stepping = True
         try:
-            with self._offloaded.meter.watch(), self.threads.step():
+            with memory_reported(), self._offloaded.meter.watch(), self.threads.step():
                 count = self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
         except BaseException:
             if not self._executor.joins:  # what a cohort keeps may have half of the step
@@ -170,9 +197,7 @@ class Engine:
             raise
         finally:
             self._stepping = False
-            for number in self._to_cancel:
-                self.cancel(number)
-            self._to_cancel = []
+            self._drop_cancelled()
         lasted = time.perf_counter() - began
         if isinstance(turn, Prefill):
             self._passes.append(lasted)

@@ -17,12 +17,15 @@ from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, prepare
 from expertflow.engine.engine import Engine
+from expertflow.engine.inputs import PromptReader, split_prompts
 from expertflow.engine.plan import Plan
-from expertflow.engine.request import Decoder, Request, RequestOutput, StreamOutput
+from expertflow.engine.request import Request, RequestOutput, StreamOutput
+from expertflow.engine.text import Decoder
 from expertflow.engine.threads import limit_threads
 from expertflow.errors import (
     CancelledError,
     CheckpointError,
+    ConfigError,
     NonFiniteError,
     PromptError,
     UnsupportedModelError,
@@ -33,7 +36,6 @@ from expertflow.progress import Progress
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
 
-Prompt = str | Sequence[int]
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -83,7 +85,7 @@ class RunStats:
 
 
 class LLM:
-    """A model inside a memory budget.
+    """A model inside a memory budget. Several threads may call it: their requests share its batches.
 
     The reference of its output is stock transformers with `experts_implementation="eager"`, which is not its default.
 
@@ -123,6 +125,7 @@ class LLM:
             )
         self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast, other)
         self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
+        self._reader = PromptReader(self.tokenizer, prepared.plan.shape.vocabulary)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
         self._engine = Engine(self._offloaded)
@@ -137,13 +140,17 @@ class LLM:
         """What runs requests; for programs that add and cancel them at any time. Make them with `request`."""
         return self._engine
 
-    def request(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+    def request(self, prompt: Any, params: SamplingParams | None = None) -> Request:
         """A request for `engine.add`.
 
+        Args:
+            prompt: text, token ids, chat messages, or a mapping with one of these, see `engine.inputs`.
+            params: how to sample and stop.
+
         Raises:
-            PromptError: if the prompt is empty or too long.
+            PromptError: if the prompt is empty, too long, or of another kind.
         """
-        return self._request(0, prompt, params or SamplingParams())
+        return self._requests([prompt], params)[0]
 
     @property
     def threads(self) -> int:
@@ -176,26 +183,34 @@ class LLM:
         return replace(self._stats, peak_bytes=self._offloaded.measure(), cache=replace(self._offloaded.counters))
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Any,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt.
 
         Args:
-            prompts: one or many; text, or token ids.
-            params: for all, or one a prompt.
+            prompts: one or many: text, token ids (lists, arrays, tensors), what a tokenizer returned, `{"prompt": ...}`, or
+                chat messages, which the model's chat template renders.
+            params: for all, or one a prompt; None: greedy, 128 tokens. The model's `generation_config.json` says where to
+                stop, not how to sample.
+            sampling_params: another name of `params`.
 
         Returns:
             Finished requests in the order of the prompts.
 
         Raises:
-            PromptError: if a prompt is empty or too long; nothing is generated then.
+            PromptError: if a prompt is empty, too long, or of another kind; nothing is generated then.
+            ConfigError: if `params` is none.
             NonFiniteError: if a prompt's logits are no numbers, behind the other prompts; its `outputs` holds theirs.
         """
-        listed = _as_list(prompts)
+        requests = self._requests(split_prompts(prompts), _one_of(params, sampling_params))
         finished = []
-        with Progress("requests", len(listed), show=self.config.progress and len(listed) > 1) as bar:
+        with Progress("requests", len(requests), show=self.config.progress and len(requests) > 1) as bar:
             try:
-                for item in self.stream(prompts, params):
+                for item in self._run(requests):
                     if item.output is not None:
                         finished.append(item.output)
                         bar.advance()
@@ -205,14 +220,17 @@ class LLM:
         return sorted(finished, key=lambda output: output.index)
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Any,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[StreamOutput]:
         """Like `generate`, token by token. Prompts are checked at the call, before the first token is asked for.
 
         A `NonFiniteError` of one prompt is raised when the others are over.
         """
-        requests = self._requests(_as_list(prompts), params)
-        return self._run(requests)
+        return self._run(self._requests(split_prompts(prompts), _one_of(params, sampling_params)))
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[None]:
@@ -225,19 +243,22 @@ class LLM:
         first = self._engine.begun
         with TraceWriter(Path(path), header) as writer:
             recorder = Recorder(writer)
-            offloaded.watch(recorder)
-            self._engine.recorder = recorder
+            with self._engine.lock:
+                offloaded.watch(recorder)
+                self._engine.recorder = recorder
             try:
                 yield
             finally:
-                self._engine.recorder = None
-                offloaded.unwatch(recorder)
-                recorder.flush()
+                with self._engine.lock:
+                    self._engine.recorder = None
+                    offloaded.unwatch(recorder)
+                    recorder.flush()
                 writer.sequences = [{"sequence": number} for number in range(first, self._engine.begun)]
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._offloaded.close()
+        """Give the memory back, once the step that runs is over; other threads' requests end with `ClosedError`."""
+        with self._engine.lock:
+            self._offloaded.close()
 
     def __enter__(self) -> Self:
         """Use as a context manager."""
@@ -248,10 +269,12 @@ class LLM:
         self.close()
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
+        if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+            raise ConfigError(f"params={params!r} is no SamplingParams", "Make them: SamplingParams(max_tokens=64).")
         if len(params) != len(prompts):
             raise PromptError(
                 f"{len(params)} sampling parameters for {len(prompts)} prompts", "Give one a prompt, or one for all."
@@ -260,48 +283,38 @@ class LLM:
             raise PromptError("there is no prompt", "Give at least one.")
         return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        tokens = self._tokens(index, prompt)
+    def _request(self, index: int, prompt: Any, params: SamplingParams) -> Request:
+        text, tokens = self._reader.read(index, prompt)
         room = self.plan.max_length if self.plan.shape.encoder_decoder else self.plan.max_length - len(tokens)
         if len(tokens) > self.plan.max_length or room < 1:
             raise PromptError(
                 f"prompt {index} has {len(tokens)} tokens; with one to generate, {self.plan.max_length} fit",
                 "Shorten it, or raise max_length (at most the model's context).",
             )
-        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self._ends)}
+        stops = stop_tokens(self.tokenizer, params)
+        ends = {*params.stop_token_ids, *stops, *(() if params.ignore_eos else self._ends)}
         return Request(
             index=index,
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=text,
             prompt_token_ids=tokens,
             params=params,
             ends=ends,
-            limit=min(params.max_tokens, room),
+            limit=room if params.max_tokens is None else min(params.max_tokens, room),
             decoder=decoder_of(self.tokenizer),
             continues=not self.plan.shape.encoder_decoder,
         )
 
-    def _tokens(self, index: int, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise PromptError("the model's folder has no tokenizer", "Give token ids instead of text.")
-            tokens = tuple(self.tokenizer(prompt)["input_ids"])
-        else:
-            tokens = tuple(int(token) for token in prompt)
-        if not tokens:
-            raise PromptError(f"prompt {index} is empty", "Give at least one token.")
-        vocabulary = self.plan.shape.vocabulary
-        if bad := [token for token in tokens if not 0 <= token < vocabulary]:
-            raise PromptError(f"prompt {index} holds token {bad[0]}", f"The model knows tokens 0 to {vocabulary - 1}.")
-        return tokens
-
     def _run(self, requests: list[Request]) -> Iterator[StreamOutput]:
         """Add the requests, and step until they are over; what other calls' requests get goes to those."""
         mail: deque[StreamOutput] = deque()
-        mine = [self._engine.add(request, mail.append) for request in requests]
-        self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in requests)
-        left, failed = len(mine), None
+        mine: list[int] = []
+        left, failed = len(requests), None
         try:
+            with self._engine.lock:
+                mine += [self._engine.add(request, mail.append) for request in requests]
+                self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in requests)
             while left:
+                self._bring(mail, mine, left)
                 while mail:
                     output = mail.popleft()
                     if output.error is not None:
@@ -310,35 +323,65 @@ class LLM:
                         continue
                     if output.output is not None:
                         left -= 1
-                        self._stats.finished += 1
-                        self._stats.first_token_seconds = output.output.first_token_seconds
                     yield output
-                if left and not any(self._engine.knows(number) for number in mine):
-                    raise CancelledError(
-                        f"{left} of {len(mine)} requests were cancelled before they had finished",
-                        "Ask for them again; they were cancelled through `LLM.engine`, or by an error in a step they took part in.",
-                    )
-                if left:
-                    self._step()
         finally:
             for number in mine:
                 self._engine.cancel(number)
         if failed is not None:
             raise failed
 
-    def _step(self) -> None:
-        """One step of the engine."""
-        began = time.perf_counter()
-        try:
-            self._stats.tokens += self._engine.advance()
-        finally:
-            self._stats.seconds += time.perf_counter() - began
+    def _bring(self, mail: deque[StreamOutput], mine: Sequence[int], left: int) -> None:
+        """Step once, unless another thread's step has brought something.
+
+        Raises:
+            CancelledError: if none of these requests waits or runs any more.
+        """
+        with self._engine.lock:
+            if mail:
+                return
+            if not any(self._engine.knows(number) for number in mine):
+                raise CancelledError(
+                    f"{left} of {len(mine)} requests were cancelled before they had finished",
+                    "Ask for them again; they were cancelled through `LLM.engine`, or by an error in a step they took part in.",
+                )
+            began = time.perf_counter()
+            try:
+                self._stats.tokens += self._engine.advance()
+            finally:
+                self._stats.seconds += time.perf_counter() - began
+            over = [item.output for item in mail if item.output is not None]
+            self._stats.finished += len(over)
+            self._stats.first_token_seconds = over[-1].first_token_seconds if over else self._stats.first_token_seconds
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]  # one prompt: text or token ids
-    return list(prompts)  # type: ignore[arg-type]
+def _one_of(params: Any, sampling_params: Any) -> Any:
+    """The parameters, under whichever of the two names they were given.
+
+    Raises:
+        ConfigError: if they were given twice.
+    """
+    if params is not None and sampling_params is not None:
+        raise ConfigError("params and sampling_params are both given", "They are two names of one option: give one.")
+    return sampling_params if params is None else params
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> set[int]:
+    """Ids of the stop texts that are special tokens, which never show in a text without them.
+
+    Raises:
+        ConfigError: if a stop text has a special token in it beside other text, and the text is without these.
+    """
+    if tokenizer is None or not params.skip_special_tokens:
+        return set()
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for stop in params.stop:
+        inside = next((token for token in special if token in stop), None)
+        if stop not in special and inside is not None:
+            raise ConfigError(
+                f"stop={stop!r} contains the special token {inside!r}, which is left out of the text",
+                f"Stop at {inside!r} alone, or keep special tokens in the text (skip_special_tokens=False).",
+            )
+    return {special[stop] for stop in params.stop if stop in special}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -8,15 +8,18 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
+from expertflow import outside
 from expertflow.config import SamplingParams
 from expertflow.engine.request import RequestOutput
+from expertflow.engine.sampler import draw_seed
 from expertflow.errors import ResultsError
+from expertflow.files import write_whole
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Results:
@@ -26,10 +29,11 @@ class Results:
         path: made if it is not there; else gone on with.
         prompts: all of them.
         params: how they are sampled.
-        model: which one: what its tokens depend on, such as identity, dtype and the longest sequence.
+        model: which one: its identity, then what else its tokens depend on, such as dtype and the longest sequence.
 
     Attributes:
         done: finished requests by index, as dictionaries.
+        seed: of the whole file: the one stated, that of the file that is gone on with, or a new one; None if greedy.
 
     Raises:
         ResultsError: if the file is of something else, damaged before its last line, or cannot be written. It is left as it is.
@@ -38,26 +42,31 @@ class Results:
     def __init__(self, path: Path, prompts: Sequence[str], params: SamplingParams, model: str) -> None:
         """Read what is there."""
         self._path, self._count = path, len(prompts)
-        told = json.dumps([list(prompts), asdict(params), model], ensure_ascii=False)
-        self._header = {
+        same = json.dumps([list(prompts), asdict(replace(params, seed=None)), model])
+        self._drawn = params.seed is None
+        self._header: dict[str, Any] = {
             "expertflow_results": _FORMAT, "prompts": len(prompts), "model": model,
-            "of": hashlib.sha256(told.encode()).hexdigest(),
+            "of": hashlib.sha256(same.encode()).hexdigest(),
+            "seed": None if not params.temperature else draw_seed() if self._drawn else params.seed,
         }  # fmt: skip
         self.done: dict[int, dict[str, Any]] = {}
         whole = 0
         try:
-            if path.exists():
+            if there := path.exists():
+                if not path.is_file():
+                    raise ResultsError(f"{path} is no regular file", "Name a file.")
                 whole = self._read(path.read_bytes())
-            self._file: IO[bytes] = path.open("r+b" if path.exists() else "xb")
+            # unbuffered: what a full disk refuses is not written again when the file is closed
+            self._file: IO[bytes] = path.open("r+b" if there else "xb", buffering=0)
             self._lock()
             self._file.truncate(whole)  # a line that a crash cut in two
             self._file.seek(whole)
-            if not whole:
-                self._write(self._header)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ResultsError(
                 f"{path} cannot be used: {error}", "Name a file in a folder you can write to."
             ) from error
+        if not whole:
+            self._write(self._header)
 
     def _lock(self) -> None:
         """Nobody else may write; the lock goes with the process, however it ends."""
@@ -72,14 +81,14 @@ class Results:
         *lines, rest = raw.split(b"\n")
         for number, line in enumerate(lines):
             try:
-                entry = json.loads(line)
+                entry = outside.parse_json(line)
             except ValueError as error:
                 raise ResultsError(
                     f"{self._path}, line {number + 1} is no JSON", "Mend or remove it, or name another file."
                 ) from error
             if number == 0:
                 self._check(entry)
-            elif isinstance(entry, dict) and entry.get("index") in range(self._count):
+            elif isinstance(entry, dict) and outside.whole(entry.get("index"), 0, self._count - 1):
                 self.done[entry["index"]] = entry
             else:
                 raise ResultsError(
@@ -92,18 +101,27 @@ class Results:
     def _check(self, entry: Any) -> None:
         if not isinstance(entry, dict) or "expertflow_results" not in entry:
             raise ResultsError(f"{self._path} is no results file", "Name another file.")
+        seed = entry.get("seed")
+        if self._drawn and outside.whole(seed, 0, 2**63 - 1) and entry == self._header | {"seed": seed}:
+            self._header = entry
         if entry != self._header:
-            model = entry.get("model") != self._header["model"]
+            identities = [str(header.get("model")).partition(" ")[0] for header in (entry, self._header)]
             raise ResultsError(
                 f"{self._path} holds results of "
                 + (
                     "another model, or of this one before its files changed"
-                    if model
-                    else "other prompts or other sampling"
+                    if identities[0] != identities[1]
+                    else "other prompts, other sampling, another dtype or another longest sequence"
                 )
                 + f" ({entry.get('prompts')} prompts, model {entry.get('model')}; now {self._header['model']})",
                 "Name another file, or remove it.",
             )
+
+    @property
+    def seed(self) -> int | None:
+        """See above."""
+        seed: int | None = self._header["seed"]
+        return seed
 
     @property
     def left(self) -> list[int]:
@@ -113,22 +131,34 @@ class Results:
     def add(self, index: int, output: RequestOutput) -> None:
         """A request has finished: on disk when this returns, as far as the system says so."""
         entry = asdict(output) | {"index": index}
-        self.done[index] = entry
         self._write(entry)
+        self.done[index] = entry
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        left = memoryview(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._file.close()
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ResultsError:
+        return ResultsError(
+            f"{self._path} cannot be written: {error.strerror}",
+            "What is in it stays: make room, and give the same command again to go on.",
+        )
 
     def close(self) -> None:
         """If all are there, write them in order; the file is whole at every moment."""
         self._file.close()
         if self.left:
             return
-        beside = self._path.with_name(self._path.name + ".part")
         entries = [self._header, *(self.done[index] for index in range(self._count))]
-        beside.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
-        beside.replace(self._path)
+        try:
+            write_whole(self._path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def __enter__(self) -> Self:
         """Use as a context manager."""

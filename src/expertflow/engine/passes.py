@@ -22,12 +22,16 @@ class Passes:
 
     Args:
         begin: called before a pass computes anything. If it raises, the pass does not run.
+
+    Attributes:
+        frozen: no gradient is wanted of the model: a backward pass stops at what it returns.
     """
 
     def __init__(self, begin: Begin) -> None:
         """No pass is running."""
         self._begin = torch.compiler.disable(begin, reason="the host begins a step of the expert cache")
         self.lock = RLock()
+        self.frozen = False
         self._inside = False
 
     def guard(self, module: nn.Module, *, begins: bool = False) -> None:
@@ -50,7 +54,7 @@ class Passes:
                     out = own(*args, **kwargs)
                 finally:
                     self._inside = inside
-            return out if inside or not torch.is_grad_enabled() else without_backward(out)
+            return out if inside or self.frozen or not torch.is_grad_enabled() else without_backward(out)
 
         @wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +91,7 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, _: Tensor) -> Tensor:
         del ctx
-        return value.view_as(value)
+        return value.detach()  # not a view, so that programs may write into their logits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

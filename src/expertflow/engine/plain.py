@@ -96,10 +96,6 @@ def _plain_config(options: Mapping[str, Any]) -> EngineConfig:
 def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
     """Give a loaded model the class and the guards of a model that others call."""
     model = offloaded.model
-    stock: Any = type(model).__mro__[1]
-    own = {"stock": stock, "config_class": stock.config_class, "__module__": stock.__module__}
-    model.__class__ = type(stock.__name__, (PlainModel, stock), own)
-    model.expertflow = offloaded
     for module in {model.base_model, model.get_decoder()} - {model}:
         offloaded.passes.guard(module)
     paths = offloaded.skeleton.expert_modules
@@ -107,9 +103,20 @@ def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
         below = name and f"{name}."
         inside = tuple(f"{path}.".removeprefix(below) for path in paths if f"{path}.".startswith(below))
         if inside:
+            if isinstance(module, PreTrainedModel):
+                _change_class(module, offloaded)
             module._apply = partial(_apply_checked, module._apply, offloaded)  # noqa: SLF001 - what `to` and its kin call
             module.load_state_dict = partial(_load_checked, module.load_state_dict, inside)
     return model
+
+
+def _change_class(module: PreTrainedModel, offloaded: OffloadedModel) -> None:
+    """Make a model, or a part of one that is a model itself, refuse what cannot be done while experts are offloaded."""
+    stock: Any = type(module)
+    stock = stock.__mro__[1] if module is offloaded.model else stock  # behind the class that was loaded without experts
+    own = {"stock": stock, "config_class": stock.config_class, "__module__": stock.__module__}
+    module.__class__ = type(stock.__name__, (PlainModel, stock), own)
+    module.expertflow = offloaded
 
 
 class PlainModel(Uncopied, PreTrainedModel):
@@ -138,13 +145,14 @@ class PlainModel(Uncopied, PreTrainedModel):
         return super().train(mode)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:  # noqa: FBT001, FBT002 - transformers' signature
-        """As usual for False.
+        """As usual for False: what the model returns is then a constant, such as a teacher's logits.
 
         Raises:
             UnsupportedModelError: for True.
         """
         if requires_grad:
             _refuse("trained", _TRAIN)
+        self.expertflow.passes.frozen = True
         return super().requires_grad_(requires_grad)
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> NoReturn:
@@ -174,7 +182,7 @@ class PlainModel(Uncopied, PreTrainedModel):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The dense weights; says once that the experts are not among them."""
-        if not getattr(self, "_told_of_experts", False):
+        if "destination" not in kwargs and not getattr(self, "_told_of_experts", False):  # not as a part of another's
             self._told_of_experts = True
             warnings.warn(
                 "state_dict() of an offloaded model holds its dense weights only; the experts are in the checkpoint.",
@@ -185,8 +193,10 @@ class PlainModel(Uncopied, PreTrainedModel):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:  # noqa: FBT001, FBT002 - transformers' signature
         """As of the stock model: experts count, but never as trainable."""
         own: int = super().num_parameters(only_trainable, exclude_embeddings)
-        shape = self.expertflow.plan.shape
-        return own if only_trainable else own + shape.total_experts * sum(prod(spec.shape) for spec in shape.specs)
+        offloaded = self.expertflow
+        shape, mine = offloaded.plan.shape, set(self.modules())
+        layers = sum(offloaded.model.get_submodule(path) in mine for path in offloaded.skeleton.expert_modules)
+        return own if only_trainable else own + layers * shape.experts * sum(prod(spec.shape) for spec in shape.specs)
 
 
 def _refuse(what: str, remedy: str) -> NoReturn:

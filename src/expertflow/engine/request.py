@@ -4,25 +4,13 @@ Text is decoded token by token, so it can be streamed: a token that ends inside 
 beginning of a stop text, is held back until it is decided. Knows no model and no batch.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from expertflow.config import SamplingParams
 from expertflow.engine.sampler import NO_TOKEN, make_generator
+from expertflow.engine.text import Decoder, TextStream
 from expertflow.errors import NonFiniteError
-
-_UNFINISHED = "\ufffd"
-_CONTEXT = 6
-"""Prompt tokens that generated text is decoded behind."""
-
-
-@runtime_checkable
-class Decoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +26,7 @@ class RequestOutput:
         finish_reason: `stop` or `length`.
         first_token_seconds: from the request's coming to its first token, waiting included.
         token_seconds: mean time of a later token; 0 if there is none.
+        seed: of its random numbers, stated or drawn; None if it was greedy.
     """
 
     index: int
@@ -48,6 +37,7 @@ class RequestOutput:
     finish_reason: str
     first_token_seconds: float = field(default=0.0, compare=False)
     token_seconds: float = field(default=0.0, compare=False)
+    seed: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +90,9 @@ class Request:
     def __post_init__(self) -> None:
         """Make the request's random numbers; begin decoding at the prompt's end."""
         self.generator = make_generator(self.params)
-        # some tokenizers drop the space a text begins with, so tokens are decoded behind those that precede them
-        self._ids = list(self.prompt_token_ids[-_CONTEXT:]) if self.continues else []
-        self._done, self._read = 0, len(self._ids)
+        before = self.prompt_token_ids if self.continues else ()
+        skip = self.params.skip_special_tokens
+        self._stream = None if self.decoder is None else TextStream(self.decoder, before, skip_special=skip)
 
     @property
     def read_ids(self) -> tuple[int, ...]:
@@ -111,10 +101,7 @@ class Request:
 
     def fail(self) -> StreamOutput:
         """End without a result: the logits of the next token are no numbers."""
-        error = NonFiniteError(
-            f"request {self.index} has no token {len(self.token_ids) + 1}: its logits are not finite (NaN or infinity)",
-            "Look for such numbers in the weights; if activations overflow float16, run with dtype bfloat16 or float32.",
-        )
+        error = NonFiniteError(self.index, len(self.token_ids) + 1)
         return StreamOutput(index=self.index, token_id=NO_TOKEN, text="", error=error)
 
     def append(self, token: int, *, waited: float = 0.0, lasted: float = 0.0) -> StreamOutput:
@@ -126,10 +113,7 @@ class Request:
             lasted: seconds from its coming to this one.
         """
         self.token_ids.append(token)
-        self._ids.append(token)
-        last = token in self.ends or len(self.token_ids) >= self.limit
-        if self.decoder is not None:
-            self._decode(self.decoder, last=last)
+        self._decode(token)
         if token in self.ends:
             self.finish_reason = "stop"
         elif (cut := self._stop_position()) is not None:
@@ -141,13 +125,15 @@ class Request:
         self._shown = max(self._shown, sure)
         return StreamOutput(index=self.index, token_id=token, text=fresh, output=self._output(waited, lasted))
 
-    def _decode(self, decoder: Decoder, *, last: bool) -> None:
-        """Extend the text by what the new tokens say, seen behind the tokens already read."""
-        before = decoder.decode(self._ids[self._done : self._read], skip_special_tokens=True)
-        after = decoder.decode(self._ids[self._done :], skip_special_tokens=True)
-        if len(after) > len(before) and (last or not after.endswith(_UNFINISHED)):
-            self.text += after[len(before) :]
-            self._done, self._read = self._read, len(self._ids)
+    def _decode(self, token: int) -> None:
+        """Extend the text; a token that ends the request is left out where special tokens are kept."""
+        if self._stream is None:
+            return
+        ended = token in self.ends
+        if not ended or self.params.skip_special_tokens:
+            self.text += self._stream.push(token)
+        if ended or len(self.token_ids) >= self.limit:
+            self.text += self._stream.flush()
 
     def _stop_position(self) -> int | None:
         if not self.params.stop:
@@ -178,4 +164,5 @@ class Request:
             finish_reason=self.finish_reason,
             first_token_seconds=waited,
             token_seconds=(lasted - waited) / later if later else 0.0,
+            seed=self.generator.initial_seed() if self.params.temperature else None,
         )

@@ -1,8 +1,8 @@
 """Rotary tables a sequence, for the scalings that choose one table by the longest position of a pass.
 
 With `longrope` and `dynamic` scaling transformers takes the table of the longest sequence for all that step together, so a
-token would depend on who steps beside it. Here every sequence gets the table it gets alone: that of its whole prompt while
-the prompt is read, also where a pass reads a part of it, then that of its own length. Must not know KV rows and experts.
+token would depend on who steps beside it. Here every sequence gets the table it gets alone. While its prompt is read that is
+the whole prompt's, also in a pass over a part of it; then that of its own length. Must not know KV rows and experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence

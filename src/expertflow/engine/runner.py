@@ -13,7 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from expertflow.engine.cross import EncoderDecoderRows
 from expertflow.engine.graph import GraphDecoder
@@ -90,12 +95,11 @@ class RowExecutor:
     @torch.inference_mode()
     def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
         """Run parts of prompts, the shorter ones padded on the left; padding uses no expert."""
-        width, nowhere, pad = max(len(piece.tokens) for piece in pieces), self._rows.nowhere, _pad_id(self._rows.model)
-        ids = torch.full((len(pieces), width), pad, dtype=torch.long)
+        nowhere = self._rows.nowhere
+        ids, mask = _padded([piece.tokens for piece in pieces], torch.device("cpu"), left=True)
         positions, columns = torch.zeros_like(ids), torch.full_like(ids, nowhere)
         for place, piece in enumerate(pieces):
-            skip = width - len(piece.tokens)
-            ids[place, skip:] = torch.tensor(piece.tokens)
+            skip = ids.shape[1] - len(piece.tokens)
             columns[place, skip:] = torch.arange(piece.begin, piece.begin + len(piece.tokens))
             positions[place, skip:] = columns[place, skip:]
         end = max(piece.begin + len(piece.tokens) for piece in pieces)
@@ -107,7 +111,7 @@ class RowExecutor:
         rows = torch.tensor([piece.row for piece in pieces], device=device)
         self._best = None
         given = Pass(ids.to(device), rows, positions.to(device), columns.to(device), end)
-        with self._padding(columns == nowhere), self._rope.of([piece.length for piece in pieces]):
+        with self._padding(mask == 0), self._rope.of([piece.length for piece in pieces]):
             logits = self._rows.forward(self._rows.model, given)
         self._queued()
         return logits
@@ -168,7 +172,7 @@ class EncoderDecoderExecutor(RowExecutor):
         model, prompts = self._encoder.model, [piece.tokens for piece in pieces]
         for piece in pieces:
             self._encoder.clear(piece.row)
-        ids, mask = _padded(prompts, _pad_id(model), model.device, left=False)
+        ids, mask = _padded(prompts, model.device, left=False)
         self._best = None
         with self._padding(mask == 0):
             encoded = self._encoder.encode(ids, mask)
@@ -210,9 +214,14 @@ class CohortExecutor:
         """Not computed on the way."""
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+def _padded(prompts: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Prompts as one tensor `[B, W]`, and a mask that is 1 for their tokens.
+
+    A prompt is padded with a token of its own: what is masked must be finite where the prompt is, whatever the pad token's
+    weights are.
+    """
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    ids = torch.tensor([[prompt[0]] * width for prompt in prompts])
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         place = slice(width - len(prompt), width) if left else slice(0, len(prompt))
@@ -221,19 +230,23 @@ def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device, *,
     return ids.to(device), mask.to(device)
 
 
-def _pad_id(model: PreTrainedModel) -> int:
-    pad = model.config.get_text_config(decoder=True).pad_token_id
-    return pad if isinstance(pad, int) and pad >= 0 else 0
-
-
 def _cache_of(model: PreTrainedModel) -> DynamicCache:
     """The model's own cache, every attention layer of which keeps all tokens: what a layer sees is its mask's business.
 
     transformers drops tokens by the config's `sliding_window`, also where the model's code does not read that key.
     """
     cache = DynamicCache(config=model.config)
-    cache.layers = [DynamicLayer() if isinstance(one, DynamicSlidingWindowLayer) else one for one in cache.layers]
+    cache.layers = [_unbounded(layer) for layer in cache.layers]
     return cache
+
+
+def _unbounded(layer: Any) -> Any:
+    """A layer of the cache that keeps the same things, but of all tokens."""
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        return layer
+    if isinstance(layer, LinearAttentionLayer):  # it keeps a state beside keys and values
+        return LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+    return DynamicLayer()
 
 
 class DecoderBatch:
@@ -242,7 +255,7 @@ class DecoderBatch:
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int) -> None:
         """Pad the prompts and start an empty cache."""
         self._model = model
-        self._ids, self._mask = _padded(prompts, _pad_id(model), model.device, left=True)
+        self._ids, self._mask = _padded(prompts, model.device, left=True)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._columns = max(1, chunk // len(prompts))
         self._cache = _cache_of(model)

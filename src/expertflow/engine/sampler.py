@@ -4,6 +4,7 @@ Inverse-CDF sampling over sorted probabilities: one uniform number a token, draw
 the host, so that neither the device nor the rest of the batch changes what is drawn.
 """
 
+import secrets
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +18,13 @@ NO_TOKEN = -1
 
 
 def make_generator(params: SamplingParams) -> torch.Generator:
-    """The request's own source of random numbers."""
-    return torch.Generator().manual_seed(params.seed)
+    """The request's own source of random numbers; its `initial_seed` is the seed stated, or the one drawn here."""
+    return torch.Generator().manual_seed(draw_seed() if params.seed is None else params.seed)
+
+
+def draw_seed() -> int:
+    """A seed that cannot be foreseen, within the range that `SamplingParams` takes."""
+    return secrets.randbits(63)
 
 
 def choose_all(

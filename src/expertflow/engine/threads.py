@@ -14,8 +14,8 @@ import torch
 from expertflow.limits import default_threads, usable_cpus
 
 SMALL_EXPERT = 2**20
-"""Bytes of an expert up to which one thread computes: waking another takes 50 us, as long as half of such an expert for
-eight tokens (measured on two processors, torch 2.13, `OMP_WAIT_POLICY=passive`)."""
+"""Bytes of an expert up to which one thread computes. Waking another takes 50 us, half of such an expert's time for eight
+tokens (measured on two processors, torch 2.13, `OMP_WAIT_POLICY=passive`)."""
 
 
 class Threads:
@@ -53,9 +53,10 @@ def limit_threads() -> set[int]:
     """Lower torch's number of threads to the processors there are, if it is torch's own.
 
     Returns:
-        Numbers that may be replaced from now on; none if the environment states one.
+        Numbers that may be replaced from now on; none if the environment states one that OpenMP can read.
     """
-    if {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & set(os.environ):
+    stated = (os.environ.get(name, "").split(",")[0].strip() for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    if any(number.isdecimal() and int(number) for number in stated):
         return set()
     usable, replaceable = usable_cpus(), default_threads()
     now = torch.get_num_threads()

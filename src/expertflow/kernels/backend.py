@@ -1,8 +1,11 @@
 """Which kernels a device gets: Triton's on CUDA, their torch references elsewhere. Same calls, same words."""
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from expertflow.kernels import dense_reference, reference, residency_reference
 
 HAS_TRITON = find_spec("triton") is not None
 if HAS_TRITON:
+    from triton import knobs
+
     from expertflow.kernels import dense, experts, fetch, path, residency
 
 
@@ -35,6 +40,7 @@ class Backend:
 def backend(device: torch.device) -> Backend:
     """The kernels for a device."""
     if device.type == "cuda" and HAS_TRITON:
+        find_place_for_kernels()
         return Backend(
             experts.expert_pairs,
             experts.combine,
@@ -55,3 +61,13 @@ def backend(device: torch.device) -> Backend:
         dense_reference.rms_norm,
         None,
     )
+
+
+def find_place_for_kernels() -> None:
+    """Let Triton keep what it compiles in a new temporary folder if its own cannot be written to."""
+    place = Path(knobs.cache.dir)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError:
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="expertflow-triton-")

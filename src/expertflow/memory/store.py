@@ -6,40 +6,21 @@ does not round up to powers of two. Knows rows by flat number; refuses to know c
 
 import mmap
 import weakref
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import psutil
 import torch
 from torch import Tensor
 
-from expertflow.errors import HostMemoryError
+from expertflow.errors import ExpertFlowError, HostMemoryError
+from expertflow.limits import free_addresses, free_memory, lacks_memory, lockable_memory
 from expertflow.memory.layout import RowLayout
 from expertflow.units import format_bytes
 
-_CGROUP_FILES = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-
-
-def available_host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes a new allocation may take: what the machine has free, within the control group's limit if there is one."""
-    free = int(psutil.virtual_memory().available)
-    for limit_name, usage_name in _CGROUP_FILES:
-        limit, usage = cgroup / limit_name, cgroup / usage_name
-        if limit.is_file() and usage.is_file():
-            text = limit.read_text().strip()
-            if text.isdigit():
-                free = min(free, int(text) - int(usage.read_text()) + _reclaimable(cgroup / "memory.stat"))
-    return max(free, 0)
-
-
-def _reclaimable(stat: Path) -> int:
-    """Page cache that the control group counts as used and gives back on demand."""
-    if not stat.is_file():
-        return 0
-    fields = dict(line.split() for line in stat.read_text().splitlines() if line)
-    return int(fields.get("inactive_file", 0))
+_ROOM = 256 << 20
+"""Bytes of address space for threads, their stacks and the allocator's own blocks."""
+_LARGEST_TRIAL = 1 << 30
+"""Bytes that are page-locked at most to see whether the driver keeps to the limit."""
 
 
 def check_host_memory(needed: int, allowed: int | None) -> None:
@@ -52,13 +33,75 @@ def check_host_memory(needed: int, allowed: int | None) -> None:
     Raises:
         HostMemoryError: if it does not fit.
     """
-    limit = available_host_bytes() if allowed is None else allowed
+    limit = free_memory() if allowed is None else allowed
     if needed > limit:
         source = "free on this host" if allowed is None else "allowed by host_memory"
         raise HostMemoryError(
             f"the run needs {format_bytes(needed)} of host memory, {format_bytes(limit)} is {source}",
             "Free memory, use a smaller dtype, or a machine with more of it.",
         )
+
+
+def check_addresses(needed: int) -> None:
+    """Refuse before anything is loaded if a limit on address space leaves too little.
+
+    Args:
+        needed: bytes that will be allocated or mapped.
+
+    Raises:
+        HostMemoryError: then.
+    """
+    free = free_addresses()
+    if free is not None and needed + _ROOM > free:
+        raise HostMemoryError(
+            f"the run needs {format_bytes(needed + _ROOM)} of address space, the limit leaves {format_bytes(free)}",
+            "Raise the limit (ulimit -v; clusters set it from the memory a job asks for), or state fewer slots.",
+        )
+
+
+def check_locking(needed: int) -> None:
+    """Refuse before anything is loaded if the system does not lock as much memory as a CUDA device needs.
+
+    Most drivers lock more than `ulimit -l` says. So where that limit is too small, a little more than it is tried.
+
+    Args:
+        needed: bytes that will be page-locked.
+
+    Raises:
+        HostMemoryError: if the driver keeps to the limit.
+    """
+    limit = lockable_memory()
+    if limit is None or needed <= limit or limit > _LARGEST_TRIAL:
+        return
+    trial = mmap.mmap(-1, limit + mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = torch.frombuffer(trial, dtype=torch.uint8).data_ptr()
+    code = int(torch.cuda.cudart().cudaHostRegister(address, limit + mmap.PAGESIZE, 0))
+    if code != 0:
+        raise HostMemoryError(
+            f"the run page-locks {format_bytes(needed)}, the limit on locked memory is {format_bytes(limit)} (CUDA error {code})",
+            "Raise it with `ulimit -l unlimited`, in a container with `--ulimit memlock=-1`, or use --device cpu.",
+        )
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+@contextmanager
+def memory_reported() -> Iterator[None]:
+    """Inside, whatever allocation the host refuses becomes our error.
+
+    Raises:
+        HostMemoryError: then.
+    """
+    try:
+        yield
+    except ExpertFlowError:
+        raise
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not lacks_memory(error):
+            raise
+        raise HostMemoryError(
+            f"the host refused memory: {next(iter(str(error).splitlines()), 'out of memory')[:300]}",
+            "Free memory, raise its limits (ulimit -v, control groups), or state fewer slots and shorter sequences.",
+        ) from error
 
 
 class HostStore:

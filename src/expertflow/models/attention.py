@@ -24,14 +24,18 @@ STATE_ONLY = frozenset({"linear_attention", "conv"})
 EMPTY = frozenset({"moe", "mlp", "dummy"})
 """Kinds of layers that keep nothing."""
 _LONGEST = 1 << 17
-"""Positions that are looked at; a window of more than these is none."""
+"""Positions that are looked at where the config states no context; a window of more than these is then none."""
 _PROBED = (0, 1, 2, 3)
 """Distances before the longest position that are looked at as well: a chunk's length changes there, a window's does not."""
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
-    """What transformers keeps for each decoder layer, by its own words, such as `full_attention` or `linear_attention`."""
-    return tuple(get_layer_types_and_kwargs(config)[0])
+    """What transformers keeps for each decoder layer, by its own words, such as `full_attention` or `linear_attention`.
+
+    Layers that share another's keys and values count as well: configs also carry that key where the code ignores it.
+    """
+    kinds = get_layer_types_and_kwargs(config)[0]
+    return tuple(getattr(config, "layer_types", None) or kinds)
 
 
 def cache_argument(module: nn.Module) -> str:
@@ -50,7 +54,7 @@ def attention_windows(model: PreTrainedModel, config: PreTrainedConfig) -> tuple
         A layer's window, or None where it sees every earlier token; None instead of all if some layer's mask is no window.
     """
     decoder = model.get_decoder()
-    longest = min(getattr(config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
+    longest = getattr(config, "max_position_embeddings", None) or _LONGEST
     ends = sorted({max(longest - back, 1) for back in _PROBED})
     seen = [[_reach(mask) for mask in _masks_at(decoder, config, end - 1)] for end in ends]
     windows: list[int | None] = []

@@ -4,17 +4,18 @@ Reads headers only. Refuses pickles, damaged shards and shards that are not ther
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
 
-import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
 
+from expertflow import outside
 from expertflow.errors import CheckpointError
 from expertflow.models.foreign import ADAPTER_NAME, refuse_foreign
 
@@ -24,11 +25,8 @@ CHUNK_BYTES = 1 << 22
 """Bytes read at a time where a tensor is only looked at."""
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["original/*", "consolidated*", "onnx/*"]
-_LARGEST_HEADER = 100_000_000
-_BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
-    "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
-}  # fmt: skip
+_LARGEST_SETTINGS = 1 << 24
+"""Bytes of a config; an index may have more."""
 FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Safetensors dtypes an expert may have, and our names for them."""
 
@@ -66,9 +64,9 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
             else than a model.
     """
     folder = Path(model)
-    if folder.exists():
+    if os.path.exists(folder):  # noqa: PTH110 - pathlib raises for names that are too long
         refuse_foreign(folder)
-    if folder.is_dir():
+    if outside.is_folder(folder):
         return folder
     name = str(model)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
@@ -77,26 +75,29 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
         return Path(
             snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=not fetch)
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+    except (HFValidationError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"{name!r} is neither a folder nor in the Hugging Face cache"
-            + (f", and cannot be fetched: {str(error).splitlines()[0]}" if fetch else ""),
+            + (
+                f", and cannot be fetched: {next(iter(str(error).splitlines()), type(error).__name__)}" if fetch else ""
+            ),
             "Give a checkpoint folder, or fetch the model with `hf download` where there is a network.",
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object. NaN and infinity are floats in it: transformers writes them in some configs.
 
     Raises:
-        CheckpointError: if the file is missing, unreadable or no JSON object.
+        CheckpointError: if the file is missing, too large, malformed or no JSON object.
     """
+    most = outside.LARGE if path.name.endswith(".index.json") else _LARGEST_SETTINGS
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = outside.read_json(path, most, finite=False)
     except FileNotFoundError as error:
         remedy = "Fetch the checkpoint again; a repository of GGUF files or of an adapter is none."
         raise CheckpointError(f"{path} is missing", remedy) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "Fetch the checkpoint again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object", "Fetch the checkpoint again.")
@@ -134,7 +135,7 @@ def walk(folder: Path) -> dict[str, StoredTensor]:
     weight_map, shards = _files_of(folder)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
-        if not (folder / shard).is_file():
+        if not outside.is_file(folder / shard):
             raise CheckpointError(
                 f"the index names shard {shard}, which is not in {folder}", "Fetch the missing shard."
             )
@@ -165,8 +166,7 @@ def _files_of(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 def _named_files(folder: Path, named: Any) -> tuple[dict[str, str], list[str]]:
     """What the config's `transformers_weights` names."""
-    inside = isinstance(named, str) and (folder / named).resolve().is_relative_to(folder.resolve())
-    if not inside or not named.endswith((".safetensors", ".safetensors.index.json")):
+    if not _inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
         raise CheckpointError(
             f"{folder / 'config.json'} says transformers_weights={named!r}, which is no safetensors file in the folder",
             "Correct the config, or fetch it again.",
@@ -178,9 +178,21 @@ def _indexed_files(index: Path) -> tuple[dict[str, str], list[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map", "Fetch the checkpoint again.")
-    if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index} names shards that are no text", "Fetch the checkpoint again.")
+    for shard in weight_map.values():
+        if not _inside(shard):
+            raise CheckpointError(
+                f"{index} names a shard {str(shard)[:200]!r}, which is no file of the folder",
+                "Fetch the checkpoint again.",
+            )
     return weight_map, sorted(set(weight_map.values()))
+
+
+def _inside(name: Any) -> bool:
+    """Whether a name leads to a place in the folder. Links are followed: the cache of the hub is made of them."""
+    if not isinstance(name, str):
+        return False
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _refuse_other_copy(one: StoredTensor, other: StoredTensor) -> None:
@@ -233,50 +245,32 @@ def _no_safetensors(folder: Path) -> CheckpointError:
 
 
 def _read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of a shard.
+
+    The safetensors library checks the header first: types, sizes, no overlaps, no holes. Then only offsets are read here.
+    """
     remedy = "The file is damaged or incomplete: fetch it again."
     try:
-        size = path.stat().st_size
+        with safe_open(path, framework="np"):
+            pass
         with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 0 < length <= min(size - 8, _LARGEST_HEADER):
-                raise CheckpointError(f"{path.name} has no safetensors header ({size} bytes in all)", remedy)
-            header = json.loads(file.read(length))
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = outside.parse_json(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "Check the file and its permissions.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path.name} has an unreadable header: {error}", remedy) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path.name} has an unreadable header: no JSON object", remedy)
-    tensors = [_entry(path, key, entry, 8 + length) for key, entry in header.items() if key != "__metadata__"]
-    for tensor in tensors:
-        bits = _BITS.get(tensor.dtype)
-        if bits is None or prod(tensor.shape) * bits != tensor.nbytes * 8:
-            raise CheckpointError(
-                f"{path.name}: {tensor.key!r} says {tensor.dtype} {list(tensor.shape)} in {tensor.nbytes} bytes", remedy
+    except (SafetensorError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path.name} is no whole safetensors file: {error}", remedy) from error
+    tensors = []
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        if not isinstance(entry, dict):  # the library takes a list of the values too
+            raise CheckpointError(f"{path.name}: header entry {key!r} is malformed", remedy)
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors.append(
+            StoredTensor(
+                key=key, file=path, dtype=entry["dtype"], shape=shape, start=8 + length + begin, nbytes=end - begin
             )
-        if tensor.start + tensor.nbytes > size:
-            raise CheckpointError(
-                f"{path.name} is truncated: {tensor.key!r} ends at byte {tensor.start + tensor.nbytes} of {size}",
-                remedy,
-            )
-    return tensors
-
-
-def _entry(path: Path, key: str, entry: Any, base: int) -> StoredTensor:
-    try:
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-        if not 0 <= begin <= end or not isinstance(entry["dtype"], str):
-            raise ValueError(entry)  # noqa: TRY301 - one message for every kind of malformed entry
-        return StoredTensor(
-            key=key,
-            file=path,
-            dtype=entry["dtype"],
-            shape=tuple(int(n) for n in entry["shape"]),
-            start=base + begin,
-            nbytes=end - begin,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path.name}: header entry {key!r} is malformed", "The file is damaged: fetch it again."
-        ) from error
+    return tensors

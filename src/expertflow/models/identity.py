@@ -16,10 +16,10 @@ from expertflow.limits import usable_cpus
 from expertflow.models.checkpoint import StoredTensor, chunks_of
 
 SETTING_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*",
+    "config*.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json",
+    "vocab*", "merges.txt", "*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
-"""Patterns of the files beside the weights that answers depend on."""
+"""Patterns of the files beside the weights that answers depend on; config and tokenizer may come in several versions."""
 _SPAN_BYTES = 1 << 26
 """Bytes of a dense tensor that are hashed by one thread."""
 READERS = min(16, usable_cpus())

@@ -5,6 +5,7 @@ without a second copy. Dense tensors are handed to transformers by key, so that 
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from expertflow.errors import CheckpointError
+from expertflow.errors import CheckpointError, UnreadWarning
 from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor
 from expertflow.models.experts import Binding, ExpertProvider
 from expertflow.models.identity import ContentHash, Span, in_threads
 from expertflow.models.mapping import ExpertPiece
 from expertflow.models.skeleton import Skeleton
 
+_NAMED = 5
+"""Tensors that a warning names."""
 _Advance = Callable[[int], None]
 
 
@@ -72,6 +75,14 @@ def load_dense(skeleton: Skeleton, dense: Mapping[str, StoredTensor], device: to
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} weights, first {missing[0]!r}", "Fetch the checkpoint again."
+        )
+    if unread := sorted(report["unexpected_keys"]):
+        named = ", ".join(unread[:_NAMED]) + (", ..." if len(unread) > _NAMED else "")
+        warnings.warn(
+            f"the model that {skeleton.folder / 'config.json'} describes has no place for {len(unread)} of the checkpoint's "
+            f"tensors, which are not used: {named}",
+            UnreadWarning,
+            stacklevel=2,
         )
     model.eval().requires_grad_(False)
     for tensor in (*model.parameters(), *model.buffers()):

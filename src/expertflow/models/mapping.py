@@ -65,7 +65,7 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
         Pieces that together cover every tensor of every expert exactly once, in file order.
 
     Raises:
-        CheckpointError: if a tensor is missing or has another shape or dtype than the config says.
+        CheckpointError: if a tensor is missing, is there under two names, or has another shape or dtype than the config says.
         UnsupportedModelError: if the family stores experts in a way that has to be computed.
     """
     found = _collect(skeleton, tensors)
@@ -123,7 +123,14 @@ def _collect(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[tu
     found: dict[tuple[str, str], _Stored] = {}
     for key, module, name, where in _resolve(skeleton, tensors):
         if (module, name) in targets:
-            found.setdefault((module, name), {})[where] = tensors[key]
+            stored = found.setdefault((module, name), {})
+            same = next((place for place in stored if place == where or -1 in (place[0], where[0])), None)
+            if same is not None:
+                raise CheckpointError(
+                    f"{stored[same].key!r} and {key!r} are both {name} of {module}",
+                    "One of them is stale: fetch the checkpoint again into an empty folder.",
+                )
+            stored[where] = tensors[key]
     return found
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, attention_windows, layer_kinds
+from expertflow.models.bounds import describing
 from expertflow.models.skeleton import Skeleton
 from expertflow.types import DTYPE_BYTES, TensorSpec
 
@@ -54,6 +55,7 @@ class ModelShape:
         encoder_decoder: whether there is an encoder.
         scores: whether attention keeps scores in memory (eager attention).
         unplanned: kinds of layers whose state and workspace the planner cannot foresee, such as state-space layers.
+        unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
         in_rows: whether keys and values can be kept in rows, so that sequences may join and leave at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
         notes: what a user should know about how it runs, one sentence each.
@@ -77,14 +79,10 @@ class ModelShape:
     encoder_decoder: bool
     scores: bool
     unplanned: tuple[str, ...]
+    unserved: tuple[str, ...]
     in_rows: bool
     windows: tuple[int | None, ...] = ()
     notes: tuple[str, ...] = ()
-
-    @property
-    def unserved(self) -> tuple[str, ...]:
-        """Kinds of layers whose cache no pass of ours has been tested with."""
-        return tuple(kind for kind in self.unplanned if kind not in RECURRENT | EMPTY)
 
     @property
     def total_experts(self) -> int:
@@ -106,11 +104,7 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
     element = DTYPE_BYTES[skeleton.dtype]
     heads = int(config.num_attention_heads)
     key_width, value_width, head_width = _head_widths(config, heads)
-    kinds = () if skeleton.encoder_decoder else layer_kinds(config)
-    unplanned = tuple(sorted(set(kinds) - KEYS_AND_VALUES))
-    windows: tuple[int | None, ...] | None = ()
-    if skeleton.family is not None and not skeleton.encoder_decoder:
-        windows = attention_windows(skeleton.model, config)
+    unplanned, windows = ((), ()) if skeleton.encoder_decoder else _attention(skeleton, config)
     in_rows = skeleton.family is not None and not unplanned and windows is not None
     return ModelShape(
         model_type=skeleton.config.model_type,
@@ -130,11 +124,32 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         context=None if skeleton.encoder_decoder else getattr(config, "max_position_embeddings", None),
         encoder_decoder=skeleton.encoder_decoder,
         unplanned=unplanned,
+        unserved=() if skeleton.encoder_decoder else _unserved(skeleton, config, unplanned),
         in_rows=in_rows,
         windows=windows or (),
         notes=(*skeleton.notes, *_notes(skeleton, unplanned, in_rows=in_rows)),
         scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - the only place transformers says it
     )
+
+
+def _attention(skeleton: Skeleton, config: Any) -> tuple[tuple[str, ...], tuple[int | None, ...] | None]:
+    """Kinds of layers that keep other things than keys and values, and the windows of a family in the table.
+
+    Raises:
+        CheckpointError: if the config describes layers that the model's own code cannot run.
+    """
+    name = f"describes attention layers that {config.model_type!r} cannot run"
+    with describing(skeleton.folder / "config.json", name):
+        unplanned = tuple(sorted(set(layer_kinds(config)) - KEYS_AND_VALUES))
+        known = skeleton.family is not None and not unplanned
+        return unplanned, attention_windows(skeleton.model, config) if known else ()
+
+
+def _unserved(skeleton: Skeleton, config: Any, unplanned: tuple[str, ...]) -> tuple[str, ...]:
+    """Kinds of layers whose cache `LLM` cannot serve: of a family in the table, all that keep more than keys and values."""
+    served = RECURRENT | EMPTY if skeleton.family is None else frozenset()
+    ahead = () if getattr(config, "is_causal", True) else ("bidirectional_attention",)  # read by transformers' masks
+    return (*(kind for kind in unplanned if kind not in served), *ahead)
 
 
 def _notes(skeleton: Skeleton, unplanned: tuple[str, ...], *, in_rows: bool) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -23,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
+from expertflow.models.bounds import check_config, describing
 from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor, read_json, walk
 from expertflow.models.experts import is_registry_experts, offloaded_forward
 from expertflow.models.families import FAMILIES, REFUSED, Family
@@ -99,18 +99,14 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
     if quantization := _quantization(folder, whole, config):
         refuse_quantised(folder, quantization, walk(folder))
     model_class = _emptied_class(base_class)
-    try:
-        with torch.device("meta"):
-            model = model_class(config)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes no model that can be built: {type(error).__name__}: {error}",
-            "Checkpoint and config.json disagree: fetch both again.",
-        ) from error
+    with describing(folder / "config.json", "describes no model that can be built"), torch.device("meta"):
+        model = model_class(config)
     found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
     if not found:
         raise no_experts(folder, config, model)
-    if not config.is_encoder_decoder and set(layer_kinds(config.get_text_config(decoder=True))) <= STATE_ONLY | EMPTY:
+    with describing(folder / "config.json", f"describes attention layers that {config.model_type!r} cannot run"):
+        kinds = set() if config.is_encoder_decoder else set(layer_kinds(config.get_text_config(decoder=True)))
+    if kinds and kinds <= STATE_ONLY | EMPTY:
         raise UnsupportedModelError(
             f"no layer of {config.model_type!r} in {folder} is one of attention, and transformers' own forward needs one",
             "Correct `layer_types` in config.json, or fetch it again.",
@@ -149,9 +145,11 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     raw = read_json(folder / "config.json")
+    check_config(folder / "config.json", raw)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        with describing(folder / "config.json", "cannot be used"):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except CheckpointError as error:
         if "auto_map" in raw:
             raise UnsupportedModelError(
                 f"{folder} asks to run code of its own (auto_map), which is never done",
@@ -161,9 +159,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             raise UnsupportedModelError(
                 f"model_type {raw.get('model_type')!r} is unknown to transformers", LISTED
             ) from error
-        raise CheckpointError(
-            f"{folder / 'config.json'} is not valid: {error}", "Fetch the checkpoint again."
-        ) from error
+        raise
 
 
 def _quantization(folder: Path, *configs: PreTrainedConfig) -> Any:
@@ -226,11 +222,7 @@ def _emptied_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(
         base.__name__,  # transformers looks conversions up by class name
         (base,),
-        {
-            "__init__": __init__,
-            "__module__": base.__module__,
-            "_keys_to_ignore_on_load_unexpected": [r"\.experts\."],
-        },
+        {"__init__": __init__, "__module__": base.__module__},
     )
 
 

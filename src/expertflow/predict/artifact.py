@@ -19,6 +19,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from expertflow import outside
 from expertflow.errors import ConfigError, PredictorError
 from expertflow.files import whole_file
 from expertflow.predict.calibration import weigh
@@ -31,6 +32,8 @@ from expertflow.predict.options import ABOUT_NAME
 FORMAT = "expertflow-predictor"
 VERSION = 1
 WEIGHTS_NAME = "predictor.safetensors"
+_LARGEST_ABOUT = 1 << 28
+"""Bytes of the JSON; a vocabulary of texts is the largest part."""
 _WORTH_PACKING = 4096
 _SCALE = ".scale"
 _CALIBRATION = "calibration"
@@ -158,22 +161,26 @@ def load_artifact(folder: Path, device: torch.device | None = None) -> Artifact:
     """
     about = _read_about(folder / ABOUT_NAME)
     try:
-        packed = (folder / WEIGHTS_NAME).read_bytes()
-    except OSError as error:
-        raise PredictorError(f"{folder / WEIGHTS_NAME} cannot be read: {error.strerror}", _AGAIN) from error
+        packed = outside.read_bytes(folder / WEIGHTS_NAME)
+    except (OSError, ValueError) as error:
+        raise PredictorError(f"{folder / WEIGHTS_NAME} cannot be read: {error}", _AGAIN) from error
     if hashlib.sha256(packed).hexdigest() != about.get("sha256"):
         raise PredictorError(f"{folder / WEIGHTS_NAME} is damaged: its checksum is not the one stated", _AGAIN)
     try:
         config = PredictorConfig(**{**about["config"], "decays": tuple(about["config"]["decays"])})
-        model = make(config)
         tensors = load_tensors(packed)
+        _check_room(config, tensors)
+        model = make(config)
         calibration = tensors.pop(_CALIBRATION)
         kept = {name.removeprefix(_MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(_MEMORY)}
         memory = _memory(config, kept)
         words, told = about.get("vocabulary", []), about.get("about", {})
-        if not (isinstance(words, list) and all(isinstance(word, str) for word in words) and isinstance(told, dict)):
+        if not (_are_texts(words) and isinstance(told, dict) and _are_texts(told.get("seen", []))):
             raise TypeError("vocabulary or about")  # noqa: TRY301 - one message for whatever is malformed
         model.load_state_dict(_unpack(tensors))
+        numbers = [calibration, *model.state_dict().values()]
+        if not all(bool(value.isfinite().all()) for value in numbers):
+            raise ValueError("a weight is not finite")  # noqa: TRY301 - see above
     except (
         SafetensorError,
         KeyError,
@@ -195,21 +202,41 @@ def load_artifact(folder: Path, device: torch.device | None = None) -> Artifact:
     return artifact.to(device or torch.device("cpu"))
 
 
+def _check_room(config: PredictorConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse sizes that the weights do not have, before memory is taken for them.
+
+    Raises:
+        ValueError: then.
+    """
+    stored = sum(value.numel() for value in tensors.values())
+    with torch.device("meta"):
+        needed = sum(value.numel() for value in make(config).state_dict().values())
+    if max(needed, config.vocabulary + 1) > stored:
+        raise ValueError(f"the sizes stated need {max(needed, config.vocabulary + 1)} numbers, {stored} are stored")
+
+
 def _memory(config: PredictorConfig, tensors: Mapping[str, Tensor]) -> Memory:
     rows = len(tensors["token_odds"]) - 1, len(tensors["pair_odds"]) - 1
     memory = Memory(Shape(config.layers, config.experts, config.top_k), config.vocabulary, *rows)
     memory.load_state_dict(dict(tensors))
+    if memory.token_row.min() < 0 or memory.token_row.max() > rows[0] or bool((memory.pair_key.diff() < 0).any()):
+        raise ValueError("a row of the memory is none of its rows, or its pairs are out of order")
     return memory
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _read_about(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = outside.read_json(path, _LARGEST_ABOUT)
     except OSError as error:
         raise PredictorError(
-            f"{path} cannot be read: {error.strerror}", "Give a folder written by `expertflow train-predictor`."
+            f"{path} cannot be read: {error.strerror or error}",
+            "Give a folder written by `expertflow train-predictor`.",
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise PredictorError(f"{path} is damaged: {error}", _AGAIN) from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise PredictorError(f"{path} is no predictor", "Give a folder written by `expertflow train-predictor`.")

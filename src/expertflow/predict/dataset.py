@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.errors import TraceError
+from expertflow.limits import check_room
 from expertflow.trace.format import UNKNOWN_TOKEN, Trace
 
 
@@ -186,6 +187,8 @@ def windows(items: Sequence[Passage], length: int, experts: int) -> Windows:
     for item in items:
         pieces += [(item, 0)] + [(item, begin) for begin in range(half, len(item) - half, half)]
     _, layers, top_k = items[0].routes.shape
+    room = 8 * len(pieces) * length * (layers * top_k + 2)
+    check_room(room, f"{len(pieces)} windows of {length} tokens", "Use fewer sequences, or free memory.")
     tokens = np.full((len(pieces), length), UNKNOWN_TOKEN, dtype=np.int64)
     routes = np.full((len(pieces), length, layers, top_k), experts, dtype=np.int64)
     counts = np.zeros((len(pieces), length), dtype=np.bool_)

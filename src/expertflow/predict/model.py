@@ -89,6 +89,10 @@ class PredictorConfig:
                 raise ConfigError(
                     f"a predictor's {field.name}={value!r} is no size", "Use a whole number of 1 or more."
                 )
+        if not all(isinstance(decay, float | int) and 0 <= decay <= 1 for decay in (*self.decays, self.dropout)):
+            raise ConfigError(
+                f"a predictor's decays={self.decays!r} or dropout={self.dropout!r} is no share", "Use 0 to 1."
+            )
         if not self.matches < self.window <= 1 << 16:
             raise ConfigError(
                 f"matches={self.matches} of window={self.window} positions cannot be found",

@@ -63,6 +63,8 @@ class TrainConfig:
         for name in ("epochs", "batch", "length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small", "Use 1 or more.")
+            if getattr(self, name) > 2**20:
+                raise ConfigError(f"{name}={getattr(self, name)} is too large", f"Use {2**20} or less.")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} is out of range", "Use 0 to 4294967295.")
         if not self.rate > 0:

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from expertflow import outside
 from expertflow.errors import DeviceError, PredictorError
 from expertflow.predict.calibration import Piece, calibrate, recalled, weigh
 from expertflow.predict.dataset import Passage, Shape, Windows, windows
@@ -180,7 +181,11 @@ class _Run:
         return Trained(self.best, memory.cpu(), weights.cpu(), self.curve, recall[0], recall[1])
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; an interrupted write leaves the one before."""
+        """Write a checkpoint; an interrupted write leaves the one before.
+
+        Raises:
+            PredictorError: if it cannot be written.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
@@ -188,12 +193,15 @@ class _Run:
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
         about = {"run": self._identity(), "step": self.step, "curve": self.curve}
-        save_file(
-            {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()},
-            folder / "checkpoint.part",
-            metadata={"about": json.dumps(about)},
-        )
-        (folder / "checkpoint.part").replace(folder / "checkpoint.safetensors")
+        whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+        part = folder / "checkpoint.part"
+        try:
+            save_file(whole, part, metadata={"about": json.dumps(about)})
+            part.replace(folder / "checkpoint.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise PredictorError(
+                f"{part} cannot be written: {error}", "Make room, and give the same command again to go on."
+            ) from error
 
     def resume(self, folder: Path) -> None:
         """Go on where a checkpoint ends, if there is one.
@@ -207,8 +215,8 @@ class _Run:
         remedy = f"Remove {path} to start anew, or state what was stated before."
         try:
             tensors = load_file(path)
-            length = int.from_bytes(path.read_bytes()[:8], "little")
-            about = json.loads(json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"]["about"])
+            with safe_open(path, framework="pt") as file:
+                about = outside.parse_json(file.metadata()["about"], finite=False)
             if about["run"] != json.loads(json.dumps(self._identity())):
                 raise PredictorError(f"{path} is of another training run", remedy)
             for name in ("model", "average", "best"):
@@ -216,7 +224,11 @@ class _Run:
                 getattr(self, name).load_state_dict(part)
             self._resume_optimizer(tensors)
             self.step, self.curve = about["step"], [Epoch(*entry) for entry in about["curve"]]
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            if not outside.whole(self.step, len(self.curve), 2**53):
+                raise ValueError(f"it says step {self.step} behind {len(self.curve)} epochs")  # noqa: TRY301 - as above
+            if not all(isinstance(value, int | float) for epoch in self.curve for value in epoch):
+                raise TypeError("its curve holds something else than numbers")  # noqa: TRY301 - as above
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise PredictorError(f"{path} is damaged: {error}", remedy) from error
 
     def _resume_optimizer(self, tensors: dict[str, Tensor]) -> None:

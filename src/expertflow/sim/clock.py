@@ -5,7 +5,6 @@ a layer's experts in the order of their turns. Reads log rows, decides nothing.
 """
 
 from dataclasses import dataclass
-from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -43,11 +42,15 @@ class Cost:
     def __post_init__(self) -> None:
         """Refuse what cannot be."""
         for name in ("row_bytes", "link_gbps"):
-            if not 0 < getattr(self, name) < inf:
-                raise ConfigError(f"{name}={getattr(self, name)} is not positive and finite", "Give a number above 0.")
+            if not 1e-9 <= getattr(self, name) <= 1e15:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is not positive and finite", "Give a number above 0, 10^15 at most."
+                )
         for name in ("copy_us", "layer_us", "expert_us"):
-            if not 0 <= getattr(self, name) < inf:
-                raise ConfigError(f"{name}={getattr(self, name)} is negative or not finite", "Give 0 or more.")
+            if not 0 <= getattr(self, name) <= 1e15:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is negative or not finite", "Give 0 or more, 10^15 at most."
+                )
 
     @property
     def load_us(self) -> float:

@@ -11,8 +11,11 @@ import numpy.typing as npt
 
 from expertflow.cache.forecast import Step
 from expertflow.errors import TraceError
+from expertflow.limits import check_room
 from expertflow.schedule.cluster import group
 from expertflow.trace.format import DECODE, Trace
+
+_SHORTER = "Use a shorter trace, or free memory."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class Workload:
     def __post_init__(self) -> None:
         """Unite the experts of each step."""
         header, (steps, width) = self.trace.header, self.members.shape
+        check_room(2 * steps * header.layers * (header.experts + 1), f"a replay of {steps} steps", _SHORTER)
         marks = np.zeros((steps, header.layers, header.experts + 1), dtype=np.bool_)
         step, layer = np.arange(steps)[:, None, None], np.arange(header.layers)[None, :, None]
         for column in range(width):
@@ -145,6 +149,9 @@ def as_recorded(trace: Trace) -> Workload:
         raise TraceError("the trace does not say which tokens ran together", "Give a batch size instead.")
     _, index, counts = np.unique(steps, return_inverse=True, return_counts=True)
     starts = np.cumsum(counts) - counts
+    check_room(
+        8 * len(counts) * int(counts.max()), f"a table of {len(counts)} steps by {counts.max()} tokens", _SHORTER
+    )
     members = np.full((len(counts), int(counts.max())), -1, dtype=np.int64)
     members[index, np.arange(len(steps)) - starts[index]] = np.arange(len(steps))
     return Workload(trace=trace, members=members, batch=int(counts.max()))

@@ -19,15 +19,18 @@ Rows are written as they come, a chunk at a time, and read chunk by chunk. Knows
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
+from math import prod
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from expertflow import outside
 from expertflow.errors import TraceError
 
 FORMAT = "expertflow-trace"
@@ -35,6 +38,15 @@ VERSION = 1
 CHUNK_ROWS = 8192
 PREFILL, DECODE = 0, 1
 UNKNOWN_TOKEN = -1
+_SIZES = MappingProxyType({
+    "layers": (1, 1 << 10), "experts": (1, (1 << 16) - 2), "top_k": (1, 1 << 10), "record_bytes": (0, 1 << 53),
+})  # fmt: skip
+"""Numbers of a header, and what they can be."""
+_MOST_EXPERTS = 1 << 20
+_MOST_ROWS = (1 << 31) - 1
+_MOST_RATIO = 1100
+"""Bytes that deflate makes of one byte at most (zlib's technical details: 1032), and a little."""
+_NPY_HEADER = 10_128
 _COLUMNS = ("experts", "weights", "tokens", "phase", "sequence", "step")
 _FOREIGN = "Give a file written by `expertflow trace`, or convert yours with `expertflow trace import`."
 _TRUNCATED = "The recording was cut off or the copy is incomplete: record or copy it again."
@@ -124,11 +136,9 @@ class TraceWriter:
         """Open the file and write the header."""
         self.header = header
         self._path, self._part = path, path.with_name(path.name + ".part")
-        try:
+        with self._written():
             self._zip = zipfile.ZipFile(self._part, "w", zipfile.ZIP_DEFLATED)
-        except OSError as error:
-            raise TraceError(f"{path} cannot be written: {error.strerror}", "Choose another place.") from error
-        self._write_json("header.json", {"format": FORMAT, "version": VERSION, **asdict(header)})
+            self._write_json("header.json", {"format": FORMAT, "version": VERSION, **asdict(header)})
         self._waiting: list[Rows] = []
         self._chunks: list[int] = []
         self.sequences: list[dict[str, Any]] = []
@@ -140,10 +150,15 @@ class TraceWriter:
         return sum(self._chunks) + sum(len(rows.tokens) for rows in self._waiting)
 
     def append(self, rows: Rows) -> None:
-        """Take rows; a full chunk goes to disk."""
+        """Take rows; a full chunk goes to disk.
+
+        Raises:
+            TraceError: if the disk is full, or the file cannot be written for another reason.
+        """
         self._waiting.append(rows)
         if sum(len(part.tokens) for part in self._waiting) >= CHUNK_ROWS:
-            self._flush()
+            with self._written():
+                self._flush()
 
     def __enter__(self) -> Self:
         """Write inside a with block."""
@@ -153,16 +168,30 @@ class TraceWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Finish the file, or leave the unfinished part if the block failed."""
-        self._flush()
-        if kind is None:
+        if kind is not None:
+            with suppress(OSError):  # the block's own error is the one to show
+                self._zip.close()
+            return
+        with self._written():
+            self._flush()
             footer = {
                 "rows": sum(self._chunks), "chunks": self._chunks, "sequences": self.sequences,
                 "vocabulary": list(self.vocabulary),
             }  # fmt: skip
             self._write_json("footer.json", footer)
-        self._zip.close()
-        if kind is None:
+            self._zip.close()
             self._part.replace(self._path)
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError, AttributeError):  # there may be no archive yet
+                self._zip.close()
+            raise TraceError(
+                f"{self._path} cannot be written: {error.strerror or error}", "Make room, or choose another place."
+            ) from error
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -209,35 +238,57 @@ class TraceFile:
         Raises:
             TraceError: if a chunk is damaged or does not fit the header.
         """
-        with zipfile.ZipFile(self.path) as archive:
+        with outside.open_zip(self.path) as archive:
             for chunk, count in enumerate(self.chunks):
-                rows = Rows(*(self._column(archive, chunk, name) for name in _COLUMNS))
-                self._check(rows, chunk, count)
-                yield rows
+                shape = (count, self.header.layers, self.header.top_k)
+                yield Rows(*(self._column(archive, f"{chunk:06d}/{name}.npy", name, shape) for name in _COLUMNS))
 
-    def _column(self, archive: zipfile.ZipFile, chunk: int, name: str) -> npt.NDArray[Any]:
-        member = f"{chunk:06d}/{name}.npy"
+    def _column(self, archive: zipfile.ZipFile, member: str, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """One column of a chunk, of its documented type.
+
+        Args:
+            archive: open.
+            member: name in it.
+            name: of the column.
+            shape: of the experts; columns of one number a row have its first dimension.
+
+        Raises:
+            TraceError: if it is damaged, of another shape or kind, or a value is out of range.
+        """
+        kinds, dtype, least, most = _limits(self.header, len(self.vocabulary))[name]
+        shape = shape if name in {"experts", "weights"} else shape[:1]
         if member not in self._names:
             raise TraceError(f"{self.path} lacks {member}", _TRUNCATED)
         try:
-            loaded: npt.NDArray[Any] = np.load(BytesIO(archive.read(member)), allow_pickle=False)
-        except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-            raise TraceError(f"{self.path}: {member} is damaged ({error})", _TRUNCATED) from error
-        return loaded
+            raw = outside.member(archive, member, prod(shape) * 8 + _NPY_HEADER)
+            column = outside.parse_column(raw, shape, kinds)
+        except ValueError as error:
+            raise TraceError(f"{self.path}: {member} is damaged: {error}", _TRUNCATED) from error
+        if column.size and not (least <= column.min() and column.max() <= most):  # what is no number is in no range
+            raise TraceError(
+                f"{self.path}: {member} holds {column.min()} to {column.max()}; {least} to {most} can be, by the header",
+                "It is damaged, or the header is of another model: record or convert the trace again.",
+            )
+        with np.errstate(over="ignore"):  # a weight beyond float16 becomes infinite
+            return column.astype(dtype, copy=False)
 
-    def _check(self, rows: Rows, chunk: int, count: int) -> None:
-        shape = (count, self.header.layers, self.header.top_k)
-        if rows.experts.shape != shape or rows.weights.shape != shape or any(len(c) != count for c in rows):
-            raise TraceError(
-                f"{self.path}: chunk {chunk} has experts of shape {rows.experts.shape}, the header says {shape}",
-                _FOREIGN,
-            )
-        largest = int(rows.experts.max(initial=0))
-        if largest > self.header.experts:
-            raise TraceError(
-                f"{self.path}: chunk {chunk} names expert {largest} of {self.header.experts}",
-                "The header is of another model: record or convert the trace again.",
-            )
+
+def _limits(header: Header, vocabulary: int) -> dict[str, tuple[str, npt.DTypeLike, float, float]]:
+    """For each column: kinds of numbers it may hold, its documented type, and the least and the largest value.
+
+    Args:
+        header: of the trace.
+        vocabulary: its texts; 0 if its tokens are ids of the model.
+    """
+    largest = 2**31 - 1
+    return {
+        "experts": ("iu", header.dtype, 0, header.experts),
+        "weights": ("f", np.float16, -np.inf, np.inf),
+        "tokens": ("iu", np.int32, UNKNOWN_TOKEN, vocabulary - 1 if vocabulary else largest),
+        "phase": ("iu", np.uint8, PREFILL, DECODE),
+        "sequence": ("iu", np.int32, -1, largest),
+        "step": ("iu", np.int32, 0, largest),
+    }
 
 
 def open_trace(path: Path) -> TraceFile:
@@ -249,33 +300,47 @@ def open_trace(path: Path) -> TraceFile:
     try:
         with path.open("rb") as stream:
             magic = stream.read(2)
-        with zipfile.ZipFile(path) as archive:
+        with outside.open_zip(path) as archive:
             names = frozenset(archive.namelist())
             if "header.json" not in names:
                 raise TraceError(f"{path} is no routing trace: it has no header.json", _FOREIGN)
-            header = json.loads(archive.read("header.json"))
-            footer = json.loads(archive.read("footer.json")) if "footer.json" in names else None
+            header = outside.parse_json(outside.member(archive, "header.json", outside.SMALL))
+            last = outside.member(archive, "footer.json", outside.LARGE) if "footer.json" in names else b"null"
+            footer = outside.parse_json(last)
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror or error}", "Give an existing trace file.") from error
     except zipfile.BadZipFile as error:
         if magic == b"PK":  # the archive's directory stands at its end
             raise TraceError(f"{path} is truncated", _TRUNCATED) from error
         raise TraceError(f"{path} is no routing trace: it is no zip archive", _FOREIGN) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TraceError(f"{path} is no routing trace: its header is no JSON", _FOREIGN) from error
+    except ValueError as error:
+        raise TraceError(
+            f"{path} is no routing trace: its header or footer is no JSON within bounds: {error}", _FOREIGN
+        ) from error
     parsed = _parse_header(path, header)
     if not isinstance(footer, dict):
         raise TraceError(f"{path} is truncated: it has no footer.json", _TRUNCATED)
-    try:
-        chunks = tuple(int(n) for n in footer["chunks"])
-        if not all(isinstance(entry, dict) and isinstance(entry["sequence"], int) for entry in footer["sequences"]):
+    _check_footer(path, parsed, footer)
+    return TraceFile(
+        path=path, header=parsed, chunks=tuple(footer["chunks"]),
+        sequences=tuple(footer["sequences"]), vocabulary=tuple(footer["vocabulary"]), _names=names,
+    )  # fmt: skip
+
+
+def _check_footer(path: Path, header: Header, footer: dict[str, Any]) -> None:
+    for name in ("chunks", "sequences", "vocabulary"):
+        if not isinstance(footer.get(name), list):
+            raise TraceError(f"{path}: footer.json lacks {name!r}, or it is no list", _FOREIGN)
+    if not all(outside.whole(count, 0, _MOST_ROWS) for count in footer["chunks"]):
+        raise TraceError(f"{path}: footer.json lists chunks whose rows are no number", _FOREIGN)
+    numbers = sum(footer["chunks"]) * header.layers * header.top_k
+    if numbers > _MOST_RATIO * path.stat().st_size:
+        raise TraceError(f"{path} is too small for the {sum(footer['chunks'])} rows that footer.json lists", _TRUNCATED)
+    for entry in footer["sequences"]:
+        if not isinstance(entry, dict) or not outside.whole(entry.get("sequence"), -1, 2**31 - 1):
             raise TraceError(f"{path}: footer.json lists sequences without a number", _FOREIGN)
-        return TraceFile(
-            path=path, header=parsed, chunks=chunks,
-            sequences=tuple(footer["sequences"]), vocabulary=tuple(footer["vocabulary"]), _names=names,
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise TraceError(f"{path}: footer.json lacks {error}", _FOREIGN) from error
+    if not all(isinstance(text, str) for text in footer["vocabulary"]):
+        raise TraceError(f"{path}: footer.json lists a vocabulary that is no text", _FOREIGN)
 
 
 def _parse_header(path: Path, header: Any) -> Header:
@@ -288,13 +353,30 @@ def _parse_header(path: Path, header: Any) -> Header:
         )
     texts = {name: str(header.get(name, "")) for name in ("model", "fingerprint", "source", "licence")}
     sizes = {name: header.get(name) for name in ("layers", "experts", "top_k")}
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise TraceError(f"{path}: the header says {name}={value!r}", _FOREIGN)
-    record = header.get("record_bytes", 0)
-    if not isinstance(record, int) or isinstance(record, bool) or record < 0:
-        raise TraceError(f"{path}: the header says record_bytes={record!r}", _FOREIGN)
-    return Header(**sizes, **texts, record_bytes=record)  # type: ignore[arg-type]  # checked above
+    sizes["record_bytes"] = header.get("record_bytes", 0)
+    found = Header(**sizes, **texts)  # type: ignore[arg-type]  # checked next
+    check_sizes(found, path)
+    return found
+
+
+def check_sizes(header: Header, where: Path) -> None:
+    """Refuse numbers that no model has.
+
+    Args:
+        header: of a trace.
+        where: what to name in the message.
+
+    Raises:
+        TraceError: then.
+    """
+    for name, (least, most) in _SIZES.items():
+        value = getattr(header, name)
+        if not outside.whole(value, least, most):
+            raise TraceError(f"{where}: the header says {name}={str(value)[:80]}, {least} to {most} can be", _FOREIGN)
+    if header.top_k > header.experts or header.layers * header.experts > _MOST_EXPERTS:
+        raise TraceError(
+            f"{where}: the header says {header.layers} x {header.experts} experts, top-{header.top_k}", _FOREIGN
+        )
 
 
 def load_trace(path: Path) -> Trace:

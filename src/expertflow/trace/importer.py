@@ -12,17 +12,20 @@ Such a folder holds generated tokens only, so every row is of the decode phase.
 """
 
 import gzip
-import json
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from expertflow import outside
 from expertflow.errors import TraceError
-from expertflow.trace.format import DECODE, UNKNOWN_TOKEN, Header, Rows, Trace
+from expertflow.trace.format import DECODE, UNKNOWN_TOKEN, Header, Rows, Trace, check_sizes
 
+_MOST_BYTES = 1 << 34
+"""Of one array."""
 _LAYOUT = "The folder needs routing.npz and sequences.json; see expertflow.trace.importer."
 
 
@@ -51,6 +54,7 @@ def import_folder(
         layers=ids.shape[1], experts=count, top_k=ids.shape[2], model=model or folder.name, source=source,
         record_bytes=record_bytes,
     )  # fmt: skip
+    check_sizes(header, folder)
     texts = _read_texts(folder / "decoded_tokens.jsonl.gz", sequences)
     vocabulary = tuple(sorted({text for line in texts.values() for text in line}))
     number = {text: token for token, text in enumerate(vocabulary)}
@@ -75,19 +79,24 @@ def import_folder(
 
 def _read_arrays(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            ids, weights = arrays["experts"], arrays["weights"]
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with outside.open_zip(path) as archive:
+            ids = outside.parse_column(outside.member(archive, "experts.npy", _MOST_BYTES), None, "iu")
+            weights = outside.parse_column(outside.member(archive, "weights.npy", _MOST_BYTES), None, "f")
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise TraceError(f"{path} cannot be read: {error}", _LAYOUT) from error
-    if ids.ndim != 3 or ids.shape != weights.shape or not np.issubdtype(ids.dtype, np.integer):
+    if ids.ndim != 3 or ids.shape != weights.shape:
         raise TraceError(f"{path}: experts {ids.shape} {ids.dtype} and weights {weights.shape} do not fit", _LAYOUT)
+    if ids.size and ids.min() < 0:
+        raise TraceError(f"{path} names expert {ids.min()}", "Experts are numbered from 0: convert the data again.")
     return ids, weights
 
 
 def _read_sequences(path: Path, rows: int) -> list[dict[str, Any]]:
     try:
-        sequences = json.loads(path.read_text(encoding="utf-8"))
-        ends = [int(entry["offset"]) + int(entry["n_rows"]) for entry in sequences]
+        sequences = outside.read_json(path)
+        if not all(outside.whole(entry[name], 0, 2**31 - 1) for entry in sequences for name in ("offset", "n_rows")):
+            raise ValueError("an offset or n_rows is no number of rows")  # noqa: TRY301 - one message for all that is malformed
+        ends = [entry["offset"] + entry["n_rows"] for entry in sequences]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TraceError(f"{path} cannot be read: {error}", _LAYOUT) from error
     if max(ends, default=0) > rows:
@@ -100,10 +109,11 @@ def _read_texts(path: Path, sequences: list[dict[str, Any]]) -> dict[int, list[s
     if not path.exists():
         return {}
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as stream:
-            lines = [json.loads(line) for line in stream if line.strip()]
-        texts = {int(line["offset"]): list(line["tokens"]) for line in lines}
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        with gzip.open(path, "rb") as stream:
+            raw = stream.read(outside.LARGE)
+        lines = [outside.parse_json(line) for line in raw.splitlines() if line.strip()]
+        texts = {int(line["offset"]): [str(text) for text in line["tokens"]] for line in lines}
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
         raise TraceError(f"{path} cannot be read: {error}", "Fetch it again, or remove it.") from error
     rows = {entry["offset"]: entry["n_rows"] for entry in sequences}
     return {offset: line for offset, line in texts.items() if rows.get(offset) == len(line)}

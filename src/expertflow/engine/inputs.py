@@ -1,0 +1,194 @@
+"""What callers give as prompts, and the token ids they become.
+
+Text, token ids (lists, arrays, tensors), what tokenizers return, `{"prompt": ...}`, and chat messages, which the tokenizer's
+chat template renders. Everything else is refused by type. Must not know requests and models.
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from expertflow.errors import PromptError
+
+_KINDS = "Give text, token ids, chat messages, or what a tokenizer returned."
+_IDS, _PROMPT, _PROMPT_IDS = "input_ids", "prompt", "prompt_token_ids"
+
+
+class Prompt(NamedTuple):
+    """One prompt, read.
+
+    Attributes:
+        text: as it was given, or as the chat template made it; None if token ids were given.
+        token_ids: of it.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+
+
+def split_prompts(given: Any) -> list[Any]:
+    """One prompt or several, as a list.
+
+    Args:
+        given: text; token ids `[T]`; several of either `[B, T]`; a mapping; messages; or a sequence of any of these.
+
+    Raises:
+        PromptError: if it is nothing of that kind.
+    """
+    if isinstance(given, str) or is_messages(given):
+        return [given]
+    if isinstance(given, Mapping):
+        return _split_mapping(given)
+    dimensions = getattr(given, "ndim", None)
+    if dimensions is not None:
+        if dimensions not in (1, 2):
+            raise PromptError(f"prompts of {dimensions} dimensions cannot be read", "Give token ids [T] or [B, T].")
+        return [given] if dimensions == 1 else list(given)
+    if not isinstance(given, Sequence) or isinstance(given, bytes | bytearray):
+        raise PromptError(f"a prompt of type {type(given).__name__} cannot be read", _KINDS)
+    return [given] if given and all(_is_number(item) for item in given) else list(given)
+
+
+def is_messages(given: Any) -> bool:
+    """Whether something is a chat: a sequence of messages, each with a role."""
+    listed = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+    return listed and all(isinstance(item, Mapping) and "role" in item for item in given)
+
+
+def _split_mapping(given: Mapping[str, Any]) -> list[Any]:
+    if _IDS not in given:
+        return [given]
+    ids = given[_IDS]
+    nested = ids.ndim == 2 if hasattr(ids, "ndim") else any(isinstance(row, Sequence) for row in ids)
+    if not nested:
+        return [ids]
+    mask = given.get("attention_mask")
+    if mask is None:
+        return list(ids)
+    return [
+        [token for token, kept in zip(row, marks, strict=True) if int(kept)]
+        for row, marks in zip(ids, mask, strict=True)
+    ]
+
+
+def _is_number(item: Any) -> bool:
+    """Whether something stands for one number, be it a token id or not: no text, no sequence of its own."""
+    return not isinstance(item, str | bytes | Mapping | Sequence) and item is not None and not getattr(item, "ndim", 0)
+
+
+def clean_text(text: str) -> str:
+    """Text without halves of surrogate pairs, which no encoding can write: replaced, or joined where both are there."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class PromptReader:
+    """Reads prompts for one model; several threads may use it at once.
+
+    Args:
+        tokenizer: of the model, or None.
+        vocabulary: the model knows tokens 0 to this number - 1; None: not checked.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int | None = None) -> None:
+        """Let the tokenizer settle: its first call may change it, and then nobody else may use it."""
+        self._tokenizer: Any = tokenizer
+        self._vocabulary = vocabulary
+        self._lock = Lock()
+        if tokenizer is not None:
+            tokenizer("a")
+
+    def read(self, index: int, prompt: Any) -> Prompt:
+        """The token ids of a prompt.
+
+        Args:
+            index: its place in the call, for messages.
+            prompt: one of those that `split_prompts` gives.
+
+        Raises:
+            PromptError: if it is empty, of another kind, or holds tokens the model does not know.
+        """
+        if isinstance(prompt, Mapping):
+            prompt = self._inside(index, prompt)
+        text = clean_text(prompt) if isinstance(prompt, str) else None
+        if text is not None:
+            ids = self._encode(index, text)
+        elif is_messages(prompt):
+            text, ids = self._chat(index, prompt)
+        else:
+            ids = _as_ids(index, prompt)
+        if not ids:
+            raise PromptError(f"prompt {index} is empty", "Give at least one token.")
+        bad = [] if self._vocabulary is None else [token for token in ids if not 0 <= token < self._vocabulary]
+        if bad:
+            raise PromptError(
+                f"prompt {index} holds token {bad[0]}",
+                f"The model knows tokens 0 to {self._vocabulary - 1}.",  # type: ignore[operator]
+            )
+        return Prompt(text, ids)
+
+    def _inside(self, index: int, prompt: Mapping[str, Any]) -> Any:
+        for key in (_PROMPT, _PROMPT_IDS, _IDS, "messages"):
+            if key in prompt:
+                return prompt[key]
+        raise PromptError(
+            f"prompt {index} is a mapping with {', '.join(map(repr, prompt)) or 'nothing'} in it",
+            f"It needs {_PROMPT!r}, {_PROMPT_IDS!r}, 'messages', or what a tokenizer returns ({_IDS!r}).",
+        )
+
+    def _need_tokenizer(self) -> None:
+        if self._tokenizer is None:
+            raise PromptError("the model's folder has no tokenizer", "Give token ids instead of text.")
+
+    def _encode(self, index: int, text: str) -> tuple[int, ...]:
+        """Token ids of text, with one beginning-of-text token where text and tokenizer both bring one."""
+        self._need_tokenizer()
+        try:
+            with self._lock:
+                ids = tuple(self._tokenizer(text)[_IDS])
+        except (TypeError, ValueError, UnicodeError) as error:
+            raise PromptError(f"prompt {index} cannot be read by the tokenizer: {error}", _KINDS) from error
+        begin = self._tokenizer.bos_token_id
+        doubled = begin is not None and ids[:2] == (begin, begin) and text.startswith(self._tokenizer.bos_token)
+        return ids[1:] if doubled else ids
+
+    def _chat(self, index: int, messages: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[int, ...]]:
+        self._need_tokenizer()
+        if not self._tokenizer.chat_template:
+            raise PromptError(
+                f"prompt {index} is a chat, and the model's tokenizer has no chat template",
+                "Give text, or a model that was trained to chat.",
+            )
+        try:
+            with self._lock:
+                text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+                text = clean_text(text)
+                return text, tuple(self._tokenizer(text, add_special_tokens=False)[_IDS])
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise PromptError(
+                f"prompt {index}: the chat template cannot render these messages: {error}", "Correct the messages."
+            ) from error
+
+
+def _as_ids(index: int, prompt: Any) -> tuple[int, ...]:
+    """Token ids of a list, an array or a tensor.
+
+    Raises:
+        PromptError: if it holds anything but whole numbers.
+    """
+    listed = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(listed, Sequence) or isinstance(listed, str | bytes | bytearray):
+        raise PromptError(f"prompt {index} is of type {type(prompt).__name__}", _KINDS)
+    ids = []
+    for item in listed:
+        try:
+            if isinstance(item, bool):
+                raise TypeError  # noqa: TRY301 - one message for everything that is no token
+            ids.append(operator.index(item))
+        except TypeError:
+            raise PromptError(
+                f"prompt {index} holds {item!r}, which is no token id", "Token ids are whole numbers; text is no list."
+            ) from None
+    return tuple(ids)

@@ -1,0 +1,76 @@
+"""A lock that is handed on in the order in which threads asked for it, so that a loop of steps keeps no other thread waiting.
+
+Python's own locks are often taken again by the thread that has just released them. Must not know what it guards.
+"""
+
+import threading
+from collections import deque
+from typing import Self
+
+
+class FairLock:
+    """First come, first served; a thread that holds it may take it again. Use as a context manager."""
+
+    def __init__(self) -> None:
+        """Free."""
+        self._guard = threading.Lock()
+        self._waiting: deque[tuple[int, threading.Lock]] = deque()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def acquire(self, *, wait: bool = True) -> bool:
+        """Take the lock; False if it is another thread's and `wait` is False.
+
+        An exception while waiting, such as Ctrl-C, leaves the queue in order.
+        """
+        me = threading.get_ident()
+        if self._owner == me:  # only this thread can have written that
+            self._depth += 1
+            return True
+        if not self._guard.acquire(blocking=wait):
+            return False
+        try:
+            if self._owner is None:
+                self._owner, self._depth = me, 1
+                return True
+            if not wait:
+                return False
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append((me, gate))
+        finally:
+            self._guard.release()
+        try:
+            gate.acquire()
+        except BaseException:
+            self._give_up(me, gate)
+            raise
+        return True
+
+    def _give_up(self, me: int, gate: threading.Lock) -> None:
+        with self._guard:
+            if (me, gate) in self._waiting:
+                self._waiting.remove((me, gate))
+                return
+        self.release()  # it was handed over meanwhile
+
+    def release(self) -> None:
+        """Hand the lock to the thread that waits longest, once it was released as often as taken."""
+        with self._guard:
+            self._depth -= 1
+            if self._depth:
+                return
+            self._owner = None
+            if self._waiting:
+                self._owner, gate = self._waiting.popleft()
+                self._depth = 1
+                gate.release()
+
+    def __enter__(self) -> Self:
+        """Take it."""
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release it."""
+        self.release()
