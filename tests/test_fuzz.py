@@ -105,6 +105,17 @@ def test_configs(model_type: str, make_checkpoint: MakeCheckpoint, tmp_path: Pat
             assert isinstance(found, ExpertFlowError) or found == stock(folder), text
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_other_settings(name: str, model: Path, tmp_path: Path) -> None:
+    """Changed settings of generation or tokenizer are refused, or tokens come out as they did, until an end of text."""
+    folder, right = Path(shutil.copytree(model, tmp_path / "model")), tokens(model)
+    settings = json.loads((model / name).read_text())
+    for source in cases(name, 40):
+        (folder / name).write_text(hostile(settings, source), encoding="utf-8", errors="surrogatepass")
+        found = outcome(partial(tokens, folder))
+        assert isinstance(found, ExpertFlowError) or found == right
+
+
 def stock(folder: Path) -> list[tuple[int, ...]]:
     resident, found = load_resident(folder), []
     for prompt in PROMPTS:

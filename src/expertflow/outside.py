@@ -4,6 +4,7 @@ Everything malformed is a ValueError here; the caller makes its own error of it,
 from the content before its size, nesting and digits are checked. Knows no format of ours.
 """
 
+import errno
 import json
 import lzma
 import math
@@ -46,6 +47,16 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112 - pathlib raises for names that are too long
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is no file: opening a pipe can wait for ever, a device need not end.
+
+    Raises:
+        OSError: then, or if there is nothing.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
 def name_fault(path: Path, ending: str = "") -> str:
     """Why no file can have a name; empty if one can.
 
@@ -62,20 +73,23 @@ def name_fault(path: Path, ending: str = "") -> str:
     return ""
 
 
-def read_bytes(path: Path, most: int = LARGE) -> bytes:
+def read_bytes(path: Path, most: int = LARGE, *, stream: bool = False) -> bytes:
     """The content of a file.
 
     Args:
-        path: of the file; a pipe or a device is read as well.
+        path: of the file.
         most: bytes it may have; of a pipe or a device at most 64 MiB.
+        stream: read a pipe or a device as well, however long it lets us wait.
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: if it cannot be read, or is no regular file.
         ValueError: if it is larger.
     """
+    if not stream:
+        check_regular(path)
+    elif not is_file(path):
+        most = min(most, _STREAM)
     with path.open("rb") as file:
-        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        most = most if regular else min(most, _STREAM)
         raw = file.read(most + 1)
     if len(raw) > most:
         raise ValueError(f"it has more than {most} bytes")
@@ -187,6 +201,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         OSError: if it cannot be read.
         zipfile.BadZipFile: if it is none, or its directory is damaged.
     """
+    check_regular(path)
     try:
         return zipfile.ZipFile(path)
     except (struct.error, ValueError, OverflowError, RuntimeError) as error:

@@ -13,7 +13,7 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
         PromptError: if the file cannot be read, or holds none.
     """
     try:
-        text = outside.read_bytes(path).decode("utf-8-sig")
+        text = outside.read_bytes(path, stream=True).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise PromptError(f"{path} cannot be read: {error}", "Give a UTF-8 text file.") from error
     lines = [line.removesuffix("\r") for line in text.split("\n")]  # other separators are part of a prompt

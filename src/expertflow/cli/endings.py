@@ -10,8 +10,9 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -65,7 +66,14 @@ def _say(kind: str, text: str) -> None:
     Console(stderr=True).print(f"[bold red]{kind}:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,  # noqa: ARG001
+    line: str | None = None,  # noqa: ARG001
+) -> None:
     """Our own warnings are for the user; others say where they come from."""
     ours = issubclass(category, UnreadWarning)
     _say("warning", str(message) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
@@ -86,5 +94,5 @@ def _keep_traceback() -> str:
 
 def _drop_output() -> None:
     """Python writes what is left of the output once more when it ends: let that go nowhere."""
-    with Path(os.devnull).open("wb") as nowhere:
+    with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:  # a program's own stream has no number
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -390,6 +390,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # settings of a wrong type are noticed when they are used
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be loaded: {error}", "Fetch it again; code of its own is never run."

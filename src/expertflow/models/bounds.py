@@ -28,6 +28,7 @@ _POSITIVE = frozenset({
 """Keys whose value has to be a number of 1 or more, or null."""
 _FIXED = MappingProxyType({"return_dict": True, "torchscript": False})
 """Switches of transformers that this program cannot work with otherwise."""
+_TOKENS = frozenset({"eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"})
 _UNBOUNDED = frozenset({"time_step_limit", "__float__"})
 """Keys that may hold infinity."""
 
@@ -64,12 +65,24 @@ def _fault(key: str, value: Any) -> str:
     """What is wrong with a value; empty if nothing is known to be."""
     if key in _FIXED and value is not _FIXED[key]:
         return f"and only {str(_FIXED[key]).lower()} can be run"
+    return _wrong_type(key, value) or _out_of_bounds(key, value)
+
+
+def _wrong_type(key: str, value: Any) -> str:
+    if key.removesuffix("[]") in _TOKENS and not (
+        value is None or type(value) in ((int,) if key[-1] == "]" else (int, list))
+    ):
+        return "which is no token id"
     if key in {"dtype", "torch_dtype"} and not isinstance(value, str | None):
         return "which is no name of a type"
     if isinstance(value, float) and not math.isfinite(value) and key.removesuffix("[]") not in _UNBOUNDED:
         return "which is no number"
-    if isinstance(value, bool) or not isinstance(value, int):
-        return "which is no whole number" if key in _POSITIVE and value is not None else ""
+    return "which is no whole number" if key in _POSITIVE and type(value) not in (int, type(None)) else ""
+
+
+def _out_of_bounds(key: str, value: Any) -> str:
+    if type(value) is not int:
+        return ""
     if key in _POSITIVE and value < 1:
         return "which is less than 1"
     most = next((most for pattern, most in _MOST if pattern.fullmatch(key)), (1 << 63) - 1)

@@ -18,7 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from expertflow.errors import CheckpointError, UnreadWarning
-from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor
+from expertflow.models.bounds import check_config, describing
+from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor, read_json
 from expertflow.models.experts import Binding, ExpertProvider
 from expertflow.models.identity import ContentHash, Span, in_threads
 from expertflow.models.mapping import ExpertPiece
@@ -94,9 +95,13 @@ def load_dense(skeleton: Skeleton, dense: Mapping[str, StoredTensor], device: to
 def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
     """The folder's generation config, or the part of the config that speaks of generation, as transformers has it."""
     model.name_or_path = model.config.name_or_path = str(folder)
-    name = "generation_config.json"
-    known = {"_from_model_config": True, "config_file_name": "config.json"} if not (folder / name).is_file() else {}
-    model.generation_config = GenerationConfig.from_pretrained(folder, **known)
+    path, known = folder / "generation_config.json", {}
+    if path.is_file():
+        check_config(path, read_json(path))
+    else:
+        path, known = folder / "config.json", {"_from_model_config": True, "config_file_name": "config.json"}
+    with describing(path, "says nothing of generation that can be used"):
+        model.generation_config = GenerationConfig.from_pretrained(folder, **known)
 
 
 def fill_rows(pieces: Sequence[ExpertPiece], rows: Rows, content: ContentHash, advance: _Advance) -> None:

@@ -298,8 +298,6 @@ def open_trace(path: Path) -> TraceFile:
         TraceError: if the file is missing, truncated, foreign, or of a newer version.
     """
     try:
-        with path.open("rb") as stream:
-            magic = stream.read(2)
         with outside.open_zip(path) as archive:
             names = frozenset(archive.namelist())
             if "header.json" not in names:
@@ -310,7 +308,7 @@ def open_trace(path: Path) -> TraceFile:
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror or error}", "Give an existing trace file.") from error
     except zipfile.BadZipFile as error:
-        if magic == b"PK":  # the archive's directory stands at its end
+        if _begins_as_zip(path):  # the archive's directory stands at its end
             raise TraceError(f"{path} is truncated", _TRUNCATED) from error
         raise TraceError(f"{path} is no routing trace: it is no zip archive", _FOREIGN) from error
     except ValueError as error:
@@ -325,6 +323,14 @@ def open_trace(path: Path) -> TraceFile:
         path=path, header=parsed, chunks=tuple(footer["chunks"]),
         sequences=tuple(footer["sequences"]), vocabulary=tuple(footer["vocabulary"]), _names=names,
     )  # fmt: skip
+
+
+def _begins_as_zip(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(2) == b"PK"
+    except OSError:
+        return False
 
 
 def _check_footer(path: Path, header: Header, footer: dict[str, Any]) -> None:
