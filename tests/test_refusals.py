@@ -16,6 +16,7 @@ from expertflow import LLM, EngineConfig, SamplingParams, from_pretrained
 from expertflow.cli.plan import as_dict
 from expertflow.engine.build import prepare
 from expertflow.errors import CheckpointError, ExpertFlowError, UnsupportedModelError
+from expertflow.models import checkpoint
 from expertflow.models.checkpoint import SINGLE_NAME
 from test_commands import run
 
@@ -254,6 +255,14 @@ def test_places_that_hold_no_model(names: list[str], place: str, cause: str, tmp
     for name in names:
         (tmp_path / name).write_bytes(b"")
     assert cause in refusal(tmp_path / place, CheckpointError)
+
+
+def test_an_id_of_something_else_is_refused_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was fetched for an id may be an adapter: it is named as in a folder."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(CheckpointError, match="holds an adapter"):
+        checkpoint.resolve("someone/some-adapter")
 
 
 def test_a_config_without_a_dtype(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name!r} is not a folder", "Give a checkpoint folder or a Hugging Face id.")
     try:
-        return Path(
+        fetched = Path(
             snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=not fetch)
         )
     except (HFValidationError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
@@ -83,6 +83,8 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
             ),
             "Give a checkpoint folder, or fetch the model with `hf download` where there is a network.",
         ) from error
+    refuse_foreign(fetched)
+    return fetched
 
 
 def read_json(path: Path) -> dict[str, Any]:
