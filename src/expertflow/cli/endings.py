@@ -35,7 +35,7 @@ def reported() -> Iterator[None]:
     try:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _show_warning  # type: ignore[assignment]  # ours names fewer arguments
+                warnings.showwarning = _show_warning
                 yield
         finally:
             sys.stdout.flush()
