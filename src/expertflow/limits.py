@@ -23,6 +23,7 @@ _REFUSED = (
     "Cannot allocate memory",
     "unable to mmap",
     "can't start new thread",
+    "failed to map segment",
 )
 """What torch, safetensors and Python say when the system gives them no memory."""
 
