@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController
-from expertflow.cache.forecast import Recorded
+from expertflow.cache.forecast import Forecast, Recorded
 from expertflow.cache.policy import Outlook, Policy, Usage, discounted_use, next_use
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.errors import ConfigError
@@ -36,7 +36,11 @@ def as_needed(steps: list[list[set[int]]]) -> np.ndarray:
 
 
 def make(
-    strategy: str, slots: int, steps: list[list[set[int]]] | None = None, layers: int = LAYERS
+    strategy: str,
+    slots: int,
+    steps: list[list[set[int]]] | None = None,
+    layers: int = LAYERS,
+    forecast: Forecast | None = None,
 ) -> tuple[CacheController, EventList, CacheCounters]:
     events: list[Event] = []
     stream, counters = EventStream(), CacheCounters()
@@ -44,7 +48,7 @@ def make(
     stream.subscribe(counters.count)
     controller = CacheController(
         layers=layers, experts=EXPERTS, slots=slots, strategy=STRATEGIES[strategy], row_bytes=ROW, events=stream,
-        future=None if steps is None else as_needed(steps),
+        future=None if steps is None else as_needed(steps), forecast=forecast,
     )  # fmt: skip
     return controller, events, counters
 
@@ -142,10 +146,12 @@ def test_every_prefetched_expert_ends_as_used_or_wasted(strategy: str, slots: in
 
 
 @pytest.mark.parametrize("strategy", [name for name, row in STRATEGIES.items() if row.prefetch == "step"])
-@given(steps=routing, slots=slot_counts)
-def test_what_the_plan_needs_is_not_evicted(strategy: str, slots: int, steps: list[list[set[int]]]) -> None:
-    """An expert loaded ahead in a step stays until its layer has run in that step."""
-    controller, events, _ = make(strategy, slots, steps)
+@given(steps=routing, guessed=routing, slots=slot_counts)
+def test_what_the_plan_needs_is_not_evicted(
+    strategy: str, slots: int, steps: list[list[set[int]]], guessed: list[list[set[int]]]
+) -> None:
+    """An expert loaded ahead in a step stays until its layer has run in that step, however wrong the forecast is."""
+    controller, events, _ = make(strategy, slots, steps, forecast=Recorded(as_needed(guessed)))
     for step in steps:
         controller.begin_step()
         for layer, needed in enumerate(step):

@@ -64,7 +64,7 @@ MUTATIONS = (
     # caches, copies and rows
     Mutation("uses of a step not counted", "cache/policy.py", "return Planes(usage.count, usage.count + 1,", "return Planes(usage.count, usage.count,", CACHE),
     Mutation("a first use counted again and again", "cache/core.py", "int(t.fresh[layer, expert]))\n        t.fresh[layer, expert] = False", "int(t.fresh[layer, expert]))", CACHE),
-    Mutation("a plan may be evicted", "cache/core.py", "np.where((t.slot_of >= 0) & ~t.pinned, planes.before, np.inf)", "np.where(t.slot_of >= 0, planes.before, np.inf)", CACHE),
+    Mutation("what is loaded ahead may leave at once", "cache/core.py", "t.fresh[layer, expert] = True\n", "t.fresh[layer, expert] = True\n        t.rank[layer, expert], t.lowest[layer] = -1e8, -1\n", CACHE),
     Mutation("a copy starts one turn early", "engine/provider.py", "coming.after < done", "coming.after <= done", ("test_memory.py", "-k", "before_its_turn")),
     Mutation("a layer given up is trusted", "engine/provider.py", "if ready or coming is not None:", "if False:", ("test_generation.py", "test_memory.py", "-k", "interrupted or given_up or waited_for")),
     Mutation("a slot is not given back", "engine/provider.py", "transfer.release(access.slot)", "pass", ("test_memory.py", "-k", "before_its_turn")),
