@@ -81,7 +81,10 @@ def test_coroutines_share_it(llm: LLM) -> None:
         jobs = [asyncio.to_thread(llm.generate, p, one) for p, one in zip(PROMPTS, PARAMS, strict=True)]
         return [found[0] for found in await asyncio.gather(*jobs)]
 
+    before = llm.stats
     assert [out.token_ids for out in asyncio.run(ask())] == [out.token_ids for out in alone]
+    assert llm.stats.finished - before.finished == THREADS, "whichever thread's step ended a request"
+    assert llm.stats.tokens - before.tokens == sum(len(out.token_ids) for out in alone)
 
 
 def test_calls_share_batches_and_a_held_stream_blocks_none(llm: LLM) -> None:

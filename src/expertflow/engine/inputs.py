@@ -88,17 +88,15 @@ class PromptReader:
     """Reads prompts for one model; several threads may use it at once.
 
     Args:
-        tokenizer: of the model, or None.
+        tokenizer: of the model, used once before, or None.
         vocabulary: the model knows tokens 0 to this number - 1; None: not checked.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int | None = None) -> None:
-        """Let the tokenizer settle: its first call may change it, and then nobody else may use it."""
+        """Nothing is read yet."""
         self._tokenizer: Any = tokenizer
         self._vocabulary = vocabulary
         self._lock = Lock()
-        if tokenizer is not None:
-            tokenizer("a")
 
     def read(self, index: int, prompt: Any) -> Prompt:
         """The token ids of a prompt.

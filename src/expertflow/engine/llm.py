@@ -308,10 +308,17 @@ class LLM:
         """Add the requests, and step until they are over; what other calls' requests get goes to those."""
         mail: deque[StreamOutput] = deque()
         mine: list[int] = []
+
+        def take(item: StreamOutput) -> None:  # in the thread that steps, under the engine's lock
+            if item.output is not None:
+                self._stats.finished += 1
+                self._stats.first_token_seconds = item.output.first_token_seconds
+            mail.append(item)
+
         left, failed = len(requests), None
         try:
             with self._engine.lock:
-                mine += [self._engine.add(request, mail.append) for request in requests]
+                mine += [self._engine.add(request, take) for request in requests]
                 self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in requests)
             while left:
                 self._bring(mail, mine, left)
@@ -349,9 +356,6 @@ class LLM:
                 self._stats.tokens += self._engine.advance()
             finally:
                 self._stats.seconds += time.perf_counter() - began
-            over = [item.output for item in mail if item.output is not None]
-            self._stats.finished += len(over)
-            self._stats.first_token_seconds = over[-1].first_token_seconds if over else self._stats.first_token_seconds
 
 
 def _one_of(params: Any, sampling_params: Any) -> Any:
@@ -371,7 +375,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParam
     Raises:
         ConfigError: if a stop text has a special token in it beside other text, and the text is without these.
     """
-    if tokenizer is None or not params.skip_special_tokens:
+    if tokenizer is None or not params.stop or not params.skip_special_tokens:
         return set()
     special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     for stop in params.stop:
@@ -390,7 +394,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer.decode(tokenizer("a")["input_ids"])  # settings of a wrong type are noticed when they are used
+        # settings of a wrong type are noticed at the first use, which may also change the tokenizer: later ones only read it
+        tokenizer.decode(tokenizer("a")["input_ids"])
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be loaded: {error}", "Fetch it again; code of its own is never run."

@@ -119,7 +119,7 @@ class Results:
 
     @property
     def seed(self) -> int | None:
-        """See above."""
+        """Of the whole file; None if it is greedy."""
         seed: int | None = self._header["seed"]
         return seed
 

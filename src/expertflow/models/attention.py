@@ -23,8 +23,8 @@ STATE_ONLY = frozenset({"linear_attention", "conv"})
 """Kinds of layers that keep a state and no keys and values."""
 EMPTY = frozenset({"moe", "mlp", "dummy"})
 """Kinds of layers that keep nothing."""
-_LONGEST = 1 << 17
-"""Positions that are looked at where the config states no context; a window of more than these is then none."""
+_USUAL, _LONGEST = 1 << 17, 1 << 24
+"""Positions that are looked at where the config states no context, and at most; a window of more than these is none."""
 _PROBED = (0, 1, 2, 3)
 """Distances before the longest position that are looked at as well: a chunk's length changes there, a window's does not."""
 
@@ -39,7 +39,7 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def cache_argument(module: nn.Module) -> str:
-    """Name under which a transformers forward takes its cache: `cache` since 5.2x, `past_key_values` before."""
+    """Name under which a transformers forward takes its cache: `past_key_values` up to 5.17 at least, `cache` in 5.24."""
     return "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
 
 
@@ -54,7 +54,7 @@ def attention_windows(model: PreTrainedModel, config: PreTrainedConfig) -> tuple
         A layer's window, or None where it sees every earlier token; None instead of all if some layer's mask is no window.
     """
     decoder = model.get_decoder()
-    longest = getattr(config, "max_position_embeddings", None) or _LONGEST
+    longest = min(getattr(config, "max_position_embeddings", None) or _USUAL, _LONGEST)
     ends = sorted({max(longest - back, 1) for back in _PROBED})
     seen = [[_reach(mask) for mask in _masks_at(decoder, config, end - 1)] for end in ends]
     windows: list[int | None] = []

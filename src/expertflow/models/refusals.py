@@ -20,7 +20,7 @@ from expertflow.models.foreign import lines
 
 LISTED = "`expertflow models` lists the families that run."
 _ELSEWHERE = f"Run it with transformers itself, which keeps every expert in memory; {LISTED}"
-_INTEGERS = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized"}
+_DECODED = {"pack-quantized"}
 """Formats of compressed-tensors whose experts transformers decodes rightly (tried with 5.17 and small checkpoints)."""
 _MAKES = {
     "mxfp4": ("Mxfp4Config", ""),
@@ -51,7 +51,7 @@ def refuse_quantised(folder: Path, quantization: Any, tensors: Mapping[str, Stor
     what = f"{folder} holds a checkpoint quantised with {method!r}, and only float32, bfloat16 and float16 weights run"
     if reason:
         raise UnsupportedModelError(
-            f"{what}; it cannot be converted by transformers either: {reason}",
+            f"{what}; no way to convert it with transformers is known: {reason}",
             "Fetch the model in bfloat16, or decode it with its publisher's own tool and take `quantization_config` out of "
             "config.json.",
         )
@@ -76,8 +76,8 @@ def _undecoded_groups(about: Mapping[str, Any]) -> str:
     groups = about.get("config_groups")
     listed = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
     formats = {str(group.get("format") or about.get("format")) for group in listed} or {str(about.get("format"))}
-    if unknown := sorted(formats - _INTEGERS):
-        return f"it does not decode experts of the format {unknown[0]!r}"
+    if unknown := sorted(formats - _DECODED):
+        return f"it was never seen to decode experts of the format {unknown[0]!r}"
     weights = [group.get("weights") for group in listed]
     if any(isinstance(each, dict) and each.get("symmetric") is False for each in weights):
         return "it does not decode experts with zero points"
