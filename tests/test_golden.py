@@ -25,7 +25,7 @@ CASES = [(1, 1, 96), (1, 1, 192), (4, 1, 192), (4, 2, 384)]
 
 def happened(strategy: str, batch: int, groups: int, slots: int) -> dict[str, object]:
     """What a strategy does in the first 30 steps of recorded routing: counts a kind, and a hash of every event."""
-    trace = load_trace(DATA / "gpt_oss_20b_excerpt").without("repetition")
+    trace = load_trace(DATA / "gpt_oss_20b_excerpt" / "routing.trace").without("repetition")
     whole = live_sequences(trace, batch, groups)
     workload = replace(whole, members=whole.members[:30])
     events: list[Event] = replay_events(workload, STRATEGIES[strategy], slots, 1000)
