@@ -193,7 +193,7 @@ def main() -> None:
             write(options, rows + done)  # a run that is cut off has lost nothing
         rows += done
         show(done, budget)
-        failure = None if offloaded.foresight is None else offloaded.foresight.failure
+        failure = None if offloaded.live_predictor is None else offloaded.live_predictor.failure
         if failure:
             raise SystemExit(f"the predictor failed: {failure}")
         offloaded.close()

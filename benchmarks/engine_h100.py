@@ -38,18 +38,18 @@ from expertflow.cache.controller import CacheController
 from expertflow.cache.core import RESIDENT
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.config import EngineConfig
-from expertflow.engine.build import predictor_bytes
-from expertflow.engine.device import DeviceExperts, Held, expert_mlp
-from expertflow.engine.foresight import Foresight
-from expertflow.engine.graph import POSITIONS, ROWS, TOKENS, GraphDecoder
 from expertflow.engine.plan import Plan, make_plan
-from expertflow.engine.rows import RowModel
+from expertflow.engine.prepare import predictor_bytes
 from expertflow.events import CacheCounters, EventStream
+from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlp
+from expertflow.execution.captured.graph import POSITIONS, ROWS, TOKENS, GraphDecoder
+from expertflow.execution.kv_rows import RowModel
 from expertflow.kernels.backend import backend
-from expertflow.kernels.fetch import fetch_rows
+from expertflow.kernels.fetch import fetch_records
 from expertflow.kernels.ledger import Ledger
-from expertflow.kernels.state import AHEAD, BLOCKS, FRESH, HITS, LOADS, WASTES
-from expertflow.memory.layout import RowLayout
+from expertflow.kernels.residency.state import AHEAD, BLOCKS, FRESH, HITS, LOADS, WASTES
+from expertflow.live.predictor import LivePredictor
+from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.memory.transfer import PlainTransfer
@@ -57,10 +57,11 @@ from expertflow.models.load import bind_experts, unbind_experts
 from expertflow.models.shape import ModelShape, shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
 from expertflow.predict.artifact import Artifact, load_artifact
+from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
 from expertflow.sim.workload import Workload, live_sequences
 from expertflow.trace.format import Trace, load_trace
-from expertflow.trace.owners import Coming
+from expertflow.trace.owners import NextBatch
 
 LENGTH, BEGIN, WINDOWS = 512, 60, 3
 """Columns of keys and values, the step the measured rows begin at, and windows timed."""
@@ -148,8 +149,8 @@ def fill_randomly(store: HostStore, device: torch.device) -> None:
     """Draw every row on the device; the store is locked first, so that rows come at the link's speed."""
     store.lock()
     for row in range(len(store.buffer)):
-        values = torch.randn(store.layout.row_bytes // 2, device=device, dtype=torch.bfloat16) * 0.02
-        store.row(row).copy_(values.view(torch.uint8))
+        values = torch.randn(store.layout.record_bytes // 2, device=device, dtype=torch.bfloat16) * 0.02
+        store.record(row).copy_(values.view(torch.uint8))
 
 
 def make_world(shape: str, device: torch.device, *, tiny: bool) -> World:
@@ -158,7 +159,7 @@ def make_world(shape: str, device: torch.device, *, tiny: bool) -> World:
         make_config(shape, tiny=tiny).save_pretrained(folder)
         skeleton = build_skeleton(Path(folder), "bfloat16")
     model = random_model(skeleton, device)
-    layout = RowLayout.of(skeleton.specs)
+    layout = RecordLayout.of(skeleton.specs)
     store = HostStore(layout, len(skeleton.expert_modules) * skeleton.experts, pin=device.type == "cuda")
     fill_randomly(store, device)
     world = World(skeleton, model, shape_of(skeleton), store, device)
@@ -265,18 +266,20 @@ class Run:
         shape = world.shape
         self.controller = CacheController(
             layers=shape.layers, experts=shape.experts, slots=slots, strategy=strategy,
-            row_bytes=world.store.layout.row_bytes, events=EventStream(), future=future,
+            record_bytes=world.store.layout.record_bytes, events=EventStream(), future=future,
         )  # fmt: skip
         if resident:
             fill(self.controller, pool, world.store)
-        self.foresight: Foresight | None = None
+        self.live_predictor: LivePredictor | None = None
         if strategy.predicted:
             assert world.predictor is not None
-            twin = backend(world.device).path_step
-            self.foresight = Foresight(OnlinePredictor(world.predictor, 2 * batch, world.device, twin), EventStream())
-        held = Held(
+            twin = step_kernels(world.device)
+            self.live_predictor = LivePredictor(
+                OnlinePredictor(world.predictor, 2 * batch, world.device, twin), EventStream()
+            )
+        held = SharedParts(
             controller=self.controller, store=world.store, pool=pool, transfer=PlainTransfer(world.store, pool),
-            counters=CacheCounters(), foresight=self.foresight,
+            counters=CacheCounters(), live_predictor=self.live_predictor,
         )  # fmt: skip
         self.experts = DeviceExperts(expert_mlp(world.skeleton), held, batch, shape.top_k, log=False)
         self.rows = RowModel(world.model, world.skeleton, batch, LENGTH)
@@ -316,10 +319,10 @@ class Run:
         ledger, bounds = Ledger.of(rows, rows), torch.tensor([0, PROBED], dtype=torch.int32, device=self.world.device)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        fetch_rows(self.world.store.buffer, self.spare, ledger, rows, bounds)
+        fetch_records(self.world.store.buffer, self.spare, ledger, rows, bounds)
         end.record()
         torch.cuda.synchronize()
-        return PROBED * self.world.store.layout.row_bytes / begin.elapsed_time(end) / 1e6
+        return PROBED * self.world.store.layout.record_bytes / begin.elapsed_time(end) / 1e6
 
     def close(self) -> None:
         """Give everything back."""
@@ -392,18 +395,18 @@ def remember(run: Run, truth: Truth) -> None:
     usage = controller._brain.usage  # noqa: SLF001 - as if the steps had been run
     for needed in truth.needed[:BEGIN]:
         usage.learn(needed)
-    if run.foresight is None:
+    if run.live_predictor is None:
         return
     before = truth.sequences[BEGIN - 1].tolist()
-    run.foresight.expect(Coming(before))
-    for column, seat in enumerate(run.foresight.seats(before)):
+    run.live_predictor.expect(NextBatch(before))
+    for column, seat in enumerate(run.live_predictor.seats(before)):
         mine = truth.sequences[:BEGIN, column] == truth.sequences[BEGIN - 1, column]
         tokens = truth.tokens[:BEGIN, column][torch.from_numpy(mine).to(truth.tokens.device)]
         used = torch.from_numpy(truth.routes[:BEGIN, column][mine].astype(np.int64)).to(tokens.device)
         nobody = torch.full_like(used[:1], truth.experts)
-        online = run.foresight._online  # noqa: SLF001
+        online = run.live_predictor._online  # noqa: SLF001
         online.observe(online.pieces([seat], [len(tokens)]), tokens, torch.cat([nobody, used[:-1]]))
-        run.foresight.routes[seat] = used[-1].int()
+        run.live_predictor.routes[seat] = used[-1].int()
 
 
 @torch.inference_mode()
@@ -428,8 +431,8 @@ def measure(world: World, plan: Plan, row: Row, truth: Truth, name: str) -> None
     def go() -> None:
         nonlocal count
         now = truth.sequences[count].tolist()
-        if run.foresight is not None:
-            run.foresight.expect(Coming(now))
+        if run.live_predictor is not None:
+            run.live_predictor.expect(NextBatch(now))
         run.go(truth.tokens[count], now, host[count])
         best[count] = run.decoder.best
         count += 1
@@ -440,7 +443,7 @@ def measure(world: World, plan: Plan, row: Row, truth: Truth, name: str) -> None
         if number in CHECKED:
             row.logits_equal &= torch.equal(run.decoder.logits.cpu(), truth.logits[number])
     state.take_tally()
-    blocks = backend(device).blocks_of(plan.row)
+    blocks = backend(device).blocks_of(plan.record_bytes)
     for _ in range(WINDOWS):
         row.probe_gbps.append(run.probe())
         row.ms.append(timed(device, steps, go))
@@ -453,8 +456,8 @@ def measure(world: World, plan: Plan, row: Row, truth: Truth, name: str) -> None
         row.needed.append((tally[LOADS] + tally[HITS]) / steps)
     row.tokens_equal = torch.equal(best[BEGIN:count], truth.best[BEGIN:count])
     row.resident_ms = statistics.median(truth.ms)
-    if run.foresight is not None and run.foresight.failure:
-        raise SystemExit(f"the predictor failed: {run.foresight.failure}")
+    if run.live_predictor is not None and run.live_predictor.failure:
+        raise SystemExit(f"the predictor failed: {run.live_predictor.failure}")
     if device.type == "cuda":
         row.peak_bytes = torch.cuda.max_memory_allocated() + run.decoder.pool_bytes - Run.spare.nbytes
     run.close()
@@ -507,7 +510,7 @@ def main() -> None:
     names = [n for n in options.strategies.split(",") if world.predictor is not None or not TABLE[n].predicted]
     trace = None if options.trace is None else with_known_tokens(load_trace(options.trace).without("repetition"))
     if device.type == "cuda":
-        Run.spare = torch.zeros(PROBED, world.store.layout.row_bytes, dtype=torch.uint8, device=device)
+        Run.spare = torch.zeros(PROBED, world.store.layout.record_bytes, dtype=torch.uint8, device=device)
     truths = {}
     for batch in batches:
         tokens, workload = draw(world, options.shape, trace, batch)
@@ -535,14 +538,14 @@ def main() -> None:
                 row = Row(slots=slots, strategy=name, batch=batch, budget_bytes=plan.total)
                 measure(world, plan, row, truths[batch], options.shape)
                 rows.append(row)
-                print(f"{time.perf_counter() - began:4.0f} s {row.line(plan.row)}", flush=True)
+                print(f"{time.perf_counter() - began:4.0f} s {row.line(plan.record_bytes)}", flush=True)
     about = {
         "benchmark": "engine", "shape": options.shape, "date": time.strftime("%Y-%m-%d"), "seed": SEED,
         "config": {name: str(value) for name, value in vars(options).items() if name != "out"} | {"length": LENGTH, "begin": BEGIN},
         "machine": {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "cores": torch.get_num_threads()},
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
                      "transformers": transformers.__version__, "expertflow": __version__},
-        "row_bytes": world.store.layout.row_bytes, "dense_bytes": shape.dense_bytes, "experts": total,
+        "row_bytes": world.store.layout.record_bytes, "dense_bytes": shape.dense_bytes, "experts": total,
         "bounds": {"link_bytes_per_second": LINK, "memory_bytes_per_second": MEMORY},
         "resident_ms": {str(batch): truth.ms for batch, truth in truths.items()}, "complete": not stopped,
     }  # fmt: skip

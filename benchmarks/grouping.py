@@ -24,7 +24,7 @@ import numpy.typing as npt
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.predict.artifact import load_artifact
 from expertflow.predict.dataset import passages
-from expertflow.predict.score import score
+from expertflow.predict.evaluation.score import score
 from expertflow.schedule.cluster import METHODS, activated, group, in_order, pack
 from expertflow.schedule.cost import Rates, best_guesses, price
 from expertflow.sim.clock import Cost

@@ -29,7 +29,7 @@ from expertflow import __version__
 from expertflow.kernels import experts, fetch, reference
 from expertflow.kernels.ledger import Ledger
 from expertflow.kernels.reference import CLAMPED_SWIGLU, ExpertMlp, Workspace
-from expertflow.memory.layout import RowLayout
+from expertflow.memory.layout import RecordLayout
 from expertflow.memory.store import HostStore
 from expertflow.types import TensorSpec
 
@@ -55,8 +55,8 @@ class Shape:
 
     def build(self) -> ExpertMlp:
         """The record of one expert."""
-        layout = RowLayout.of([TensorSpec(name=n, shape=s, dtype="bfloat16") for n, s in self.tensors.items()])
-        return ExpertMlp.of(layout.specs, layout.offsets, layout.row_bytes, **self.options)
+        layout = RecordLayout.of([TensorSpec(name=n, shape=s, dtype="bfloat16") for n, s in self.tensors.items()])
+        return ExpertMlp.of(layout.specs, layout.offsets, layout.record_bytes, **self.options)
 
 
 SHAPES = {
@@ -157,12 +157,12 @@ class Step:
 def measure_experts(name: str, shape: Shape) -> list[dict[str, Any]]:
     """Time a step's expert layers at every batch."""
     mlp = shape.build()
-    pool = torch.empty(shape.layers * shape.experts, mlp.row_bytes, dtype=torch.uint8, device=CUDA)
+    pool = torch.empty(shape.layers * shape.experts, mlp.record_bytes, dtype=torch.uint8, device=CUDA)
     pool.view(torch.bfloat16).normal_(0, 0.02)
     rows: list[dict[str, Any]] = []
     for tokens in BATCHES:
         step = Step(shape, mlp, pool, tokens)
-        floor = step.distinct * mlp.row_bytes / HBM_BYTES_PER_SECOND * 1e3
+        floor = step.distinct * mlp.record_bytes / HBM_BYTES_PER_SECOND * 1e3
         rows.append({
             "shape": name, "batch": tokens, "distinct_experts_per_layer": step.distinct / shape.layers,
             "floor_ms": floor, "pairs_ms": timed(step.pairs), "step_ms": timed(step.whole),
@@ -174,7 +174,7 @@ def measure_experts(name: str, shape: Shape) -> list[dict[str, Any]]:
 
 def filled_store(row_bytes: int) -> HostStore:
     """A page-locked store whose words are all different."""
-    layout = RowLayout.of([TensorSpec(name="words", shape=(row_bytes // 4,), dtype="float32")])
+    layout = RecordLayout.of([TensorSpec(name="words", shape=(row_bytes // 4,), dtype="float32")])
     store = HostStore(layout, STORE_BYTES // row_bytes, pin=True)
     words = store.buffer.view(torch.int64)
     words.copy_(torch.arange(words.shape[1])[None] * 2654435761 + torch.arange(len(words))[:, None])
@@ -200,7 +200,7 @@ class FetchBench:
 
         def copies() -> None:
             ledger.renew()
-            fetch.fetch_rows(self.host, self.pool, ledger, order, bounds, programs)
+            fetch.fetch_records(self.host, self.pool, ledger, order, bounds, programs)
 
         return copies
 
@@ -239,7 +239,7 @@ def measure_beside(bench: FetchBench, tokens: int) -> dict[str, Any]:
     """Four steps of shape Q's expert layers with a fetch of about the same length on a second stream."""
     shape = SHAPES["Q"]
     mlp = shape.build()
-    pool = torch.empty(shape.layers * shape.experts, mlp.row_bytes, dtype=torch.uint8, device=CUDA)
+    pool = torch.empty(shape.layers * shape.experts, mlp.record_bytes, dtype=torch.uint8, device=CUDA)
     pool.view(torch.bfloat16).normal_(0, 0.02)
     step, side = Step(shape, mlp, pool, tokens), torch.cuda.Stream()
 
@@ -318,7 +318,8 @@ def main() -> None:
     result["hbm_bytes_per_second"] = HBM_BYTES_PER_SECOND
     result["experts"] = [row for name, shape in SHAPES.items() for row in measure_experts(name, shape)]
     benches = [
-        FetchBench(filled_store(n)) for n in (5 * 2**20, SHAPES["Q"].build().row_bytes, SHAPES["G"].build().row_bytes)
+        FetchBench(filled_store(n))
+        for n in (5 * 2**20, SHAPES["Q"].build().record_bytes, SHAPES["G"].build().record_bytes)
     ]
     result["fetch_correct"] = all(bench.correct(16) for bench in benches)
     result["fetch"] = [row for bench in benches for row in bench.measure()]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from expertflow.kernels.backend import backend
 from expertflow.predict.artifact import load_artifact
+from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
 
 _BATCHES = (1, 4, 16, 64)
@@ -83,7 +83,7 @@ def main() -> None:
         cell["cpu_ms"] = cpu_ms(OnlinePredictor(load_artifact(options.artifact), batch), batch)
         if cuda:
             device = torch.device("cuda")
-            online = OnlinePredictor(load_artifact(options.artifact), batch, device, backend(device).path_step)
+            online = OnlinePredictor(load_artifact(options.artifact), batch, device, step_kernels(device))
             cell["graph_ms"] = graph_ms(online, batch)
         cells.append(cell)
         print(batch, {name: round(statistics.median(v), 4) for name, v in cell.items() if isinstance(v, list)})

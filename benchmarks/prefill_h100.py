@@ -23,9 +23,9 @@ from engine_h100 import SEED, make_world
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.engine.provider import CachedExperts
-from expertflow.engine.runner import DecoderBatch
 from expertflow.events import CacheCounters, EventStream
+from expertflow.execution.provider import CachedExperts
+from expertflow.execution.runner import DecoderBatch
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer
 from expertflow.models.load import bind_experts, unbind_experts
@@ -43,7 +43,7 @@ def measure(world: Any, name: str, wave: int, slots: int, tokens: int) -> dict[s
     strategy = replace(STRATEGIES[name], wave=wave)
     controller = CacheController(
         layers=world.shape.layers, experts=world.shape.experts, slots=slots, strategy=strategy,
-        row_bytes=world.store.layout.row_bytes, events=events,
+        record_bytes=world.store.layout.record_bytes, events=events,
     )  # fmt: skip
     pool = SlotPool(world.store.layout, slots, world.device)
     transfer = (StreamTransfer if world.device.type == "cuda" else PlainTransfer)(world.store, pool)
@@ -86,7 +86,7 @@ def measure(world: Any, name: str, wave: int, slots: int, tokens: int) -> dict[s
     transfer.settle()
     hook.remove()
     unbind_experts(world.model, world.skeleton)
-    row["floor_ms"] = [count * world.store.layout.row_bytes / COPY_ENGINE * 1e3 for count in row["loads"]]
+    row["floor_ms"] = [count * world.store.layout.record_bytes / COPY_ENGINE * 1e3 for count in row["loads"]]
     return row
 
 

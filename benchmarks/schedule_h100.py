@@ -37,18 +37,19 @@ from transformers import PreTrainedConfig, Qwen3MoeConfig
 from expertflow import SamplingParams, __version__
 from expertflow.config import EngineConfig
 from expertflow.engine import build
-from expertflow.engine.build import OffloadedModel, Prepared, predictor_bytes
+from expertflow.engine.build import OffloadedModel
 from expertflow.engine.engine import Engine
 from expertflow.engine.plan import make_plan
+from expertflow.engine.prepare import Prepared, predictor_bytes
 from expertflow.engine.request import Request
-from expertflow.engine.rows import Fed
-from expertflow.engine.runner import Piece
+from expertflow.execution.kv_rows import DecodeInput
+from expertflow.execution.runner import PromptChunk
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import build_skeleton
 from expertflow.predict.artifact import load_artifact
 from expertflow.schedule.scheduler import Decode
 from expertflow.trace.format import Header, Trace, TraceWriter, load_trace
-from expertflow.trace.owners import Coming
+from expertflow.trace.owners import NextBatch
 
 LIVE, BATCH, REPEATS, PROMPT, LENGTH = 32, 8, 3, 64, 128
 ROUNDS = {"g": 8, "s": 30}
@@ -135,12 +136,12 @@ class ReplayEngine(Engine):
         self._real_decode, self._real_prefill = executor.decode, executor.prefill
         executor.decode, executor.prefill = self.replay_step, self.replay_pass  # type: ignore[method-assign]
 
-    def replay_step(self, fed: Sequence[Fed]) -> Tensor:
+    def replay_step(self, fed: Sequence[DecodeInput]) -> Tensor:
         """A step, behind its routes."""
         self._tell([self.recorded.routes[self._which(one.sequence)][one.position] for one in fed])
         return self._real_decode(fed)
 
-    def replay_pass(self, pieces: Sequence[Piece]) -> Tensor:
+    def replay_pass(self, pieces: Sequence[PromptChunk]) -> Tensor:
         """A pass over prompts, all of one length."""
         self._tell([
             route
@@ -163,7 +164,7 @@ class ReplayEngine(Engine):
             for request in requests
         ]
 
-    def _announce(self, coming: Coming) -> None:
+    def _announce(self, coming: NextBatch) -> None:
         super()._announce(coming._replace(following=()) if self.blind else coming)
 
     def _decode(self, turn: Decode) -> int:
@@ -237,7 +238,7 @@ def run(engine: ReplayEngine, offloaded: OffloadedModel, sequences: Sequence[int
         tokens += len(outputs)
         times += [output.output.token_seconds for _, output in outputs if output.output is not None]
     lasted, times = time.perf_counter() - began, sorted(times)
-    loads = (moved(offloaded) - before) / offloaded.plan.row
+    loads = (moved(offloaded) - before) / offloaded.plan.record_bytes
     return {
         "tokens_per_second": tokens / lasted,
         "p95_token_seconds": times[int(0.95 * (len(times) - 1))],
@@ -332,7 +333,7 @@ def main() -> None:
             rows.append({"share": share, "slots": offloaded.plan.slots, "schedule": name, "runs": answers,
                          "peak_bytes": offloaded.measure(), "budget_bytes": offloaded.plan.total})  # fmt: skip
         write(options, rows, rounds, recorded)  # a share at a time: a run that is cut off has lost nothing
-        failure = None if offloaded.foresight is None else offloaded.foresight.failure
+        failure = None if offloaded.live_predictor is None else offloaded.live_predictor.failure
         if failure:
             raise SystemExit(f"the predictor failed: {failure}")
         offloaded.close()

@@ -23,16 +23,16 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from expertflow import LLM
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
-from expertflow.engine.build import prepare
-from expertflow.engine.rows import Fed
-from expertflow.engine.runner import Piece
-from expertflow.kernels.state import refusal
+from expertflow.engine.prepare import prepare
+from expertflow.execution.kv_rows import DecodeInput
+from expertflow.execution.runner import PromptChunk
+from expertflow.kernels.residency.state import refusal
 from expertflow.predict.artifact import Artifact, save_artifact
+from expertflow.predict.counts import SOURCES, remember
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make
-from expertflow.predict.memory import SOURCES, remember
 from expertflow.predict.model import OUTPUTS, PredictorConfig
-from expertflow.trace.owners import Coming
+from expertflow.trace.owners import NextBatch
 
 SEED, PROMPT, TOKENS, BATCHES = 5, 12, 250, (1, 4)
 NAMES = [name for name, row in STRATEGIES.items() if not row.needs_future and not refusal(row, given=row.predicted)]
@@ -70,24 +70,24 @@ def run(llm: LLM, prompts: list[list[int]], tokens: Tensor | None, keep: int) ->
     """Tokens `[N, B]` and each step's logits `[B, V]`; greedy unless tokens are given. The last `keep` steps lose a sequence."""
     executor, live = llm.engine._executor, list(range(len(prompts)))  # noqa: SLF001
     offloaded = llm._offloaded  # noqa: SLF001
-    foresight = offloaded.foresight
-    if foresight is not None:
-        foresight.expect(Coming(live, [len(prompt) for prompt in prompts]))
-    pieces = [Piece(number, prompt, number, 0) for number, prompt in enumerate(prompts)]
+    live_predictor = offloaded.live_predictor
+    if live_predictor is not None:
+        live_predictor.expect(NextBatch(live, [len(prompt) for prompt in prompts]))
+    pieces = [PromptChunk(number, prompt, number, 0) for number, prompt in enumerate(prompts)]
     said, fed = [executor.prefill(pieces).clone()], []
     for number in range(TOKENS):
         if number == TOKENS - keep and len(live) > 1:
             live.pop(1)
         best = said[-1].argmax(-1)[: len(live)] if tokens is None else tokens[number, live]
         fed.append(best)
-        if foresight is not None:
-            foresight.expect(Coming(live))
+        if live_predictor is not None:
+            live_predictor.expect(NextBatch(live))
         steps = zip(live, best.tolist(), strict=True)
-        said.append(executor.decode([Fed(one, token, one, PROMPT + number) for one, token in steps]).clone())
+        said.append(executor.decode([DecodeInput(one, token, one, PROMPT + number) for one, token in steps]).clone())
     assert offloaded._decoder is not None  # noqa: SLF001
     offloaded._decoder.end()  # noqa: SLF001
-    if foresight is not None:
-        foresight.leave(range(len(prompts)))
+    if live_predictor is not None:
+        live_predictor.leave(range(len(prompts)))
     return (torch.stack(fed) if tokens is None else tokens), said
 
 
@@ -114,7 +114,7 @@ def main() -> None:
             name, count = str(random.choice(NAMES)), int(random.choice(BATCHES))
             chosen = {"strategy": name, "predictor": str(predictor) if name == "plec" else "none"}
             least = prepare(model, EngineConfig(**wish, **chosen, slots=1)).plan
-            most = least.fixed + LAYERS * EXPERTS * least.row
+            most = least.fixed + LAYERS * EXPERTS * least.record_bytes
             budget = int(random.integers(least.total, most + 1)) if random.random() < 0.8 else least.total
             with LLM(model, gpu_memory=budget, **wish, **chosen) as llm:
                 prompts, tokens, logits = truth[count]

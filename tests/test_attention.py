@@ -11,8 +11,8 @@ from transformers import AutoConfig, DynamicCache
 
 from conftest import MakeCheckpoint, load_resident, model_class
 from expertflow import LLM, SamplingParams
-from expertflow.engine.rows import step_masks
 from expertflow.errors import CheckpointError, UnsupportedModelError
+from expertflow.execution.kv_rows import step_masks
 from expertflow.models.attention import attention_windows, cache_argument
 from expertflow.models.families import FAMILIES
 

@@ -8,7 +8,7 @@ import torch
 
 from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, EngineConfig, SamplingParams
-from expertflow.engine.build import prepare
+from expertflow.engine.prepare import prepare
 from expertflow.errors import ClosedError, ConfigError
 from expertflow.models.families import FAMILIES
 

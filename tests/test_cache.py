@@ -47,7 +47,7 @@ def make(
     stream.subscribe(events.append)
     stream.subscribe(counters.count)
     controller = CacheController(
-        layers=layers, experts=EXPERTS, slots=slots, strategy=STRATEGIES[strategy], row_bytes=ROW, events=stream,
+        layers=layers, experts=EXPERTS, slots=slots, strategy=STRATEGIES[strategy], record_bytes=ROW, events=stream,
         future=None if steps is None else as_needed(steps), forecast=forecast,
     )  # fmt: skip
     return controller, events, counters
@@ -325,7 +325,7 @@ def test_layers_may_be_passed_over(strategy: str, steps: list, slots: int, seed:
     """Steps that run only some layers, twice begun or expert by expert, still give each needed expert a slot."""
     future = np.random.default_rng(seed).random((2 * len(steps), LAYERS, EXPERTS)) < 0.4
     controller = CacheController(
-        layers=LAYERS, experts=EXPERTS, slots=slots, strategy=STRATEGIES[strategy], row_bytes=ROW, events=EventStream(),
+        layers=LAYERS, experts=EXPERTS, slots=slots, strategy=STRATEGIES[strategy], record_bytes=ROW, events=EventStream(),
         forecast=Recorded(future) if STRATEGIES[strategy].needs_future else None,
     )  # fmt: skip
     for begins, layers, single in steps:

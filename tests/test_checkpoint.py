@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig
-from expertflow.engine.build import prepare
+from expertflow.engine.prepare import prepare
 from expertflow.errors import (
     BudgetError,
     CheckpointError,
@@ -22,8 +22,8 @@ from expertflow.errors import (
     UnreadWarning,
     UnsupportedModelError,
 )
-from expertflow.models import checkpoint
-from expertflow.models.checkpoint import INDEX_NAME, SINGLE_NAME, walk
+from expertflow.models.files import checkpoint
+from expertflow.models.files.checkpoint import INDEX_NAME, SINGLE_NAME, walk
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_planning_reads_no_weights(model_type: str, make_checkpoint: MakeCheckpo
         file.truncate(size)
     plan = prepare(folder, EngineConfig(device="cpu", slots="50%", max_length=64)).plan
     assert plan.slots == 12
-    assert plan.host == 24 * plan.row
+    assert plan.host == 24 * plan.record_bytes
 
 
 def _save_changed(folder: Path, key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

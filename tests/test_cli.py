@@ -53,7 +53,7 @@ def test_run_prints_text_and_summary(make_checkpoint: MakeCheckpoint) -> None:
         f"slots {plan.slots} of 24 experts ({plan.slots / 24:.1%}), strategy next-use",
         f"hit ratio {cache.hits / accesses:.1%} of {accesses} accesses",
         f"loads {cache.loads} corrections when needed, 0 ahead (0 in vain)",
-        f"link {format_bytes(cache.loads * plan.row)} moved, ",
+        f"link {format_bytes(cache.loads * plan.record_bytes)} moved, ",
         "speed 5 tokens in ",
         "decode step ",
     ):

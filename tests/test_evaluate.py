@@ -17,11 +17,11 @@ from expertflow.cache.strategy import STRATEGIES
 from expertflow.cli.eval_predictor import show as show_evaluation
 from expertflow.cli.record_bytes import Record
 from expertflow.errors import ConfigError, TraceError
-from expertflow.predict import report
-from expertflow.predict.baselines import BASELINES, Recent
 from expertflow.predict.dataset import Passage, Shape, passages, shape_of, used
-from expertflow.predict.evaluate import WITHIN, Evaluation, evaluate, happens_within, take_places
-from expertflow.predict.report import draw
+from expertflow.predict.evaluation import report
+from expertflow.predict.evaluation.baselines import BASELINES, Recent
+from expertflow.predict.evaluation.evaluate import WITHIN, Evaluation, evaluate, happens_within, take_places
+from expertflow.predict.evaluation.report import draw
 from expertflow.sim.clock import Cost
 from expertflow.sim.predicted import PredictedRows, RowScores
 from expertflow.sim.replay import Outcome, replay

@@ -12,7 +12,7 @@ from conftest import MakeCheckpoint, load_resident, random_future
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES, Strategy
-from expertflow.models.experts import Binding, Row, run_experts
+from expertflow.models.experts import Binding, ExpertWeights, run_experts
 from expertflow.models.families import FAMILIES
 
 DTYPES = ("float32", "bfloat16")
@@ -145,7 +145,7 @@ class _Backwards:
     def __init__(self, weights: list[Tensor]) -> None:
         self._weights = weights
 
-    def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:  # noqa: ARG002 - a provider's signature
+    def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, ExpertWeights], None, None]:  # noqa: ARG002 - a provider's signature
         for expert in reversed(experts):
             yield expert, {"w": self._weights[expert]}
 
@@ -163,7 +163,7 @@ def test_a_layer_is_the_stock_sum_at_any_width(width: int, dtype: str, device: s
     index = torch.stack([torch.randperm(experts + 1, generator=random)[:top_k] for _ in range(tokens)]).to(device)
     share = torch.rand(tokens, top_k, generator=random).to(device)
 
-    def mlp(x: Tensor, row: Row) -> Tensor:
+    def mlp(x: Tensor, row: ExpertWeights) -> Tensor:
         return functional.linear(x, row["w"]).to(torch.float32 if wide else kind) * 1.001
 
     expected = torch.zeros_like(hidden)

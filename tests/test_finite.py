@@ -11,8 +11,8 @@ from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cli.run import main as run
 from expertflow.config import SamplingParams as Params
-from expertflow.engine.sampler import NO_TOKEN, choose_all, make_generator
 from expertflow.errors import NonFiniteError
+from expertflow.execution.sampler import NO_TOKEN, choose_all, make_generator
 from expertflow.models.families import FAMILIES
 
 BAD = 50

@@ -25,10 +25,10 @@ from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.bench.result import read_result
 from expertflow.bench.workload import make_workload
 from expertflow.cli.main import app
-from expertflow.engine.build import prepare
 from expertflow.engine.offline import Results
+from expertflow.engine.prepare import prepare
 from expertflow.errors import ExpertFlowError
-from expertflow.models.checkpoint import INDEX_NAME, SINGLE_NAME, walk
+from expertflow.models.files.checkpoint import INDEX_NAME, SINGLE_NAME, walk
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
 from expertflow.predict.dataset import passages
 from expertflow.prompts import read_prompts

@@ -18,8 +18,8 @@ from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.engine.llm import decoder_of, load_tokenizer, shipped_model
 from expertflow.engine.request import Request
-from expertflow.engine.sampler import choose, choose_all, make_generator
 from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
+from expertflow.execution.sampler import choose, choose_all, make_generator
 from expertflow.models import experts
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)

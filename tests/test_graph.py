@@ -12,13 +12,13 @@ from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import NextGate, PreviousStep, Recorded
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
-from expertflow.engine.build import prepare
 from expertflow.engine.plan import make_plan
-from expertflow.engine.rows import Fed, step_masks
-from expertflow.engine.runner import Piece
+from expertflow.engine.prepare import prepare
 from expertflow.errors import BudgetError, ConfigError, DeviceError
 from expertflow.events import CacheCounters, Event, EventKind
-from expertflow.kernels.state import refusal
+from expertflow.execution.kv_rows import DecodeInput, step_masks
+from expertflow.execution.runner import PromptChunk
+from expertflow.kernels.residency.state import refusal
 from expertflow.models.attention import layer_kinds
 from expertflow.models.families import FAMILIES
 from expertflow.models.shape import shape_of
@@ -46,12 +46,12 @@ def logits_of(llm: LLM, steps: int = 4, order: tuple[int, ...] = (2, 0, 3)) -> l
     """Logits of sequences in rows `order`, of which the middle one leaves after two steps, the same tokens fed in every time."""
     executor = llm._engine._executor
     lengths = [1 if llm.plan.shape.encoder_decoder else len(prompt) for prompt in PROMPTS]
-    pieces = [Piece(n, prompt, order[n], 0) for n, prompt in enumerate(PROMPTS)]
+    pieces = [PromptChunk(n, prompt, order[n], 0) for n, prompt in enumerate(PROMPTS)]
     found = [executor.prefill(pieces).clone()]
     tokens = [[7, 8, 9], [20, 30, 40], [50, 60], [71, 72], [73, 74], [75, 76]]
     for step in range(steps):
         live = [0, 1, 2] if step < 2 else [0, 2]
-        fed = [Fed(n, token, order[n], lengths[n] + step) for n, token in zip(live, tokens[step], strict=True)]
+        fed = [DecodeInput(n, token, order[n], lengths[n] + step) for n, token in zip(live, tokens[step], strict=True)]
         found.append(executor.decode(fed).clone())
     llm._offloaded._decoder.end()
     llm._offloaded.controller.table.check_integrity()
@@ -305,21 +305,23 @@ def test_a_budget_without_room_for_graphs_runs_on_the_host(make_checkpoint: Make
     wish = {"max_length": 32, "max_batch": 2, "slots": 5}
     host = make_plan(EngineConfig(**wish, execution="host"), shape, "cuda", "lru")
     graph = make_plan(EngineConfig(**wish, execution="auto"), shape, "cuda", "lru")
-    assert (host.execution, graph.execution, graph.why_host) == ("host", "graph", "")
+    assert (host.execution, graph.execution, graph.graph_unavailable_reason) == ("host", "graph", "")
     assert graph.total == host.total + graph.graph
     tight = make_plan(EngineConfig(**wish, gpu_memory=host.total, execution="auto"), shape, "cuda", "lru")
     assert (tight.execution, tight.total) == ("host", host.total)
-    assert format_bytes(graph.total) in tight.why_host
+    assert format_bytes(graph.total) in tight.graph_unavailable_reason
     with pytest.raises(BudgetError) as caught:
         make_plan(EngineConfig(**wish, gpu_memory=host.total, execution="graph"), shape, "cuda", "lru")
     assert caught.value.least_bytes == graph.total
     assert (
-        make_plan(EngineConfig(**wish, execution="auto"), shape, "cuda", "lru", "it is Tuesday").why_host
+        make_plan(
+            EngineConfig(**wish, execution="auto"), shape, "cuda", "lru", "it is Tuesday"
+        ).graph_unavailable_reason
         == "it is Tuesday"
     )
     free = {"max_length": 32, "max_batch": 2, "execution": "auto"}
-    few = make_plan(EngineConfig(**free, gpu_memory=graph.fixed + 5 * graph.row), shape, "cuda", "lru")
+    few = make_plan(EngineConfig(**free, gpu_memory=graph.fixed + 5 * graph.record_bytes), shape, "cuda", "lru")
     assert (few.execution, few.slots) == ("host", shape.total_experts)  # more than twice what graphs would leave
-    assert "slots" in few.why_host
+    assert "slots" in few.graph_unavailable_reason
     asking = make_plan(EngineConfig(**wish, execution="auto"), shape, "cuda", "plec", predictor=1 << 20)
     assert asking.total > graph.total + (1 << 20)

@@ -18,19 +18,20 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from expertflow.cache.core import make_tables
 from expertflow.cache.horizon import hazards, take_turns, unite
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.engine.agenda import Agenda, Slip
 from expertflow.kernels import reference
 from expertflow.kernels.ledger import BLOCK_BYTES, CALLED_OFF, DONE, DST, SRC, TAKEN, Ledger
 from expertflow.kernels.reference import ACTIVATIONS, CLAMPED_SWIGLU, DTYPES, ExpertMlp, Workspace
-from expertflow.kernels.state import BLIND, CacheState
-from expertflow.memory.layout import RowLayout
+from expertflow.kernels.residency.state import BLIND, CacheState
+from expertflow.live.batch import PredictorBatch, PredictorInputs
+from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.models.families import FAMILIES
 from expertflow.types import TensorSpec
 
 pytest.importorskip("triton", reason="kernels need triton")
-from expertflow.kernels import experts, fetch, residency
+from expertflow.kernels import experts, fetch
+from expertflow.kernels.residency import driver
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,13 +64,13 @@ KINDS = {
 }  # fmt: skip
 
 
-def make(kind: str, dtype: str = "float32") -> tuple[RowLayout, ExpertMlp]:
+def make(kind: str, dtype: str = "float32") -> tuple[RecordLayout, ExpertMlp]:
     shapes, options = KINDS[kind]
-    layout = RowLayout.of([TensorSpec(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items()])
-    return layout, ExpertMlp.of(layout.specs, layout.offsets, layout.row_bytes, **options)
+    layout = RecordLayout.of([TensorSpec(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items()])
+    return layout, ExpertMlp.of(layout.specs, layout.offsets, layout.record_bytes, **options)
 
 
-def filled_pool(layout: RowLayout, slots: int = EXPERTS, scale: float = 0.3) -> SlotPool:
+def filled_pool(layout: RecordLayout, slots: int = EXPERTS, scale: float = 0.3) -> SlotPool:
     pool = SlotPool(layout, slots, DEVICE)
     pool.buffer.fill_(255)  # NaN in every dtype, also between the tensors
     for views in pool.views:
@@ -132,10 +133,13 @@ def test_the_reference_is_what_transformers_computes(family: str) -> None:
     for parameter in parameters.values():
         parameter.data.normal_(std=0.5)
     specs = [TensorSpec(name=n, shape=tuple(p.shape[1:]), dtype="float32") for n, p in parameters.items()]
-    layout = RowLayout.of(specs)
+    layout = RecordLayout.of(specs)
     options = {"activation": CLAMPED_SWIGLU, "transposed": True, "interleaved": True}
     mlp = ExpertMlp.of(
-        layout.specs, layout.offsets, layout.row_bytes, **(options if family == "gpt_oss" else {"activation": "silu"})
+        layout.specs,
+        layout.offsets,
+        layout.record_bytes,
+        **(options if family == "gpt_oss" else {"activation": "silu"}),
     )
     pool = SlotPool(layout, module.num_experts, torch.device("cpu"))
     for expert, views in enumerate(pool.views):
@@ -240,9 +244,9 @@ def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
         ledger = Ledger.of(src, dst)
         if gone >= 0:  # called off before anybody took it
             ledger.table[TAKEN, gone], ledger.table[DONE, gone] = CALLED_OFF, 1 << 20  # so that nobody waits for it
-        module.fetch_rows(host, pool, ledger, todo, bounds, data.draw(st.integers(1, 5)))
+        module.fetch_records(host, pool, ledger, todo, bounds, data.draw(st.integers(1, 5)))
         once = pool.clone()
-        module.fetch_rows(host, pool, ledger, todo, bounds)
+        module.fetch_records(host, pool, ledger, todo, bounds)
         assert torch.equal(pool, once)
     assert torch.equal(*pools)
     named = [int(entry) for entry in todo[int(bounds[0]) : int(bounds[1])] if entry != gone]
@@ -259,7 +263,7 @@ def test_a_load_finishes_what_another_began() -> None:
     first = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     ledger = Ledger.of(first, first)
     ledger.table[TAKEN : DONE + 1] = 2
-    fetch.fetch_rows(host, pool, ledger, first, torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), 3)
+    fetch.fetch_records(host, pool, ledger, first, torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), 3)
     assert not pool[0, : 2 * block].any()
     assert torch.equal(pool[0, 2 * block :].cpu(), host[0, 2 * block :])
     assert int(ledger.table[DONE]) == blocks
@@ -270,11 +274,11 @@ def test_what_is_expected_of_single_sequences_is_united(groups: list[list[int]])
     """The demand of a step is `unite`, `hazards` and `take_turns` of its groups; a chance that is no number leaves none."""
     row = STRATEGIES["plec"]
     state = CacheState.allocate(row, make_tables(3, 7, 5, divided=False), DEVICE)
-    twin = residency.Residency(state)
+    twin = driver.Residency(state)
     said = torch.rand(6, 5, 3, 7, device=DEVICE)
     said[0, 2:, 0], said[3, 1, 1] = 0.0, 1.0
-    slip = Slip(5, 5, 5, DEVICE)
-    slip.write([0], Agenda([], [], groups))
+    slip = PredictorInputs(5, 5, 5, DEVICE)
+    slip.write([0], PredictorBatch([], [], groups))
     twin.expect(said, slip.members, slip.turns)
     expected = take_turns([hazards(unite(said[group].cpu().numpy())) for group in groups])
     assert state.demand.shape == expected.shape
@@ -315,7 +319,7 @@ def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
     layout, mlp = make("gpt-oss", "bfloat16")
     store = HostStore(layout, 12, pin=True)
     for row in range(12):
-        for view in layout.views(store.row(row)).values():
+        for view in layout.views(store.record(row)).values():
             view.copy_(torch.randn(view.shape))
     store.lock()
     pool = SlotPool(layout, 4, cuda)
@@ -332,7 +336,7 @@ def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
 
     def layer() -> None:
         ledger.renew()
-        fetch.fetch_rows(store.buffer, pool.buffer, ledger, todo, bounds)
+        fetch.fetch_records(store.buffer, pool.buffer, ledger, todo, bounds)
         experts.expert_pairs(mlp, hidden, slots, pool.buffer, work)
         experts.combine(work.parts, index, weights, 12, out)
 
@@ -365,8 +369,8 @@ def test_full_size_rows_are_exact_on_the_device(cuda: torch.device, tokens: int)
     """At real sizes a token's result in a batch is, to the bit, its result alone."""
     hidden, width, number, top_k = 2048, 768, 32, 8
     shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
-    layout = RowLayout.of([TensorSpec(name=n, shape=s, dtype="bfloat16") for n, s in shapes.items()])
-    mlp = ExpertMlp.of(layout.specs, layout.offsets, layout.row_bytes, "silu")
+    layout = RecordLayout.of([TensorSpec(name=n, shape=s, dtype="bfloat16") for n, s in shapes.items()])
+    mlp = ExpertMlp.of(layout.specs, layout.offsets, layout.record_bytes, "silu")
     pool = filled_pool(layout, number, scale=0.02)
     x = torch.randn(tokens, hidden, device=cuda, dtype=torch.bfloat16)
     slots = routing(tokens, top_k, number).to(torch.int32)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.engine.provider import CachedExperts
 from expertflow.errors import HostMemoryError
 from expertflow.events import EventStream
+from expertflow.execution.provider import CachedExperts
 from expertflow.memory import store as store_module
-from expertflow.memory.layout import ALIGNMENT, RowLayout
+from expertflow.memory.layout import ALIGNMENT, RecordLayout
 from expertflow.memory.meter import CpuMeter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_addresses, check_host_memory, memory_reported
@@ -27,35 +27,35 @@ shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 spec_lists = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPE_BYTES))), min_size=1, max_size=4).map(
     lambda pairs: tuple(TensorSpec(name=f"t{i}", shape=shape, dtype=dtype) for i, (shape, dtype) in enumerate(pairs))
 )
-LAYOUT = RowLayout.of((TensorSpec(name="w", shape=(5, 7), dtype="float32"),))
+LAYOUT = RecordLayout.of((TensorSpec(name="w", shape=(5, 7), dtype="float32"),))
 
 
 @given(specs=spec_lists)
 def test_a_row_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> None:
     """Tensors written into a row through views are read back unchanged, aligned and without overlap."""
-    layout = RowLayout.of(specs)
+    layout = RecordLayout.of(specs)
     store = HostStore(layout, 2, pin=False)
     written = {spec.name: torch.randn(spec.shape).to(getattr(torch, spec.dtype)) for spec in specs}
     for name, value in written.items():
         store.tensor(1, name).copy_(value)
-    for name, view in layout.views(store.row(1)).items():
+    for name, view in layout.views(store.record(1)).items():
         assert torch.equal(view, written[name])
         assert view.data_ptr() % ALIGNMENT == 0
-    assert not store.row(0).any()
-    assert layout.row_bytes % ALIGNMENT == 0
+    assert not store.record(0).any()
+    assert layout.record_bytes % ALIGNMENT == 0
     store.close()
 
 
 @given(specs=spec_lists, slots=st.integers(1, 5))
 def test_slots_are_aligned_and_disjoint(specs: tuple[TensorSpec, ...], slots: int) -> None:
     """Each slot starts on the alignment, and filling one leaves the others alone; the pool's size is as planned."""
-    layout = RowLayout.of(specs)
+    layout = RecordLayout.of(specs)
     pool = SlotPool(layout, slots, torch.device("cpu"))
     pool.buffer.zero_()
     pool.slot(slots - 1).fill_(1)
     assert all(pool.slot(s).data_ptr() % ALIGNMENT == 0 for s in range(slots))
-    assert int(pool.buffer.sum()) == layout.row_bytes
-    assert pool.buffer.untyped_storage().nbytes() == SlotPool.nbytes(layout.row_bytes, slots)
+    assert int(pool.buffer.sum()) == layout.record_bytes
+    assert pool.buffer.untyped_storage().nbytes() == SlotPool.nbytes(layout.record_bytes, slots)
 
 
 class RecordingTransfer:
@@ -90,7 +90,7 @@ def _provider(slots: int, transfer: Transfer, pool: SlotPool, strategy: str = "l
         experts=8,
         slots=slots,
         strategy=STRATEGIES[strategy],
-        row_bytes=LAYOUT.row_bytes,
+        record_bytes=LAYOUT.record_bytes,
         events=EventStream(),
         future=np.random.default_rng(1).random((30, 2, 8)) < 0.4,
     )

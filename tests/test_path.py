@@ -4,7 +4,6 @@ Without a CUDA device the kernels run in Triton's interpreter on CPU tensors.
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,19 +14,20 @@ from torch.nn import functional
 from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.engine import build
-from expertflow.kernels.backend import backend
 from expertflow.memory.meter import CpuMeter
-from expertflow.predict import memory, model
+from expertflow.predict import counts as counting
+from expertflow.predict import model
 from expertflow.predict.artifact import Artifact
+from expertflow.predict.counts import remember
 from expertflow.predict.dataset import Shape
-from expertflow.predict.memory import remember
+from expertflow.predict.kernels import step_kernels
 from expertflow.predict.model import Pieces, State
 from expertflow.predict.online import OnlinePredictor, Prediction
-from test_foresight import MakePredictor, make_predictor
+from test_live_predictor import MakePredictor, make_predictor
 from test_predictor import random_artifact
 
 pytest.importorskip("triton", reason="kernels need triton")
-from expertflow.kernels import path
+from expertflow.predict.kernels import path
 
 __all__ = ["make_predictor"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
@@ -244,7 +244,7 @@ def test_what_is_not_served_steps_in_torch() -> None:
 def test_numbers_are_those_of_the_predictor() -> None:
     """Kernels may not know `predict`, so they say its numbers again."""
     assert (path.FLOOR, path.NEVER, path.FIXED) == (model._FLOOR, model._NEVER, model._FIXED)
-    assert memory._RANGE == path.RANGE
+    assert counting._RANGE == path.RANGE
 
 
 def test_the_engine_asks_for_the_kernels(
@@ -267,8 +267,8 @@ def test_the_engine_asks_for_the_kernels(
             before = state.tokens[rows, (state.taken[rows] - 1) % self._artifact.config.window]
             return self._artifact.probabilities(self._artifact.model.feed(state, rows, tokens, routes), tokens, before)
 
-    assert backend(torch.device("cpu")).path_step is None
-    monkeypatch.setattr(build, "backend", lambda _: SimpleNamespace(path_step=Plain))
+    assert step_kernels(torch.device("cpu")) is None
+    monkeypatch.setattr(build, "step_kernels", lambda _: Plain)
     with LLM(checkpoint, device="cpu", max_length=48, slots=6, predictor=str(make_predictor(checkpoint))) as llm:
         llm.generate([[5, 6, 7]])
         assert llm.predictor_failure is None

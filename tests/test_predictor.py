@@ -14,13 +14,13 @@ from expertflow.cli import eval_predictor, evaluation, train_predictor
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import WEIGHTS_NAME, Artifact, load_artifact, save_artifact
 from expertflow.predict.calibration import Piece, calibrate, weigh
+from expertflow.predict.counts import SOURCES, Memory, remember
 from expertflow.predict.dataset import Passage, Shape, leave_out, passages, split, windows
+from expertflow.predict.evaluation.score import score
 from expertflow.predict.kinds import KINDS, make
-from expertflow.predict.memory import SOURCES, Memory, remember
 from expertflow.predict.model import HORIZONS, OUTPUTS, Pieces, PredictorConfig, TokenTable, multi_hot
 from expertflow.predict.online import OnlinePredictor
 from expertflow.predict.options import ABOUT_NAME, TrainConfig
-from expertflow.predict.score import score
 from expertflow.predict.train import Epoch, labels, train
 from expertflow.trace.format import Header, Rows, Trace, load_trace
 from test_trace import EXCERPT, make_trace

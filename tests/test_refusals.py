@@ -14,10 +14,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, EngineConfig, SamplingParams, from_pretrained
 from expertflow.cli.plan import as_dict
-from expertflow.engine.build import prepare
+from expertflow.engine.prepare import prepare
 from expertflow.errors import CheckpointError, ExpertFlowError, UnsupportedModelError
-from expertflow.models import checkpoint
-from expertflow.models.checkpoint import SINGLE_NAME
+from expertflow.models.files import checkpoint
+from expertflow.models.files.checkpoint import SINGLE_NAME
 from test_commands import run
 
 PROMPT = [5, 9, 17, 33, 4, 61, 8]

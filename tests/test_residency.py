@@ -16,9 +16,9 @@ from expertflow.cache.forecast import Forecast, NextGate, Nothing, Recorded, Ste
 from expertflow.cache.policy import Outlook, Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.events import Event, EventKind, EventStream
-from expertflow.kernels import residency, residency_reference
 from expertflow.kernels.ledger import DST
-from expertflow.kernels.state import (
+from expertflow.kernels.residency import driver, reference
+from expertflow.kernels.residency.state import (
     AHEAD,
     EVICTIONS,
     FRESH,
@@ -37,7 +37,7 @@ from expertflow.trace.format import Trace, load_trace
 from test_trace import EXCERPT, make_trace
 
 ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row, given=row.predicted) is None]
-MAKERS = {"reference": residency_reference.Residency, "kernels": residency.Residency}
+MAKERS = {"reference": reference.Residency, "kernels": driver.Residency}
 Make = Callable[[CacheState], Any]
 
 
@@ -236,12 +236,12 @@ def test_nothing_is_lost_at_a_switch(maker: str) -> None:
     happened: list[Event] = []
     events = EventStream()
     events.subscribe(happened.append)
-    controller = CacheController(layers=3, experts=7, slots=8, strategy=row, row_bytes=1, events=events)
+    controller = CacheController(layers=3, experts=7, slots=8, strategy=row, record_bytes=1, events=events)
     state = CacheState.allocate(row, controller.tables, torch.device(_device(maker)), log=True)
     schedule, twin = Schedule.allocate(state, 3, 2), MAKERS[maker](state)
     for number, routes in enumerate(routes_of(workload)):
         if number in {2, 3}:
-            controller.hand_over(state.load) if number == 2 else None
+            controller.lend_tables(state.load) if number == 2 else None
             events.emit(Event(EventKind.STEP, number))
             twin.open_step()
             for layer in range(3):
@@ -249,7 +249,7 @@ def test_nothing_is_lost_at_a_switch(maker: str) -> None:
                 twin.bind(layer)
             twin.close_step()
             happened += [as_event(entry, number, 1) for entry in state.take_log()]
-            controller.take_back(state.store, steps=2) if number == 3 else None
+            controller.reclaim_tables(state.store, steps=2) if number == 3 else None
         else:
             controller.begin_step()
             for layer in range(3):
@@ -274,7 +274,7 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
     forecast = _OnlyReached(reached, sure=not row.predicted) if row.predicted or row.policy is layer_order else None
     host, device = (
         CacheController(
-            layers=layers, experts=experts, slots=slots, strategy=row, row_bytes=1, events=stream, future=future,
+            layers=layers, experts=experts, slots=slots, strategy=row, record_bytes=1, events=stream, future=future,
             forecast=forecast, reached=reached,
         )
         for stream in streams
@@ -288,7 +288,7 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
             for layer in range(layers) if number == 0 else (1, 2):
                 controller.access(layer, np.flatnonzero(workload.needed[number, layer]).tolist())
         if number == 0:
-            device.hand_over(state.load)
+            device.lend_tables(state.load)
             continue
         told[1].append(Event(EventKind.STEP, number))
         if row.predicted:
@@ -300,7 +300,7 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
             twin.bind(layer)
         twin.close_step()
         told[1] += [as_event(entry, number, 1) for entry in state.take_log()]
-    device.take_back(state.store, steps=4)
+    device.reclaim_tables(state.store, steps=4)
     assert told[0] == told[1]
     assert not device.tables.pinned[0].any()  # what was loaded ahead for that layer may leave
 
@@ -331,7 +331,7 @@ def test_a_bound_that_does_not_hold_is_seen() -> None:
     state.load(tables, Usage(layers=3, experts=7))
     schedule = Schedule.allocate(state, 3, 2)
     short = replace(schedule, slots=schedule.slots[:2], bounds=schedule.bounds[:2])
-    twin = residency.Residency(state)
+    twin = driver.Residency(state)
     twin.open_step()
     twin.run_layer(0, torch.from_numpy(routes_of(workload)[0, :, 0].copy()).to(state.clock.device), short)
     with pytest.raises(AssertionError, match="more phases"):

@@ -8,7 +8,7 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, SamplingParams
-from expertflow.engine.rope import SequenceRope
+from expertflow.execution.rope import SequenceRope
 from expertflow.models.families import FAMILIES
 
 ORIGINAL = 24

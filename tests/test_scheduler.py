@@ -16,9 +16,9 @@ from transformers import DynamicCache
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
-from expertflow.engine.rows import Fed
-from expertflow.engine.runner import Piece
 from expertflow.errors import CancelledError, ConfigError
+from expertflow.execution.kv_rows import DecodeInput
+from expertflow.execution.runner import PromptChunk
 from expertflow.models.families import FAMILIES
 from expertflow.schedule.cluster import in_order
 from expertflow.schedule.cost import (
@@ -32,7 +32,7 @@ from expertflow.schedule.cost import (
     price,
 )
 from expertflow.schedule.scheduler import LONGEST_WAIT, Decode, Part, Prefill, Scheduler
-from test_foresight import MakePredictor, make_predictor  # noqa: F401 - a fixture
+from test_live_predictor import MakePredictor, make_predictor  # noqa: F401 - a fixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_ROWS = list(FAMILIES)
@@ -429,7 +429,7 @@ def test_arrivals_cancellations_and_regroupings_change_no_token(
                 got[number].append(output.token_id)
                 over |= {number} if output.output is not None else set()
         assert llm.predictor_failure is None
-        assert llm._offloaded.foresight._live == {}
+        assert llm._offloaded.live_predictor._live == {}
     for number, tokens in got.items():
         assert tuple(tokens) == expected[which[number]][: len(tokens)]
         assert number in over
@@ -556,7 +556,7 @@ def test_rows_do_what_copies_would(make_checkpoint: MakeCheckpoint) -> None:
         draw = random.Random(4)
         caches, lengths = [], [len(prompt) for prompt in PROMPTS[:4]]
         for place, prompt in enumerate(PROMPTS[:4]):
-            from_rows = executor.prefill([Piece(place, prompt, 3 - place, 0)])
+            from_rows = executor.prefill([PromptChunk(place, prompt, 3 - place, 0)])
             with torch.inference_mode():
                 out = model(torch.tensor([prompt]), past_key_values=DynamicCache(config=model.config))
             torch.testing.assert_close(from_rows[0], out.logits[0, -1])
@@ -564,7 +564,10 @@ def test_rows_do_what_copies_would(make_checkpoint: MakeCheckpoint) -> None:
         for step in range(8):
             members = draw.sample(range(4), draw.randint(1, 4))
             tokens = [draw.randrange(3, 90) for _ in members]
-            fed = [Fed(place, token, 3 - place, lengths[place]) for place, token in zip(members, tokens, strict=True)]
+            fed = [
+                DecodeInput(place, token, 3 - place, lengths[place])
+                for place, token in zip(members, tokens, strict=True)
+            ]
             mine = executor.decode(fed)
             theirs = merged(model, [caches[place] for place in members], [lengths[place] for place in members], tokens)
             for place, (logits, cache) in zip(members, theirs, strict=True):
@@ -618,9 +621,9 @@ def test_padding_uses_no_expert(make_checkpoint: MakeCheckpoint) -> None:
     with LLM(make_checkpoint("qwen3_moe"), device=DEVICE, max_batch=2, max_length=48) as llm:
         llm._offloaded.watch(Watch())
         executor = llm.engine._executor
-        executor.prefill([Piece(0, PROMPTS[0], 0, 0), Piece(1, PROMPTS[1], 1, 0)])
-        executor.prefill([Piece(0, PROMPTS[0], 0, 0)])
-        executor.prefill([Piece(1, PROMPTS[1], 1, 0)])
+        executor.prefill([PromptChunk(0, PROMPTS[0], 0, 0), PromptChunk(1, PROMPTS[1], 1, 0)])
+        executor.prefill([PromptChunk(0, PROMPTS[0], 0, 0)])
+        executor.prefill([PromptChunk(1, PROMPTS[1], 1, 0)])
     together, first, second = seen
     assert (together[6:9] == 8).all()  # three tokens of padding before a prompt of three
     assert np.array_equal(np.sort(together[:6]), np.sort(first))

@@ -70,7 +70,7 @@ def test_engine_and_simulator_tell_the_same_events(
         llm._offloaded.events.subscribe(happened.append)
         llm.generate(prompts, params)
         llm.close()
-        assert happened == replay_events(workload, row, slots, llm.plan.row), name
+        assert happened == replay_events(workload, row, slots, llm.plan.record_bytes), name
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -10,7 +10,7 @@ import torch
 
 from expertflow import __version__, limits
 from expertflow.engine import threads
-from expertflow.engine.build import SHIPPED_PREDICTOR
+from expertflow.engine.prepare import SHIPPED_PREDICTOR
 from expertflow.limits import usable_cpus
 
 FOLDER = Path(__file__).parent / "data"

@@ -116,7 +116,7 @@ def record(windows: Path, out: Path) -> None:
         header = Header(
             layers=shape.layers, experts=shape.experts, top_k=model.expertflow.skeleton.top_k, model="novella",
             fingerprint=model.expertflow.fingerprint, source=f"{part}: given text, token by token",
-            record_bytes=model.expertflow.plan.row,
+            record_bytes=model.expertflow.plan.record_bytes,
         )  # fmt: skip
         rows = Rows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
         entries = tuple({"sequence": number, "category": part} for number in range(len(pieces)))

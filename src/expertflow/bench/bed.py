@@ -20,8 +20,8 @@ from expertflow.bench.workload import Tokens, Workload
 from expertflow.cache.policy import layer_order
 from expertflow.cache.strategy import find_strategy
 from expertflow.config import EngineConfig, SamplingParams
-from expertflow.engine.build import prepare
 from expertflow.engine.llm import LLM
+from expertflow.engine.prepare import prepare
 from expertflow.events import CacheCounters
 
 _PROBES, _PROBE_BYTES = 5, 1 << 28
@@ -199,8 +199,8 @@ class Bed:
     def link_gbps(self) -> float:
         """Copies of one row's size to the device, back to back, 10^9 bytes a second; the best of a few tries."""
         store = self._owner._offloaded.store.buffer  # noqa: SLF001 - page-locked rows as the engine moves them
-        rows = max(1, min(len(store), _PROBE_BYTES // self.plan.row))
-        room = torch.empty(self.plan.row, dtype=torch.uint8, device=self.plan.device)
+        rows = max(1, min(len(store), _PROBE_BYTES // self.plan.record_bytes))
+        room = torch.empty(self.plan.record_bytes, dtype=torch.uint8, device=self.plan.device)
         best = 0.0
         for _ in range(_PROBES):
             _wait(self.plan.device)
@@ -208,7 +208,7 @@ class Bed:
             for row in range(rows):
                 room.copy_(store[row], non_blocking=True)
             _wait(self.plan.device)
-            best = max(best, rows * self.plan.row / (time.perf_counter() - began) / 1e9)
+            best = max(best, rows * self.plan.record_bytes / (time.perf_counter() - began) / 1e9)
         return best
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from expertflow.bench.workload import Tokens, Workload, make_workload
 from expertflow.cache.strategy import find_strategy
 from expertflow.engine.llm import load_tokenizer, shipped_model
 from expertflow.errors import BudgetError, ConfigError, PredictorError
-from expertflow.models.checkpoint import resolve
+from expertflow.models.files.checkpoint import resolve
 from expertflow.units import parse_slots
 
 Tell = Callable[[str, int, int], None]
@@ -58,7 +58,7 @@ def measure(settings: Settings, command: str, tell: Tell) -> Result:
         name = Path(settings.model or folder).absolute().name  # a Hugging Face id lies in a folder with another name
         facts = ModelFacts(
             name=name, model_type=plan.shape.model_type, layers=plan.shape.layers, experts=plan.shape.experts,
-            top_k=plan.shape.top_k, dtype=plan.shape.dtype, row_bytes=plan.row, dense_bytes=plan.dense,
+            top_k=plan.shape.top_k, dtype=plan.shape.dtype, row_bytes=plan.record_bytes, dense_bytes=plan.dense,
             fingerprint=bed.fingerprint, predictor_bytes=measuring.predictor_bytes,
         )  # fmt: skip
         config = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
@@ -285,7 +285,7 @@ class _Measuring:
     ) -> Row:
         if seat.llm.predictor_failure:
             raise PredictorError(f"the predictor failed: {seat.llm.predictor_failure}", "Leave it out, or mend it.")
-        note = f"no graph: {seat.plan.why_host}" if seat.plan.why_host else ""
+        note = f"no graph: {seat.plan.graph_unavailable_reason}" if seat.plan.graph_unavailable_reason else ""
         if seat.gate is not None:
             note = seat.gate.note + self._agreement(seat.plan.execution)
         exact: bool | None = None

@@ -113,7 +113,7 @@ def fewest_loads(needed: Needs, slots: int) -> int:
         experts=experts,
         slots=slots,
         strategy=STRATEGIES["oracle"],
-        row_bytes=1,
+        record_bytes=1,
         events=events,
         future=needed,
     )

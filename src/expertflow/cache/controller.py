@@ -56,7 +56,7 @@ class CacheController:
         experts: experts a layer.
         slots: slots in all, at least 1.
         strategy: row of the strategy table.
-        row_bytes: bytes of one expert, for the event stream.
+        record_bytes: bytes of one expert, for the event stream.
         events: where everything is told.
         future: `[N, L, E]` bool, the coming run's routing, for strategies that need a recording of it.
         forecast: replaces the strategy's own source of expectations.
@@ -73,7 +73,7 @@ class CacheController:
         experts: int,
         slots: int,
         strategy: Strategy,
-        row_bytes: int,
+        record_bytes: int,
         events: EventStream,
         future: npt.NDArray[np.bool_] | None = None,
         forecast: Forecast | None = None,
@@ -87,7 +87,7 @@ class CacheController:
         self._rules: Rules = strategy.rules(layers, slots)
         self._brain = Brain(strategy, Setting(layers=layers, experts=experts, future=future, reached=reached), forecast)
         self._planes, self._demand = self._brain.begin(Step(0))
-        self._row_bytes, self._open = row_bytes, False
+        self._row_bytes, self._open = record_bytes, False
         self._needed = np.zeros((layers, experts), dtype=np.bool_)
         self._tokens: npt.NDArray[np.int32] | None = None
         self._routes: dict[int, npt.NDArray[np.int64]] = {}
@@ -180,12 +180,12 @@ class CacheController:
         """What is remembered; for whoever takes turns with this controller."""
         return self._tables
 
-    def hand_over(self, take: Callable[[Tables, Usage], None]) -> None:
+    def lend_tables(self, take: Callable[[Tables, Usage], None]) -> None:
         """Let somebody else decide the coming steps: the step that is over is learned from, `take` copies what is known."""
         self.end_step()
         take(self._tables, self._brain.usage)
 
-    def take_back(self, give: Callable[[Tables, Usage], None], steps: int) -> None:
+    def reclaim_tables(self, give: Callable[[Tables, Usage], None], steps: int) -> None:
         """Go on after `steps` steps that somebody else decided; `give` writes what is known now."""
         give(self._tables, self._brain.usage)
         self.step += steps
@@ -227,9 +227,9 @@ class CacheController:
         return accesses
 
 
-def as_event(row: Sequence[int], step: int, row_bytes: int) -> Event:
+def as_event(row: Sequence[int], step: int, record_bytes: int) -> Event:
     """A log row as an event."""
     kind = KINDS[row[0]]
-    moved = row_bytes if kind in (EventKind.MISS, EventKind.PREFETCH) else 0
+    moved = record_bytes if kind in (EventKind.MISS, EventKind.PREFETCH) else 0
     value = row[4] if kind in (EventKind.LAYER, EventKind.HIT) else moved
     return Event(kind, step, row[1], row[2], row[3], value)

@@ -14,7 +14,7 @@ from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import bytes_of
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.errors import ConfigError, PredictorError, PromptError
-from expertflow.models.checkpoint import resolve
+from expertflow.models.files.checkpoint import resolve
 from expertflow.outside import is_file, name_fault
 from expertflow.predict.dataset import read_condition
 from expertflow.predict.options import ABOUT_NAME, TrainConfig, check_kind

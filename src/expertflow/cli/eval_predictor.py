@@ -30,10 +30,10 @@ from expertflow.engine.threads import limit_threads
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.files import processor, write_whole
 from expertflow.predict.artifact import Artifact, load_artifact
-from expertflow.predict.baselines import BASELINES
 from expertflow.predict.dataset import Passage, Shape, leave_out, mark, passages, shape_of
-from expertflow.predict.evaluate import GUESSES, PRECISION, RECALL, Evaluation, evaluate
-from expertflow.predict.score import score
+from expertflow.predict.evaluation.baselines import BASELINES
+from expertflow.predict.evaluation.evaluate import GUESSES, PRECISION, RECALL, Evaluation, evaluate
+from expertflow.predict.evaluation.score import score
 from expertflow.progress import Progress
 from expertflow.sim.clock import Cost
 from expertflow.sim.predicted import PredictedRows, RowScores
@@ -88,7 +88,7 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
         except OSError as error:
             raise ConfigError(f"{json_file} cannot be written: {error.strerror}", "Choose another place.") from error
     if plot is not None:
-        import_module("expertflow.predict.report").draw(evaluations, plot, _about(trace, predictor))
+        import_module("expertflow.predict.evaluation.report").draw(evaluations, plot, _about(trace, predictor))
     console.print(f"{len(held)} sequences, {sum(map(len, held))} tokens, {seconds:.0f} s")
 
 

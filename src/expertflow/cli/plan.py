@@ -9,9 +9,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from expertflow.config import EngineConfig
-from expertflow.engine.build import prepare
 from expertflow.engine.llm import shipped_model
 from expertflow.engine.plan import Plan
+from expertflow.engine.prepare import prepare
 from expertflow.units import format_bytes
 
 
@@ -32,7 +32,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     names = (
         "device",
         "execution",
-        "why_host",
         "strategy",
         "budget",
         "dense",
@@ -40,7 +39,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "workspace",
         "graph",
         "predictor",
-        "row",
         "slots",
         "slot_bytes",
         "total",
@@ -59,6 +57,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "top_k": shape.top_k,
         "notes": shape.notes,
         **sizes,
+        "row": plan.record_bytes,
+        "why_host": plan.graph_unavailable_reason,
     }
 
 
@@ -78,7 +78,7 @@ def _show(plan: Plan, name: str) -> None:
         table.add_row("device", "predictor, its state and working memory", format_bytes(plan.predictor))
     table.add_row(
         "device",
-        f"{plan.slots} expert slots of {format_bytes(plan.row)} ({plan.share:.1%})",
+        f"{plan.slots} expert slots of {format_bytes(plan.record_bytes)} ({plan.share:.1%})",
         format_bytes(plan.slot_bytes),
     )
     table.add_section()
@@ -98,7 +98,7 @@ def _meaning(plan: Plan) -> str:
     a_layer = plan.slots / plan.shape.layers
     text = (
         f"{a_layer:.1f} slots a layer; a token uses {plan.shape.top_k} of {plan.shape.experts} experts a layer. "
-        f"With nothing kept, a token moves {format_bytes(plan.shape.layers * plan.shape.top_k * plan.row)}."
+        f"With nothing kept, a token moves {format_bytes(plan.shape.layers * plan.shape.top_k * plan.record_bytes)}."
     )
     if plan.slots >= plan.shape.total_experts:
         return text + " Every expert fits: after the first use nothing is moved."

@@ -20,9 +20,9 @@ from expertflow.engine.llm import LLM, load_tokenizer, shipped_model, stop_token
 from expertflow.engine.offline import Results
 from expertflow.engine.plan import DEFAULT_CONTEXT
 from expertflow.engine.request import RequestOutput
-from expertflow.engine.sampler import draw_seed
 from expertflow.errors import NonFiniteError, PromptError
-from expertflow.models.checkpoint import context_of, resolve
+from expertflow.execution.sampler import draw_seed
+from expertflow.models.files.checkpoint import context_of, resolve
 from expertflow.progress import Progress
 from expertflow.units import format_bytes
 
@@ -208,7 +208,7 @@ def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dic
         "device": plan.device,
         "threads": llm.threads,
         "execution": plan.execution,
-        "why_host": plan.why_host,
+        "why_host": plan.graph_unavailable_reason,
         "notes": plan.shape.notes,
         "strategy": plan.strategy,
         "budget_bytes": plan.budget,
@@ -285,7 +285,7 @@ def _summary(llm: LLM, console: Console, outputs: list[RequestOutput], seed: int
             "measured peak",
             f"{format_bytes(stats.peak_bytes)} (all experts resident: {format_bytes(plan.resident_total)})",
         ),
-        ("execution", f"{plan.execution}{plan.why_host and ': ' + plan.why_host}"),
+        ("execution", f"{plan.execution}{plan.graph_unavailable_reason and ': ' + plan.graph_unavailable_reason}"),
         *[("note", escape(note)) for note in plan.shape.notes],
         ("threads", str(llm.threads)),
         ("slots", f"{plan.slots} of {plan.shape.total_experts} experts ({plan.share:.1%}), strategy {plan.strategy}"),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from expertflow.config import EngineConfig
-from expertflow.engine.build import prepare
+from expertflow.engine.prepare import prepare
 from expertflow.trace.format import check_model, open_trace
 
 
@@ -21,4 +21,4 @@ def record_bytes_of(model: str, trace: Path) -> int:
     prepared = prepare(model, EngineConfig(device="cpu"), fetch=False)
     shape = prepared.plan.shape
     check_model(open_trace(trace).header, layers=shape.layers, experts=shape.experts, top_k=shape.top_k)
-    return prepared.plan.row
+    return prepared.plan.record_bytes

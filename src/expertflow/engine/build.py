@@ -1,8 +1,7 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,204 +11,37 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast
-from expertflow.cache.strategy import DEFAULT, PREDICTED_DEFAULT, Strategy, find_strategy
+from expertflow.cache.strategy import Strategy, find_strategy
 from expertflow.config import EngineConfig
-from expertflow.engine.cross import EncoderDecoderRows
-from expertflow.engine.device import DeviceExperts, Held, expert_mlp, graph_refusal
-from expertflow.engine.foresight import Foresight
-from expertflow.engine.graph import GraphDecoder
-from expertflow.engine.observe import StepObserver, step_tokens, tell_all
-from expertflow.engine.passes import Passes
-from expertflow.engine.plan import Plan, make_plan, sequence_length
-from expertflow.engine.provider import CachedExperts
-from expertflow.engine.rows import RowModel
-from expertflow.engine.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
-from expertflow.errors import BudgetError, ClosedError, ConfigError, DeviceError
+from expertflow.engine.plan import Plan
+from expertflow.engine.prepare import Prepared, predictor_load, prepare
+from expertflow.errors import BudgetError, ClosedError, ConfigError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
-from expertflow.kernels.backend import backend
-from expertflow.memory.layout import RowLayout
+from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlp
+from expertflow.execution.captured.graph import GraphDecoder
+from expertflow.execution.encoder_decoder import EncoderDecoderRows
+from expertflow.execution.kv_rows import RowModel
+from expertflow.execution.observe import StepObserver, step_tokens, tell_all
+from expertflow.execution.passes import Passes
+from expertflow.execution.provider import CachedExperts
+from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
+from expertflow.live.predictor import LivePredictor
+from expertflow.memory.layout import RecordLayout
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_addresses, check_host_memory, check_locking, memory_reported
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
-from expertflow.models.bounds import describing
-from expertflow.models.checkpoint import StoredTensor, resolve, walk
 from expertflow.models.experts import Uncopied
-from expertflow.models.fingerprint import fingerprint
-from expertflow.models.identity import ContentHash, spans_of, stamps
-from expertflow.models.load import bind_experts, fill_rows, load_dense, unbind_experts
-from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
-from expertflow.models.shape import shape_of
-from expertflow.models.skeleton import Skeleton, build_skeleton
-from expertflow.predict.artifact import Artifact, load_artifact
-from expertflow.predict.dataset import Shape
+from expertflow.models.files.identity import ContentHash, spans_of, stamps
+from expertflow.models.load import bind_experts, fill_records, load_dense, unbind_experts
+from expertflow.models.mapping import ExpertPiece
+from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
-from expertflow.predict.options import ABOUT_NAME
 from expertflow.progress import Progress
 from expertflow.units import format_bytes, parse_bytes
 
-ASSETS = Path(__file__).parents[1] / "assets"
-SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predictor"
-"""What comes with the package."""
 _LONG_TO_LOAD = 1 << 30
 """Bytes of experts from which loading shows its progress: less takes a second or two."""
-
-
-def resolve_device(device: str) -> torch.device:
-    """The torch device for `auto`, `cpu`, `cuda`, or `cuda:N` where N is torch's current device.
-
-    Raises:
-        DeviceError: if CUDA is asked for and not there, or another device than the current one.
-    """
-    available, (kind, _, index) = torch.cuda.is_available(), device.partition(":")
-    if kind == "cuda" and not available:
-        raise DeviceError(
-            f"device={device!r}, but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
-        )
-    if kind == "cuda" and index and int(index) != (current := torch.cuda.current_device()):
-        raise DeviceError(
-            f"device={device!r} is not torch's current device, which is 'cuda:{current}'",
-            f"Call `torch.cuda.set_device({index})` first, or start with CUDA_VISIBLE_DEVICES={index} and device='cuda'.",
-        )
-    return torch.device("cuda" if available and kind != "cpu" else "cpu")
-
-
-def check_default_device() -> None:
-    """Refuse to load where torch makes new tensors elsewhere than in host memory.
-
-    Raises:
-        DeviceError: inside `with torch.device(...)` or after `torch.set_default_device(...)` of another device.
-    """
-    if (default := torch.get_default_device().type) != "cpu":
-        raise DeviceError(
-            f"torch's default device is {default!r}, and a model is loaded through host memory",
-            "Load outside `with torch.device(...)`, or call `torch.set_default_device('cpu')`; `device=` says where it runs.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A checkpoint that was looked at but not loaded: skeleton, where its experts are, the plan, and which weights.
-
-    Attributes:
-        skeleton: the model.
-        pieces: where its experts are.
-        plan: what goes where.
-        fingerprint: sampled, of the weights.
-        predictor: of the model, or None.
-        tensors: the checkpoint, by key.
-    """
-
-    skeleton: Skeleton
-    pieces: list[ExpertPiece]
-    plan: Plan
-    fingerprint: str
-    predictor: Artifact | None = None
-    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
-
-    @property
-    def mapped(self) -> int:
-        """Bytes of the files that dense weights are in: they are mapped while those are loaded."""
-        return sum(file.stat().st_size for file in {tensor.file for tensor in self.dense.values()})
-
-    @property
-    def dense(self) -> dict[str, StoredTensor]:
-        """The checkpoint without its experts, by key."""
-        experts = {piece.source.key for piece in self.pieces}
-        return {key: tensor for key, tensor in self.tensors.items() if key not in experts}
-
-
-@memory_reported()
-def prepare(
-    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, *, fetch: bool = True
-) -> Prepared:
-    """Read config and shard headers, check them against each other, and plan. Loads no weights.
-
-    A forecast of the caller's own takes the predictor's place.
-
-    Raises:
-        ExpertFlowError: for anything that would make loading or running fail later.
-    """
-    check_default_device()
-    if config.strategy is not None and forecast is None:
-        find_strategy(config.strategy).check_future(None)  # before anything is read
-    skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype)
-    tensors, convert = walk(skeleton.folder), config.dtype != "auto"
-    pieces = map_experts(skeleton, tensors, convert=convert)
-    check_dense(skeleton, tensors, convert=convert)
-    with describing(skeleton.folder / "config.json", "describes no model that can be run"):
-        shape = shape_of(skeleton)
-    mark = fingerprint(tensors)
-    predictor = None if forecast is not None else _choose_predictor(config, skeleton.folder)
-    if predictor is not None:
-        wanted = Shape(shape.layers, shape.experts, skeleton.top_k)
-        predictor.check_model(mark, wanted, str(skeleton.folder))
-    strategy = find_strategy(config.strategy or (DEFAULT if predictor is None else PREDICTED_DEFAULT))
-    if not strategy.predicted:
-        _refuse_unused(predictor, config, strategy)
-        predictor = None
-    if config.schedule == "group" and predictor is None:
-        raise ConfigError(
-            "schedule='group' divides sequences by predicted route, and there is no predictor here",
-            "Train one (`expertflow train-predictor`), or use schedule='auto' or 'fifo'.",
-        )
-    device = resolve_device(config.device)
-    no_graph = graph_refusal(
-        skeleton,
-        strategy,
-        device.type,
-        rows=config.max_batch,
-        forecast=forecast,
-        predicted=predictor is not None,
-    )
-    live, batch, chunk = _predictor_load(config)
-    if shape.encoder_decoder:  # it reads a prompt in one pass
-        chunk = max(chunk, sequence_length(config, shape))
-    thinks = predictor_bytes(predictor, device, live, batch, chunk)
-    plan = make_plan(config, shape, device.type, strategy.name, no_graph, predictor=thinks)
-    return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor, tensors=tensors)
-
-
-def predictor_bytes(predictor: Artifact | None, device: torch.device, rows: int, batch: int, chunk: int) -> int:
-    """What a predictor takes on a device, with the kernels it gets there; 0 without one. See `OnlinePredictor.nbytes`."""
-    if predictor is None:
-        return 0
-    kernels = backend(device).path_step
-    twin = kernels is not None and kernels(predictor) is not None
-    return OnlinePredictor.nbytes(predictor, rows, batch, chunk, twin=twin)
-
-
-def _predictor_load(config: EngineConfig) -> tuple[int, int, int]:
-    """Sequences the predictor remembers, how many it is told of at once, and the tokens of a pass."""
-    live = config.max_live or config.max_batch
-    return live, live, config.prefill_chunk
-
-
-def _choose_predictor(config: EngineConfig, folder: Path) -> Artifact | None:
-    """The predictor that was named, or the model's own: its folder `predictor`, or what ships with the shipped model.
-
-    Raises:
-        PredictorError: if it is damaged, or named and not there.
-    """
-    if config.predictor == "none":
-        return None
-    if config.predictor != "auto":
-        return load_artifact(Path(config.predictor))
-    own = SHIPPED_PREDICTOR if folder.resolve() == SHIPPED_MODEL.resolve() else folder / "predictor"
-    return load_artifact(own) if (own / ABOUT_NAME).is_file() else None
-
-
-def _refuse_unused(predictor: Artifact | None, config: EngineConfig, strategy: Strategy) -> None:
-    """A strategy without predictions leaves the model's own predictor alone; one that was named is an error.
-
-    Raises:
-        ConfigError: then.
-    """
-    if predictor is not None and config.predictor != "auto":
-        raise ConfigError(
-            f"strategy {strategy.name!r} does not use a predictor, and predictor={config.predictor!r} was given",
-            f"Use strategy {PREDICTED_DEFAULT!r}, or leave the predictor out.",
-        )
 
 
 class OffloadedModel(Uncopied):
@@ -223,7 +55,7 @@ class OffloadedModel(Uncopied):
         meter: measures device memory.
         fingerprint: of the checkpoint's weights, sampled.
         identity: hash of all that its answers depend on.
-        foresight: the predictor at work, or None.
+        live_predictor: the predictor at work, or None.
         passes: what lets one pass at a time run.
     """
 
@@ -245,7 +77,7 @@ class OffloadedModel(Uncopied):
         _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped)
         if self.device.type == "cuda":
             cuda_meter = CudaMeter(self.device)
-        layout = RowLayout.of(plan.shape.specs)
+        layout = RecordLayout.of(plan.shape.specs)
         folder, dense = prepared.skeleton.folder, prepared.dense
         self.stamps = stamps(prepared.tensors, folder)
         self.model: PreTrainedModel = load_dense(prepared.skeleton, dense, self.device)
@@ -266,20 +98,20 @@ class OffloadedModel(Uncopied):
         self.events = EventStream()
         self.counters = CacheCounters()
         self.events.subscribe(self.counters.count)
-        self.foresight: Foresight | None = None
+        self.live_predictor: LivePredictor | None = None
         self._forecast = forecast
         if prepared.predictor is not None:
             own = self.device if plan.execution == "graph" else torch.device("cpu")  # a graph cannot ask the host
-            online = OnlinePredictor(prepared.predictor, _predictor_load(config)[0], own, backend(own).path_step)
-            self.foresight = Foresight(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
+            online = OnlinePredictor(prepared.predictor, predictor_load(config)[0], own, step_kernels(own))
+            self.live_predictor = LivePredictor(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
         self.controller = CacheController(
             layers=plan.shape.layers,
             experts=plan.shape.experts,
             slots=plan.slots,
             strategy=_on(self.device, find_strategy(plan.strategy)),
-            row_bytes=plan.row,
+            record_bytes=plan.record_bytes,
             events=self.events,
-            forecast=forecast or self.foresight,
+            forecast=forecast or self.live_predictor,
             reached=prepared.skeleton.reached,
         )
         self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
@@ -345,7 +177,7 @@ class OffloadedModel(Uncopied):
 
     def _graphs(self) -> GraphDecoder | None:
         """The graphs, if the plan says so and nobody has to see the routing; where not, says why, once."""
-        reason = self.plan.why_host
+        reason = self.plan.graph_unavailable_reason
         if self.plan.execution == "graph":
             if all(observer is self.controller for observer in self.observers):
                 self._told_why = ""
@@ -363,9 +195,9 @@ class OffloadedModel(Uncopied):
             assert self._rows is not None
             self.settle()
             self._decoder = None
-            held = Held(
+            held = SharedParts(
                 controller=self.controller, store=self.store, pool=self._pool, transfer=self._transfer,
-                counters=self.counters, foresight=self.foresight, forecast=self._forecast,
+                counters=self.counters, live_predictor=self.live_predictor, forecast=self._forecast,
             )  # fmt: skip
             plan, mlp = self.plan, expert_mlp(self.skeleton)
             with torch.inference_mode(), self.meter.watch():
@@ -460,8 +292,8 @@ def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostSt
         content = ContentHash()
         content.read([*(piece.span for piece in prepared.pieces), *spans_of(prepared.dense)])
         identity = content.identity(prepared.tensors, prepared.skeleton.folder)
-    if identity != beside.identity or (beside.plan.row, beside.plan.device) != (
-        prepared.plan.row,
+    if identity != beside.identity or (beside.plan.record_bytes, beside.plan.device) != (
+        prepared.plan.record_bytes,
         prepared.plan.device,
     ):
         raise ConfigError(
@@ -504,4 +336,4 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
 def _fill(pieces: list[ExpertPiece], store: HostStore, content: ContentHash, *, show: bool) -> None:
     total = sum(piece.nbytes for piece in pieces)
     with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
-        fill_rows(pieces, store, content, bar.advance)
+        fill_records(pieces, store, content, bar.advance)

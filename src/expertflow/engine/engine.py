@@ -2,7 +2,7 @@
 
 `add`, `cancel`, `step`: a pass over prompts or a decode step at a time, a token of every sequence that took part.
 A step that breaks has given nobody a token: its sequences step again in the next round, but those of a cohort are cancelled.
-Stands between requests (`engine.request`), decisions (`schedule.scheduler`), tensors (`engine.runner`) and who sees the routing;
+Stands between requests (`engine.request`), decisions (`schedule.scheduler`), tensors (`execution.runner`) and who sees the routing;
 refuses to know how any of them works.
 """
 
@@ -20,15 +20,15 @@ from expertflow.engine.build import OffloadedModel
 from expertflow.engine.lock import FairLock
 from expertflow.engine.plan import rates
 from expertflow.engine.request import Request, StreamOutput
-from expertflow.engine.rows import Fed
-from expertflow.engine.runner import Piece
-from expertflow.engine.sampler import NO_TOKEN, choose_all
 from expertflow.engine.threads import Threads
+from expertflow.execution.kv_rows import DecodeInput
+from expertflow.execution.runner import PromptChunk
+from expertflow.execution.sampler import NO_TOKEN, choose_all
 from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
 from expertflow.schedule.cost import Costs, fixed_part
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
-from expertflow.trace.owners import Coming
+from expertflow.trace.owners import NextBatch
 from expertflow.trace.recorder import Recorder
 
 _PASSES, _STEPS = 9, 64
@@ -61,8 +61,8 @@ class Engine:
         """No request yet."""
         self._offloaded, plan = offloaded, offloaded.plan
         self._executor = offloaded.executor()
-        self.threads = Threads(plan.row)
-        asks = offloaded.foresight is not None and plan.schedule != "fifo"
+        self.threads = Threads(plan.record_bytes)
+        asks = offloaded.live_predictor is not None and plan.schedule != "fifo"
         self._scheduler = Scheduler(
             rows=plan.max_live,
             batch=plan.max_batch,
@@ -151,8 +151,8 @@ class Engine:
     def _remove(self, number: int) -> None:
         self._scheduler.remove(number)
         del self._running[number]
-        if self._offloaded.foresight is not None:
-            self._offloaded.foresight.leave([number])
+        if self._offloaded.live_predictor is not None:
+            self._offloaded.live_predictor.leave([number])
         if not self._running:
             self._offloaded.settle()  # idle: totals and tables are the host's again
 
@@ -218,9 +218,9 @@ class Engine:
         for part in turn.parts:
             tokens, row = self._running[part.sequence].request.read_ids, self._scheduler.row(part.sequence)
             read = tokens[part.begin : part.end]
-            pieces.append(Piece(part.sequence, read, row, part.begin, len(tokens) - part.begin - len(read)))
+            pieces.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.begin - len(read)))
         self._announce(
-            Coming(
+            NextBatch(
                 [piece.sequence for piece in pieces],
                 [len(piece.tokens) for piece in pieces],
                 padded_left=self._executor.padded_left,
@@ -239,12 +239,12 @@ class Engine:
             request = self._running[number].request
             before = len(request.prompt_token_ids) if request.continues else 1  # a decoder's own first token
             position = before + len(request.token_ids) - 1
-            fed.append(Fed(number, request.token_ids[-1], self._scheduler.row(number), position))
-        self._announce(Coming(turn.sequences, following=turn.groups[1:]))
+            fed.append(DecodeInput(number, request.token_ids[-1], self._scheduler.row(number), position))
+        self._announce(NextBatch(turn.sequences, following=turn.groups[1:]))
         return self._hand_out(turn.sequences, self._choose(turn.sequences, self._executor.decode(fed)))
 
-    def _announce(self, coming: Coming) -> None:
-        for listener in (self.recorder, self._offloaded.foresight):
+    def _announce(self, coming: NextBatch) -> None:
+        for listener in (self.recorder, self._offloaded.live_predictor):
             if listener is not None:
                 listener.expect(coming)
 
@@ -266,9 +266,11 @@ class Engine:
     def _hand_out(self, numbers: Sequence[int], tokens: Sequence[int]) -> int:
         """Give requests their tokens, and the tokens to their takers; how many. What one raises keeps none from the others."""
         now, errors = time.perf_counter(), []
-        if self._offloaded.foresight is not None:
+        if self._offloaded.live_predictor is not None:
             found = [place for place, token in enumerate(tokens) if token != NO_TOKEN]
-            self._offloaded.foresight.sampled([numbers[place] for place in found], [tokens[place] for place in found])
+            self._offloaded.live_predictor.sampled(
+                [numbers[place] for place in found], [tokens[place] for place in found]
+            )
         for number, token in zip(numbers, tokens, strict=True):
             one = self._running[number]
             one.first = one.first or now
@@ -296,14 +298,14 @@ class Engine:
     def _read_anew(self, number: int, length: int) -> None:
         """A sequence's rotary table changes at this length: what was cached by the old one is made again."""
         self._scheduler.reread(number, length)
-        if self._offloaded.foresight is not None:
-            self._offloaded.foresight.leave([number])
+        if self._offloaded.live_predictor is not None:
+            self._offloaded.live_predictor.leave([number])
 
     def _paths(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
         """How likely the next token of live sequences uses each expert."""
-        assert self._offloaded.foresight is not None
+        assert self._offloaded.live_predictor is not None
         self._offloaded.controller.end_step()  # the routing of a pass by the host is learned from behind it
-        return self._offloaded.foresight.paths(numbers)
+        return self._offloaded.live_predictor.paths(numbers)
 
     def _usual(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
         """What requests, live or waiting, are likely to use as far as their prompts say."""
@@ -311,8 +313,8 @@ class Engine:
         for number in numbers:
             one = self._running[number]
             if one.usual is None:
-                assert self._offloaded.foresight is not None
-                one.usual = self._offloaded.foresight.usual(one.request.prompt_token_ids[-PREVIEW:])
+                assert self._offloaded.live_predictor is not None
+                one.usual = self._offloaded.live_predictor.usual(one.request.prompt_token_ids[-PREVIEW:])
             if one.usual is None:
                 return None
             said.append(one.usual)

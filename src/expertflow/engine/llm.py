@@ -15,10 +15,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
-from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, prepare
+from expertflow.engine.build import OffloadedModel
 from expertflow.engine.engine import Engine
 from expertflow.engine.inputs import PromptReader, split_prompts
 from expertflow.engine.plan import Plan
+from expertflow.engine.prepare import SHIPPED_MODEL, prepare
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
 from expertflow.engine.text import Decoder
 from expertflow.engine.threads import limit_threads
@@ -170,12 +171,12 @@ class LLM:
     @property
     def predictor(self) -> Artifact | None:
         """The predictor at work, or None."""
-        return None if self._offloaded.foresight is None else self._offloaded.foresight.artifact
+        return None if self._offloaded.live_predictor is None else self._offloaded.live_predictor.artifact
 
     @property
     def predictor_failure(self) -> str | None:
         """Why the predictor was switched off, or None."""
-        return None if self._offloaded.foresight is None else self._offloaded.foresight.failure
+        return None if self._offloaded.live_predictor is None else self._offloaded.live_predictor.failure
 
     @property
     def stats(self) -> RunStats:
@@ -238,7 +239,7 @@ class LLM:
         offloaded, shape = self._offloaded, self.plan.shape
         header = Header(
             layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=self._name,
-            fingerprint=offloaded.fingerprint, record_bytes=self.plan.row,
+            fingerprint=offloaded.fingerprint, record_bytes=self.plan.record_bytes,
         )  # fmt: skip
         first = self._engine.begun
         with TraceWriter(Path(path), header) as writer:

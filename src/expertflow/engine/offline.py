@@ -15,8 +15,8 @@ from typing import IO, Any, Self
 from expertflow import outside
 from expertflow.config import SamplingParams
 from expertflow.engine.request import RequestOutput
-from expertflow.engine.sampler import draw_seed
 from expertflow.errors import ResultsError
+from expertflow.execution.sampler import draw_seed
 from expertflow.files import write_whole
 
 _FORMAT = 2

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, nearest
-from expertflow.engine.build import SHIPPED_MODEL, OffloadedModel, load_model
+from expertflow.engine.build import OffloadedModel, load_model
+from expertflow.engine.prepare import SHIPPED_MODEL
 from expertflow.errors import ConfigError, UnsupportedModelError
 from expertflow.models.experts import Uncopied
 

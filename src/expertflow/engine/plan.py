@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from expertflow.config import EngineConfig
 from expertflow.errors import BudgetError, ConfigError
-from expertflow.kernels.state import CacheState
-from expertflow.memory.layout import RowLayout
+from expertflow.kernels.residency.state import CacheState
+from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
 from expertflow.schedule.cost import Rates
@@ -40,7 +40,7 @@ class Plan:
         dense: dense weights on the device.
         kv: keys and values of `max_live` sequences of `max_length` tokens.
         workspace: activations of the largest step, logits and sampling.
-        row: one expert.
+        record_bytes: one expert.
         slots: number of slots.
         max_batch: sequences of a step.
         max_live: sequences that have keys and values at once.
@@ -50,7 +50,7 @@ class Plan:
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
         predictor: weights, state and working memory of the predictor, where it is on the device.
         schedule: who steps together when live sequences take turns: `fifo`, `group` or `auto`.
-        why_host: why the host decides although a graph was hoped for; empty if it was not, or if a graph it is.
+        graph_unavailable_reason: why the host decides although a graph was hoped for; empty if it was not, or if a graph it is.
     """
 
     shape: ModelShape
@@ -60,7 +60,7 @@ class Plan:
     dense: int
     kv: int
     workspace: int
-    row: int
+    record_bytes: int
     slots: int
     max_batch: int
     max_live: int
@@ -70,7 +70,7 @@ class Plan:
     schedule: str = "fifo"
     graph: int = 0
     predictor: int = 0
-    why_host: str = ""
+    graph_unavailable_reason: str = ""
 
     @property
     def execution(self) -> str:
@@ -80,7 +80,7 @@ class Plan:
     @property
     def slot_bytes(self) -> int:
         """Device memory of all slots."""
-        return SlotPool.nbytes(self.row, self.slots)
+        return SlotPool.nbytes(self.record_bytes, self.slots)
 
     @property
     def fixed(self) -> int:
@@ -95,12 +95,12 @@ class Plan:
     @property
     def least(self) -> int:
         """The smallest budget for which the same run works, with a single slot."""
-        return self.fixed + SlotPool.nbytes(self.row, 1)
+        return self.fixed + SlotPool.nbytes(self.record_bytes, 1)
 
     @property
     def resident_total(self) -> int:
         """Device memory the same run takes with every expert resident."""
-        return self.fixed + self.shape.total_experts * self.row
+        return self.fixed + self.shape.total_experts * self.record_bytes
 
     @property
     def share(self) -> float:
@@ -131,14 +131,19 @@ def make_plan(
         return _plan(config, shape, device, strategy, graph=True, predictor=predictor)
     hoped = config.execution == "auto" and device == "cuda"
     if not hoped or no_graph:
-        return replace(_plan(config, shape, device, strategy, graph=False), why_host=no_graph if hoped else "")
+        return replace(
+            _plan(config, shape, device, strategy, graph=False), graph_unavailable_reason=no_graph if hoped else ""
+        )
     host = _plan(config, shape, device, strategy, graph=False)
     try:
         graph = _plan(config, shape, device, strategy, graph=True, predictor=predictor)
     except BudgetError as error:
-        return replace(host, why_host=f"the budget holds no captured steps, {format_bytes(error.least_bytes)} would")
+        return replace(
+            host,
+            graph_unavailable_reason=f"the budget holds no captured steps, {format_bytes(error.least_bytes)} would",
+        )
     if graph.slots < host.slots * _WORTH:
-        return replace(host, why_host=f"captured steps would leave {graph.slots} of {host.slots} slots")
+        return replace(host, graph_unavailable_reason=f"captured steps would leave {graph.slots} of {host.slots} slots")
     return graph
 
 
@@ -146,7 +151,7 @@ def _plan(
     config: EngineConfig, shape: ModelShape, device: str, strategy: str, *, graph: bool, predictor: int = 0
 ) -> Plan:
     max_length = sequence_length(config, shape)
-    row = RowLayout.of(shape.specs).row_bytes
+    row = RecordLayout.of(shape.specs).record_bytes
     live = _max_live(config, shape)
     kv = shape.kv_bytes(max_length) * live
     # a recurrent state is not carried from pass to pass, so such a prompt is read whole
@@ -173,7 +178,7 @@ def _plan(
         dense=shape.dense_bytes,
         kv=kv,
         workspace=workspace,
-        row=row,
+        record_bytes=row,
         slots=slots,
         max_batch=config.max_batch,
         max_live=live,
@@ -191,9 +196,9 @@ def rates(plan: Plan) -> Rates:
     link, memory, fixed, divide = _SPEEDS[plan.device]
     return Rates(
         slots=plan.slots,
-        load=plan.row / link,
+        load=plan.record_bytes / link,
         step=fixed + plan.dense / memory,
-        expert=plan.row / memory,
+        expert=plan.record_bytes / memory,
         divide=divide,
     )
 

@@ -8,9 +8,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from expertflow.config import SamplingParams
-from expertflow.engine.sampler import NO_TOKEN, make_generator
 from expertflow.engine.text import Decoder, TextStream
 from expertflow.errors import NonFiniteError
+from expertflow.execution.sampler import NO_TOKEN, make_generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -239,7 +239,7 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
     pairs, top_k = slots.numel(), slots.shape[1]
     _up_kernel[(triton.cdiv(mlp.width, cut.block_n), pairs)](
         hidden, slots, pool.view(DTYPES[mlp.dtype]), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
-        h=mlp.hidden, i=mlp.width, row=mlp.row_bytes // size, up=mlp.up // size,
+        h=mlp.hidden, i=mlp.width, row=mlp.record_bytes // size, up=mlp.up // size,
         bias=-1 if mlp.up_bias is None else mlp.up_bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
@@ -252,7 +252,7 @@ def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cu
     pairs, early = slots.numel(), _early(pool)
     _down_kernel[(triton.cdiv(mlp.hidden, cut.block_n), pairs)](
         work.inner, slots, pool.view(DTYPES[mlp.dtype]), work.parts, pairs, padded=_padded(pairs),
-        h=mlp.hidden, i=mlp.width, row=mlp.row_bytes // size, down=mlp.down // size,
+        h=mlp.hidden, i=mlp.width, row=mlp.record_bytes // size, down=mlp.down // size,
         bias=-1 if mlp.down_bias is None else mlp.down_bias // size, transposed=mlp.transposed,
         block_n=cut.block_n, block_k=cut.block_k, early=early,
         num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,

@@ -2,7 +2,7 @@
 
 The copy needs no host decision: how many rows, which ones and where to are read on the device, from the step's
 `kernels.ledger`. Programs take blocks of rows from it, so several calls on several streams may carry one list.
-Twin of `kernels.reference.fetch_rows`. Knows bytes; refuses to know experts, layers and what a slot held before.
+Twin of `kernels.reference.fetch_records`. Knows bytes; refuses to know experts, layers and what a slot held before.
 """
 
 import torch
@@ -60,9 +60,9 @@ def _fetch_kernel(
                 place += 1
 
 
-def blocks_of(row_bytes: int) -> int:
-    """Blocks that `fetch_rows` carries a row in."""
-    row = row_bytes // WORD.itemsize
+def blocks_of(record_bytes: int) -> int:
+    """Blocks that `fetch_records` carries a row in."""
+    row = record_bytes // WORD.itemsize
     return int(triton.cdiv(row, _block(row, BLOCK_BYTES)))
 
 
@@ -71,7 +71,7 @@ def _block(row: int, block_bytes: int) -> int:
     return min(block_bytes // WORD.itemsize, int(triton.next_power_of_2(row)))
 
 
-def fetch_rows(
+def fetch_records(
     host: Tensor, pool: Tensor, ledger: Ledger, todo: Tensor, bounds: Tensor, programs: int = 8, *, wait: bool = True
 ) -> None:
     """Carry the loads named by list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
@@ -80,8 +80,8 @@ def fetch_rows(
     call is carrying are left to it.
 
     Args:
-        host: uint8 `[rows, row_bytes]`, page-locked (allocated so or registered); `row_bytes` a multiple of 256.
-        pool: uint8 `[S, row_bytes]` on the device.
+        host: uint8 `[rows, record_bytes]`, page-locked (allocated so or registered); `record_bytes` a multiple of 256.
+        pool: uint8 `[S, record_bytes]` on the device.
         ledger: the loads.
         todo: int32 `[N]`, entries of the ledger, in order of urgency.
         bounds: int32 `[2]` on the device: first place in `todo` and one past the last. A list of several phases with
@@ -102,7 +102,7 @@ def launch_fetch(
     *,
     wait: bool = True,
 ) -> None:
-    """`fetch_rows` with every choice given; loads are ledger, todo and bounds."""
+    """`fetch_records` with every choice given; loads are ledger, todo and bounds."""
     row = host.shape[1] // WORD.itemsize
     block = _block(row, block_bytes)
     ledger, todo, bounds = loads

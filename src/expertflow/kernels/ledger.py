@@ -5,7 +5,7 @@ loads ahead, and the layer that needs the row now and will not wait for its plac
 blocks that somebody is carrying, so nobody waits for a kernel that has not begun. A load whose expert was thrown out
 again is called off: no more of its blocks are taken, and the slot's next load waits for those under way.
 
-Entries are written by `kernels.residency` and `kernels.lookahead`, carried out by `kernels.fetch`. Knows numbers only.
+Entries are written by `kernels.residency` and `kernels.residency.lookahead`, carried out by `kernels.fetch`. Knows numbers only.
 """
 
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ class ExpertMlp:
         hidden: hidden size (H), elements.
         width: expert width (I), elements.
         dtype: a key of `DTYPES`, of all tensors.
-        row_bytes: bytes of a row; a multiple of 256.
+        record_bytes: bytes of a row; a multiple of 256.
         up: byte offset of the up (or gate and up) projection in the row.
         down: byte offset of the down projection.
         up_bias: byte offset of the bias `[N]`, or None.
@@ -66,7 +66,7 @@ class ExpertMlp:
     hidden: int
     width: int
     dtype: str
-    row_bytes: int
+    record_bytes: int
     up: int
     down: int
     up_bias: int | None = None
@@ -83,7 +83,7 @@ class ExpertMlp:
         cls,
         specs: Sequence[TensorSpec],
         offsets: Sequence[int],
-        row_bytes: int,
+        record_bytes: int,
         activation: str,
         *,
         transposed: bool = False,
@@ -94,7 +94,7 @@ class ExpertMlp:
         Args:
             specs: the row's tensors: `gate_up_proj`, `up_proj` or `wi`; `down_proj` or `wo`; biases `<name>_bias`.
             offsets: byte offset of each.
-            row_bytes: bytes of a row.
+            record_bytes: bytes of a row.
             activation: a key of `ACTIVATIONS`, or `CLAMPED_SWIGLU`.
             transposed: as in the class.
             interleaved: as in the class.
@@ -118,7 +118,7 @@ class ExpertMlp:
             hidden=hidden,
             width=width,
             dtype=dtypes.pop(),
-            row_bytes=row_bytes,
+            record_bytes=record_bytes,
             up=up[1],
             down=down[1],
             up_bias=up_bias[1] if up_bias else None,
@@ -176,7 +176,7 @@ def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, wo
         mlp: what a row holds.
         hidden: token states `[T, H]`, in the dtype of the weights.
         slots: int32 `[T, K]`, the slot that holds each pair's expert, or negative.
-        pool: uint8 `[S, row_bytes]`.
+        pool: uint8 `[S, record_bytes]`.
         work: buffers for at least T tokens of K experts.
     """
     top_k = slots.shape[1]
@@ -236,20 +236,20 @@ def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Te
     out.copy_(total)
 
 
-def blocks_of(row_bytes: int) -> int:
-    """Blocks that `fetch_rows` carries a row in: here it is one."""
-    del row_bytes
+def blocks_of(record_bytes: int) -> int:
+    """Blocks that `fetch_records` carries a row in: here it is one."""
+    del record_bytes
     return 1
 
 
-def fetch_rows(
+def fetch_records(
     host: Tensor, pool: Tensor, ledger: Ledger, todo: Tensor, bounds: Tensor, programs: int = 8, *, wait: bool = True
 ) -> None:
     """Carry the loads named by list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
 
     Args:
-        host: uint8 `[rows, row_bytes]` in host memory, page-locked for the twin.
-        pool: uint8 `[S, row_bytes]` on the device.
+        host: uint8 `[rows, record_bytes]` in host memory, page-locked for the twin.
+        pool: uint8 `[S, record_bytes]` on the device.
         ledger: the loads; a load of which blocks have been taken is somebody else's, or was called off.
         todo: int32 `[N]`, entries of the ledger, in order of urgency.
         bounds: int32 `[2]` on the device: first place in `todo` and one past the last. A list of several phases with

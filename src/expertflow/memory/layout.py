@@ -22,18 +22,18 @@ def _align(nbytes: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowLayout:
+class RecordLayout:
     """The tensors of one expert laid end to end, each on a 256-byte boundary.
 
     Attributes:
         specs: the tensors, in row order.
         offsets: byte offset of each tensor in the row.
-        row_bytes: bytes of a row, padded to the alignment.
+        record_bytes: bytes of a row, padded to the alignment.
     """
 
     specs: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
-    row_bytes: int
+    record_bytes: int
 
     @classmethod
     def of(cls, specs: Sequence[TensorSpec]) -> Self:
@@ -42,13 +42,13 @@ class RowLayout:
         for spec in specs:
             offsets.append(end)
             end += _align(spec.nbytes)
-        return cls(specs=tuple(specs), offsets=tuple(offsets), row_bytes=end)
+        return cls(specs=tuple(specs), offsets=tuple(offsets), record_bytes=end)
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The row's tensors by name, without copying.
 
         Args:
-            row: uint8 `[row_bytes]`, on any device.
+            row: uint8 `[record_bytes]`, on any device.
         """
         return {
             spec.name: row[offset : offset + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)

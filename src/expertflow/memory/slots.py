@@ -3,28 +3,28 @@
 import torch
 from torch import Tensor
 
-from expertflow.memory.layout import ALIGNMENT, RowLayout
+from expertflow.memory.layout import ALIGNMENT, RecordLayout
 
 
 class SlotPool:
-    """`[S, row_bytes]` bytes on the device, 256-byte aligned, with ready-made tensor views.
+    """`[S, record_bytes]` bytes on the device, 256-byte aligned, with ready-made tensor views.
 
     Attributes:
         views: for each slot, the expert tensors by name.
     """
 
-    def __init__(self, layout: RowLayout, slots: int, device: torch.device) -> None:
+    def __init__(self, layout: RecordLayout, slots: int, device: torch.device) -> None:
         """Allocate all slots at once."""
-        raw = torch.empty(slots * layout.row_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
+        raw = torch.empty(slots * layout.record_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
         skip = -raw.data_ptr() % ALIGNMENT  # a CPU allocation is aligned to 64 bytes only
-        self.buffer = raw[skip : skip + slots * layout.row_bytes].view(slots, layout.row_bytes)
+        self.buffer = raw[skip : skip + slots * layout.record_bytes].view(slots, layout.record_bytes)
         self.views = [layout.views(self.buffer[slot]) for slot in range(slots)]
 
     def slot(self, number: int) -> Tensor:
-        """One slot, uint8 `[row_bytes]`."""
+        """One slot, uint8 `[record_bytes]`."""
         return self.buffer[number]
 
     @staticmethod
-    def nbytes(row_bytes: int, slots: int) -> int:
+    def nbytes(record_bytes: int, slots: int) -> int:
         """Bytes a pool takes, alignment included: what the planner counts."""
-        return slots * row_bytes + ALIGNMENT
+        return slots * record_bytes + ALIGNMENT

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertflow.errors import ExpertFlowError, HostMemoryError
 from expertflow.limits import free_addresses, free_memory, lacks_memory, lockable_memory
-from expertflow.memory.layout import RowLayout
+from expertflow.memory.layout import RecordLayout
 from expertflow.units import format_bytes
 
 _ROOM = 256 << 20
@@ -105,7 +105,7 @@ def memory_reported() -> Iterator[None]:
 
 
 class HostStore:
-    """Rows of all experts, `[L * E, row_bytes]` bytes, page-aligned.
+    """Rows of all experts, `[L * E, record_bytes]` bytes, page-aligned.
 
     Args:
         layout: what a row holds.
@@ -113,20 +113,20 @@ class HostStore:
         pin: page-lock the memory for a CUDA device.
     """
 
-    def __init__(self, layout: RowLayout, rows: int, *, pin: bool) -> None:
+    def __init__(self, layout: RecordLayout, rows: int, *, pin: bool) -> None:
         """Reserve the memory; pages are touched when rows are written."""
         self.layout = layout
         try:
             # private: shared anonymous memory counts as a file, and gets no huge pages
-            memory = mmap.mmap(-1, rows * layout.row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = mmap.mmap(-1, rows * layout.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise HostMemoryError(
-                f"the host refused {format_bytes(rows * layout.row_bytes)} for the experts: {error}",
+                f"the host refused {format_bytes(rows * layout.record_bytes)} for the experts: {error}",
                 "Free memory, use a smaller dtype, or a machine with more of it.",
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        self.buffer = torch.frombuffer(memory, dtype=torch.uint8).view(rows, layout.row_bytes)
+        self.buffer = torch.frombuffer(memory, dtype=torch.uint8).view(rows, layout.record_bytes)
         self._pin = pin
         self._unlock: weakref.finalize[..., HostStore] | None = None
 
@@ -135,13 +135,13 @@ class HostStore:
         """Bytes of the store."""
         return self.buffer.numel()
 
-    def row(self, number: int) -> Tensor:
-        """One row, uint8 `[row_bytes]`; `number` is `layer * E + expert`."""
+    def record(self, number: int) -> Tensor:
+        """One row, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
         return self.buffer[number]
 
     def tensor(self, number: int, name: str) -> Tensor:
         """One tensor of one row, without copying."""
-        return self.layout.views(self.row(number))[name]
+        return self.layout.views(self.record(number))[name]
 
     def lock(self) -> None:
         """Page-lock the rows if this store was made for a CUDA device. Call once they are filled."""

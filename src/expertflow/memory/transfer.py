@@ -39,7 +39,7 @@ class PlainTransfer:
 
     def start(self, row: int, slot: int) -> None:
         """Copy now."""
-        self._pool.slot(slot).copy_(self._store.row(row))
+        self._pool.slot(slot).copy_(self._store.record(row))
 
     def wait(self, slot: int) -> None:
         """Nothing to wait for: the copy is done."""

@@ -21,7 +21,7 @@ from expertflow.errors import UnsupportedModelError
 
 _ALIGNED = 64
 """Bytes: what a tensor of its own is aligned to. Results of matrix products depend on it on CPUs."""
-Row = Mapping[str, Tensor]
+ExpertWeights = Mapping[str, Tensor]
 """One expert's tensors by parameter name, on the compute device."""
 
 
@@ -29,7 +29,7 @@ Row = Mapping[str, Tensor]
 class ExpertProvider(Protocol):
     """Brings experts to the device."""
 
-    def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:
+    def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, ExpertWeights], None, None]:
         """Yield every expert once with its tensors, in an order of the provider's choice.
 
         The tensors are valid until the generator is resumed or closed.
@@ -73,7 +73,7 @@ class Binding(Uncopied):
     """While set, computes the layer in place of everything else here; the host does not learn the routing."""
 
 
-Mlp = Callable[[Tensor, Row], Tensor]
+Mlp = Callable[[Tensor, ExpertWeights], Tensor]
 
 
 def is_registry_experts(module: nn.Module) -> bool:
@@ -171,13 +171,13 @@ def offloaded_forward(
     if binding.padding is not None:
         top_k_index = top_k_index.masked_fill(binding.padding[:, None], int(self.num_experts))  # type: ignore[arg-type]
 
-    def mlp(tokens: Tensor, row: Row) -> Tensor:
+    def mlp(tokens: Tensor, row: ExpertWeights) -> Tensor:
         return _registry_mlp(self, tokens, row)
 
     return run_experts(binding, mlp, hidden_states, top_k_index, top_k_weights, int(self.num_experts))  # type: ignore[arg-type]
 
 
-def _registry_mlp(module: Any, tokens: Tensor, row: Row) -> Tensor:
+def _registry_mlp(module: Any, tokens: Tensor, row: ExpertWeights) -> Tensor:
     """One expert as the registry's layout attributes describe it: [gate and] up, activation, down."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _project(module, tokens, row, up)
@@ -185,7 +185,7 @@ def _registry_mlp(module: Any, tokens: Tensor, row: Row) -> Tensor:
     return _project(module, inner, row, "down_proj")
 
 
-def _project(module: Any, tokens: Tensor, row: Row, name: str) -> Tensor:
+def _project(module: Any, tokens: Tensor, row: ExpertWeights, name: str) -> Tensor:
     out = tokens @ row[name] if module.is_transposed else functional.linear(tokens, row[name])
     return out + row[f"{name}_bias"] if module.has_bias else out
 
@@ -206,10 +206,10 @@ class _Current:
     def __init__(self, binding: Binding) -> None:
         self._binding = binding
         self._expert = -1
-        self._row: Row = {}
-        self._stream: Generator[tuple[int, Row], None, None] | None = None
+        self._row: ExpertWeights = {}
+        self._stream: Generator[tuple[int, ExpertWeights], None, None] | None = None
 
-    def row(self, expert: int) -> Row:
+    def row(self, expert: int) -> ExpertWeights:
         if expert != self._expert:
             self.close()
             self._stream = self._binding.provider.stream(self._binding.layer, [expert])

@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from expertflow.errors import CheckpointError, UnreadWarning
 from expertflow.models.bounds import check_config, describing
-from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor, read_json
 from expertflow.models.experts import Binding, ExpertProvider
-from expertflow.models.identity import ContentHash, Span, in_threads
+from expertflow.models.files.checkpoint import FLOAT_NAMES, StoredTensor, read_json
+from expertflow.models.files.identity import ContentHash, Span, in_threads
 from expertflow.models.mapping import ExpertPiece
 from expertflow.models.skeleton import Skeleton
 
@@ -104,7 +104,7 @@ def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder, **known)
 
 
-def fill_rows(pieces: Sequence[ExpertPiece], rows: Rows, content: ContentHash, advance: _Advance) -> None:
+def fill_records(pieces: Sequence[ExpertPiece], rows: Rows, content: ContentHash, advance: _Advance) -> None:
     """Read every expert tensor into its row.
 
     Args:

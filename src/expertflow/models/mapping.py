@@ -20,8 +20,8 @@ from transformers.core_model_loading import (
 )
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
-from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor
-from expertflow.models.identity import Span
+from expertflow.models.files.checkpoint import FLOAT_NAMES, StoredTensor
+from expertflow.models.files.identity import Span
 from expertflow.models.refusals import converted_experts, lost_experts
 from expertflow.models.skeleton import Skeleton
 from expertflow.types import TensorSpec

@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from expertflow.errors import CheckpointError, ExpertFlowError, UnsupportedModelError
-from expertflow.models.checkpoint import StoredTensor
-from expertflow.models.foreign import lines
+from expertflow.models.files.checkpoint import StoredTensor
+from expertflow.models.files.foreign import lines
 
 LISTED = "`expertflow models` lists the families that run."
 _ELSEWHERE = f"Run it with transformers itself, which keeps every expert in memory; {LISTED}"

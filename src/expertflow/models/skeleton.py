@@ -23,9 +23,9 @@ from transformers.models.auto.modeling_auto import (
 from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
 from expertflow.models.bounds import check_config, describing
-from expertflow.models.checkpoint import FLOAT_NAMES, StoredTensor, read_json, walk
 from expertflow.models.experts import is_registry_experts, offloaded_forward
 from expertflow.models.families import FAMILIES, REFUSED, Family
+from expertflow.models.files.checkpoint import FLOAT_NAMES, StoredTensor, read_json, walk
 from expertflow.models.refusals import LISTED, no_experts, not_text, refuse_quantised
 from expertflow.models.switch import SwitchExperts, mark_switch_experts, swapped_switch_experts
 from expertflow.types import TensorSpec

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.switch_transformers import modeling_switch_transformers as stock
 
-from expertflow.models.experts import Binding, Row, run_experts
+from expertflow.models.experts import Binding, ExpertWeights, run_experts
 
 
 class SwitchExperts(nn.Module):
@@ -48,7 +48,7 @@ class SwitchExperts(nn.Module):
             index = index.masked_fill(binding.padding[:, None], self.num_experts)
         return run_experts(binding, self._mlp, hidden_states, index, routing_weights, self.num_experts)
 
-    def _mlp(self, tokens: Tensor, row: Row) -> Tensor:
+    def _mlp(self, tokens: Tensor, row: ExpertWeights) -> Tensor:
         inner = self.act_fn(functional.linear(tokens, row["wi"])).to(row["wo"].dtype)
         return functional.linear(inner, row["wo"])
 

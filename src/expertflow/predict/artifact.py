@@ -23,9 +23,9 @@ from expertflow import outside
 from expertflow.errors import ConfigError, PredictorError
 from expertflow.files import whole_file
 from expertflow.predict.calibration import weigh
+from expertflow.predict.counts import SOURCES, Memory
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make
-from expertflow.predict.memory import SOURCES, Memory
 from expertflow.predict.model import OUTPUTS, PredictorConfig
 from expertflow.predict.options import ABOUT_NAME
 

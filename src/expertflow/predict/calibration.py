@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from expertflow.predict.memory import SOURCES
+from expertflow.predict.counts import SOURCES
 
 _NEWTON = 10
 

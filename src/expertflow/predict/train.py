@@ -24,9 +24,9 @@ from torch.nn import functional
 from expertflow import outside
 from expertflow.errors import DeviceError, PredictorError
 from expertflow.predict.calibration import Piece, calibrate, recalled, weigh
+from expertflow.predict.counts import Memory, remember
 from expertflow.predict.dataset import Passage, Shape, Windows, windows
 from expertflow.predict.kinds import make
-from expertflow.predict.memory import Memory, remember
 from expertflow.predict.model import HORIZONS, OUTPUTS, PredictorConfig, multi_hot
 from expertflow.predict.options import TrainConfig
 

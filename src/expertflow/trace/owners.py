@@ -14,7 +14,7 @@ NOBODY = -1
 """Sequence number of padding: computed and routed like a token, but of no sequence."""
 
 
-class Coming(NamedTuple):
+class NextBatch(NamedTuple):
     """The steps that come, until the next word.
 
     Attributes:
@@ -30,15 +30,15 @@ class Coming(NamedTuple):
     following: Sequence[Sequence[int]] = ()
 
 
-class Owners:
+class BatchOwners:
     """Follows the passes of a batch."""
 
     def __init__(self) -> None:
         """Nobody is expected."""
-        self.coming = Coming((NOBODY,))
+        self.coming = NextBatch((NOBODY,))
         self._done = 0
 
-    def expect(self, coming: Coming) -> None:
+    def expect(self, coming: NextBatch) -> None:
         """Other steps come now."""
         self.coming, self._done = coming, 0
 

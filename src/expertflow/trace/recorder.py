@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.trace.format import DECODE, PREFILL, UNKNOWN_TOKEN, Rows, TraceWriter
-from expertflow.trace.owners import Coming, Owners
+from expertflow.trace.owners import BatchOwners, NextBatch
 
 
 class Recorder:
@@ -24,11 +24,11 @@ class Recorder:
         """Nothing recorded yet."""
         self._writer = writer
         self._step = -1
-        self._owners = Owners()
+        self._owners = BatchOwners()
         self._tokens: npt.NDArray[np.int32] | None = None
         self._layers: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = {}
 
-    def expect(self, coming: Coming) -> None:
+    def expect(self, coming: NextBatch) -> None:
         """Say whose rows come next."""
         self.flush()
         self._owners.expect(coming)

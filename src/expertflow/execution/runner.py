@@ -1,6 +1,6 @@
 """Passes and steps over any of the live sequences: tensors in, logits out.
 
-Most models keep keys and values in rows (`engine.rows`, `engine.cross`), so sequences join, leave and step in any company, by the
+Most models keep keys and values in rows (`execution.kv_rows`, `execution.encoder_decoder`), so sequences join, leave and step in any company, by the
 host execution or by graphs. Others run in cohorts: sequences that come together step together until the last one is over.
 Knows rows and positions; refuses to know text, sampling and who steps when.
 """
@@ -20,14 +20,14 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from expertflow.engine.cross import EncoderDecoderRows
-from expertflow.engine.graph import GraphDecoder
-from expertflow.engine.rope import SequenceRope
-from expertflow.engine.rows import Fed, Pass, RowModel
+from expertflow.execution.captured.graph import GraphDecoder
+from expertflow.execution.encoder_decoder import EncoderDecoderRows
+from expertflow.execution.kv_rows import DecodeInput, ForwardInput, RowModel
+from expertflow.execution.rope import SequenceRope
 from expertflow.models.attention import cache_argument
 
 
-class Piece(NamedTuple):
+class PromptChunk(NamedTuple):
     """Tokens of a prompt, from position `begin` on: whose, and the row of their keys and values.
 
     `rest` counts the prompt's tokens that later passes read.
@@ -58,10 +58,10 @@ class Executor(Protocol):
     whole: bool
     padded_left: bool
 
-    def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
+    def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
         """Run parts of prompts; logits behind each part's last token."""
 
-    def decode(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
+    def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence; logits of the next."""
 
     def best(self) -> Int[Tensor, " B"] | None:
@@ -93,7 +93,7 @@ class RowExecutor:
         self._best: Tensor | None = None
 
     @torch.inference_mode()
-    def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
+    def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
         """Run parts of prompts, the shorter ones padded on the left; padding uses no expert."""
         nowhere = self._rows.nowhere
         ids, mask = _padded([piece.tokens for piece in pieces], torch.device("cpu"), left=True)
@@ -110,7 +110,7 @@ class RowExecutor:
         device = self._rows.model.device
         rows = torch.tensor([piece.row for piece in pieces], device=device)
         self._best = None
-        given = Pass(ids.to(device), rows, positions.to(device), columns.to(device), end)
+        given = ForwardInput(ids.to(device), rows, positions.to(device), columns.to(device), end)
         with self._padding(mask == 0), self._rope.of([piece.length for piece in pieces]):
             logits = self._rows.forward(self._rows.model, given)
         self._queued()
@@ -131,7 +131,7 @@ class RowExecutor:
             module.expertflow.padding = padding
 
     @torch.inference_mode()
-    def decode(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
+    def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence."""
         for one in fed:
             self._rows.cache.note(one.row, one.position + 1)
@@ -146,7 +146,7 @@ class RowExecutor:
         end, at = max(one.position for one in fed) + 1, positions[:, None]
         reach = self._rows.reach([one.row for one in fed])
         with self._rope.of([one.position + 1 for one in fed]):
-            return self._rows.forward(self._rows.model, Pass(tokens[:, None], rows, at, at, end, reach))
+            return self._rows.forward(self._rows.model, ForwardInput(tokens[:, None], rows, at, at, end, reach))
 
     def best(self) -> Int[Tensor, " B"] | None:
         """The most probable next tokens, if a graph has them ready."""
@@ -167,7 +167,7 @@ class EncoderDecoderExecutor(RowExecutor):
         self._encoder = rows
 
     @torch.inference_mode()
-    def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
+    def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
         """Run whole prompts through the encoder, the shorter ones padded on the right, then the decoder's first token."""
         model, prompts = self._encoder.model, [piece.tokens for piece in pieces]
         for piece in pieces:
@@ -194,14 +194,14 @@ class CohortExecutor:
         self._batch: DecoderBatch | None = None
         self._members: list[int] = []
 
-    def prefill(self, pieces: Sequence[Piece]) -> Float[Tensor, "B V"]:
+    def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
         """Run whole prompts of a new cohort."""
         prompts = [piece.tokens for piece in pieces]
         self._members = [piece.sequence for piece in pieces]
         self._batch = DecoderBatch(self._model, prompts, self._chunk)
         return self._batch.prefill()
 
-    def decode(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
+    def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Run one token of each sequence that is left."""
         assert self._batch is not None
         wanted = [one.sequence for one in fed]

@@ -19,7 +19,7 @@ from expertflow.models.attention import attention_windows, cache_argument, layer
 from expertflow.models.skeleton import Skeleton
 
 
-class Fed(NamedTuple):
+class DecodeInput(NamedTuple):
     """A token that a sequence is fed: whose, which, the row of its keys and values, and its position."""
 
     sequence: int
@@ -28,7 +28,7 @@ class Fed(NamedTuple):
     position: int
 
 
-class Pass(NamedTuple):
+class ForwardInput(NamedTuple):
     """What a forward pass is fed.
 
     Attributes:
@@ -48,7 +48,7 @@ class Pass(NamedTuple):
     reach: int = 0
 
 
-class Span:
+class KvWindow:
     """Which part of the cache a forward pass works on; all layers share one.
 
     Attributes:
@@ -70,7 +70,7 @@ class RowLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, rows: int, length: int, span: Span) -> None:
+    def __init__(self, rows: int, length: int, span: KvWindow) -> None:
         """Room for `rows` sequences of `length` tokens, taken when the first keys come."""
         super().__init__()
         self._rows, self._length, self._span = rows, length, span
@@ -117,7 +117,7 @@ class RowCache(Cache):
 
     def __init__(self, layers: int, rows: int, length: int, kind: type[RowLayer] = RowLayer) -> None:
         """Room for `rows` sequences of `length` tokens in `layers` attention layers."""
-        self.span = Span()
+        self.span = KvWindow()
         self._written = [0] * rows
         super().__init__(layers=[kind(rows, length, self.span) for _ in range(layers)])
 
@@ -177,7 +177,7 @@ class RowModel:
     def lasts(self, rows: Tensor) -> None:
         """Where what an encoder has read ends: there is none."""
 
-    def forward(self, run: Callable[..., Any], given: Pass, *, whole: bool = False) -> Float[Tensor, "B V"]:
+    def forward(self, run: Callable[..., Any], given: ForwardInput, *, whole: bool = False) -> Float[Tensor, "B V"]:
         """Run a pass; logits of each row's last token.
 
         Args:

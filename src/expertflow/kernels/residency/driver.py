@@ -1,17 +1,17 @@
 """The device twin of the cache's decisions, driven: ranks, plan, and layer by layer the slots, as Triton kernels.
 
-The router's choice never leaves the device. Every call only launches: `kernels.ranks` says who is worth keeping,
-`kernels.lookahead` what is loaded ahead, `kernels.access` where a layer's experts are.
+The router's choice never leaves the device. Every call only launches: `kernels.residency.ranks` says who is worth keeping,
+`kernels.residency.lookahead` what is loaded ahead, `kernels.residency.access` where a layer's experts are.
 
-Twin of `kernels.residency_reference`, which calls `cache.core` itself. Knows slots; refuses to know rows and weights.
+Twin of `kernels.residency.reference`, which calls `cache.core` itself. Knows slots; refuses to know rows and weights.
 """
 
 import triton
 from torch import Tensor
 
 from expertflow.cache.horizon import STEPS_KNOWN
-from expertflow.kernels import access, lookahead, ranks
-from expertflow.kernels.state import POLICIES, CacheState, Notes, Schedule
+from expertflow.kernels.residency import access, lookahead, ranks
+from expertflow.kernels.residency.state import POLICIES, CacheState, Notes, Schedule
 
 _PLAN_CELLS = 256
 """Experts of all layers a warp of the plan handles."""

@@ -2,7 +2,7 @@
 
 Decides what may share experts in host memory and what a results file may be continued with. It covers each tensor by key,
 so that the same weights in other shards have the same identity, and the files of config, generation config and tokenizer.
-`models.fingerprint` is the cheap sample, for plans, traces and predictors. Must not know models and devices.
+`models.files.fingerprint` is the cheap sample, for plans, traces and predictors. Must not know models and devices.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from expertflow.errors import CheckpointError
 from expertflow.limits import usable_cpus
-from expertflow.models.checkpoint import StoredTensor, chunks_of
+from expertflow.models.files.checkpoint import StoredTensor, chunks_of
 
 SETTING_FILES = (
     "config*.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json",

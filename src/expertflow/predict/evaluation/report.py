@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from expertflow.errors import ConfigError
 from expertflow.files import save_picture
-from expertflow.predict.evaluate import PRECISION, RECALL, Evaluation
+from expertflow.predict.evaluation.evaluate import PRECISION, RECALL, Evaluation
 
 
 def draw(evaluations: Sequence[Evaluation], path: Path, about: str = "") -> None:

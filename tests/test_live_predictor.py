@@ -14,25 +14,25 @@ from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import Step
 from expertflow.cache.horizon import HORIZONS, unite
 from expertflow.config import EngineConfig
-from expertflow.engine.agenda import Agenda, Slip
-from expertflow.engine.build import SHIPPED_PREDICTOR, prepare
-from expertflow.engine.foresight import CALM, DOUBT, JUDGED, LONGEST_DOUBT, _by_row
 from expertflow.engine.llm import shipped_model
-from expertflow.engine.runner import Piece
+from expertflow.engine.prepare import SHIPPED_PREDICTOR, prepare
 from expertflow.errors import ConfigError, PredictorError
 from expertflow.events import Event, EventKind
+from expertflow.execution.runner import PromptChunk
+from expertflow.live.batch import PredictorBatch, PredictorInputs
+from expertflow.live.predictor import CALM, DOUBT, JUDGED, LONGEST_DOUBT, _by_row
 from expertflow.memory.meter import CpuMeter
-from expertflow.models.checkpoint import walk
-from expertflow.models.fingerprint import fingerprint
+from expertflow.models.files.checkpoint import walk
+from expertflow.models.files.fingerprint import fingerprint
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
+from expertflow.predict.counts import SOURCES, remember
 from expertflow.predict.dataset import Shape, passages
+from expertflow.predict.evaluation.score import score
 from expertflow.predict.kinds import KINDS, make
-from expertflow.predict.memory import SOURCES, remember
 from expertflow.predict.model import OUTPUTS, PredictorConfig
 from expertflow.predict.online import OnlinePredictor, Prediction
-from expertflow.predict.score import score
 from expertflow.trace.format import DECODE, load_trace
-from expertflow.trace.owners import NOBODY, Coming, Owners
+from expertflow.trace.owners import NOBODY, BatchOwners, NextBatch
 
 MakePredictor = Callable[..., Path]
 PROMPTS = [[5, 9, 17, 30, 8, 21], [40, 41, 42], [7, 7, 7, 7, 7, 7, 7, 7, 12]]
@@ -70,8 +70,8 @@ def make_predictor(tmp_path_factory: pytest.TempPathFactory) -> MakePredictor:
 def heard(llm: LLM) -> list[npt.NDArray[np.float64]]:
     """The demand of every decode step that the host is told, as they run."""
     said: list[npt.NDArray[np.float64]] = []
-    foresight = llm._offloaded.foresight
-    ask = foresight.outlook
+    live_predictor = llm._offloaded.live_predictor
+    ask = live_predictor.outlook
 
     def outlook(step: Step) -> object:
         answer = ask(step)
@@ -79,7 +79,7 @@ def heard(llm: LLM) -> list[npt.NDArray[np.float64]]:
             said.append(answer.demand)
         return answer
 
-    foresight.outlook = outlook
+    live_predictor.outlook = outlook
     return said
 
 
@@ -143,7 +143,7 @@ def test_streams_in_turns_keep_their_sequences(
                     else:
                         outputs[number].append(item)
         assert llm.predictor_failure is None
-        assert llm._offloaded.foresight._live == {}
+        assert llm._offloaded.live_predictor._live == {}
     trace = load_trace(path)
     assert [entry["sequence"] for entry in trace.sequences] == [1, 2, 3]
     for item, prompt in zip(passages(trace), PROMPTS, strict=True):
@@ -221,19 +221,19 @@ def test_a_pass_is_learned_when_it_is_queued(
         "execution": execution,
     }
     with LLM(model, **options) as llm:
-        executor, foresight, seen = llm._engine._executor, llm._offloaded.foresight, []
-        prefill, learn = executor.prefill, foresight.learn
+        executor, live_predictor, seen = llm._engine._executor, llm._offloaded.live_predictor, []
+        prefill, learn = executor.prefill, live_predictor.learn
 
         def told(step: Step) -> None:
             seen.append(len(step.tokens))
             learn(step)
 
-        def watched(pieces: Sequence[Piece]) -> Tensor:
+        def watched(pieces: Sequence[PromptChunk]) -> Tensor:
             logits = prefill(pieces)
             seen.append("queued")
             return logits
 
-        foresight.learn, executor.prefill = told, watched
+        live_predictor.learn, executor.prefill = told, watched
         llm.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True))
         assert llm.predictor_failure is None
     width = len(PROMPTS) * max(map(len, PROMPTS))
@@ -253,14 +253,14 @@ def test_rest_forgets_nothing(
 
     def run(rests: range) -> tuple[dict[int, npt.NDArray[np.float64]], object]:
         with LLM(model, **options, execution=execution) as llm:
-            foresight, begins = llm._offloaded.foresight, [0]
+            live_predictor, begins = llm._offloaded.live_predictor, [0]
             said = heard(llm) if execution == "host" else demands_of(llm)
 
             def loaded(*_: int) -> None:
-                foresight._calm = CALM if len(begins) in rests else 0
+                live_predictor._calm = CALM if len(begins) in rests else 0
                 begins.append(len(said))
 
-            foresight.loaded = loaded
+            live_predictor.loaded = loaded
             tokens = [(output.index, output.token_id) for output in llm.stream(PROMPTS, params)]
             assert llm.predictor_failure is None
         ends = [*begins[1:], len(said)]
@@ -282,21 +282,21 @@ def test_it_is_told_what_came_of_its_loads(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch, execution: str
 ) -> None:
     """Loads, loads ahead and the needs those met, over all decode steps: what the events say."""
-    monkeypatch.setattr("expertflow.engine.foresight.CALM", 1 << 30)
-    monkeypatch.setattr("expertflow.engine.foresight.JUDGED", 1 << 30)
+    monkeypatch.setattr("expertflow.live.predictor.CALM", 1 << 30)
+    monkeypatch.setattr("expertflow.live.predictor.JUDGED", 1 << 30)
     model, told, events = make_checkpoint("qwen3_moe"), [], []
     options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 12, "predictor": str(make_predictor(model))}
     with LLM(model, **options, execution=execution) as llm:
-        foresight = llm._offloaded.foresight
-        step = foresight._online.step
+        live_predictor = llm._offloaded.live_predictor
+        step = live_predictor._online.step
 
         def sure(*args: torch.Tensor) -> Prediction:
             """Three experts of every layer, whatever comes."""
             return Prediction(*(torch.arange(part.shape[-1]).lt(3).expand_as(part) * 0.95 for part in step(*args)))
 
-        monkeypatch.setattr(foresight._online, "step", sure)
+        monkeypatch.setattr(live_predictor._online, "step", sure)
         llm._offloaded.events.subscribe(events.append)
-        monkeypatch.setattr(foresight, "loaded", lambda *counts: told.append(counts))
+        monkeypatch.setattr(live_predictor, "loaded", lambda *counts: told.append(counts))
         llm.generate(PROMPTS, SamplingParams(max_tokens=24, ignore_eos=True))
         llm._offloaded.settle()
         llm._offloaded.controller.end_step()
@@ -318,23 +318,23 @@ def test_a_predictor_whose_loads_meet_no_need_rests(
     """Longer every time it fails again, and as at first once it has been right."""
     model = make_checkpoint("qwen3_moe")
     with LLM(model, device="cpu", slots=12, max_length=48, predictor=str(make_predictor(model))) as llm:
-        foresight = llm._offloaded.foresight
+        live_predictor = llm._offloaded.live_predictor
         for wanted in (DOUBT, 2 * DOUBT, 4 * DOUBT, DOUBT, LONGEST_DOUBT):
             if wanted == LONGEST_DOUBT:
-                foresight._doubted = LONGEST_DOUBT
-            foresight.loaded(9, 1, JUDGED - 1, 0)
-            assert not foresight.resting
-            foresight.loaded(9, 1, 1, 0)
-            assert foresight.resting
-            foresight.loaded(
+                live_predictor._doubted = LONGEST_DOUBT
+            live_predictor.loaded(9, 1, JUDGED - 1, 0)
+            assert not live_predictor.resting
+            live_predictor.loaded(9, 1, 1, 0)
+            assert live_predictor.resting
+            live_predictor.loaded(
                 9, wanted - 1, 0, JUDGED
             )  # what was judged in vain and is found after all counts for nothing
-            assert foresight.resting
-            foresight.loaded(9)
-            assert not foresight.resting
+            assert live_predictor.resting
+            live_predictor.loaded(9)
+            assert not live_predictor.resting
             if wanted == 4 * DOUBT:
-                foresight.loaded(9, 1, JUDGED, JUDGED - 1)
-                assert not foresight.resting
+                live_predictor.loaded(9, 1, JUDGED, JUDGED - 1)
+                assert not live_predictor.resting
 
 
 def test_new_captured_steps_begin_awake(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
@@ -345,7 +345,7 @@ def test_new_captured_steps_begin_awake(make_checkpoint: MakeCheckpoint, make_pr
         for _ in range(2):
             llm.generate([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))
             moods.append(llm._offloaded._decoder.experts.resting)
-            llm._offloaded.foresight._doubt = DOUBT
+            llm._offloaded.live_predictor._doubt = DOUBT
             llm._offloaded.events.subscribe(lambda _: None)
     assert moods == [False, False]
 
@@ -357,20 +357,20 @@ def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execut
     for name in ("unnoticed", "found out", "right"):
         with monkeypatch.context() as patched:
             if name == "unnoticed":
-                patched.setattr("expertflow.engine.foresight.JUDGED", 1 << 30)
+                patched.setattr("expertflow.live.predictor.JUDGED", 1 << 30)
             options = {"slots": "25%", "device": "cpu", "max_batch": 1, "max_length": 96, "execution": execution}
             with LLM(**options) as llm:
-                foresight = llm._offloaded.foresight
+                live_predictor = llm._offloaded.live_predictor
                 if name != "right":
-                    step = foresight._online.step
+                    step = live_predictor._online.step
                     patched.setattr(
-                        foresight._online,
+                        live_predictor._online,
                         "step",
                         lambda *args, step=step: type(said := step(*args))(*(part.flip(-1) for part in said)),
                     )
                 output = llm.generate("The old house stood at the end of the lane, and", SamplingParams(max_tokens=64))
                 loads[name] = llm.stats.cache.loads + llm.stats.cache.prefetched
-                assert (foresight._doubted > 0) == (name == "found out")
+                assert (live_predictor._doubted > 0) == (name == "found out")
                 assert output[0].token_ids
     assert loads["right"] < loads["found out"] < 0.9 * loads["unnoticed"]
 
@@ -392,9 +392,9 @@ def test_it_rests_where_everything_is_there(
             for _ in range(2):
                 asked = len(said)
                 llm.generate(PROMPTS[2:], SamplingParams(max_tokens=16, ignore_eos=True))
-            assert llm._offloaded.foresight.resting == rests
+            assert llm._offloaded.live_predictor.resting == rests
             assert (len(said) - asked < 6) == rests
-            assert (llm._offloaded.foresight.paths([]) is None) == rests
+            assert (llm._offloaded.live_predictor.paths([]) is None) == rests
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
@@ -427,7 +427,7 @@ def test_more_sequences_than_the_predictor_has_rows(
     with LLM(model, **options, predictor=str(make_predictor(model))) as llm:
         expected = [output.token_ids for output in llm.generate(prompts, params)]
         if fails:
-            monkeypatch.setattr(llm._offloaded.foresight._online, "step", lambda *_: 1 / 0)
+            monkeypatch.setattr(llm._offloaded.live_predictor._online, "step", lambda *_: 1 / 0)
         streams, found = {number: llm.stream(prompts, params) for number in range(2)}, {0: {}, 1: {}}
         while streams:
             for number, stream in list(streams.items()):
@@ -490,7 +490,7 @@ def test_chances_that_are_no_numbers_switch_the_predictor_off(
     with LLM(model, **options, execution="graph") as llm:
         llm._offloaded.events.subscribe(events.append)
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
-        llm._offloaded.foresight.artifact.calibration[:, 2] = torch.nan
+        llm._offloaded.live_predictor.artifact.calibration[:, 2] = torch.nan
         for _ in range(2):
             assert [tuple(output.token_ids) for output in llm.generate(PROMPTS, params)] == expected
         assert llm.predictor_failure == "its chances are no numbers"
@@ -514,7 +514,7 @@ def test_a_predictor_that_raises_is_switched_off(
     events: list[Event] = []
     options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 5, "predictor": str(make_predictor(model))}
     with LLM(model, **options, execution=execution) as llm:
-        online, count = llm._offloaded.foresight._online, [0]
+        online, count = llm._offloaded.live_predictor._online, [0]
         real = getattr(online, method)
 
         def broken(*args: object, **options: object) -> object:
@@ -524,13 +524,13 @@ def test_a_predictor_that_raises_is_switched_off(
             return real(*args, **options)
 
         if method == "note":
-            monkeypatch.setattr("expertflow.engine.foresight.CALM", 0)  # it always rests
+            monkeypatch.setattr("expertflow.live.predictor.CALM", 0)  # it always rests
         monkeypatch.setattr(online, method, broken)
         llm._offloaded.events.subscribe(events.append)
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
         outputs = [llm.generate(PROMPTS, params) for _ in range(3)][-1]
         assert [tuple(output.token_ids) for output in outputs] == expected
-        assert llm._offloaded.foresight.failure == "RuntimeError: out of luck"
+        assert llm._offloaded.live_predictor.failure == "RuntimeError: out of luck"
     assert [event.kind for event in events].count(EventKind.PREDICTOR_OFF) == 1
     assert [event.reason for event in events if event.reason] == ["RuntimeError: out of luck"]
 
@@ -550,7 +550,7 @@ def test_nothing_is_loaded_ahead_in_passes_over_prompts(
         predictor=str(make_predictor(model)),
         execution="host",
     ) as llm:
-        online = llm._offloaded.foresight._online
+        online = llm._offloaded.live_predictor._online
         layers, experts, _ = online.artifact.shape
         sure = torch.zeros(layers, experts)
         sure[:, :3] = 1.0
@@ -603,7 +603,7 @@ def test_the_models_own_predictor_is_used(
     ):
         with LLM(own, device="cpu", **options) as llm:
             assert llm.plan.strategy == strategy
-            assert (llm._offloaded.foresight is not None) == used
+            assert (llm._offloaded.live_predictor is not None) == used
 
 
 def test_the_shipped_model_comes_with_its_predictor() -> None:
@@ -628,14 +628,14 @@ def test_a_fingerprint_is_of_the_weights(make_checkpoint: MakeCheckpoint) -> Non
 def test_a_slip_says_the_same_as_a_new_one() -> None:
     """Whatever was told before: other tokens of the same rows, more rows, fewer, groups, nothing."""
     agendas = [
-        Agenda([3, 1], [7, 8], [[3, 1]]), Agenda([3, 1], [9, 6], [[3, 1]]), Agenda([3, 1], [5, 5], []),
-        Agenda([3, 1, 0], [4, 3, 2], [[3, 1], [0, 2]]), Agenda([2], [1], [[2]]), None,
-        Agenda([3, 1], [7, 8], [[3, 1]]),
+        PredictorBatch([3, 1], [7, 8], [[3, 1]]), PredictorBatch([3, 1], [9, 6], [[3, 1]]), PredictorBatch([3, 1], [5, 5], []),
+        PredictorBatch([3, 1, 0], [4, 3, 2], [[3, 1], [0, 2]]), PredictorBatch([2], [1], [[2]]), None,
+        PredictorBatch([3, 1], [7, 8], [[3, 1]]),
     ]  # fmt: skip
-    slip = Slip(3, 4, 4, torch.device("cpu"))
+    slip = PredictorInputs(3, 4, 4, torch.device("cpu"))
     for agenda in agendas:
         seats = [0] if agenda is None else agenda.told
-        fresh = Slip(3, 4, 4, torch.device("cpu"))
+        fresh = PredictorInputs(3, 4, 4, torch.device("cpu"))
         for one in (slip, fresh):
             one.write(seats, agenda)
         told = 0 if agenda is None else len(agenda.told)
@@ -649,13 +649,13 @@ def test_a_slip_says_the_same_as_a_new_one() -> None:
 
 def test_owners_of_rows() -> None:
     """Left and right padding, passes of a prompt, decoding, and the decoder's first token behind an encoder."""
-    owners = Owners()
-    owners.expect(Coming([4, 9], [2, 5]))
+    owners = BatchOwners()
+    owners.expect(NextBatch([4, 9], [2, 5]))
     assert owners.take(6).tolist() == [NOBODY, NOBODY, NOBODY, 9, 9, 9]
     assert owners.take(4).tolist() == [4, 4, 9, 9]
-    owners.expect(Coming([9]))
+    owners.expect(NextBatch([9]))
     assert owners.take(1).tolist() == [9]
-    owners.expect(Coming([1, 2], [3, 1], padded_left=False))
+    owners.expect(NextBatch([1, 2], [3, 1], padded_left=False))
     assert owners.take(6).tolist() == [1, 1, 1, 2, NOBODY, NOBODY]
     assert owners.take(2).tolist() == [1, 2]
 
@@ -671,13 +671,13 @@ def test_every_token_is_told_once(
     options = {"device": "cpu", "max_length": 48, "slots": 8, "prefill_chunk": 7, "execution": execution, **turns}
     random = np.random.default_rng(seed)
     with LLM(model, **options, predictor=str(make_predictor(model))) as llm:
-        foresight, engine = llm._offloaded.foresight, llm.engine
-        state, window, looked = foresight._online.state, foresight._online.artifact.config.window, 0
+        live_predictor, engine = llm._offloaded.live_predictor, llm.engine
+        state, window, looked = live_predictor._online.state, live_predictor._online.artifact.config.window, 0
 
         def loaded(*_: int) -> None:
-            foresight._calm = CALM if random.random() < 0.5 else 0
+            live_predictor._calm = CALM if random.random() < 0.5 else 0
 
-        foresight.loaded = loaded
+        live_predictor.loaded = loaded
         for _ in range(120):
             if engine.unfinished < 6 and random.random() < 0.4:
                 prompt = random.integers(3, 90, random.integers(1, 12)).tolist()
@@ -686,7 +686,7 @@ def test_every_token_is_told_once(
                 engine.cancel(int(random.integers(engine.begun)))
             engine.step()
             llm._offloaded.controller.end_step()  # a pass by the host is learned from behind it
-            for number, row in foresight._live.items():
+            for number, row in live_predictor._live.items():
                 request = engine._running[number].request
                 tokens = [*request.prompt_token_ids, *request.token_ids]
                 taken = int(state.taken[row])

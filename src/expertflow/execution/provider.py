@@ -13,7 +13,7 @@ import numpy.typing as npt
 from expertflow.cache.controller import CacheController
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.transfer import Transfer
-from expertflow.models.experts import Row
+from expertflow.models.experts import ExpertWeights
 from expertflow.types import Access, Load
 
 
@@ -31,7 +31,7 @@ class CachedExperts:
             self.controller.begin_step(tokens)
             self._prefetch(self.controller.take_loads())
 
-    def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, Row], None, None]:
+    def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, ExpertWeights], None, None]:
         """Yield every needed expert once; its tensors are valid until the generator is resumed.
 
         Turns are taken from the controller no sooner than their copies can start, so that it decides beside running copies.

@@ -1,7 +1,7 @@
 """The device twin of `cache.policy` and `cache.horizon`: what is observed and expected, and the ranks that follow.
 
 One program a layer. Ranks are float64 and bit-equal to NumPy's, so nothing may be fused into multiply-adds; logarithms
-are rounded on both sides (`policy.GRAIN`). Twin of `kernels.residency_reference`. Knows usage and demand; refuses to
+are rounded on both sides (`policy.GRAIN`). Twin of `kernels.residency.reference`. Knows usage and demand; refuses to
 know slots.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from expertflow.cache.horizon import HORIZONS, STEPS_KNOWN
 from expertflow.cache.policy import DISCOUNT, FADE, GRAIN, HIDDEN, MIX
-from expertflow.kernels.state import AHEAD, BLIND, BLOCKS, CONSTANT, FRESH, LOADS, RECORDED, UNKNOWN
+from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, CONSTANT, FRESH, LOADS, RECORDED, UNKNOWN
 
 _NEW = tl.constexpr(1 - FADE[0])
 _NEW_STEADY = tl.constexpr(1 - FADE[1])

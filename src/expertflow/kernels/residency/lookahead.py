@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from expertflow.cache.core import EVICT, PREFETCH, WASTED
-from expertflow.kernels.access import add_to, call_off, tell
-from expertflow.kernels.state import AHEAD, BROKEN, EVICTIONS, WASTES
+from expertflow.kernels.residency.access import add_to, call_off, tell
+from expertflow.kernels.residency.state import AHEAD, BROKEN, EVICTIONS, WASTES
 
 _PREFETCH, _EVICT, _WASTED = (tl.constexpr(kind) for kind in (PREFETCH, EVICT, WASTED))
 _AHEAD, _EVICTIONS, _WASTES, _BROKEN = (tl.constexpr(place) for place in (AHEAD, EVICTIONS, WASTES, BROKEN))

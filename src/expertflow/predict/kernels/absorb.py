@@ -111,7 +111,7 @@ def _key(
 
 
 def absorb(artifact: Any, state: Any, pieces: Any, tokens: Tensor, routes: Tensor) -> None:
-    """`PathPredictor.absorb` of an artifact that `kernels.path` serves: the state that notes, token by token, would leave.
+    """`PathPredictor.absorb` of an artifact that `predict.kernels.path` serves: the state that notes, token by token, would leave.
 
     Args:
         artifact: a `predict.artifact.Artifact`.

@@ -14,7 +14,7 @@ _TOKENS = 2
 """Place of the told tokens among a slip's parts."""
 
 
-class Agenda(NamedTuple):
+class PredictorBatch(NamedTuple):
     """The predictor's rows in a step and behind it.
 
     Attributes:
@@ -28,7 +28,7 @@ class Agenda(NamedTuple):
     groups: list[list[int]]
 
 
-class Slip:
+class PredictorInputs:
     """What the host tells a step of the predictor's rows, in one copy: whose step it is, whose tokens are new, whose turns come.
 
     Args:
@@ -58,7 +58,7 @@ class Slip:
         self._rows: tuple[list[int], list[int], list[list[int]]] | None = None
         """What the parts hold but for tokens; the same from step to step, as long as the same sequences step."""
 
-    def write(self, seats: list[int], agenda: Agenda | None) -> None:
+    def write(self, seats: list[int], agenda: PredictorBatch | None) -> None:
         """Tell the next step; without an agenda it has no forecast."""
         told, tokens, groups = ([], [], []) if agenda is None else agenda
         if self._rows != (seats, told, groups):

@@ -20,13 +20,11 @@ from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.forecast import Forecast, Step
 from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.strategy import Strategy
-from expertflow.engine.agenda import Slip
-from expertflow.engine.foresight import Foresight
-from expertflow.engine.rope import by_length
 from expertflow.events import CacheCounters, Event, EventKind
-from expertflow.kernels.backend import HAS_TRITON, backend
+from expertflow.execution.rope import by_length
+from expertflow.kernels.backend import backend
 from expertflow.kernels.reference import MAX_PAIRS, ExpertMlp, Workspace
-from expertflow.kernels.state import (
+from expertflow.kernels.residency.state import (
     AHEAD,
     BLIND,
     BLOCKS,
@@ -40,11 +38,14 @@ from expertflow.kernels.state import (
     Schedule,
     refusal,
 )
-from expertflow.memory.layout import RowLayout
+from expertflow.live.batch import PredictorInputs
+from expertflow.live.predictor import LivePredictor
+from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.memory.transfer import Transfer
 from expertflow.models.skeleton import Skeleton
+from expertflow.triton_support import HAS_TRITON
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 """The kernels' names of transformers' activations."""
@@ -58,13 +59,13 @@ def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
     """
     assert skeleton.family is not None
     module = skeleton.model.get_submodule(skeleton.expert_modules[0])
-    layout = RowLayout.of(skeleton.specs)
+    layout = RecordLayout.of(skeleton.specs)
     config = skeleton.config.get_text_config(decoder=True)
     name = str(getattr(config, "hidden_act", None) or getattr(config, "dense_act_fn", ""))
     return ExpertMlp.of(
         layout.specs,
         layout.offsets,
-        layout.row_bytes,
+        layout.record_bytes,
         skeleton.family.activation or _ACTIVATIONS.get(name, name),
         transposed=bool(getattr(module, "is_transposed", False)),  # the registry's word; Switch's experts have none
         interleaved=not getattr(module, "is_concatenated", True),
@@ -142,7 +143,7 @@ class Lane:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class SharedParts:
     """What the device execution takes turns over with the host: the controller, where the rows are, who moves them."""
 
     controller: CacheController
@@ -150,7 +151,7 @@ class Held:
     pool: SlotPool
     transfer: Transfer
     counters: CacheCounters
-    foresight: Foresight | None = None
+    live_predictor: LivePredictor | None = None
     forecast: Forecast | None = None
     """The caller's own, in place of the strategy's or a predictor."""
 
@@ -176,7 +177,7 @@ class DeviceExperts:
         fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `begin` on.
     """
 
-    def __init__(self, mlp: ExpertMlp, held: Held, rows: int, top_k: int, *, log: bool) -> None:
+    def __init__(self, mlp: ExpertMlp, held: SharedParts, rows: int, top_k: int, *, log: bool) -> None:
         """Allocate everything a step needs but what the model itself allocates."""
         device = held.pool.buffer.device
         self._mlp, self._held, self._top_k = mlp, held, top_k
@@ -186,12 +187,16 @@ class DeviceExperts:
             given=held.forecast is not None,
         )  # fmt: skip
         self._kernels = backend(device)
-        foresight = held.foresight
-        self._slip = None if foresight is None else Slip(rows, foresight.sequences, foresight.spare, device)
+        live_predictor = held.live_predictor
+        self._slip = (
+            None
+            if live_predictor is None
+            else PredictorInputs(rows, live_predictor.sequences, live_predictor.spare, device)
+        )
         notes = None
-        if foresight is not None and self._slip is not None:
-            notes = Notes(routes=foresight.routes, seats=self._slip.seats)
-            foresight.wake()  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
+        if live_predictor is not None and self._slip is not None:
+            notes = Notes(routes=live_predictor.routes, seats=self._slip.seats)
+            live_predictor.wake()  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
         self._twin = self._kernels.residency(self.state, notes)
         self._work = Workspace.allocate(mlp, rows, top_k, device)
         self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
@@ -216,12 +221,12 @@ class DeviceExperts:
     @property
     def predicting(self) -> bool:
         """Whether there is a predictor at work, be it at rest."""
-        return self._held.foresight is not None and self._held.foresight.failure is None
+        return self._held.live_predictor is not None and self._held.live_predictor.failure is None
 
     def begin(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
         """A step of these sequences comes, each fed its token: take over from the host, if that has not been done.
 
-        Who steps behind them the foresight was told.
+        Who steps behind them the live_predictor was told.
         """
         if not self.holds:
             self._take_over()
@@ -231,14 +236,14 @@ class DeviceExperts:
         self.asked, self.resting = 0, False
         if self._held.forecast is not None and not self.fixed:
             self._foretell(self._held.forecast)
-        foresight, slip = self._held.foresight, self._slip
-        if slip is None or foresight is None or self.fixed or not self.predicting:
+        live_predictor, slip = self._held.live_predictor, self._slip
+        if slip is None or live_predictor is None or self.fixed or not self.predicting:
             return
         self._count_loads()
-        self.resting = foresight.resting
-        foresight.sampled(sequences, tokens)
-        agenda = foresight.agenda(slip.room)
-        slip.write(foresight.seats(sequences), agenda)
+        self.resting = live_predictor.resting
+        live_predictor.sampled(sequences, tokens)
+        agenda = live_predictor.agenda(slip.room)
+        slip.write(live_predictor.seats(sequences), agenda)
         self.asked = 0 if agenda is None else len(agenda.told)
 
     def _foretell(self, forecast: Forecast) -> None:
@@ -255,15 +260,15 @@ class DeviceExperts:
         The last step is over if its tokens were waited for.
         """
         counted, before = tuple(self.state.made.tolist()), self._counted
-        if counted[1] > before[1] and self._held.foresight is not None:
+        if counted[1] > before[1] and self._held.live_predictor is not None:
             if any(now < then for now, then in zip(counted, before, strict=True)):  # the tally was taken meanwhile
                 before = (0, before[1], 0, 0)
-            self._held.foresight.loaded(*(now - then for now, then in zip(counted, before, strict=True)))
+            self._held.live_predictor.loaded(*(now - then for now, then in zip(counted, before, strict=True)))
             self._counted = counted
 
     def _take_over(self) -> None:
         self._held.transfer.settle()
-        self._held.controller.hand_over(self.state.load)
+        self._held.controller.lend_tables(self.state.load)
         self._counted = tuple(self.state.made.tolist())
         self.steps, self.holds = 0, True  # last: a take-over that is broken off has not been
         state = self.state
@@ -276,7 +281,7 @@ class DeviceExperts:
         if not self.holds:
             return
         try:
-            self._held.controller.take_back(self.state.store, self.steps)
+            self._held.controller.reclaim_tables(self.state.store, self.steps)
         except BaseException:
             self.abandon()  # the host may have half of it
             raise
@@ -293,11 +298,13 @@ class DeviceExperts:
                     prefetch_hits=tally[FRESH],
                     wasted=tally[WASTES],
                     evictions=tally[EVICTIONS],
-                    bytes_moved=tally[BLOCKS] * self._mlp.row_bytes // self._kernels.blocks_of(self._mlp.row_bytes),
+                    bytes_moved=tally[BLOCKS]
+                    * self._mlp.record_bytes
+                    // self._kernels.blocks_of(self._mlp.record_bytes),
                 )
             )
-        if tally[BLIND] and self._held.foresight is not None:
-            self._held.foresight.switch_off(self._held.controller.step, "its chances are no numbers")
+        if tally[BLIND] and self._held.live_predictor is not None:
+            self._held.live_predictor.switch_off(self._held.controller.step, "its chances are no numbers")
         self.steps = 0
 
     def abandon(self) -> None:
@@ -306,7 +313,7 @@ class DeviceExperts:
         if self.live.is_cuda:
             torch.cuda.synchronize(self.live.device)
         controller = self._held.controller
-        controller.take_back(lambda tables, usage: None, self.steps)  # noqa: ARG005 - what is known stays as it was
+        controller.reclaim_tables(lambda tables, usage: None, self.steps)  # noqa: ARG005 - what is known stays as it was
         controller.forget()
         self.state.drop()
         self.steps = 0
@@ -325,9 +332,9 @@ class DeviceExperts:
         """Have the buffers for steps of `rows` rows: they must not be allocated while a graph is captured."""
         if rows not in self._schedules:
             self._schedules[rows] = replace(Schedule.allocate(self.state, rows, self._top_k), live=self.live)
-            if self.predicting and self._held.foresight is not None:  # what has never run is not captured
-                nobody = torch.full((rows,), self._held.foresight.spare, device=self.live.device)
-                self._held.foresight.note(nobody, torch.zeros_like(nobody))
+            if self.predicting and self._held.live_predictor is not None:  # what has never run is not captured
+                nobody = torch.full((rows,), self._held.live_predictor.spare, device=self.live.device)
+                self._held.live_predictor.note(nobody, torch.zeros_like(nobody))
 
     def open_step(self, rows: int) -> None:
         """A step of so many rows begins, of which `live` count: ask the predictor, plan, begin to load."""
@@ -336,13 +343,13 @@ class DeviceExperts:
             self._padding = torch.arange(rows, device=self.live.device)[:, None] >= self.live
             return
         with self._plans.work():  # beside the first layer's attention
-            foresight, slip = self._held.foresight, self._slip
-            if foresight is not None and slip is not None:
+            live_predictor, slip = self._held.live_predictor, self._slip
+            if live_predictor is not None and slip is not None:
                 told = slip.told_seats[:rows], slip.told_tokens[:rows]
                 if self.resting:
-                    foresight.note(*told)
-                if self.predicting and not self.resting and foresight.ask(*told):
-                    self._twin.expect(foresight.said, slip.members, slip.turns)
+                    live_predictor.note(*told)
+                if self.predicting and not self.resting and live_predictor.ask(*told):
+                    self._twin.expect(live_predictor.said, slip.members, slip.turns)
                 else:
                     self.state.known.zero_()
             self._twin.open_step(ahead=not self.resting)
@@ -372,7 +379,7 @@ class DeviceExperts:
         kernels, mlp, pool = self._kernels, self._mlp, self._held.pool.buffer
         loads = self._held.store.buffer, pool, self.state.ledger, schedule.todo
         with self._corrections.work():
-            kernels.fetch_rows(*loads, schedule.bounds[:2])
+            kernels.fetch_records(*loads, schedule.bounds[:2])
         if self._looks_ahead:
             with self._plans.work():
                 self._twin.bind(layer)
@@ -380,7 +387,7 @@ class DeviceExperts:
         self._corrections.join()
         for phase in range(schedule.phases):
             if phase:
-                kernels.fetch_rows(*loads, schedule.bounds[phase : phase + 2])
+                kernels.fetch_records(*loads, schedule.bounds[phase : phase + 2])
             kernels.expert_pairs(mlp, hidden, schedule.slots[1 + phase], pool, self._work)
 
     def _load_ahead(self, place: int) -> None:
@@ -389,7 +396,7 @@ class DeviceExperts:
             return
         state = self.state
         with self._ahead.work():
-            self._kernels.fetch_rows(
+            self._kernels.fetch_records(
                 self._held.store.buffer,
                 self._held.pool.buffer,
                 state.ledger,
@@ -420,7 +427,7 @@ class DeviceExperts:
         number = controller.step + self.steps
         controller.events.emit(Event(EventKind.STEP, number))
         for row in self.state.take_log():
-            controller.events.emit(as_event(row, number, self._mlp.row_bytes))
+            controller.events.emit(as_event(row, number, self._mlp.record_bytes))
 
     def attach(self, model: PreTrainedModel, skeleton: Skeleton) -> None:
         """Let the model's layers call `run` in place of the host execution."""

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from expertflow.cache.core import EVICT, HIT, LAYER, MISS, WASTED
 from expertflow.kernels.ledger import CALLED_OFF
-from expertflow.kernels.state import BROKEN, EVICTIONS, FRESH, HITS, LOADS, PHASES, WASTES
+from expertflow.kernels.residency.state import BROKEN, EVICTIONS, FRESH, HITS, LOADS, PHASES, WASTES
 
 _LAYER, _HIT, _MISS, _EVICT, _WASTED = (tl.constexpr(kind) for kind in (LAYER, HIT, MISS, EVICT, WASTED))
 _HITS, _LOADS, _EVICTIONS, _PHASES, _BROKEN, _FRESH, _WASTES = (

@@ -1,6 +1,6 @@
 """An encoder-decoder model over rows: the decoder's own keys and values, and those of what the encoder has read.
 
-The same rows as a decoder-only model's (`engine.rows`), twice: a sequence's first pass reads its whole prompt through the encoder
+The same rows as a decoder-only model's (`execution.kv_rows`), twice: a sequence's first pass reads its whole prompt through the encoder
 and leaves what the decoder attends to in its row; from then on it steps in any company, eagerly or captured. Positions are each
 row's own, which the T5 relative position bias of transformers does not provide for: here it is computed row by row.
 Knows rows and columns; refuses to know requests, experts and graphs.
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import EncoderDecoderCache, PreTrainedModel
 
-from expertflow.engine.rows import Pass, RowCache, RowLayer, step_masks
+from expertflow.execution.kv_rows import ForwardInput, RowCache, RowLayer, step_masks
 from expertflow.models.attention import cache_argument
 from expertflow.models.skeleton import Skeleton
 
@@ -149,9 +149,9 @@ class EncoderDecoderRows:
         token = getattr(config, "decoder_start_token_id", None)
         tokens = torch.full((len(rows), 1), config.pad_token_id if token is None else token, device=device)
         first = torch.zeros_like(tokens)
-        return self._run(self.model, Pass(tokens, where, first, first, 1, encoded.shape[1]), encoded)
+        return self._run(self.model, ForwardInput(tokens, where, first, first, 1, encoded.shape[1]), encoded)
 
-    def forward(self, run: Callable[..., Any], given: Pass, *, whole: bool = False) -> Float[Tensor, "B V"]:
+    def forward(self, run: Callable[..., Any], given: ForwardInput, *, whole: bool = False) -> Float[Tensor, "B V"]:
         """Run a step of the decoder; logits of each row's last token.
 
         Args:
@@ -161,7 +161,9 @@ class EncoderDecoderRows:
         """
         return self._run(run, given, None, whole=whole)
 
-    def _run(self, run: Callable[..., Any], given: Pass, encoded: Tensor | None, *, whole: bool = False) -> Tensor:
+    def _run(
+        self, run: Callable[..., Any], given: ForwardInput, encoded: Tensor | None, *, whole: bool = False
+    ) -> Tensor:
         tokens, rows, positions, columns, end, reach = given
         own, read = self.cache.span, self._read.span
         own.rows, own.columns, own.end, own.whole = rows, columns, end, whole

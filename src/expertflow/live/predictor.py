@@ -20,11 +20,11 @@ from torch import Tensor
 from expertflow.cache.forecast import Step
 from expertflow.cache.horizon import HORIZONS, hazards, take_turns, unite
 from expertflow.cache.policy import Outlook
-from expertflow.engine.agenda import Agenda
 from expertflow.events import Event, EventKind, EventStream
+from expertflow.live.batch import PredictorBatch
 from expertflow.predict.model import sent
 from expertflow.predict.online import OnlinePredictor
-from expertflow.trace.owners import NOBODY, Coming, Owners
+from expertflow.trace.owners import NOBODY, BatchOwners, NextBatch
 
 CALM = 4
 """Decode steps without a load after which the predictor rests; the next load wakes it. 1, 4 and 16 were not told
@@ -46,7 +46,7 @@ class _Asked(NamedTuple):
     decoding: bool
 
 
-class Foresight:
+class LivePredictor:
     """What the predictor expects of the live sequences.
 
     Args:
@@ -75,7 +75,7 @@ class Foresight:
         self._online, self._events, self._aside, self._room = online, events, aside, room
         self.artifact = online.artifact
         self._layers, self._experts, self._top_k = online.artifact.shape
-        self._owners = Owners()
+        self._owners = BatchOwners()
         self._live: dict[int, int] = {}
         self._housed: list[int] = []
         """The sequences that got rows last, as long as they all still have them."""
@@ -107,7 +107,7 @@ class Foresight:
         """A row of nobody."""
         return self._online.spare
 
-    def expect(self, coming: Coming) -> None:
+    def expect(self, coming: NextBatch) -> None:
         """Say whose rows come next; numbers are never used again for other sequences."""
         self._owners.expect(coming)
         self._guarded(Step(-1), lambda: self._house(coming))
@@ -190,7 +190,7 @@ class Foresight:
             return self._again[1]
         return [self._live.get(number, self.spare) for number in sequences]
 
-    def agenda(self, room: int) -> Agenda | None:
+    def agenda(self, room: int) -> PredictorBatch | None:
         """What the step that was announced has to know; None if nothing is known of one of its sequences.
 
         Whoever calls it sees to it that the rows told are asked about before the groups are looked at, or are noted where it rests.
@@ -200,7 +200,7 @@ class Foresight:
         """
         return self._guarded(Step(-1), lambda: self._agenda(room))
 
-    def _agenda(self, room: int) -> Agenda | None:
+    def _agenda(self, room: int) -> PredictorBatch | None:
         coming = self._owners.coming
         if self._again is not None and not self._told and not coming.following and len(self._untold) <= room:
             numbers, rows = self._again
@@ -209,7 +209,7 @@ class Foresight:
             ):  # the same ones as in the last step, and nobody else
                 tokens = list(self._untold.values())
                 self._untold.clear()
-                return Agenda(rows, tokens, [] if self.resting else [rows])
+                return PredictorBatch(rows, tokens, [] if self.resting else [rows])
         now = [number for number in coming.sequences if number in self._live]
         untold = [number for number in now if number in self._untold]
         untold += [number for number in self._untold if number not in untold]
@@ -224,7 +224,7 @@ class Foresight:
         for number in now:
             del self._told[number]  # once they have stepped, their next token is another one
         self._again = (tuple(coming.sequences), [self._live[number] for number in now])
-        return Agenda(told[:room], tokens[:room], [group for group in groups if group])
+        return PredictorBatch(told[:room], tokens[:room], [group for group in groups if group])
 
     def ask(self, seats: Tensor, tokens: Tensor) -> bool:
         """What rows will use in the steps their newest tokens are fed in: written to `said`. False once it is switched off.
@@ -274,7 +274,7 @@ class Foresight:
             self._ask(seats, newest)
         self.routes[seats] = self._experts
 
-    def _house(self, coming: Coming) -> None:
+    def _house(self, coming: NextBatch) -> None:
         """Rows for the sequences that come; if there are too few, those that stepped longest ago are forgotten."""
         wanted = [number for number in coming.sequences if number != NOBODY]
         if wanted == self._housed:

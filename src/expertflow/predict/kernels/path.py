@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow.kernels.absorb import absorb, embed, fade, power_of_two, project
+from expertflow.predict.kernels.absorb import absorb, embed, fade, power_of_two, project
 
 FLOOR, NEVER, FIXED, RANGE = 0.02, -1e4, 1 << 20, 8.0
-"""As `predict.model._FLOOR`, `_NEVER`, `_FIXED` and `predict.memory._RANGE` say."""
+"""As `predict.model._FLOOR`, `_NEVER`, `_FIXED` and `predict.counts._RANGE` say."""
 _FLOOR, _NEVER, _FIXED = tl.constexpr(FLOOR), tl.constexpr(NEVER), tl.constexpr(float(FIXED))
 _STEP = tl.constexpr(RANGE / 127)
 _FAN = tl.constexpr(256)

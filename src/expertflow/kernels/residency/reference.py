@@ -25,7 +25,7 @@ from expertflow.cache.horizon import STEPS_KNOWN, hazards, take_turns, unite
 from expertflow.cache.policy import Outlook, Usage
 from expertflow.cache.prefetch import open_step, pass_layer
 from expertflow.kernels.ledger import CALLED_OFF, CARRIED, DONE, DST, PRIOR, SRC, TAKEN
-from expertflow.kernels.state import (
+from expertflow.kernels.residency.state import (
     AHEAD,
     BLIND,
     BLOCKS,

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from expertflow import outside
 from expertflow.errors import CheckpointError
-from expertflow.models.foreign import ADAPTER_NAME, refuse_foreign
+from expertflow.models.files.foreign import ADAPTER_NAME, refuse_foreign
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

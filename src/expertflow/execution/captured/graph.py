@@ -1,8 +1,8 @@
 """Decode steps as graphs: the whole step, routing included, is captured once a shape and replayed.
 
 A step reads tokens, rows and positions from fixed buffers and leaves logits and the most probable tokens in others; the
-predictor, the plan and the loads of the experts are part of it (`engine.device`); keys and values are in rows that never move
-(`engine.rows`). Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes, and once more
+predictor, the plan and the loads of the experts are part of it (`execution.captured.experts`); keys and values are in rows that never move
+(`execution.kv_rows`). Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes, and once more
 for a predictor at rest; the first step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
 Knows the model's forward; refuses to know requests.
 """
@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from expertflow.engine.capture import capture, graph_pool, kept_bytes
-from expertflow.engine.cross import EncoderDecoderRows
-from expertflow.engine.dense import DenseParts
-from expertflow.engine.device import DeviceExperts
-from expertflow.engine.passes import stock_forward
-from expertflow.engine.rows import Fed, Pass, RowModel
-from expertflow.engine.sampler import most_probable
 from expertflow.errors import DeviceError
+from expertflow.execution.captured.capture import capture, graph_pool, kept_bytes
+from expertflow.execution.captured.dense import DenseParts
+from expertflow.execution.captured.experts import DeviceExperts
+from expertflow.execution.encoder_decoder import EncoderDecoderRows
+from expertflow.execution.kv_rows import DecodeInput, ForwardInput, RowModel
+from expertflow.execution.passes import stock_forward
+from expertflow.execution.sampler import most_probable
 
 LEAST_COLUMNS = 128
 """Columns the shortest captured step looks at; longer ones double."""
@@ -71,7 +71,7 @@ class GraphDecoder:
         self._whole = True
 
     @torch.inference_mode()
-    def step(self, fed: Sequence[Fed]) -> Float[Tensor, "B V"]:
+    def step(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Feed one token a sequence; logits of the next, valid until the next step."""
         if not self._whole:
             self.end()  # the last step was broken off, and this may be the same one again
@@ -135,7 +135,7 @@ class GraphDecoder:
         self.experts.open_step(batch)  # rows of padding attend to whatever lies in row 0; nobody reads what they give
         logits = self.rows.forward(
             stock_forward(self.rows.model),  # a pass would begin a step of the host execution
-            Pass(tokens[:, None], rows, positions[:, None], where[:, None], columns, self._reach),
+            ForwardInput(tokens[:, None], rows, positions[:, None], where[:, None], columns, self._reach),
             whole=whole,
         )
         self.experts.close_step()

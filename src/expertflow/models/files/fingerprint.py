@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 
 from expertflow.errors import CheckpointError
-from expertflow.models.checkpoint import StoredTensor
+from expertflow.models.files.checkpoint import StoredTensor
 
 _SAMPLED = 64
 _BYTES = 4096

@@ -1,0 +1,1 @@
+"""The cache's decisions on the device."""

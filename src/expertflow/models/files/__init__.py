@@ -1,0 +1,1 @@
+"""Checkpoint folders: tensors, hashes, what is refused."""
