@@ -26,6 +26,7 @@ from expertflow.execution.runner import PromptChunk
 from expertflow.execution.sampler import NO_TOKEN, choose_all
 from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
+from expertflow.schedule.admission import make_admission
 from expertflow.schedule.cost import Costs, fixed_part
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import NextBatch
@@ -51,13 +52,14 @@ class Engine:
 
     Args:
         offloaded: the model.
+        admission: when waiting requests get KV rows, an entry of `schedule.admission.ADMISSIONS`.
 
     Attributes:
         lock: held for a step or an addition, and handed on in the order in which threads asked for it.
         threads: how many the steps use.
     """
 
-    def __init__(self, offloaded: OffloadedModel) -> None:
+    def __init__(self, offloaded: OffloadedModel, admission: str = "pays") -> None:
         """No request yet."""
         self._offloaded, plan = offloaded, offloaded.plan
         self._executor = offloaded.executor()
@@ -72,9 +74,9 @@ class Engine:
             whole=self._executor.whole,
             top_k=plan.shape.top_k,
             rates=rates(plan),
-            ask=self._paths if asks else None,
+            expected=self._paths if asks else None,
             preview=self._usual if asks else None,
-            costs=self._costs,
+            admission=make_admission(admission, self._costs),
         )
         self._passes: deque[float] = deque(maxlen=_PASSES)
         self._turns: deque[tuple[int, float]] = deque(maxlen=_STEPS)

@@ -12,7 +12,7 @@ from expertflow.kernels.residency.state import CacheState
 from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
-from expertflow.schedule.cost import Rates
+from expertflow.schedule.cost import StepPrices
 from expertflow.types import DTYPE_BYTES
 from expertflow.units import format_bytes, parse_bytes, parse_slots
 
@@ -191,10 +191,10 @@ def _plan(
     )
 
 
-def rates(plan: Plan) -> Rates:
+def rates(plan: Plan) -> StepPrices:
     """What a step of a plan is made of, for whoever divides live sequences into turns. Only the proportions matter."""
     link, memory, fixed, divide = _SPEEDS[plan.device]
-    return Rates(
+    return StepPrices(
         slots=plan.slots,
         load=plan.record_bytes / link,
         step=fixed + plan.dense / memory,

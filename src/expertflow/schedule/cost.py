@@ -20,7 +20,7 @@ Chances = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
+class StepPrices:
     """What a step is made of, in seconds.
 
     Attributes:
@@ -70,7 +70,7 @@ def expected_loads(uses: npt.NDArray[np.float64], slots: int) -> float:
     return float(often[: max(0, len(often) - slots)].sum())
 
 
-def price(chances: Chances, groups: Groups, count: int, rates: Rates) -> Division:
+def price(chances: Chances, groups: Groups, count: int, rates: StepPrices) -> Division:
     """What a division is expected to cost."""
     uses = used(chances, groups, count)
     loads = expected_loads(uses, rates.slots)
@@ -78,7 +78,7 @@ def price(chances: Chances, groups: Groups, count: int, rates: Rates) -> Divisio
     return Division(groups, loads, seconds)
 
 
-def cheapest(chances: Chances, batch: int, rates: Rates, top_k: int) -> Division:
+def cheapest(chances: Chances, batch: int, rates: StepPrices, top_k: int) -> Division:
     """The cheaper division into as few groups as the batch size allows: by arrival, or by route.
 
     More groups are never cheaper: whatever divides one of two groups adds to what the steps of a round use, expert by expert,
