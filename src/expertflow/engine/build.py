@@ -15,7 +15,7 @@ from expertflow.cache.strategy import Strategy, find_strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
-from expertflow.errors import BudgetError, ClosedError, ConfigError
+from expertflow.errors import BudgetError, ClosedError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
 from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlp
 from expertflow.execution.captured.graph import GraphDecoder
@@ -32,16 +32,11 @@ from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_addresses, check_host_memory, check_locking, memory_reported
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.models.experts import Uncopied
-from expertflow.models.files.identity import ContentHash, spans_of, stamps
-from expertflow.models.load import bind_experts, fill_records, load_dense, unbind_experts
-from expertflow.models.mapping import ExpertPiece
+from expertflow.models.load import bind_experts, unbind_experts
+from expertflow.models.sources import SharedWeights, WeightsSource
 from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
-from expertflow.progress import Progress
 from expertflow.units import format_bytes, parse_bytes
-
-_LONG_TO_LOAD = 1 << 30
-"""Bytes of experts from which loading shows its progress: less takes a second or two."""
 
 
 class OffloadedModel(Uncopied):
@@ -66,30 +61,26 @@ class OffloadedModel(Uncopied):
         prepared: Prepared,
         config: EngineConfig,
         forecast: Forecast | None = None,
-        beside: "OffloadedModel | None" = None,
     ) -> None:
         """Load. See `load_model`."""
         self.plan = plan = prepared.plan
         self.skeleton, self.fingerprint = prepared.skeleton, prepared.fingerprint
         self.device = torch.device(plan.device)
         self._device_index = torch.cuda.current_device() if self.device.type == "cuda" else 0
-        self._beside = beside
-        _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped)
+        self._weights, located = prepared.weights, prepared.located
+        _check_memory(replace(plan, host=0) if self._weights.shared else plan, config, located.mapped)
         if self.device.type == "cuda":
             cuda_meter = CudaMeter(self.device)
         layout = RecordLayout.of(plan.shape.specs)
-        folder, dense = prepared.skeleton.folder, prepared.dense
-        self.stamps = stamps(prepared.tensors, folder)
-        self.model: PreTrainedModel = load_dense(prepared.skeleton, dense, self.device)
-        if beside is None:
-            content = ContentHash()
-            self.store = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
-            _fill(prepared.pieces, self.store, content, show=config.progress)
-            self.store.lock()
-            content.read(spans_of(dense))
-            self.identity = content.identity(prepared.tensors, folder)
-        else:
-            self.store, self.identity = _rows_of(beside, prepared, self.stamps), beside.identity
+        self.stamps = self._weights.stamps(located)
+        self.model: PreTrainedModel = self._weights.load_dense(located, self.device)
+
+        def allocate() -> HostStore:
+            return HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
+
+        store, self.identity = self._weights.experts(located, allocate, self.device, show=config.progress)
+        assert isinstance(store, HostStore), "a source fills what it was given, or shares what another model allocated"
+        self.store = store
         self._pool = pool = SlotPool(layout, plan.slots, self.device)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
         self.meter: Meter = (
@@ -126,6 +117,14 @@ class OffloadedModel(Uncopied):
         self.passes.guard(self.model)
         if self.skeleton.encoder_decoder:  # it is called on its own, too
             self.passes.guard(self.model.get_encoder(), begins=True)
+
+    @property
+    def shared_weights(self) -> SharedWeights:
+        """A source for further models of the same checkpoint: they use this one's experts in host memory."""
+        return SharedWeights(
+            source=self._weights, skeleton=self.skeleton, known=self.stamps, identity=self.identity, store=self.store,
+            device=self.device,
+        )  # fmt: skip
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check_open()
@@ -241,7 +240,7 @@ class OffloadedModel(Uncopied):
             self._rows.drop()
         self._provider = self._decoder = self._rows = None
         del self._transfer, self._pool
-        if self._beside is None:
+        if not self._weights.shared:
             self.store.close()
 
 
@@ -259,7 +258,7 @@ def _on(device: torch.device, strategy: Strategy) -> Strategy:
 
 
 def load_model(
-    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, beside: OffloadedModel | None = None
+    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, weights: WeightsSource | None = None
 ) -> OffloadedModel:
     """Plan, check, load and wire.
 
@@ -267,40 +266,12 @@ def load_model(
         model: checkpoint folder, or a Hugging Face id.
         config: the wish.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
-        beside: the same checkpoint, loaded before and open as long as this one: its experts in host memory are used too.
+        weights: where the weights come from; None: the folder's files.
 
     Raises:
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
-    return OffloadedModel(prepare(model, config, forecast), config, forecast, beside)
-
-
-def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostStore:
-    """The experts that another loaded model keeps in host memory.
-
-    Args:
-        beside: the other model.
-        prepared: the one that is loaded now.
-        seen: what the system knows of its files; if that is what it knew of the other's, nothing is read.
-
-    Raises:
-        ConfigError: if they are of another checkpoint, or of another dtype, than asked for.
-    """
-    if seen == beside.stamps:
-        identity = beside.identity
-    else:
-        content = ContentHash()
-        content.read([*(piece.span for piece in prepared.pieces), *spans_of(prepared.dense)])
-        identity = content.identity(prepared.tensors, prepared.skeleton.folder)
-    if identity != beside.identity or (beside.plan.record_bytes, beside.plan.device) != (
-        prepared.plan.record_bytes,
-        prepared.plan.device,
-    ):
-        raise ConfigError(
-            f"{prepared.skeleton.folder} cannot share the experts of {beside.skeleton.folder}: checkpoint, dtype or device differ",
-            "Load it by itself.",
-        )
-    return beside.store
+    return OffloadedModel(prepare(model, config, forecast, weights), config, forecast)
 
 
 def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
@@ -331,9 +302,3 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
                 "State a smaller gpu_memory or fewer slots.",
                 plan.least,
             )
-
-
-def _fill(pieces: list[ExpertPiece], store: HostStore, content: ContentHash, *, show: bool) -> None:
-    total = sum(piece.nbytes for piece in pieces)
-    with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
-        fill_records(pieces, store, content, bar.advance)

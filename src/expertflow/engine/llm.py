@@ -32,6 +32,7 @@ from expertflow.errors import (
     UnsupportedModelError,
 )
 from expertflow.events import CacheCounters
+from expertflow.models.sources import SharedWeights, WeightsSource
 from expertflow.predict.artifact import Artifact
 from expertflow.progress import Progress
 from expertflow.trace.format import Header, TraceWriter
@@ -97,7 +98,11 @@ class LLM:
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future; steps are captured if it is
             `foreknown` (`cache.forecast.Forecast`).
-        beside: the same model, loaded before and open as long as this one: its experts in host memory are used too.
+        beside: the same model, loaded before and open as long as this one: its experts in host memory are used too. Short for
+            `weights=beside.shared_weights`.
+        weights: where the weights come from (`models.sources`): None: the folder's files; another model's `shared_weights`;
+            `RandomWeights` for a folder with nothing but a config.
+        admission: when waiting requests are let in: when it `pays`, `at once`, or as `static` batches (`schedule.admission`).
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 
     Raises:
@@ -110,26 +115,31 @@ class LLM:
         *,
         forecast: Forecast | None = None,
         beside: "LLM | None" = None,
+        weights: WeightsSource | None = None,
+        admission: str = "pays",
         **options: Any,
     ) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
         limit_threads()
-        other: OffloadedModel | None = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
+        if beside is not None:
+            if weights is not None:
+                raise ConfigError("beside and weights are both given", "They are two sources of weights: give one.")
+            weights = beside.shared_weights
         folder = shipped_model() if model is None else model
         self._name = Path(folder).absolute().name
-        prepared = prepare(folder, self.config, forecast)
+        prepared = prepare(folder, self.config, forecast, weights)
         if kinds := prepared.plan.shape.unserved:
             raise UnsupportedModelError(
                 f"{prepared.skeleton.config.model_type!r} has layers of kind {', '.join(kinds)}, whose cache LLM cannot serve",
                 "Use expertflow.from_pretrained and the model's own `generate`.",
             )
-        self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast, other)
+        self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast)
         self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
         self._reader = PromptReader(self.tokenizer, prepared.plan.shape.vocabulary)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
-        self._engine = Engine(self._offloaded)
+        self._engine = Engine(self._offloaded, admission)
 
     @property
     def plan(self) -> Plan:
@@ -167,6 +177,11 @@ class LLM:
     def identity(self) -> str:
         """Hash of every byte that answers depend on: weights, config, generation config and tokenizer."""
         return self._offloaded.identity
+
+    @property
+    def shared_weights(self) -> SharedWeights:
+        """This model's experts in host memory, as `weights` of another `LLM` of the same checkpoint."""
+        return self._offloaded.shared_weights
 
     @property
     def predictor(self) -> Artifact | None:

@@ -3,8 +3,7 @@
 Raises whatever would make loading or running fail later. Must not load weights.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,11 +16,10 @@ from expertflow.errors import ConfigError, DeviceError
 from expertflow.execution.captured.experts import graph_refusal
 from expertflow.memory.store import memory_reported
 from expertflow.models.bounds import describing
-from expertflow.models.files.checkpoint import StoredTensor, resolve, walk
-from expertflow.models.files.fingerprint import fingerprint
-from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
+from expertflow.models.files.checkpoint import resolve
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
+from expertflow.models.sources import FileWeights, Located, WeightsSource
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kernels import step_kernels
@@ -67,43 +65,40 @@ def check_default_device() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A checkpoint that was looked at but not loaded: skeleton, where its experts are, the plan, and which weights.
+    """A checkpoint that was looked at but not loaded: skeleton, where its weights are, and the plan.
 
     Attributes:
         skeleton: the model.
-        pieces: where its experts are.
         plan: what goes where.
-        fingerprint: sampled, of the weights.
+        weights: the source of its weights.
+        located: where they are.
         predictor: of the model, or None.
-        tensors: the checkpoint, by key.
     """
 
     skeleton: Skeleton
-    pieces: list[ExpertPiece]
     plan: Plan
-    fingerprint: str
+    weights: WeightsSource
+    located: Located
     predictor: Artifact | None = None
-    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
-    def mapped(self) -> int:
-        """Bytes of the files that dense weights are in: they are mapped while those are loaded."""
-        return sum(file.stat().st_size for file in {tensor.file for tensor in self.dense.values()})
-
-    @property
-    def dense(self) -> dict[str, StoredTensor]:
-        """The checkpoint without its experts, by key."""
-        experts = {piece.source.key for piece in self.pieces}
-        return {key: tensor for key, tensor in self.tensors.items() if key not in experts}
+    def fingerprint(self) -> str:
+        """Of the weights, sampled."""
+        return self.located.fingerprint
 
 
 @memory_reported()
 def prepare(
-    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, *, fetch: bool = True
+    model: str | Path,
+    config: EngineConfig,
+    forecast: Forecast | None = None,
+    weights: WeightsSource | None = None,
+    *,
+    fetch: bool = True,
 ) -> Prepared:
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
-    A forecast of the caller's own takes the predictor's place.
+    A forecast of the caller's own takes the predictor's place. Weights come from the folder's files unless a source is given.
 
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
@@ -112,16 +107,14 @@ def prepare(
     if config.strategy is not None and forecast is None:
         find_strategy(config.strategy).check_future(None)  # before anything is read
     skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype)
-    tensors, convert = walk(skeleton.folder), config.dtype != "auto"
-    pieces = map_experts(skeleton, tensors, convert=convert)
-    check_dense(skeleton, tensors, convert=convert)
+    weights = FileWeights() if weights is None else weights
+    located = weights.locate(skeleton, convert=config.dtype != "auto")
     with describing(skeleton.folder / "config.json", "describes no model that can be run"):
         shape = shape_of(skeleton)
-    mark = fingerprint(tensors)
     predictor = None if forecast is not None else _choose_predictor(config, skeleton.folder)
     if predictor is not None:
         wanted = Shape(shape.layers, shape.experts, skeleton.top_k)
-        predictor.check_model(mark, wanted, str(skeleton.folder))
+        predictor.check_model(located.fingerprint, wanted, str(skeleton.folder))
     strategy = find_strategy(config.strategy or (DEFAULT if predictor is None else PREDICTED_DEFAULT))
     if not strategy.predicted:
         _refuse_unused(predictor, config, strategy)
@@ -145,7 +138,7 @@ def prepare(
         chunk = max(chunk, sequence_length(config, shape))
     thinks = predictor_bytes(predictor, device, live, batch, chunk)
     plan = make_plan(config, shape, device.type, strategy.name, no_graph, predictor=thinks)
-    return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor, tensors=tensors)
+    return Prepared(skeleton=skeleton, plan=plan, weights=weights, located=located, predictor=predictor)
 
 
 def predictor_bytes(predictor: Artifact | None, device: torch.device, rows: int, batch: int, chunk: int) -> int:
