@@ -24,6 +24,7 @@ from expertflow.execution.kv_rows import RowModel
 from expertflow.execution.observe import StepObserver, step_tokens, tell_all
 from expertflow.execution.passes import Passes
 from expertflow.execution.provider import CachedExperts
+from expertflow.execution.replay import RouteTable
 from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
 from expertflow.live.predictor import LivePredictor
 from expertflow.memory.layout import RecordLayout
@@ -168,6 +169,16 @@ class OffloadedModel(Uncopied):
         if isinstance(self._rows, EncoderDecoderRows):
             return EncoderDecoderExecutor(self._rows, self._graphs, self._learn_beside)
         return RowExecutor(self._rows, self._graphs, self._learn_beside)
+
+    def replay_routes(self) -> RouteTable:
+        """Let every layer use the experts that the table says. Its executor has to be made before."""
+        assert isinstance(self._rows, RowModel)
+        plan = self.plan
+        with self.meter.watch():
+            table = RouteTable(plan.shape, self._rows.cache.span, plan.max_live, plan.max_length, self.device)
+        for path in self.skeleton.expert_modules:
+            self.model.get_submodule(path).expertflow.replay = table.choose
+        return table
 
     def _learn_beside(self) -> None:
         """A pass is queued. A predictor on the device learns from it now; one in host memory when the tokens are out."""

@@ -22,6 +22,7 @@ from expertflow.engine.plan import rates
 from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.threads import Threads
 from expertflow.execution.kv_rows import DecodeInput
+from expertflow.execution.replay import Replay
 from expertflow.execution.runner import PromptChunk
 from expertflow.execution.sampler import NO_TOKEN, choose_all
 from expertflow.memory.store import memory_reported
@@ -53,16 +54,20 @@ class Engine:
     Args:
         offloaded: the model.
         admission: when waiting requests get KV rows, an entry of `schedule.admission.ADMISSIONS`.
+        routing: recorded sequences that requests replay, by their `index`; None: the router decides, and tokens are the model's.
 
     Attributes:
         lock: held for a step or an addition, and handed on in the order in which threads asked for it.
         threads: how many the steps use.
     """
 
-    def __init__(self, offloaded: OffloadedModel, admission: str = "pays") -> None:
+    def __init__(self, offloaded: OffloadedModel, admission: str = "pays", routing: Replay | None = None) -> None:
         """No request yet."""
         self._offloaded, plan = offloaded, offloaded.plan
         self._executor = offloaded.executor()
+        self._replay, replays = routing, routing is not None and routing.has_routes
+        self._routes = offloaded.replay_routes() if replays else None
+        self._watcher: Callable[[Sequence[int], Tensor], None] | None = None
         self.threads = Threads(plan.record_bytes)
         asks = offloaded.live_predictor is not None and plan.schedule != "fifo"
         self._scheduler = Scheduler(
@@ -106,6 +111,13 @@ class Engine:
         """Median time of the last decode steps, at most 64, in seconds; 0 if there was none. First steps of a shape weigh little."""
         return statistics.median(lasted for _, lasted in self._turns) if self._turns else 0.0
 
+    def watch_logits(self, watcher: Callable[[Sequence[int], Tensor], None] | None) -> None:
+        """Call `watcher` with requests' numbers and their logits `[B, V]`, before the next tokens are chosen; None: no more.
+
+        The logits are valid inside the call only. A watcher must not change them.
+        """
+        self._watcher = watcher
+
     def knows(self, number: int) -> bool:
         """Whether a request waits or runs."""
         return number in self._running and number not in self._to_cancel
@@ -119,7 +131,12 @@ class Engine:
 
         Returns:
             Its number, by which it can be cancelled.
+
+        Raises:
+            ConfigError: if it has no recording to replay, or runs beyond its end.
         """
+        if self._replay is not None:
+            self._replay.check_request(request.index, len(request.prompt_token_ids) + request.limit - 1)
         with self.lock:
             number, self._next = self._next, self._next + 1
             self._running[number] = _Running(request=request, added=time.perf_counter(), take=take)
@@ -220,6 +237,10 @@ class Engine:
         for part in turn.parts:
             tokens, row = self._running[part.sequence].request.read_ids, self._scheduler.row(part.sequence)
             read = tokens[part.begin : part.end]
+            if self._routes is not None and self._replay is not None and part.begin == 0:
+                routes = self._replay.recordings[self._running[part.sequence].request.index].routes
+                assert routes is not None
+                self._routes.write(row, routes)
             pieces.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.begin - len(read)))
         self._announce(
             NextBatch(
@@ -253,13 +274,24 @@ class Engine:
     def _choose(self, numbers: Sequence[int], logits: Tensor) -> list[int]:
         """The next token of each request; random numbers are not used up if that fails."""
         requests = [self._running[number].request for number in numbers]
+        if self._watcher is not None:
+            self._watcher(numbers, logits)
         before = [(one.generator, one.generator.get_state()) for one in requests if one.params.temperature]
         try:
-            return self._pick(requests, logits)
+            chosen = self._pick(requests, logits)
         except BaseException:
             for generator, state in before:
                 generator.set_state(state)
             raise
+        if self._replay is None:
+            return chosen
+        return [self._recorded(request, token) for request, token in zip(requests, chosen, strict=True)]
+
+    def _recorded(self, request: Request, chosen: int) -> int:
+        """The next token that a request's recording says, in place of the model's."""
+        assert self._replay is not None
+        position = len(request.prompt_token_ids) + len(request.token_ids)
+        return chosen if chosen == NO_TOKEN else self._replay.token(request.index, position, chosen)
 
     def _pick(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
         generators = [request.generator for request in requests]

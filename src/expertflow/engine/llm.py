@@ -31,7 +31,8 @@ from expertflow.errors import (
     PromptError,
     UnsupportedModelError,
 )
-from expertflow.events import CacheCounters
+from expertflow.events import CacheCounters, EventStream
+from expertflow.execution.replay import Replay
 from expertflow.models.sources import SharedWeights, WeightsSource
 from expertflow.predict.artifact import Artifact
 from expertflow.progress import Progress
@@ -102,6 +103,7 @@ class LLM:
             `weights=beside.shared_weights`.
         weights: where the weights come from (`models.sources`): None: the folder's files; another model's `shared_weights`;
             `RandomWeights` for a folder with nothing but a config.
+        routing: recorded sequences that requests replay (`execution.replay`); None: the router decides.
         admission: when waiting requests are let in: when it `pays`, `at once`, or as `static` batches (`schedule.admission`).
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 
@@ -116,6 +118,7 @@ class LLM:
         forecast: Forecast | None = None,
         beside: "LLM | None" = None,
         weights: WeightsSource | None = None,
+        routing: Replay | None = None,
         admission: str = "pays",
         **options: Any,
     ) -> None:
@@ -128,7 +131,7 @@ class LLM:
             weights = beside.shared_weights
         folder = shipped_model() if model is None else model
         self._name = Path(folder).absolute().name
-        prepared = prepare(folder, self.config, forecast, weights)
+        prepared = prepare(folder, self.config, forecast, weights, routing)
         if kinds := prepared.plan.shape.unserved:
             raise UnsupportedModelError(
                 f"{prepared.skeleton.config.model_type!r} has layers of kind {', '.join(kinds)}, whose cache LLM cannot serve",
@@ -139,7 +142,7 @@ class LLM:
         self._reader = PromptReader(self.tokenizer, prepared.plan.shape.vocabulary)
         self._ends = _end_tokens(self._offloaded.model)
         self._stats = RunStats(cache=self._offloaded.counters)
-        self._engine = Engine(self._offloaded, admission)
+        self._engine = Engine(self._offloaded, admission, routing)
 
     @property
     def plan(self) -> Plan:
@@ -151,17 +154,30 @@ class LLM:
         """What runs requests; for programs that add and cancel them at any time. Make them with `request`."""
         return self._engine
 
-    def request(self, prompt: Any, params: SamplingParams | None = None) -> Request:
+    @property
+    def events(self) -> EventStream:
+        """All that the expert cache does. While it is listened to, captured steps report single events and are slower."""
+        return self._offloaded.events
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model behind it. Its passes and the engine's steps run one at a time."""
+        return self._offloaded.model
+
+    def request(self, prompt: Any, params: SamplingParams | None = None, *, index: int = 0) -> Request:
         """A request for `engine.add`.
 
         Args:
             prompt: text, token ids, chat messages, or a mapping with one of these, see `engine.inputs`.
             params: how to sample and stop.
+            index: a number of the caller's own, which its output carries; a replay takes the recording of this number.
 
         Raises:
             PromptError: if the prompt is empty, too long, or of another kind.
         """
-        return self._requests([prompt], params)[0]
+        request = self._requests([prompt], params)[0]
+        request.index = index
+        return request
 
     @property
     def threads(self) -> int:

@@ -14,6 +14,7 @@ from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan, make_plan, sequence_length
 from expertflow.errors import ConfigError, DeviceError
 from expertflow.execution.captured.experts import graph_refusal
+from expertflow.execution.replay import Replay
 from expertflow.memory.store import memory_reported
 from expertflow.models.bounds import describing
 from expertflow.models.files.checkpoint import resolve
@@ -93,12 +94,14 @@ def prepare(
     config: EngineConfig,
     forecast: Forecast | None = None,
     weights: WeightsSource | None = None,
+    routing: Replay | None = None,
     *,
     fetch: bool = True,
 ) -> Prepared:
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
-    A forecast of the caller's own takes the predictor's place. Weights come from the folder's files unless a source is given.
+    A forecast of the caller's own takes the predictor's place. Weights come from the folder's files unless a source is given,
+    and experts are the router's choice unless `routing` replays recorded ones.
 
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
@@ -111,6 +114,8 @@ def prepare(
     located = weights.locate(skeleton, convert=config.dtype != "auto")
     with describing(skeleton.folder / "config.json", "describes no model that can be run"):
         shape = shape_of(skeleton)
+    if routing is not None:
+        shape = routing.counted(shape)
     predictor = None if forecast is not None else _choose_predictor(config, skeleton.folder)
     if predictor is not None:
         wanted = Shape(shape.layers, shape.experts, skeleton.top_k)

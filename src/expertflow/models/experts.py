@@ -38,6 +38,8 @@ class ExpertProvider(Protocol):
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Told of a layer: its number, its experts in host memory, and its weights where they are."""
+Chosen = Callable[[int, Tensor], Tensor]
+"""Replaces the router's choice: layer, experts `[T, K]` to experts `[T, K]`."""
 Whole = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
 
@@ -69,6 +71,8 @@ class Binding(Uncopied):
     """Told the layer's routing before it runs: layer, experts `[T, K]` in host memory, weights `[T, K]` where they are."""
     padding: Tensor | None = field(default=None)
     """Bool `[T]`, tokens of nobody in this pass, which use no expert; None: there are none. Not for `own_forward`."""
+    replay: Chosen | None = field(default=None)
+    """Replaces the router's choice by a recorded one (`execution.replay`). Not for `own_forward`."""
     whole: Whole | None = field(default=None)
     """While set, computes the layer in place of everything else here; the host does not learn the routing."""
 
@@ -164,6 +168,8 @@ def offloaded_forward(
     """An experts module's `forward`, in place of the family's own."""
     binding = self.expertflow
     assert isinstance(binding, Binding)
+    if binding.replay is not None:
+        top_k_index = binding.replay(binding.layer, top_k_index)
     if binding.whole is not None:
         return binding.whole(binding.layer, hidden_states, top_k_index, top_k_weights)
     if binding.own_forward:
