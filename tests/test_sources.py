@@ -81,6 +81,9 @@ def test_a_random_store_is_shared_with_the_same_seed_only(tmp_path: Path) -> Non
             with LLM(folder, **given, **{**OPTIONS, "slots": 3}) as second:
                 assert second._offloaded.store is first._offloaded.store
                 assert second.generate([[4, 7, 2, 9]], PARAMS)[0].token_ids == expected
+        twin = only_config("mixtral", tmp_path / "twin")
+        with LLM(twin, beside=first, **OPTIONS) as second:  # another folder of the same config
+            assert second.identity == first.identity
         assert first.generate([[4, 7, 2, 9]], PARAMS)[0].token_ids == expected  # the store is still there
         with pytest.raises(ConfigError, match="beside and weights"):
             LLM(folder, beside=first, weights=FileWeights(), **OPTIONS)

@@ -123,7 +123,7 @@ class OffloadedModel(Uncopied):
     def shared_weights(self) -> SharedWeights:
         """A source for further models of the same checkpoint: they use this one's experts in host memory."""
         return SharedWeights(
-            source=self._weights, skeleton=self.skeleton, known=self.stamps, identity=self.identity, store=self.store,
+            source=self._weights, skeleton=self.skeleton, known=self.stamps, known_identity=self.identity, store=self.store,
             device=self.device,
         )  # fmt: skip
 

@@ -101,6 +101,13 @@ class WeightsSource(Protocol):
     def stamps(self, located: Located) -> Stamps:
         """What is known of the weights without reading them."""
 
+    def identity(self, located: Located) -> str:
+        """Hash of all that the model's answers depend on. Reads every weight that lies in a file.
+
+        Raises:
+            CheckpointError: if a weight cannot be read.
+        """
+
     def load_dense(self, located: Located, device: torch.device) -> PreTrainedModel:
         """The model with all weights but its experts', on the device, in evaluation mode.
 
@@ -141,6 +148,12 @@ class FileWeights:
         """Sizes and times of the files."""
         return stamps(located.tensors, located.skeleton.folder)
 
+    def identity(self, located: Located) -> str:
+        """Hash the content of every file."""
+        content = ContentHash()
+        content.read([*(piece.span for piece in located.pieces), *spans_of(located.dense)])
+        return content.identity(located.tensors, located.skeleton.folder)
+
     def load_dense(self, located: Located, device: torch.device) -> PreTrainedModel:
         """Load through transformers."""
         return load_dense(located.skeleton, located.dense, device)
@@ -171,7 +184,7 @@ class SharedWeights:
         source: of that model; the dense part is loaded from it again.
         skeleton: of that model.
         known: its stamps; if this model's are the same, nothing is read to compare them.
-        identity: hash of all that its answers depend on.
+        known_identity: hash of all that its answers depend on.
         store: its experts in host memory.
         device: where it runs.
     """
@@ -179,7 +192,7 @@ class SharedWeights:
     source: WeightsSource
     skeleton: Skeleton
     known: Stamps
-    identity: str
+    known_identity: str
     store: Store
     device: torch.device
 
@@ -195,6 +208,10 @@ class SharedWeights:
     def stamps(self, located: Located) -> Stamps:
         """As the other model's source."""
         return self.source.stamps(located)
+
+    def identity(self, located: Located) -> str:
+        """As the other model's source; nothing is read if the stamps are the same."""
+        return self.known_identity if self.stamps(located) == self.known else self.source.identity(located)
 
     def load_dense(self, located: Located, device: torch.device) -> PreTrainedModel:
         """As the other model's source."""
@@ -213,17 +230,13 @@ class SharedWeights:
         Raises:
             ConfigError: if checkpoint, dtype or device differ.
         """
-        identity, mine = self.identity, located.skeleton
-        if self.stamps(located) != self.known:
-            content = ContentHash()
-            content.read([*(piece.span for piece in located.pieces), *spans_of(located.dense)])
-            identity = content.identity(located.tensors, mine.folder)
-        if (identity, mine.specs, device) != (self.identity, self.skeleton.specs, self.device):
+        mine, theirs = located.skeleton, self.skeleton
+        if (mine.specs, device) != (theirs.specs, self.device) or self.identity(located) != self.known_identity:
             raise ConfigError(
-                f"{mine.folder} cannot share the experts of {self.skeleton.folder}: checkpoint, dtype or device differ",
+                f"{mine.folder} cannot share the experts of {theirs.folder}: checkpoint, dtype or device differ",
                 "Load it by itself.",
             )
-        return self.store, self.identity
+        return self.store, self.known_identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +269,10 @@ class RandomWeights:
     def stamps(self, located: Located) -> Stamps:
         """Seed and scale, and sizes and times of the setting files."""
         return (("random", self.seed, str(self.embedding)), *stamps({}, located.skeleton.folder))
+
+    def identity(self, located: Located) -> str:
+        """Hash of seed, scale, dtype and the setting files."""
+        return hashlib.sha256(f"{located.skeleton.dtype} {self._name(located.skeleton.folder)}".encode()).hexdigest()
 
     def _name(self, folder: Path) -> str:
         return f"random {self.seed} {self.embedding} {ContentHash().identity({}, folder)}"
@@ -297,4 +314,4 @@ class RandomWeights:
                 values = torch.randn(size // dtype.itemsize, device=device, dtype=dtype, generator=random) * _STD
                 store.record(number).copy_(values.view(torch.uint8))
                 bar.advance(size)
-        return store, hashlib.sha256(self._name(located.skeleton.folder).encode()).hexdigest()
+        return store, self.identity(located)
