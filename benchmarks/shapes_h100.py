@@ -18,7 +18,7 @@ routing close to even, and a step's experts about as new as chance has it: the h
 the next token depend mostly on the last one, so that equal tokens say that no strategy computes with wrong rows at
 large; bit for bit is what the tests hold.
 
-All seats of one number of slots are on the device at once. Where they do not fit beside the all-resident model, that one goes;
+All contenders of one number of slots are on the device at once. Where they do not fit beside the all-resident model, that one goes;
 where they still do not fit, the strategies named last are left out, and the result says so: name the ones that matter first.
 Where no model with all experts fits, as of Mixtral on 80 GB, rows of captured steps have nothing to be compared with (`exact` is
 null); those of the host execution are compared with on-demand loading.
@@ -46,10 +46,10 @@ from schedule_h100 import random_rows
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from expertflow.bench.bed import release
 from expertflow.bench.measure import measure
 from expertflow.bench.presets import make_settings, names, numbers
 from expertflow.bench.result import PEAK, Result, Row, write_result
+from expertflow.bench.shared_host import release
 from expertflow.cli.bench import show
 from expertflow.engine import build
 from expertflow.memory.store import HostStore

@@ -60,7 +60,7 @@ def read_recording(path: Path) -> Recording:
     return Recording(needed=needed, decode=decode)
 
 
-class Least(NamedTuple):
+class BeladyBound(NamedTuple):
     """What no policy can better, whatever its slots held when a run began.
 
     Attributes:
@@ -74,7 +74,7 @@ class Least(NamedTuple):
     kept_all: float
 
 
-def belady(recording: Recording, slots: int, repeats: int) -> Least:
+def belady(recording: Recording, slots: int, repeats: int) -> BeladyBound:
     """Belady's rule on runs 1 to `repeats`, as a bound.
 
     Decoding steps are bounded run by run, as if prompts cost nothing and left the best slots behind; the whole is bounded over
@@ -91,7 +91,7 @@ def belady(recording: Recording, slots: int, repeats: int) -> Least:
     loads = sum(fewest_loads(needed, slots) for needed in decoding)
     needs = sum(int(needed.sum()) for needed in decoding)
     whole = recording.needed[everything]
-    return Least(
+    return BeladyBound(
         kept=1 - loads / max(needs, 1),
         loads=loads / max(sum(map(len, decoding)), 1),
         kept_all=1 - fewest_loads(whole, slots) / max(int(whole.sum()), 1),
@@ -124,7 +124,7 @@ def fewest_loads(needed: Needs, slots: int) -> int:
     return counters.evictions  # with every slot full, a load throws somebody out
 
 
-class Follower(Nothing):
+class RecordedForecast(Nothing):
     """A forecast that reads from the recording of the run that comes; between runs it knows nothing.
 
     Attributes:
@@ -158,7 +158,7 @@ class Follower(Nothing):
         raise NotImplementedError
 
 
-class RecordedGate(Follower):
+class RecordedGate(RecordedForecast):
     """The next layer's gate, one layer early.
 
     Args:
@@ -177,7 +177,7 @@ class RecordedGate(Follower):
         return NextGate(needed, self._recall, self._seed).outlook(Step(number))
 
 
-class RecordedLayers(Follower):
+class RecordedLayers(RecordedForecast):
     """Every expert of the layers that a pass reaches: what a ring has to know where an encoder and a decoder take turns."""
 
     note = "it is told whether the encoder or the decoder runs, and goes round the layers of that one"

@@ -13,7 +13,7 @@ def main(*, results: list[Path], out: Path) -> None:
     """Read, write, say where."""
     if find_spec("matplotlib") is None:
         raise ConfigError("the report's pictures need matplotlib", "Install it: pip install 'expertflow-moe[plot]'.")
-    from expertflow.bench.report import write_report  # noqa: PLC0415 - draws, so not before it is known that it can
+    from expertflow.bench.pages.report import write_report  # noqa: PLC0415 - draws, so not before it is known that it can
 
     written = write_report([(path.name, read_result(path)) for path in results], out)
     console = Console()
