@@ -322,6 +322,31 @@ def test_rules_of_admission_differ_beside_live_sequences() -> None:
         make_admission("later", lambda: Costs(0.0, 0.0, 0.0))
 
 
+def test_an_idle_engine_takes_other_rules(make_checkpoint: MakeCheckpoint) -> None:
+    """Rules change between requests, not under them; unknown ones and those without a predictor are refused."""
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with LLM(
+        make_checkpoint("qwen3_moe"), slots=5, device="cpu", max_length=32, max_batch=2, admission="static"
+    ) as llm:
+        engine, firsts = llm.engine, []
+        for rule in ("static", "at once"):
+            engine.reschedule(admission=rule)
+            engine.add(llm.request([5, 6, 7], SamplingParams(max_tokens=9, ignore_eos=True)))
+            engine.step()
+            engine.add(llm.request([8, 9], params, index=1))
+            with pytest.raises(ConfigError, match="in the engine"):
+                engine.reschedule()
+            order = []
+            while engine.unfinished:
+                order += [output.index for _, output in engine.step()]
+            firsts.append(order.index(1))
+        assert firsts[0] == 8  # behind the other's last token
+        assert firsts[1] < 3
+        for wrong in ({"schedule": "sideways"}, {"schedule": "group"}, {"admission": "never"}):
+            with pytest.raises(ConfigError):
+                engine.reschedule(**wrong)
+
+
 def test_a_slow_first_pass_holds_nobody_back(make_checkpoint: MakeCheckpoint) -> None:
     """What passes take is known from the second one on, and is then the faster one's: the first one compiles and warms up."""
     with LLM(make_checkpoint("qwen3_moe"), slots=5, device="cpu", max_length=32) as llm:

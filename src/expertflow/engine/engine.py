@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from expertflow.config import SCHEDULES, nearest
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.lock import FairLock
 from expertflow.engine.plan import rates
 from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.threads import Threads
+from expertflow.errors import ConfigError
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.replay import Replay
 from expertflow.execution.runner import PromptChunk
@@ -69,12 +71,24 @@ class Engine:
         self._routes = offloaded.replay_routes() if replays else None
         self._watcher: Callable[[Sequence[int], Tensor], None] | None = None
         self.threads = Threads(plan.record_bytes)
-        asks = offloaded.live_predictor is not None and plan.schedule != "fifo"
+        self._begin(plan.schedule, admission)
+        self._running: dict[int, _Running] = {}
+        self._untaken: list[tuple[int, StreamOutput]] = []
+        self._stepping = False
+        self._to_cancel: deque[int] = deque()
+        self.lock = FairLock()
+        self._next = 0
+        self._reread = offloaded.skeleton.reread_length
+        self.recorder: Recorder | None = None
+
+    def _begin(self, schedule: str, admission: str) -> None:
+        """Make a scheduler; what passes and steps take is not known yet."""
+        plan, asks = self._offloaded.plan, self._offloaded.live_predictor is not None and schedule != "fifo"
         self._scheduler = Scheduler(
             rows=plan.max_live,
             batch=plan.max_batch,
             chunk=plan.prefill_chunk,
-            policy=plan.schedule,  # type: ignore[arg-type]  # checked when it was stated
+            policy=schedule,  # type: ignore[arg-type]  # checked when it was stated
             joins=self._executor.joins,
             whole=self._executor.whole,
             top_k=plan.shape.top_k,
@@ -86,14 +100,28 @@ class Engine:
         self._passes: deque[float] = deque(maxlen=_PASSES)
         self._turns: deque[tuple[int, float]] = deque(maxlen=_STEPS)
         self._turns_a_round = 1
-        self._running: dict[int, _Running] = {}
-        self._untaken: list[tuple[int, StreamOutput]] = []
-        self._stepping = False
-        self._to_cancel: deque[int] = deque()
-        self.lock = FairLock()
-        self._next = 0
-        self._reread = offloaded.skeleton.reread_length
-        self.recorder: Recorder | None = None
+
+    def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:
+        """Begin anew with other rules, while no request waits or runs. The cache keeps what it holds.
+
+        Args:
+            schedule: how live sequences are grouped, as in `EngineConfig`.
+            admission: an entry of `schedule.admission.ADMISSIONS`.
+
+        Raises:
+            ConfigError: for an unknown rule, one that needs a predictor where there is none, or while requests run.
+        """
+        with self.lock:
+            if self.unfinished:
+                raise ConfigError(f"{self.unfinished} requests are in the engine", "Change its rules when it is idle.")
+            if schedule not in SCHEDULES:
+                raise ConfigError(f"schedule={schedule!r} is unknown", nearest(schedule, SCHEDULES))
+            if schedule == "group" and self._offloaded.live_predictor is None:
+                raise ConfigError(
+                    "schedule='group' divides sequences by predicted route, and there is no predictor here",
+                    "Use schedule='auto' or 'fifo'.",
+                )
+            self._begin(schedule, admission)
 
     @property
     def begun(self) -> int:
@@ -114,7 +142,7 @@ class Engine:
     def watch_logits(self, watcher: Callable[[Sequence[int], Tensor], None] | None) -> None:
         """Call `watcher` with requests' numbers and their logits `[B, V]`, before the next tokens are chosen; None: no more.
 
-        The logits are valid inside the call only. A watcher must not change them.
+        The logits are valid inside the call only, and must not be changed. Memory that the watcher takes on a CPU is not counted.
         """
         self._watcher = watcher
 
@@ -275,7 +303,8 @@ class Engine:
         """The next token of each request; random numbers are not used up if that fails."""
         requests = [self._running[number].request for number in numbers]
         if self._watcher is not None:
-            self._watcher(numbers, logits)
+            with self._offloaded.meter.aside():
+                self._watcher(numbers, logits)
         before = [(one.generator, one.generator.get_state()) for one in requests if one.params.temperature]
         try:
             chosen = self._pick(requests, logits)
