@@ -27,7 +27,7 @@ from stand_ins import SEED, Opened, Parts, StandIn, device, make_config, parts_o
 
 from expertflow import SamplingParams
 from expertflow.bench.about import about
-from expertflow.trace.format import Header, Trace, TraceWriter, load_trace
+from expertflow.trace.format import Header, Trace, load_trace, save_trace
 
 LIVE, BATCH, REPEATS, PROMPT, LENGTH = 32, 8, 3, 64, 128
 TINY_LIVE, TINY_BATCH, TINY_REPEATS = 6, 2, 1
@@ -52,9 +52,7 @@ def write_top1(source: Path, out: Path) -> None:
     """A trace file for shape s."""
     trace = as_top1(load_trace(source))
     header = Header(layers=12, experts=128, top_k=1, model=trace.header.model, fingerprint="")
-    with TraceWriter(out, header) as writer:
-        writer.sequences = trace.sequences
-        writer.append(trace.rows)
+    save_trace(replace(trace, header=header, vocabulary=()), out)
 
 
 def run(opened: Opened, parts: Parts, indices: Sequence[int], rounds: int) -> dict[str, float]:
