@@ -1,9 +1,9 @@
-"""The measurement: every strategy on the same prompts, tokens and weights, in turns, beside its bounds.
+"""The measurement: every strategy on the same prompts, tokens and weights, alternating, beside its bounds.
 
 For each number of slots all contenders are made; each is run once with an empty cache (cold) and once for every batch size to warm
-up; then the timed runs take turns, forwards and backwards, so that a machine that slows down slows everybody. Every run's
+up; then the timed runs alternate, forwards and backwards, so that a machine that slows down slows all of them. Every run's
 greedy tokens are compared with those of the model with all experts in slots. Knows what is measured and in which order;
-refuses to know how a contender works and how results are shown.
+must not know how a contender works and how results are shown.
 """
 
 import tempfile
@@ -28,7 +28,7 @@ from expertflow.models.sources import WeightsSource
 from expertflow.units import parse_slots
 
 Tell = Callable[[str, int, int], None]
-"""Told of progress: what is being done, runs done, runs in all."""
+"""Called with the progress: what is being done, runs done, runs in all."""
 
 
 def measure(settings: Settings, command: str, tell: Tell, weights: WeightsSource | None = None) -> Result:
@@ -100,7 +100,7 @@ class _Whole(NamedTuple):
 
 
 class _Measuring:
-    """What is known so far."""
+    """Rows and references measured so far."""
 
     def __init__(self, host: SharedHost, settings: Settings, workload: PromptSet, tell: Tell, began: float) -> None:
         self.rows: list[Row] = []
@@ -118,12 +118,12 @@ class _Measuring:
     # --- what bounds the rest
 
     def bounds(self) -> None:
-        """Everybody's bound: all experts resident; and the routing of every run, recorded."""
+        """Measure what bounds all rows: every expert resident. Record the routing of every run."""
         for execution in self._settings.executions:
             self._reference(execution)
 
     def _reference(self, execution: str) -> None:
-        """The model with every expert in a slot: its tokens are the truth; its speed, measured in turns, is a bound."""
+        """The model with every expert in a slot: its tokens are the truth, its speed is a bound."""
         try:
             contender = self._host.contender("next-use", "100%", execution)
         except BudgetError as error:
@@ -246,13 +246,13 @@ class _Measuring:
         """The timed runs, forwards and backwards, the all-resident model among them."""
         used = {contender.plan.execution for contender, _ in contenders}
         whole = [found for execution, found in self._whole.items() if execution in used]
-        everybody = [*(found.contender for found in whole), *(contender for contender, _ in contenders)]
-        timed: list[list[tuple[int, Run]]] = [[] for _ in everybody]
+        alternating = [*(found.contender for found in whole), *(contender for contender, _ in contenders)]
+        timed: list[list[tuple[int, Run]]] = [[] for _ in alternating]
         for repeat in range(1, self._settings.repeats + 1):
-            order = range(len(everybody))
+            order = range(len(alternating))
             for number in order if repeat % 2 else reversed(order):
                 if not self._late():
-                    timed[number].append((repeat, self._run(everybody[number], batch, repeat)))
+                    timed[number].append((repeat, self._run(alternating[number], batch, repeat)))
         resident = {row.execution: row for row in self.rows if row.strategy == RESIDENT and row.batch == batch}
         for found, runs in zip(whole, timed, strict=False):
             if runs:
@@ -313,7 +313,7 @@ class _Measuring:
         return f"; it was recorded on the host, whose answers are the same in {same:.0%} of the sequences"
 
     def _run(self, contender: Contender, batch: int, number: int) -> Run:
-        """One run; a simulated gate is told which."""
+        """One run; a simulated gate gets its recording."""
         name = f"{contender.plan.strategy}, {contender.plan.slots} slots, batch {batch}"
         self._tell(name, self._done, self._total)
         self._done += 1

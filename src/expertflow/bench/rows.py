@@ -135,5 +135,5 @@ def _speed_bound(plan: Plan, batch: int, bounds: Bounds) -> tuple[float, str] | 
     return round(batch / step, 6), "all experts resident"
 
 
-def _bounded(figure: Figure, bound: float, said: str) -> Figure:
-    return Figure(values=figure.values, unit=figure.unit, bound=bound, bound_is=said)
+def _bounded(figure: Figure, bound: float, name: str) -> Figure:
+    return Figure(values=figure.values, unit=figure.unit, bound=bound, bound_is=name)

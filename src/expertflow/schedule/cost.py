@@ -1,9 +1,9 @@
-"""What a round of turns costs: the model that says which live sequences step together.
+"""What a round costs: the model that says which live sequences step together.
 
 A round gives every live sequence one token, in one step or several. Bytes decide: an expert that is kept costs nothing, any
 other one a load for every step that uses it. Which ones are kept is taken to be settled by use, as a cache that expects
 well does: those that most steps of the round use, as many as there are slots. `benchmarks/grouping.py` holds the model
-against the simulator. Knows chances; refuses to know requests and where chances come from.
+against the simulator. Knows chances; must not know requests and where chances come from.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class StepPrices:
         slots: experts that can be kept.
         load: one expert over the link.
         step: a step without its experts.
-        expert: one expert computed, whoever needs it.
+        expert: one expert computed, for any number of tokens.
         divide: a division of the live sequences by route.
     """
 
@@ -42,7 +42,7 @@ class Division(NamedTuple):
     """A way to divide live sequences.
 
     Attributes:
-        groups: `[N]` the turn of each sequence.
+        groups: `[N]` the group of each sequence.
         loads: expected loads of a round.
         seconds: expected duration of a round.
     """

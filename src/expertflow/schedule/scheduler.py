@@ -49,7 +49,7 @@ class Prefill(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """A step of the first group; the others' turns come next, in this order, as far as is known now."""
+    """A step of the first group; the other groups step next, in this order, as far as is known now."""
 
     groups: tuple[tuple[int, ...], ...]
 
@@ -77,7 +77,7 @@ class Scheduler:
         rows: sequences that may live at once.
         batch: sequences of a step at most.
         chunk: tokens of a pass at most, over all its sequences.
-        policy: how live sequences are divided into turns: `fifo` by arrival, `group` by route, `auto` what is cheapest.
+        policy: how live sequences are divided into groups: `fifo` by arrival, `group` by route, `auto` what is cheapest.
         joins: whether sequences may join while others live; if not, they come and step in cohorts.
         whole: whether a prompt has to be read in one pass, however long; so is a cohort's.
         patience: how often a waiting request may be passed over by a later one.
@@ -118,29 +118,29 @@ class Scheduler:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small", "Use 1 or more.")
         if not self.joins and self.rows > self.batch:
             raise ConfigError(
-                f"{self.rows} live sequences cannot take turns in batches of {self.batch}: this model's run in cohorts",
+                f"{self.rows} live sequences cannot step in groups of {self.batch}: this model's run in cohorts",
                 "Use as many live sequences as the batch has.",
             )
         self._free = list(range(self.rows))
 
     @property
     def waiting(self) -> int:
-        """Requests without a row."""
+        """Requests without a KV row."""
         return len(self._waiting)
 
     @property
     def live(self) -> int:
-        """Sequences with a row."""
+        """Sequences with a KV row."""
         return len(self._live)
 
     def add(self, sequence: int, prompt: int) -> None:
-        """A request comes: its number, never used before, and the tokens of its prompt."""
+        """Let a request wait: its number, never used before, and the tokens of its prompt."""
         assert sequence not in self._waiting
         assert sequence not in self._live
         self._waiting[sequence] = _Sequence(prompt=prompt)
 
     def remove(self, sequence: int) -> bool:
-        """A request is over, finished or cancelled, wherever it was; False if it is not known (any more)."""
+        """Forget a request that finished or was cancelled; False if it neither waits nor lives."""
         if self._waiting.pop(sequence, None) is not None:
             return True
         gone = self._live.pop(sequence, None)
@@ -152,21 +152,21 @@ class Scheduler:
         return True
 
     def reread(self, sequence: int, tokens: int) -> None:
-        """A live sequence has to be read from its beginning before its next step: so many tokens, into the same KV row."""
+        """Read a live sequence from its beginning before its next step: so many tokens, into the same KV row."""
         self._live[sequence].prompt, self._live[sequence].read = tokens, 0
         self._leave_round(sequence)
 
     def _leave_round(self, sequence: int) -> None:
-        for turn in self._round:
-            if sequence in turn:
-                turn.remove(sequence)
+        for members in self._round:
+            if sequence in members:
+                members.remove(sequence)
 
     def row(self, sequence: int) -> int:
-        """The row of a live sequence."""
+        """The KV row of a live sequence."""
         return self._live[sequence].row
 
     def done(self, prefill: Prefill) -> None:
-        """A pass was carried out: its prompts have been read as far as it says."""
+        """Note that a pass was carried out."""
         for part in prefill.parts:
             if part.sequence in self._live:
                 self._live[part.sequence].read = part.end
@@ -174,27 +174,27 @@ class Scheduler:
     def next(self) -> Prefill | Decode | None:
         """What runs next; None if there is nothing to do."""
         while self._place < len(self._round):
-            turn, self._place = self._place, self._place + 1
-            if self._round[turn]:
-                return self._turn(turn)
+            place, self._place = self._place, self._place + 1
+            if self._round[place]:
+                return self._step_of(place)
         live = [sequence for sequence in self._live if self._decodes(sequence)]
         reading = None if self._read_before_round and live else self._pass()
         self._read_before_round = reading is not None and bool(live)
         if reading is not None or not live:
             return reading
         self._round, self._place = self._divide(live), 1
-        return self._turn(0)
+        return self._step_of(0)
 
-    def _turn(self, turn: int) -> Decode:
-        """A turn, and behind it the round's others; those that had theirs come again in the next round."""
-        order = self._round[turn:] + self._round[:turn]
+    def _step_of(self, place: int) -> Decode:
+        """The step of a group, then the round's other groups; those that have stepped do so again in the next round."""
+        order = self._round[place:] + self._round[:place]
         return Decode(tuple(tuple(members) for members in order if members))
 
     def _decodes(self, sequence: int) -> bool:
         return self._live[sequence].read == self._live[sequence].prompt
 
     def _divide(self, live: list[int]) -> list[list[int]]:
-        """As few turns as the batch size allows: more are never cheaper (see `cost.cheapest`)."""
+        """As few groups as the batch size allows: more are never cheaper (see `cost.cheapest`)."""
         count = -(-len(live) // self.batch)
         groups = in_order(len(live), count)
         chances = self._expected_routes(live) if count > 1 else None

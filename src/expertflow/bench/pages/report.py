@@ -127,7 +127,7 @@ def _over(row: Row) -> bool:
 
 
 def _notes(result: Result) -> list[str]:
-    """What rows want to have said, once."""
+    """Notes of the rows, each once."""
     notes: dict[str, list[str]] = {}
     for row in result.rows:
         if row.note:
