@@ -167,13 +167,24 @@ class Watcher:
         self.kept[-1] = logits.to("cpu", copy=True)
 
 
-def run(opened: Opened, work: Work, row: Row) -> dict[int, Tensor]:
-    """Prompts, steps before the windows, the windows, and a step to check. Fills in the row; returns the kept logits."""
-    llm, engine, watcher = opened.llm, opened.llm.engine, Watcher()
+def add(llm: LLM, work: Work) -> None:
+    """Queue the work's requests."""
     params = SamplingParams(max_tokens=work.limit, ignore_eos=True)
-    engine.watch_logits(watcher)
     for index, prompt in enumerate(work.prompts):
-        engine.add(llm.request(prompt, params, index=index))
+        llm.engine.add(llm.request(prompt, params, index=index))
+
+
+def run(opened: Opened, work: Work, row: Row) -> dict[int, Tensor]:
+    """Prompts, steps before the windows, the windows, and a step to check. Fills in the row; returns the kept logits.
+
+    The same requests have run once before, so that no step is captured inside a window.
+    """
+    llm, engine, watcher = opened.llm, opened.llm.engine, Watcher()
+    add(llm, work)
+    while engine.unfinished:
+        engine.step()
+    engine.watch_logits(watcher)
+    add(llm, work)
     while watcher.step < work.before:
         engine.step()
     engine.watch_logits(None)
