@@ -36,6 +36,7 @@ from expertflow.execution.replay import Replay
 from expertflow.models.sources import SharedWeights, WeightsSource
 from expertflow.predict.artifact import Artifact
 from expertflow.progress import Progress
+from expertflow.schedule.admission import check_admission
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
 
@@ -124,6 +125,7 @@ class LLM:
     ) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
+        check_admission(admission)  # before anything is read
         limit_threads()
         if beside is not None:
             if weights is not None:
