@@ -245,7 +245,7 @@ def fill(controller: CacheController, pool: SlotPool, store: HostStore) -> None:
     tables, count = controller.tables, len(store.buffer)
     tables.slot_of[:] = np.arange(count).reshape(tables.slot_of.shape)
     tables.owner[:] = np.arange(count)
-    tables.held[:] = tables.slot_of.shape[1]
+    tables.per_layer[:] = tables.slot_of.shape[1]
     tables.newer[count] = tables.older[count] = count
     tables.cursor[RESIDENT] = count
     pool.buffer.copy_(store.buffer)

@@ -12,7 +12,7 @@ from torch import Tensor
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import Step
-from expertflow.cache.horizon import HORIZONS, unite
+from expertflow.cache.horizon import unite
 from expertflow.config import EngineConfig
 from expertflow.engine.llm import shipped_model
 from expertflow.engine.prepare import SHIPPED_PREDICTOR, prepare
@@ -33,6 +33,7 @@ from expertflow.predict.model import OUTPUTS, PredictorConfig
 from expertflow.predict.online import OnlinePredictor, Prediction
 from expertflow.trace.format import DECODE, load_trace
 from expertflow.trace.owners import NOBODY, BatchOwners, NextBatch
+from expertflow.types import HORIZONS
 
 MakePredictor = Callable[..., Path]
 PROMPTS = [[5, 9, 17, 30, 8, 21], [40, 41, 42], [7, 7, 7, 7, 7, 7, 7, 7, 12]]

@@ -18,11 +18,12 @@ from expertflow.predict.counts import SOURCES, Memory, remember
 from expertflow.predict.dataset import Passage, Shape, leave_out, passages, split, windows
 from expertflow.predict.evaluation.score import score
 from expertflow.predict.kinds import KINDS, make
-from expertflow.predict.model import HORIZONS, OUTPUTS, Pieces, PredictorConfig, TokenTable, multi_hot
+from expertflow.predict.model import OUTPUTS, Pieces, PredictorConfig, TokenTable, multi_hot
 from expertflow.predict.online import OnlinePredictor
 from expertflow.predict.options import ABOUT_NAME, TrainConfig
 from expertflow.predict.train import Epoch, labels, train
 from expertflow.trace.format import Header, Rows, Trace, load_trace
+from expertflow.types import HORIZONS
 from test_trace import EXCERPT, make_trace
 
 SMALL = {"layers": 3, "experts": 8, "top_k": 2, "vocabulary": 20, "embedding": 8, "width": 16, "matches": 4, "key": 4}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.core import make_tables
-from expertflow.cache.forecast import Forecast, NextGate, Nothing, Recorded, Step
+from expertflow.cache.forecast import Forecast, NextGate, NoForecast, Recorded, Step
 from expertflow.cache.policy import Outlook, Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.events import Event, EventKind, EventStream
@@ -121,7 +121,7 @@ def forecast_of(strategy: Strategy, workload: Workload) -> Forecast | None:
     return strategy.make_forecast(setting_of(workload)) if strategy.predicted else None
 
 
-class _Naps(Nothing):
+class _Naps(NoForecast):
     """A forecast that says nothing in every second pair of steps."""
 
     def __init__(self, awake: Forecast) -> None:
@@ -305,7 +305,7 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
     assert not device.tables.pinned[0].any()  # what was loaded ahead for that layer may leave
 
 
-class _OnlyReached(Nothing):
+class _OnlyReached(NoForecast):
     """Every expert of some layers, for sure or more or less; in the first pass, of all layers."""
 
     def __init__(self, reached: tuple[bool, ...], *, sure: bool) -> None:

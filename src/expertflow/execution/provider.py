@@ -68,7 +68,7 @@ class CachedExperts:
     def _turns(self, layer: int, experts: list[int]) -> Generator[Access, None, None]:
         """The controller's, whose tables cannot be trusted if it fails half-way."""
         with self._or_forget():
-            yield from self.controller.turns(layer, experts)
+            yield from self.controller.accesses(layer, experts)
 
     @contextmanager
     def _or_forget(self) -> Iterator[None]:

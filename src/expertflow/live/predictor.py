@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from expertflow.cache.forecast import Step
-from expertflow.cache.horizon import HORIZONS, hazards, take_turns, unite
+from expertflow.cache.horizon import hazards, take_turns, unite
 from expertflow.cache.policy import Outlook
 from expertflow.events import Event, EventKind, EventStream
 from expertflow.live.batch import PredictorBatch
 from expertflow.predict.model import sent
 from expertflow.predict.online import OnlinePredictor
 from expertflow.trace.owners import NOBODY, BatchOwners, NextBatch
+from expertflow.types import HORIZONS
 
 CALM = 4
 """Decode steps without a load after which the predictor rests; the next load wakes it. 1, 4 and 16 were not told

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expertflow.errors import ConfigError
+from expertflow.types import HORIZONS
 
-HORIZONS = (1, 2, 4, 8)
-"""Further steps of the horizon outputs."""
 OUTPUTS = 1 + len(HORIZONS)
 _FLOOR = 0.02
 """Added to a share before its logarithm: a source that never saw an expert is no proof against it."""

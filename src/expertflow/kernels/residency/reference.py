@@ -129,7 +129,7 @@ class Residency:
         self._bound(layer)
 
     def close_step(self) -> None:
-        """`Brain.end`: learn from the step."""
+        """`Ranker.end`: learn from the step."""
         self._usage.step = int(self.state.clock[0])
         self._usage.learn(self.state.needed.numpy() != 0)
         tally = self.state.tally
