@@ -392,7 +392,7 @@ def find_truth(world: World, batch: int, steps: int, tokens: Tensor, workload: W
 def remember(run: Run, truth: Truth) -> None:
     """What had been observed by step `BEGIN`: usage, and the predictor's state of the sequences that live then."""
     controller = run.controller
-    usage = controller._brain.usage  # noqa: SLF001 - as if the steps had been run
+    usage = controller._ranker.usage  # noqa: SLF001 - as if the steps had been run
     for needed in truth.needed[:BEGIN]:
         usage.learn(needed)
     if run.live_predictor is None:

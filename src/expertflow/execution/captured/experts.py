@@ -34,7 +34,7 @@ from expertflow.kernels.residency.state import (
     LOADS,
     WASTES,
     CacheState,
-    Notes,
+    RoutingOutput,
     Schedule,
     refusal,
 )
@@ -193,11 +193,11 @@ class DeviceExperts:
             if live_predictor is None
             else PredictorInputs(rows, live_predictor.sequences, live_predictor.spare, device)
         )
-        notes = None
+        routing = None
         if live_predictor is not None and self._slip is not None:
-            notes = Notes(routes=live_predictor.routes, seats=self._slip.seats)
+            routing = RoutingOutput(routes=live_predictor.routes, state_rows=self._slip.seats)
             live_predictor.wake()  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
-        self._twin = self._kernels.residency(self.state, notes)
+        self._twin = self._kernels.residency(self.state, routing)
         self._work = Workspace.allocate(mlp, rows, top_k, device)
         self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
         self.live = torch.zeros(1, dtype=torch.int32, device=device)
@@ -268,7 +268,7 @@ class DeviceExperts:
 
     def _take_over(self) -> None:
         self._held.transfer.settle()
-        self._held.controller.lend_tables(self.state.load)
+        self._held.controller.lend_tables(self.state.copy_from)
         self._counted = tuple(self.state.made.tolist())
         self.steps, self.holds = 0, True  # last: a take-over that is broken off has not been
         state = self.state
@@ -281,7 +281,7 @@ class DeviceExperts:
         if not self.holds:
             return
         try:
-            self._held.controller.reclaim_tables(self.state.store, self.steps)
+            self._held.controller.reclaim_tables(self.state.copy_to, self.steps)
         except BaseException:
             self.abandon()  # the host may have half of it
             raise
