@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from expertflow.formats.dtypes import DTYPES
+from expertflow.formats.format import TensorSpec
+from expertflow.formats.records import StoreLayout
 from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, attention_windows, layer_kinds
 from expertflow.models.bounds import describing
 from expertflow.models.skeleton import Skeleton
-from expertflow.types import DTYPE_BYTES, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ class ModelShape:
         layers: MoE layers (L).
         experts: experts a layer (E).
         top_k: experts a token uses a layer (K).
-        specs: tensors of one expert.
+        specs: tensors of one expert, as plain numbers.
+        records: how they are stored, layer by layer.
         dtype: dtype the model runs in.
         dense_bytes: everything but the experts, buffers included.
         kv: attention layers of one sequence.
@@ -66,6 +69,7 @@ class ModelShape:
     experts: int
     top_k: int
     specs: tuple[TensorSpec, ...]
+    records: StoreLayout
     dtype: str
     dense_bytes: int
     kv: tuple[KvLayer, ...]
@@ -98,10 +102,15 @@ class ModelShape:
         return sum(layer.bytes_per_token * (length + more) for layer, more in zip(self.kv, spare, strict=True))
 
 
-def shape_of(skeleton: Skeleton) -> ModelShape:
-    """Measure a skeleton."""
+def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None = None) -> ModelShape:
+    """Measure a skeleton.
+
+    Args:
+        skeleton: the model.
+        layers: the tensors of one expert of each MoE layer, as the checkpoint stores them; None: as plain numbers.
+    """
     config = skeleton.config.get_text_config(decoder=True)
-    element = DTYPE_BYTES[skeleton.dtype]
+    element = DTYPES[skeleton.dtype].nbytes
     heads = int(config.num_attention_heads)
     key_width, value_width, head_width = _head_widths(config, heads)
     unplanned, windows = ((), ()) if skeleton.encoder_decoder else _attention(skeleton, config)
@@ -112,6 +121,7 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         experts=skeleton.experts,
         top_k=skeleton.top_k,
         specs=skeleton.specs,
+        records=StoreLayout.of(layers or [skeleton.specs] * len(skeleton.expert_modules)),
         dtype=skeleton.dtype,
         dense_bytes=_dense_bytes(skeleton),
         kv=_kv_layers(skeleton, (key_width + value_width) * element, element),

@@ -21,14 +21,17 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
+from expertflow.formats.dtypes import run_dtype
+from expertflow.formats.format import Format, TensorSpec
+from expertflow.formats.plain import plain
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
 from expertflow.models.bounds import check_config, describing
 from expertflow.models.experts import is_registry_experts, offloaded_forward
 from expertflow.models.families import FAMILIES, REFUSED, Family
-from expertflow.models.files.checkpoint import FLOAT_NAMES, StoredTensor, read_json, walk
+from expertflow.models.files.checkpoint import StoredTensor, read_json, walk
 from expertflow.models.refusals import LISTED, no_experts, not_text, refuse_quantised
 from expertflow.models.switch import SwitchExperts, mark_switch_experts, swapped_switch_experts
-from expertflow.types import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,10 @@ class Skeleton:
         expert_modules: module path of each MoE layer's experts, in order of execution.
         experts: experts a layer.
         top_k: experts a token uses in a layer.
-        specs: the tensors of one expert, in `dtype`.
+        specs: the tensors of one expert as the module computes with them, plain numbers of `dtype`.
         dtype: dtype the model will run in.
         dtype_source: where that comes from, as the beginning of a sentence.
+        packed: the format that the config says some of its weights are stored in, or None.
         notes: what a user should know about how it runs, one sentence each.
     """
 
@@ -61,6 +65,7 @@ class Skeleton:
     specs: tuple[TensorSpec, ...]
     dtype: str
     dtype_source: str = "the config says"
+    packed: Format | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -81,23 +86,23 @@ class Skeleton:
         return tuple("encoder" not in path.split(".") for path in self.expert_modules)
 
 
-def build_skeleton(folder: Path, dtype: str) -> Skeleton:
+def build_skeleton(folder: Path, dtype: str, formats: Formats = FORMATS) -> Skeleton:
     """Read the config, build the model on the meta device, find and empty its experts.
 
     Args:
         folder: checkpoint folder.
         dtype: dtype to run in, or `auto` for the one the config states (if it states none, that of most experts).
+        formats: how weights may be stored.
 
     Raises:
         CheckpointError: if the config cannot be read.
-        UnsupportedModelError: if the model is no MoE, is quantised, needs remote code, or its experts cannot be
+        UnsupportedModelError: if the model is no MoE, is stored in no known format, needs remote code, or its experts cannot be
             run exactly.
     """
     whole = _read_config(folder)
     base_class = _model_class(folder, whole)
     config, notes = _text_part(whole, base_class)
-    if quantization := _quantization(folder, whole, config):
-        refuse_quantised(folder, quantization, walk(folder))
+    packed = _packed_format(folder, (whole, config), formats)
     model_class = _emptied_class(base_class)
     with describing(folder / "config.json", "describes no model that can be built"), torch.device("meta"):
         model = model_class(config)
@@ -121,12 +126,13 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
     if dtype == "auto" and stated is None:
         runs_in = _stored_dtype(walk(folder))
         notes = (*notes, f"config.json states no dtype: it runs in {runs_in}, the dtype of most expert weights")
-    shapes = {_shapes(module) for _, module in found}
+    shapes = {(_shapes(module), bool(getattr(module, "is_transposed", False))) for _, module in found}
     if len(shapes) != 1 or len(counts) != 1:
         raise UnsupportedModelError(
             f"the MoE layers of {config.model_type!r} have experts of different sizes",
             "Only equal sizes are supported.",
         )
+    named, transposed = shapes.pop()
     return Skeleton(
         folder=folder,
         config=config,
@@ -136,8 +142,9 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
         expert_modules=tuple(path for path, _ in found),
         experts=counts.pop(),
         top_k=top_k,
-        specs=tuple(TensorSpec(name=name, shape=shape, dtype=runs_in) for name, shape in shapes.pop()),
+        specs=tuple(plain(name, shape, runs_in, transposed=transposed) for name, shape in named),
         dtype=runs_in,
+        packed=packed,
         dtype_source="most expert weights are" if dtype == "auto" and stated is None else "the config says",
         notes=notes,
     )
@@ -162,7 +169,26 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise
 
 
-def _quantization(folder: Path, *configs: PreTrainedConfig) -> Any:
+def _packed_format(folder: Path, configs: tuple[PreTrainedConfig, ...], formats: Formats) -> Format | None:
+    """The format of a quantised checkpoint, whose config then says no more of it: the model is built as if it were decoded.
+
+    Raises:
+        UnsupportedModelError: if no format of the table claims it.
+    """
+    quantization = _quantization(folder, configs)
+    if not quantization:
+        return None
+    about = quantization if isinstance(quantization, Mapping) else {}
+    found = next((one for one in formats.values() if one.claims(about)), None)
+    if found is None:
+        refuse_quantised(folder, quantization, walk(folder))
+    for config in configs:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    return found
+
+
+def _quantization(folder: Path, configs: tuple[PreTrainedConfig, ...]) -> Any:
     """What a checkpoint says of its quantisation, in a config or in a file of its own; empty if nothing."""
     found = [getattr(config, "quantization_config", None) for config in configs]
     own_file = "modelopt" if (folder / "hf_quant_config.json").is_file() else None
@@ -195,11 +221,11 @@ def _text_part(
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     """The float dtype of most expert elements of a checkpoint; of all elements if no name says expert."""
-    floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in FLOAT_NAMES}
+    floats = {key: tensor for key, tensor in tensors.items() if run_dtype(tensor.dtype)}
     chosen = {key: tensor for key, tensor in floats.items() if ".experts." in key} or floats
     elements = Counter[str]()
     for tensor in chosen.values():
-        elements[FLOAT_NAMES[tensor.dtype]] += prod(tensor.shape)
+        elements[str(run_dtype(tensor.dtype))] += prod(tensor.shape)
     return elements.most_common(1)[0][0] if elements else "float32"
 
 
