@@ -5,10 +5,10 @@ its expert alone, to the bit: every expert's tokens go through the same tiles of
 wide however few there are, along H (then I) in steps of fixed size. Slots, residency, waves, the batch and who else
 uses the expert change which program computes a pair and in which column, and neither enters the arithmetic.
 
-Each distinct expert is read once: program (n, p) computes rows n of the expert of pair p for all pairs that share its
+Each distinct expert is read once: program (n, p) computes outputs n of the expert of pair p for all pairs that share its
 slot, if p is the first of them (or the 17th, ...); otherwise it ends at once. So nothing needs to be sorted first.
 On Hopper the down projection and the sum are put on the device before their predecessor has ended, and wait there.
-Knows rows by slot number; refuses to know layers and who decided.
+Must not know layers and who decides.
 """
 
 from dataclasses import dataclass
@@ -66,14 +66,14 @@ def _members(same, ahead, padded: tl.constexpr):
 
 @triton.jit
 def _product(
-    x, record, load: tl.constexpr, at: tl.constexpr, rows, members, n: tl.constexpr, k: tl.constexpr,
+    x, record, load: tl.constexpr, at: tl.constexpr, outs, members, n: tl.constexpr, k: tl.constexpr,
     per: tl.constexpr, transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
-    """Rows `[R]` of a weight of `n` outputs and `k` inputs times the inputs of the members: `[R, TILE]` in float32.
+    """Outputs `[R]` of a weight of `n` outputs and `k` inputs times the inputs of the members: `[R, TILE]` in float32.
 
-    The input of pair p is row `p // per` of `x`. `load` is a tile loader, see `kernels.tiles`. `exact`: rows need no bounds check.
+    The input of pair p is `x[p // per]`. `load` is a tile loader, see `kernels.tiles`. `exact`: outputs need no bounds check.
     """
-    acc = tl.zeros([rows.shape[0], TILE], tl.float32)
+    acc = tl.zeros([outs.shape[0], TILE], tl.float32)
     inputs = x + (members // per)[:, None] * k
     for begin in range(0, k, block_k):
         cols = begin + tl.arange(0, block_k)
@@ -81,7 +81,7 @@ def _product(
             tokens = tl.load(inputs + cols[None, :], mask=members[:, None] >= 0, other=0.0)
         else:
             tokens = tl.load(inputs + cols[None, :], mask=(members[:, None] >= 0) & (cols[None, :] < k), other=0.0)
-        tile = load(record, at, rows, cols, n, k, transposed, exact and k % block_k == 0)
+        tile = load(record, at, outs, cols, n, k, transposed, exact and k % block_k == 0)
         if INTERPRETED:
             tile, tokens = tile.to(tl.float32), tokens.to(tl.float32)
         acc = tl.dot(tile, tl.trans(tokens), acc, input_precision="ieee")
@@ -123,15 +123,15 @@ def _up_kernel(
     n: tl.constexpr = 2 * i if gated else i
     exact: tl.constexpr = i % block_n == 0
     if interleaved:
-        rows = 2 * begin + tl.arange(0, 2 * block_n)
+        outs = 2 * begin + tl.arange(0, 2 * block_n)
     elif gated:
         both = tl.arange(0, 2 * block_n)
-        rows = begin + both % block_n + (both // block_n) * i
+        outs = begin + both % block_n + (both // block_n) * i
     else:
-        rows = begin + tl.arange(0, block_n)
-    out = _product(hidden, record, load, at, rows, members, n, h, top_k, transposed, exact, block_k)
+        outs = begin + tl.arange(0, block_n)
+    out = _product(hidden, record, load, at, outs, members, n, h, top_k, transposed, exact, block_k)
     if bias >= 0:
-        out += tl.load(record + bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+        out += tl.load(record + bias + outs, mask=outs < n, other=0.0).to(tl.float32)[:, None]
     if gated:
         if interleaved:
             out = tl.permute(tl.reshape(out, [block_n, 2, TILE]), (0, 2, 1))
@@ -166,12 +166,12 @@ def _down_kernel(
         return
     members = _members(same, ahead, padded)
     record = pool + tl.load(slots + first).to(tl.int64) * size
-    rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    out = _product(inner, record, load, at, rows, members, h, i, 1, transposed, h % block_n == 0, block_k)
+    outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    out = _product(inner, record, load, at, outs, members, h, i, 1, transposed, h % block_n == 0, block_k)
     if bias >= 0:
-        out += tl.load(record + bias + rows, mask=rows < h, other=0.0).to(tl.float32)[:, None]
-    target = parts + members[None, :] * h + rows[:, None]
-    tl.store(target, out, mask=(members[None, :] >= 0) & (rows[:, None] < h))
+        out += tl.load(record + bias + outs, mask=outs < h, other=0.0).to(tl.float32)[:, None]
+    target = parts + members[None, :] * h + outs[:, None]
+    tl.store(target, out, mask=(members[None, :] >= 0) & (outs[:, None] < h))
 
 
 @triton.jit(do_not_specialize=["experts"], do_not_specialize_on_alignment=["index", "weights"])
@@ -190,8 +190,8 @@ def _combine_kernel(
     place = tl.sum((before & (lane[None, :] < top_k)).to(tl.int32), axis=1)
     cols = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros([block], tl.float32)
-    for turn in tl.static_range(top_k):
-        here = (place == turn) & (lane < top_k)
+    for number in tl.static_range(top_k):
+        here = (place == number) & (lane < top_k)
         rank = tl.sum(tl.where(here, lane, 0))
         active = tl.sum((here & (mine >= 0) & (mine < experts)).to(tl.int32)) > 0
         part = tl.load(parts + (token * top_k + rank) * h + cols, mask=active & (cols < h), other=0.0)

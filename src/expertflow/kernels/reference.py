@@ -78,18 +78,18 @@ def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Te
         out: `[T, H]`, overwritten.
     """
     ascending = index.argsort(dim=1, stable=True)
-    rows = torch.arange(len(index), device=parts.device)
-    total = torch.zeros_like(parts[rows, 0])
+    tokens = torch.arange(len(index), device=parts.device)
+    total = torch.zeros_like(parts[tokens, 0])
     for rank in ascending.T:
-        expert = index[rows, rank]
+        expert = index[tokens, rank]
         active = (expert >= 0) & (expert < experts)
-        weighted = weights[rows, rank].to(parts.dtype)[:, None] * parts[rows, rank]
+        weighted = weights[tokens, rank].to(parts.dtype)[:, None] * parts[tokens, rank]
         total = torch.where(active[:, None], total + weighted, total)
     out.copy_(total)
 
 
 def blocks_of(record_bytes: int) -> int:
-    """Blocks that `fetch_records` carries a row in: here it is one."""
+    """Blocks that `fetch_records` carries a record in: here it is one."""
     del record_bytes
     return 1
 
@@ -100,9 +100,9 @@ def fetch_records(
     """Carry the loads named by list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
 
     Args:
-        host: uint8 `[rows, record_bytes]` in host memory, page-locked for the twin.
+        host: uint8 `[N, record_bytes]` in host memory, page-locked for the twin.
         pool: uint8 `[S, record_bytes]` on the device.
-        ledger: the loads; a load of which blocks have been taken is somebody else's, or was called off.
+        ledger: the loads; a load of which blocks have been taken is carried by another call, or was called off.
         todo: int32 `[N]`, entries of the ledger, in order of urgency.
         bounds: int32 `[2]` on the device: first place in `todo` and one past the last. A list of several phases with
             its offsets `[P + 1]` is walked with `bounds=offsets[phase : phase + 2]`.

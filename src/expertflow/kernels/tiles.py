@@ -4,7 +4,7 @@ A loader is a Triton function of
 
     record: pointer to the record's first byte, as a pointer to the model's dtype
     at: byte offsets of the format's parts in the record, `Part` by `Part`
-    rows, cols: the outputs `[R]` and inputs `[C]` wanted
+    outs, cols: the outputs `[R]` and inputs `[C]` wanted
     n, k: outputs and inputs of the weight
     transposed: whether plain numbers are input-major
     whole: no output or input lies outside
@@ -26,15 +26,15 @@ from expertflow.formats.plain import PLAIN
 
 @triton.jit
 def load_plain(
-    record, at: tl.constexpr, rows, cols, n: tl.constexpr, k: tl.constexpr, transposed: tl.constexpr,
+    record, at: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr, transposed: tl.constexpr,
     whole: tl.constexpr,
 ):  # fmt: skip
     """Plain numbers."""
     weight = record + at[0] // (record.dtype.element_ty.primitive_bitwidth // 8)
     if transposed:
-        where, inside = weight + cols[:, None] * n + rows[None, :], (cols[:, None] < k) & (rows[None, :] < n)
+        where, inside = weight + cols[:, None] * n + outs[None, :], (cols[:, None] < k) & (outs[None, :] < n)
     else:
-        where, inside = weight + rows[:, None] * k + cols[None, :], (rows[:, None] < n) & (cols[None, :] < k)
+        where, inside = weight + outs[:, None] * k + cols[None, :], (outs[:, None] < n) & (cols[None, :] < k)
     tile = tl.load(where) if whole else tl.load(where, mask=inside, other=0.0)
     return tl.trans(tile) if transposed else tile
 

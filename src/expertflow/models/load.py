@@ -1,6 +1,6 @@
-"""Weights from a checkpoint folder: the dense part into a transformers model, experts straight into host rows.
+"""Weights from a checkpoint folder: the dense part into a transformers model, experts straight into host records.
 
-Expert tensors are read from the file into their place in the row, by several threads, without a memory map and
+Expert tensors are read from the file into their place in the record, by several threads, without a memory map and
 without a second copy. Dense tensors are handed to transformers by key, so that it looks for no file by itself.
 """
 

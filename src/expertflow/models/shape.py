@@ -53,13 +53,13 @@ class ModelShape:
         dense_width: width of the widest dense feed-forward block.
         heads: attention heads of the widest layer.
         head_width: elements of one token's queries over all heads.
-        vocabulary: rows of the output head.
+        vocabulary: tokens of the output head.
         context: longest sequence the model can take, or None if unbounded.
         encoder_decoder: whether there is an encoder.
         scores: whether attention keeps scores in memory (eager attention).
         unplanned: kinds of layers whose state and workspace the planner cannot foresee, such as state-space layers.
         unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
-        in_rows: whether keys and values can be kept in rows, so that sequences may join and leave at any step.
+        in_rows: whether keys and values can be kept in KV rows, so that sequences may join and leave at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
         notes: what a user should know about how it runs, one sentence each.
     """
@@ -96,7 +96,7 @@ class ModelShape:
     def kv_bytes(self, length: int) -> int:
         """Bytes of one sequence's keys and values at `length` tokens; every layer keeps all of them, windows or not.
 
-        In rows a layer has one more column, which padding writes to; what an encoder has read has none.
+        In KV rows a layer has one more column, which padding writes to; what an encoder has read has none.
         """
         spare = [int(self.in_rows and not layer.source_length) for layer in self.kv]
         return sum(layer.bytes_per_token * (length + more) for layer, more in zip(self.kv, spare, strict=True))
@@ -163,7 +163,7 @@ def _unserved(skeleton: Skeleton, config: Any, unplanned: tuple[str, ...]) -> tu
 
 
 def _notes(skeleton: Skeleton, unplanned: tuple[str, ...], *, in_rows: bool) -> tuple[str, ...]:
-    """What a family outside the table, or without rows of keys and values, does without."""
+    """What a family outside the table, or without KV rows, does without."""
     name = skeleton.config.model_type
     if kinds := sorted(set(unplanned) - RECURRENT - EMPTY):
         return (f"{name!r} has layers of kind {', '.join(kinds)}: it runs through expertflow.from_pretrained only",)

@@ -43,7 +43,7 @@ class Skeleton:
         config: its parsed config; of the text part, where the folder's config holds one that runs by itself.
         model_class: the transformers class, with experts that hold no parameters.
         model: an instance on the meta device.
-        family: its row, or None for a family that runs by the universal fallback.
+        family: its entry in the table, or None for a family that runs by the universal fallback.
         expert_modules: module path of each MoE layer's experts, in order of execution.
         experts: experts a layer.
         top_k: experts a token uses in a layer.
