@@ -106,9 +106,40 @@ def build_skeleton(folder: Path, dtype: str, formats: Formats = FORMATS) -> Skel
     model_class = _emptied_class(base_class)
     with describing(folder / "config.json", "describes no model that can be built"), torch.device("meta"):
         model = model_class(config)
-    found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
+    found = {path: module for path, module in model.named_modules() if _is_experts(module)}
     if not found:
         raise no_experts(folder, config, model)
+    _check_layers(folder, config)
+    experts, top_k, shapes, transposed = _experts_alike(folder, config, list(found.values()))
+    stated = config.dtype or whole.dtype
+    runs_in = str(stated).removeprefix("torch.") if dtype == "auto" else dtype
+    if dtype == "auto" and stated is None:
+        runs_in = _stored_dtype(walk(folder))
+        notes = (*notes, f"config.json states no dtype: it runs in {runs_in}, the dtype of most expert weights")
+    return Skeleton(
+        folder=folder,
+        config=config,
+        model_class=model_class,
+        model=model,
+        family=FAMILIES.get(config.model_type),
+        expert_modules=tuple(found),
+        experts=experts,
+        top_k=top_k,
+        specs=tuple(plain(name, shape, runs_in, transposed=transposed) for name, shape in shapes),
+        dtype=runs_in,
+        packed=packed,
+        dtype_source="most expert weights are" if dtype == "auto" and stated is None else "the config says",
+        notes=notes,
+    )
+
+
+def _check_layers(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a model of which transformers' own forward needs an attention layer, and that has none.
+
+    Raises:
+        CheckpointError: if the config describes layers that the model's own code cannot run.
+        UnsupportedModelError: if no layer is one of attention.
+    """
     with describing(folder / "config.json", f"describes attention layers that {config.model_type!r} cannot run"):
         kinds = set() if config.is_encoder_decoder else set(layer_kinds(config.get_text_config(decoder=True)))
     if kinds and kinds <= STATE_ONLY | EMPTY:
@@ -116,38 +147,30 @@ def build_skeleton(folder: Path, dtype: str, formats: Formats = FORMATS) -> Skel
             f"no layer of {config.model_type!r} in {folder} is one of attention, and transformers' own forward needs one",
             "Correct `layer_types` in config.json, or fetch it again.",
         )
-    top_k = _top_k(config)
-    if not 1 <= top_k <= max(counts := {module.num_experts for _, module in found}):
+
+
+def _experts_alike(
+    folder: Path, config: PreTrainedConfig, modules: list[nn.Module]
+) -> tuple[int, int, tuple[tuple[str, tuple[int, ...]], ...], bool]:
+    """Experts a layer, experts a token, name and shape of one expert's tensors, and whether they are input-major.
+
+    Raises:
+        CheckpointError: if a token cannot be routed to so many experts.
+        UnsupportedModelError: if layers differ.
+    """
+    counts, top_k = {int(module.num_experts) for module in modules}, _top_k(config)  # type: ignore[arg-type]
+    if not 1 <= top_k <= max(counts):
         raise CheckpointError(
             f"{folder / 'config.json'} routes a token to {top_k} of {max(counts)} experts", "Fetch the config again."
         )
-    stated = config.dtype or whole.dtype
-    runs_in = str(stated).removeprefix("torch.") if dtype == "auto" else dtype
-    if dtype == "auto" and stated is None:
-        runs_in = _stored_dtype(walk(folder))
-        notes = (*notes, f"config.json states no dtype: it runs in {runs_in}, the dtype of most expert weights")
-    shapes = {(_shapes(module), bool(getattr(module, "is_transposed", False))) for _, module in found}
+    shapes = {(_shapes(module), bool(getattr(module, "is_transposed", False))) for module in modules}
     if len(shapes) != 1 or len(counts) != 1:
         raise UnsupportedModelError(
             f"the MoE layers of {config.model_type!r} have experts of different sizes",
             "Only equal sizes are supported.",
         )
     named, transposed = shapes.pop()
-    return Skeleton(
-        folder=folder,
-        config=config,
-        model_class=model_class,
-        model=model,
-        family=FAMILIES.get(config.model_type),
-        expert_modules=tuple(path for path, _ in found),
-        experts=counts.pop(),
-        top_k=top_k,
-        specs=tuple(plain(name, shape, runs_in, transposed=transposed) for name, shape in named),
-        dtype=runs_in,
-        packed=packed,
-        dtype_source="most expert weights are" if dtype == "auto" and stated is None else "the config says",
-        notes=notes,
-    )
+    return counts.pop(), top_k, named, transposed
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
