@@ -2,7 +2,7 @@
 
 import gc
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.errors import HostMemoryError
+from expertflow.engine.prepare import resolve_device
+from expertflow.errors import DeviceError, HostMemoryError
 from expertflow.events import EventStream
 from expertflow.execution.provider import CachedExperts
 from expertflow.formats.dtypes import RUN_DTYPES
@@ -20,7 +21,8 @@ from expertflow.formats.format import TensorSpec
 from expertflow.formats.plain import plain
 from expertflow.formats.records import ALIGNMENT, StoreLayout
 from expertflow.memory import store as store_module
-from expertflow.memory.meter import CpuMeter
+from expertflow.memory.devices import free_bytes
+from expertflow.memory.meter import CpuMeter, CudaMeter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_addresses, check_host_memory, memory_reported
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
@@ -62,9 +64,9 @@ def test_slots_are_aligned_and_disjoint(specs: tuple[TensorSpec, ...], slots: in
 
 
 class RecordingTransfer:
-    """Notes the order of verbs, and refuses a copy into a slot whose expert has not had its turn.
+    """Logs the order of verbs, and refuses a copy into a slot whose expert has not been computed.
 
-    `users`: the rows that the running layer uses in each slot, in the order of their turns; given back ones are gone.
+    `users`: the records that the running layer uses in each slot, in the order of accesses; released ones are gone.
     """
 
     def __init__(self) -> None:
@@ -112,14 +114,14 @@ def test_a_copy_is_under_way_while_the_next_load_is_decided(monkeypatch: pytest.
     """The host decides beside running copies: no load is decided while one before it could start and has not."""
     transfer = RecordingTransfer()
     provider = _provider(6, transfer, SlotPool(LAYOUT, 6, torch.device("cpu")))
-    turns = provider.controller.turns
+    accesses = provider.controller.accesses
 
-    def told(layer: int, needed: Sequence[int]) -> Iterator[Access]:
-        for access in turns(layer, needed):
+    def logged(layer: int, needed: Sequence[int]) -> Iterator[Access]:
+        for access in accesses(layer, needed):
             transfer.log.append(("decided", 8 * layer + access.expert))
             yield access
 
-    monkeypatch.setattr(provider.controller, "turns", told)
+    monkeypatch.setattr(provider.controller, "accesses", logged)
     next(provider.stream(1, [2, 5, 6]))
     assert transfer.log[:5] == [("decided", 10), ("start", 10), ("decided", 13), ("start", 13), ("decided", 14)]
 
@@ -190,7 +192,7 @@ def test_a_copy_never_overwrites_a_slot_before_its_turn(
 
     def noting(layer: int, needed: Sequence[int]) -> Iterator[Access]:
         nonlocal shared
-        for access in turns(layer, needed):
+        for access in accesses(layer, needed):
             transfer.users[access.slot].append(8 * layer + access.expert)
             shared += len(transfer.users[access.slot]) > 1
             yield access
@@ -310,3 +312,31 @@ def test_a_limit_on_locked_memory_is_tried_before_loading(
     else:
         store_module.check_locking(2**20)
     assert [size for size in sizes if size > 0] == ([8192 + 4096] if limit == 8192 else [])
+
+
+def test_a_device_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda` is torch's current device by its number, `cuda:N` device N, and `auto` takes a GPU if there is one."""
+    assert resolve_device("cpu") == resolve_device("cpu:0") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    found = [resolve_device(name) for name in ("auto", "cuda", "cuda:0", "cuda:3")]
+    assert [(device.type, device.index) for device in found] == [("cuda", index) for index in (2, 2, 0, 3)]
+    with pytest.raises(DeviceError, match=r"'cuda:4'.*'cuda:3'"):
+        resolve_device("cuda:4")
+
+
+def test_memory_queries_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory and peaks are those of the stated device, not of the current one."""
+    device, asked = torch.device("cuda", 3), []
+
+    def answer(value: object) -> Callable[..., object]:
+        return lambda *where: (asked.append(where), value)[1]
+
+    for name, value in (("mem_get_info", (70, 100)), ("memory_reserved", 20), ("memory_allocated", 5)):
+        monkeypatch.setattr(torch.cuda, name, answer(value))
+    assert free_bytes(device) == 85
+    for name, value in (("reset_peak_memory_stats", None), ("max_memory_allocated", 9)):
+        monkeypatch.setattr(torch.cuda, name, answer(value))
+    assert CudaMeter(device).peak_bytes == 9
+    assert asked == [(device,)] * 5

@@ -1,7 +1,9 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast
-from expertflow.cache.strategy import Strategy, find_strategy
+from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
@@ -27,9 +29,17 @@ from expertflow.execution.provider import CachedExperts
 from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.live.predictor import LivePredictor
+from expertflow.memory.devices import entered, free_bytes
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import HostStore, check_addresses, check_host_memory, check_locking, memory_reported
+from expertflow.memory.store import (
+    ExpertStore,
+    HostStore,
+    check_addresses,
+    check_host_memory,
+    check_locking,
+    memory_reported,
+)
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.models.experts import Uncopied
 from expertflow.models.files.identity import ContentHash, spans_of, stamps
@@ -42,6 +52,17 @@ from expertflow.units import format_bytes, parse_bytes
 
 _LONG_TO_LOAD = 1 << 30
 """Bytes of experts from which loading shows its progress: less takes a second or two."""
+
+
+def on_chosen_device(load: Callable[..., None]) -> Callable[..., None]:
+    """Make the device that was chosen the current one while a model is loaded."""
+
+    @wraps(load)
+    def entering(model: Any, prepared: Prepared, *args: Any, **kwargs: Any) -> None:
+        with entered(prepared.choices.device):
+            load(model, prepared, *args, **kwargs)
+
+    return entering
 
 
 class OffloadedModel(Uncopied):
@@ -59,6 +80,7 @@ class OffloadedModel(Uncopied):
         passes: what lets one pass at a time run.
     """
 
+    @on_chosen_device
     @memory_reported()
     @torch.inference_mode(mode=False)  # tensors made inside it could not be written to outside
     def __init__(
@@ -71,10 +93,9 @@ class OffloadedModel(Uncopied):
         """Load. See `load_model`."""
         self.plan = plan = prepared.plan
         self.skeleton, self.fingerprint = prepared.skeleton, prepared.fingerprint
-        self.device = torch.device(plan.device)
-        self._device_index = torch.cuda.current_device() if self.device.type == "cuda" else 0
+        self.device = prepared.choices.device
         self._beside = beside
-        _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped)
+        _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped, self.device)
         if self.device.type == "cuda":
             cuda_meter = CudaMeter(self.device)
         layout = plan.shape.records
@@ -83,7 +104,7 @@ class OffloadedModel(Uncopied):
         self.model: PreTrainedModel = load_dense(prepared.skeleton, dense, self.device)
         if beside is None:
             content = ContentHash()
-            self.store = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
+            self.store: ExpertStore = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
             _fill(prepared.experts.pieces, self.store, content, show=config.progress)
             self.store.lock()
             content.read(spans_of(dense))
@@ -108,7 +129,7 @@ class OffloadedModel(Uncopied):
             layers=plan.shape.layers,
             experts=plan.shape.experts,
             slots=plan.slots,
-            strategy=_on(self.device, find_strategy(plan.strategy)),
+            strategy=_on(self.device, prepared.choices.strategy),
             record_bytes=plan.record_bytes,
             events=self.events,
             forecast=forecast or self.live_predictor,
@@ -123,6 +144,7 @@ class OffloadedModel(Uncopied):
         bind_experts(self.model, prepared.skeleton, self._provider)
         self.watch()
         self.passes = Passes(self._begin_step)
+        self.passes.device = self.device
         self.passes.guard(self.model)
         if self.skeleton.encoder_decoder:  # it is called on its own, too
             self.passes.guard(self.model.get_encoder(), begins=True)
@@ -141,7 +163,7 @@ class OffloadedModel(Uncopied):
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Inside, the model's device is the current one: every thread has one of its own."""
-        return nullcontext() if self.device.type != "cuda" else torch.cuda.device(self._device_index)
+        return entered(self.device)
 
     def check_open(self) -> None:
         """Refuse to go on with a model that was closed.
@@ -281,7 +303,7 @@ def load_model(
     return OffloadedModel(prepare(model, config, forecast, formats=formats), config, forecast, beside)
 
 
-def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostStore:
+def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> ExpertStore:
     """The experts that another loaded model keeps in host memory.
 
     Args:
@@ -309,13 +331,14 @@ def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostSt
     return beside.store
 
 
-def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
+def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.device) -> None:
     """Refuse before loading what the host or the device cannot hold.
 
     Args:
         plan: what will be allocated.
         config: for the stated limit on host memory.
         mapped: bytes of files that are mapped while weights are loaded.
+        device: where it will run.
 
     Raises:
         HostMemoryError: if the host lacks memory.
@@ -330,7 +353,7 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
     check_addresses(plan.host + mapped + (plan.total if plan.device == "cpu" else 0))
     if plan.device == "cuda":
         check_locking(plan.host)
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = free_bytes(device)
         if plan.total > free:
             raise BudgetError(
                 f"the plan takes {format_bytes(plan.total)}, the device has {format_bytes(free)} free",
@@ -339,7 +362,7 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
             )
 
 
-def _fill(pieces: list[ExpertPiece], store: HostStore, content: ContentHash, *, show: bool) -> None:
+def _fill(pieces: list[ExpertPiece], store: ExpertStore, content: ContentHash, *, show: bool) -> None:
     total = sum(piece.nbytes for piece in pieces)
     with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
         fill_records(pieces, store, content, bar.advance)

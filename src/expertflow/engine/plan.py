@@ -1,7 +1,7 @@
-"""What goes where: a wish and a model's figures in, every number of the run out.
+"""Plan a run: a wish and a model's figures in, every number of the run out.
 
-Pure: no weights, no device, nothing allocated. The engine builds from the plan it returns, and `expertflow plan`
-prints it. The workspace is an upper bound from tensor sizes; tests hold it against measured peaks (law 3).
+It is pure: no weights, no device, nothing allocated. The engine builds from the plan, and `expertflow plan` prints it.
+The workspace is an upper bound from tensor sizes; tests compare it with measured peaks (law 3).
 """
 
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ from expertflow.units import format_bytes, parse_bytes, parse_slots
 DEFAULT_CONTEXT = 4096
 """Longest sequence planned for when the user states none and the model allows it."""
 CUDA_LIBRARY_BYTES = 40 * 2**20
-"""cuBLAS keeps 32 MiB in the allocator on an H100 (benchmarks/results/host_execution_h100.json), and a little room."""
+"""cuBLAS keeps 32 MiB in the allocator on an H100 (benchmarks/results/host_execution_h100.json), plus 8 MiB of room."""
 GRAPH_POOL_BYTES = 64 * 2**20
-"""The allocator cuts a graph's memory from blocks of 2 and 20 MiB that it does not give back."""
+"""The allocator takes a graph's memory in blocks of 2 and 20 MiB that it does not give back."""
 _WORTH = 0.5
-"""Slots that captured steps have to leave of those the host execution has, to be chosen unasked."""
+"""Share of the host execution's slots that captured steps have to leave, to be chosen by execution='auto'."""
 _SLACK = 1.1
-"""Allocators round up; temporaries of operators are counted by name, not by trace."""
+"""Factor on counted temporaries: allocators round up, and operators are counted by name, not by trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Plan:
     Attributes:
         shape: the model's figures.
         device: `cuda` or `cpu`.
-        strategy: row of the strategy table.
+        strategy: name of the strategy.
         budget: the stated budget, or None.
         dense: dense weights on the device.
         kv: keys and values of `max_live` sequences of `max_length` tokens.
@@ -48,8 +48,8 @@ class Plan:
         host: the expert store in host memory.
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
         predictor: weights, state and working memory of the predictor, where it is on the device.
-        schedule: who steps together when live sequences take turns: `fifo`, `group` or `auto`.
-        graph_unavailable_reason: why the host decides although a graph was hoped for; empty if it was not, or if a graph it is.
+        schedule: how live sequences that take turns are grouped: `fifo`, `group` or `auto`.
+        graph_unavailable_reason: why execution='auto' fell back to the host; empty otherwise.
     """
 
     shape: ModelShape
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Device memory in all."""
+        """Device memory of the whole run."""
         return self.fixed + self.slot_bytes
 
     @property
@@ -116,7 +116,7 @@ def make_plan(
         config: the wish.
         shape: the model's figures.
         device: `cuda` or `cpu`, resolved.
-        strategy: name of the row, resolved.
+        strategy: name of the strategy, resolved.
         no_graph: why decode steps cannot run as graphs; empty if they can.
         predictor: bytes a predictor takes where it works; in the host execution that is host memory.
 
@@ -126,16 +126,18 @@ def make_plan(
     """
     if config.execution == "graph" and no_graph:
         raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
+    budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
     if config.execution == "graph":
-        return _plan(config, shape, device, strategy, graph=True, predictor=predictor)
-    hoped = config.execution == "auto" and device == "cuda"
-    if not hoped or no_graph:
+        return _plan(config, shape, device, strategy, budget, graph=True, predictor=predictor)
+    preferred = config.execution == "auto" and device == "cuda"
+    if not preferred or no_graph:
         return replace(
-            _plan(config, shape, device, strategy, graph=False), graph_unavailable_reason=no_graph if hoped else ""
+            _plan(config, shape, device, strategy, budget, graph=False),
+            graph_unavailable_reason=no_graph if preferred else "",
         )
-    host = _plan(config, shape, device, strategy, graph=False)
+    host = _plan(config, shape, device, strategy, budget, graph=False)
     try:
-        graph = _plan(config, shape, device, strategy, graph=True, predictor=predictor)
+        graph = _plan(config, shape, device, strategy, budget, graph=True, predictor=predictor)
     except BudgetError as error:
         return replace(
             host,
@@ -146,19 +148,25 @@ def make_plan(
     return graph
 
 
-def _plan(
-    config: EngineConfig, shape: ModelShape, device: str, strategy: str, *, graph: bool, predictor: int = 0
+def _plan(  # noqa: PLR0913 - two by keyword
+    config: EngineConfig,
+    shape: ModelShape,
+    device: str,
+    strategy: str,
+    budget: int | None,
+    *,
+    graph: bool,
+    predictor: int = 0,
 ) -> Plan:
     max_length = sequence_length(config, shape)
     row = shape.records.record_bytes
     live = _max_live(config, shape)
     kv = shape.kv_bytes(max_length) * live
-    # a recurrent state is not carried from pass to pass, so such a prompt is read whole
+    # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
     chunk = max(config.prefill_chunk, config.max_batch * max_length) if shape.unplanned else config.prefill_chunk
     workspace = workspace_bytes(shape, config.max_batch, max_length, chunk)
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
-    budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
     if budget is not None and shape.unplanned:
         raise ConfigError(
             f"gpu_memory={format_bytes(budget)} cannot be promised: the memory of {', '.join(shape.unplanned)} layers of "
@@ -166,8 +174,10 @@ def _plan(
             "Leave the budget out and state slots.",
         )
     steps = graph_bytes(shape, config.max_batch, max_length, device) if graph else 0
-    thinks = predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0  # on a stream of its own
-    fixed = shape.dense_bytes + kv + workspace + steps + thinks
+    for_predictor = (
+        predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
+    )  # on a stream of its own
+    fixed = shape.dense_bytes + kv + workspace + steps + for_predictor
     slots = _slots(config, shape, row, fixed, budget)
     return Plan(
         shape=shape,
@@ -186,12 +196,12 @@ def _plan(
         host=row * shape.total_experts,
         schedule=config.schedule,
         graph=steps,
-        predictor=thinks,
+        predictor=for_predictor,
     )
 
 
 def rates(plan: Plan) -> Rates:
-    """What a step of a plan is made of, for whoever divides live sequences into turns. Only the proportions matter."""
+    """Return the costs of a step, by which live sequences are grouped. Only the proportions matter."""
     link, memory, fixed, divide = _SPEEDS[plan.device]
     return Rates(
         slots=plan.slots,
@@ -204,13 +214,13 @@ def rates(plan: Plan) -> Rates:
 
 _SPEEDS = {"cuda": (50e9, 3e12, 1e-3, 4e-3), "cpu": (10e9, 10e9, 1e-3, 4e-3)}
 """Bytes a second over the link and in the device's memory (H100: benchmarks/results/kernels_h100.json; a CPU: a guess),
-and seconds that a step and a division take whatever they move."""
+and fixed seconds of a step and of a division into groups."""
 
 
 def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
-    """Upper bound on what decode steps as graphs take beside weights, keys and values, and slots.
+    """Return an upper bound on the bytes of decode steps as graphs, beside weights, keys and values, and slots.
 
-    The host execution's workspace stays beside it: prompts are read while the graphs keep their memory.
+    The host execution's workspace is not in it: prompts run while the graphs keep their memory.
     """
     pairs = rows * shape.top_k
     state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
@@ -234,7 +244,7 @@ def _max_live(config: EngineConfig, shape: ModelShape) -> int:
 
 
 def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
-    """Tokens a sequence has room for: asked for, or what most models' prompts and answers need.
+    """Return the tokens a sequence has room for: those asked for, or what most prompts and answers need.
 
     Raises:
         ConfigError: if the model's context is shorter than what was asked for.
@@ -270,9 +280,9 @@ def _slots(config: EngineConfig, shape: ModelShape, row: int, fixed: int, budget
 
 
 def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, prompts: bool = True) -> int:
-    """Upper bound on the temporary device memory of one step.
+    """Return an upper bound on the temporary device memory of one step, bytes.
 
-    The phases of a layer follow one another, so the largest counts; what lives through all of them is added.
+    The phases of a layer follow one another, so the largest counts; tensors that live through all of them are added.
 
     Args:
         shape: the model's figures.
@@ -299,7 +309,7 @@ def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
     tokens = batch * columns
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
-    # the rows of a layer that step are gathered; keys and values are repeated over grouped heads
+    # a layer's KV rows of the sequences that step are gathered; keys and values are repeated over grouped heads
     cache = max((layer.read_per_token for layer in shape.kv), default=0) * batch * length
     repeated = 3 * batch * length * shape.head_width * element
     scores = batch * shape.heads * columns * length * (4 if not shape.encoder_decoder and not shape.scores else 16)

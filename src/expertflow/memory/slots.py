@@ -1,4 +1,4 @@
-"""Room for records on the device: one tensor, cut into slots once. Must not know experts and their order."""
+"""Slots on the device: one tensor, divided into slots once. Must not know experts and their order."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ class SlotPool:
     Args:
         layout: what a record of each layer holds.
         slots: S.
-        device: where.
+        device: where to allocate.
 
     Attributes:
         buffer: uint8 `[S, record_bytes]`.
@@ -32,7 +32,7 @@ class SlotPool:
         }
 
     def slot(self, number: int) -> Tensor:
-        """One slot, uint8 `[record_bytes]`."""
+        """Return one slot, uint8 `[record_bytes]`."""
         return self.buffer[number]
 
     def weights(self, number: int, layer: int) -> dict[str, Tensor]:
@@ -43,5 +43,5 @@ class SlotPool:
 
     @staticmethod
     def nbytes(record_bytes: int, slots: int) -> int:
-        """Bytes a pool takes, alignment included: what the planner counts."""
+        """Return the bytes a pool takes, alignment included, for the planner."""
         return slots * record_bytes + ALIGNMENT

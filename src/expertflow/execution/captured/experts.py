@@ -42,7 +42,7 @@ from expertflow.kernels.residency.state import (
 from expertflow.live.batch import PredictorInputs
 from expertflow.live.predictor import LivePredictor
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import HostStore
+from expertflow.memory.store import ExpertStore
 from expertflow.memory.transfer import Transfer
 from expertflow.models.skeleton import Skeleton
 from expertflow.triton_support import HAS_TRITON
@@ -151,7 +151,7 @@ class SharedParts:
     """What the device execution takes turns over with the host: the controller, where the rows are, who moves them."""
 
     controller: CacheController
-    store: HostStore
+    store: ExpertStore
     pool: SlotPool
     transfer: Transfer
     counters: CacheCounters

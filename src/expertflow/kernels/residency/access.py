@@ -54,7 +54,7 @@ def call_off(ledger, entries, entry, place):
 
 
 @triton.jit(do_not_specialize=["layer", "pairs", "top_k", "layers", "experts", "slots", "wave", "entries"])
-# 47 parameters: every table is a pointer of its own, because Triton takes no structures, and joining tables into one
+# many parameters: 47; every table is a pointer of its own, because Triton takes no structures, and joining tables into one
 # buffer would change their addresses and loads
 def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: splitting it would split its registers
     ids, live, pair_slots, todo, bounds, state_rows, routes,

@@ -124,7 +124,7 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
 
 
 @triton.jit(do_not_specialize=["now", "last", "layers", "experts", "slots", "room", "reach", "entries"])
-# 41 parameters: as `access.run_layer`
+# many parameters: 41; as `access.run_layer`
 def look_ahead(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: splitting it would split its registers
     slot_of, owner, rank, low, lowest, per_layer, newer, older, pinned, fresh, resident,
     demand, known, limit, used, unused, pending, waiting, ledger, filled, entry, ahead, tally, log, log_count,

@@ -84,7 +84,7 @@ def _as_gap(worth):
 
 
 @triton.jit(do_not_specialize=["layers", "experts", "steps", "entries", "slots"])
-# 34 parameters: as `access.run_layer`
+# many parameters: 34; as `access.run_layer`
 def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the compiler keeps one
     slot_of, last_use, count, recent, steady, waits, used, unused, limit, demand, known, pinned, fresh, rank, low, lowest,
     clock, future, following, ledger, filled, entry, ahead, waiting, tally,
