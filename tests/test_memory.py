@@ -188,7 +188,7 @@ def test_a_copy_never_overwrites_a_slot_before_its_turn(
     """Decided turns that use one slot follow each other: the next one's copy starts when the one before is given back."""
     transfer = RecordingTransfer()
     provider = _provider(slots, transfer, SlotPool(LAYOUT, slots, torch.device("cpu")), strategy)
-    turns, shared = provider.controller.turns, 0
+    accesses, shared = provider.controller.accesses, 0
 
     def noting(layer: int, needed: Sequence[int]) -> Iterator[Access]:
         nonlocal shared
@@ -197,7 +197,7 @@ def test_a_copy_never_overwrites_a_slot_before_its_turn(
             shared += len(transfer.users[access.slot]) > 1
             yield access
 
-    monkeypatch.setattr(provider.controller, "turns", noting)
+    monkeypatch.setattr(provider.controller, "accesses", noting)
     for needed in ([0, 1, 2, 3, 4, 5, 6, 7], [1, 3], [0, 2, 4, 6], [1, 2, 3, 5, 6, 7]):
         provider.begin_step()
         for layer in range(2):
