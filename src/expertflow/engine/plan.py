@@ -159,7 +159,7 @@ def _plan(  # noqa: PLR0913 - two by keyword
     predictor: int = 0,
 ) -> Plan:
     max_length = sequence_length(config, shape)
-    row = shape.records.record_bytes
+    record_bytes = shape.records.record_bytes
     live = _max_live(config, shape)
     kv = shape.kv_bytes(max_length) * live
     # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
@@ -178,7 +178,7 @@ def _plan(  # noqa: PLR0913 - two by keyword
         predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
     )  # on a stream of its own
     fixed = shape.dense_bytes + kv + workspace + steps + for_predictor
-    slots = _slots(config, shape, row, fixed, budget)
+    slots = _slots(config, shape, record_bytes, fixed, budget)
     return Plan(
         shape=shape,
         device=device,
@@ -187,13 +187,13 @@ def _plan(  # noqa: PLR0913 - two by keyword
         dense=shape.dense_bytes,
         kv=kv,
         workspace=workspace,
-        record_bytes=row,
+        record_bytes=record_bytes,
         slots=slots,
         max_batch=config.max_batch,
         max_live=live,
         max_length=max_length,
         prefill_chunk=chunk,
-        host=row * shape.total_experts,
+        host=record_bytes * shape.total_experts,
         schedule=config.schedule,
         graph=steps,
         predictor=for_predictor,
@@ -259,15 +259,15 @@ def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_length
 
 
-def _slots(config: EngineConfig, shape: ModelShape, row: int, fixed: int, budget: int | None) -> int:
+def _slots(config: EngineConfig, shape: ModelShape, record_bytes: int, fixed: int, budget: int | None) -> int:
     total = shape.total_experts
     asked = None if config.slots is None else parse_slots(config.slots, shape.layers, shape.experts)
-    least = fixed + SlotPool.nbytes(row, asked or 1)
+    least = fixed + SlotPool.nbytes(record_bytes, asked or 1)
     if budget is not None and budget < least:
         need = f"{asked} slots" if asked else "a single slot"
         raise BudgetError(
             f"gpu_memory={format_bytes(budget)} is too small: dense weights, KV and workspace take "
-            f"{format_bytes(fixed)}, and {need} of {format_bytes(row)} must fit beside them",
+            f"{format_bytes(fixed)}, and {need} of {format_bytes(record_bytes)} must fit beside them",
             f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length or "
             "prefill_chunk lowers it.",
             least,
@@ -276,7 +276,7 @@ def _slots(config: EngineConfig, shape: ModelShape, row: int, fixed: int, budget
         return asked
     if budget is None:
         return total
-    return min(total, (budget - fixed - SlotPool.nbytes(row, 0)) // row)
+    return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes)
 
 
 def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, prompts: bool = True) -> int:
@@ -322,12 +322,12 @@ def _moe(shape: ModelShape, tokens: int) -> int:
     router = tokens * shape.experts * 4 * 5
     sorting = pairs * 8 * 6 + pairs * 4 * 2
     parts = pairs * shape.hidden * element + 3 * tokens * shape.hidden * element
-    # one expert may get every token: its input (a copy where rows are not aligned), inner states, output; weighting them
+    # one expert may get every token: its input (a copy where token rows are not aligned), inner states, output; weighting them
     expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
     dense = tokens * shape.dense_width * element * 4
     return router + sorting + parts + max(expert + shape.records.decode_bytes, dense)
 
 
 def _head(shape: ModelShape, batch: int) -> int:
-    # logits, their float32 copy, probabilities, sorted values, indices and running sums of one row at a time
+    # logits, their float32 copy, probabilities, sorted values, indices and running sums of one sequence at a time
     return batch * shape.vocabulary * (DTYPES[shape.dtype].nbytes + 8) + shape.vocabulary * 40

@@ -38,7 +38,7 @@ def resolve_device(device: str) -> torch.device:
     """Find the torch device, with its index, for `auto`, `cpu`, `cuda` (torch's current device) or `cuda:N`.
 
     Raises:
-        DeviceError: if the CUDA device that is asked for is not visible.
+        DeviceError: if torch does not see that CUDA device.
     """
     available, (kind, _, index) = torch.cuda.is_available(), device.partition(":")
     if kind == "cpu" or (kind == "auto" and not available):
@@ -205,13 +205,13 @@ def choose(
     return Choices(device=device, strategy=strategy, predictor=found, no_graph=no_graph)
 
 
-def predictor_bytes(predictor: Artifact | None, device: torch.device, rows: int, batch: int, chunk: int) -> int:
+def predictor_bytes(predictor: Artifact | None, device: torch.device, live: int, batch: int, chunk: int) -> int:
     """Return the bytes a predictor takes on a device, with the kernels it gets there; 0 without one."""
     if predictor is None:
         return 0
     kernels = step_kernels(device)
     twin = kernels is not None and kernels(predictor) is not None
-    return OnlinePredictor.nbytes(predictor, rows, batch, chunk, twin=twin)
+    return OnlinePredictor.nbytes(predictor, live, batch, chunk, twin=twin)
 
 
 def predictor_load(config: EngineConfig) -> tuple[int, int, int]:

@@ -36,7 +36,7 @@ class SlotPool:
         return self.buffer[number]
 
     def weights(self, number: int, layer: int) -> dict[str, Tensor]:
-        """The tensors of the expert of a layer whose record is in a slot, in numbers; packed ones are decoded now."""
+        """Return the tensors of a layer's expert whose record is in slot `number`; packed ones are decoded now."""
         layout = self._layout.layers[layer]
         views = self._views.get(id(layout))
         return layout.weights(self.buffer[number]) if views is None else views[number]

@@ -44,7 +44,7 @@ def refusal(strategy: Strategy, *, given: bool = False) -> str | None:
     if strategy.policy not in POLICIES:
         return f"strategy {strategy.name!r} ranks by a policy without a device twin"
     if given and strategy.policy is belady:
-        return f"strategy {strategy.name!r} goes by every later use, and a step on the device is told of {STEPS_KNOWN}"
+        return f"strategy {strategy.name!r} ranks by every later use, and a step on the device knows those of {STEPS_KNOWN} steps"
     if strategy.predicted and not given:
         return f"strategy {strategy.name!r} has no predictor here, and its counts by token are kept on the host"
     return None
@@ -57,10 +57,10 @@ def source_of(strategy: Strategy, setting: Setting, *, given: bool = False) -> t
         return GIVEN, nothing
     forecast = strategy.make_forecast(setting)
     if isinstance(forecast, LayerOrder):
-        said = np.ones((1, setting.layers, setting.experts), dtype=np.bool_)
+        every = np.ones((1, setting.layers, setting.experts), dtype=np.bool_)
         if setting.reached is not None:
-            said[:, ~np.asarray(setting.reached)] = False
-        return CONSTANT, said
+            every[:, ~np.asarray(setting.reached)] = False
+        return CONSTANT, every
     if setting.future is None or not strategy.needs_future:
         return UNKNOWN, nothing
     if isinstance(forecast, Recorded):
