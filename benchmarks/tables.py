@@ -11,7 +11,7 @@ import ast
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from expertflow.bench import figures
 from expertflow.bench.report import section
 from expertflow.bench.result import BELADY, DECODE, MOVED, PEAK, RESIDENT, WARM, Result, Row, read_result
-
 from expertflow.cli.strategies import page as strategies_page
 
 ROOT = Path(__file__).parents[1]
@@ -392,7 +391,7 @@ def control() -> str:
     cell = {(row["batch"], row["groups"], row["share"], row["predictor"]): row for row in result["rows"]}
     for batch, groups, share in dict.fromkeys(key[:3] for key in cell):
         mine = {source: cell[batch, groups, share, source] for source in sources}
-        live = f"{batch}" if groups == 1 else f"{batch} in {groups} turns"
+        live = f"{batch}" if groups == 1 else f"{batch} in {groups} groups"
         speeds = " | ".join(f"{row['tokens_per_second']:.1f}" for row in mine.values())
         ahead = [
             f"{mine[source]['ahead_per_token']:.2f} ({mine[source]['wasted_per_token']:.2f} wasted)"
@@ -402,25 +401,32 @@ def control() -> str:
     return "\n".join(lines)
 
 
+SHOWN = {
+    "+ told of the turns that come": "+ the forecast covers the groups that come",
+    "+ the predictor says what to keep": "+ the predictor decides what is kept",
+}
+"""Names of stages in the result file that the table shows in other words."""
+
+
 def ablation() -> str:
     """The cache and the scheduler, one part at a time, in tokens a second on a virtual clock, and loads a token."""
     rows = json.loads((RESULTS / "ablation_gpt_oss_20b.json").read_text())["rows"]
     cell = {(row["batch"], row["groups"], row["share"], row["stage"]): row for row in rows}
     places = list(dict.fromkeys(key[:3] for key in cell))
-    heads = [f"{batch}{f' in {groups} turns' if groups > 1 else ''}, {share:.0%}" for batch, groups, share in places]
+    heads = [f"{batch}{f' in {groups} groups' if groups > 1 else ''}, {share:.0%}" for batch, groups, share in places]
     lines = [f"| live, slots | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for stage in sorted({row["stage"] for row in rows}, key=[row["stage"] for row in rows if row["groups"] > 1].index):
         found = [cell.get((*place, stage)) for place in places]
-        said = [
+        cells = [
             "" if row is None else f"{row['tokens_per_second']:.1f} ({row['loads_per_token']:.1f})" for row in found
         ]
-        lines.append(f"| {stage} | {' | '.join(said)} |")
+        lines.append(f"| {SHOWN.get(stage, stage)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 STAGES = (
     ("on-demand", "host", "nothing kept, eager"),
-    ("on-demand", "graph", "+ one graph a step, rows fetched by kernels"),
+    ("on-demand", "graph", "+ one graph a step, records fetched by kernels"),
     ("lru", "graph", "+ kept by recency, 4 or 16 slots a layer (Cache-MoE)"),
     ("next-use", "graph", "+ kept by next use, over all layers"),
     ("plec", "graph", "+ a predictor, loads ahead, corrected"),
@@ -444,12 +450,12 @@ def switch_stages() -> str:
     places = [(48, 4), (48, 32), (192, 4), (192, 32)]
     heads = " | ".join(f"{slots // 12} slots a layer, batch {batch}" for slots, batch in places)
     lines = [f"| | {heads} |", "|---" * (1 + len(places)) + "|"]
-    for strategy, execution, said in STAGES:
+    for strategy, execution, stage in STAGES:
         cells = []
         for slots, batch in places:
             figure = speeds[strategy, execution, 1536 if strategy == "resident" else slots, batch]
             cells.append(f"{figure.median:.0f} ({figure.low:.0f}-{figure.high:.0f})")
-        lines.append(f"| {said} | {' | '.join(cells)} |")
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -641,8 +647,8 @@ def modules() -> str:
         if not names:
             continue
         place = folder.relative_to(PACKAGE)
-        said = "" if folder == PACKAGE else ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
-        about = said.partition("\n\n")[0].replace("\n", " ") or "What every floor uses, and the way in."
+        doc = "" if folder == PACKAGE else ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        about = doc.partition("\n\n")[0].replace("\n", " ") or "What every floor uses, and the way in."
         lines.append(f"| {'top' if folder == PACKAGE else f'`{place}/`'} | {about} | {' '.join(names)} |")
     return "\n".join(lines)
 
@@ -759,6 +765,31 @@ RESULT_PAGES = {
 """Pages of tables made from several files; the results of `expertflow bench` have one each beside them."""
 
 
+SMALL = (
+    "loading_h200", "threads_cpu", "threads_h200", "invariance_h100", "soak_h100", "prefill_h100", "next_use_halves",
+    "predictor_latency_cpu", "predictor_latency_h100",
+)  # fmt: skip
+"""Results that are few enough to be read whole."""
+
+
+def as_it_is(name: str) -> str:
+    """Every value of a result, a line each."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    return "\n".join([f"## `{name}.json`", "", *(f"- {place}: {value}" for place, value in _leaves(found, ""))])
+
+
+def _leaves(found: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Paths and values; a list of plain values is one."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            yield from _leaves(value, f"{place}.{key}" if place else key)
+    elif isinstance(found, list) and any(isinstance(each, dict | list) for each in found):
+        for number, value in enumerate(found):
+            yield from _leaves(value, f"{place}[{number}]")
+    else:
+        yield place, ", ".join(map(str, found)) if isinstance(found, list) else found
+
+
 def write_results(folder: Path, *, pictures: bool = True) -> list[Path]:
     """Write a page a result, and an index.
 
@@ -773,7 +804,7 @@ def write_results(folder: Path, *, pictures: bool = True) -> list[Path]:
     index = ["# Results", "", "Made by `python benchmarks/tables.py --results` from `benchmarks/results/`.", ""]
     written = [folder / "README.md"]
     for name, page in RESULT_PAGES.items():
-        body = "\n\n".join(make() for make in page.tables)
+        body = "\n\n".join(f"## {(make.__doc__ or '').splitlines()[0]}\n\n{make()}" for make in page.tables)
         shown = "\n\n![speed over the number of experts](switch_growth.png)" if pictures and name == "switch" else ""
         written.append(folder / f"{name}.md")
         written[-1].write_text(f"# {page.title}\n\nMade by {page.made_by}.\n\n{body}{shown}\n")
@@ -784,6 +815,9 @@ def write_results(folder: Path, *, pictures: bool = True) -> list[Path]:
         written.append(folder / f"{name}.md")
         written[-1].write_text(bench(name, drawn) + "\n")
         index.append(f"- [`{name}.json`: {result.model.name}, preset {result.preset}]({name}.md)")
+    written.append(folder / "small.md")
+    written[-1].write_text("# Small results, as they are in their files\n\n" + "\n\n".join(map(as_it_is, SMALL)) + "\n")
+    index.append("- [Small results: loading, threads, soak, prompts and others](small.md)")
     if pictures:
         draw_growth(folder / "switch_growth.png")
     written[0].write_text("\n".join(index) + "\n")
