@@ -86,7 +86,7 @@ def test_documents_are_short() -> None:
 
 def test_lab_notes_carry_verdict_and_date() -> None:
     """Each heading says when and what came of it."""
-    headings = re.findall(r"^## (.+)$", (ROOT / "docs" / "lab-notes.md").read_text(), flags=re.MULTILINE)
+    headings = re.findall(r"^### (.+)$", (ROOT / "docs" / "lab-notes.md").read_text(), flags=re.MULTILINE)
     assert len(headings) > 10
     for heading in headings:
         assert re.match(r"20\d\d-\d\d-\d\d: \w.{15,}", heading), heading
