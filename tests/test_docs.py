@@ -2,9 +2,11 @@
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +76,31 @@ def test_named_results_exist(document: str) -> None:
     text = (ROOT / document).read_text()
     for name in re.findall(r"\b\w+_(?:h100|h200|cpu|20b)\.json\b", text):
         assert (ROOT / "benchmarks" / "results" / name).exists(), name
+
+
+def found(name: str, *keys: str) -> Any:
+    """A value of a result file."""
+    value = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    for key in keys:
+        value = value[key]
+    return value
+
+
+def test_numbers_in_sentences_come_from_result_files() -> None:
+    """What README, decisions and benchmarks say outside of tables is what the files they name hold."""
+    record, experts = found("engine_g_h100", "row_bytes"), found("engine_g_h100", "experts")
+    new, old = (statistics.median(times) for times in found("loading_h200", "seconds"))
+    said = {
+        "README.md": [f"{record / 1e6:.1f} MB an expert", f"{experts * record / 1e9:.0f} GB"],
+        "docs/decisions.md": [
+            f"{found('host_execution_h100', 'loading', 'cold', 'host_peak_over_store'):.4f} times the store",
+            f"loading {found('loading_h200', 'bytes') / 1e9:.1f} GB {new / old - 1:.0%} longer".replace("%", " %"),
+        ],
+        "docs/benchmarks.md": [f"{found('engine_q_h100', 'row_bytes') / 1e6:.1f} MB an expert"],
+    }
+    for document, sentences in said.items():
+        text = (ROOT / document).read_text().replace("\n", " ")
+        assert [sentence for sentence in sentences if sentence not in text] == []
 
 
 def test_documents_are_short() -> None:
