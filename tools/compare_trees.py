@@ -68,14 +68,15 @@ def report(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> int:
         return DIFFERENT
     refused = [case["case"] for case in old if "error" in case]
     kinds = Counter(event[0] for case in old for event in case.get("events", ()))
-    kernels = sum((Counter(case.get("ran", {})) for case in old), Counter())
+    kernels = [sum((Counter(case.get("ran", {})) for case in cases), Counter()) for cases in (old, new)]
     print(
         f"{len(old)} cases, {sum(len(tokens) for case in old for tokens in case.get('tokens', ()))} tokens, "
         f"{sum(len(case.get('logits', ())) for case in old)} logits, {sum(bool(case.get('trace')) for case in old)} traces; "
         f"refused by the old tree: {', '.join(refused) or 'none'}"
     )
     print("events:", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
-    print("launches of Triton kernels:", ", ".join(f"{count} {name}" for name, count in kernels.most_common()))
+    print(f"{kernels[0].total()} launches of Triton kernels in the old tree, {kernels[1].total()} in the new one:")
+    print(" ", ", ".join(f"{count} {name}" for name, count in kernels[0].most_common()))
     spent = [sum(case["seconds"] for case in cases) for cases in (old, new)]
     print(f"processor time in the cases: {spent[0]:.0f} s in the old tree, {spent[1]:.0f} s in the new one")
     wrong = [(mine["case"], found) for mine, other in zip(old, new, strict=True) if (found := differences(mine, other))]
