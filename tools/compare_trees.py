@@ -19,6 +19,8 @@ PROBE = Path(__file__).with_name("compare_probe.py")
 EQUAL, DIFFERENT, BROKEN = 0, 1, 2
 NOT_COMPARED = ("case", "seconds", "ran", "message")
 """Parts of a case that may differ: times, names of kernels, wording."""
+LINE = 120
+"""Characters of a value that is shown."""
 PROSE = ("notes", "why_host")
 """Parts of a plan that are sentences: it counts whether there are any."""
 
@@ -104,22 +106,27 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def first_difference(old: Any, new: Any) -> tuple[str, str, str]:
-    """Where two unequal values of JSON differ first, and both values there."""
+    """Where two unequal values of JSON differ first, and both values there, cut to a line; an event is shown whole."""
     if isinstance(old, dict) and isinstance(new, dict):
         key = next(key for key in sorted({*old, *new}) if key not in old or key not in new or old[key] != new[key])
-        if key in old and key in new:
-            place, a, b = first_difference(old[key], new[key])
-            return f"[{key}]{place}", a, b
-        return f"[{key}]", repr(old.get(key, "nothing")), repr(new.get(key, "nothing"))
+        place, *values = first_difference(old.get(key), new.get(key))
+        return f"[{key}]{place}", *values
     if isinstance(old, list | str) and type(old) is type(new):
         shorter = min(len(old), len(new))
         at = next((at for at in range(shorter) if old[at] != new[at]), shorter)
-        if at < shorter and isinstance(old[at], list):
-            place, a, b = first_difference(old[at], new[at])
-            if not isinstance(old[at][0], str):
-                return f"[{at}]{place}", a, b
-        return f"[{at}]", *(repr(one[at : at + 16] if isinstance(one, str) else one[at : at + 1]) for one in (old, new))
-    return "", repr(old), repr(new)
+        if isinstance(old, str):
+            return f"[{at}]", *(repr(value[at : at + 32]) for value in (old, new))
+        if at == shorter:
+            return f"[{at}]", *(_line(value[at]) if at < len(value) else "nothing" for value in (old, new))
+        if max(len(_line(old[at])), len(_line(new[at]))) == LINE:
+            place, *values = first_difference(old[at], new[at])
+            return f"[{at}]{place}", *values
+        return f"[{at}]", _line(old[at]), _line(new[at])
+    return "", _line(old), _line(new)
+
+
+def _line(value: Any) -> str:
+    return repr(value)[:LINE]
 
 
 if __name__ == "__main__":
