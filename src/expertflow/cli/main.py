@@ -343,7 +343,7 @@ def eval_predictor(
 
 @app.command()
 def strategies(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/strategies.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/how-it-works.md.")] = False,
 ) -> None:
     """List the strategies."""
     _call("strategies", markdown=markdown)

@@ -1,4 +1,4 @@
-"""`expertflow strategies`: the live strategy table, a block a strategy, or as the page docs/strategies.md."""
+"""`expertflow strategies`: the live strategy table, a block a strategy, or as a Markdown page."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -37,7 +37,7 @@ def main(*, markdown: bool) -> None:
 
 
 def page() -> str:
-    """The page docs/strategies.md."""
+    """Return the strategies as a Markdown page."""
     return _INTRO + "".join(f"| {' | '.join(_cells(row))} |\n" for row in STRATEGIES.values())
 
 
