@@ -3,6 +3,7 @@
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from expertflow.cache.strategy import STRATEGIES
 from expertflow.engine.prepare import resolve_device
 from expertflow.errors import DeviceError, HostMemoryError
 from expertflow.events import EventStream
+from expertflow.execution.passes import Passes
 from expertflow.execution.provider import CachedExperts
 from expertflow.formats.dtypes import RUN_DTYPES
 from expertflow.formats.format import TensorSpec
@@ -340,3 +342,21 @@ def test_memory_queries_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(torch.cuda, name, answer(value))
     assert CudaMeter(device).peak_bytes == 9
     assert asked == [(device,)] * 5
+
+
+def test_a_pass_runs_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's device is the current one before the pass begins its step, and no longer once the pass is over."""
+    happened: list[object] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        happened.append(device)
+        yield
+        happened.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    module, passes = torch.nn.Linear(2, 2), Passes(lambda args, kwargs: happened.append("begun"))  # noqa: ARG005 - as called
+    passes.device = torch.device("cuda", 1)
+    passes.guard(module)
+    module(torch.zeros(1, 2))
+    assert happened == [torch.device("cuda", 1), "begun", "left"]
