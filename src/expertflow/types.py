@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+HORIZONS = (1, 2, 4, 8)
+"""A prediction says what a sequence uses in its next step, and within so many further steps behind it."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes an element of each dtype an expert may have."""
 

@@ -8,9 +8,9 @@ if the expert was not used before. Knows no slots and no predictor.
 import numpy as np
 import numpy.typing as npt
 
+from expertflow.types import HORIZONS
+
 Chances = npt.NDArray[np.float64]
-HORIZONS = (1, 2, 4, 8)
-"""A predictor's outputs 1 to 4: used within so many steps after its own."""
 STEPS_KNOWN = 1 + HORIZONS[-1]
 """Steps a demand can speak of: this one, and as many further ones as a predictor's longest horizon."""
 

@@ -19,7 +19,7 @@ from expertflow.engine.threads import limit_threads
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
 from expertflow.predict.dataset import Passage, leave_out, mark, passages, shape_of, split
-from expertflow.predict.model import PredictorConfig
+from expertflow.predict.network import PredictorConfig
 from expertflow.predict.options import TrainConfig
 from expertflow.predict.train import Epoch, Trained, train
 from expertflow.progress import Progress

@@ -26,7 +26,7 @@ from expertflow.predict.calibration import weigh
 from expertflow.predict.counts import SOURCES, Memory
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make
-from expertflow.predict.model import OUTPUTS, PredictorConfig
+from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.predict.options import ABOUT_NAME
 
 FORMAT = "expertflow-predictor"

@@ -22,7 +22,7 @@ _PRIOR = 1.0
 """Weight of what is expected otherwise, in tokens."""
 _LEAST = 2
 """Uses from which a token or a pair may have a row."""
-_RANGE = 8.0
+LARGEST_ODDS = 8.0
 """Log odds are kept between minus and plus this."""
 
 
@@ -63,7 +63,7 @@ class Memory(nn.Module):
         last = self.pair_key.shape[0] - 1
         pair = torch.where(self.pair_key[place.clamp(max=last)] == key, place, last)
         rows = torch.stack([self.token_odds[self.token_row[inside].long()], self.pair_odds[pair]], dim=-3)
-        return rows.float() * (_RANGE / 127)
+        return rows.float() * (LARGEST_ODDS / 127)
 
 
 def remember(items: Sequence[Passage], shape: Shape, vocabulary: int, room: int) -> Memory:
@@ -132,4 +132,4 @@ def _odds(chance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _packed(odds: npt.NDArray[np.float64]) -> Tensor:
-    return torch.from_numpy(np.round(np.clip(odds, -_RANGE, _RANGE) * (127 / _RANGE)).astype(np.int8))
+    return torch.from_numpy(np.round(np.clip(odds, -LARGEST_ODDS, LARGEST_ODDS) * (127 / LARGEST_ODDS)).astype(np.int8))

@@ -27,8 +27,10 @@ from expertflow.predict.calibration import Piece, calibrate, recalled, weigh
 from expertflow.predict.counts import Memory, remember
 from expertflow.predict.dataset import Passage, Shape, Windows, windows
 from expertflow.predict.kinds import make
-from expertflow.predict.model import HORIZONS, OUTPUTS, PredictorConfig, multi_hot
+from expertflow.predict.model import multi_hot
+from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.predict.options import TrainConfig
+from expertflow.types import HORIZONS
 
 _WARM_UP = 100
 _FITTED = 8192

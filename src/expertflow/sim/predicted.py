@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.cache.forecast import Nothing, Step
-from expertflow.cache.horizon import HORIZONS, Chances, hazards, take_turns, unite
+from expertflow.cache.horizon import Chances, hazards, take_turns, unite
 from expertflow.cache.policy import Outlook
 from expertflow.errors import TraceError
 from expertflow.sim.workload import Workload
+from expertflow.types import HORIZONS
 
 
 @dataclass(frozen=True, kw_only=True)

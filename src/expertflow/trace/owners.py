@@ -22,12 +22,14 @@ class NextBatch(NamedTuple):
         lengths: tokens of each prompt, or part of one, if its prefill comes (in one pass or several), None for decoding.
         padded_left: on which side shorter prompts are padded.
         following: sequences whose turns come behind these, group by group, as far as is known.
+        rows: KV row of each sequence; empty where nothing needs them.
     """
 
     sequences: Sequence[int]
     lengths: Sequence[int] | None = None
     padded_left: bool = True
     following: Sequence[Sequence[int]] = ()
+    rows: Sequence[int] = ()
 
 
 class BatchOwners:
@@ -44,7 +46,7 @@ class BatchOwners:
 
     def take(self, count: int) -> npt.NDArray[np.int32]:
         """`[count]` the sequence of each row of the next pass, `NOBODY` for padding."""
-        sequences, lengths, left, _ = self.coming
+        sequences, lengths, left = self.coming[:3]
         columns = count // len(sequences)
         owner = np.repeat(np.asarray(sequences, dtype=np.int32), columns)
         if lengths is None:

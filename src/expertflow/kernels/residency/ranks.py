@@ -10,9 +10,10 @@ import math
 import triton
 import triton.language as tl
 
-from expertflow.cache.horizon import HORIZONS, STEPS_KNOWN
+from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.policy import DISCOUNT, FADE, GRAIN, HIDDEN, MIX
 from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, CONSTANT, FRESH, LOADS, RECORDED, UNKNOWN
+from expertflow.types import HORIZONS
 
 _NEW = tl.constexpr(1 - FADE[0])
 _NEW_STEADY = tl.constexpr(1 - FADE[1])

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from expertflow.errors import ConfigError
 from expertflow.predict.dataset import Passage, Shape, used
+from expertflow.types import HORIZONS
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -21,7 +22,7 @@ GUESSES = (4, 8, 12)
 BATCHES = (1, 4, 16)
 RECALL, PRECISION = 0.95, 0.70
 """The corner that batch accuracy is asked for: precision at this recall, recall at this precision."""
-WITHIN = (0, 1, 2, 4, 8)
+WITHIN = (0, *HORIZONS)
 """What each output means: used by this token, within the next 1, 2, 4, 8 steps."""
 _BINS = 2000
 _THIN = 20
@@ -196,10 +197,13 @@ def evaluate(
 def _check(probabilities: Sequence[Floats], passages: Sequence[Passage], shape: Shape) -> None:
     lengths = [(len(chances), *chances.shape[2:]) for chances in probabilities]
     outputs = {chances.shape[1] for chances in probabilities}
-    if lengths != [(len(item), shape.layers, shape.experts) for item in passages] or outputs not in ({1}, {5}):
+    if lengths != [(len(item), shape.layers, shape.experts) for item in passages] or outputs not in (
+        {1},
+        {len(WITHIN)},
+    ):
         raise ConfigError(
             f"the probabilities do not fit {len(passages)} passages of {shape.layers} layers x {shape.experts} experts",
-            "Give [tokens, 1 or 5, layers, experts] for each passage, in the same order.",
+            f"Give [tokens, 1 or {len(WITHIN)}, layers, experts] for each passage, in the same order.",
         )
 
 

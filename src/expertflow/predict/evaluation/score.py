@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from expertflow.predict.artifact import Artifact
 from expertflow.predict.dataset import Passage, windows
-from expertflow.predict.model import OUTPUTS
+from expertflow.predict.network import OUTPUTS
 
 _LENGTH = 512
 _TOKENS = {"cpu": 512, "cuda": 8192}
