@@ -18,6 +18,7 @@ from expertflow.engine.llm import shipped_model
 from expertflow.engine.prepare import SHIPPED_PREDICTOR, prepare
 from expertflow.errors import ConfigError, PredictorError
 from expertflow.events import Event, EventKind
+from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.live.batch import PredictorBatch, PredictorInputs
 from expertflow.live.pacing import FIRST_BACKOFF, IDLE_STEPS, JUDGED_PREFETCHES, LONGEST_BACKOFF
@@ -697,3 +698,40 @@ def test_every_token_is_told_once(
                 assert held == tokens[max(0, taken - window) : taken]
         assert llm.predictor_failure is None
     assert looked > 100
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_a_step_that_runs_again_takes_its_tokens_in_once(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str
+) -> None:
+    """A step breaks behind its last layer; its sequences step again, and the predictor has each token once."""
+    model = make_checkpoint("qwen3_moe")
+    options = {"device": "cpu", "max_length": 48, "slots": 8, "max_batch": 2, "execution": execution}
+    with LLM(model, **options, predictor=str(make_predictor(model))) as llm:
+        live_predictor, engine = llm._offloaded.live_predictor, llm.engine
+        executor, steps = engine._executor, [0]
+        decode = executor.decode
+
+        def broken(fed: Sequence[DecodeInput]) -> Tensor:
+            steps[0] += 1
+            logits = decode(fed)
+            if steps[0] == 3:
+                raise RuntimeError("out of luck")
+            return logits
+
+        executor.decode = broken
+        numbers = [
+            engine.add(llm.request(prompt, SamplingParams(max_tokens=9, ignore_eos=True))) for prompt in PROMPTS[:2]
+        ]
+        for _ in range(7):
+            try:
+                engine.step()
+            except RuntimeError:
+                assert steps[0] == 3
+        assert steps[0] > 4
+        assert llm.predictor_failure is None
+        state = live_predictor._online.state
+        for number, row in zip(numbers, live_predictor.state_rows(numbers), strict=True):
+            request = engine._running[number].request
+            tokens = [*request.prompt_token_ids, *request.token_ids[:-1]]
+            assert state.tokens[row, : int(state.taken[row])].tolist() == tokens

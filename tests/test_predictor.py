@@ -394,7 +394,7 @@ def test_training_learns_the_rule() -> None:
     """Token, predecessor and own habit are all found: nearly every expert is among the best guesses of unseen texts."""
     epochs: list[Epoch] = []
     training, held = rule_passages(40), rule_passages(8, seed=1)
-    result = train(RULE, training, held, FAST, tell=epochs.append)
+    result = train(RULE, training, held, FAST, report=epochs.append)
     assert [epoch.number for epoch in epochs] == list(range(1, 13))
     assert result.curve == epochs
     assert epochs[-1].validation < epochs[0].validation / 2
@@ -422,7 +422,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
             raise Cut
 
     with pytest.raises(Cut):
-        train(config, training, held, options, tmp_path, tell=stop)
+        train(config, training, held, options, tmp_path, report=stop)
     resumed = train(config, training, held, options, tmp_path)
     assert resumed.curve == whole.curve
     assert torch.equal(resumed.calibration, whole.calibration)

@@ -85,7 +85,7 @@ class Study:
 
     @property
     def replays(self) -> int:
-        """Calls of `tell` in a run."""
+        """Calls of `report` in a run."""
         return (len(BASELINES) + 2) * len(self.cases)
 
     @property
@@ -112,27 +112,27 @@ class Study:
                 ),
             )
 
-    def predict(self, tell: Callable[[int], None]) -> list[npt.NDArray[np.float16]]:
+    def predict(self, report: Callable[[int], None]) -> list[npt.NDArray[np.float16]]:
         """The predictor's probabilities, `[n, O, L, E]` a passage.
 
         Args:
-            tell: called with the number of tokens done since the last call.
+            report: called with the number of tokens done since the last call.
         """
-        return score(self.predictor, self.held, tell)
+        return score(self.predictor, self.held, report)
 
-    def run(self, predicted: Sequence[npt.NDArray[np.float16]], cost: Cost, tell: Callable[[], None]) -> Findings:
+    def run(self, predicted: Sequence[npt.NDArray[np.float16]], cost: Cost, report: Callable[[], None]) -> Findings:
         """Measure every source, and replay every case with it.
 
         Args:
             predicted: what `predict` gave.
             cost: of the virtual clock.
-            tell: called `replays` times.
+            report: called `replays` times.
         """
         cells: list[dict[str, Any]] = []
         for workload, sizes in self.cases:
             for source, strategy in ENDS:
                 cells += _replay(workload, sizes, cost, source, strategy)
-            tell()
+            report()
         rows = np.concatenate([item.rows for item in self.held])
         evaluations = []
         for name in (PREDICTOR, *BASELINES):
@@ -142,7 +142,7 @@ class Study:
             for workload, sizes in self.cases:
                 if name not in _AFTER_THE_FACT:
                     cells += _replay(workload, sizes, cost, name, "plec", PredictedRows(workload, scores))
-                tell()
+                report()
         _add_closed(cells)
         return Findings(evaluations, sorted(cells, key=lambda cell: (cell["groups"], cell["batch"], cell["slots"])))
 

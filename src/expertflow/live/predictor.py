@@ -1,6 +1,6 @@
 """The live predictor: predicts the experts of the coming steps of live sequences, and takes in what the steps used.
 
-It is a forecast (`cache.forecast.Forecast`) on top of `predict.online`. `live.pacing` decides whether a step asks it,
+It is a forecast (`cache.forecast.Forecast`) on top of `predict.online`. `live.pacing` decides whether a step predicts it,
 `live.tokens` which tokens its state lacks, `live.state_rows` where each sequence's state is. A sequence's newest token is
 taken in before its own next step, or in an earlier step of other sequences. So where groups take turns, the paths of all
 groups are known while one of them computes. In a captured step `predict` runs on the device, and kernels write the true
@@ -61,7 +61,7 @@ class LivePredictor:
 
     Attributes:
         artifact: the trained predictor.
-        pacing: whether the next step asks.
+        pacing: whether the next step predicts.
         routes: int32 `[C + 1, L, K]` on the predictor's device, each row's experts in its last step; E where unknown.
         probabilities: float32 `[C + 1, O, L, E]` there, of each row's next step, and within the horizons behind it.
         failure: why the predictor was switched off, or None.
@@ -182,22 +182,22 @@ class LivePredictor:
             return None
 
     def _next_batch(self, room: int) -> PredictorBatch | None:
-        coming, tokens, asks = self._owners.coming, self._tokens, not self.pacing.paused
+        coming, tokens, predicts = self._owners.coming, self._tokens, not self.pacing.paused
         sequences = tuple(coming.sequences)
         last = self._last
         if last is not None and self._is_last(coming) and len(sequences) <= room:
-            _, newest = tokens.take(sequences, predicted=asks)
-            return PredictorBatch(last.rows, newest, [last.rows] if asks else [])
+            _, newest = tokens.take(sequences, predicted=predicts)
+            return PredictorBatch(last.rows, newest, [last.rows] if predicts else [])
         now = [number for number in sequences if number in self._rows]
-        numbers, newest = tokens.take(now, predicted=asks)
+        numbers, newest = tokens.take(now, predicted=predicts)
         rows = self._rows.of(numbers)
         if len(now) < len(sequences) or not all(tokens.updated(number) for number in now):
             self._take_in(rows, newest)
             return None
         self._take_in(rows[room:], newest[room:])
         self._last = _LastBatch(sequences, self._rows.of(now))
-        asks = asks and all(tokens.predicted(number) for number in now)
-        turns = (now, *coming.following) if asks else ()
+        predicts = predicts and all(tokens.predicted(number) for number in now)
+        turns = (now, *coming.following) if predicts else ()
         groups = [self._rows.of([number for number in turn if tokens.predicted(number)]) for turn in turns]
         return PredictorBatch(rows[:room], newest[:room], [group for group in groups if group])
 

@@ -1,6 +1,6 @@
-"""How much network and memory count, and that their chances are true: logistic regression, layer by layer.
+"""Weighs network and counts against each other, so that probabilities are true: logistic regression, layer by layer.
 
-Platt scaling with more than one score. Knows scores and what was true; refuses to know where they come from.
+This is Platt scaling with more than one score. Knows scores and what was true. Must not know where they come from.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ _NEWTON = 10
 def weigh(
     weights: Float[Tensor, "F O L 1"], logits: Float[Tensor, "*B O L E"], rows: Float[Tensor, "*B S L E"]
 ) -> Float[Tensor, "*B O L E"]:
-    """The network's logits and the memory's rows, each as much as it counts, and a shift.
+    """Weighted sum of the network's logits and of the counts' log odds, and a shift.
 
     Args:
-        weights: F = 2 + SOURCES: of the logits, of each row, the shift.
+        weights: F = 2 + SOURCES: of the logits, of each source of counts, the shift.
         logits: of the first outputs, or of all.
-        rows: as `Memory` gives them.
+        rows: log odds, as `Memory` gives them.
     """
     outputs = logits.shape[-3]
     result = torch.addcmul(weights[-1, :outputs], logits, weights[0, :outputs])
@@ -33,11 +33,11 @@ def weigh(
 
 
 class Piece(NamedTuple):
-    """What is said of N tokens and what was true.
+    """Scores of N tokens, and what was true.
 
     Attributes:
         logits: `[N, O, L, E]` of the network.
-        rows: `[N, S, L, E]` of the memory.
+        rows: `[N, S, L, E]` log odds of the counts.
         truth: `[N, O, L, E]` 0 or 1.
         valid: `[N, O]` bool, whether the truth is known.
     """
@@ -55,10 +55,10 @@ def recalled(scores: Tensor, truth: Tensor, valid: Tensor, guesses: int) -> tupl
 
 
 def calibrate(pieces: Sequence[Piece]) -> Tensor:
-    """Logistic regression of what was true on what is said, for every output and layer, by Newton's method.
+    """Fit weights to what was true, by logistic regression for every output and layer (Newton's method).
 
     Args:
-        pieces: of passages that neither network nor memory learned from.
+        pieces: of passages that neither network nor counts learned from.
 
     Returns:
         `[2 + SOURCES, O, L, 1]` float32, see `weigh`; 1, 0, ..., 0 where there is nothing to fit.
@@ -87,7 +87,7 @@ def calibrate(pieces: Sequence[Piece]) -> Tensor:
 
 
 def _score(piece: Piece, number: int) -> Tensor:
-    """The score a weight belongs to: logits, a row of the memory, or 1."""
+    """The score that a weight multiplies: logits, log odds of counts, or 1."""
     if number == 0:
         return piece.logits
     return piece.rows[:, number - 1 : number] if number <= SOURCES else torch.ones_like(piece.logits[:1])

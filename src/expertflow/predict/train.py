@@ -1,9 +1,9 @@
 """Training: passages in, a calibrated predictor out; seeded, resumable, the same on every resumption.
 
 Binary cross-entropy on recorded routing (paper section 3.2), weights averaged over the last steps, the epoch with the
-lowest validation loss kept; then network and memory are weighed and calibrated, layer by layer. Every
-epoch draws from a generator of its own and ends with a checkpoint, so a run that was cut off goes on as if it had not
-been. Knows passages and networks; refuses to know artifacts and engines.
+lowest validation loss kept; then network and counts are weighed and calibrated, layer by layer. Every epoch draws
+from a generator of its own and ends with a checkpoint, so a resumed run ends with the same bits as an uninterrupted one.
+Knows passages and networks. Must not know artifacts and engines.
 """
 
 import json
@@ -63,7 +63,7 @@ class Trained(NamedTuple):
     Attributes:
         model: averaged weights of the best epoch.
         memory: what frequent tokens and pairs used in the training passages.
-        calibration: how much each counts, see `Artifact`.
+        calibration: weights of network and counts, see `Artifact`.
         curve: epoch by epoch, of the network alone.
         recall: share of the true experts among the K best guesses on the validation passages, all sources together.
         next_recall: the same for the next step.
@@ -89,7 +89,7 @@ def train(
     validation: Sequence[Passage],
     options: TrainConfig,
     checkpoint: Path | None = None,
-    tell: Callable[[Epoch], None] = lambda epoch: None,  # noqa: ARG005 - a listener's signature
+    report: Callable[[Epoch], None] = lambda epoch: None,  # noqa: ARG005 - a listener's signature
 ) -> Trained:
     """Train a predictor.
 
@@ -99,7 +99,7 @@ def train(
         validation: others, to choose the epoch and to calibrate.
         options: how.
         checkpoint: folder of an unfinished run: written every epoch, continued if it holds the same run.
-        tell: called after every epoch.
+        report: called after every epoch.
 
     Raises:
         PredictorError: if the checkpoint is of another run or damaged, or the loss is no number any more.
@@ -108,16 +108,16 @@ def train(
     if checkpoint is not None:
         run.resume(checkpoint)
         for epoch in run.curve:
-            tell(epoch)
+            report(epoch)
     while len(run.curve) < options.epochs:
-        tell(run.epoch())
+        report(run.epoch())
         if checkpoint is not None:
             run.save(checkpoint)
     return run.finish()
 
 
 class _Run:
-    """One training run; everything that a checkpoint has to hold."""
+    """One training run: all that a checkpoint holds."""
 
     def __init__(
         self, config: PredictorConfig, options: TrainConfig, training: Sequence[Passage], validation: Sequence[Passage]
@@ -169,7 +169,7 @@ class _Run:
         return result
 
     def finish(self) -> Trained:
-        """The best epoch's averaged weights beside a memory, calibrated on the validation passages."""
+        """Count the training passages, and calibrate the best epoch's averaged weights on the validation passages."""
         self.average.load_state_dict(self.best.state_dict())
         c = self.config
         memory = remember(self.training, Shape(c.layers, c.experts, c.top_k), c.vocabulary, c.memory).to(self.device)
@@ -183,7 +183,7 @@ class _Run:
         return Trained(self.best, memory.cpu(), weights.cpu(), self.curve, recall[0], recall[1])
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; an interrupted write leaves the one before.
+        """Write a checkpoint; an interrupted write leaves the previous one.
 
         Raises:
             PredictorError: if it cannot be written.
@@ -206,7 +206,7 @@ class _Run:
             ) from error
 
     def resume(self, folder: Path) -> None:
-        """Go on where a checkpoint ends, if there is one.
+        """Resume from a checkpoint, if there is one.
 
         Raises:
             PredictorError: if it is damaged or of another run.
@@ -242,7 +242,7 @@ class _Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def _identity(self) -> dict[str, object]:
-        """What makes a run the same run."""
+        """What two runs have in common if one may resume the other."""
         seen = [int(self.data.counts.sum()), int(self.held.counts.sum()), int(self.data.tokens.sum())]
         return {"config": asdict(self.config), "options": asdict(self.options), "data": seen}
 
@@ -302,7 +302,7 @@ class _Run:
         return self.options.batch * self.held.tokens.shape[1]
 
     def _held_pieces(self, memory: Memory) -> Iterator[Piece]:
-        """What network and memory say of the validation windows, in an order of their own."""
+        """Scores of network and counts for the validation windows, shuffled once."""
         order = torch.randperm(len(self.held.tokens), generator=torch.Generator().manual_seed(self.options.seed))
         for chosen in order.to(self.device).split(self.options.batch):
             for part in self._parts(_Batch(*(column[chosen] for column in self.held))):
@@ -330,7 +330,7 @@ class _Run:
 
 
 def labels(routes: Tensor, counts: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """What each output should have said.
+    """The truth for each output.
 
     Args:
         routes: `[B, T, L, K]`, E for none.
