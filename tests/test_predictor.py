@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from expertflow.cli import eval_predictor, evaluation, train_predictor
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import WEIGHTS_NAME, Artifact, load_artifact, save_artifact
-from expertflow.predict.calibration import Piece, calibrate, weigh
+from expertflow.predict.calibration import Scored, calibrate, weigh
 from expertflow.predict.counts import SOURCES, Memory, remember
 from expertflow.predict.dataset import Passage, Shape, leave_out, passages, split, windows
 from expertflow.predict.evaluation.score import score
@@ -339,10 +339,10 @@ def test_calibration_finds_the_true_chances() -> None:
     truth = (torch.rand_like(true) < torch.sigmoid(true)).float()
     factor, shift = torch.rand(OUTPUTS, 2, 1) + 1.5, torch.randn(OUTPUTS, 2, 1)
     valid = torch.ones(6000, OUTPUTS, dtype=torch.bool)
-    piece = Piece(said * factor + shift, rows * 3, truth, valid)
+    piece = Scored(said * factor + shift, rows * 3, truth, valid)
     found = weigh(calibrate([piece]), piece.logits, piece.rows)
     assert (found - true).abs().mean() < 0.1
-    halves = [Piece(*(column[part] for column in piece)) for part in (slice(0, 2000), slice(2000, None))]
+    halves = [Scored(*(column[part] for column in piece)) for part in (slice(0, 2000), slice(2000, None))]
     torch.testing.assert_close(calibrate(halves), calibrate([piece]), atol=1e-3, rtol=1e-3)
     nothing = calibrate([piece._replace(valid=torch.zeros_like(valid))])
     assert torch.equal(weigh(nothing, piece.logits, piece.rows), piece.logits)

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from expertflow import outside
 from expertflow.errors import DeviceError, PredictorError
-from expertflow.predict.calibration import Piece, calibrate, recalled, weigh
+from expertflow.predict.calibration import Scored, calibrate, recalled, weigh
 from expertflow.predict.counts import Memory, remember
 from expertflow.predict.dataset import Passage, Shape, Windows, windows
 from expertflow.predict.kinds import make
@@ -173,11 +173,11 @@ class _Run:
         self.average.load_state_dict(self.best.state_dict())
         c = self.config
         memory = remember(self.training, Shape(c.layers, c.experts, c.top_k), c.vocabulary, c.memory).to(self.device)
-        weights = calibrate(list(islice(self._held_pieces(memory), -(-_FITTED // self._piece()))))
+        weights = calibrate(list(islice(self._held_scores(memory), -(-_FITTED // self._part_tokens()))))
         found, counted = torch.zeros(2, device=self.device), torch.zeros(2, device=self.device)
-        for piece in self._held_pieces(memory):
-            scores = weigh(weights, piece.logits[:, :2], piece.rows)
-            hits, total = recalled(scores, piece.truth[:, :2], piece.valid[:, :2], c.top_k)
+        for part in self._held_scores(memory):
+            scores = weigh(weights, part.logits[:, :2], part.rows)
+            hits, total = recalled(scores, part.truth[:, :2], part.valid[:, :2], c.top_k)
             found, counted = found + hits, counted + total
         recall = (found / counted.clamp(min=1)).tolist()
         return Trained(self.best, memory.cpu(), weights.cpu(), self.curve, recall[0], recall[1])
@@ -297,11 +297,11 @@ class _Run:
         weight = torch.tensor([1.0] + [self.options.later] * (OUTPUTS - 1), device=self.device)
         return (each * valid * weight).sum(-1)
 
-    def _piece(self) -> int:
-        """Tokens of a piece of the validation windows."""
+    def _part_tokens(self) -> int:
+        """Tokens of a part of the validation windows."""
         return self.options.batch * self.held.tokens.shape[1]
 
-    def _held_pieces(self, memory: Memory) -> Iterator[Piece]:
+    def _held_scores(self, memory: Memory) -> Iterator[Scored]:
         """Scores of network and counts for the validation windows, shuffled once."""
         order = torch.randperm(len(self.held.tokens), generator=torch.Generator().manual_seed(self.options.seed))
         for chosen in order.to(self.device).split(self.options.batch):
@@ -311,7 +311,7 @@ class _Run:
                     before = functional.pad(part.tokens, (1, 0), value=-1)[:, :-1]
                     rows = memory(part.tokens[part.counts], before[part.counts])
                 truth, valid = labels(part.routes, part.counts, self.config.experts)
-                yield Piece(logits, rows, truth[part.counts], valid[part.counts])
+                yield Scored(logits, rows, truth[part.counts], valid[part.counts])
 
     def _measure(self) -> tuple[float, float, float]:
         """Validation loss, recall of this step and of the next."""
@@ -319,7 +319,7 @@ class _Run:
         found = torch.zeros(2, dtype=torch.float64)
         counted = torch.zeros(2, dtype=torch.float64)
         weight = torch.tensor([1.0] + [self.options.later] * (OUTPUTS - 1), device=self.device)
-        for logits, _, truth, valid in self._held_pieces(self.nothing):
+        for logits, _, truth, valid in self._held_scores(self.nothing):
             each = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(-1).mean(-1)
             loss += float((each * valid * weight).sum())
             tokens += len(logits)
