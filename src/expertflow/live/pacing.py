@@ -14,7 +14,7 @@ NEEDED_SHARE = 2 / 3
 """Share of the judged prefetches that a later access must need.
 
 A prefetch is made from a probability of .77 on. Of a trained predictor's prefetches at least .97 are needed. Of a misled one's
-.23 to .62 are needed with up to eight live sequences, and .67 to .76 with sixteen, because then any expert is likely
+.23 to .62 are needed with up to eight live sequences. With sixteen, .67 to .76 are, because then any expert is likely
 (docs/benchmarks.md, "Is it the predictor?")."""
 FIRST_BACKOFF, LONGEST_BACKOFF = 64, 4096
 """Decode steps of the first pause after a failed judgement, and of the longest; each further failure doubles the pause."""

@@ -213,7 +213,7 @@ class LivePredictor:
         return True
 
     def _take_in(self, rows: list[int], tokens: list[int]) -> None:
-        """Update the state rows with tokens on the host's side, and predict unless paused; the routes behind are unknown yet."""
+        """Take tokens in now, outside a captured step, and predict unless paused. What these tokens use is not known yet."""
         if not rows:
             return
         state_rows, newest = self._tensor(np.array(rows)), self._tensor(np.array(tokens))

@@ -1,7 +1,7 @@
 """The routing path predictor: token ids and past routing in, the experts of all layers out, before layer 0 runs.
 
-For every token and expert it gives a logit that this step uses the expert, and one a horizon that the sequence uses it within
-the next 1, 2, 4, 8 steps (`types.HORIZONS`). Four sources are weighed against each other, layer by layer:
+For every token and expert it gives a logit for use in this step, and one for use within each of the next 1, 2, 4, 8 steps
+(`types.HORIZONS`). Four sources are weighed against each other, layer by layer:
 
 * the token and the two before it, through a compact embedding and a small network;
 * the last step's true routing and its faded averages, which are known while serving and cost nothing;
