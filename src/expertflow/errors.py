@@ -69,7 +69,7 @@ class PromptError(ExpertFlowError):
 
 
 class CancelledError(ExpertFlowError):
-    """Requests were cancelled by somebody else, or by an error, before they had finished."""
+    """Requests were cancelled by another caller, or by an error, before they had finished."""
 
 
 class NonFiniteError(ExpertFlowError):

@@ -6,14 +6,10 @@ Stdlib only, so that cache, trace and simulator never need torch.
 *slot* room for one row on the device · *access* one expert's turn in one layer of one step.
 """
 
-from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
 HORIZONS = (1, 2, 4, 8)
 """A prediction says what a sequence uses in its next step, and within so many further steps behind it."""
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes an element of each dtype an expert may have."""
 
 
 class ExpertId(NamedTuple):
@@ -48,23 +44,3 @@ class Load(NamedTuple):
     layer: int
     expert: int
     slot: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """One tensor of an expert, without its values.
-
-    Attributes:
-        name: parameter name in the experts module, such as `gate_up_proj`.
-        shape: shape for one expert (the expert dimension is gone).
-        dtype: a key of `DTYPE_BYTES`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]

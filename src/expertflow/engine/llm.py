@@ -32,6 +32,7 @@ from expertflow.errors import (
     UnsupportedModelError,
 )
 from expertflow.events import CacheCounters
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.predict.artifact import Artifact
 from expertflow.progress import Progress
 from expertflow.trace.format import Header, TraceWriter
@@ -98,6 +99,7 @@ class LLM:
         forecast: replaces the strategy's own source of expectations, such as a recorded future; steps are captured if it is
             `foreknown` (`cache.forecast.Forecast`).
         beside: the same model, loaded before and open as long as this one: its experts in host memory are used too.
+        formats: how weights may be stored (`formats.table`).
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 
     Raises:
@@ -110,6 +112,7 @@ class LLM:
         *,
         forecast: Forecast | None = None,
         beside: "LLM | None" = None,
+        formats: Formats = FORMATS,
         **options: Any,
     ) -> None:
         """Load the model."""
@@ -118,7 +121,7 @@ class LLM:
         other: OffloadedModel | None = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
         folder = shipped_model() if model is None else model
         self._name = Path(folder).absolute().name
-        prepared = prepare(folder, self.config, forecast)
+        prepared = prepare(folder, self.config, forecast, formats=formats)
         if kinds := prepared.plan.shape.unserved:
             raise UnsupportedModelError(
                 f"{prepared.skeleton.config.model_type!r} has layers of kind {', '.join(kinds)}, whose cache LLM cannot serve",
