@@ -177,7 +177,7 @@ def recall(
     tl.store(recalled + 2 * b + 1, tl.where(tl.load(pair_key + place) == wanted, place, pairs - 1))
 
 
-# 45 parameters: one launch in place of three, because a launch takes longer than this work
+# many parameters: one launch in place of three, because a launch takes longer than this work
 @triton.jit(do_not_specialize_on_alignment=["rows", "tokens", "routes"])
 def _take_in(
     rows, tokens, routes, taken, held_tokens, held_before, held_keys, held_routes, faded,
