@@ -41,19 +41,21 @@ def test_prefetches_that_nothing_needs_pause_it_longer_each_time() -> None:
 def test_a_token_is_taken_in_once() -> None:
     """The step's own first, then the others in the order of sampling; a new token is pending again."""
     tokens = NewestTokens()
-    for number, token in ((7, 70), (3, 30), (5, 50)):
-        tokens.sampled(number, token)
+    tokens.sampled({7: 70, 3: 30, 5: 50})
     assert tokens.take([5, 4, 3], predicted=True) == ([5, 3, 7], [50, 30, 70])
     assert tokens.take([5, 4, 3], predicted=False) == ([], [])
     assert tokens.predicted(7)
-    tokens.sampled(7, 71)
-    tokens.sampled(3, 31)
+    tokens.sampled({7: 71, 3: 31})
     assert not tokens.updated(7)
     assert not tokens.predicted(7)
     assert tokens.take_only([7, 5], predicted=False) == ([7], [71])
     assert tokens.updated(7)
     assert not tokens.predicted(7)
     assert tokens.pending == {3: 31}
+    tokens.sampled({9: 90, 3: 32})
+    assert tokens.take_all(predicted=True) == ([3, 9], [32, 90])
+    assert tokens.predicted(3)
+    tokens.sampled({3: 33})
     tokens.forget(3)
     tokens.forget(7)
     assert not tokens.pending

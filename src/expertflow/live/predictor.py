@@ -109,6 +109,8 @@ class LivePredictor:
     def expect(self, coming: NextBatch) -> None:
         """Take note of the next steps' sequences and their KV rows. A sequence number is never used again."""
         self._owners.expect(coming)
+        if self._last is not None and tuple(coming.sequences) == self._last.sequences:
+            return  # they have their rows
         self._guarded(Step(-1), lambda: self._clear(self._rows.add(coming.sequences, coming.rows)))
 
     def leave(self, sequences: Sequence[int]) -> None:
@@ -117,9 +119,10 @@ class LivePredictor:
 
     def sampled(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
         """Take note of the newest token of each sequence. This is the only way by which a sampled token gets here."""
-        for number, token in zip(sequences, tokens, strict=True):
-            if number in self._rows:
-                self._tokens.sampled(number, token)
+        known = self._rows.rows
+        self._tokens.sampled(
+            {number: token for number, token in zip(sequences, tokens, strict=True) if number in known}
+        )
 
     def outlook(self, step: Step) -> Outlook | None:
         """Demand of the pass and of the steps behind it; None for prompts, and if its tokens or sequences are not known."""
@@ -186,7 +189,7 @@ class LivePredictor:
         sequences = tuple(coming.sequences)
         last = self._last
         if last is not None and self._is_last(coming) and len(sequences) <= room:
-            _, newest = tokens.take(sequences, predicted=predicts)
+            _, newest = tokens.take_all(predicted=predicts)
             return PredictorBatch(last.rows, newest, [last.rows] if predicts else [])
         now = [number for number in sequences if number in self._rows]
         numbers, newest = tokens.take(now, predicted=predicts)

@@ -3,7 +3,7 @@
 Pure numbers. Must not know tensors, state rows and predictors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class NewestTokens:
@@ -20,12 +20,11 @@ class NewestTokens:
         """Follow no sequence."""
         self.pending: dict[int, int] = {}
         self._predicted: dict[int, bool] = {}
-        """Sequences whose state was updated with their newest token, and whether their step was predicted from it."""
+        """Sequences whose state was updated with a token, and whether a step was predicted from the latest one of these."""
 
-    def sampled(self, sequence: int, token: int) -> None:
-        """Replace a sequence's newest token."""
-        self.pending[sequence] = token
-        self._predicted.pop(sequence, None)
+    def sampled(self, tokens: Mapping[int, int]) -> None:
+        """Replace the newest tokens of sequences; keys are sequence numbers."""
+        self.pending.update(tokens)
 
     def take(self, first: Sequence[int], *, predicted: bool) -> tuple[list[int], list[int]]:
         """Hand out all pending tokens; the caller updates the predictor's state with them.
@@ -41,6 +40,13 @@ class NewestTokens:
         numbers += [number for number in self.pending if number not in numbers]
         return numbers, self._take(numbers, predicted=predicted)
 
+    def take_all(self, *, predicted: bool) -> tuple[list[int], list[int]]:
+        """As `take`, in the order of sampling."""
+        numbers, tokens = list(self.pending), list(self.pending.values())
+        self.pending.clear()
+        self._predicted.update(dict.fromkeys(numbers, predicted))
+        return numbers, tokens
+
     def take_only(self, sequences: Sequence[int], *, predicted: bool) -> tuple[list[int], list[int]]:
         """As `take`, but leave the tokens of other sequences pending."""
         numbers = [number for number in sequences if number in self.pending]
@@ -52,11 +58,11 @@ class NewestTokens:
 
     def updated(self, sequence: int) -> bool:
         """Whether the predictor's state holds the sequence's newest token."""
-        return sequence in self._predicted
+        return sequence in self._predicted and sequence not in self.pending
 
     def predicted(self, sequence: int) -> bool:
         """Whether the sequence's next step was predicted from its newest token."""
-        return self._predicted.get(sequence, False)
+        return self._predicted.get(sequence, False) and sequence not in self.pending
 
     def forget(self, sequence: int) -> None:
         """Stop following a sequence."""
