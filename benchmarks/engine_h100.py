@@ -398,8 +398,8 @@ def remember(run: Run, truth: Truth) -> None:
     if run.live_predictor is None:
         return
     before = truth.sequences[BEGIN - 1].tolist()
-    run.live_predictor.expect(NextBatch(before))
-    for column, seat in enumerate(run.live_predictor.seats(before)):
+    run.live_predictor.expect(NextBatch(before, rows=range(len(before))))
+    for column, seat in enumerate(run.live_predictor.state_rows(before)):
         mine = truth.sequences[:BEGIN, column] == truth.sequences[BEGIN - 1, column]
         tokens = truth.tokens[:BEGIN, column][torch.from_numpy(mine).to(truth.tokens.device)]
         used = torch.from_numpy(truth.routes[:BEGIN, column][mine].astype(np.int64)).to(tokens.device)
@@ -432,7 +432,9 @@ def measure(world: World, plan: Plan, row: Row, truth: Truth, name: str) -> None
         nonlocal count
         now = truth.sequences[count].tolist()
         if run.live_predictor is not None:
-            run.live_predictor.expect(NextBatch(now))
+            run.live_predictor.leave([number for number in truth.sequences[count - 1].tolist() if number not in now])
+            run.live_predictor.expect(NextBatch(now, rows=range(len(now))))
+            run.live_predictor.sampled(now, host[count])
         run.go(truth.tokens[count], now, host[count])
         best[count] = run.decoder.best
         count += 1

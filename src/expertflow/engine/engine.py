@@ -224,6 +224,7 @@ class Engine:
                 [piece.sequence for piece in pieces],
                 [len(piece.tokens) for piece in pieces],
                 padded_left=self._executor.padded_left,
+                rows=[piece.row for piece in pieces],
             )
         )
         logits = self._executor.prefill(pieces)
@@ -240,7 +241,7 @@ class Engine:
             before = len(request.prompt_token_ids) if request.continues else 1  # a decoder's own first token
             position = before + len(request.token_ids) - 1
             fed.append(DecodeInput(number, request.token_ids[-1], self._scheduler.row(number), position))
-        self._announce(NextBatch(turn.sequences, following=turn.groups[1:]))
+        self._announce(NextBatch(turn.sequences, following=turn.groups[1:], rows=[one.row for one in fed]))
         return self._hand_out(turn.sequences, self._choose(turn.sequences, self._executor.decode(fed)))
 
     def _announce(self, coming: NextBatch) -> None:

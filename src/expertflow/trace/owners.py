@@ -22,12 +22,14 @@ class NextBatch(NamedTuple):
         lengths: for prefill (in one pass or several), tokens of each prompt or part of one; None for decoding.
         padded_left: whether shorter prompts are padded on the left, else on the right.
         following: sequences of the groups that step after this one, group by group, as far as is known.
+        rows: KV row of each sequence; empty where nothing needs them.
     """
 
     sequences: Sequence[int]
     lengths: Sequence[int] | None = None
     padded_left: bool = True
     following: Sequence[Sequence[int]] = ()
+    rows: Sequence[int] = ()
 
 
 class BatchOwners:
@@ -44,7 +46,7 @@ class BatchOwners:
 
     def take(self, count: int) -> npt.NDArray[np.int32]:
         """Return int32 `[count]`, the sequence of each token of the next pass, `NOBODY` for padding."""
-        sequences, lengths, left, _ = self.coming
+        sequences, lengths, left = self.coming[:3]
         columns = count // len(sequences)
         owner = np.repeat(np.asarray(sequences, dtype=np.int32), columns)
         if lengths is None:

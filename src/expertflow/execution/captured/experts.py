@@ -177,7 +177,7 @@ class DeviceExperts:
         steps: steps since `begin`.
         logs: as above.
         holds: whether what is known about the slots is here, and not with the host's controller.
-        resting: the coming step tells the predictor of its tokens, but asks nothing and loads nothing ahead.
+        paused: the coming step updates the predictor with its tokens, but predicts nothing and prefetches nothing.
         fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `begin` on.
     """
 
@@ -200,8 +200,8 @@ class DeviceExperts:
         )
         routing = None
         if live_predictor is not None and self._slip is not None:
-            routing = RoutingOutput(routes=live_predictor.routes, state_rows=self._slip.seats)
-            live_predictor.wake()  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
+            routing = RoutingOutput(routes=live_predictor.routes, state_rows=self._slip.state_rows)
+            live_predictor.pacing.resume()  # what is captured first must have run, and a paused step runs fewer kernels
         self._twin = self._kernels.residency(self.state, routing)
         self._work = Workspace.allocate(mlps[0], rows, top_k, device)
         self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
@@ -211,7 +211,7 @@ class DeviceExperts:
         self._schedule: Schedule | None = None
         self.steps = 0
         self.logs = log
-        self.fixed = self.holds = self.resting = False
+        self.fixed = self.holds = self.paused = False
         self.asked = 0
         self._counted: tuple[int, ...] = (0, 0, 0, 0)
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
@@ -221,7 +221,7 @@ class DeviceExperts:
 
     @property
     def _looks_ahead(self) -> bool:
-        return self._prefetches and not self.resting
+        return self._prefetches and not self.paused
 
     @property
     def predicting(self) -> bool:
@@ -238,18 +238,17 @@ class DeviceExperts:
         if len(tokens) != self._count:
             self._count = len(tokens)
             self.live.fill_(self._count)
-        self.asked, self.resting = 0, False
+        self.asked, self.paused = 0, False
         if self._held.forecast is not None and not self.fixed:
             self._foretell(self._held.forecast)
         live_predictor, slip = self._held.live_predictor, self._slip
         if slip is None or live_predictor is None or self.fixed or not self.predicting:
             return
         self._count_loads()
-        self.resting = live_predictor.resting
-        live_predictor.sampled(sequences, tokens)
-        agenda = live_predictor.agenda(slip.room)
-        slip.write(live_predictor.seats(sequences), agenda)
-        self.asked = 0 if agenda is None else len(agenda.told)
+        self.paused = live_predictor.pacing.paused
+        batch = live_predictor.next_batch(slip.room)
+        slip.write(live_predictor.state_rows(sequences), batch)
+        self.asked = 0 if batch is None else len(batch.updated)
 
     def _foretell(self, forecast: Forecast) -> None:
         """The coming step is told what the caller's own forecast says of it, as far as a step looks ahead."""
@@ -268,7 +267,7 @@ class DeviceExperts:
         if counted[1] > before[1] and self._held.live_predictor is not None:
             if any(now < then for now, then in zip(counted, before, strict=True)):  # the tally was taken meanwhile
                 before = (0, before[1], 0, 0)
-            self._held.live_predictor.loaded(*(now - then for now, then in zip(counted, before, strict=True)))
+            self._held.live_predictor.pacing.count(*(now - then for now, then in zip(counted, before, strict=True)))
             self._counted = counted
 
     def _take_over(self) -> None:
@@ -321,15 +320,15 @@ class DeviceExperts:
         self.state.drop()
         self.steps = 0
 
-    def moods(self) -> Iterator[None]:
-        """Once as the coming step is, and once more as it may come to be, if the predictor asks and rests by turns."""
+    def capture_variants(self) -> Iterator[None]:
+        """Yield once as the coming step is, and once more with the predictor paused if it is not, or the other way round."""
         yield
         if self.predicting and not self.fixed:
-            self.resting = not self.resting
+            self.paused = not self.paused
             try:
                 yield
             finally:
-                self.resting = not self.resting
+                self.paused = not self.paused
 
     def prepare(self, rows: int) -> None:
         """Have the buffers for steps of `rows` rows: they must not be allocated while a graph is captured."""
@@ -337,7 +336,7 @@ class DeviceExperts:
             self._schedules[rows] = replace(Schedule.allocate(self.state, rows, self._top_k), live=self.live)
             if self.predicting and self._held.live_predictor is not None:  # what has never run is not captured
                 nobody = torch.full((rows,), self._held.live_predictor.spare, device=self.live.device)
-                self._held.live_predictor.note(nobody, torch.zeros_like(nobody))
+                self._held.live_predictor.update(nobody, torch.zeros_like(nobody))
 
     def open_step(self, rows: int) -> None:
         """A step of so many rows begins, of which `live` count: ask the predictor, plan, begin to load."""
@@ -348,14 +347,14 @@ class DeviceExperts:
         with self._plans.work():  # beside the first layer's attention
             live_predictor, slip = self._held.live_predictor, self._slip
             if live_predictor is not None and slip is not None:
-                told = slip.told_seats[:rows], slip.told_tokens[:rows]
-                if self.resting:
-                    live_predictor.note(*told)
-                if self.predicting and not self.resting and live_predictor.ask(*told):
-                    self._twin.expect(live_predictor.said, slip.members, slip.turns)
+                told = slip.updated_rows[:rows], slip.updated_tokens[:rows]
+                if self.paused:
+                    live_predictor.update(*told)
+                if self.predicting and not self.paused and live_predictor.predict(*told):
+                    self._twin.expect(live_predictor.probabilities, slip.members, slip.turns)
                 else:
                     self.state.known.zero_()
-            self._twin.open_step(ahead=not self.resting)
+            self._twin.open_step(ahead=not self.paused)
             self._load_ahead(0)
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

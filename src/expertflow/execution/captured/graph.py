@@ -3,7 +3,7 @@
 A step reads tokens, rows and positions from fixed buffers and leaves logits and the most probable tokens in others; the
 predictor, the plan and the loads of the experts are part of it (`execution.captured.experts`); keys and values are in rows that never move
 (`execution.kv_rows`). Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes, and once more
-for a predictor at rest; the first step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
+for a paused predictor; the first step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
 Knows the model's forward; refuses to know requests.
 """
 
@@ -96,7 +96,7 @@ class GraphDecoder:
     def launch(self, batch: int, columns: int) -> None:
         """Run a step over what the buffers hold: replay its graph, or run it and capture it for the next time."""
         shape = batch, columns, self._reach, self.experts.fixed, self.experts.predicting
-        graph = self._graphs.get((*shape, self.experts.resting))
+        graph = self._graphs.get((*shape, self.experts.paused))
         if graph is not None:
             graph.replay()
             return
@@ -107,9 +107,9 @@ class GraphDecoder:
         try:
             self._run(batch, columns)
             if self._pool is not None and self.experts.predicting == shape[-1]:  # else it was switched off meanwhile
-                for _ in self.experts.moods():
+                for _ in self.experts.capture_variants():
                     run = capture(lambda: self._run(batch, columns), self._pool)
-                    self._graphs[*shape, self.experts.resting] = run
+                    self._graphs[*shape, self.experts.paused] = run
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"the device ran out of memory while a decode step of {batch} sequences was made: {error}",
