@@ -16,8 +16,9 @@ from conftest import MakeCheckpoint, random_future
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.engine.llm import decoder_of, load_tokenizer, shipped_model
+from expertflow.engine.llm import shipped_model
 from expertflow.engine.request import Request
+from expertflow.engine.text import decoder_of, load_tokenizer
 from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
 from expertflow.execution.sampler import choose, choose_all, make_generator
 from expertflow.models import experts

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.inputs import PromptReader, split_prompts
-from expertflow.engine.llm import stop_tokens
 from expertflow.engine.offline import Results
-from expertflow.engine.text import TextStream
+from expertflow.engine.request import TextStream
+from expertflow.engine.text import stop_tokens
 from expertflow.errors import ConfigError, PromptError, ResultsError
 from expertflow.prompts import read_prompts
 

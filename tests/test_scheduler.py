@@ -300,10 +300,10 @@ def test_a_slow_first_pass_holds_nobody_back(make_checkpoint: MakeCheckpoint) ->
     """What passes take is known from the second one on, and is then the faster one's: the first one compiles and warms up."""
     with LLM(make_checkpoint("qwen3_moe"), slots=5, device="cpu", max_length=32) as llm:
         engine = llm.engine
-        engine._turns.extend([(1, 0.5)] * 3)
-        engine._passes.append(9.0)
+        engine._steps.extend([(1, 0.5)] * 3)
+        engine._pass_seconds.append(9.0)
         assert engine._costs() == Costs(0.0, 0.0, 0.0)
-        engine._passes.append(1.0)
+        engine._pass_seconds.append(1.0)
         assert engine._costs() == Costs(1.0, 0.5, 0.5)
 
 
