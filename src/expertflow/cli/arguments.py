@@ -13,27 +13,15 @@ from expertflow.cli.evaluation import Test
 from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import bytes_of
 from expertflow.config import EngineConfig, SamplingParams
-from expertflow.errors import ConfigError, PredictorError, PromptError
+from expertflow.errors import ConfigError, PredictorError
 from expertflow.models.files.checkpoint import resolve
 from expertflow.outside import is_file, name_fault
 from expertflow.predict.dataset import read_condition
 from expertflow.predict.options import ABOUT_NAME, TrainConfig, check_kind
-from expertflow.prompts import prompt_lines, read_prompts
+from expertflow.prompts import read_texts_or_tokens
 from expertflow.sim.sweep import AS_RECORDED, strategy_names
 from expertflow.trace.format import open_trace
 from expertflow.units import read_slots
-
-
-def all_prompts(given: Iterable[str], file: Path | None) -> list[str]:
-    """The prompts of the command line, then those of the file.
-
-    Raises:
-        PromptError: if there is none, or the file cannot be read.
-    """
-    prompts = [*given, *(read_prompts(file) if file is not None else ())]
-    if not prompts:
-        raise PromptError("there is no prompt", "Give --prompt TEXT or --prompts-file FILE.")
-    return prompts
 
 
 def check_run(engine: Mapping[str, Any], sampling: Mapping[str, Any], prompts: int, out: Path | None) -> None:
@@ -155,7 +143,7 @@ def check_bench(preset: str, options: Mapping[str, Any], out: Path | None) -> No
     _check_slots(settings.slots)
     check_engine({name: getattr(settings, name) for name in ("device", "dtype", "predictor")}, max_batch=1)
     if settings.prompts_file is not None:
-        prompt_lines(settings.prompts_file)
+        read_texts_or_tokens(settings.prompts_file)
     check_model(settings.model, fetch=True)
 
 
