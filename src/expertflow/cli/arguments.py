@@ -1,6 +1,6 @@
 """Arguments of the commands that import torch, checked before they do: a wrong one is refused at once.
 
-What only the model or the machine can refuse is left to the command. Knows options and files; refuses to import torch.
+What only the model or the machine can refuse is left to the command. Must not import torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ def check_run(engine: Mapping[str, Any], sampling: Mapping[str, Any], prompts: i
     """Refuse options that no model could run with.
 
     Args:
-        engine: fields of `EngineConfig`; None: the default.
+        engine: fields of `EngineConfig` that were given.
         sampling: fields of `SamplingParams`.
         prompts: how many there are; the default of `max_batch` depends on it.
         out: file to write, or None.
@@ -38,17 +38,20 @@ def check_run(engine: Mapping[str, Any], sampling: Mapping[str, Any], prompts: i
     """
     SamplingParams.from_mapping(sampling)
     check_outputs(None, out)
-    check_engine(engine, max_batch=min(prompts, 8))
+    check_engine(engine, max_batch=min(prompts, EngineConfig.max_batch))
 
 
 def check_engine(engine: Mapping[str, Any], max_batch: int) -> None:
-    """Refuse engine options that cannot mean anything.
+    """Refuse engine options that mean nothing.
+
+    Args:
+        engine: fields of `EngineConfig` that were given.
+        max_batch: where it is not given.
 
     Raises:
         ExpertFlowError: then.
     """
-    given = {name: value for name, value in engine.items() if value is not None}
-    config = EngineConfig.from_mapping({"max_batch": max_batch, **given})
+    config = EngineConfig.from_mapping({"max_batch": max_batch, **engine})
     if config.strategy is not None:
         find_strategy(config.strategy).check_future(None)
     if config.predictor not in {"auto", "none"}:
@@ -133,7 +136,7 @@ def check_record(record_mb: float | None) -> None:
 
 
 def check_bench(preset: str, options: Mapping[str, Any], out: Path | None) -> None:
-    """Refuse settings that cannot be measured, on whatever machine.
+    """Refuse settings that no machine can measure.
 
     Raises:
         ExpertFlowError: then.

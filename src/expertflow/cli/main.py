@@ -1,7 +1,7 @@
 """The command `expertflow`: options of every command, and nothing else.
 
 Each command's work is in a module of its own, imported when it runs. How a command ends is in `cli/endings.py`; Ctrl-C
-ends with exit code 130, as typer does it.
+ends with exit code 130, as in every program made with typer.
 """
 
 import os
@@ -76,7 +76,7 @@ def options_of_all(
 
 
 def _arguments() -> Any:
-    """What checks arguments; light, but not as light as `--help`."""
+    """The module that checks arguments: imported by commands, but not by `--help`."""
     return import_module("expertflow.cli.arguments")
 
 
@@ -103,9 +103,9 @@ def run(
         Fields(
             EngineConfig,
             chosen={
-                "max_batch": "all prompts, at most 8",
+                "max_batch": f"all prompts, at most {EngineConfig.max_batch}",
                 "max_length": "what the run needs",
-                "prefill_chunk": "the prompts', at most 512",
+                "prefill_chunk": f"the prompts', at most {EngineConfig.prefill_chunk}",
             },
         ),
     ],
@@ -118,7 +118,7 @@ def run(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Generate text inside a memory budget, then say what it cost."""
+    """Generate text inside a memory budget, then show what it cost."""
     prompts = _prompts(prompt or [], prompts_file)
     _arguments().check_run(engine, sampling, len(prompts), results)
     _arguments().check_model(model, fetch=True)
@@ -141,7 +141,7 @@ def plan(
     engine: Annotated[Given, Fields(EngineConfig, without=("host_memory",), chosen={"max_batch": "1"})],
     json: Json = False,
 ) -> None:
-    """Say what goes where and what a budget buys, from config and headers alone."""
+    """Show what goes where and what a budget buys, from config and headers alone."""
     _arguments().check_engine(engine, max_batch=1)
     _arguments().check_model(model, fetch=False)
     _call("plan", model=model, engine=engine, as_json=json)
@@ -172,7 +172,7 @@ def trace_record(
 
 @trace_app.command("info")
 def trace_info(trace: TraceArgument, json: Json = False) -> None:
-    """Say what is in a trace."""
+    """Show what is in a trace."""
     import_module("expertflow.cli.trace").info(path=trace, as_json=json)
 
 
@@ -196,7 +196,7 @@ def simulate(
     trace: TraceArgument,
     slots: Annotated[str, typer.Option(help="Counts or shares, separated by commas.")] = "12.5%,25%,50%",
     batch: Annotated[
-        str, typer.Option(help="Live sequences, separated by commas; 'recorded': the passes as they happened.")
+        str, typer.Option(help="Live sequences, separated by commas; 'recorded': the passes as they were recorded.")
     ] = "1,4,8,16",
     strategy: Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")] = "all",
     groups: Annotated[int, typer.Option(help="Groups of the batch that take turns.")] = 1,
@@ -218,7 +218,7 @@ def simulate(
     plot: Annotated[Path | None, typer.Option(help="Draw hit ratio and bytes a token against slots.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
-    """Replay a trace: what strategies, slots and batches would give, with the engine's own decisions."""
+    """Replay a trace with the engine's own decisions, for strategies, slots and batches."""
     _arguments().check_record(record_mb)
     _arguments().check_simulate(trace, slots, batch, strategy, (plot, json))
     _arguments().check_model(model, fetch=False)
@@ -236,7 +236,7 @@ def train_predictor(
     trace: TraceArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it is continued.")],
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint the trace is of; needed to serve it if the trace does not say.")
+        str | None, typer.Option(help="Checkpoint the trace is of; needed to serve it if the trace does not state it.")
     ] = None,
     kind: Annotated[str, typer.Option(help="path (ours), or t5 (the paper's).")] = "path",
     epochs: Annotated[int, typer.Option(help="Passes over the training sequences.")] = 100,

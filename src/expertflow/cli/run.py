@@ -4,8 +4,6 @@ import json
 import signal
 import statistics
 import sys
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +15,7 @@ from expertflow.cli.tables import facts_table
 from expertflow.config import SamplingParams
 from expertflow.engine.inputs import Prompt
 from expertflow.engine.llm import LLM, shipped_model
-from expertflow.engine.offline import Results
+from expertflow.engine.offline import Results, finish, seeded
 from expertflow.engine.request import RequestOutput
 from expertflow.engine.text import ModelText
 from expertflow.errors import NonFiniteError
@@ -38,12 +36,11 @@ def main(
 ) -> None:
     """Load, generate, report."""
     params = SamplingParams.from_mapping(sampling)
-    wanted = {key: value for key, value in engine.items() if value is not None}
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
     text = ModelText(resolve(shipped_model() if model is None else model))
     read = text.read(prompts)
-    wanted = {**text.room_for(read, params), **wanted}
+    wanted = {**text.room_for(read, params), **engine}
     with LLM(text.folder, text=text, progress=True, **wanted) as llm:
         outputs: list[RequestOutput] = []
         interrupted, failed, seed = False, None, params.seed
@@ -73,24 +70,19 @@ def main(
         raise failed
 
 
-def seeded(params: SamplingParams, seed: int | None, places: Iterable[int]) -> list[SamplingParams]:
-    """Parameters of the prompts at these places: each has a seed of its own, that of the run plus its place."""
-    return [params if seed is None else replace(params, seed=(seed + place) % 2**63) for place in places]
-
-
 def _writes_unicode() -> bool:
     """Whether standard output takes every character."""
     return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 class _Interrupt:
-    """Ctrl-C ends the run behind its next token; a second one at once.
+    """Ctrl-C ends the run after its next token; a second one at once.
 
-    Raised where it falls, Python would drop it in a callback of the garbage collector.
+    If it were raised where it comes, Python would drop it in a callback of the garbage collector.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._pressed = False
         self._before = signal.getsignal(signal.SIGINT)
 
     def __enter__(self) -> Self:
@@ -101,13 +93,13 @@ class _Interrupt:
         signal.signal(signal.SIGINT, self._before)
 
     def _take(self, *_: object) -> None:
-        if self._asked:
+        if self._pressed:
             raise KeyboardInterrupt
-        self._asked = True
+        self._pressed = True
 
     def check(self) -> None:
         """Raise it, between two tokens."""
-        if self._asked:
+        if self._pressed:
             raise KeyboardInterrupt
 
 
@@ -152,21 +144,14 @@ def _offline(
     outputs: list[RequestOutput],
     interrupt: _Interrupt,
 ) -> None:
-    """Append each finished request to the results file; skip what it holds already."""
-    left = results.left
+    """Collect finished requests, which also go to the results file; skip those that it holds already."""
     with Progress("requests", len(prompts)) as bar:
-        bar.update(len(prompts) - len(left), len(prompts))
-        if not left:
-            return
-        try:
-            for item in llm.stream([prompts[index] for index in left], seeded(params, results.seed, left)):
-                if item.output is not None:
-                    outputs.append(replace(item.output, index=left[item.index]))
-                    results.add(left[item.index], item.output)
-                    bar.advance(note=f"{llm.stats.tokens_per_second:.0f} tokens/s")
-                interrupt.check()
-        except NonFiniteError as error:
-            raise NonFiniteError(left[error.index], error.token) from error
+        bar.update(len(prompts) - len(results.left), len(prompts))
+        for item in finish(llm, prompts, params, results):
+            if item.output is not None:
+                outputs.append(item.output)
+                bar.advance(note=f"{llm.stats.tokens_per_second:.0f} tokens/s")
+            interrupt.check()
 
 
 def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dict[str, Any]:
@@ -240,7 +225,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _latencies(llm: LLM, outputs: list[RequestOutput]) -> list[tuple[str, str]]:
-    """How long several requests waited, if they were several."""
+    """How long requests waited, if they were several."""
     if len(outputs) < 2:
         return []
     plan, later = llm.plan, [o.token_seconds for o in outputs if len(o.token_ids) > 1]

@@ -3,20 +3,20 @@
 from rich.console import Console
 from rich.markup import escape
 
-from expertflow.cache.strategy import ALL_LAYERS, DEFAULT, STRATEGIES, Strategy
+from expertflow.cache.strategy import ALL_LAYERS, DEFAULT, PREDICTED_DEFAULT, STRATEGIES, Strategy
 from expertflow.cli.tables import facts_table
 
 _INTRO = f"""# Strategies
 
 Generated from the live table by `expertflow strategies --markdown`; a test compares. A strategy is a forecast (what is
-expected), a plan (what is loaded ahead) and a policy (who leaves): one row of `src/expertflow/cache/strategy.py`.
-The default is `{DEFAULT}`. Rows that need a recording of the run itself work in `expertflow simulate` and where a
-recorded future is given to the engine; elsewhere they are refused.
+expected), a plan (what is loaded ahead) and a policy (what is evicted): one entry of `src/expertflow/cache/strategy.py`.
+The default is `{DEFAULT}`; with a predictor it is `{PREDICTED_DEFAULT}`. Entries that need a recording of the run itself work
+in `expertflow simulate`, and in an engine that gets a recorded forecast; elsewhere they are refused.
 
-| name | slots | loads ahead | who leaves | needs a recording | what it does |
+| name | slots | loads ahead | evicts | needs a recording | what it does |
 |---|---|---|---|---|---|
 """
-_HEADS = ("slots", "loads ahead", "who leaves", "needs a recording")
+_HEADS = ("slots", "loads ahead", "evicts", "needs a recording")
 
 
 def main(*, markdown: bool) -> None:
@@ -25,8 +25,8 @@ def main(*, markdown: bool) -> None:
         print(page(), end="")  # noqa: T201 - the output
         return
     console = Console()
-    for row in STRATEGIES.values():
-        name, *values, summary = _cells(row)
+    for strategy in STRATEGIES.values():
+        name, *values, summary = _cells(strategy)
         console.print(
             f"[bold]{name}[/]{' (the default)' if name == DEFAULT else ''}: {escape(summary)}", highlight=False
         )
@@ -38,12 +38,14 @@ def main(*, markdown: bool) -> None:
 
 def page() -> str:
     """The page docs/strategies.md."""
-    return _INTRO + "".join(f"| {' | '.join(_cells(row))} |\n" for row in STRATEGIES.values())
+    return _INTRO + "".join(f"| {' | '.join(_cells(strategy))} |\n" for strategy in STRATEGIES.values())
 
 
-def _cells(row: Strategy) -> tuple[str, ...]:
-    slots = "an equal share a layer" if row.partition == "layer" else "one pool"
-    far = "any layer" if row.ahead == ALL_LAYERS else f"{row.ahead} layer{'s' if row.ahead > 1 else ''}"
-    ahead = "no" if row.prefetch == "none" else f"planned every {row.prefetch}, {far} ahead"
-    who = (row.policy.__doc__ or "").splitlines()[0].rstrip(".") if row.retain else "everybody after its layer"
-    return row.name, slots, ahead, who, "yes" if row.needs_future else "no", row.summary
+def _cells(entry: Strategy) -> tuple[str, ...]:
+    slots = "an equal share a layer" if entry.partition == "layer" else "one pool"
+    far = "any layer" if entry.ahead == ALL_LAYERS else f"{entry.ahead} layer{'s' if entry.ahead > 1 else ''}"
+    ahead = "no" if entry.prefetch == "none" else f"planned every {entry.prefetch}, {far} ahead"
+    evicts = (
+        (entry.policy.__doc__ or "").splitlines()[0].rstrip(".") if entry.retain else "every expert after its layer"
+    )
+    return entry.name, slots, ahead, evicts, "yes" if entry.needs_future else "no", entry.summary

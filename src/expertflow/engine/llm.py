@@ -292,7 +292,7 @@ class LLM:
             if not any(self._engine.knows(number) for number in mine):
                 raise CancelledError(
                     f"{left} of {len(mine)} requests were cancelled before they had finished",
-                    "Ask for them again; they were cancelled through `LLM.engine`, or by an error in a step they took part in.",
+                    "Send them again; they were cancelled through `LLM.engine`, or by an error in a step they took part in.",
                 )
             self._engine.advance()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from expertflow.config import SamplingParams
+from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.inputs import Prompt, PromptReader
 from expertflow.engine.plan import DEFAULT_CONTEXT, Plan
 from expertflow.engine.request import Decoder, Request
@@ -25,10 +25,6 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer_config.json",
 )
-_LARGEST_BATCH = 8
-"""Sequences computed together at most, where the batch is fitted to the prompts."""
-_LARGEST_CHUNK = 512
-"""Tokens of a prefill pass at most, where it is fitted to the prompts."""
 
 
 class ModelText:
@@ -73,14 +69,14 @@ class ModelText:
             params: how many tokens each generates.
 
         Returns:
-            `max_batch` (at most 8), `max_length` (at most the model's context) and `prefill_chunk` (at most 512).
+            `max_batch` and `prefill_chunk`, at most their defaults, and `max_length`, at most the model's context.
 
         Raises:
             PromptError: if a prompt fills the model's context.
             ConfigError: if a stop text cannot be found in the text, see `stop_tokens`.
         """
         stop_tokens(self.tokenizer, params)
-        batch = min(len(prompts), _LARGEST_BATCH)
+        batch = min(len(prompts), EngineConfig.max_batch)
         lengths = [len(prompt.token_ids) for prompt in prompts]
         longest, most = max(lengths), context_of(self.folder)
         if most is not None and longest >= most:
@@ -89,7 +85,7 @@ class ModelText:
             )
         wanted = longest + (params.max_tokens or DEFAULT_CONTEXT)
         length = max(2, wanted if most is None else min(wanted, most))
-        chunk = min(_LARGEST_CHUNK, max(1, longest * batch))
+        chunk = min(EngineConfig.prefill_chunk, max(1, longest * batch))
         return {"max_batch": batch, "max_length": length, "prefill_chunk": chunk}
 
 
