@@ -223,7 +223,7 @@ def test_one_set_of_parameters_a_prompt(llm: LLM) -> None:
 
 
 def test_the_library_decodes_as_transformers_does() -> None:
-    """The shipped tokenizer's tokens, special and broken ones too; a tokenizer that cleans up, or decodes its own way, is asked itself."""
+    """The shipped tokenizer's tokens, special and broken ones too; a tokenizer that cleans up, or decodes its own way, decodes itself."""
     tokenizer = load_tokenizer(shipped_model())
     library = decoder_of(tokenizer)
     assert library is tokenizer.backend_tokenizer

@@ -84,6 +84,6 @@ def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
         Results(path, PROMPTS, PARAMS, "f bfloat16 32")
     path.unlink()
     with Results(path, PROMPTS, PARAMS, "f"), pytest.raises(ResultsError, match="cannot be used"):
-        Results(path, PROMPTS, PARAMS, "f")  # somebody is at it
+        Results(path, PROMPTS, PARAMS, "f")  # another process writes it
     with pytest.raises(ResultsError, match="cannot be used"):
         Results(tmp_path / "nowhere" / "r.jsonl", PROMPTS, PARAMS, "f")

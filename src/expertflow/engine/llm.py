@@ -101,8 +101,8 @@ class LLM:
                 f"{prepared.skeleton.config.model_type!r} has layers of kind {', '.join(kinds)}, whose cache LLM cannot serve",
                 "Use expertflow.from_pretrained and the model's own `generate`.",
             )
-        self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast, other)
         text = text or ModelText(prepared.skeleton.folder)
+        self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast, other)
         self._requests = RequestFactory(text, prepared.plan, end_tokens(self._offloaded.model))
         self._engine = Engine(self._offloaded)
 
