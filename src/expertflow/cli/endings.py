@@ -40,7 +40,7 @@ def reported() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except ExpertFlowError as error:
-        _say("error", str(error))
+        _print("error", str(error))
         raise SystemExit(WRONG) from None
     except BrokenPipeError:  # the output is no longer read
         _drop_output()
@@ -49,12 +49,12 @@ def reported() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in _DISK:
             _drop_output()
             place = f"{error.filename} " if error.filename else "the output "
-            _say("error", f"{place}cannot be written: {error.strerror}. Make room, and give the command again.")
+            _print("error", f"{place}cannot be written: {error.strerror}. Make room, and give the command again.")
             raise SystemExit(WRONG) from None
         if lacks_memory(error):
-            _say("error", f"the host refused memory: {_line(error)}. Free memory, or raise its limits (ulimit -v).")
+            _print("error", f"the host refused memory: {_line(error)}. Free memory, or raise its limits (ulimit -v).")
             raise SystemExit(WRONG) from None
-        _say("internal error", f"{type(error).__name__}: {_line(error)}. {_keep_traceback()}")
+        _print("internal error", f"{type(error).__name__}: {_line(error)}. {_keep_traceback()}")
         raise SystemExit(INTERNAL) from None
 
 
@@ -62,7 +62,7 @@ def _line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")[:300]
 
 
-def _say(kind: str, text: str) -> None:
+def _print(kind: str, text: str) -> None:
     Console(stderr=True).print(f"[bold red]{kind}:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
@@ -76,7 +76,7 @@ def _show_warning(
 ) -> None:
     """Show our own warnings as they are, and others with the place they come from."""
     ours = issubclass(category, UnreadWarning)
-    _say("warning", str(message) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
+    _print("warning", str(message) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
 
 
 def _keep_traceback() -> str:

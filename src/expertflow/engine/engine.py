@@ -309,10 +309,10 @@ class Engine:
         self._announce(NextBatch(task.sequences, following=task.groups[1:]))
         return self._send(task.sequences, self._choose(task.sequences, self._executor.decode(inputs)))
 
-    def _announce(self, coming: NextBatch) -> None:
+    def _announce(self, batch: NextBatch) -> None:
         for listener in (self.recorder, self._offloaded.live_predictor):
             if listener is not None:
-                listener.expect(coming)
+                listener.expect(batch)
 
     def _choose(self, numbers: Sequence[int], logits: Tensor) -> list[int]:
         """The next token of each request. If that fails, no random number is used up."""
