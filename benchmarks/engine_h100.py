@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 import transformers
 import triton
+from expertflow.memory.layout import RecordLayout
 from torch import Tensor, nn
 from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
@@ -49,7 +50,6 @@ from expertflow.kernels.fetch import fetch_records
 from expertflow.kernels.ledger import Ledger
 from expertflow.kernels.residency.state import AHEAD, BLOCKS, FRESH, HITS, LOADS, WASTES
 from expertflow.live.predictor import LivePredictor
-from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.memory.transfer import PlainTransfer

@@ -94,7 +94,19 @@ def test_plan_needs_no_weights_and_says_what_the_budget_buys(make_checkpoint: Ma
     """The plan adds up, on screen and as JSON."""
     folder = make_checkpoint("deepseek_v2", "bfloat16")
     plan = json.loads(
-        invoke("plan", folder, "--gpu-memory", "1MiB", "--max-length", 64, "--prefill-chunk", 64, "--json")
+        invoke(
+            "plan",
+            folder,
+            "--gpu-memory",
+            "1MiB",
+            "--max-length",
+            64,
+            "--prefill-chunk",
+            64,
+            "--json",
+            "--device",
+            "cpu",
+        )
     )
     assert plan["dense"] + plan["kv"] + plan["workspace"] + plan["slot_bytes"] == plan["total"] <= plan["budget"]
     assert plan["host"] == plan["row"] * plan["layers"] * plan["experts"]

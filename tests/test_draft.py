@@ -42,7 +42,7 @@ def test_the_look_up_is_the_brute_force_one(lines: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_a_draft_is_supposed_and_not_taken_in(known: bool) -> None:  # noqa: FBT001 - a parameter
+def test_a_draft_is_supposed_and_not_taken_in(known: bool) -> None:
     """The state stays as it was to the bit, and the next `step` with that token and routing says the same."""
     tokens, routes = random_text(40, batch=2, vocabulary=4)
     online, rows = OnlinePredictor(random_artifact(), 4), torch.tensor([3, 1])

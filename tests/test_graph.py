@@ -27,7 +27,7 @@ from expertflow.sim.workload import as_recorded
 from expertflow.trace.format import load_trace
 from expertflow.units import format_bytes
 
-GRAPHS = [name for name, row in FAMILIES.items() if not row.no_graph]
+GRAPHS = [name for name, family in FAMILIES.items() if not family.no_graph]
 ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None and not row.needs_future]
 OTHER_ATTENTION = ("deepseek_v2", "deepseek_v3")
 """Families whose attention is of a form the kernel does not know."""

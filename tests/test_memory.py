@@ -15,30 +15,33 @@ from expertflow.cache.strategy import STRATEGIES
 from expertflow.errors import HostMemoryError
 from expertflow.events import EventStream
 from expertflow.execution.provider import CachedExperts
+from expertflow.formats.dtypes import RUN_DTYPES
+from expertflow.formats.format import TensorSpec
+from expertflow.formats.plain import plain
+from expertflow.formats.records import ALIGNMENT, StoreLayout
 from expertflow.memory import store as store_module
-from expertflow.memory.layout import ALIGNMENT, RecordLayout
 from expertflow.memory.meter import CpuMeter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_addresses, check_host_memory, memory_reported
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
-from expertflow.types import DTYPE_BYTES, Access, TensorSpec
+from expertflow.types import Access
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
-spec_lists = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPE_BYTES))), min_size=1, max_size=4).map(
-    lambda pairs: tuple(TensorSpec(name=f"t{i}", shape=shape, dtype=dtype) for i, (shape, dtype) in enumerate(pairs))
+spec_lists = st.lists(st.tuples(shapes, st.sampled_from(sorted(RUN_DTYPES))), min_size=1, max_size=4).map(
+    lambda pairs: tuple(plain(f"t{i}", shape, dtype) for i, (shape, dtype) in enumerate(pairs))
 )
-LAYOUT = RecordLayout.of((TensorSpec(name="w", shape=(5, 7), dtype="float32"),))
+LAYOUT = StoreLayout.uniform([plain("w", (5, 7), "float32")], layers=8)
 
 
 @given(specs=spec_lists)
 def test_a_row_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> None:
     """Tensors written into a row through views are read back unchanged, aligned and without overlap."""
-    layout = RecordLayout.of(specs)
+    layout = StoreLayout.uniform(specs)
     store = HostStore(layout, 2, pin=False)
     written = {spec.name: torch.randn(spec.shape).to(getattr(torch, spec.dtype)) for spec in specs}
     for name, value in written.items():
-        store.tensor(1, name).copy_(value)
-    for name, view in layout.views(store.record(1)).items():
+        layout.layers[0].tensor(store.record(1), name).copy_(value)
+    for name, view in layout.layers[0].weights(store.record(1)).items():
         assert torch.equal(view, written[name])
         assert view.data_ptr() % ALIGNMENT == 0
     assert not store.record(0).any()
@@ -49,7 +52,7 @@ def test_a_row_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> Non
 @given(specs=spec_lists, slots=st.integers(1, 5))
 def test_slots_are_aligned_and_disjoint(specs: tuple[TensorSpec, ...], slots: int) -> None:
     """Each slot starts on the alignment, and filling one leaves the others alone; the pool's size is as planned."""
-    layout = RecordLayout.of(specs)
+    layout = StoreLayout.uniform(specs)
     pool = SlotPool(layout, slots, torch.device("cpu"))
     pool.buffer.zero_()
     pool.slot(slots - 1).fill_(1)
@@ -205,7 +208,7 @@ def test_a_copy_never_overwrites_a_slot_before_its_turn(
 def _filled_store(*, pin: bool) -> HostStore:
     store = HostStore(LAYOUT, 16, pin=pin)
     for number in range(16):
-        store.tensor(number, "w").fill_(number + 1)
+        LAYOUT.layers[0].tensor(store.record(number), "w").fill_(number + 1)
     store.lock()
     return store
 

@@ -15,11 +15,11 @@ from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, Self, TypeVar, get_args, get_origin
 
 from expertflow.errors import ConfigError
-from expertflow.types import DTYPE_BYTES
+from expertflow.formats.dtypes import RUN_DTYPES
 from expertflow.units import parse_bytes, read_slots
 
 DEVICES = ("auto", "cuda", "cpu")
-DTYPES = ("auto", *DTYPE_BYTES)
+DTYPES = ("auto", *RUN_DTYPES)
 EXECUTIONS = ("auto", "host", "graph")
 SCHEDULES = ("auto", "fifo", "group")
 _NO_CODE = "Leave it out: code that comes with a checkpoint is never run."

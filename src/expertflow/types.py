@@ -6,12 +6,7 @@ Stdlib only, so that cache, trace and simulator never need torch.
 *slot* room for one row on the device · *access* one expert's turn in one layer of one step.
 """
 
-from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes an element of each dtype an expert may have."""
 
 
 class ExpertId(NamedTuple):
@@ -46,23 +41,3 @@ class Load(NamedTuple):
     layer: int
     expert: int
     slot: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """One tensor of an expert, without its values.
-
-    Attributes:
-        name: parameter name in the experts module, such as `gate_up_proj`.
-        shape: shape for one expert (the expert dimension is gone).
-        dtype: a key of `DTYPE_BYTES`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]

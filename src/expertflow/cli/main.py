@@ -294,7 +294,7 @@ def eval_predictor(
 
 @app.command()
 def strategies(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/strategies.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of Markdown.")] = False,
 ) -> None:
     """List the strategies."""
     _call("strategies", markdown=markdown)

@@ -1,4 +1,4 @@
-"""`expertflow strategies`: the live strategy table, a block a strategy, or as the page docs/strategies.md."""
+"""`expertflow strategies`: the live strategy table, a block a strategy, or as a page of Markdown."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -8,10 +8,10 @@ from expertflow.cli.tables import facts_table
 
 _INTRO = f"""# Strategies
 
-Generated from the live table by `expertflow strategies --markdown`; a test compares. A strategy is a forecast (what is
-expected), a plan (what is loaded ahead) and a policy (what is evicted): one entry of `src/expertflow/cache/strategy.py`.
-The default is `{DEFAULT}`; with a predictor it is `{PREDICTED_DEFAULT}`. Entries that need a recording of the run itself work
-in `expertflow simulate`, and in an engine that gets a recorded forecast; elsewhere they are refused.
+Generated from the live table by `expertflow strategies --markdown`; a test compares. A strategy is a forecast, a
+prefetch plan and an eviction policy: one entry of `src/expertflow/cache/strategy.py`. The default is `{DEFAULT}`, with
+a trained predictor `{PREDICTED_DEFAULT}`. Entries that need a recording of the run itself work in `expertflow simulate`
+and where a recorded future is given to the engine; elsewhere they are refused.
 
 | name | slots | loads ahead | evicts | needs a recording | what it does |
 |---|---|---|---|---|---|
@@ -25,8 +25,8 @@ def main(*, markdown: bool) -> None:
         print(page(), end="")  # noqa: T201 - the output
         return
     console = Console()
-    for strategy in STRATEGIES.values():
-        name, *values, summary = _cells(strategy)
+    for row in STRATEGIES.values():
+        name, *values, summary = _cells(row)
         console.print(
             f"[bold]{name}[/]{' (the default)' if name == DEFAULT else ''}: {escape(summary)}", highlight=False
         )
@@ -37,15 +37,14 @@ def main(*, markdown: bool) -> None:
 
 
 def page() -> str:
-    """The page docs/strategies.md."""
-    return _INTRO + "".join(f"| {' | '.join(_cells(strategy))} |\n" for strategy in STRATEGIES.values())
+    """The table as a page of Markdown; docs/how-it-works.md holds it, too."""
+    return _INTRO + "".join(f"| {' | '.join(_cells(row))} |\n" for row in STRATEGIES.values())
 
 
-def _cells(entry: Strategy) -> tuple[str, ...]:
-    slots = "an equal share a layer" if entry.partition == "layer" else "one pool"
-    far = "any layer" if entry.ahead == ALL_LAYERS else f"{entry.ahead} layer{'s' if entry.ahead > 1 else ''}"
-    ahead = "no" if entry.prefetch == "none" else f"planned every {entry.prefetch}, {far} ahead"
-    evicts = (
-        (entry.policy.__doc__ or "").splitlines()[0].rstrip(".") if entry.retain else "every expert after its layer"
-    )
-    return entry.name, slots, ahead, evicts, "yes" if entry.needs_future else "no", entry.summary
+def _cells(row: Strategy) -> tuple[str, ...]:
+    slots = "an equal share a layer" if row.partition == "layer" else "one pool"
+    far = "any layer" if row.ahead == ALL_LAYERS else f"{row.ahead} layer{'s' if row.ahead > 1 else ''}"
+    ahead = "no" if row.prefetch == "none" else f"planned every {row.prefetch}, {far} ahead"
+    rule = (row.policy.__doc__ or "").splitlines()[0].rstrip(".").removeprefix("Evict ")
+    evicts = rule if row.retain else "every expert after its layer"
+    return row.name, slots, ahead, evicts, "yes" if row.needs_future else "no", row.summary

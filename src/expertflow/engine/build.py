@@ -17,7 +17,7 @@ from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
 from expertflow.errors import BudgetError, ClosedError, ConfigError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
-from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlp
+from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlps
 from expertflow.execution.captured.graph import GraphDecoder
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
 from expertflow.execution.kv_rows import RowModel
@@ -25,8 +25,8 @@ from expertflow.execution.observe import StepObserver, step_tokens, tell_all
 from expertflow.execution.passes import Passes
 from expertflow.execution.provider import CachedExperts
 from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.live.predictor import LivePredictor
-from expertflow.memory.layout import RecordLayout
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_addresses, check_host_memory, check_locking, memory_reported
@@ -77,14 +77,14 @@ class OffloadedModel(Uncopied):
         _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped)
         if self.device.type == "cuda":
             cuda_meter = CudaMeter(self.device)
-        layout = RecordLayout.of(plan.shape.specs)
+        layout = plan.shape.records
         folder, dense = prepared.skeleton.folder, prepared.dense
         self.stamps = stamps(prepared.tensors, folder)
         self.model: PreTrainedModel = load_dense(prepared.skeleton, dense, self.device)
         if beside is None:
             content = ContentHash()
             self.store = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
-            _fill(prepared.pieces, self.store, content, show=config.progress)
+            _fill(prepared.experts.pieces, self.store, content, show=config.progress)
             self.store.lock()
             content.read(spans_of(dense))
             self.identity = content.identity(prepared.tensors, folder)
@@ -199,9 +199,10 @@ class OffloadedModel(Uncopied):
                 controller=self.controller, store=self.store, pool=self._pool, transfer=self._transfer,
                 counters=self.counters, live_predictor=self.live_predictor, forecast=self._forecast,
             )  # fmt: skip
-            plan, mlp = self.plan, expert_mlp(self.skeleton)
+            plan = self.plan
+            mlps = expert_mlps(self.skeleton, plan.shape.records)
             with torch.inference_mode(), self.meter.watch():
-                experts = DeviceExperts(mlp, held, plan.max_batch, plan.shape.top_k, log=log)
+                experts = DeviceExperts(mlps, held, plan.max_batch, plan.shape.top_k, log=log)
                 self._decoder = GraphDecoder(self._rows, experts, plan.max_batch)
         return self._decoder
 
@@ -259,7 +260,11 @@ def _on(device: torch.device, strategy: Strategy) -> Strategy:
 
 
 def load_model(
-    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, beside: OffloadedModel | None = None
+    model: str | Path,
+    config: EngineConfig,
+    forecast: Forecast | None = None,
+    beside: OffloadedModel | None = None,
+    formats: Formats = FORMATS,
 ) -> OffloadedModel:
     """Plan, check, load and wire.
 
@@ -268,11 +273,12 @@ def load_model(
         config: the wish.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
         beside: the same checkpoint, loaded before and open as long as this one: its experts in host memory are used too.
+        formats: how weights may be stored.
 
     Raises:
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
-    return OffloadedModel(prepare(model, config, forecast), config, forecast, beside)
+    return OffloadedModel(prepare(model, config, forecast, formats=formats), config, forecast, beside)
 
 
 def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostStore:
@@ -290,7 +296,7 @@ def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostSt
         identity = beside.identity
     else:
         content = ContentHash()
-        content.read([*(piece.span for piece in prepared.pieces), *spans_of(prepared.dense)])
+        content.read([*(piece.span for piece in prepared.experts.pieces), *spans_of(prepared.dense)])
         identity = content.identity(prepared.tensors, prepared.skeleton.folder)
     if identity != beside.identity or (beside.plan.record_bytes, beside.plan.device) != (
         prepared.plan.record_bytes,

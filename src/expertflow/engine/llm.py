@@ -24,6 +24,7 @@ from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.engine.threads import limit_threads
 from expertflow.errors import CancelledError, ConfigError, NonFiniteError, UnsupportedModelError
 from expertflow.events import CacheCounters
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.predict.artifact import Artifact
 from expertflow.progress import Progress
 from expertflow.trace.format import Header, TraceWriter
@@ -71,6 +72,7 @@ class LLM:
         forecast: replaces the strategy's own source of expectations, such as a recorded future; steps are captured if it is
             `foreknown` (`cache.forecast.Forecast`).
         beside: the same model, loaded before and open as long as this one: its experts in host memory are used too.
+        formats: how weights may be stored (`formats.table`).
         text: tokenizer of the same folder, loaded before; None: it is loaded now.
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 
@@ -84,6 +86,7 @@ class LLM:
         *,
         forecast: Forecast | None = None,
         beside: "LLM | None" = None,
+        formats: Formats = FORMATS,
         text: ModelText | None = None,
         **options: Any,
     ) -> None:
@@ -93,7 +96,7 @@ class LLM:
         other: OffloadedModel | None = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
         folder = shipped_model() if model is None else model
         self._name = Path(folder).absolute().name
-        prepared = prepare(folder, self.config, forecast)
+        prepared = prepare(folder, self.config, forecast, formats=formats)
         if text is not None and text.folder.resolve() != prepared.skeleton.folder.resolve():
             raise ConfigError(f"text is of {text.folder}, the model of {prepared.skeleton.folder}", "Leave text out.")
         if kinds := prepared.plan.shape.unserved:

@@ -21,6 +21,7 @@ from expertflow.config import EngineConfig, nearest
 from expertflow.engine.build import OffloadedModel, load_model
 from expertflow.engine.prepare import SHIPPED_MODEL
 from expertflow.errors import ConfigError, UnsupportedModelError
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.experts import Uncopied
 
 ATTENTIONS = ("eager", "sdpa")
@@ -33,6 +34,7 @@ def from_pretrained(
     *,
     forecast: Forecast | None = None,
     attn_implementation: str | None = None,
+    formats: Formats = FORMATS,
     **options: Any,
 ) -> PreTrainedModel:
     """The ordinary transformers model, its experts offloaded; `.generate()` and everything else work as usual.
@@ -46,6 +48,7 @@ def from_pretrained(
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
         attn_implementation: `eager` or `sdpa`; None: the family's own, as in transformers.
+        formats: how weights may be stored (`formats.table`).
         options: fields of `EngineConfig`.
 
     Raises:
@@ -61,7 +64,7 @@ def from_pretrained(
             f"attn_implementation={attn_implementation!r} was never compared with the stock model",
             nearest(str(attn_implementation), ATTENTIONS),
         )
-    offloaded = load_model(SHIPPED_MODEL if model is None else model, config, forecast)
+    offloaded = load_model(SHIPPED_MODEL if model is None else model, config, forecast, formats=formats)
     if attn_implementation is not None:
         try:
             offloaded.model.set_attn_implementation(attn_implementation)

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 
 from expertflow.config import EngineConfig
 from expertflow.errors import BudgetError, ConfigError
+from expertflow.formats.dtypes import DTYPES
 from expertflow.kernels.residency.state import CacheState
-from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
 from expertflow.schedule.cost import Rates
-from expertflow.types import DTYPE_BYTES
 from expertflow.units import format_bytes, parse_bytes, parse_slots
 
 DEFAULT_CONTEXT = 4096
@@ -151,7 +150,7 @@ def _plan(
     config: EngineConfig, shape: ModelShape, device: str, strategy: str, *, graph: bool, predictor: int = 0
 ) -> Plan:
     max_length = sequence_length(config, shape)
-    row = RecordLayout.of(shape.specs).record_bytes
+    row = shape.records.record_bytes
     live = _max_live(config, shape)
     kv = shape.kv_bytes(max_length) * live
     # a recurrent state is not carried from pass to pass, so such a prompt is read whole
@@ -215,8 +214,8 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     """
     pairs = rows * shape.top_k
     state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
-    buffers = pairs * (shape.expert_width * DTYPE_BYTES[shape.dtype] + shape.hidden * 4)
-    buffers += rows * (shape.vocabulary * DTYPE_BYTES[shape.dtype] + 16)
+    buffers = pairs * (shape.expert_width * DTYPES[shape.dtype].nbytes + shape.hidden * 4)
+    buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
     captured = workspace_bytes(shape, rows, length, rows, prompts=False)
@@ -282,7 +281,7 @@ def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, p
         chunk: tokens of a prefill pass over all sequences.
         prompts: whether the step may be one over prompts.
     """
-    element = DTYPE_BYTES[shape.dtype]
+    element = DTYPES[shape.dtype].nbytes
     tokens = max(chunk, batch)
     if shape.encoder_decoder and prompts:
         tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
@@ -296,7 +295,7 @@ def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, p
 
 
 def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
-    element = DTYPE_BYTES[shape.dtype]
+    element = DTYPES[shape.dtype].nbytes
     tokens = batch * columns
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
@@ -308,7 +307,7 @@ def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
 
 
 def _moe(shape: ModelShape, tokens: int) -> int:
-    element = DTYPE_BYTES[shape.dtype]
+    element = DTYPES[shape.dtype].nbytes
     pairs = tokens * shape.top_k
     router = tokens * shape.experts * 4 * 5
     sorting = pairs * 8 * 6 + pairs * 4 * 2
@@ -316,9 +315,9 @@ def _moe(shape: ModelShape, tokens: int) -> int:
     # one expert may get every token: its input (a copy where rows are not aligned), inner states, output; weighting them
     expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
     dense = tokens * shape.dense_width * element * 4
-    return router + sorting + parts + max(expert, dense)
+    return router + sorting + parts + max(expert + shape.records.decode_bytes, dense)
 
 
 def _head(shape: ModelShape, batch: int) -> int:
     # logits, their float32 copy, probabilities, sorted values, indices and running sums of one row at a time
-    return batch * shape.vocabulary * (DTYPE_BYTES[shape.dtype] + 8) + shape.vocabulary * 40
+    return batch * shape.vocabulary * (DTYPES[shape.dtype].nbytes + 8) + shape.vocabulary * 40

@@ -15,11 +15,12 @@ from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan, make_plan, sequence_length
 from expertflow.errors import ConfigError, DeviceError
 from expertflow.execution.captured.experts import graph_refusal
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.memory.store import memory_reported
 from expertflow.models.bounds import describing
 from expertflow.models.files.checkpoint import StoredTensor, resolve, walk
 from expertflow.models.files.fingerprint import fingerprint
-from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
+from expertflow.models.mapping import ExpertMap, check_dense, map_experts
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
 from expertflow.predict.artifact import Artifact, load_artifact
@@ -71,7 +72,7 @@ class Prepared:
 
     Attributes:
         skeleton: the model.
-        pieces: where its experts are.
+        experts: where its experts are.
         plan: what goes where.
         fingerprint: sampled, of the weights.
         predictor: of the model, or None.
@@ -79,7 +80,7 @@ class Prepared:
     """
 
     skeleton: Skeleton
-    pieces: list[ExpertPiece]
+    experts: ExpertMap
     plan: Plan
     fingerprint: str
     predictor: Artifact | None = None
@@ -93,17 +94,27 @@ class Prepared:
     @property
     def dense(self) -> dict[str, StoredTensor]:
         """The checkpoint without its experts, by key."""
-        experts = {piece.source.key for piece in self.pieces}
+        experts = {piece.source.key for piece in self.experts.pieces}
         return {key: tensor for key, tensor in self.tensors.items() if key not in experts}
 
 
 @memory_reported()
 def prepare(
-    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, *, fetch: bool = True
+    model: str | Path,
+    config: EngineConfig,
+    forecast: Forecast | None = None,
+    *,
+    fetch: bool = True,
+    formats: Formats = FORMATS,
 ) -> Prepared:
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
-    A forecast of the caller's own takes the predictor's place.
+    Args:
+        model: checkpoint folder, or a Hugging Face id.
+        config: the wish.
+        forecast: of the caller's own; it takes the predictor's place.
+        fetch: whether an id that is not in the local cache may be fetched.
+        formats: how weights may be stored.
 
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
@@ -111,12 +122,12 @@ def prepare(
     check_default_device()
     if config.strategy is not None and forecast is None:
         find_strategy(config.strategy).check_future(None)  # before anything is read
-    skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype)
+    skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype, formats)
     tensors, convert = walk(skeleton.folder), config.dtype != "auto"
-    pieces = map_experts(skeleton, tensors, convert=convert)
+    experts = map_experts(skeleton, tensors, convert=convert)
     check_dense(skeleton, tensors, convert=convert)
     with describing(skeleton.folder / "config.json", "describes no model that can be run"):
-        shape = shape_of(skeleton)
+        shape = shape_of(skeleton, experts.layers)
     mark = fingerprint(tensors)
     predictor = None if forecast is not None else _choose_predictor(config, skeleton.folder)
     if predictor is not None:
@@ -134,6 +145,7 @@ def prepare(
     device = resolve_device(config.device)
     no_graph = graph_refusal(
         skeleton,
+        shape.records,
         strategy,
         device.type,
         rows=config.max_batch,
@@ -145,7 +157,9 @@ def prepare(
         chunk = max(chunk, sequence_length(config, shape))
     thinks = predictor_bytes(predictor, device, live, batch, chunk)
     plan = make_plan(config, shape, device.type, strategy.name, no_graph, predictor=thinks)
-    return Prepared(skeleton=skeleton, pieces=pieces, plan=plan, fingerprint=mark, predictor=predictor, tensors=tensors)
+    return Prepared(
+        skeleton=skeleton, experts=experts, plan=plan, fingerprint=mark, predictor=predictor, tensors=tensors
+    )
 
 
 def predictor_bytes(predictor: Artifact | None, device: torch.device, rows: int, batch: int, chunk: int) -> int:

@@ -53,7 +53,7 @@ class CachedExperts:
                 ready.popleft()  # from here on it counts as lent
                 done += 1
                 try:
-                    yield access.expert, self._pool.views[access.slot]
+                    yield access.expert, self._pool.weights(access.slot, layer)
                 finally:
                     transfer.release(access.slot)
         finally:

@@ -1,1 +1,1 @@
-"""Where expert weights are: rows in host memory, slots on the device, and the copies between them."""
+"""Where expert weights are: records in host memory, slots on the device, and the copies between them."""

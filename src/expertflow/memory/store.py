@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from expertflow.errors import ExpertFlowError, HostMemoryError
+from expertflow.formats.records import StoreLayout
 from expertflow.limits import free_addresses, free_memory, lacks_memory, lockable_memory
-from expertflow.memory.layout import RecordLayout
 from expertflow.units import format_bytes
 
 _ROOM = 256 << 20
@@ -113,7 +113,7 @@ class HostStore:
         pin: page-lock the memory for a CUDA device.
     """
 
-    def __init__(self, layout: RecordLayout, rows: int, *, pin: bool) -> None:
+    def __init__(self, layout: StoreLayout, rows: int, *, pin: bool) -> None:
         """Reserve the memory; pages are touched when rows are written."""
         self.layout = layout
         try:
@@ -138,10 +138,6 @@ class HostStore:
     def record(self, number: int) -> Tensor:
         """One row, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
         return self.buffer[number]
-
-    def tensor(self, number: int, name: str) -> Tensor:
-        """One tensor of one row, without copying."""
-        return self.layout.views(self.record(number))[name]
 
     def lock(self) -> None:
         """Page-lock the rows if this store was made for a CUDA device. Call once they are filled."""

@@ -22,8 +22,9 @@ from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.strategy import Strategy
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.execution.rope import by_length
+from expertflow.formats.records import StoreLayout
 from expertflow.kernels.backend import backend
-from expertflow.kernels.reference import MAX_PAIRS, ExpertMlp, Workspace
+from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Workspace
 from expertflow.kernels.residency.state import (
     AHEAD,
     BLIND,
@@ -40,7 +41,6 @@ from expertflow.kernels.residency.state import (
 )
 from expertflow.live.batch import PredictorInputs
 from expertflow.live.predictor import LivePredictor
-from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.memory.transfer import Transfer
@@ -51,29 +51,29 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_t
 """The kernels' names of transformers' activations."""
 
 
-def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
-    """The kernels' description of the model's experts.
+def expert_mlps(skeleton: Skeleton, records: StoreLayout) -> tuple[ExpertMlp, ...]:
+    """The kernels' description of the experts of each MoE layer.
 
     Raises:
         ValueError: if they are no MLP the kernels know.
     """
     assert skeleton.family is not None
     module = skeleton.model.get_submodule(skeleton.expert_modules[0])
-    layout = RecordLayout.of(skeleton.specs)
     config = skeleton.config.get_text_config(decoder=True)
     name = str(getattr(config, "hidden_act", None) or getattr(config, "dense_act_fn", ""))
-    return ExpertMlp.of(
-        layout.specs,
-        layout.offsets,
-        layout.record_bytes,
-        skeleton.family.activation or _ACTIVATIONS.get(name, name),
-        transposed=bool(getattr(module, "is_transposed", False)),  # the registry's word; Switch's experts have none
-        interleaved=not getattr(module, "is_concatenated", True),
-    )
+    activation = skeleton.family.activation or _ACTIVATIONS.get(name, name)
+    transposed = bool(getattr(module, "is_transposed", False))  # the registry's word; Switch's experts have none
+    interleaved = not getattr(module, "is_concatenated", True)
+    made = {
+        key: ExpertMlp.of(layout, activation, transposed=transposed, interleaved=interleaved)
+        for key, layout in records.distinct.items()
+    }
+    return tuple(made[id(layout)] for layout in records.layers)
 
 
-def graph_refusal(
+def graph_refusal(  # noqa: PLR0913 - all but the first two by keyword
     skeleton: Skeleton,
+    records: StoreLayout,
     strategy: Strategy,
     device: str,
     *,
@@ -85,6 +85,7 @@ def graph_refusal(
 
     Args:
         skeleton: the model.
+        records: how its experts are stored.
         strategy: row of the strategy table.
         device: `cuda` or `cpu`.
         rows: sequences that step together at most.
@@ -93,16 +94,19 @@ def graph_refusal(
     """
     if device == "cuda" and not HAS_TRITON:
         return "Triton is not installed"
+    formats = {spec.format for layout in records.distinct.values() for spec in layout.specs}
+    if unread := next((one.name for one in formats if not backend(torch.device(device)).reads(one)), None):
+        return f"there is no tile loader for experts stored as {unread}"
     if rows * skeleton.top_k > MAX_PAIRS:
         return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
     # a caller's class may be older than the word
     if forecast is not None and not getattr(forecast, "foreknown", False):
         return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
     given = predicted or forecast is not None
-    return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton)
+    return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton, records)
 
 
-def _model_refusal(skeleton: Skeleton) -> str:
+def _model_refusal(skeleton: Skeleton, records: StoreLayout) -> str:
     if skeleton.family is None:
         return f"{skeleton.config.model_type!r} has no row in the table of families"
     if skeleton.family.no_graph:
@@ -110,7 +114,7 @@ def _model_refusal(skeleton: Skeleton) -> str:
     if any(by_length(module) for module in skeleton.model.modules()):
         return "its rotary table depends on each sequence's length, which the host looks up"
     try:
-        expert_mlp(skeleton)
+        expert_mlps(skeleton, records)
     except ValueError as error:
         return str(error)
     return ""
@@ -160,7 +164,7 @@ class DeviceExperts:
     """Computes a model's experts layer by layer inside a step, eagerly or captured.
 
     Args:
-        mlp: what a row holds.
+        mlps: what a record of each layer holds.
         held: what is shared with the host execution.
         rows: sequences at most.
         top_k: experts a token uses a layer.
@@ -177,10 +181,11 @@ class DeviceExperts:
         fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `begin` on.
     """
 
-    def __init__(self, mlp: ExpertMlp, held: SharedParts, rows: int, top_k: int, *, log: bool) -> None:
+    def __init__(self, mlps: tuple[ExpertMlp, ...], held: SharedParts, rows: int, top_k: int, *, log: bool) -> None:
         """Allocate everything a step needs but what the model itself allocates."""
         device = held.pool.buffer.device
-        self._mlp, self._held, self._top_k = mlp, held, top_k
+        self._mlps, self._held, self._top_k = mlps, held, top_k
+        self._record_bytes = mlps[0].record_bytes
         controller, strategy = held.controller, held.controller.strategy.on_device()
         self.state = CacheState.allocate(
             strategy, controller.tables, device, log=log, future=controller.future, reached=controller.reached,
@@ -198,7 +203,7 @@ class DeviceExperts:
             notes = Notes(routes=live_predictor.routes, seats=self._slip.seats)
             live_predictor.wake()  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
         self._twin = self._kernels.residency(self.state, notes)
-        self._work = Workspace.allocate(mlp, rows, top_k, device)
+        self._work = Workspace.allocate(mlps[0], rows, top_k, device)
         self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
         self.live = torch.zeros(1, dtype=torch.int32, device=device)
         self._count = 0
@@ -298,9 +303,7 @@ class DeviceExperts:
                     prefetch_hits=tally[FRESH],
                     wasted=tally[WASTES],
                     evictions=tally[EVICTIONS],
-                    bytes_moved=tally[BLOCKS]
-                    * self._mlp.record_bytes
-                    // self._kernels.blocks_of(self._mlp.record_bytes),
+                    bytes_moved=tally[BLOCKS] * self._record_bytes // self._kernels.blocks_of(self._record_bytes),
                 )
             )
         if tally[BLIND] and self._held.live_predictor is not None:
@@ -357,7 +360,7 @@ class DeviceExperts:
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
-        schedule, kernels, mlp = self._schedule, self._kernels, self._mlp
+        schedule, kernels, mlp = self._schedule, self._kernels, self._mlps[layer]
         assert schedule is not None
         hidden, index, pool = hidden.contiguous(), index.contiguous(), self._held.pool.buffer
         if self.fixed:
@@ -376,7 +379,7 @@ class DeviceExperts:
 
     def _by_phases(self, layer: int, hidden: Tensor, schedule: Schedule) -> None:
         """Fetch and compute what `run_layer` decided; plan on beside it."""
-        kernels, mlp, pool = self._kernels, self._mlp, self._held.pool.buffer
+        kernels, mlp, pool = self._kernels, self._mlps[layer], self._held.pool.buffer
         loads = self._held.store.buffer, pool, self.state.ledger, schedule.todo
         with self._corrections.work():
             kernels.fetch_records(*loads, schedule.bounds[:2])
@@ -427,7 +430,7 @@ class DeviceExperts:
         number = controller.step + self.steps
         controller.events.emit(Event(EventKind.STEP, number))
         for row in self.state.take_log():
-            controller.events.emit(as_event(row, number, self._mlp.record_bytes))
+            controller.events.emit(as_event(row, number, self._record_bytes))
 
     def attach(self, model: PreTrainedModel, skeleton: Skeleton) -> None:
         """Let the model's layers call `run` in place of the host execution."""
