@@ -14,7 +14,6 @@ A step that raises gives no token: its sequences step again later, except those 
 Must not know how scheduler, executor and predictor work.
 """
 
-import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -35,13 +34,10 @@ from expertflow.execution.runner import PromptChunk
 from expertflow.execution.sampler import NO_TOKEN, choose_all
 from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
-from expertflow.schedule.cost import Costs, fixed_part
+from expertflow.schedule.cost import Durations
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import NextBatch
 from expertflow.trace.recorder import Recorder
-
-_PASSES, _STEPS = 9, 64
-"""Passes, and steps, whose durations say what the next ones will take."""
 
 
 @dataclass(kw_only=True)
@@ -82,6 +78,11 @@ class _Running:
     usual: npt.NDArray[np.float32] | None = field(default=None)
 
 
+def _keep(outbox: list[tuple[int, StreamOutput]], number: int, output: StreamOutput) -> None:
+    """The channel of requests that were added without one: keep the output until `step` returns it."""
+    outbox.append((number, output))
+
+
 class Engine:
     """Runs requests on a loaded model. Several threads may add, cancel and step.
 
@@ -99,6 +100,7 @@ class Engine:
         self._offloaded, plan = offloaded, offloaded.plan
         self._executor = offloaded.executor()
         self.threads = Threads(plan.record_bytes)
+        self._durations = Durations()
         predicts = offloaded.live_predictor is not None and plan.schedule != "fifo"
         self._scheduler = Scheduler(
             rows=plan.max_live,
@@ -111,13 +113,10 @@ class Engine:
             rates=rates(plan),
             ask=self._paths if predicts else None,
             preview=self._usual if predicts else None,
-            costs=self._costs,
+            costs=self._durations.costs,
         )
-        self._pass_seconds: deque[float] = deque(maxlen=_PASSES)
-        self._steps: deque[tuple[int, float]] = deque(maxlen=_STEPS)  # sequences of a step, and its seconds
-        self._steps_a_round = 1
         self._running: dict[int, _Running] = {}
-        self._outbox: deque[tuple[int, StreamOutput]] = deque()
+        self._outbox: list[tuple[int, StreamOutput]] = []
         self._totals = Totals()
         self._stepping = False
         self._to_cancel: deque[int] = deque()
@@ -145,7 +144,7 @@ class Engine:
     @property
     def step_seconds(self) -> float:
         """Median time of the last decode steps, at most 64, in seconds; 0 if there was none. First steps of a shape weigh little."""
-        return statistics.median(lasted for _, lasted in self._steps) if self._steps else 0.0
+        return self._durations.step_seconds
 
     def knows(self, number: int) -> bool:
         """Whether a request waits or runs."""
@@ -163,15 +162,11 @@ class Engine:
         """
         with self.lock:
             number, self._next = self._next, self._next + 1
-            channel = channel or partial(self._keep, number)
+            channel = channel or partial(_keep, self._outbox, number)
             self._running[number] = _Running(request=request, added=time.perf_counter(), channel=channel)
             self._scheduler.add(number, len(request.prompt_token_ids))
             self._totals.prompt_tokens += len(request.prompt_token_ids)
         return number
-
-    def _keep(self, number: int, output: StreamOutput) -> None:
-        """The channel of requests that were added without one: keep the output until `step` returns it."""
-        self._outbox.append((number, output))
 
     def cancel(self, number: int) -> bool:
         """End a request, waiting or running. Waits for nothing.
@@ -194,7 +189,7 @@ class Engine:
                 if self._stepping:
                     return
                 number = self._to_cancel.popleft()
-                self._outbox = deque(entry for entry in self._outbox if entry[0] != number)
+                self._outbox[:] = [entry for entry in self._outbox if entry[0] != number]
                 if number in self._running:
                     self._remove(number)
             finally:
@@ -220,8 +215,7 @@ class Engine:
         """
         with self.lock:
             self.advance()
-            outputs = list(self._outbox)
-            self._outbox.clear()
+            outputs, self._outbox[:] = list(self._outbox), []
         return outputs
 
     def advance(self) -> int:
@@ -264,20 +258,10 @@ class Engine:
             self._drop_cancelled()
         lasted = time.perf_counter() - began
         if isinstance(task, Prefill):
-            self._pass_seconds.append(lasted)
+            self._durations.add_pass(lasted)
         else:
-            self._steps.append((len(task.sequences), lasted))
-            self._steps_a_round = len(task.groups)
+            self._durations.add_step(len(task.sequences), lasted, steps_a_round=len(task.groups))
         return count
-
-    def _costs(self) -> Costs:
-        """What the last passes and steps took; zeros until two passes ran, because the first one is slow."""
-        if len(self._pass_seconds) < 2 or not self._steps:
-            return Costs(0.0, 0.0, 0.0)
-        steps = self._steps_a_round
-        return Costs(
-            statistics.median_low(self._pass_seconds), fixed_part(self._steps) * steps, self.step_seconds * steps
-        )
 
     def _prefill(self, task: Prefill) -> int:
         chunks = []

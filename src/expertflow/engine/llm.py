@@ -129,17 +129,19 @@ class LLM:
         """The model's tokenizer; None if its folder has none."""
         return self._requests.text.tokenizer
 
-    def request(self, prompt: Any, params: SamplingParams | None = None) -> Request:
+    def request(self, prompt: Any, params: SamplingParams | None = None, *, index: int = 0) -> Request:
         """A request for `engine.add`.
 
         Args:
             prompt: text, token ids, chat messages, a `Prompt`, or a mapping with one of these, see `engine.inputs`.
-            params: how to sample and stop.
+            params: how to sample and stop; None: the defaults.
+            index: a number of the caller's own, which the outputs carry.
 
         Raises:
             PromptError: if the prompt is empty, too long, or of another kind.
+            ConfigError: if `params` is no `SamplingParams`.
         """
-        return self._requests.requests([prompt], params)[0]
+        return self._requests.request(prompt, params, index)
 
     @property
     def threads(self) -> int:

@@ -25,6 +25,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer_config.json",
 )
+_MAKE_THEM = "Make them: SamplingParams(max_tokens=64)."
 
 
 class ModelText:
@@ -114,9 +115,11 @@ class RequestFactory:
 
         Raises:
             PromptError: if the prompt is empty, too long, or of another kind.
-            ConfigError: if a stop text cannot be found in the text, see `stop_tokens`.
+            ConfigError: if `params` is no `SamplingParams`, or a stop text cannot be found in the text, see `stop_tokens`.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"params={params!r} is no SamplingParams", _MAKE_THEM)
         text, tokens = self.text.reader.read(index, prompt, self._vocabulary)
         room = self._max_length if self._encoder_decoder else self._max_length - len(tokens)
         if len(tokens) > self._max_length or room < 1:
@@ -152,7 +155,7 @@ class RequestFactory:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
-            raise ConfigError(f"params={params!r} is no SamplingParams", "Make them: SamplingParams(max_tokens=64).")
+            raise ConfigError(f"params={params!r} is no SamplingParams", _MAKE_THEM)
         if len(params) != len(prompts):
             raise PromptError(
                 f"{len(params)} sampling parameters for {len(prompts)} prompts", "Give one a prompt, or one for all."
