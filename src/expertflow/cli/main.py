@@ -294,7 +294,7 @@ def eval_predictor(
 
 @app.command()
 def strategies(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/how-it-works.md.")] = False,
 ) -> None:
     """List the strategies."""
     _call("strategies", markdown=markdown)

@@ -1,4 +1,4 @@
-"""`expertflow strategies`: the live strategy table, a block a strategy, or as a page of Markdown."""
+"""`expertflow strategies`: the live strategy table, a block a strategy, or as a Markdown page."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -37,7 +37,7 @@ def main(*, markdown: bool) -> None:
 
 
 def page() -> str:
-    """The table as a page of Markdown; docs/how-it-works.md holds it, too."""
+    """Return the strategies as a Markdown page."""
     return _INTRO + "".join(f"| {' | '.join(_cells(row))} |\n" for row in STRATEGIES.values())
 
 
