@@ -13,8 +13,8 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from expertflow.config import EngineConfig
-from expertflow.engine.llm import load_tokenizer
 from expertflow.engine.prepare import Prepared, prepare
+from expertflow.engine.text import load_tokenizer
 from expertflow.engine.threads import limit_threads
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
