@@ -41,7 +41,8 @@ from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.prepare import predictor_bytes
 from expertflow.events import CacheCounters, EventStream
-from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlp
+from expertflow.execution.captured.capturable import expert_mlp
+from expertflow.execution.captured.experts import DeviceExperts, SharedParts
 from expertflow.execution.captured.graph import POSITIONS, ROWS, TOKENS, GraphDecoder
 from expertflow.execution.kv_rows import RowModel
 from expertflow.kernels.backend import backend

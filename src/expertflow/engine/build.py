@@ -17,7 +17,8 @@ from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
 from expertflow.errors import BudgetError, ClosedError, ConfigError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
-from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlp
+from expertflow.execution.captured.capturable import expert_mlp
+from expertflow.execution.captured.experts import DeviceExperts, SharedParts
 from expertflow.execution.captured.graph import GraphDecoder
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
 from expertflow.execution.kv_rows import RowModel

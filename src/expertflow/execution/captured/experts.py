@@ -8,7 +8,6 @@ Knows slots and kernels; refuses to know attention and requests.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,11 +18,10 @@ from transformers import PreTrainedModel
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.forecast import Forecast, Step
 from expertflow.cache.horizon import STEPS_KNOWN
-from expertflow.cache.strategy import Strategy
 from expertflow.events import CacheCounters, Event, EventKind
-from expertflow.execution.rope import by_length
+from expertflow.execution.captured.lanes import Lane
 from expertflow.kernels.backend import backend
-from expertflow.kernels.reference import MAX_PAIRS, ExpertMlp, Workspace
+from expertflow.kernels.reference import ExpertMlp, Workspace
 from expertflow.kernels.residency.state import (
     AHEAD,
     BLIND,
@@ -36,110 +34,13 @@ from expertflow.kernels.residency.state import (
     CacheState,
     Notes,
     Schedule,
-    refusal,
 )
 from expertflow.live.batch import PredictorInputs
 from expertflow.live.predictor import LivePredictor
-from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.memory.transfer import Transfer
 from expertflow.models.skeleton import Skeleton
-from expertflow.triton_support import HAS_TRITON
-
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-"""The kernels' names of transformers' activations."""
-
-
-def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
-    """The kernels' description of the model's experts.
-
-    Raises:
-        ValueError: if they are no MLP the kernels know.
-    """
-    assert skeleton.family is not None
-    module = skeleton.model.get_submodule(skeleton.expert_modules[0])
-    layout = RecordLayout.of(skeleton.specs)
-    config = skeleton.config.get_text_config(decoder=True)
-    name = str(getattr(config, "hidden_act", None) or getattr(config, "dense_act_fn", ""))
-    return ExpertMlp.of(
-        layout.specs,
-        layout.offsets,
-        layout.record_bytes,
-        skeleton.family.activation or _ACTIVATIONS.get(name, name),
-        transposed=bool(getattr(module, "is_transposed", False)),  # the registry's word; Switch's experts have none
-        interleaved=not getattr(module, "is_concatenated", True),
-    )
-
-
-def graph_refusal(
-    skeleton: Skeleton,
-    strategy: Strategy,
-    device: str,
-    *,
-    rows: int,
-    forecast: Forecast | None = None,
-    predicted: bool = False,
-) -> str:
-    """Why decode steps cannot run as graphs; empty if they can.
-
-    Args:
-        skeleton: the model.
-        strategy: row of the strategy table.
-        device: `cuda` or `cpu`.
-        rows: sequences that step together at most.
-        forecast: the caller's own, which replaces the strategy's.
-        predicted: whether a trained predictor does.
-    """
-    if device == "cuda" and not HAS_TRITON:
-        return "Triton is not installed"
-    if rows * skeleton.top_k > MAX_PAIRS:
-        return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
-    # a caller's class may be older than the word
-    if forecast is not None and not getattr(forecast, "foreknown", False):
-        return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
-    given = predicted or forecast is not None
-    return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton)
-
-
-def _model_refusal(skeleton: Skeleton) -> str:
-    if skeleton.family is None:
-        return f"{skeleton.config.model_type!r} has no row in the table of families"
-    if skeleton.family.no_graph:
-        return f"{skeleton.family.title}: {skeleton.family.no_graph}"
-    if any(by_length(module) for module in skeleton.model.modules()):
-        return "its rotary table depends on each sequence's length, which the host looks up"
-    try:
-        expert_mlp(skeleton)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-class Lane:
-    """A line of work beside the main one: a CUDA stream; on a CPU there is only one line, and it is kept in order."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Nothing queued."""
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._apart = False
-
-    @contextmanager
-    def work(self) -> Iterator[None]:
-        """What is queued inside runs behind all that the current line was given, and beside what it is given next."""
-        if self._stream is None:
-            yield
-            return
-        self._apart = True
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def join(self) -> None:
-        """The current line goes on behind what is queued here, if anything was since the last time."""
-        if self._stream is not None and self._apart:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            self._apart = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,81 @@
+"""Whether a model's decode steps can be captured, and what its experts are for the kernels. Pure questions: nothing runs.
+
+Must not know slots, steps and streams.
+"""
+
+from expertflow.cache.forecast import Forecast
+from expertflow.cache.strategy import Strategy
+from expertflow.execution.rope import by_length
+from expertflow.kernels.reference import MAX_PAIRS, ExpertMlp
+from expertflow.kernels.residency.state import refusal
+from expertflow.memory.layout import RecordLayout
+from expertflow.models.skeleton import Skeleton
+from expertflow.triton_support import HAS_TRITON
+
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+"""The kernels' names of transformers' activations."""
+
+
+def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
+    """The kernels' description of the model's experts.
+
+    Raises:
+        ValueError: if they are no MLP the kernels know.
+    """
+    assert skeleton.family is not None
+    module = skeleton.model.get_submodule(skeleton.expert_modules[0])
+    layout = RecordLayout.of(skeleton.specs)
+    config = skeleton.config.get_text_config(decoder=True)
+    name = str(getattr(config, "hidden_act", None) or getattr(config, "dense_act_fn", ""))
+    return ExpertMlp.of(
+        layout.specs,
+        layout.offsets,
+        layout.record_bytes,
+        skeleton.family.activation or _ACTIVATIONS.get(name, name),
+        transposed=bool(getattr(module, "is_transposed", False)),  # the registry's word; Switch's experts have none
+        interleaved=not getattr(module, "is_concatenated", True),
+    )
+
+
+def graph_refusal(
+    skeleton: Skeleton,
+    strategy: Strategy,
+    device: str,
+    *,
+    rows: int,
+    forecast: Forecast | None = None,
+    predicted: bool = False,
+) -> str:
+    """Why decode steps cannot run as graphs; empty if they can.
+
+    Args:
+        skeleton: the model.
+        strategy: row of the strategy table.
+        device: `cuda` or `cpu`.
+        rows: sequences that step together at most.
+        forecast: the caller's own, which replaces the strategy's.
+        predicted: whether a trained predictor does.
+    """
+    if device == "cuda" and not HAS_TRITON:
+        return "Triton is not installed"
+    if rows * skeleton.top_k > MAX_PAIRS:
+        return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
+    # a caller's class may be older than the word
+    if forecast is not None and not getattr(forecast, "foreknown", False):
+        return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
+    given = predicted or forecast is not None
+    return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton)
+
+
+def _model_refusal(skeleton: Skeleton) -> str:
+    if skeleton.family is None:
+        return f"{skeleton.config.model_type!r} has no row in the table of families"
+    if skeleton.family.no_graph:
+        return f"{skeleton.family.title}: {skeleton.family.no_graph}"
+    if any(by_length(module) for module in skeleton.model.modules()):
+        return "its rotary table depends on each sequence's length, which the host looks up"
+    try:
+        expert_mlp(skeleton)
+    except ValueError as error:
+        return str(error)
+    return ""
