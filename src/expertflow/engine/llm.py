@@ -181,7 +181,7 @@ class LLM:
     @property
     def stats(self) -> RunStats:
         """What generation cost so far."""
-        return replace(self._stats, peak_bytes=self._offloaded.measure(), cache=replace(self._offloaded.counters))
+        return replace(self._stats, peak_bytes=self._offloaded.measure(), cache=self._offloaded.totals())
 
     def generate(
         self,
