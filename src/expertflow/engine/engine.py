@@ -8,9 +8,11 @@ refuses to know how any of them works.
 
 import statistics
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,7 @@ from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import NextBatch
 from expertflow.trace.recorder import Recorder
 
+_P, _R = ParamSpec("_P"), TypeVar("_R")
 _PASSES, _STEPS = 9, 64
 """Passes, and steps, whose durations say what the next ones will take."""
 
@@ -44,6 +47,18 @@ class _Running:
     take: Callable[[StreamOutput], None] | None
     first: float = 0.0
     usual: npt.NDArray[np.float32] | None = field(default=None)
+
+
+def _weakly(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method that does not keep its object alive, for what that object owns."""
+    bound = weakref.WeakMethod(method)
+
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        found = bound()
+        assert found is not None, "its owner is gone"
+        return found(*args, **kwargs)
+
+    return call
 
 
 class Engine:
@@ -72,9 +87,9 @@ class Engine:
             whole=self._executor.whole,
             top_k=plan.shape.top_k,
             rates=rates(plan),
-            ask=self._paths if asks else None,
-            preview=self._usual if asks else None,
-            costs=self._costs,
+            ask=_weakly(self._paths) if asks else None,
+            preview=_weakly(self._usual) if asks else None,
+            costs=_weakly(self._costs),
         )
         self._passes: deque[float] = deque(maxlen=_PASSES)
         self._turns: deque[tuple[int, float]] = deque(maxlen=_STEPS)

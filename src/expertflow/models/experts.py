@@ -6,9 +6,11 @@ contributions added in ascending order of expert, whatever the order in which ex
 Must not know slots, copies and families.
 """
 
+import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
@@ -145,28 +147,36 @@ def run_experts(
     return total
 
 
+def offload(module: nn.Module) -> None:
+    """Let an experts module run offloaded: `offloaded_forward` in place of the family's own forward."""
+    # not a bound method: the module must not keep itself, and with it the expert store, alive
+    module.forward = partial(offloaded_forward, weakref.ref(module))
+
+
 @torch.compiler.disable(reason="offloaded experts are chosen and copied by the host")
 def offloaded_forward(
-    self: nn.Module,
+    module: Callable[[], Any],
     hidden_states: Float[Tensor, "T H"],
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T H"]:
-    """An experts module's `forward`, in place of the family's own."""
-    binding = self.expertflow
+    """An experts module's `forward`, in place of the family's own; `module` gives the module."""
+    own = module()
+    binding = own.expertflow
     assert isinstance(binding, Binding)
     carried = binding.context.now
     if carried.experts is not None:
         return carried.experts(binding.layer, hidden_states, top_k_index, top_k_weights)
     if binding.own_forward:
-        return _own_forward(self, binding, hidden_states, top_k_index, top_k_weights)
+        return _own_forward(own, binding, hidden_states, top_k_index, top_k_weights)
+    experts = int(own.num_experts)
     if carried.padding is not None:
-        top_k_index = top_k_index.masked_fill(carried.padding[:, None], int(self.num_experts))  # type: ignore[arg-type]
+        top_k_index = top_k_index.masked_fill(carried.padding[:, None], experts)
 
     def mlp(tokens: Tensor, expert: ExpertWeights) -> Tensor:
-        return _registry_mlp(self, tokens, expert)
+        return _registry_mlp(own, tokens, expert)
 
-    return run_experts(binding, mlp, hidden_states, top_k_index, top_k_weights, int(self.num_experts))  # type: ignore[arg-type]
+    return run_experts(binding, mlp, hidden_states, top_k_index, top_k_weights, experts)
 
 
 def _registry_mlp(module: Any, tokens: Tensor, expert: ExpertWeights) -> Tensor:
