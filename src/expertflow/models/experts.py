@@ -147,10 +147,20 @@ def run_experts(
     return total
 
 
+class _Weakly(Uncopied):
+    """Gives a module without keeping it alive."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> Any:
+        return self._module()
+
+
 def offload(module: nn.Module) -> None:
     """Let an experts module run offloaded: `offloaded_forward` in place of the family's own forward."""
     # not a bound method: the module must not keep itself, and with it the expert store, alive
-    module.forward = partial(offloaded_forward, weakref.ref(module))
+    module.forward = partial(offloaded_forward, _Weakly(module))
 
 
 @torch.compiler.disable(reason="offloaded experts are chosen and copied by the host")
