@@ -95,9 +95,9 @@ def test_a_larger_budget_buys_more_slots(make_checkpoint: MakeCheckpoint) -> Non
     options = {"device": "cpu", "max_length": 32, "max_batch": 1}
     one = prepare(folder, EngineConfig(**options, slots=1)).plan
     for more in (0, 1, 5, 23, 40):
-        plan = prepare(folder, EngineConfig(**options, gpu_memory=one.total + more * one.row)).plan
+        plan = prepare(folder, EngineConfig(**options, gpu_memory=one.total + more * one.record_bytes)).plan
         assert plan.slots == min(1 + more, 24)
-        assert plan.total <= one.total + more * one.row
+        assert plan.total <= one.total + more * one.record_bytes
 
 
 def test_memory_that_cannot_be_planned_is_not_promised(make_checkpoint: MakeCheckpoint) -> None:

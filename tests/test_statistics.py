@@ -116,6 +116,34 @@ def _reading(llm: LLM, read: list[CacheCounters]) -> Iterator[None]:
         thread.join()
 
 
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_a_broken_step_loses_no_totals(
+    execution: str, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in the middle of a step leaves what was counted before it, and the next request is counted on top."""
+    with open_llm(make_checkpoint("mixtral"), execution) as llm:
+        stream = llm.stream([PROMPT], up_to(TOKENS))
+        for _ in range(3):
+            next(stream)
+        before, mlp = llm.stats.cache, llm._offloaded.model.model.layers[-1].mlp
+
+        def fail(*_: object) -> torch.Tensor:
+            raise RuntimeError("cosmic ray")
+
+        monkeypatch.setattr(mlp.experts, "forward", fail)
+        with pytest.raises(RuntimeError, match="cosmic"):
+            next(stream)
+        broken = llm.stats.cache
+        assert all(a <= b for a, b in zip(astuple(before), astuple(broken), strict=True))
+        monkeypatch.undo()
+        stream.close()
+        assert llm.stats.cache == broken
+        llm.generate([PROMPT], up_to(3))
+        after = llm.stats.cache
+        assert after.steps == broken.steps + 3
+        assert after.accesses > broken.accesses
+
+
 def test_totals_of_a_closed_model_are_complete(make_checkpoint: MakeCheckpoint) -> None:
     """What the GPU counted is not lost if a model is closed in the middle of a run."""
     with open_llm(make_checkpoint("mixtral"), "graph") as llm:

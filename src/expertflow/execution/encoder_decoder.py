@@ -3,7 +3,7 @@
 The same rows as a decoder-only model's (`execution.kv_rows`), twice: a sequence's first pass reads its whole prompt through the encoder
 and leaves what the decoder attends to in its row; from then on it steps in any company, eagerly or captured. Positions are each
 row's own, which the T5 relative position bias of transformers does not provide for: here it is computed row by row.
-Knows rows and columns; refuses to know requests, experts and graphs.
+Must not know requests, experts and graphs.
 """
 
 import weakref
@@ -87,7 +87,7 @@ class EncoderDecoderRows:
     """An encoder-decoder model's forward over rows.
 
     Args:
-        model: loaded model of a family with a row in `models.families`.
+        model: loaded model of a family with an entry in `models.families`.
         skeleton: of it.
         rows: sequences that may live at once.
         length: tokens of a prompt, and of an answer, at most.

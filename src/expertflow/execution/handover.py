@@ -116,8 +116,8 @@ class DeviceTables:
 
         Waits for the steps that are queued.
         """
-        if not self.lent or self.broken or self._experts.logs:
-            return CacheCounters()  # what a broken step counted is dropped
+        if not self.lent or self._experts.logs:
+            return CacheCounters()
         self._wait()
         return self._as_counters(self._experts.state.read_tally())
 
@@ -160,8 +160,13 @@ class DeviceTables:
             self._counted = counted
 
     def _abandon(self) -> None:
-        """A step was broken off: no slot can be trusted any more, once nothing is under way."""
+        """A step was broken off: no slot can be trusted any more, once nothing is under way.
+
+        What was counted stays, of the broken step too, as in a pass of the host that breaks.
+        """
+        counted = self.totals()
         self.lent = False
+        self._held.counters.add(counted)
         self._wait()
         controller = self._held.controller
         controller.reclaim_tables(lambda tables, usage: None, self._steps)  # noqa: ARG005 - the tables stay as they were
@@ -210,7 +215,7 @@ class Handover:
         self._tables: DeviceTables | None = None
         self._emitted = ""
         self._lock = RLock()
-        """Held while captured steps are queued and while the tables change sides: whoever reads sees whole steps."""
+        """Held while captured steps are queued and while the tables change sides, so that a reader sees whole steps."""
         self.observers: list[StepObserver] = [held.controller] if held.controller.per_token else []
         self._observe: Observer | None = None
         self.watch()
@@ -305,8 +310,8 @@ class Handover:
     def totals(self) -> CacheCounters:
         """What the cache did so far, steps that the GPU decided included. Changes nothing.
 
-        After a step the totals are those of a run that ends there. Any thread may ask; a captured step that is being
-        queued is waited for.
+        After a step the totals are those of a run that ends there. Any thread may call it; it waits for a captured step
+        that is being queued.
         """
         with self._lock:
             found = replace(self._counters)

@@ -2,8 +2,8 @@
 
 One cache for the whole life of a model: `[rows, heads, length + 1, width]` a layer, whatever kind of attention the layer
 has; a sliding window is the mask's business. A pass names the rows it works on, in any order: regrouping sequences is
-another list of rows (the paper's Merge and Reindex, section 3.3, without the copies). The last column is nobody's: what
-padding writes goes there. Knows rows and columns; refuses to know requests, experts and graphs.
+another list of rows (the paper's Merge and Reindex, section 3.3, without the copies). The last column is of no token: what
+padding writes goes there. Must not know requests, experts and graphs.
 """
 
 import weakref
@@ -22,7 +22,7 @@ from expertflow.models.skeleton import Skeleton
 
 
 class DecodeInput(NamedTuple):
-    """A token that a sequence is fed: whose, which, the row of its keys and values, and its position."""
+    """A token that a sequence is fed: the sequence, the token, the KV row, and the token's position."""
 
     sequence: int
     token: int
@@ -122,7 +122,7 @@ class RowModel:
     """A decoder-only model's forward over rows of one cache.
 
     Args:
-        model: loaded model of a family with a row in `models.families`.
+        model: loaded model of a family with an entry in `models.families`.
         skeleton: of it.
         rows: sequences that may live at once.
         length: tokens of a sequence at most.

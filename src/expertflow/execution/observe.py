@@ -23,7 +23,7 @@ class StepObserver(Protocol):
         """A forward pass starts; `[T]` ids fed in, row by row of the batch."""
 
     def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: Weights) -> None:
-        """A layer's routing, both `[T, K]`; to ask for the weights costs a copy."""
+        """A layer's routing, both `[T, K]`; calling `weights` costs a copy."""
 
 
 def step_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> npt.NDArray[np.int32] | None:

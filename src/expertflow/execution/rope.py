@@ -1,7 +1,7 @@
 """Rotary tables a sequence, for the scalings that choose one table by the longest position of a pass.
 
 With `longrope` and `dynamic` scaling transformers takes the table of the longest sequence for all that step together, so a
-token would depend on who steps beside it. Here every sequence gets the table it gets alone. While its prompt is read that is
+token would depend on what steps beside it. Here every sequence gets the table it gets alone. While its prompt is read that is
 the whole prompt's, also in a pass over a part of it; then that of its own length. Must not know KV rows and experts.
 """
 

@@ -28,7 +28,7 @@ from expertflow.models.context import ForwardContext
 
 
 class PromptChunk(NamedTuple):
-    """Tokens of a prompt, from position `begin` on: whose, and the row of their keys and values.
+    """Tokens of a prompt, from position `begin` on: the sequence, the tokens, and its KV row.
 
     `rest` counts the prompt's tokens that later passes read.
     """

@@ -50,7 +50,7 @@ def graph_refusal(
 
     Args:
         skeleton: the model.
-        strategy: row of the strategy table.
+        strategy: entry of the strategy table.
         device: `cuda` or `cpu`.
         rows: sequences that step together at most.
         forecast: the caller's own, which replaces the strategy's.
@@ -69,7 +69,7 @@ def graph_refusal(
 
 def _model_refusal(skeleton: Skeleton) -> str:
     if skeleton.family is None:
-        return f"{skeleton.config.model_type!r} has no row in the table of families"
+        return f"{skeleton.config.model_type!r} has no entry in the table of families"
     if skeleton.family.no_graph:
         return f"{skeleton.family.title}: {skeleton.family.no_graph}"
     if any(by_length(module) for module in skeleton.model.modules()):

@@ -3,7 +3,7 @@
 A step reads tokens, rows and positions from fixed buffers and leaves logits and the most probable tokens in others; the
 predictor, the plan and the loads of the experts are part of it (`execution.captured.experts`); keys and values are in rows that never move
 (`execution.kv_rows`). Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes, and once more
-for a predictor at rest; the first step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
+for a predictor that is paused; the first step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
 Must not know requests, and which side decides (`execution.handover`).
 """
 
@@ -48,7 +48,7 @@ class GraphDecoder:
     Attributes:
         inputs: int64 `[4, batch]` on the device, what the next step is fed: tokens, rows, positions, columns.
         logits: `[batch, V]` of the last step.
-        best: int64 `[batch]`, its most probable next tokens, as `sampler.most_probable` says them.
+        best: int64 `[batch]`, its most probable next tokens, as `sampler.most_probable` finds them.
     """
 
     def __init__(
