@@ -33,7 +33,8 @@ from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import NextBatch
 from expertflow.trace.recorder import Recorder
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _PASSES, _STEPS = 9, 64
 """Passes, and steps, whose durations say what the next ones will take."""
 
