@@ -42,8 +42,10 @@ from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.prepare import predictor_bytes
 from expertflow.events import CacheCounters, EventStream
-from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlp
+from expertflow.execution.captured.capturable import expert_mlp
+from expertflow.execution.captured.experts import DeviceExperts, SharedParts
 from expertflow.execution.captured.graph import POSITIONS, ROWS, TOKENS, GraphDecoder
+from expertflow.execution.handover import DeviceTables
 from expertflow.execution.kv_rows import RowModel
 from expertflow.kernels.backend import backend
 from expertflow.kernels.fetch import fetch_records
@@ -53,6 +55,7 @@ from expertflow.live.predictor import LivePredictor
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.memory.transfer import PlainTransfer
+from expertflow.models.context import ForwardContext
 from expertflow.models.load import bind_experts, unbind_experts
 from expertflow.models.shape import ModelShape, shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
@@ -282,10 +285,12 @@ class Run:
             counters=CacheCounters(), live_predictor=self.live_predictor,
         )  # fmt: skip
         self.experts = DeviceExperts(expert_mlp(world.skeleton), held, batch, shape.top_k, log=False)
-        self.rows = RowModel(world.model, world.skeleton, batch, LENGTH)
+        context = ForwardContext()
+        self.tables = DeviceTables(held, self.experts)
+        self.rows = RowModel(world.model, world.skeleton, batch, LENGTH, context)
         self.decoder = GraphDecoder(self.rows, self.experts, batch)
         self.step = torch.zeros(1, dtype=torch.long, device=world.device)
-        bind_experts(world.model, world.skeleton, None)
+        bind_experts(world.model, world.skeleton, None, context)
 
     def start(self, position: int, routes: npt.NDArray[np.uint8] | None) -> None:
         """All sequences at this position; replayed routing if there is some."""
@@ -305,7 +310,7 @@ class Run:
             sequences: whose they are.
             host: the tokens, in host memory.
         """
-        self.experts.begin(sequences, host)
+        self.tables.begin(sequences, host)
         self.decoder.inputs[TOKENS].copy_(tokens)
         self.decoder.launch(self.batch, LENGTH)
         self.decoder.inputs[POSITIONS:] += 1

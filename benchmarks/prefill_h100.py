@@ -28,6 +28,7 @@ from expertflow.execution.provider import CachedExperts
 from expertflow.execution.runner import DecoderBatch
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer
+from expertflow.models.context import ForwardContext
 from expertflow.models.load import bind_experts, unbind_experts
 
 COPY_ENGINE = 53.5e9
@@ -65,7 +66,7 @@ def measure(world: Any, name: str, wave: int, slots: int, tokens: int) -> dict[s
         "kept": [],
     }
     for _ in range(REPEATS + 1):
-        batch = DecoderBatch(world.model, draw(BATCH, 8), 512)
+        batch = DecoderBatch(world.model, draw(BATCH, 8), 512, ForwardContext())
         batch.prefill()
         recent = np.zeros_like(controller.tables.slot_of, dtype=np.int64)
         for _ in range(DECODED):
@@ -74,7 +75,7 @@ def measure(world: Any, name: str, wave: int, slots: int, tokens: int) -> dict[s
             controller.end_step()
             recent += controller._ranker.usage.count > before  # noqa: SLF001
         hot = (recent >= DECODED // 2) & (controller.tables.slot_of >= 0)
-        prompt, loads = DecoderBatch(world.model, draw(1, tokens), tokens), counters.loads
+        prompt, loads = DecoderBatch(world.model, draw(1, tokens), tokens, ForwardContext()), counters.loads
         _sync(world.device)
         began = time.perf_counter()
         prompt.prefill().argmax(-1).tolist()

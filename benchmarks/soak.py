@@ -85,8 +85,8 @@ def run(llm: LLM, prompts: list[list[int]], tokens: Tensor | None, keep: int) ->
             live_predictor.sampled(live, best.tolist())
         steps = zip(live, best.tolist(), strict=True)
         said.append(executor.decode([DecodeInput(one, token, one, PROMPT + number) for one, token in steps]).clone())
-    assert offloaded._decoder is not None  # noqa: SLF001
-    offloaded._decoder.end()  # noqa: SLF001
+    assert offloaded.handover.decoder is not None
+    offloaded.settle()
     if live_predictor is not None:
         live_predictor.leave(range(len(prompts)))
     return (torch.stack(fed) if tokens is None else tokens), said

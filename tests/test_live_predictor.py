@@ -171,7 +171,7 @@ def test_predictions_change_no_token(
 def demands_of(llm: LLM) -> list[npt.NDArray[np.float64]]:
     """What a graph's steps will expect, step by step, as they run."""
     said: list[npt.NDArray[np.float64]] = []
-    twin = llm._offloaded._graphs().experts._twin
+    twin = llm._offloaded.handover.next_decoder().experts._twin
     expect = twin.expect
 
     def listen(*given: torch.Tensor) -> None:
@@ -347,7 +347,7 @@ def test_new_captured_steps_begin_awake(make_checkpoint: MakeCheckpoint, make_pr
     with LLM(model, slots=6, **options) as llm:
         for _ in range(2):
             llm.generate([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))
-            moods.append(llm._offloaded._decoder.experts.paused)
+            moods.append(llm._offloaded.handover.decoder.experts.paused)
             llm._offloaded.live_predictor.pacing.backoff = FIRST_BACKOFF
             llm._offloaded.events.subscribe(lambda _: None)
     assert moods == [False, False]

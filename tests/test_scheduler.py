@@ -480,9 +480,9 @@ def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch:
     for execution in ("host", "graph"):
         options = {"max_batch": 2, "max_live": 3, "max_length": 48, "slots": 6, "execution": execution}
         with LLM(folder, device="cpu", **options) as llm:
-            engine, got, rows = llm.engine, {}, llm._offloaded._rows
+            engine, got, rows = llm.engine, {}, llm._offloaded.handover.rows
             if execution == "graph":  # in the middle of a layer: slots are decided, and their rows do not come
-                experts = llm._offloaded._decoder_now().experts
+                experts = llm._offloaded.handover.make_decoder().experts
                 monkeypatch.setattr(experts._twin, "run_layer", failing_now_and_then(experts._twin.run_layer, 8))
             else:
                 monkeypatch.setattr(rows, "forward", failing_now_and_then(rows.forward, 4))

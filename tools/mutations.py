@@ -70,7 +70,7 @@ MUTATIONS = (
     Mutation("a slot is not given back", "execution/provider.py", "transfer.release(access.slot)", "pass", ("test_memory.py", "-k", "before_its_turn")),
     Mutation("a window one token too wide", "execution/kv_rows.py", "(distance < window)", "(distance <= window)", ("test_exactness.py", "-k", "stock_tokens and gpt_oss-float32")),
     Mutation("a row keeps its former owner's columns", "execution/kv_rows.py", "layer.clear(row, self._written[row])", "layer.clear(row, 0)", ("test_finite.py", "-k", "former_owner")),
-    Mutation("padding is routed to experts", "execution/runner.py", "self._padding(mask == 0), self._rope", "self._padding(mask < 0), self._rope", ("test_scheduler.py", "-k", "padding_uses")),
+    Mutation("padding is routed to experts", "execution/runner.py", "self._padding(mask == 0), [piece", "self._padding(mask < 0), [piece", ("test_scheduler.py", "-k", "padding_uses")),
     Mutation("a sequence steps at the position before", "execution/runner.py", "positions[:, None]\n", "positions[:, None] - 1\n", TOKENS),
     Mutation("a chunk of a prompt begins at zero", "execution/runner.py", "torch.arange(piece.begin, piece.begin + len(piece.tokens))", "torch.arange(len(piece.tokens))", ("test_attention.py", "-k", "size_of_a_pass and qwen3_moe")),
     Mutation("gate and up exchanged", "models/mapping.py", "for place in sorted(stored) if place[0] == expert", "for place in sorted(stored, reverse=True) if place[0] == expert", TOKENS),

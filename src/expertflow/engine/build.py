@@ -7,6 +7,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,13 +19,13 @@ from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
-from expertflow.errors import BudgetError, ClosedError, ConfigError
-from expertflow.events import CacheCounters, Event, EventKind, EventStream
-from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlps
-from expertflow.execution.captured.graph import GraphDecoder
+from expertflow.errors import BudgetError, ConfigError
+from expertflow.events import CacheCounters, EventStream
+from expertflow.execution.captured.experts import SharedParts
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
+from expertflow.execution.handover import Handover
 from expertflow.execution.kv_rows import RowModel
-from expertflow.execution.observe import StepObserver, step_tokens, tell_all
+from expertflow.execution.observe import StepObserver
 from expertflow.execution.passes import Passes
 from expertflow.execution.provider import CachedExperts
 from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
@@ -41,10 +43,10 @@ from expertflow.memory.store import (
     memory_reported,
 )
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
+from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
 from expertflow.models.files.identity import ContentHash, spans_of, stamps
 from expertflow.models.load import bind_experts, fill_records, load_dense, unbind_experts
-from expertflow.models.mapping import ExpertPiece
 from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
 from expertflow.progress import Progress
@@ -71,12 +73,15 @@ class OffloadedModel(Uncopied):
     Attributes:
         model: the ordinary transformers model.
         plan: what it was built from.
+        store: every expert's record in host memory.
         events: everything the cache does.
-        counters: running totals of it.
+        counters: what the host counted of it so far; `totals` has what the GPU counted, too.
+        controller: decides the cache on the host.
         meter: measures device memory.
         fingerprint: of the checkpoint's weights, sampled.
         identity: hash of all that its answers depend on.
-        live_predictor: the predictor at work, or None.
+        live_predictor: the predictor that works, or None.
+        handover: decides for every pass whether host or GPU decides it.
         passes: what lets one pass at a time run.
     """
 
@@ -96,35 +101,20 @@ class OffloadedModel(Uncopied):
         self.device = prepared.choices.device
         self._beside = beside
         _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped, self.device)
-        if self.device.type == "cuda":
-            cuda_meter = CudaMeter(self.device)
-        layout = plan.shape.records
-        folder, dense = prepared.skeleton.folder, prepared.dense
-        self.stamps = stamps(prepared.tensors, folder)
-        self.model: PreTrainedModel = load_dense(prepared.skeleton, dense, self.device)
+        measured = CudaMeter(self.device) if self.device.type == "cuda" else None  # before anything is loaded
+        self.stamps = stamps(prepared.tensors, prepared.skeleton.folder)
+        self.model: PreTrainedModel = load_dense(prepared.skeleton, prepared.dense, self.device)
         if beside is None:
-            content = ContentHash()
-            self.store: ExpertStore = HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
-            _fill(prepared.experts.pieces, self.store, content, show=config.progress)
-            self.store.lock()
-            content.read(spans_of(dense))
-            self.identity = content.identity(prepared.tensors, folder)
+            self.store: ExpertStore
+            self.store, self.identity = _load_store(prepared, self.device, show=config.progress)
         else:
-            self.store, self.identity = _rows_of(beside, prepared, self.stamps), beside.identity
-        self._pool = pool = SlotPool(layout, plan.slots, self.device)
+            self.store, self.identity = _store_of(beside, prepared, self.stamps), beside.identity
+        pool = SlotPool(self.store.layout, plan.slots, self.device)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
-        self.meter: Meter = (
-            cuda_meter if self.device.type == "cuda" else CpuMeter(resident, exclude=[self.store.buffer])
-        )
-        self.events = EventStream()
-        self.counters = CacheCounters()
+        self.meter: Meter = measured or CpuMeter(resident, exclude=[self.store.buffer])
+        self.events, self.counters = EventStream(), CacheCounters()
         self.events.subscribe(self.counters.count)
-        self.live_predictor: LivePredictor | None = None
-        self._forecast = forecast
-        if prepared.predictor is not None:
-            own = self.device if plan.execution == "graph" else torch.device("cpu")  # a graph cannot ask the host
-            online = OnlinePredictor(prepared.predictor, predictor_load(config)[0], own, step_kernels(own))
-            self.live_predictor = LivePredictor(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
+        self.live_predictor = self._make_predictor(prepared, config)
         self.controller = CacheController(
             layers=plan.shape.layers,
             experts=plan.shape.experts,
@@ -135,31 +125,35 @@ class OffloadedModel(Uncopied):
             forecast=forecast or self.live_predictor,
             reached=prepared.skeleton.reached,
         )
-        self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
-        self._rows: RowModel | EncoderDecoderRows | None = None
-        self._decoder: GraphDecoder | None = None
-        self._told_why = ""
-        self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
-        self._provider: CachedExperts | None = CachedExperts(self.controller, self._transfer, pool)
-        bind_experts(self.model, prepared.skeleton, self._provider)
-        self.watch()
-        self.passes = Passes(self._begin_step)
-        self.passes.device = self.device
-        self.passes.guard(self.model)
-        if self.skeleton.encoder_decoder:  # it is called on its own, too
-            self.passes.guard(self.model.get_encoder(), begins=True)
+        self._wire(pool, forecast)
 
-    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.check_open()
-        assert self._provider is not None
-        self.settle()
-        if not self.observers:
-            self._provider.begin_step()
-            return
-        tokens = step_tokens(args, kwargs)
-        for observer in self.observers:
-            observer.begin(tokens)
-        self._provider.begin_step(tokens)
+    def _make_predictor(self, prepared: Prepared, config: EngineConfig) -> LivePredictor | None:
+        if prepared.predictor is None:
+            return None
+        own = self.device if self.plan.execution == "graph" else torch.device("cpu")  # a graph cannot wait for the host
+        online = OnlinePredictor(prepared.predictor, predictor_load(config)[0], own, step_kernels(own))
+        return LivePredictor(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
+
+    def _wire(self, pool: SlotPool, forecast: Forecast | None) -> None:
+        """Connect model, cache and slots."""
+        plan, model, skeleton = self.plan, self.model, self.skeleton
+        transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
+        provider = CachedExperts(self.controller, transfer, pool)
+        held = SharedParts(
+            controller=self.controller, store=self.store, pool=pool, transfer=transfer, counters=self.counters,
+            live_predictor=self.live_predictor, forecast=forecast,
+        )  # fmt: skip
+        self._context = ForwardContext()
+        bind_experts(model, skeleton, provider, self._context)
+        self.handover = Handover(
+            held, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
+            reason=plan.graph_unavailable_reason, watch=self.meter.watch,
+        )  # fmt: skip
+        self.passes = Passes(self.handover.begin_pass, self.handover.end_pass)
+        self.passes.device = self.device
+        self.passes.guard(model)
+        if skeleton.encoder_decoder:  # it is called on its own, too
+            self.passes.guard(model.get_encoder(), begins=True)
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Inside, the model's device is the current one: every thread has one of its own."""
@@ -171,78 +165,50 @@ class OffloadedModel(Uncopied):
         Raises:
             ClosedError: then.
         """
-        if self._provider is None:
-            raise ClosedError("this model was closed", "Load it again.")
+        self.handover.check_open()
 
     def settle(self) -> None:
-        """Let the host know what graphs decided and counted, between two steps."""
-        if self._decoder is not None:
-            self._decoder.end()
+        """Between two steps: let the host know what the GPU decided and counted."""
+        self.handover.settle()
+
+    def totals(self) -> CacheCounters:
+        """What the cache did so far, whichever side decided; see `Handover.totals`. Changes nothing."""
+        return self.handover.totals()
+
+    def residency(self) -> npt.NDArray[np.int32]:
+        """`[L, E]`, the slot each expert is in or comes into, or -1; a copy. Changes nothing."""
+        return self.handover.residency()
 
     def executor(self) -> Executor:
         """What runs the model's passes and steps. One at a time: it owns the rows of keys and values."""
         _give_logits_alone(self.model)
         plan = self.plan
         if not plan.shape.in_rows:
-            return CohortExecutor(self.model, plan.prefill_chunk)
-        if self._rows is None:
+            return CohortExecutor(self.model, plan.prefill_chunk, self._context)
+        if self.handover.rows is None:
             kind = EncoderDecoderRows if plan.shape.encoder_decoder else RowModel
-            self._rows = kind(self.model, self.skeleton, plan.max_live, plan.max_length)
-        if isinstance(self._rows, EncoderDecoderRows):
-            return EncoderDecoderExecutor(self._rows, self._graphs, self._learn_beside)
-        return RowExecutor(self._rows, self._graphs, self._learn_beside)
-
-    def _learn_beside(self) -> None:
-        """A pass is queued. A predictor on the device learns from it now; one in host memory when the tokens are out."""
-        if self.plan.execution == "graph":
-            self.controller.end_step()
-
-    def _graphs(self) -> GraphDecoder | None:
-        """The graphs, if the plan says so and nobody has to see the routing; where not, says why, once."""
-        reason = self.plan.graph_unavailable_reason
-        if self.plan.execution == "graph":
-            if all(observer is self.controller for observer in self.observers):
-                self._told_why = ""
-                return self._decoder_now()
-            reason = "somebody watches the routing, which only the host execution shows"
-        if reason and reason != self._told_why:
-            self._told_why = reason
-            self.events.emit(Event(EventKind.HOST, self.controller.step, reason=reason))
-        return None
-
-    def _decoder_now(self) -> GraphDecoder:
-        """The graphs' buffers, made when first needed, and anew if events are to be told from now on."""
-        log = self.events.listeners > 1  # the counters alone are content with totals
-        if self._decoder is None or self._decoder.experts.logs != log:
-            assert self._rows is not None
-            self.settle()
-            self._decoder = None
-            held = SharedParts(
-                controller=self.controller, store=self.store, pool=self._pool, transfer=self._transfer,
-                counters=self.counters, live_predictor=self.live_predictor, forecast=self._forecast,
-            )  # fmt: skip
-            plan = self.plan
-            mlps = expert_mlps(self.skeleton, plan.shape.records)
-            with torch.inference_mode(), self.meter.watch():
-                experts = DeviceExperts(mlps, held, plan.max_batch, plan.shape.top_k, log=log)
-                self._decoder = GraphDecoder(self._rows, experts, plan.max_batch)
-        return self._decoder
+            self.handover.rows = kind(self.model, self.skeleton, plan.max_live, plan.max_length, self._context)
+        rows = self.handover.rows
+        if isinstance(rows, EncoderDecoderRows):
+            return EncoderDecoderExecutor(rows, self.handover)
+        return RowExecutor(rows, self.handover)
 
     def measure(self) -> int:
         """The peak of device memory so far, bytes: what was in use at most, and what captured steps keep."""
-        return self.meter.peak_bytes + (0 if self._decoder is None else self._decoder.pool_bytes)
+        return self.meter.peak_bytes + self.handover.pool_bytes
+
+    @property
+    def observers(self) -> list[StepObserver]:
+        """What sees every pass's tokens and every layer's routing."""
+        return self.handover.observers
 
     def watch(self, *observers: StepObserver) -> None:
-        """From now on also tell `observers` every step's tokens and every layer's routing."""
-        self.observers = [*self.observers, *observers]
-        told = tell_all(self.observers) if self.observers else None
-        for path in self.skeleton.expert_modules:
-            self.model.get_submodule(path).expertflow.observe = told
+        """From now on also show `observers` every pass's tokens and every layer's routing."""
+        self.handover.watch(*observers)
 
     def unwatch(self, observer: StepObserver) -> None:
-        """Stop telling an observer."""
-        self.observers.remove(observer)
-        self.watch()
+        """Show an observer nothing more."""
+        self.handover.unwatch(observer)
 
     def close(self) -> None:
         """Wait for passes and copies under way, give store and slots back.
@@ -253,17 +219,12 @@ class OffloadedModel(Uncopied):
             self._close()
 
     def _close(self) -> None:
-        if self._provider is None:
+        rows = self.handover.rows
+        if not self.handover.close():
             return
-        self.controller.close()
-        self._transfer.settle()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         unbind_experts(self.model, self.skeleton)
-        if self._rows is not None:
-            self._rows.drop()
-        self._provider = self._decoder = self._rows = None
-        del self._transfer, self._pool
+        if rows is not None:
+            rows.drop()
         if self._beside is None:
             self.store.close()
 
@@ -277,7 +238,7 @@ def _give_logits_alone(model: PreTrainedModel) -> None:
 
 
 def _on(device: torch.device, strategy: Strategy) -> Strategy:
-    """The row as the host execution runs it on a device: copies beside computation need two slots to take turns in."""
+    """The strategy as the host execution runs it on a device: copies beside computation alternate between two slots."""
     return strategy.double_buffered() if device.type == "cuda" else strategy
 
 
@@ -303,7 +264,7 @@ def load_model(
     return OffloadedModel(prepare(model, config, forecast, formats=formats), config, forecast, beside)
 
 
-def _rows_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> ExpertStore:
+def _store_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> ExpertStore:
     """The experts that another loaded model keeps in host memory.
 
     Args:
@@ -362,7 +323,13 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.d
             )
 
 
-def _fill(pieces: list[ExpertPiece], store: ExpertStore, content: ContentHash, *, show: bool) -> None:
-    total = sum(piece.nbytes for piece in pieces)
+def _load_store(prepared: Prepared, device: torch.device, *, show: bool) -> tuple[HostStore, str]:
+    """Read every expert's record into host memory; the store, and the identity of the checkpoint."""
+    shape = prepared.plan.shape
+    store = HostStore(shape.records, shape.total_experts, pin=device.type == "cuda")
+    content, total = ContentHash(), sum(piece.nbytes for piece in prepared.experts.pieces)
     with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
-        fill_records(pieces, store, content, bar.advance)
+        fill_records(prepared.experts.pieces, store, content, bar.advance)
+    store.lock()
+    content.read(spans_of(prepared.dense))
+    return store, content.identity(prepared.tensors, prepared.skeleton.folder)

@@ -15,10 +15,12 @@ Must not know how scheduler, executor and predictor work.
 """
 
 import time
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,9 @@ from expertflow.schedule.cost import Durations
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import NextBatch
 from expertflow.trace.recorder import Recorder
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 @dataclass(kw_only=True)
@@ -83,6 +88,18 @@ def _keep(outbox: list[tuple[int, StreamOutput]], number: int, output: StreamOut
     outbox.append((number, output))
 
 
+def _weakly(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method that does not keep its object alive, for what that object owns."""
+    bound = weakref.WeakMethod(method)
+
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        found = bound()
+        assert found is not None, "its owner is gone"
+        return found(*args, **kwargs)
+
+    return call
+
+
 class Engine:
     """Runs requests on a loaded model. Several threads may add, cancel and step.
 
@@ -111,8 +128,8 @@ class Engine:
             whole=self._executor.whole,
             top_k=plan.shape.top_k,
             rates=rates(plan),
-            ask=self._paths if predicts else None,
-            preview=self._usual if predicts else None,
+            ask=_weakly(self._paths) if predicts else None,
+            preview=_weakly(self._usual) if predicts else None,
             costs=self._durations.costs,
         )
         self._running: dict[int, _Running] = {}

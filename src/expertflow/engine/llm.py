@@ -6,7 +6,7 @@ Loads a model, makes requests of prompts, and drives the engine until they are o
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -172,7 +172,7 @@ class LLM:
     def stats(self) -> RunStats:
         """What generation cost so far."""
         done, peak = asdict(self._engine.totals), self._offloaded.measure()
-        return RunStats(**done, peak_bytes=peak, cache=replace(self._offloaded.counters))
+        return RunStats(**done, peak_bytes=peak, cache=self._offloaded.totals())
 
     def generate(
         self,

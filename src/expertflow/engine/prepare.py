@@ -14,7 +14,7 @@ from expertflow.cache.strategy import DEFAULT, PREDICTED_DEFAULT, Strategy, find
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan, make_plan, sequence_length
 from expertflow.errors import ConfigError, DeviceError
-from expertflow.execution.captured.experts import graph_refusal
+from expertflow.execution.captured.capturable import graph_refusal
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.memory.store import memory_reported
 from expertflow.models.bounds import describing

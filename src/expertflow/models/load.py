@@ -21,6 +21,7 @@ from expertflow.errors import CheckpointError, UnreadWarning
 from expertflow.formats.dtypes import BY_STORED_NAME
 from expertflow.formats.records import StoreLayout
 from expertflow.models.bounds import check_config, describing
+from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Binding, ExpertProvider
 from expertflow.models.files.checkpoint import StoredTensor, read_json
 from expertflow.models.files.identity import ContentHash, Span, in_threads
@@ -169,12 +170,15 @@ def _read_into(descriptor: int, target: Tensor, source: StoredTensor, offset: in
         done += count
 
 
-def bind_experts(model: nn.Module, skeleton: Skeleton, provider: ExpertProvider) -> None:
-    """Tell every experts module of a loaded model its layer and where its weights come from."""
+def bind_experts(
+    model: nn.Module, skeleton: Skeleton, provider: ExpertProvider, context: ForwardContext | None = None
+) -> None:
+    """Give every experts module of a loaded model its layer, where its weights come from, and what passes carry."""
+    context = context or ForwardContext()
     for layer, path in enumerate(skeleton.expert_modules):
         module = model.get_submodule(path)
         module.expertflow = Binding(  # type: ignore[assignment]  # plain data on a module
-            layer=layer, provider=provider, own_forward=skeleton.family is None
+            layer=layer, provider=provider, own_forward=skeleton.family is None, context=context
         )
 
 

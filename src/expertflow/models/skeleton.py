@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from expertflow.formats.plain import plain
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
 from expertflow.models.bounds import check_config, describing
-from expertflow.models.experts import is_registry_experts, offloaded_forward
+from expertflow.models.experts import is_registry_experts, offload
 from expertflow.models.families import FAMILIES, REFUSED, Family
 from expertflow.models.files.checkpoint import StoredTensor, read_json, walk
 from expertflow.models.refusals import LISTED, no_experts, not_text, refuse_quantised
@@ -280,7 +279,7 @@ def _empty(module: nn.Module) -> None:
     for name, _ in shapes:
         delattr(module, name)
     module.expert_shapes = shapes  # type: ignore[assignment]  # plain data on a module
-    module.forward = MethodType(offloaded_forward, module)  # whatever implementation the config names
+    offload(module)  # whatever implementation the config names
     module._is_hf_initialized = True  # type: ignore[assignment]  # noqa: SLF001 - nothing is left to initialise
 
 

@@ -1,4 +1,4 @@
-"""Capturing what is queued on a CUDA device as a graph. Knows streams and memory pools; refuses to know what is captured."""
+"""Capturing what is queued on a CUDA device as a graph. Must not know what is captured."""
 
 from collections.abc import Callable
 from functools import cache

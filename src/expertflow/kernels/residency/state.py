@@ -321,12 +321,17 @@ class CacheState:
         self.log_count.zero_()
         return entries
 
+    def read_tally(self) -> list[int]:
+        """The totals since the last `take_tally`, between two steps; nothing is changed, and nothing allocated there."""
+        totals: list[int] = self.tally.tolist()
+        totals[BLOCKS] += int(self.ledger.table[DONE].cpu().numpy().sum(dtype=np.int64))
+        return totals
+
     @torch.inference_mode()
     def take_tally(self) -> list[int]:
         """Return the totals since the last call, between two steps; see `HITS`."""
-        self.tally[BLOCKS] += self.ledger.table[DONE].sum()
+        totals = self.read_tally()
         self.ledger.table[DONE] = 0
-        totals: list[int] = self.tally.tolist()
         self.tally.zero_()
         assert not totals[BROKEN], "a layer took more phases than `phase_bound` allows, or found no slot for a load"
         return totals
