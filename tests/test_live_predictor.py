@@ -246,10 +246,10 @@ def test_a_pass_is_learned_when_it_is_queued(
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("turns", [{"max_batch": 4}, {"max_batch": 1, "max_live": 3}])
-def test_rest_forgets_nothing(
+def test_a_pause_forgets_nothing(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str, turns: dict[str, int]
 ) -> None:
-    """At rest nothing is asked; awake again it says what it would have said, once each sequence was told of awake."""
+    """Nothing is predicted in a pause; after it the demand is what it would have been, once each sequence was updated."""
     model = make_checkpoint("qwen3_moe")
     options = {"device": "cpu", "max_length": 48, "slots": 6, "predictor": str(make_predictor(model)), **turns}
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
@@ -315,7 +315,7 @@ def test_it_is_told_what_came_of_its_loads(
     )
 
 
-def test_a_predictor_whose_loads_meet_no_need_rests(
+def test_a_predictor_whose_prefetches_are_not_needed_pauses(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor
 ) -> None:
     """Longer every time it fails again, and as at first once it has been right."""
@@ -379,7 +379,7 @@ def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execut
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
-def test_it_rests_where_everything_is_there(
+def test_it_pauses_where_everything_is_resident(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str
 ) -> None:
     """A few steps without a load, and nothing is asked until the next one; the scheduler goes by arrival."""
@@ -626,26 +626,26 @@ def test_a_fingerprint_is_of_the_weights(make_checkpoint: MakeCheckpoint) -> Non
     assert fingerprint({**one, "more": next(iter(one.values()))}) != fingerprint(one)
 
 
-def test_a_slip_says_the_same_as_a_new_one() -> None:
-    """Whatever was told before: other tokens of the same rows, more rows, fewer, groups, nothing."""
-    agendas = [
+def test_inputs_written_over_earlier_ones_equal_new_ones() -> None:
+    """After any earlier step: other tokens of the same rows, more rows, fewer, groups, nothing."""
+    batches = [
         PredictorBatch([3, 1], [7, 8], [[3, 1]]), PredictorBatch([3, 1], [9, 6], [[3, 1]]), PredictorBatch([3, 1], [5, 5], []),
         PredictorBatch([3, 1, 0], [4, 3, 2], [[3, 1], [0, 2]]), PredictorBatch([2], [1], [[2]]), None,
         PredictorBatch([3, 1], [7, 8], [[3, 1]]),
     ]  # fmt: skip
-    slip = PredictorInputs(3, 4, 4, torch.device("cpu"))
-    for agenda in agendas:
-        seats = [0] if agenda is None else agenda.updated
+    inputs = PredictorInputs(3, 4, 4, torch.device("cpu"))
+    for batch in batches:
+        state_rows = [0] if batch is None else batch.updated
         fresh = PredictorInputs(3, 4, 4, torch.device("cpu"))
-        for one in (slip, fresh):
-            one.write(seats, agenda)
-        told = 0 if agenda is None else len(agenda.updated)
+        for one in (inputs, fresh):
+            one.write(state_rows, batch)
+        count_updated = 0 if batch is None else len(batch.updated)
         count = int(fresh.turns[0])
-        assert torch.equal(slip.turns[: 2 + count], fresh.turns[: 2 + count])
-        assert torch.equal(slip.members[: fresh.turns[1 + count]], fresh.members[: fresh.turns[1 + count]])
-        assert torch.equal(slip.state_rows, fresh.state_rows)
-        assert torch.equal(slip.updated_rows, fresh.updated_rows)
-        assert torch.equal(slip.updated_tokens[:told], fresh.updated_tokens[:told])
+        assert torch.equal(inputs.turns[: 2 + count], fresh.turns[: 2 + count])
+        assert torch.equal(inputs.members[: fresh.turns[1 + count]], fresh.members[: fresh.turns[1 + count]])
+        assert torch.equal(inputs.state_rows, fresh.state_rows)
+        assert torch.equal(inputs.updated_rows, fresh.updated_rows)
+        assert torch.equal(inputs.updated_tokens[:count_updated], fresh.updated_tokens[:count_updated])
 
 
 def test_owners_of_rows() -> None:
@@ -664,10 +664,10 @@ def test_owners_of_rows() -> None:
 @pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("turns", [{"max_batch": 3}, {"max_batch": 2, "max_live": 5, "schedule": "group"}])
 @pytest.mark.parametrize("seed", range(2))
-def test_every_token_is_told_once(
+def test_every_token_is_taken_in_once(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str, turns: dict[str, object], seed: int
 ) -> None:
-    """Whoever comes, leaves or takes turns, at rest or awake: the predictor holds each sequence's own tokens, all but those untold."""
+    """Sequences come, leave and take turns, paused or not: the predictor's state holds each one's tokens, all but pending ones."""
     model = make_checkpoint("qwen3_moe")
     options = {"device": "cpu", "max_length": 48, "slots": 8, "prefill_chunk": 7, "execution": execution, **turns}
     random = np.random.default_rng(seed)
