@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 import transformers
 import triton
+from expertflow.memory.layout import RecordLayout
 from torch import Tensor, nn
 from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
@@ -51,7 +52,6 @@ from expertflow.kernels.fetch import fetch_records
 from expertflow.kernels.ledger import Ledger
 from expertflow.kernels.residency.state import AHEAD, BLOCKS, FRESH, HITS, LOADS, WASTES
 from expertflow.live.predictor import LivePredictor
-from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.memory.transfer import PlainTransfer
@@ -248,7 +248,7 @@ def fill(controller: CacheController, pool: SlotPool, store: HostStore) -> None:
     tables, count = controller.tables, len(store.buffer)
     tables.slot_of[:] = np.arange(count).reshape(tables.slot_of.shape)
     tables.owner[:] = np.arange(count)
-    tables.held[:] = tables.slot_of.shape[1]
+    tables.per_layer[:] = tables.slot_of.shape[1]
     tables.newer[count] = tables.older[count] = count
     tables.cursor[RESIDENT] = count
     pool.buffer.copy_(store.buffer)
@@ -397,14 +397,14 @@ def find_truth(world: World, batch: int, steps: int, tokens: Tensor, workload: W
 def remember(run: Run, truth: Truth) -> None:
     """What had been observed by step `BEGIN`: usage, and the predictor's state of the sequences that live then."""
     controller = run.controller
-    usage = controller._brain.usage  # noqa: SLF001 - as if the steps had been run
+    usage = controller._ranker.usage  # noqa: SLF001 - as if the steps had been run
     for needed in truth.needed[:BEGIN]:
         usage.learn(needed)
     if run.live_predictor is None:
         return
     before = truth.sequences[BEGIN - 1].tolist()
-    run.live_predictor.expect(NextBatch(before))
-    for column, seat in enumerate(run.live_predictor.seats(before)):
+    run.live_predictor.expect(NextBatch(before, rows=range(len(before))))
+    for column, seat in enumerate(run.live_predictor.state_rows(before)):
         mine = truth.sequences[:BEGIN, column] == truth.sequences[BEGIN - 1, column]
         tokens = truth.tokens[:BEGIN, column][torch.from_numpy(mine).to(truth.tokens.device)]
         used = torch.from_numpy(truth.routes[:BEGIN, column][mine].astype(np.int64)).to(tokens.device)
@@ -437,7 +437,9 @@ def measure(world: World, plan: Plan, row: Row, truth: Truth, name: str) -> None
         nonlocal count
         now = truth.sequences[count].tolist()
         if run.live_predictor is not None:
-            run.live_predictor.expect(NextBatch(now))
+            run.live_predictor.leave([number for number in truth.sequences[count - 1].tolist() if number not in now])
+            run.live_predictor.expect(NextBatch(now, rows=range(len(now))))
+            run.live_predictor.sampled(now, host[count])
         run.go(truth.tokens[count], now, host[count])
         best[count] = run.decoder.best
         count += 1

@@ -70,10 +70,10 @@ def measure(world: Any, name: str, wave: int, slots: int, tokens: int) -> dict[s
         batch.prefill()
         recent = np.zeros_like(controller.tables.slot_of, dtype=np.int64)
         for _ in range(DECODED):
-            before = controller._brain.usage.count.copy()  # noqa: SLF001 - what the steps used
+            before = controller._ranker.usage.count.copy()  # noqa: SLF001 - what the steps used
             batch.decode(draw(BATCH))
             controller.end_step()
-            recent += controller._brain.usage.count > before  # noqa: SLF001
+            recent += controller._ranker.usage.count > before  # noqa: SLF001
         hot = (recent >= DECODED // 2) & (controller.tables.slot_of >= 0)
         prompt, loads = DecoderBatch(world.model, draw(1, tokens), tokens, ForwardContext()), counters.loads
         _sync(world.device)

@@ -72,7 +72,7 @@ def run(llm: LLM, prompts: list[list[int]], tokens: Tensor | None, keep: int) ->
     offloaded = llm._offloaded  # noqa: SLF001
     live_predictor = offloaded.live_predictor
     if live_predictor is not None:
-        live_predictor.expect(NextBatch(live, [len(prompt) for prompt in prompts]))
+        live_predictor.expect(NextBatch(live, [len(prompt) for prompt in prompts], rows=live))
     pieces = [PromptChunk(number, prompt, number, 0) for number, prompt in enumerate(prompts)]
     said, fed = [executor.prefill(pieces).clone()], []
     for number in range(TOKENS):
@@ -81,7 +81,8 @@ def run(llm: LLM, prompts: list[list[int]], tokens: Tensor | None, keep: int) ->
         best = said[-1].argmax(-1)[: len(live)] if tokens is None else tokens[number, live]
         fed.append(best)
         if live_predictor is not None:
-            live_predictor.expect(NextBatch(live))
+            live_predictor.expect(NextBatch(live, rows=live))
+            live_predictor.sampled(live, best.tolist())
         steps = zip(live, best.tolist(), strict=True)
         said.append(executor.decode([DecodeInput(one, token, one, PROMPT + number) for one, token in steps]).clone())
     assert offloaded.handover.decoder is not None

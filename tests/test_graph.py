@@ -9,7 +9,7 @@ import torch
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
-from expertflow.cache.forecast import NextGate, PreviousStep, Recorded
+from expertflow.cache.forecast import CountsByToken, NextGate, Recorded
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import make_plan
@@ -27,7 +27,7 @@ from expertflow.sim.workload import as_recorded
 from expertflow.trace.format import load_trace
 from expertflow.units import format_bytes
 
-GRAPHS = [name for name, row in FAMILIES.items() if not row.no_graph]
+GRAPHS = [name for name, family in FAMILIES.items() if not family.no_graph]
 ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None and not row.needs_future]
 OTHER_ATTENTION = ("deepseek_v2", "deepseek_v3")
 """Families whose attention is of a form the kernel does not know."""
@@ -273,7 +273,7 @@ def test_what_cannot_be_a_graph_says_why(make_checkpoint: MakeCheckpoint, tmp_pa
     with pytest.raises(ConfigError, match="513 sequences of 2 experts"):
         open_llm(make_checkpoint("mixtral"), max_batch=513)
     with pytest.raises(ConfigError, match="goes by the facts of steps"):
-        open_llm(make_checkpoint("mixtral"), strategy="lru", forecast=PreviousStep(2, 8))
+        open_llm(make_checkpoint("mixtral"), strategy="lru", forecast=CountsByToken(2, 8))
     with pytest.raises(ConfigError, match="every later use"):
         open_llm(
             make_checkpoint("mixtral"), strategy="oracle", forecast=Recorded(np.zeros((1, 2, 8), dtype=bool), None)

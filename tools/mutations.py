@@ -50,7 +50,7 @@ MUTATIONS = (
     Mutation("four columns too few planned", "engine/plan.py", "kv = shape.kv_bytes(max_length) * live", "kv = shape.kv_bytes(max_length - 4) * live", PLAN),
     Mutation("latents planned for every head", "models/shape.py", "if skeleton.family is not None else None\n    kept", "if False else None\n    kept", PLAN),
     Mutation("the padding column not planned", "models/shape.py", "int(self.in_rows and not layer.source_length)", "0", PLAN),
-    Mutation("one slot more than the budget holds", "engine/plan.py", "return min(total, (budget - fixed - SlotPool.nbytes(row, 0)) // row)", "return min(total, (budget - fixed - SlotPool.nbytes(row, 0)) // row + 1)", PLAN),
+    Mutation("one slot more than the budget holds", "engine/plan.py", "return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes)", "return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes + 1)", PLAN),
     Mutation("dense weights planned without buffers", "models/shape.py", "total += tensor.numel() * dtype.itemsize", "total += tensor.numel() * dtype.itemsize * (name not in buffers)", PLAN),
     Mutation("top-p cut .02 too late", "execution/sampler.py", "before >= params.top_p", "before >= params.top_p + 0.02", SAMPLING),
     Mutation("top-p cut .02 too early", "execution/sampler.py", "before >= params.top_p", "before >= params.top_p - 0.02", SAMPLING),
@@ -60,7 +60,7 @@ MUTATIONS = (
     Mutation("ties go to the last token", "execution/sampler.py", "best = logits.argmax(dim=-1)", "best = logits.shape[-1] - 1 - logits.flip(-1).argmax(dim=-1)", SAMPLING),
     Mutation("the most recently used leaves", "cache/policy.py", "return Planes(before, now, usage.last_use, before)", "return Planes(-before, -now, -usage.last_use, -before)", CACHE),
     Mutation("the nearest next use leaves", "cache/policy.py", "rank = -(now + before * usage.layers)\n    return Planes(rank, -(following + used * usage.layers), -(following", "rank = now + before * usage.layers\n    return Planes(rank, following + used * usage.layers, (following", CACHE),
-    Mutation("the highest rank of a layer leaves", "cache/core.py", "row, column = layer, int(t.rank[layer].argmin())", "row, column = layer, int(np.where(np.isinf(t.rank[layer]), -np.inf, t.rank[layer]).argmax())", CACHE),
+    Mutation("the highest rank of a layer leaves", "cache/core.py", "found, expert = layer, int(t.rank[layer].argmin())", "found, expert = layer, int(np.where(np.isinf(t.rank[layer]), -np.inf, t.rank[layer]).argmax())", CACHE),
     # caches, copies and rows
     Mutation("uses of a step not counted", "cache/policy.py", "return Planes(usage.count, usage.count + 1,", "return Planes(usage.count, usage.count,", CACHE),
     Mutation("a first use counted again and again", "cache/core.py", "int(t.fresh[layer, expert]))\n        t.fresh[layer, expert] = False", "int(t.fresh[layer, expert]))", CACHE),

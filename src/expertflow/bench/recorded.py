@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.cache.controller import CacheController
-from expertflow.cache.forecast import NextGate, Nothing, Step
+from expertflow.cache.forecast import NextGate, NoForecast, Step
 from expertflow.cache.policy import Outlook
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.errors import TraceError
@@ -124,7 +124,7 @@ def fewest_loads(needed: Needs, slots: int) -> int:
     return counters.evictions  # with every slot full, a load throws somebody out
 
 
-class Follower(Nothing):
+class Follower(NoForecast):
     """A forecast that reads from the recording of the run that comes; between runs it knows nothing.
 
     Attributes:

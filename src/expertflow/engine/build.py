@@ -1,7 +1,9 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast
-from expertflow.cache.strategy import Strategy, find_strategy
+from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
@@ -27,11 +29,19 @@ from expertflow.execution.observe import StepObserver
 from expertflow.execution.passes import Passes
 from expertflow.execution.provider import CachedExperts
 from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.live.predictor import LivePredictor
-from expertflow.memory.layout import RecordLayout
+from expertflow.memory.devices import entered, free_bytes
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import HostStore, check_addresses, check_host_memory, check_locking, memory_reported
+from expertflow.memory.store import (
+    ExpertStore,
+    HostStore,
+    check_addresses,
+    check_host_memory,
+    check_locking,
+    memory_reported,
+)
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
@@ -44,6 +54,17 @@ from expertflow.units import format_bytes, parse_bytes
 
 _LONG_TO_LOAD = 1 << 30
 """Bytes of experts from which loading shows its progress: less takes a second or two."""
+
+
+def on_chosen_device(load: Callable[..., None]) -> Callable[..., None]:
+    """Make the device that was chosen the current one while a model is loaded."""
+
+    @wraps(load)
+    def entering(model: Any, prepared: Prepared, *args: Any, **kwargs: Any) -> None:
+        with entered(prepared.choices.device):
+            load(model, prepared, *args, **kwargs)
+
+    return entering
 
 
 class OffloadedModel(Uncopied):
@@ -64,6 +85,7 @@ class OffloadedModel(Uncopied):
         passes: what lets one pass at a time run.
     """
 
+    @on_chosen_device
     @memory_reported()
     @torch.inference_mode(mode=False)  # tensors made inside it could not be written to outside
     def __init__(
@@ -76,14 +98,14 @@ class OffloadedModel(Uncopied):
         """Load. See `load_model`."""
         self.plan = plan = prepared.plan
         self.skeleton, self.fingerprint = prepared.skeleton, prepared.fingerprint
-        self.device = torch.device(plan.device)
-        self._device_index = torch.cuda.current_device() if self.device.type == "cuda" else 0
+        self.device = prepared.choices.device
         self._beside = beside
-        _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped)
+        _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped, self.device)
         measured = CudaMeter(self.device) if self.device.type == "cuda" else None  # before anything is loaded
         self.stamps = stamps(prepared.tensors, prepared.skeleton.folder)
         self.model: PreTrainedModel = load_dense(prepared.skeleton, prepared.dense, self.device)
         if beside is None:
+            self.store: ExpertStore
             self.store, self.identity = _load_store(prepared, self.device, show=config.progress)
         else:
             self.store, self.identity = _store_of(beside, prepared, self.stamps), beside.identity
@@ -97,7 +119,7 @@ class OffloadedModel(Uncopied):
             layers=plan.shape.layers,
             experts=plan.shape.experts,
             slots=plan.slots,
-            strategy=_on(self.device, find_strategy(plan.strategy)),
+            strategy=_on(self.device, prepared.choices.strategy),
             record_bytes=plan.record_bytes,
             events=self.events,
             forecast=forecast or self.live_predictor,
@@ -128,13 +150,14 @@ class OffloadedModel(Uncopied):
             reason=plan.graph_unavailable_reason, measured=self.meter.watch,
         )  # fmt: skip
         self.passes = Passes(self.handover.begin_pass, self.handover.end_pass)
+        self.passes.device = self.device
         self.passes.guard(model)
         if skeleton.encoder_decoder:  # it is called on its own, too
             self.passes.guard(model.get_encoder(), begins=True)
 
     def on_device(self) -> AbstractContextManager[Any]:
         """Inside, the model's device is the current one: every thread has one of its own."""
-        return nullcontext() if self.device.type != "cuda" else torch.cuda.device(self._device_index)
+        return entered(self.device)
 
     def check_open(self) -> None:
         """Refuse to go on with a model that was closed.
@@ -220,7 +243,11 @@ def _on(device: torch.device, strategy: Strategy) -> Strategy:
 
 
 def load_model(
-    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, beside: OffloadedModel | None = None
+    model: str | Path,
+    config: EngineConfig,
+    forecast: Forecast | None = None,
+    beside: OffloadedModel | None = None,
+    formats: Formats = FORMATS,
 ) -> OffloadedModel:
     """Plan, check, load and wire.
 
@@ -229,14 +256,15 @@ def load_model(
         config: the wish.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
         beside: the same checkpoint, loaded before and open as long as this one: its experts in host memory are used too.
+        formats: how weights may be stored.
 
     Raises:
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
-    return OffloadedModel(prepare(model, config, forecast), config, forecast, beside)
+    return OffloadedModel(prepare(model, config, forecast, formats=formats), config, forecast, beside)
 
 
-def _store_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostStore:
+def _store_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> ExpertStore:
     """The experts that another loaded model keeps in host memory.
 
     Args:
@@ -251,7 +279,7 @@ def _store_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostS
         identity = beside.identity
     else:
         content = ContentHash()
-        content.read([*(piece.span for piece in prepared.pieces), *spans_of(prepared.dense)])
+        content.read([*(piece.span for piece in prepared.experts.pieces), *spans_of(prepared.dense)])
         identity = content.identity(prepared.tensors, prepared.skeleton.folder)
     if identity != beside.identity or (beside.plan.record_bytes, beside.plan.device) != (
         prepared.plan.record_bytes,
@@ -264,13 +292,14 @@ def _store_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> HostS
     return beside.store
 
 
-def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
+def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.device) -> None:
     """Refuse before loading what the host or the device cannot hold.
 
     Args:
         plan: what will be allocated.
         config: for the stated limit on host memory.
         mapped: bytes of files that are mapped while weights are loaded.
+        device: where it will run.
 
     Raises:
         HostMemoryError: if the host lacks memory.
@@ -285,7 +314,7 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
     check_addresses(plan.host + mapped + (plan.total if plan.device == "cpu" else 0))
     if plan.device == "cuda":
         check_locking(plan.host)
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = free_bytes(device)
         if plan.total > free:
             raise BudgetError(
                 f"the plan takes {format_bytes(plan.total)}, the device has {format_bytes(free)} free",
@@ -296,12 +325,11 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
 
 def _load_store(prepared: Prepared, device: torch.device, *, show: bool) -> tuple[HostStore, str]:
     """Read every expert's record into host memory; the store, and the identity of the checkpoint."""
-    store = HostStore(
-        RecordLayout.of(prepared.plan.shape.specs), prepared.plan.shape.total_experts, pin=device.type == "cuda"
-    )
-    content, total = ContentHash(), sum(piece.nbytes for piece in prepared.pieces)
+    shape = prepared.plan.shape
+    store = HostStore(shape.records, shape.total_experts, pin=device.type == "cuda")
+    content, total = ContentHash(), sum(piece.nbytes for piece in prepared.experts.pieces)
     with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
-        fill_records(prepared.pieces, store, content, bar.advance)
+        fill_records(prepared.experts.pieces, store, content, bar.advance)
     store.lock()
     content.read(spans_of(prepared.dense))
     return store, content.identity(prepared.tensors, prepared.skeleton.folder)

@@ -20,7 +20,7 @@ import torch
 from expertflow.cache.controller import as_event
 from expertflow.errors import ClosedError
 from expertflow.events import CacheCounters, Event, EventKind
-from expertflow.execution.captured.capturable import expert_mlp
+from expertflow.execution.captured.capturable import expert_mlps
 from expertflow.execution.captured.experts import DeviceExperts, SharedParts
 from expertflow.execution.captured.graph import GraphDecoder
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
@@ -81,7 +81,7 @@ class DeviceTables:
     def borrow(self) -> None:
         """Copy the controller's tables to the GPU, once no host copy is under way."""
         self._held.transfer.settle()
-        self._held.controller.lend_tables(self._experts.state.load)
+        self._held.controller.lend_tables(self._experts.state.copy_from)
         self._counted = tuple(self._experts.state.made.tolist())
         self._steps, self.lent = 0, True  # last: a loan that is broken off has not been
         self._experts.look_up_residents()
@@ -98,7 +98,7 @@ class DeviceTables:
         if not self.lent:
             return
         try:
-            self._held.controller.reclaim_tables(self._experts.state.store, self._steps)
+            self._held.controller.reclaim_tables(self._experts.state.copy_to, self._steps)
         except BaseException:
             self._abandon()  # the host may have half of it
             raise
@@ -156,7 +156,7 @@ class DeviceTables:
         if counted[1] > before[1] and self._held.live_predictor is not None:
             if any(now < then for now, then in zip(counted, before, strict=True)):  # the tally was taken meanwhile
                 before = (0, before[1], 0, 0)
-            self._held.live_predictor.loaded(*(now - then for now, then in zip(counted, before, strict=True)))
+            self._held.live_predictor.pacing.count(*(now - then for now, then in zip(counted, before, strict=True)))
             self._counted = counted
 
     def _abandon(self) -> None:
@@ -297,7 +297,8 @@ class Handover:
             self.decoder = self._tables = None
             skeleton = rows.skeleton
             with torch.inference_mode(), self._measured():
-                experts = DeviceExperts(expert_mlp(skeleton), held, batch, skeleton.top_k, log=log)
+                mlps = expert_mlps(skeleton, held.store.layout)
+                experts = DeviceExperts(mlps, held, batch, skeleton.top_k, log=log)
                 self._tables, self.decoder = DeviceTables(held, experts), GraphDecoder(rows, experts, batch)
         return self.decoder
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expertflow.errors import UnsupportedModelError
+from expertflow.memory.devices import entered
 
 Begin = Callable[[tuple[Any, ...], dict[str, Any]], None]
 """Begins a step of the expert cache; gets the arguments of the pass."""
@@ -28,6 +29,7 @@ class Passes:
 
     Attributes:
         frozen: no gradient is wanted of the model: a backward pass stops at what it returns.
+        device: made the current one during a pass.
     """
 
     def __init__(self, begin: Begin, end: Callable[[], None]) -> None:
@@ -37,6 +39,7 @@ class Passes:
         self.lock = RLock()
         self.frozen = False
         self._inside = False
+        self.device = torch.device("cpu")
 
     def guard(self, module: nn.Module, *, begins: bool = False) -> None:
         """Make every call of a module a pass; `stock_forward` has what it did before.
@@ -49,7 +52,7 @@ class Passes:
 
         @torch.compiler.disable(recursive=False, reason="passes run one at a time")
         def locked(*args: Any, **kwargs: Any) -> Any:
-            with self.lock:
+            with self.lock, entered(self.device):
                 inside = self._inside
                 try:
                     self._inside = True

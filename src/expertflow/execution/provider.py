@@ -54,7 +54,7 @@ class CachedExperts:
                 ready.popleft()  # from here on it counts as lent
                 done += 1
                 try:
-                    yield access.expert, self._pool.views[access.slot]
+                    yield access.expert, self._pool.weights(access.slot, layer)
                 finally:
                     transfer.release(access.slot)
         finally:
@@ -69,7 +69,7 @@ class CachedExperts:
     def _turns(self, layer: int, experts: list[int]) -> Generator[Access, None, None]:
         """The controller's, whose tables cannot be trusted if it fails half-way."""
         with self._or_forget():
-            yield from self.controller.turns(layer, experts)
+            yield from self.controller.accesses(layer, experts)
 
     @contextmanager
     def _or_forget(self) -> Iterator[None]:

@@ -3,12 +3,15 @@
 Must not know slots, steps and streams.
 """
 
+import torch
+
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import Strategy
 from expertflow.execution.rope import by_length
-from expertflow.kernels.reference import MAX_PAIRS, ExpertMlp
+from expertflow.formats.records import StoreLayout
+from expertflow.kernels.backend import backend
+from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp
 from expertflow.kernels.residency.state import refusal
-from expertflow.memory.layout import RecordLayout
 from expertflow.models.skeleton import Skeleton
 from expertflow.triton_support import HAS_TRITON
 
@@ -16,29 +19,29 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_t
 """The kernels' names of transformers' activations."""
 
 
-def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
-    """The kernels' description of the model's experts.
+def expert_mlps(skeleton: Skeleton, records: StoreLayout) -> tuple[ExpertMlp, ...]:
+    """The kernels' description of the experts of each MoE layer.
 
     Raises:
         ValueError: if they are no MLP the kernels know.
     """
     assert skeleton.family is not None
     module = skeleton.model.get_submodule(skeleton.expert_modules[0])
-    layout = RecordLayout.of(skeleton.specs)
     config = skeleton.config.get_text_config(decoder=True)
     name = str(getattr(config, "hidden_act", None) or getattr(config, "dense_act_fn", ""))
-    return ExpertMlp.of(
-        layout.specs,
-        layout.offsets,
-        layout.record_bytes,
-        skeleton.family.activation or _ACTIVATIONS.get(name, name),
-        transposed=bool(getattr(module, "is_transposed", False)),  # the registry's word; Switch's experts have none
-        interleaved=not getattr(module, "is_concatenated", True),
-    )
+    activation = skeleton.family.activation or _ACTIVATIONS.get(name, name)
+    transposed = bool(getattr(module, "is_transposed", False))  # the registry's word; Switch's experts have none
+    interleaved = not getattr(module, "is_concatenated", True)
+    made = {
+        key: ExpertMlp.of(layout, activation, transposed=transposed, interleaved=interleaved)
+        for key, layout in records.distinct.items()
+    }
+    return tuple(made[id(layout)] for layout in records.layers)
 
 
-def graph_refusal(
+def graph_refusal(  # noqa: PLR0913 - the last ones by keyword
     skeleton: Skeleton,
+    records: StoreLayout,
     strategy: Strategy,
     device: str,
     *,
@@ -50,6 +53,7 @@ def graph_refusal(
 
     Args:
         skeleton: the model.
+        records: how its experts are stored.
         strategy: entry of the strategy table.
         device: `cuda` or `cpu`.
         rows: sequences that step together at most.
@@ -58,16 +62,19 @@ def graph_refusal(
     """
     if device == "cuda" and not HAS_TRITON:
         return "Triton is not installed"
+    formats = {spec.format for layout in records.distinct.values() for spec in layout.specs}
+    if unread := next((one.name for one in formats if not backend(torch.device(device)).reads(one)), None):
+        return f"there is no tile loader for experts stored as {unread}"
     if rows * skeleton.top_k > MAX_PAIRS:
         return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
     # a caller's class may be older than the word
     if forecast is not None and not getattr(forecast, "foreknown", False):
         return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
     given = predicted or forecast is not None
-    return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton)
+    return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton, records)
 
 
-def _model_refusal(skeleton: Skeleton) -> str:
+def _model_refusal(skeleton: Skeleton, records: StoreLayout) -> str:
     if skeleton.family is None:
         return f"{skeleton.config.model_type!r} has no entry in the table of families"
     if skeleton.family.no_graph:
@@ -75,7 +82,7 @@ def _model_refusal(skeleton: Skeleton) -> str:
     if any(by_length(module) for module in skeleton.model.modules()):
         return "its rotary table depends on each sequence's length, which the host looks up"
     try:
-        expert_mlp(skeleton)
+        expert_mlps(skeleton, records)
     except ValueError as error:
         return str(error)
     return ""

@@ -20,12 +20,12 @@ from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.events import CacheCounters
 from expertflow.execution.captured.lanes import Lane
 from expertflow.kernels.backend import backend
-from expertflow.kernels.reference import ExpertMlp, Workspace
-from expertflow.kernels.residency.state import CacheState, Notes, Schedule
+from expertflow.kernels.mlp import ExpertMlp, Workspace
+from expertflow.kernels.residency.state import CacheState, RoutingOutput, Schedule
 from expertflow.live.batch import PredictorInputs
 from expertflow.live.predictor import LivePredictor
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import HostStore
+from expertflow.memory.store import ExpertStore
 from expertflow.memory.transfer import Transfer
 
 
@@ -34,7 +34,7 @@ class SharedParts:
     """What host and device execution share: the controller, expert store and slots, what copies records, the totals."""
 
     controller: CacheController
-    store: HostStore
+    store: ExpertStore
     pool: SlotPool
     transfer: Transfer
     counters: CacheCounters
@@ -47,7 +47,7 @@ class DeviceExperts:
     """Computes a model's experts layer by layer inside a step, eagerly or captured.
 
     Args:
-        mlp: what a record holds.
+        mlps: what a record of each layer holds.
         held: what is shared with the host execution.
         batch: sequences at most.
         top_k: experts a token uses a layer.
@@ -58,14 +58,14 @@ class DeviceExperts:
         live: int32 `[1]`, sequences that count; those behind are padding.
         asked: sequences of the coming step whose token is new to the predictor.
         logs: as above.
-        resting: the coming step gives the predictor its tokens, but takes no forecast and loads nothing ahead.
+        paused: the coming step gives the predictor its tokens, but takes no forecast and loads nothing ahead.
         fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `look_up_residents` on.
     """
 
-    def __init__(self, mlp: ExpertMlp, held: SharedParts, batch: int, top_k: int, *, log: bool) -> None:
+    def __init__(self, mlps: tuple[ExpertMlp, ...], held: SharedParts, batch: int, top_k: int, *, log: bool) -> None:
         """Allocate everything a step needs but what the model itself allocates."""
         device = held.pool.buffer.device
-        self._mlp, self._held, self._top_k = mlp, held, top_k
+        self._mlps, self._held, self._top_k = mlps, held, top_k
         controller, strategy = held.controller, held.controller.strategy.on_device()
         self.state = CacheState.allocate(
             strategy, controller.tables, device, log=log, future=controller.future, reached=controller.reached,
@@ -73,24 +73,24 @@ class DeviceExperts:
         )  # fmt: skip
         self._kernels = backend(device)
         live_predictor = held.live_predictor
-        self._slip = (
+        self._inputs = (
             None
             if live_predictor is None
             else PredictorInputs(batch, live_predictor.sequences, live_predictor.spare, device)
         )
-        notes = None
-        if live_predictor is not None and self._slip is not None:
-            notes = Notes(routes=live_predictor.routes, seats=self._slip.seats)
-            live_predictor.wake()  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
-        self._twin = self._kernels.residency(self.state, notes)
-        self._work = Workspace.allocate(mlp, batch, top_k, device)
+        routing = None
+        if live_predictor is not None and self._inputs is not None:
+            routing = RoutingOutput(routes=live_predictor.routes, state_rows=self._inputs.state_rows)
+            live_predictor.pacing.resume()  # what is captured first must have run, and a paused step runs fewer kernels
+        self._twin = self._kernels.residency(self.state, routing)
+        self._work = Workspace.allocate(mlps[0], batch, top_k, device)
         self._work.parts.zero_()  # padding reads what was never written: it has to be finite
         self.live = torch.zeros(1, dtype=torch.int32, device=device)
         self._count = 0
         self._schedules: dict[int, Schedule] = {}
         self._schedule: Schedule | None = None
         self.logs = log
-        self.fixed = self.resting = False
+        self.fixed = self.paused = False
         self.asked = 0
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._padding = torch.zeros(0)
@@ -99,7 +99,7 @@ class DeviceExperts:
 
     @property
     def _looks_ahead(self) -> bool:
-        return self._prefetches and not self.resting
+        return self._prefetches and not self.paused
 
     @property
     def predicting(self) -> bool:
@@ -114,17 +114,16 @@ class DeviceExperts:
         if len(tokens) != self._count:
             self._count = len(tokens)
             self.live.fill_(self._count)
-        self.asked, self.resting = 0, False
+        self.asked, self.paused = 0, False
         if self._held.forecast is not None and not self.fixed:
             self._foretell(self._held.forecast, number)
-        live_predictor, slip = self._held.live_predictor, self._slip
-        if slip is None or live_predictor is None or self.fixed or not self.predicting:
+        live_predictor, inputs = self._held.live_predictor, self._inputs
+        if inputs is None or live_predictor is None or self.fixed or not self.predicting:
             return
-        self.resting = live_predictor.resting
-        live_predictor.sampled(sequences, tokens)
-        agenda = live_predictor.agenda(slip.room)
-        slip.write(live_predictor.seats(sequences), agenda)
-        self.asked = 0 if agenda is None else len(agenda.told)
+        self.paused = live_predictor.pacing.paused
+        batch = live_predictor.next_batch(inputs.room)
+        inputs.write(live_predictor.state_rows(sequences), batch)
+        self.asked = 0 if batch is None else len(batch.updated)
 
     def _foretell(self, forecast: Forecast, number: int) -> None:
         """Copy the caller's own forecast of the coming step to the device, as far as a step looks ahead."""
@@ -146,22 +145,22 @@ class DeviceExperts:
         return self._kernels.blocks_of(record_bytes)
 
     def capture_variants(self) -> Iterator[None]:
-        """Yield once as the coming step is; with a predictor once more with `resting` the other way round."""
+        """Yield once as the coming step is; with a predictor once more with `paused` the other way round."""
         yield
         if self.predicting and not self.fixed:
-            self.resting = not self.resting
+            self.paused = not self.paused
             try:
                 yield
             finally:
-                self.resting = not self.resting
+                self.paused = not self.paused
 
     def prepare(self, batch: int) -> None:
         """Have the buffers for steps of `batch` sequences: they must not be allocated while a graph is captured."""
         if batch not in self._schedules:
             self._schedules[batch] = replace(Schedule.allocate(self.state, batch, self._top_k), live=self.live)
             if self.predicting and self._held.live_predictor is not None:  # what has never run is not captured
-                nobody = torch.full((batch,), self._held.live_predictor.spare, device=self.live.device)
-                self._held.live_predictor.note(nobody, torch.zeros_like(nobody))
+                spare = torch.full((batch,), self._held.live_predictor.spare, device=self.live.device)
+                self._held.live_predictor.update(spare, torch.zeros_like(spare))
 
     def open_step(self, batch: int) -> None:
         """A step of so many sequences begins, of which `live` count: forecast, plan, begin to load."""
@@ -170,21 +169,21 @@ class DeviceExperts:
             self._padding = torch.arange(batch, device=self.live.device)[:, None] >= self.live
             return
         with self._plans.work():  # beside the first layer's attention
-            live_predictor, slip = self._held.live_predictor, self._slip
-            if live_predictor is not None and slip is not None:
-                told = slip.told_seats[:batch], slip.told_tokens[:batch]
-                if self.resting:
-                    live_predictor.note(*told)
-                if self.predicting and not self.resting and live_predictor.ask(*told):
-                    self._twin.expect(live_predictor.said, slip.members, slip.turns)
+            live_predictor, inputs = self._held.live_predictor, self._inputs
+            if live_predictor is not None and inputs is not None:
+                updated = inputs.updated_rows[:batch], inputs.updated_tokens[:batch]
+                if self.paused:
+                    live_predictor.update(*updated)
+                if self.predicting and not self.paused and live_predictor.predict(*updated):
+                    self._twin.expect(live_predictor.probabilities, inputs.members, inputs.turns)
                 else:
                     self.state.known.zero_()
-            self._twin.open_step(ahead=not self.resting)
+            self._twin.open_step(ahead=not self.paused)
             self._load_ahead(0)
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
-        schedule, kernels, mlp = self._schedule, self._kernels, self._mlp
+        schedule, kernels, mlp = self._schedule, self._kernels, self._mlps[layer]
         assert schedule is not None
         hidden, index, pool = hidden.contiguous(), index.contiguous(), self._held.pool.buffer
         if self.fixed:
@@ -203,7 +202,7 @@ class DeviceExperts:
 
     def _by_phases(self, layer: int, hidden: Tensor, schedule: Schedule) -> None:
         """Fetch and compute what `run_layer` decided; plan on beside it."""
-        kernels, mlp, pool = self._kernels, self._mlp, self._held.pool.buffer
+        kernels, mlp, pool = self._kernels, self._mlps[layer], self._held.pool.buffer
         loads = self._held.store.buffer, pool, self.state.ledger, schedule.todo
         with self._corrections.work():
             kernels.fetch_records(*loads, schedule.bounds[:2])

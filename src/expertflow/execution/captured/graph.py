@@ -92,7 +92,7 @@ class GraphDecoder:
     def launch(self, batch: int, columns: int) -> None:
         """Run a step over what the buffers hold: replay its graph, or run it and capture it for the next time."""
         shape = batch, columns, self._reach, self.experts.fixed, self.experts.predicting
-        graph = self._graphs.get((*shape, self.experts.resting))
+        graph = self._graphs.get((*shape, self.experts.paused))
         if graph is not None:
             graph.replay()
             return
@@ -102,7 +102,7 @@ class GraphDecoder:
             if self._pool is not None and self.experts.predicting == shape[-1]:  # else it was switched off meanwhile
                 for _ in self.experts.capture_variants():
                     run = capture(lambda: self._run(batch, columns), self._pool)
-                    self._graphs[*shape, self.experts.resting] = run
+                    self._graphs[*shape, self.experts.paused] = run
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"the device ran out of memory while a decode step of {batch} sequences was made: {error}",

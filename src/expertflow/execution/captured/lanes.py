@@ -11,6 +11,7 @@ class Lane:
 
     def __init__(self, device: torch.device) -> None:
         """Nothing queued."""
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._apart = False
 
@@ -21,12 +22,12 @@ class Lane:
             yield
             return
         self._apart = True
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
         """The current line goes on behind what is queued here, if anything was since the last time."""
         if self._stream is not None and self._apart:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._apart = False
