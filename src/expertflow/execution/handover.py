@@ -185,7 +185,7 @@ class Handover:
         batch: sequences of a captured step at most.
         captured: the plan says that decode steps are captured.
         reason: why they are not, if they might have been; else empty.
-        watch: measures device memory while captured steps' buffers are made.
+        measured: measures device memory while captured steps' buffers are made.
 
     Attributes:
         rows: the model over its KV rows; set before the first decode step.
@@ -203,11 +203,11 @@ class Handover:
         batch: int,
         captured: bool,
         reason: str,
-        watch: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        measured: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """The host decides until a decode step comes."""
         self._controller, self._counters, self._context = held.controller, held.counters, context
-        self._batch, self._captured, self._reason, self._watch = batch, captured, reason, watch
+        self._batch, self._captured, self._reason, self._measured = batch, captured, reason, measured
         self._held: SharedParts | None = held
         self.provider: CachedExperts | None = provider
         self.rows: RowModel | EncoderDecoderRows | None = None
@@ -296,7 +296,7 @@ class Handover:
             self.settle()
             self.decoder = self._tables = None
             skeleton = rows.skeleton
-            with torch.inference_mode(), self._watch():
+            with torch.inference_mode(), self._measured():
                 mlps = expert_mlps(skeleton, held.store.layout)
                 experts = DeviceExperts(mlps, held, batch, skeleton.top_k, log=log)
                 self._tables, self.decoder = DeviceTables(held, experts), GraphDecoder(rows, experts, batch)
