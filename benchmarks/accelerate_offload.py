@@ -27,9 +27,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from expertflow import LLM, SamplingParams
-from expertflow.bench.about import commit, machine, versions
+from expertflow.bench.about import about
 from expertflow.bench.result import DECODE, PEAK, WARM, Result, Row, read_result
-from expertflow.bench.workload import Workload, make_workload
+from expertflow.bench.workload import PromptSet, read_prompt_set
 from expertflow.engine.text import load_tokenizer
 
 ROOM = 0.85
@@ -98,7 +98,7 @@ def timed(model: PreTrainedModel, prompts: list[tuple[int, ...]], tokens: int) -
 
 
 def measure(
-    model: PreTrainedModel, rows: dict[int, Row], result: Result, workload: Workload
+    model: PreTrainedModel, rows: dict[int, Row], result: Result, workload: PromptSet
 ) -> tuple[list[dict[str, Any]], dict[int, list[list[int]]]]:
     """Every batch: tokens a second decoding, beside the row compared with; and the answers of the last repeat."""
     tokens, repeats = int(result.config["tokens"]), int(result.config["repeats"])
@@ -126,7 +126,7 @@ def measure(
 
 
 def same_answers(
-    folder: Path, rows: dict[int, Row], result: Result, workload: Workload, answers: dict[int, list[list[int]]]
+    folder: Path, rows: dict[int, Row], result: Result, workload: PromptSet, answers: dict[int, list[list[int]]]
 ) -> dict[int, int]:
     """How many of the last repeat's answers are, token by token, those of the engine with the slots compared with; by batch."""
     tokens, repeat = int(result.config["tokens"]), int(result.config["repeats"])
@@ -169,22 +169,23 @@ def main() -> None:
     if options.batches:
         rows = {batch: rows[batch] for batch in map(int, options.batches.split(","))}
     peak = int(min(row.figures[PEAK].median for row in rows.values()))
-    workload = make_workload(options.prompts_file, load_tokenizer(options.model), long_prompt=0, seed=result.seed)
+    workload = read_prompt_set(options.prompts_file, load_tokenizer(options.model), long_prompt=0, seed=result.seed)
     model = load(options.model, int(peak * options.room))
     found, answers = measure(model, rows, result, workload)
-    about = {
-        "benchmark": "accelerate_offload", "date": time.strftime("%Y-%m-%d"), "commit": commit(), "seed": result.seed,
+    where = about("cuda")
+    written = {
+        **where._asdict(), "benchmark": "accelerate_offload", "seed": result.seed,
         "config": {"like": options.like.name, "room": options.room, "tokens": result.config["tokens"], "repeats": result.config["repeats"]},
-        "machine": machine("cuda"), "versions": {**versions(), "accelerate": version("accelerate")}, "rows": found,
+        "versions": {**where.versions, "accelerate": version("accelerate")}, "rows": found,
     }  # fmt: skip
-    options.out.write_text(json.dumps(about, indent=1) + "\n")  # the timings are safe, whatever comes
+    options.out.write_text(json.dumps(written, indent=1) + "\n")  # the timings are safe, whatever comes
     del model
     gc.collect()
     torch.cuda.empty_cache()
     same = same_answers(options.model, rows, result, workload, answers)
     for one in found:
         one["answers_equal"] = same[one["batch"]]
-    options.out.write_text(json.dumps(about, indent=1) + "\n")
+    options.out.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

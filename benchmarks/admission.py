@@ -13,11 +13,12 @@ Usage: python benchmarks/admission.py [--out FILE]
 import argparse
 import json
 import statistics
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
+from expertflow.bench.about import about
+from expertflow.schedule.admission import make_admission
 from expertflow.schedule.cost import Costs, fixed_part
 from expertflow.schedule.scheduler import Prefill, Scheduler
 
@@ -26,7 +27,8 @@ MACHINES = {"few slots": (0.42, 0.004, 0.012), "most slots": (0.11, 0.004, 0.002
 ROWS, CHUNK = 8, 2048
 LOADS = ((16, 16.0), (1, 16.0), (1, 0.1))
 """How much shorter requests are, and how much faster they come, than they were: more than can be served, and now and then nothing to do."""
-MODES = ("static batches", "at once", "when it pays")
+MODES = {"static batches": "static", "at once": "at once", "when it pays": "pays"}
+"""Names of the rows, and of the rules of admission."""
 
 
 def serve(machine: str, mode: str, shorter: int, faster: float, count: int = 256) -> dict[str, Any]:
@@ -39,9 +41,7 @@ def serve(machine: str, mode: str, shorter: int, faster: float, count: int = 256
     def costs() -> Costs:
         return Costs(a_pass, fixed_part(lasted), statistics.median(step for _, step in lasted) if lasted else 0.0)
 
-    scheduler = Scheduler(rows=ROWS, batch=ROWS, chunk=CHUNK, costs=costs if mode == "when it pays" else None)
-    if mode == "static batches":
-        scheduler._opportune = lambda: not scheduler.live  # type: ignore[method-assign]  # noqa: SLF001
+    scheduler = Scheduler(rows=ROWS, batch=ROWS, chunk=CHUNK, admission=make_admission(MODES[mode], costs))
     clock, passes, steps, number = 0.0, 0, 0, 0
     first: dict[int, float] = {}
     last: dict[int, float] = {}
@@ -89,7 +89,7 @@ def main() -> None:
         print(f"{row['machine']:10s} lengths / {row['shorter']:2d} {row['faster']:4.1f} times as fast {row['mode']:14s} {row['tokens_per_second']:6.1f} tok/s  {row['passes']:3d} passes {row['steps']:4d} steps  first token "
               f"{row['first_token_seconds'][0]:.2f} s (95%: {row['first_token_seconds'][1]:.2f})  later {row['token_seconds'][0] * 1e3:.1f} ms (95%: {row['token_seconds'][1] * 1e3:.1f})")  # fmt: skip
     result = {
-        "benchmark": "admission", "date": time.strftime("%Y-%m-%d"), "seed": None, "machine": {"device": "virtual clock"}, "versions": {},
+        **about()._asdict(), "benchmark": "admission", "seed": None, "machine": {"device": "virtual clock"},
         "config": {"machines": MACHINES, "rows": ROWS, "chunk": CHUNK},
         "rows": rows,
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """Requests that arrive as they did at a large service: continuous batching beside one at a time and static batches.
 
-Arrivals, prompt lengths and answer lengths of `azure_conv_256.json`, divided by `--shorter` and sped up by `--faster`, inside one budget of
+Through `LLM` and its engine. Arrivals, prompt lengths and answer lengths of `azure_conv_256.json`, divided by `--shorter` and sped up by `--faster`, inside one budget of
 device memory for all. Shape `q`: Qwen3-MoE (12 layers x 128 experts top-8), random weights and prompts of random tokens. Shape `g`:
 gpt-oss-20b's, random weights, tokens and routing of a recorded trace's sequences and a predictor trained on others.
 Modes that share a plan are served by one loaded model in turns, forwards and backwards, `--repeats` times.
@@ -9,29 +9,22 @@ later tokens.
 
 Usage: python benchmarks/arrivals_h100.py --out FILE
        python benchmarks/arrivals_h100.py --shape g --trace TEST.trace --predictor FOLDER --out FILE
+       --tiny: small widths and few requests, for a CPU
 """
 
 import argparse
-import gc
 import json
-import platform
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from engine_h100 import SEED, make_config
-from schedule_h100 import ReplayEngine, open_random, replaying, sizes_of
-from torch import Tensor
+from stand_ins import SEED, StandIn, device, make_config, parts_of, random_tokens
 
-from expertflow import SamplingParams, __version__
-from expertflow.engine.build import OffloadedModel
-from expertflow.engine.engine import Engine
-from expertflow.engine.request import Request, RequestOutput
-from expertflow.trace.format import Trace, load_trace
+from expertflow import LLM, RequestOutput, SamplingParams
+from expertflow.bench.about import about
+from expertflow.engine.request import Request
+from expertflow.trace.format import load_trace
 
 BUDGET = {"q": "8GiB", "g": "23GiB"}
 SHORTER, FASTER = {"q": 8, "g": 16}, {"q": 6.0, "g": 2.0}
@@ -45,29 +38,13 @@ MODES: dict[str, tuple[str, ...]] = {
 """By sequences of a step at most, and of those that may live."""
 
 
-class Parts:
-    """What a trace says of every request: its sequences in turn, each from where its last part ended, over and over."""
-
-    def __init__(self, trace: Trace, requests: list[tuple[float, Request]]) -> None:
-        """Tokens `[n]` and routes `[n, L, K]` of each request, prompt and answer."""
-        rows = [np.flatnonzero(trace.rows.sequence == number) for number in np.unique(trace.rows.sequence)]
-        rows.sort(key=lambda mine: -trace.rows.tokens[mine].min())  # those whose tokens are known first
-        self.known = sum(trace.rows.tokens[mine].min() >= 0 for mine in rows)
-        self.tokens: list[list[int]] = []
-        self.routes: list[npt.NDArray[np.uint8]] = []
-        begins = [0] * len(rows)
-        for _, request in requests:
-            which = request.index % len(rows)
-            needed = len(request.prompt_token_ids) + request.limit + 1
-            part = rows[which][(begins[which] + np.arange(needed)) % len(rows[which])]
-            begins[which] += needed
-            self.tokens.append(np.maximum(trace.rows.tokens[part], 0).tolist())
-            self.routes.append(trace.rows.experts[part])
+Arrival = tuple[float, list[int], int]
+"""When a request comes, the tokens of its prompt, and how many it is answered with."""
 
 
-def serve(engine: Engine, requests: list[tuple[float, Request]]) -> tuple[float, list[RequestOutput]]:
+def serve(llm: LLM, requests: list[tuple[float, Request]]) -> tuple[float, list[RequestOutput]]:
     """Let requests arrive at their times; seconds in all, and what came out."""
-    coming, outputs, began = deque(requests), [], time.perf_counter()
+    engine, coming, outputs, began = llm.engine, deque(requests), [], time.perf_counter()
     while coming or engine.unfinished:
         while coming and coming[0][0] <= time.perf_counter() - began:
             engine.add(coming.popleft()[1])
@@ -78,18 +55,24 @@ def serve(engine: Engine, requests: list[tuple[float, Request]]) -> tuple[float,
     return time.perf_counter() - began, outputs
 
 
-def make_requests(vocabulary: int, count: int, shorter: int, faster: float) -> list[tuple[float, Request]]:
-    """Arrival times, prompts and lengths of the file."""
-    random = torch.Generator().manual_seed(SEED)
+def read_arrivals(vocabulary: int, count: int, shorter: int, faster: float) -> list[Arrival]:
+    """Times, prompts of random tokens and lengths of answers, as the file has them."""
     told = json.loads((Path(__file__).parent / "azure_conv_256.json").read_text())["requests"][:count]
-    requests = []
-    for number, (when, context, answer) in enumerate(told):
-        tokens = torch.randint(3, vocabulary, (max(1, context // shorter),), generator=random).tolist()
-        limit = max(2, answer // shorter)
-        params = SamplingParams(max_tokens=limit, ignore_eos=True)
-        request = Request(index=number, prompt=None, prompt_token_ids=tuple(tokens), params=params, ends=(), limit=limit, decoder=None)  # fmt: skip
-        requests.append((when / faster, request))
-    return requests
+    lengths = [max(1, context // shorter) for _, context, _ in told]
+    tokens = random_tokens(vocabulary, sum(lengths))
+    begins = [sum(lengths[:place]) for place in range(len(lengths))]
+    return [
+        (when / faster, tokens[begin : begin + length], max(2, answer // shorter))
+        for (when, _, answer), begin, length in zip(told, begins, lengths, strict=True)
+    ]
+
+
+def make_requests(llm: LLM, arrivals: list[Arrival]) -> list[tuple[float, Request]]:
+    """Requests with their times; each has the index of its place."""
+    return [
+        (when, llm.request(prompt, SamplingParams(max_tokens=limit, ignore_eos=True), index=index))
+        for index, (when, prompt, limit) in enumerate(arrivals)
+    ]
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -99,24 +82,25 @@ def percentile(values: list[float], share: float) -> float:
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The result file, as far as it goes."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     result = {
-        "benchmark": "arrivals", "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
+        **about(device())._asdict(), "benchmark": "arrivals", "seed": SEED, "rows": rows,
         "config": {"shape": options.shape, "requests": options.requests, "shorter": options.shorter, "faster": options.faster, "schedule": SCHEDULE[options.shape], "prefill_chunk": options.prefill_chunk, "repeats": options.repeats},
-        "machine": {"device": device},
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "expertflow": __version__},
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def serve_by(mode: str, engine: Engine, requests: list[tuple[float, Request]]) -> dict[str, Any]:
-    """All requests, from the first arrival on."""
-    if mode.endswith("at once"):
-        engine._scheduler.costs = None  # noqa: SLF001 - whoever waits is let in as soon as there is a row
+def rule_of(mode: str) -> str:
+    """When waiting requests are let in."""
     if mode.startswith("static"):
-        engine._scheduler._opportune = lambda: not engine._scheduler.live  # type: ignore[method-assign]  # noqa: SLF001 - the next batch waits for the last of this one
-    seconds, outputs = serve(engine, requests)
-    assert len(outputs) == len(requests)
+        return "static"
+    return "at once" if mode.endswith("at once") else "pays"
+
+
+def serve_by(llm: LLM, mode: str, schedule: str, arrivals: list[Arrival]) -> dict[str, Any]:
+    """All requests, from the first arrival on."""
+    llm.engine.reschedule(schedule, rule_of(mode))
+    seconds, outputs = serve(llm, make_requests(llm, arrivals))
+    assert len(outputs) == len(arrivals)
     first, later = [o.first_token_seconds for o in outputs], [o.token_seconds for o in outputs]
     tokens = sum(len(o.token_ids) for o in outputs)
     return {
@@ -136,71 +120,79 @@ def show(rows: list[dict[str, Any]], budget: str) -> None:
               f"peak {row['peak_bytes'] / 2**30:.2f} GiB {'<=' if row['peak_bytes'] <= row['budget_bytes'] else '>'} {budget}", flush=True)  # fmt: skip
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=["q", "g"], default="q")
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--predictor", type=Path)
-    parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--shorter", type=int, help="lengths are divided by it; default: 8 for shape q, 16 for g")
-    parser.add_argument("--faster", type=float, help="time is; default: 6 for shape q, 2 for g")
-    parser.add_argument("--budget")
+    parser.add_argument("--requests", type=int, help="default: all 256; 6 with --tiny")
+    parser.add_argument(
+        "--shorter", type=int, help="lengths are divided by it; default: 8 for shape q, 16 for g, 64 with --tiny"
+    )
+    parser.add_argument("--faster", type=float, help="time is; default: 6 for shape q, 2 for g, 60 with --tiny")
+    parser.add_argument("--budget", help="default: 8GiB for shape q, 23GiB for g; a quarter of the experts with --tiny")
     parser.add_argument("--skip", default="nothing", help="leave out modes whose name has this in it")
     parser.add_argument("--prefill-chunk", type=int, default=512, help="tokens of a pass over prompts")
     parser.add_argument("--plans", default="8,8x32,16,1", help="those of `MODES`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape, tiny, budget = options.shape, device == "cpu", options.budget or BUDGET[options.shape]
-    options.shorter, options.faster = options.shorter or SHORTER[shape], options.faster or FASTER[shape]
-    config, rows = sizes_of("g", tiny=tiny) if shape == "g" else make_config("q", tiny=tiny), []
-    trace = load_trace(options.trace).without("repetition") if shape == "g" else None
+    parser.add_argument("--tiny", action="store_true", help="small widths and few requests; always so without CUDA")
+    options = parser.parse_args(argv)
+    options.tiny |= device() == "cpu"
+    options.requests = options.requests or (6 if options.tiny else 256)
+    options.shorter = options.shorter or (64 if options.tiny else SHORTER[options.shape])
+    options.faster = options.faster or (60.0 if options.tiny else FASTER[options.shape])
+    return options
 
-    def some(count: int) -> list[tuple[float, Request]]:
-        return make_requests(config.vocab_size, count, options.shorter, options.faster)
 
-    length = max(len(one.prompt_token_ids) + one.limit for _, one in some(options.requests)) + 1
-    for plan in options.plans.split(","):
-        modes = [mode for mode in MODES[plan] if options.skip not in mode]
-        batch, live = int(plan.split("x")[0]), int(plan.split("x")[-1])
-        wish = {"max_batch": batch, "max_live": live, "max_length": length, "prefill_chunk": options.prefill_chunk, "gpu_memory": budget,
-                "device": device, "execution": "graph", "schedule": SCHEDULE[shape] if live > batch else "fifo"}  # fmt: skip
-        offloaded = open_random(config, wish, options.predictor)
-        now = None if trace is None else replaying(offloaded, max(options.prefill_chunk, live * length))
+def measure_plan(
+    llm: LLM, modes: list[str], options: argparse.Namespace, schedule: str, arrivals: list[Arrival]
+) -> dict[str, list[dict[str, Any]]]:
+    """Every mode of one plan, forwards and backwards; first a few requests of every batch size, which captures the steps."""
+    batch = llm.plan.max_batch
+    for count in sorted({1, 3, 5, 9, 16} & set(range(batch + 1)) | {batch}):
+        llm.engine.reschedule(schedule)
+        serve(llm, [(0.0, request) for _, request in make_requests(llm, arrivals[:count])])
+    runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+    for repeat in range(options.repeats):
+        for mode in modes if repeat % 2 == 0 else modes[::-1]:
+            runs[mode].append(serve_by(llm, mode, schedule, arrivals))
+    return runs
 
-        def start(
-            requests: list[tuple[float, Request]], offloaded: OffloadedModel = offloaded, now: Tensor | None = now
-        ) -> Engine:
-            if trace is None or now is None:
-                return Engine(offloaded)
-            return ReplayEngine(offloaded, now, Parts(trace, requests))
 
-        for count in {1, 3, 5, 9, 16} & set(range(batch + 1)) | {batch}:  # shapes are captured before the clock runs
-            few = some(count)
-            serve(start(few), [(0.0, request) for _, request in few])
-        runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
-        for repeat in range(options.repeats):
-            for mode in modes if repeat % 2 == 0 else modes[::-1]:
-                requests = some(options.requests)
-                runs[mode].append(serve_by(mode, start(requests), requests))
-            peak = offloaded.measure()
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    options, rows = read_options(argv), []
+    shape, config = options.shape, make_config(options.shape, tiny=options.tiny)
+    arrivals = read_arrivals(config.vocab_size, options.requests, options.shorter, options.faster)
+    routing = None
+    if shape == "g":
+        parts = parts_of(
+            load_trace(options.trace).without("repetition"), [len(prompt) + limit for _, prompt, limit in arrivals]
+        )
+        arrivals = [(when, parts.tokens[n][: len(prompt)], limit) for n, (when, prompt, limit) in enumerate(arrivals)]
+        routing = parts.replay
+    length = max(len(prompt) + limit for _, prompt, limit in arrivals) + 1
+    strategy = "next-use" if options.predictor is None else "plec"
+    memory = {"gpu_memory": options.budget or BUDGET[shape]} if options.budget or not options.tiny else {"slots": "25%"}
+    with StandIn(config, predictor=options.predictor) as stand_in:
+        for plan in options.plans.split(","):
+            modes = [mode for mode in MODES[plan] if options.skip not in mode]
+            batch, live = int(plan.split("x")[0]), int(plan.split("x")[-1])
+            schedule = SCHEDULE[shape] if live > batch else "fifo"
+            wish = {"max_batch": batch, "max_live": live, "max_length": length, "prefill_chunk": options.prefill_chunk,
+                    "execution": "graph", "strategy": strategy, "routing": routing, **memory}  # fmt: skip
+            with stand_in.open(predicted=options.predictor is not None, **wish) as opened:
+                found, made = measure_plan(opened.llm, modes, options, schedule, arrivals), opened.llm.plan
+                peak = opened.peak
             done = [
-                {"mode": mode, "slots": offloaded.plan.slots, "runs": found, "peak_bytes": peak, "budget_bytes": offloaded.plan.budget}
-                for mode, found in runs.items()
+                {"mode": mode, "slots": made.slots, "runs": runs, "peak_bytes": peak, "budget_bytes": made.budget or made.total}
+                for mode, runs in found.items()
             ]  # fmt: skip
-            write(options, rows + done)  # a run that is cut off has lost nothing
-        rows += done
-        show(done, budget)
-        failure = None if offloaded.live_predictor is None else offloaded.live_predictor.failure
-        if failure:
-            raise SystemExit(f"the predictor failed: {failure}")
-        offloaded.close()
-        del offloaded, start, now
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+            rows += done
+            write(options, rows)  # a plan at a time: a run that is cut off has lost nothing
+            show(done, options.budget or BUDGET[shape])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from expertflow.predict.artifact import load_artifact
 from expertflow.predict.dataset import passages
 from expertflow.predict.evaluation.score import score
 from expertflow.schedule.cluster import METHODS, activated, group, in_order, pack
-from expertflow.schedule.cost import Rates, best_guesses, price
+from expertflow.schedule.cost import StepPrices, best_guesses, price
 from expertflow.sim.clock import Cost
 from expertflow.sim.predicted import PredictedRows, RowScores
 from expertflow.sim.replay import replay_sizes
@@ -87,7 +87,7 @@ def model_loads(workload: Workload, scores: RowScores, slots: int) -> float:
     for members in rounds:
         chances = scores.of(members.reshape(-1))[:, 0].astype(np.float64)
         groups = np.repeat(np.arange(turns), members.shape[1])
-        total += price(chances, groups, turns, Rates(slots=slots, load=0, step=0, expert=0)).loads
+        total += price(chances, groups, turns, StepPrices(slots=slots, load=0, step=0, expert=0)).loads
     return total / rounds.size
 
 

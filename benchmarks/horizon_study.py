@@ -9,14 +9,12 @@ usage: horizon_study.py TRACE RESULT.json [--steps N]
 
 import argparse
 import json
-import os
-import platform
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from expertflow.bench.about import about
 from expertflow.cache.forecast import NoForecast, Recorded, Step, blur
 from expertflow.cache.policy import Outlook
 from expertflow.cache.strategy import STRATEGIES
@@ -86,9 +84,8 @@ def main() -> None:
             cases.append(job.result())
             print(json.dumps(cases[-1]), flush=True)
             result = {
+                **about()._asdict(),
                 "benchmark": "horizon_study",
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
                 "config": {"trace": options.trace.name, "steps": options.steps, "policy": "next-use", "seed": 0},
                 "cases": cases,
             }

@@ -12,16 +12,14 @@ import argparse
 import gc
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
 import struct
-import subprocess
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
@@ -34,9 +32,8 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel, Qwen2MoeConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from expertflow import LLM, SamplingParams, __version__
-from expertflow.config import EngineConfig
-from expertflow.engine.build import load_model
+from expertflow import LLM, SamplingParams
+from expertflow.bench.about import about
 from expertflow.events import CacheCounters
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 64, 24, 3
@@ -198,19 +195,19 @@ def measure_loading(folder: Path, device: str) -> dict[str, Any]:
         gc.collect()
         with HostPeak() as host:
             began = time.perf_counter()
-            offloaded = load_model(folder, EngineConfig(slots="25%", device=device, max_length=256, execution="host"))
+            llm = LLM(folder, slots="25%", device=device, max_length=256, execution="host")
             seconds = time.perf_counter() - began
-        total = offloaded.plan.host + offloaded.plan.dense
+        total = llm.plan.host + llm.plan.dense
         result[name] = {
             "dropped_page_cache": dropped,
             "seconds": seconds,
             "bytes_per_second": total / seconds,
-            "store_bytes": offloaded.plan.host,
+            "store_bytes": llm.plan.host,
             "host_peak_bytes": host.peak - host.start,
-            "host_peak_over_store": (host.peak - host.start) / offloaded.plan.host,
+            "host_peak_over_store": (host.peak - host.start) / llm.plan.host,
         }
-        offloaded.close()
-        del offloaded
+        llm.close()
+        del llm
         release()
     return result
 
@@ -274,13 +271,12 @@ class Phase:
 
 def timed(llm: LLM, ids: list[list[int]]) -> tuple[Phase, Phase]:
     """Generate greedily; what prefill (up to the first tokens) and decode took and moved."""
-    counters = llm._offloaded.counters  # noqa: SLF001 - a benchmark looks inside
-    marks = [(time.perf_counter(), replace(counters))]
+    marks = [(time.perf_counter(), llm.stats.cache)]
     seen = 0
     for _ in llm.stream(ids, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)):
         seen += 1
         if seen == 1 or seen == len(ids) * NEW_TOKENS:
-            marks.append((time.perf_counter(), replace(counters)))
+            marks.append((time.perf_counter(), llm.stats.cache))
     phases = []
     for (began, before), (ended, after), tokens in zip(marks, marks[1:], (len(ids), seen - len(ids)), strict=False):
         moved = {f.name: getattr(after, f.name) - getattr(before, f.name) for f in fields(CacheCounters)}
@@ -296,7 +292,6 @@ def measure(
     limits = {"device": device, "max_batch": max(BATCHES), "max_length": PROMPT_TOKENS + NEW_TOKENS}
     rows, equal = [], True
     with LLM(folder, slots=share, strategy=strategy, execution="host", **limits) as llm:
-        model = llm._offloaded.model  # noqa: SLF001 - a benchmark looks inside
         vocabulary = llm.plan.shape.vocabulary
         for batch in BATCHES:
             runs = [timed(llm, prompts(batch, vocabulary)) for _ in range(1 + REPEATS)][1:]
@@ -321,7 +316,7 @@ def measure(
                 )
             )
         for batch, logits in zip(BATCHES, expected, strict=True):
-            got = model(torch.tensor(prompts(batch, vocabulary), device=device)).logits.cpu()
+            got = llm.model(torch.tensor(prompts(batch, vocabulary), device=device)).logits.cpu()
             equal &= torch.equal(got, logits)
     return rows, equal
 
@@ -356,17 +351,8 @@ def library_bytes() -> int:
 
 def environment() -> dict[str, Any]:
     """Machine and versions."""
-    cuda = torch.cuda.is_available()
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
-    return {
-        "device": torch.cuda.get_device_name(0) if cuda else platform.processor() or "cpu",
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "expertflow": __version__,
-        "revision": revision.stdout.strip() or "unknown",
-    }
+    found = about("cuda" if torch.cuda.is_available() else "cpu")
+    return {**found.machine, **found.versions, "date": found.date, "revision": found.commit or "unknown"}
 
 
 def show(result: dict[str, Any]) -> None:

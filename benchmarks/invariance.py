@@ -10,15 +10,14 @@ Usage: python benchmarks/invariance.py --out FILE
 
 import argparse
 import json
-import platform
-import time
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expertflow import LLM, SamplingParams, __version__
+from expertflow import LLM, SamplingParams
+from expertflow.bench.about import about
 from expertflow.bench.workload import OPENINGS
 
 LIVE, BATCH, LONGEST = 24, 8, 96
@@ -70,10 +69,8 @@ def main() -> None:
                 print(f"{dtype} {execution} {name}: {row['equal_requests']} of {row['requests']} requests equal, "
                       f"{row['tokens_before_the_first_difference'] / row['tokens']:.1%} of the tokens come before a difference", flush=True)  # fmt: skip
     result = {
-        "benchmark": "invariance", "date": time.strftime("%Y-%m-%d"), "rows": rows, "seed": 0,
+        **about(device)._asdict(), "benchmark": "invariance", "rows": rows, "seed": 0,
         "config": {"model": "shipped", "batch": BATCH, "live": LIVE, "longest": LONGEST, "slots": "50%", "schedule": "auto"},
-        "machine": {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"},
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "expertflow": __version__},
     }  # fmt: skip
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     if any(row["equal_requests"] < row["requests"] for row in rows if row["dtype"] == "float32"):

@@ -10,22 +10,19 @@ Usage: python benchmarks/kernels_h100.py [--out benchmarks/results/kernels_h100.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from expertflow import __version__
+from expertflow.bench.about import about
 from expertflow.formats.plain import plain
 from expertflow.formats.records import RecordLayout, StoreLayout
 from expertflow.kernels import experts, fetch, reference
@@ -262,11 +259,8 @@ def measure_beside(bench: FetchBench, tokens: int) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
-    return {
-        "device": torch.cuda.get_device_name(), "machine": platform.machine(), "python": platform.python_version(),
-        "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
-        "expertflow": __version__, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    found = about("cuda")
+    return {**found.machine, **found.versions, "date": found.date, "commit": found.commit}
 
 
 def spread(values: list[float], digits: int) -> str:

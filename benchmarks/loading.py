@@ -9,18 +9,18 @@ Usage: python benchmarks/loading.py --trees src,/other/tree/src --repeats 4 --ou
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import Qwen3MoeConfig
+
+from expertflow.bench.about import about
 
 SEED = 0
 SIZES = {
@@ -105,14 +105,12 @@ def main() -> None:
             for place in [*seconds] if turn % 2 == 0 else [*seconds][::-1]:
                 seconds[place].append(load(trees[place], Path(folder)))
                 print(f"tree {place}: {seconds[place][-1]:.2f} s", flush=True)
-    about = {
-        "benchmark": "loading", "date": time.strftime("%Y-%m-%d"), "seed": SEED,
+    result = {
+        **about("cuda" if torch.cuda.is_available() else "cpu")._asdict(), "benchmark": "loading", "seed": SEED,
         "config": {"shape": options.shape, "trees": len(trees), "repeats": options.repeats},
-        "machine": {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "cores": os.cpu_count()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
         "bytes": size, "seconds": list(seconds.values()),
     }  # fmt: skip
-    options.out.write_text(json.dumps(about, indent=1) + "\n")
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
     for place, found in seconds.items():
         print(
             f"tree {place}: median {statistics.median(found):.2f} s ({min(found):.2f}-{max(found):.2f}), {size / 1e9:.1f} GB"

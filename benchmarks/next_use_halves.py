@@ -8,15 +8,13 @@ usage: next_use_halves.py TRACE RESULT.json
 
 import argparse
 import json
-import os
-import platform
-import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from expertflow.bench.about import about
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import replay_sizes
@@ -52,12 +50,11 @@ def main() -> None:
                     cell = {"half": name, "strategy": row, "batch": batch, "slots": outcome.slots}
                     cells.append(cell | {"tokens": outcome.tokens, "kept_ratio": round(outcome.kept_ratio, 4)})
                     print(json.dumps(cells[-1]), flush=True)
+    where = about()
     result = {
+        **where._asdict(),
         "benchmark": "next_use_halves",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
-        "versions": {package: version(package) for package in ("numpy", "numba")}
-        | {"python": platform.python_version()},
+        "versions": {**where.versions, "numba": version("numba")},
         "config": {"trace": options.trace.name, "skip": "repetition", "seed": 0, "experts": 768},
         "cells": cells,
     }

@@ -5,8 +5,6 @@ Run: ``python benchmarks/predictor_latency.py ARTIFACT [--out FILE]``. Prints a 
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from expertflow.bench.about import about
 from expertflow.predict.artifact import load_artifact
 from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
@@ -87,17 +86,14 @@ def main() -> None:
             cell["graph_ms"] = graph_ms(online, batch)
         cells.append(cell)
         print(batch, {name: round(statistics.median(v), 4) for name, v in cell.items() if isinstance(v, list)})
-    about = load_artifact(options.artifact)
+    artifact = load_artifact(options.artifact)
+    where = about("cuda" if cuda else "cpu")
     result = {
+        **where._asdict(),
         "benchmark": "predictor_latency",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {
-            "processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if cuda else None,
-        },
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": {**where.machine, "gpu": torch.cuda.get_device_name() if cuda else None},
         "config": {
-            "made_for": about.made_for, "shape": about.shape._asdict(), "bytes": sum(p.stat().st_size for p in options.artifact.iterdir()),
+            "made_for": artifact.made_for, "shape": artifact.shape._asdict(), "bytes": sum(p.stat().st_size for p in options.artifact.iterdir()),
             "seed": 0, "repeats": _REPEATS,
         },
         "cells": cells,

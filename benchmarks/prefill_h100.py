@@ -1,124 +1,109 @@
-"""Prompts at full size: time to the first token when experts are streamed, and what the decode set loses by it.
+"""Prompts at full size, through `LLM`: time to the first token when experts are streamed, and what the decode set loses by it.
 
-Shape Q of `engine_h100.py` (12 layers x 128 experts, random weights). Four sequences decode for a while, so that the cache
-holds what decoding needs; then a prompt of random tokens is read by the host execution: every expert it needs, double
-buffered. Beside it the copy engine's time for the bytes, the turns of one slot at a time (as on a CPU), and how many of
-the experts the decode steps used and had are still there afterwards.
+Shape Q of `stand_ins.py` (12 layers x 128 experts, random weights). Four sequences decode for a while, so that the cache holds what
+decoding needs; then a prompt of random tokens is read by the host execution: every expert it needs, double buffered on a GPU. Beside
+it the copy engine's time for the bytes, and how many of the experts that most decode steps used, and that were resident, are still
+there afterwards.
 
 Usage: python benchmarks/prefill_h100.py [--out FILE]
+       --tiny: small widths, for a CPU
 """
 
 import argparse
 import json
-import platform
 import statistics
 import time
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from engine_h100 import SEED, make_world
+from stand_ins import SEED, WIDE, StandIn, device, make_config, random_tokens
 
-from expertflow.cache.controller import CacheController
-from expertflow.cache.strategy import STRATEGIES
-from expertflow.events import CacheCounters, EventStream
-from expertflow.execution.provider import CachedExperts
-from expertflow.execution.runner import DecoderBatch
-from expertflow.memory.slots import SlotPool
-from expertflow.memory.transfer import PlainTransfer, StreamTransfer
-from expertflow.models.context import ForwardContext
-from expertflow.models.load import bind_experts, unbind_experts
+from expertflow import LLM, SamplingParams
+from expertflow.bench.about import about
+from expertflow.events import Event, EventKind
 
 COPY_ENGINE = 53.5e9
 """Bytes a second, from kernels_h100.json."""
-BATCH, DECODED, REPEATS = 4, 24, 3
+BATCH, DECODED, REPEATS, READ = 4, 24, 3, 8
+"""Sequences that decode, their steps, timed repeats, and tokens of each sequence's prompt."""
 
 
-@torch.inference_mode()
-def measure(world: Any, name: str, wave: int, slots: int, tokens: int) -> dict[str, Any]:
-    """One strategy, prompts of one length."""
-    events, counters = EventStream(), CacheCounters()
-    events.subscribe(counters.count)
-    strategy = replace(STRATEGIES[name], wave=wave)
-    controller = CacheController(
-        layers=world.shape.layers, experts=world.shape.experts, slots=slots, strategy=strategy,
-        record_bytes=world.store.layout.record_bytes, events=events,
-    )  # fmt: skip
-    pool = SlotPool(world.store.layout, slots, world.device)
-    transfer = (StreamTransfer if world.device.type == "cuda" else PlainTransfer)(world.store, pool)
-    provider = CachedExperts(controller, transfer, pool)
-    bind_experts(world.model, world.skeleton, provider)
-    hook = world.model.register_forward_pre_hook(lambda *_: provider.begin_step(None))
-    random = torch.Generator().manual_seed(SEED)
+class Residents:
+    """Follows events: which experts are in slots, and how many steps used each."""
 
-    def draw(*shape: int) -> list[Any]:
-        return torch.randint(3, world.shape.vocabulary, shape, generator=random).tolist()
+    def __init__(self) -> None:
+        """Nothing is in a slot."""
+        self.now: set[tuple[int, int]] = set()
+        self.used = Counter[tuple[int, int]]()
 
-    row: dict[str, Any] = {
-        "strategy": name,
-        "wave": wave,
-        "slots": slots,
-        "tokens": tokens,
-        "ms": [],
-        "loads": [],
-        "kept": [],
-    }
-    for _ in range(REPEATS + 1):
-        batch = DecoderBatch(world.model, draw(BATCH, 8), 512, ForwardContext())
-        batch.prefill()
-        recent = np.zeros_like(controller.tables.slot_of, dtype=np.int64)
-        for _ in range(DECODED):
-            before = controller._ranker.usage.count.copy()  # noqa: SLF001 - what the steps used
-            batch.decode(draw(BATCH))
-            controller.end_step()
-            recent += controller._ranker.usage.count > before  # noqa: SLF001
-        hot = (recent >= DECODED // 2) & (controller.tables.slot_of >= 0)
-        prompt, loads = DecoderBatch(world.model, draw(1, tokens), tokens, ForwardContext()), counters.loads
-        _sync(world.device)
-        began = time.perf_counter()
-        prompt.prefill().argmax(-1).tolist()
-        row["ms"].append((time.perf_counter() - began) * 1e3)
-        row["loads"].append(counters.loads - loads)
-        row["kept"].append(float((controller.tables.slot_of[hot] >= 0).mean()))
-    for name_ in ("ms", "loads", "kept"):
-        del row[name_][0]
-    transfer.settle()
-    hook.remove()
-    unbind_experts(world.model, world.skeleton)
-    row["floor_ms"] = [count * world.store.layout.record_bytes / COPY_ENGINE * 1e3 for count in row["loads"]]
-    return row
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        expert = event.layer, event.expert
+        match event.kind:
+            case EventKind.HIT:
+                self.used[expert] += 1
+            case EventKind.MISS:
+                self.used[expert] += 1
+                self.now.add(expert)
+            case EventKind.PREFETCH:
+                self.now.add(expert)
+            case EventKind.EVICT:
+                self.now.discard(expert)
+            case _:
+                pass
 
 
-def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def measure(llm: LLM, vocabulary: int, tokens: int) -> dict[str, Any]:
+    """Prompts of one length."""
+    residents, times, loads, kept = Residents(), [], [], []
+    llm.events.subscribe(residents)
+    one, many = (SamplingParams(max_tokens=count, ignore_eos=True) for count in (1, DECODED + 1))
+    drawn = random_tokens(vocabulary, REPEATS + 1, BATCH * READ + tokens)
+    for numbers in drawn:
+        prompts = [numbers[place * READ : (place + 1) * READ] for place in range(BATCH)]
+        stream = llm.stream(prompts, many)
+        for _ in range(BATCH):
+            next(stream)
+        residents.used.clear()  # the prompts' own uses
+        for _ in stream:
+            pass
+        hot = {expert for expert, count in residents.used.items() if count >= DECODED // 2} & residents.now
+        before, began = llm.stats.cache.loads, time.perf_counter()
+        llm.generate([numbers[BATCH * READ :]], one)
+        times.append((time.perf_counter() - began) * 1e3)
+        loads.append(llm.stats.cache.loads - before)
+        kept.append(len(hot & residents.now) / max(len(hot), 1))
+    plan = llm.plan
+    return {
+        "strategy": plan.strategy, "wave": 2 if plan.device == "cuda" else 1, "slots": plan.slots, "tokens": tokens,
+        "ms": times[1:], "loads": loads[1:], "kept": kept[1:],
+        "floor_ms": [count * plan.record_bytes / COPY_ENGINE * 1e3 for count in loads[1:]],
+    }  # fmt: skip
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    world = make_world("q", device, tiny=device.type == "cpu")
-    slots, rows = world.shape.total_experts // 4, []
-    for tokens in (64, 512):
-        for name, wave in (("next-use", 1), ("next-use", 2), ("lru", 1), ("lru", 2)):
-            rows.append(row := measure(world, name, wave, slots, tokens))
-            ms, loads, kept, floor = (statistics.median(row[k]) for k in ("ms", "loads", "kept", "floor_ms"))
-            print(f"{tokens:4d} tokens {name:9s} turns of {wave}: {ms:7.1f} ms ({min(row['ms']):.1f}-{max(row['ms']):.1f}), copies alone {floor:7.1f} ms, {loads:5.0f} loads, "
-                  f"{kept:.0%} of the decode set kept", flush=True)  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="small widths; always so without CUDA")
+    options = parser.parse_args(argv)
+    config, rows = make_config("q", tiny=options.tiny or device() == "cpu"), []
+    with StandIn(config, embedding=WIDE) as stand_in:
+        for tokens in (64, 512):
+            for name in ("next-use", "lru"):
+                wish = {"max_batch": BATCH, "max_length": 520, "prefill_chunk": 512, "execution": "host"}
+                with stand_in.open(strategy=name, slots="25%", **wish) as opened:
+                    rows.append(row := measure(opened.llm, config.vocab_size, tokens))
+                ms, loads, kept, floor = (statistics.median(row[k]) for k in ("ms", "loads", "kept", "floor_ms"))
+                print(f"{tokens:4d} tokens {name:9s}: {ms:7.1f} ms ({min(row['ms']):.1f}-{max(row['ms']):.1f}), copies alone {floor:7.1f} ms, {loads:5.0f} loads, "
+                      f"{kept:.0%} of the decode set kept", flush=True)  # fmt: skip
     result = {
-        "benchmark": "prefill", "date": time.strftime("%Y-%m-%d"), "seed": SEED, "rows": rows,
-        "machine": {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **about(device())._asdict(), "benchmark": "prefill", "seed": SEED, "rows": rows,
         "config": {"shape": "q", "batch": BATCH, "decoded": DECODED, "copy_engine_bytes_per_second": COPY_ENGINE},
     }  # fmt: skip
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    world.store.close()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ routing close to even, and a step's experts about as new as chance has it: the h
 the next token depend mostly on the last one, so that equal tokens say that no strategy computes with wrong rows at
 large; bit for bit is what the tests hold.
 
-All seats of one number of slots are on the device at once. Where they do not fit beside the all-resident model, that one goes;
+All contenders of one number of slots are on the device at once. Where they do not fit beside the all-resident model, that one goes;
 where they still do not fit, the strategies named last are left out, and the result says so: name the ones that matter first.
 Where no model with all experts fits, as of Mixtral on 80 GB, rows of captured steps have nothing to be compared with (`exact` is
 null); those of the host execution are compared with on-demand loading.
@@ -32,29 +32,23 @@ import json
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from engine_h100 import SEED, random_model
-from schedule_h100 import random_rows
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from stand_ins import SEED
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from expertflow.bench.bed import release
 from expertflow.bench.measure import measure
 from expertflow.bench.presets import make_settings, names, numbers
 from expertflow.bench.result import PEAK, Result, Row, write_result
+from expertflow.bench.shared_host import release
 from expertflow.cli.bench import show
-from expertflow.engine import build
-from expertflow.memory.store import HostStore
 from expertflow.models.families import FAMILIES
-from expertflow.models.skeleton import Skeleton
+from expertflow.models.sources import RandomWeights
 
 STARTED = time.perf_counter()
 PROMPTS, SHORTEST, LONGEST = 64, 32, 64
@@ -63,6 +57,7 @@ SPECIAL = 3
 """Tokens from here on are drawn: the first ones pad, begin and end."""
 SPREAD = 200.0
 """Times the standard deviation of other weights that embeddings have: 4 instead of 0.02."""
+WEIGHTS = RandomWeights(seed=SEED, embedding=SPREAD)
 QUIET = 5.0
 """Seconds between two lines of progress."""
 
@@ -118,35 +113,6 @@ def say(text: str) -> None:
     print(f"{time.perf_counter() - STARTED:5.0f} s  {text}", flush=True)
 
 
-def fill(pieces: object, store: HostStore, content: object, *, show: bool) -> None:
-    """In place of `_fill`: draw the rows, and say how long that took."""
-    began = time.perf_counter()
-    random_rows(pieces, store, content, show=show)
-    say(f"{store.nbytes / 1e9:.1f} GB of experts drawn in {time.perf_counter() - began:.1f} s")
-
-
-def draw_dense(skeleton: Skeleton, _: object, device: torch.device) -> PreTrainedModel:
-    """In place of `load_dense`: the same weights every time."""
-    model: PreTrainedModel = random_model(skeleton, device).requires_grad_(False)
-    model.get_input_embeddings().weight.mul_(SPREAD)
-    return model
-
-
-@contextmanager
-def random_weights() -> Iterator[None]:
-    """Inside, a folder with a config alone is a checkpoint whose weights are drawn."""
-    with patch.multiple(
-        build,
-        walk=lambda _: {},
-        map_experts=lambda *_, **__: [],
-        check_dense=lambda *_, **__: None,
-        fingerprint=lambda _: "",
-        load_dense=draw_dense,
-        _fill=fill,
-    ):
-        yield
-
-
 def write_prompts(path: Path, vocabulary: int) -> None:
     """Prompts of random tokens, the same ones every time."""
     random = np.random.default_rng(SEED)
@@ -180,7 +146,7 @@ def measure_shape(shape: str, options: argparse.Namespace) -> Result:
             last[0] = time.perf_counter()
             say(f"{shape}: run {done + 1} of about {total}: {what}")
 
-    with tempfile.TemporaryDirectory() as scratch, random_weights():
+    with tempfile.TemporaryDirectory() as scratch:
         folder, prompts = Path(scratch) / name, Path(scratch) / "random_tokens.jsonl"
         config.save_pretrained(folder)
         write_prompts(prompts, config.vocab_size)
@@ -190,7 +156,7 @@ def measure_shape(shape: str, options: argparse.Namespace) -> Result:
             "tokens": options.tokens, "repeats": options.repeats, "deadline": options.deadline,
             "long_prompt": options.long_prompt, "executions": names(options.executions),
         }  # fmt: skip
-        result = measure(make_settings("paper", given), command_of(shape, options), tell)
+        result = measure(make_settings("paper", given), command_of(shape, options), tell, WEIGHTS)
     release()
     own = {"prompts_file": prompts.name, "weights": f"random, seed {SEED}"}  # the scratch folder is gone
     return replace(result, config={**result.config, **own})

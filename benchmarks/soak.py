@@ -1,6 +1,6 @@
 """Ten thousand decode steps with budgets, strategies and batches drawn at random: every logit the all-resident run's.
 
-A small Qwen3-MoE with random bf16 weights and a predictor with random weights (the worst there is: it may cost loads,
+Through `LLM` and its engine. A small Qwen3-MoE with random bf16 weights and a predictor with random weights (the worst there is: it may cost loads,
 never a bit). Each draw opens the model anew inside a budget, feeds in the tokens of the all-resident run, and compares the
 logits of every step bit for bit and the measured peak with the budget. Halfway, some draws lose sequences.
 
@@ -9,10 +9,10 @@ Usage: python benchmarks/soak.py [--steps 10000] [--out FILE]
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +20,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from expertflow import LLM
+from expertflow import LLM, SamplingParams
+from expertflow.bench.about import about
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
-from expertflow.execution.kv_rows import DecodeInput
-from expertflow.execution.runner import PromptChunk
+from expertflow.execution.replay import Replay
 from expertflow.kernels.residency.state import refusal
 from expertflow.predict.artifact import Artifact, save_artifact
 from expertflow.predict.counts import SOURCES, remember
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make
 from expertflow.predict.model import OUTPUTS, PredictorConfig
-from expertflow.trace.owners import NextBatch
 
 SEED, PROMPT, TOKENS, BATCHES = 5, 12, 250, (1, 4)
 NAMES = [name for name, row in STRATEGIES.items() if not row.needs_future and not refusal(row, given=row.predicted)]
@@ -66,30 +65,25 @@ def make_predictor(model: Path, folder: Path) -> None:
     save_artifact(artifact, folder)
 
 
-def run(llm: LLM, prompts: list[list[int]], tokens: Tensor | None, keep: int) -> tuple[Tensor, list[Tensor]]:
-    """Tokens `[N, B]` and each step's logits `[B, V]`; greedy unless tokens are given. The last `keep` steps lose a sequence."""
-    executor, live = llm.engine._executor, list(range(len(prompts)))  # noqa: SLF001
-    offloaded = llm._offloaded  # noqa: SLF001
-    live_predictor = offloaded.live_predictor
-    if live_predictor is not None:
-        live_predictor.expect(NextBatch(live, [len(prompt) for prompt in prompts], rows=live))
-    pieces = [PromptChunk(number, prompt, number, 0) for number, prompt in enumerate(prompts)]
-    said, fed = [executor.prefill(pieces).clone()], []
-    for number in range(TOKENS):
-        if number == TOKENS - keep and len(live) > 1:
-            live.pop(1)
-        best = said[-1].argmax(-1)[: len(live)] if tokens is None else tokens[number, live]
-        fed.append(best)
-        if live_predictor is not None:
-            live_predictor.expect(NextBatch(live, rows=live))
-            live_predictor.sampled(live, best.tolist())
-        steps = zip(live, best.tolist(), strict=True)
-        said.append(executor.decode([DecodeInput(one, token, one, PROMPT + number) for one, token in steps]).clone())
-    assert offloaded.handover.decoder is not None
-    offloaded.settle()
-    if live_predictor is not None:
-        live_predictor.leave(range(len(prompts)))
-    return (torch.stack(fed) if tokens is None else tokens), said
+def run(llm: LLM, prompts: list[list[int]], keep: int) -> tuple[list[list[int]], list[list[Tensor]]]:
+    """Tokens of each sequence, and its logits `[V]` step by step. The last `keep` steps lose a sequence."""
+    engine, params = llm.engine, SamplingParams(max_tokens=TOKENS + 1, ignore_eos=True)
+    numbers = [engine.add(llm.request(prompt, params, index=index)) for index, prompt in enumerate(prompts)]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logits: list[list[Tensor]] = [[] for _ in prompts]
+
+    def watch(stepped: Sequence[int], said: Tensor) -> None:
+        for number, row in zip(stepped, said.to("cpu", copy=True), strict=True):
+            logits[numbers.index(number)].append(row)
+
+    engine.watch_logits(watch)
+    while engine.unfinished:
+        for _, output in engine.step():
+            tokens[output.index].append(output.token_id)
+        if len(tokens[0]) == TOKENS - keep + 1 and len(prompts) > 1 and engine.knows(numbers[1]):
+            engine.cancel(numbers[1])
+    engine.watch_logits(None)
+    return tokens, logits
 
 
 def main() -> None:
@@ -109,21 +103,22 @@ def main() -> None:
         with LLM(model, predictor="none", **wish) as llm:
             for count in BATCHES:
                 prompts = random.integers(3, VOCABULARY, (count, PROMPT)).tolist()
-                truth[count] = prompts, *run(llm, prompts, None, 0)
+                truth[count] = prompts, *run(llm, prompts, 0)
         done, wrong, over, drawn = 0, 0, 0, Counter()
         while done < options.steps:
             name, count = str(random.choice(NAMES)), int(random.choice(BATCHES))
+            prompts, tokens, logits = truth[count]
             chosen = {"strategy": name, "predictor": str(predictor) if name == "plec" else "none"}
             least = prepare(model, EngineConfig(**wish, **chosen, slots=1)).plan
             most = least.fixed + LAYERS * EXPERTS * least.record_bytes
             budget = int(random.integers(least.total, most + 1)) if random.random() < 0.8 else least.total
-            with LLM(model, gpu_memory=budget, **wish, **chosen) as llm:
-                prompts, tokens, logits = truth[count]
+            fed = Replay(tokens=[[*prompt, *more] for prompt, more in zip(prompts, tokens, strict=True)])
+            with LLM(model, gpu_memory=budget, routing=fed, **wish, **chosen) as llm:
                 keep = TOKENS // 2 if random.random() < 0.5 else 0
-                _, said = run(llm, prompts, tokens, keep)
+                _, said = run(llm, prompts, keep)
                 for mine, theirs in zip(said, logits, strict=True):
-                    rows = [0, 2, 3] if len(mine) < len(theirs) else slice(None)
-                    wrong += not torch.equal(mine, theirs[rows])
+                    wrong += sum(not torch.equal(one, other) for one, other in zip(mine, theirs, strict=False))
+                assert [len(mine) for mine in said] == [TOKENS + 1 - keep * (place == 1) for place in range(count)]
                 over += llm.stats.peak_bytes > budget
                 assert llm.predictor_failure is None
                 drawn[name] += 1
@@ -131,10 +126,8 @@ def main() -> None:
                 print(f"{time.perf_counter() - began:4.0f} s {done:6d} steps  {name:11s} B={count} slots {llm.plan.slots:3d} of {LAYERS * EXPERTS}, keep {keep}: "
                       f"{'exact' if not wrong else f'{wrong} WRONG'}, peak {llm.stats.peak_bytes} {'<=' if not over else '>'} {budget}", flush=True)  # fmt: skip
     result = {
-        "benchmark": "soak", "date": time.strftime("%Y-%m-%d"), "seed": SEED, "steps": done, "draws": dict(drawn),
+        **about(device)._asdict(), "benchmark": "soak", "seed": SEED, "steps": done, "draws": dict(drawn),
         "steps_with_other_logits": wrong, "draws_over_budget": over, "seconds": time.perf_counter() - began,
-        "machine": {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "config": {"layers": LAYERS, "experts": EXPERTS, "batches": BATCHES, "tokens_a_draw": TOKENS, "dtype": "bfloat16"},
     }  # fmt: skip
     print(json.dumps(result))

@@ -18,8 +18,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from expertflow.bench import figures
-from expertflow.bench.report import section
+from expertflow.bench.pages import figures
+from expertflow.bench.pages.report import section
 from expertflow.bench.result import BELADY, DECODE, MOVED, PEAK, RESIDENT, WARM, Result, Row, read_result
 from expertflow.cli.strategies import page as strategies_page
 

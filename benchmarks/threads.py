@@ -8,17 +8,14 @@ Usage: python benchmarks/threads.py --device cpu --out FILE
 
 import argparse
 import json
-import os
-import platform
 import random
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from expertflow import LLM, SamplingParams
+from expertflow.bench.about import about
 
 SEED, THREADS, REQUESTS = 0, 8, 24
 
@@ -68,12 +65,9 @@ def main() -> None:
             for job in [pool.submit(work, number) for number in range(THREADS)]:
                 job.result()
         again = [llm.generate(prompt, one)[0].token_ids for prompt, one in zip(prompts, params, strict=True)]
-        cuda = llm.plan.device == "cuda"
         result = {
-            "benchmark": "threads", "date": time.strftime("%Y-%m-%d"), "seed": SEED,
+            **about(llm.plan.device)._asdict(), "benchmark": "threads", "seed": SEED,
             "config": {**settings, "threads": THREADS, "requests": REQUESTS, "seconds": options.seconds},
-            "machine": {"device": torch.cuda.get_device_name() if cuda else "cpu", "cores": os.cpu_count()},
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "execution": llm.plan.execution, "calls": dict(done), "wrong": len(wrong), "same_afterwards": again == alone,
             "left_over": llm.engine.unfinished,
         }  # fmt: skip

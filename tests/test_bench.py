@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from conftest import MakeCheckpoint
 from expertflow import LLM
-from expertflow.bench.bed import Bed, Run, Seat
 from expertflow.bench.measure import measure
 from expertflow.bench.presets import PRESETS, Settings, make_settings
 from expertflow.bench.recorded import RecordedGate, RecordedLayers, Recording, belady, fewest_loads
@@ -34,7 +33,8 @@ from expertflow.bench.result import (
     read_result,
     write_result,
 )
-from expertflow.bench.workload import OPENINGS, make_workload
+from expertflow.bench.shared_host import Contender, Run, SharedHost
+from expertflow.bench.workload import OPENINGS, read_prompt_set
 from expertflow.cache.forecast import Step
 from expertflow.cache.policy import Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES
@@ -141,16 +141,16 @@ def test_a_strategy_with_other_tokens_is_noticed(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One wrong token of one strategy makes its rows, and no others, inexact."""
-    run = Seat.run
+    run = Contender.run
 
-    def wrong(self: Seat, prompts: Any, tokens: int) -> Run:
+    def wrong(self: Contender, prompts: Any, tokens: int) -> Run:
         right = run(self, prompts, tokens)
         if self.plan.strategy != "lru":
             return right
         first, *others = right.tokens
         return right._replace(tokens=((*first[:-1], first[-1] ^ 1), *others))
 
-    monkeypatch.setattr(Seat, "run", wrong)
+    monkeypatch.setattr(Contender, "run", wrong)
     made = measure(small(make_checkpoint("qwen3_moe"), batches=(1,)), "", quiet)
     judged = {row.strategy: row.exact for row in made.rows if row.state == WARM}
     assert judged == {"lru": False, "next-use": True, BELADY: None, RESIDENT: None}
@@ -167,14 +167,14 @@ def test_a_full_device_is_measured_without_the_whole_model(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where all experts do not fit, the result says so, on-demand loading gives the tokens, and the link alone bounds the speed."""
-    seat = Bed.seat
+    contender = SharedHost.contender
 
-    def full(self: Bed, strategy: str, slots: str, execution: str) -> Seat:
+    def full(self: SharedHost, strategy: str, slots: str, execution: str) -> Contender:
         if slots == "100%":
             raise BudgetError("the device is full", "Use less.", 1)
-        return seat(self, strategy, slots, execution)
+        return contender(self, strategy, slots, execution)
 
-    monkeypatch.setattr(Bed, "seat", full)
+    monkeypatch.setattr(SharedHost, "contender", full)
     made = measure(small(make_checkpoint("qwen3_moe"), batches=(1,)), "", quiet)
     assert made.left_out == ("resident: the device is full",)
     rows = [row for row in made.rows if row.strategy != BELADY]
@@ -320,15 +320,15 @@ def test_prompts_come_from_texts_and_ids(tmp_path: Path) -> None:
     """JSON lines may hold ids; runs take other prompts as long as there are enough; damage names the line."""
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps({"tokens": [number, number]}) for number in range(1, 7)))
-    workload = make_workload(path, None, long_prompt=5, seed=0)
+    workload = read_prompt_set(path, None, long_prompt=5, seed=0)
     seen = [prompt for run in range(3) for prompt in workload.batch(2, run)]
     assert sorted(seen) == [(number, number) for number in range(1, 7)]
     assert len(workload.long) == 5
     path.write_text('{"text": "a"}')
     with pytest.raises(PromptError, match="line 1 has neither"):
-        make_workload(path, None, long_prompt=0, seed=0)
+        read_prompt_set(path, None, long_prompt=0, seed=0)
     with pytest.raises(PromptError, match="no tokenizer"):
-        make_workload(None, None, long_prompt=0, seed=0)
+        read_prompt_set(None, None, long_prompt=0, seed=0)
     assert len(set(OPENINGS)) == len(OPENINGS) >= 32
 
 

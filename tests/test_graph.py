@@ -23,6 +23,7 @@ from expertflow.models.attention import layer_kinds
 from expertflow.models.families import FAMILIES
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import build_skeleton
+from expertflow.schedule.admission import AtOnce
 from expertflow.sim.workload import as_recorded
 from expertflow.trace.format import load_trace
 from expertflow.units import format_bytes
@@ -229,7 +230,7 @@ def test_streams_side_by_side_do_not_disturb_one_another(make_checkpoint: MakeCh
         alone = [llm.generate(prompt, params)[0].token_ids for prompt in PROMPTS[:2]]
         happened: list[Event] = []
         llm._offloaded.events.subscribe(happened.append)
-        llm.engine._scheduler.costs = None  # the second is let in at once, however fast this machine is
+        llm.engine._scheduler.admission = AtOnce()  # the second is let in at once, however fast this machine is
         streams = [llm.stream(prompt, params) for prompt in PROMPTS[:2]]
         both: list[list[int]] = [[], []]
         for _ in range(7):

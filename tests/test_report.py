@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from expertflow.bench import figures
-from expertflow.bench.bounds import over_bounds
-from expertflow.bench.goals import verdicts
-from expertflow.bench.report import section, write_report
+from expertflow.bench.pages import figures
+from expertflow.bench.pages.bounds import over_bounds
+from expertflow.bench.pages.goals import verdicts
+from expertflow.bench.pages.report import section, write_report
 from expertflow.bench.result import (
     BELADY,
     DECODE,

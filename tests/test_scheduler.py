@@ -20,23 +20,24 @@ from expertflow.errors import CancelledError, ConfigError
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.models.families import FAMILIES
+from expertflow.schedule.admission import ADMISSIONS, LONGEST_WAIT, WhenItPays, make_admission
 from expertflow.schedule.cluster import in_order
 from expertflow.schedule.cost import (
     LEAST_FIXED,
     Costs,
-    Rates,
+    StepPrices,
     best_guesses,
     cheapest,
     expected_loads,
     fixed_part,
     price,
 )
-from expertflow.schedule.scheduler import LONGEST_WAIT, Decode, Part, Prefill, Scheduler
+from expertflow.schedule.scheduler import Decode, Part, Prefill, Scheduler
 from test_live_predictor import MakePredictor, make_predictor  # noqa: F401 - a fixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_ROWS = list(FAMILIES)
-RATES = Rates(slots=4, load=1.0, step=0.1, expert=0.01)
+RATES = StepPrices(slots=4, load=1.0, step=0.1, expert=0.01)
 
 
 def chances_of(numbers: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -103,7 +104,14 @@ def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int],
 def test_nobody_is_lost_or_served_twice(rows: int, batch: int, chunk: int, seed: int, policy: str) -> None:
     """Random arrivals, cancellations, lengths and limits: each request that is not cancelled gets its tokens, once."""
     scheduler = Scheduler(
-        rows=rows, batch=batch, chunk=chunk, policy=policy, rates=RATES, top_k=2, ask=chances_of, preview=chances_of
+        rows=rows,
+        batch=batch,
+        chunk=chunk,
+        policy=policy,
+        rates=RATES,
+        top_k=2,
+        expected=chances_of,
+        preview=chances_of,
     )
     drive(scheduler, seed, 25)
     assert sorted(scheduler._free) == list(range(rows))
@@ -182,7 +190,7 @@ def test_turns_say_who_comes_next() -> None:
 def test_routes_decide_who_steps_together() -> None:
     """With routes of three kinds, three groups are made of one kind each; `auto` does the same where loads cost."""
     for policy in ("group", "auto"):
-        scheduler = Scheduler(rows=9, batch=3, chunk=100, policy=policy, rates=RATES, top_k=2, ask=chances_of)
+        scheduler = Scheduler(rows=9, batch=3, chunk=100, policy=policy, rates=RATES, top_k=2, expected=chances_of)
         for number in range(9):
             scheduler.add(number, 1)
         turns: list[tuple[int, ...]] = []
@@ -204,8 +212,8 @@ def test_auto_stops_asking_where_it_does_not_pay() -> None:
         asked.append(len(numbers))
         return chances_of(numbers)
 
-    rates = Rates(slots=100, load=1.0, step=0.1, expert=0.0, divide=0.1)
-    scheduler = Scheduler(rows=4, batch=2, chunk=100, policy="auto", rates=rates, top_k=2, ask=ask)
+    rates = StepPrices(slots=100, load=1.0, step=0.1, expert=0.0, divide=0.1)
+    scheduler = Scheduler(rows=4, batch=2, chunk=100, policy="auto", rates=rates, top_k=2, expected=ask)
     for number in range(4):
         scheduler.add(number, 1)
     for _ in range(260):  # two turns a round
@@ -218,7 +226,7 @@ def test_auto_stops_asking_where_it_does_not_pay() -> None:
 def test_no_waiting_request_is_passed_over_for_ever() -> None:
     """Requests of a popular route overtake another one, but not more than `patience` times."""
     scheduler = Scheduler(
-        rows=2, batch=2, chunk=100, policy="group", patience=3, ask=chances_of, preview=chances_of, top_k=2
+        rows=2, batch=2, chunk=100, policy="group", patience=3, expected=chances_of, preview=chances_of, top_k=2
     )
     for number in range(0, 36, 3):  # all of one kind, the live ones too
         scheduler.add(number, 1)
@@ -240,7 +248,7 @@ def test_no_waiting_request_is_passed_over_for_ever() -> None:
 
 def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
     """Three step, one waits: a pass that costs two rounds waits for eight, but for none where nobody steps."""
-    scheduler = Scheduler(rows=4, batch=4, chunk=10, costs=lambda: Costs(2.0, 1.0, 1.0))
+    scheduler = Scheduler(rows=4, batch=4, chunk=10, admission=WhenItPays(lambda: Costs(2.0, 1.0, 1.0)))
     for number in range(4):
         scheduler.add(number, 2)
     assert [part.sequence for part in scheduler.next().parts] == [0, 1, 2, 3]
@@ -261,7 +269,7 @@ def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
 
 def test_nobody_waits_longer_than_a_few_passes_take() -> None:
     """Seven step and lose next to nothing by an empty row: the eighth is let in all the same once it waited four passes."""
-    scheduler = Scheduler(rows=8, batch=8, chunk=100, costs=lambda: Costs(3.0, 0.01, 1.0))
+    scheduler = Scheduler(rows=8, batch=8, chunk=100, admission=WhenItPays(lambda: Costs(3.0, 0.01, 1.0)))
     for number in range(7):
         scheduler.add(number, 2)
     scheduler.done(scheduler.next())
@@ -275,7 +283,7 @@ def test_nobody_waits_longer_than_a_few_passes_take() -> None:
 
 def test_nobody_waits_beside_a_prompt_that_is_read() -> None:
     """A long prompt is read chunk by chunk between rounds: whoever comes is let in with its next pass; what was lost for one who left is forgotten."""
-    scheduler = Scheduler(rows=4, batch=4, chunk=10, costs=lambda: Costs(9.0, 0.01, 1.0))
+    scheduler = Scheduler(rows=4, batch=4, chunk=10, admission=WhenItPays(lambda: Costs(9.0, 0.01, 1.0)))
     scheduler.add(0, 2)
     scheduler.done(scheduler.next())
     scheduler.next()
@@ -294,6 +302,49 @@ def test_nobody_waits_beside_a_prompt_that_is_read() -> None:
     turns = [scheduler.next() for _ in range(2)]
     assert scheduler.live == 3
     assert any(isinstance(turn, Prefill) for turn in turns)
+
+
+def test_rules_of_admission_differ_beside_live_sequences() -> None:
+    """Beside a sequence that steps, `at once` reads the next prompt, `static` waits for its end, `pays` until it pays."""
+    found = {}
+    for name in ADMISSIONS:
+        scheduler = Scheduler(rows=4, batch=4, chunk=10, admission=make_admission(name, lambda: Costs(4.0, 1.0, 1.0)))
+        scheduler.add(0, 2)
+        scheduler.done(scheduler.next())
+        scheduler.next()
+        scheduler.add(1, 2)
+        found[name] = [isinstance(scheduler.next(), Prefill) for _ in range(20)].count(True)
+        scheduler.remove(0)
+        assert isinstance(scheduler.next(), Prefill)
+    assert found == {"pays": found["pays"], "at once": found["at once"], "static": 0}
+    assert found["at once"] > found["pays"] > 0
+    with pytest.raises(ConfigError, match="admission='later'"):
+        make_admission("later", lambda: Costs(0.0, 0.0, 0.0))
+
+
+def test_an_idle_engine_takes_other_rules(make_checkpoint: MakeCheckpoint) -> None:
+    """Rules change between requests, not under them; unknown ones and those without a predictor are refused."""
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with LLM(
+        make_checkpoint("qwen3_moe"), slots=5, device="cpu", max_length=32, max_batch=2, admission="static"
+    ) as llm:
+        engine, firsts = llm.engine, []
+        for rule in ("static", "at once"):
+            engine.reschedule(admission=rule)
+            engine.add(llm.request([5, 6, 7], SamplingParams(max_tokens=9, ignore_eos=True)))
+            engine.step()
+            engine.add(llm.request([8, 9], params, index=1))
+            with pytest.raises(ConfigError, match="in the engine"):
+                engine.reschedule()
+            order = []
+            while engine.unfinished:
+                order += [output.index for _, output in engine.step()]
+            firsts.append(order.index(1))
+        assert firsts[0] == 8  # behind the other's last token
+        assert firsts[1] < 3
+        for wrong in ({"schedule": "sideways"}, {"schedule": "group"}, {"admission": "never"}):
+            with pytest.raises(ConfigError):
+                engine.reschedule(**wrong)
 
 
 def test_a_slow_first_pass_holds_nobody_back(make_checkpoint: MakeCheckpoint) -> None:
@@ -344,7 +395,11 @@ def test_long_prompts_do_not_crawl_beside_short_ones() -> None:
 @settings(max_examples=30)
 def test_economy_loses_nobody(rows: int, seed: int, cost: float) -> None:
     """Whatever a pass costs, everybody is served in the end."""
-    drive(Scheduler(rows=rows, batch=2 if rows > 1 else 1, chunk=10, costs=lambda: Costs(cost, 1.0, 1.0)), seed, 15)
+    drive(
+        Scheduler(rows=rows, batch=2 if rows > 1 else 1, chunk=10, admission=WhenItPays(lambda: Costs(cost, 1.0, 1.0))),
+        seed,
+        15,
+    )
 
 
 @given(seed=st.integers(0, 999), slots=st.integers(0, 40), count=st.integers(2, 9), batch=st.integers(1, 5))
@@ -352,7 +407,7 @@ def test_economy_loses_nobody(rows: int, seed: int, cost: float) -> None:
 def test_the_price_of_a_division(seed: int, slots: int, count: int, batch: int) -> None:
     """With certain routes loads are those of the best fixed set of experts; finer groups never cost less."""
     routes = np.random.default_rng(seed).random((count, 2, 12)) < 0.2
-    rates = Rates(slots=slots, load=1.0, step=0.1, expert=0.01)
+    rates = StepPrices(slots=slots, load=1.0, step=0.1, expert=0.01)
     groups = -(-count // batch)
     division = price(routes.astype(float), in_order(count, groups), groups, rates)
     uses = Counter(

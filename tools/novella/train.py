@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
+from expertflow.bench.about import about
 from novella.constants import TOKENIZER_DIR, Recipe, Shape
 from novella.data import Corpus, load_corpus
 from novella.loop import Run, measure, resume, start_run, summary, train
@@ -163,13 +162,8 @@ def plan_run(options: argparse.Namespace, corpus: Corpus, run: Run, *, beside: b
 def environment(options: argparse.Namespace) -> dict[str, Any]:
     """Say what the run ran on."""
     cuda = options.device.startswith("cuda")
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(0) if cuda else "cpu",
-        "gpus": torch.cuda.device_count() if cuda else 0,
-    }
+    found = about("cuda" if cuda else "cpu")
+    return {**found.versions, "device": found.machine["device"], "gpus": torch.cuda.device_count() if cuda else 0}
 
 
 def finish_moe(run: Run, options: argparse.Namespace) -> dict[str, Any]:

@@ -71,8 +71,7 @@ def build(
         model = SwitchTransformersForConditionalGeneration(make_config(shape, experts=1))
         for path, module in list(model.named_modules()):
             if isinstance(module, SwitchTransformersSparseMLP):
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, GroupedExperts(shape, recipe.capacity).to(dtype))
+                model.set_submodule(path, GroupedExperts(shape, recipe.capacity).to(dtype))
     return model.to(device=device, dtype=dtype).train()
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from expertflow import LLM, SamplingParams
-from expertflow.bench.about import commit, machine, versions
-from expertflow.bench.workload import make_workload
+from expertflow.bench.about import about
+from expertflow.bench.workload import read_prompt_set
 from switch.constants import PROMPTS_FILE
 
 SCHEDULES = ("fifo", "group", "auto")
@@ -54,7 +54,7 @@ def measure(
         repeats: timed runs of each schedule, behind one that warms up.
         device: `cuda` or `cpu`.
     """
-    prompts = make_workload(folder / PROMPTS_FILE, None, long_prompt=0, seed=0).prompts
+    prompts = read_prompt_set(folder / PROMPTS_FILE, None, long_prompt=0, seed=0).prompts
     longest = max(map(len, prompts)) + tokens
     options = {"slots": slots, "max_batch": batch, "max_live": live, "max_length": longest, "prefill_chunk": batch * longest, "device": device}  # fmt: skip
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in SCHEDULES}
@@ -82,6 +82,5 @@ def measure(
 
 def write(out: Path, rows: list[dict[str, Any]], device: str) -> None:
     """The result file."""
-    about = {"benchmark": "switch_schedule", "date": time.strftime("%Y-%m-%d"), "commit": commit(), "seed": 0, "machine": machine(device),
-             "versions": versions(), "rows": rows}  # fmt: skip
-    out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    result = {**about(device)._asdict(), "benchmark": "switch_schedule", "seed": 0, "rows": rows}
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

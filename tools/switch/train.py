@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from expertflow.bench.about import about
 from switch.constants import PROMPTS_FILE, REPORT_FILE, TINY, TRAINING_PROMPTS_FILE, Recipe, Shape
 from switch.data import (
     Corpus,
@@ -124,12 +123,12 @@ def train(
     write_prompts(
         folder / TRAINING_PROMPTS_FILE, text.corpus.train, text.corpus.sentinel, training, recipe.training_prompts
     )
+    where = about(device.type)
     report = {
         "shape": asdict(shape), "recipe": asdict(recipe), "steps": step, "seconds": round(spent, 1),
         "tokens": step * recipe.batch * recipe.raw, "corpus_tokens": len(text.corpus.train), "curve": curve,
         "heldout_before": before, "heldout": after, **size,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "machine": where.machine["device"], "versions": where.versions,
     }  # fmt: skip
     if device.type == "cuda":
         report["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)

@@ -1,22 +1,46 @@
-"""What a result says of its circumstances: machine, versions, commit. Knows the machine; refuses to know the run."""
+"""The circumstances of a measurement: date, commit, machine and versions. Knows the machine; must not know what was measured."""
 
 import os
 import platform
 import shutil
 import subprocess
+import time
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
-import transformers
 
 from expertflow import __version__
 from expertflow.files import processor
 
+_LIBRARIES = ("torch", "transformers", "triton", "numpy")
 
-def machine(device: str) -> dict[str, str | int]:
-    """Processor, cores, memory, and the GPU if that is what ran."""
-    about: dict[str, str | int] = {
+
+class About(NamedTuple):
+    """What a result says of its circumstances; `_asdict` has the keys of every result file.
+
+    Attributes:
+        date: of the measurement, `YYYY-MM-DD`.
+        commit: of the source, with `+` if files differ from it; empty where there is no repository.
+        machine: processor, cores, memory in bytes, and the GPU if that is what ran.
+        versions: of everything that a number may depend on, by name.
+    """
+
+    date: str
+    commit: str
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+
+
+def about(device: str = "cpu") -> About:
+    """The circumstances of a measurement that ran now.
+
+    Args:
+        device: `cuda` or `cpu`, where it ran.
+    """
+    machine: dict[str, str | int] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "processor": processor(),
         "system": platform.system(),
@@ -25,32 +49,27 @@ def machine(device: str) -> dict[str, str | int]:
         "host_bytes": int(psutil.virtual_memory().total),
     }
     if device == "cuda":
-        about["device_bytes"] = torch.cuda.get_device_properties(0).total_memory
-    return about
-
-
-def versions() -> dict[str, str]:
-    """Everything that a number may depend on."""
-    found = {
-        "expertflow": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+        machine["device_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    versions = {"expertflow": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    versions["torch"] = torch.__version__  # with the name of its CUDA build
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+        versions["cuda"] = torch.version.cuda
+    return About(time.strftime("%Y-%m-%d"), _commit(), machine, versions)
 
 
-def commit() -> str:
-    """The commit of the source, with `+` if files differ from it; empty where there is no repository."""
+def _commit() -> str:
     folder, git = Path(__file__).parents[3], shutil.which("git")
     if git is None or not (folder / ".git").exists():
         return ""
 
-    def ask(*arguments: str) -> str | None:
+    def run(*arguments: str) -> str | None:
         done = subprocess.run([git, "-C", str(folder), *arguments], capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
         return done.stdout.strip() if done.returncode == 0 else None
 
-    head, changed = ask("rev-parse", "--short", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+    head, changed = run("rev-parse", "--short", "HEAD"), run("status", "--porcelain", "--untracked-files=no")
     return "" if head is None else head + ("+" if changed else "")

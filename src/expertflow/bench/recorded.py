@@ -2,7 +2,7 @@
 
 Belady's loads are counted by the engine's own decision core, step by step, and need no model. The gate of `pregated` reads
 hidden states that a model of another make would have to be trained for; here it answers from the recording, with its
-published share of mistakes. Knows recordings; refuses to know how they are made.
+published share of mistakes. Knows recordings; must not know how they are made.
 """
 
 from dataclasses import dataclass
@@ -60,8 +60,8 @@ def read_recording(path: Path) -> Recording:
     return Recording(needed=needed, decode=decode)
 
 
-class Least(NamedTuple):
-    """What no policy can better, whatever its slots held when a run began.
+class BeladyBound(NamedTuple):
+    """The fewest loads of any policy, whatever was in its slots when a run began.
 
     Attributes:
         kept: share of the decoding steps' needs that can be kept.
@@ -74,7 +74,7 @@ class Least(NamedTuple):
     kept_all: float
 
 
-def belady(recording: Recording, slots: int, repeats: int) -> Least:
+def belady(recording: Recording, slots: int, repeats: int) -> BeladyBound:
     """Belady's rule on runs 1 to `repeats`, as a bound.
 
     Decoding steps are bounded run by run, as if prompts cost nothing and left the best slots behind; the whole is bounded over
@@ -91,7 +91,7 @@ def belady(recording: Recording, slots: int, repeats: int) -> Least:
     loads = sum(fewest_loads(needed, slots) for needed in decoding)
     needs = sum(int(needed.sum()) for needed in decoding)
     whole = recording.needed[everything]
-    return Least(
+    return BeladyBound(
         kept=1 - loads / max(needs, 1),
         loads=loads / max(sum(map(len, decoding)), 1),
         kept_all=1 - fewest_loads(whole, slots) / max(int(whole.sum()), 1),
@@ -99,7 +99,7 @@ def belady(recording: Recording, slots: int, repeats: int) -> Least:
 
 
 def fewest_loads(needed: Needs, slots: int) -> int:
-    """Loads that nobody can avoid, even with the best slots to begin with: Belady's, those into empty slots left aside.
+    """Loads that no policy can avoid, even with the best slots to begin with: Belady's, without those into empty slots.
 
     Args:
         needed: `[N, L, E]` bool, the experts of every pass.
@@ -121,11 +121,11 @@ def fewest_loads(needed: Needs, slots: int) -> int:
         controller.begin_step()
         for layer in np.flatnonzero(step.any(axis=1)).tolist():
             controller.access(layer, np.flatnonzero(step[layer]).tolist())
-    return counters.evictions  # with every slot full, a load throws somebody out
+    return counters.evictions  # with every slot full, a load evicts an expert
 
 
-class Follower(NoForecast):
-    """A forecast that reads from the recording of the run that comes; between runs it knows nothing.
+class RecordedForecast(NoForecast):
+    """A forecast that reads the recording of the coming run; between runs it has none.
 
     Attributes:
         note: what a reader of its rows has to know.
@@ -135,30 +135,30 @@ class Follower(NoForecast):
     foreknown = True
 
     def __init__(self) -> None:
-        """Knows nothing yet."""
-        self._said: list[Outlook | None] = []
+        """Start without a recording."""
+        self._outlooks: list[Outlook | None] = []
         self._first: int | None = None
 
     def follow(self, needed: Needs | None) -> None:
-        """The passes that come now, `[N, L, E]`; None: nobody recorded them. What is said of them is made here, outside the clock."""
-        self._said = [] if needed is None else [self.read(number, needed) for number in range(len(needed))]
+        """Take the passes that come next, `[N, L, E]`; None: they were not recorded. All outlooks are made here, outside the timing."""
+        self._outlooks = [] if needed is None else [self.read(number, needed) for number in range(len(needed))]
         self._first = None
 
     def outlook(self, step: Step) -> Outlook | None:
         """What is known of this pass; None behind the recording's end."""
-        if not self._said:
+        if not self._outlooks:
             return None
         if self._first is None:
             self._first = step.number
         number = step.number - self._first
-        return None if number >= len(self._said) else self._said[number]
+        return None if number >= len(self._outlooks) else self._outlooks[number]
 
     def read(self, number: int, needed: Needs) -> Outlook | None:
         """What is known of pass `number`."""
         raise NotImplementedError
 
 
-class RecordedGate(Follower):
+class RecordedGate(RecordedForecast):
     """The next layer's gate, one layer early.
 
     Args:
@@ -167,7 +167,7 @@ class RecordedGate(Follower):
     """
 
     def __init__(self, recall: float, seed: int) -> None:
-        """Knows nothing yet."""
+        """Start without a recording."""
         super().__init__()
         self._recall, self._seed = recall, seed
         self.note = f"the gate is simulated: it foresees {recall:.0%} of a layer's experts, its published recall"
@@ -177,10 +177,10 @@ class RecordedGate(Follower):
         return NextGate(needed, self._recall, self._seed).outlook(Step(number))
 
 
-class RecordedLayers(Follower):
-    """Every expert of the layers that a pass reaches: what a ring has to know where an encoder and a decoder take turns."""
+class RecordedLayers(RecordedForecast):
+    """Every expert of the layers that a pass reaches: what a ring has to know where an encoder and a decoder alternate."""
 
-    note = "it is told whether the encoder or the decoder runs, and goes round the layers of that one"
+    note = "it knows whether the encoder or the decoder runs, and goes round the layers of that one"
 
     def read(self, number: int, needed: Needs) -> Outlook | None:
         """All experts of these layers."""

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from expertflow.bench.bed import Run
-from expertflow.bench.recorded import Least
+from expertflow.bench.recorded import BeladyBound
 from expertflow.bench.result import (
     BELADY,
     DECODE,
@@ -21,6 +20,7 @@ from expertflow.bench.result import (
     Figure,
     Row,
 )
+from expertflow.bench.shared_host import Run
 from expertflow.engine.plan import Plan
 
 
@@ -34,7 +34,7 @@ class Bounds(NamedTuple):
     """
 
     resident: Row | None
-    least: Least | None
+    least: BeladyBound | None
     link_gbps: float
 
 
@@ -66,7 +66,7 @@ def resident_row(plan: Plan, batch: int, runs: Sequence[Run], peak: int) -> Row:
     )  # fmt: skip
 
 
-def belady_row(plan: Plan, batch: int, least: Least) -> Row:
+def belady_row(plan: Plan, batch: int, least: BeladyBound) -> Row:
     """What Belady would have kept and moved."""
     figures = {
         KEPT: Figure(values=(round(least.kept, 6),), unit="share"),
@@ -135,5 +135,5 @@ def _speed_bound(plan: Plan, batch: int, bounds: Bounds) -> tuple[float, str] | 
     return round(batch / step, 6), "all experts resident"
 
 
-def _bounded(figure: Figure, bound: float, said: str) -> Figure:
-    return Figure(values=figure.values, unit=figure.unit, bound=bound, bound_is=said)
+def _bounded(figure: Figure, bound: float, name: str) -> Figure:
+    return Figure(values=figure.values, unit=figure.unit, bound=bound, bound_is=name)

@@ -1,6 +1,6 @@
 """What is generated from: short openings of our own, or a file's prompts, and who runs together in which repeat.
 
-Knows prompts as token ids; refuses to know models beyond their tokenizer.
+Knows prompts as token ids; must not know models beyond their tokenizer.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ OPENINGS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class PromptSet:
     """Prompts in the order they are used.
 
     Attributes:
@@ -85,9 +85,9 @@ class Workload:
         return [self.prompts[(run * size + place) % count] for place in range(size)]
 
 
-def make_workload(
+def read_prompt_set(
     path: Path | None, tokenizer: PreTrainedTokenizerBase | None, *, long_prompt: int, seed: int
-) -> Workload:
+) -> PromptSet:
     """Read and shuffle.
 
     Args:
@@ -108,7 +108,7 @@ def make_workload(
     text = [token for prompt in shuffled for token in prompt]
     repeated = text * (1 + long_prompt // max(len(text), 1))
     source = "the openings in bench/workload.py" if path is None else path.name
-    return Workload(prompts=shuffled, long=tuple(repeated[:long_prompt]), source=source)
+    return PromptSet(prompts=shuffled, long=tuple(repeated[:long_prompt]), source=source)
 
 
 def _ids(item: str | Tokens, tokenizer: PreTrainedTokenizerBase | None) -> Tokens:

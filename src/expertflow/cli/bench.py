@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from expertflow.bench.bounds import over_bounds
 from expertflow.bench.measure import measure
+from expertflow.bench.pages.bounds import over_bounds
 from expertflow.bench.presets import make_settings
 from expertflow.bench.result import BELADY, DECODE, HIT, KEPT, PEAK, RESIDENT, WARM, Result, Row, write_result
 from expertflow.cli.outputs import check_outputs

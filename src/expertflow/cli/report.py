@@ -14,7 +14,7 @@ def main(*, results: list[Path], out: Path) -> None:
     """Read, write, show where."""
     if find_spec("matplotlib") is None:
         raise ConfigError("the report's pictures need matplotlib", "Install it: pip install 'expertflow-moe[plot]'.")
-    page = import_module("expertflow.bench.report")  # imports matplotlib
+    page = import_module("expertflow.bench.pages.report")  # imports matplotlib
     written = page.write_report([(path.name, read_result(path)) for path in results], out)
     console = Console()
     for path in written:

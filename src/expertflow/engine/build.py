@@ -19,7 +19,7 @@ from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
-from expertflow.errors import BudgetError, ConfigError
+from expertflow.errors import BudgetError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.captured.experts import SharedParts
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
@@ -28,14 +28,15 @@ from expertflow.execution.kv_rows import RowModel
 from expertflow.execution.observe import StepObserver
 from expertflow.execution.passes import Passes
 from expertflow.execution.provider import CachedExperts
+from expertflow.execution.replay import RouteTable
 from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
+from expertflow.formats.records import ExpertStore
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.live.predictor import LivePredictor
 from expertflow.memory.devices import entered, free_bytes
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import (
-    ExpertStore,
     HostStore,
     check_addresses,
     check_host_memory,
@@ -45,15 +46,11 @@ from expertflow.memory.store import (
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
-from expertflow.models.files.identity import ContentHash, spans_of, stamps
-from expertflow.models.load import bind_experts, fill_records, load_dense, unbind_experts
+from expertflow.models.load import bind_experts, unbind_experts
+from expertflow.models.sources import SharedWeights, WeightsSource
 from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
-from expertflow.progress import Progress
 from expertflow.units import format_bytes, parse_bytes
-
-_LONG_TO_LOAD = 1 << 30
-"""Bytes of experts from which loading shows its progress: less takes a second or two."""
 
 
 def on_chosen_device(load: Callable[..., None]) -> Callable[..., None]:
@@ -93,22 +90,23 @@ class OffloadedModel(Uncopied):
         prepared: Prepared,
         config: EngineConfig,
         forecast: Forecast | None = None,
-        beside: "OffloadedModel | None" = None,
     ) -> None:
         """Load. See `load_model`."""
         self.plan = plan = prepared.plan
         self.skeleton, self.fingerprint = prepared.skeleton, prepared.fingerprint
         self.device = prepared.choices.device
-        self._beside = beside
-        _check_memory(plan if beside is None else replace(plan, host=0), config, prepared.mapped, self.device)
+        self._weights, located = prepared.weights, prepared.located
+        planned = replace(plan, host=0) if self._weights.shared else plan
+        _check_memory(planned, config, located.mapped, self.device)
         measured = CudaMeter(self.device) if self.device.type == "cuda" else None  # before anything is loaded
-        self.stamps = stamps(prepared.tensors, prepared.skeleton.folder)
-        self.model: PreTrainedModel = load_dense(prepared.skeleton, prepared.dense, self.device)
-        if beside is None:
-            self.store: ExpertStore
-            self.store, self.identity = _load_store(prepared, self.device, show=config.progress)
-        else:
-            self.store, self.identity = _store_of(beside, prepared, self.stamps), beside.identity
+        self.stamps = self._weights.stamps(located)
+        self.model: PreTrainedModel = self._weights.load_dense(located, self.device)
+
+        def allocate() -> HostStore:
+            return HostStore(plan.shape.records, plan.shape.total_experts, pin=self.device.type == "cuda")
+
+        self.store: ExpertStore
+        self.store, self.identity = self._weights.experts(located, allocate, self.device, show=config.progress)
         pool = SlotPool(self.store.layout, plan.slots, self.device)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
         self.meter: Meter = measured or CpuMeter(resident, exclude=[self.store.buffer])
@@ -155,6 +153,14 @@ class OffloadedModel(Uncopied):
         if skeleton.encoder_decoder:  # it is called on its own, too
             self.passes.guard(model.get_encoder(), begins=True)
 
+    @property
+    def shared_weights(self) -> SharedWeights:
+        """A source for further models of the same checkpoint: they use this one's experts in host memory."""
+        return SharedWeights(
+            source=self._weights, skeleton=self.skeleton, known=self.stamps, known_identity=self.identity, store=self.store,
+            device=self.device,
+        )  # fmt: skip
+
     def on_device(self) -> AbstractContextManager[Any]:
         """Inside, the model's device is the current one: every thread has one of its own."""
         return entered(self.device)
@@ -193,6 +199,15 @@ class OffloadedModel(Uncopied):
             return EncoderDecoderExecutor(rows, self.handover)
         return RowExecutor(rows, self.handover)
 
+    def replay_routes(self) -> RouteTable:
+        """Let every layer use the experts that the table names. Its executor has to be made before."""
+        plan = self.plan
+        with self.meter.watch():
+            table = RouteTable(plan.shape, self._context, plan.max_live, plan.max_length, self.device)
+        for path in self.skeleton.expert_modules:
+            self.model.get_submodule(path).expertflow.replay = table.choose
+        return table
+
     def measure(self) -> int:
         """The peak of device memory so far, bytes: what was in use at most, and what captured steps keep."""
         return self.meter.peak_bytes + self.handover.pool_bytes
@@ -225,7 +240,7 @@ class OffloadedModel(Uncopied):
         unbind_experts(self.model, self.skeleton)
         if rows is not None:
             rows.drop()
-        if self._beside is None:
+        if not self._weights.shared:
             self.store.close()
 
 
@@ -246,7 +261,8 @@ def load_model(
     model: str | Path,
     config: EngineConfig,
     forecast: Forecast | None = None,
-    beside: OffloadedModel | None = None,
+    *,
+    weights: WeightsSource | None = None,
     formats: Formats = FORMATS,
 ) -> OffloadedModel:
     """Plan, check, load and wire.
@@ -255,41 +271,13 @@ def load_model(
         model: checkpoint folder, or a Hugging Face id.
         config: the wish.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
-        beside: the same checkpoint, loaded before and open as long as this one: its experts in host memory are used too.
+        weights: where the weights come from; None: the folder's files.
         formats: how weights may be stored.
 
     Raises:
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
-    return OffloadedModel(prepare(model, config, forecast, formats=formats), config, forecast, beside)
-
-
-def _store_of(beside: OffloadedModel, prepared: Prepared, seen: object) -> ExpertStore:
-    """The experts that another loaded model keeps in host memory.
-
-    Args:
-        beside: the other model.
-        prepared: the one that is loaded now.
-        seen: what the system knows of its files; if that is what it knew of the other's, nothing is read.
-
-    Raises:
-        ConfigError: if they are of another checkpoint, or of another dtype, than asked for.
-    """
-    if seen == beside.stamps:
-        identity = beside.identity
-    else:
-        content = ContentHash()
-        content.read([*(piece.span for piece in prepared.experts.pieces), *spans_of(prepared.dense)])
-        identity = content.identity(prepared.tensors, prepared.skeleton.folder)
-    if identity != beside.identity or (beside.plan.record_bytes, beside.plan.device) != (
-        prepared.plan.record_bytes,
-        prepared.plan.device,
-    ):
-        raise ConfigError(
-            f"{prepared.skeleton.folder} cannot share the experts of {beside.skeleton.folder}: checkpoint, dtype or device differ",
-            "Load it by itself.",
-        )
-    return beside.store
+    return OffloadedModel(prepare(model, config, forecast, weights=weights, formats=formats), config, forecast)
 
 
 def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.device) -> None:
@@ -321,15 +309,3 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.d
                 "State a smaller gpu_memory or fewer slots.",
                 plan.least,
             )
-
-
-def _load_store(prepared: Prepared, device: torch.device, *, show: bool) -> tuple[HostStore, str]:
-    """Read every expert's record into host memory; the store, and the identity of the checkpoint."""
-    shape = prepared.plan.shape
-    store = HostStore(shape.records, shape.total_experts, pin=device.type == "cuda")
-    content, total = ContentHash(), sum(piece.nbytes for piece in prepared.experts.pieces)
-    with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
-        fill_records(prepared.experts.pieces, store, content, bar.advance)
-    store.lock()
-    content.read(spans_of(prepared.dense))
-    return store, content.identity(prepared.tensors, prepared.skeleton.folder)

@@ -26,16 +26,20 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from expertflow.config import SCHEDULES, nearest
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.lock import FairLock
 from expertflow.engine.plan import rates
 from expertflow.engine.request import Channel, Request, StreamOutput
 from expertflow.engine.threads import Threads
+from expertflow.errors import ConfigError
 from expertflow.execution.kv_rows import DecodeInput
+from expertflow.execution.replay import Replay
 from expertflow.execution.runner import PromptChunk
 from expertflow.execution.sampler import NO_TOKEN, choose_all
 from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
+from expertflow.schedule.admission import make_admission
 from expertflow.schedule.cost import Durations
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import NextBatch
@@ -105,6 +109,8 @@ class Engine:
 
     Args:
         offloaded: the model.
+        admission: when waiting requests get KV rows, an entry of `schedule.admission.ADMISSIONS`.
+        routing: recorded sequences that requests replay, by their `index`; None: the router decides, and tokens are the model's.
 
     Attributes:
         lock: held during a step or an addition; threads get it in the order in which they came.
@@ -112,26 +118,15 @@ class Engine:
         recorder: is given the tokens of every step; None: no trace is recorded.
     """
 
-    def __init__(self, offloaded: OffloadedModel) -> None:
+    def __init__(self, offloaded: OffloadedModel, admission: str = "pays", routing: Replay | None = None) -> None:
         """Create an engine without requests."""
         self._offloaded, plan = offloaded, offloaded.plan
         self._executor = offloaded.executor()
+        self._replay, replays = routing, routing is not None and routing.has_routes
+        self._routes = offloaded.replay_routes() if replays else None
+        self._watcher: Callable[[Sequence[int], Tensor], None] | None = None
         self.threads = Threads(plan.record_bytes)
-        self._durations = Durations()
-        predicts = offloaded.live_predictor is not None and plan.schedule != "fifo"
-        self._scheduler = Scheduler(
-            rows=plan.max_live,
-            batch=plan.max_batch,
-            chunk=plan.prefill_chunk,
-            policy=plan.schedule,  # type: ignore[arg-type]  # checked when it was stated
-            joins=self._executor.joins,
-            whole=self._executor.whole,
-            top_k=plan.shape.top_k,
-            rates=rates(plan),
-            ask=_weakly(self._paths) if predicts else None,
-            preview=_weakly(self._usual) if predicts else None,
-            costs=self._durations.costs,
-        )
+        self._begin(plan.schedule, admission)
         self._running: dict[int, _Running] = {}
         self._outbox: list[tuple[int, StreamOutput]] = []
         self._totals = Totals()
@@ -141,6 +136,46 @@ class Engine:
         self._next = 0
         self._reread = offloaded.skeleton.reread_length
         self.recorder: Recorder | None = None
+
+    def _begin(self, schedule: str, admission: str) -> None:
+        """Make a scheduler; what passes and steps take is not known yet."""
+        plan, predicts = self._offloaded.plan, self._offloaded.live_predictor is not None and schedule != "fifo"
+        self._durations = Durations()
+        self._scheduler = Scheduler(
+            rows=plan.max_live,
+            batch=plan.max_batch,
+            chunk=plan.prefill_chunk,
+            policy=schedule,  # type: ignore[arg-type]  # checked when it was stated
+            joins=self._executor.joins,
+            whole=self._executor.whole,
+            top_k=plan.shape.top_k,
+            rates=rates(plan),
+            expected=_weakly(self._paths) if predicts else None,
+            preview=_weakly(self._usual) if predicts else None,
+            admission=make_admission(admission, self._durations.costs),
+        )
+
+    def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:
+        """Begin anew with other rules, while no request waits or runs. The cache keeps what it holds.
+
+        Args:
+            schedule: how live sequences are grouped, as in `EngineConfig`.
+            admission: an entry of `schedule.admission.ADMISSIONS`.
+
+        Raises:
+            ConfigError: for an unknown rule, one that needs a predictor where there is none, or while requests run.
+        """
+        with self.lock:
+            if self.unfinished:
+                raise ConfigError(f"{self.unfinished} requests are in the engine", "Change its rules when it is idle.")
+            if schedule not in SCHEDULES:
+                raise ConfigError(f"schedule={schedule!r} is unknown", nearest(schedule, SCHEDULES))
+            if schedule == "group" and self._offloaded.live_predictor is None:
+                raise ConfigError(
+                    "schedule='group' divides sequences by predicted route, and there is no predictor here",
+                    "Use schedule='auto' or 'fifo'.",
+                )
+            self._begin(schedule, admission)
 
     @property
     def begun(self) -> int:
@@ -163,6 +198,13 @@ class Engine:
         """Median time of the last decode steps, at most 64, in seconds; 0 if there was none. First steps of a shape weigh little."""
         return self._durations.step_seconds
 
+    def watch_logits(self, watcher: Callable[[Sequence[int], Tensor], None] | None) -> None:
+        """Call `watcher` with requests' numbers and their logits `[B, V]`, before the next tokens are chosen; None: no more.
+
+        The logits are valid inside the call only, and must not be changed. Memory that the watcher takes on a CPU is not counted.
+        """
+        self._watcher = watcher
+
     def knows(self, number: int) -> bool:
         """Whether a request waits or runs."""
         return number in self._running and number not in self._to_cancel
@@ -176,7 +218,12 @@ class Engine:
 
         Returns:
             Its number, by which it can be cancelled.
+
+        Raises:
+            ConfigError: if it has no recording to replay, or runs beyond its end.
         """
+        if self._replay is not None:
+            self._replay.check_request(request.index, len(request.prompt_token_ids) + request.limit - 1)
         with self.lock:
             number, self._next = self._next, self._next + 1
             channel = channel or partial(_keep, self._outbox, number)
@@ -285,6 +332,10 @@ class Engine:
         for part in task.parts:
             tokens, row = self._running[part.sequence].request.read_ids, self._scheduler.row(part.sequence)
             read = tokens[part.begin : part.end]
+            if self._routes is not None and self._replay is not None and part.begin == 0:
+                routes = self._replay.recordings[self._running[part.sequence].request.index].routes
+                assert routes is not None
+                self._routes.write(row, routes)
             chunks.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.begin - len(read)))
         self._announce(
             NextBatch(
@@ -319,13 +370,25 @@ class Engine:
     def _choose(self, numbers: Sequence[int], logits: Tensor) -> list[int]:
         """The next token of each request. If that fails, no random number is used up."""
         requests = [self._running[number].request for number in numbers]
+        if self._watcher is not None:
+            with self._offloaded.meter.aside():
+                self._watcher(numbers, logits)
         before = [(one.generator, one.generator.get_state()) for one in requests if one.params.temperature]
         try:
-            return self._pick(requests, logits)
+            chosen = self._pick(requests, logits)
         except BaseException:
             for generator, state in before:
                 generator.set_state(state)
             raise
+        if self._replay is None:
+            return chosen
+        return [self._recorded(request, token) for request, token in zip(requests, chosen, strict=True)]
+
+    def _recorded(self, request: Request, chosen: int) -> int:
+        """The next token that a request's recording says, in place of the model's."""
+        assert self._replay is not None
+        position = len(request.prompt_token_ids) + len(request.token_ids)
+        return chosen if chosen == NO_TOKEN else self._replay.token(request.index, position, chosen)
 
     def _pick(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
         generators = [request.generator for request in requests]

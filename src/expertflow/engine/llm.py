@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
@@ -23,8 +23,10 @@ from expertflow.engine.request import Request, RequestOutput, StreamOutput
 from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.engine.threads import limit_threads
 from expertflow.errors import CancelledError, ConfigError, NonFiniteError, UnsupportedModelError
-from expertflow.events import CacheCounters
+from expertflow.events import CacheCounters, EventStream
+from expertflow.execution.replay import Replay
 from expertflow.formats.table import FORMATS, Formats
+from expertflow.models.sources import SharedWeights, WeightsSource
 from expertflow.predict.artifact import Artifact
 from expertflow.progress import Progress
 from expertflow.trace.format import Header, TraceWriter
@@ -71,8 +73,13 @@ class LLM:
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future; steps are captured if it is
             `foreknown` (`cache.forecast.Forecast`).
-        beside: the same model, loaded before and open as long as this one: its experts in host memory are used too.
+        beside: the same model, loaded before and open as long as this one: its experts in host memory are used too. Short for
+            `weights=beside.shared_weights`.
+        weights: where the weights come from (`models.sources`): None: the folder's files; another model's `shared_weights`;
+            `RandomWeights` for a folder with nothing but a config.
         formats: how weights may be stored (`formats.table`).
+        routing: recorded sequences that requests replay (`execution.replay`); None: the router decides.
+        admission: when waiting requests are admitted: when it `pays`, `at once`, or as `static` batches (`schedule.admission`).
         text: tokenizer of the same folder, loaded before; None: it is loaded now.
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 
@@ -80,23 +87,29 @@ class LLM:
         ExpertFlowError: if model, budget, device or host memory cannot do it; nothing is loaded then.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the model by keyword
         self,
         model: str | Path | None = None,
         *,
         forecast: Forecast | None = None,
         beside: "LLM | None" = None,
+        weights: WeightsSource | None = None,
         formats: Formats = FORMATS,
+        routing: Replay | None = None,
+        admission: str = "pays",
         text: ModelText | None = None,
         **options: Any,
     ) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
         limit_threads()
-        other: OffloadedModel | None = None if beside is None else beside._offloaded  # noqa: SLF001 - of the same class
+        if beside is not None:
+            if weights is not None:
+                raise ConfigError("beside and weights are both given", "They are two sources of weights: give one.")
+            weights = beside.shared_weights
         folder = shipped_model() if model is None else model
         self._name = Path(folder).absolute().name
-        prepared = prepare(folder, self.config, forecast, formats=formats)
+        prepared = prepare(folder, self.config, forecast, weights=weights, routing=routing, formats=formats)
         if text is not None and text.folder.resolve() != prepared.skeleton.folder.resolve():
             raise ConfigError(f"text is of {text.folder}, the model of {prepared.skeleton.folder}", "Leave text out.")
         if kinds := prepared.plan.shape.unserved:
@@ -105,9 +118,9 @@ class LLM:
                 "Use expertflow.from_pretrained and the model's own `generate`.",
             )
         text = text or ModelText(prepared.skeleton.folder)
-        self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast, other)
+        self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast)
         self._requests = RequestFactory(text, prepared.plan, end_tokens(self._offloaded.model))
-        self._engine = Engine(self._offloaded)
+        self._engine = Engine(self._offloaded, admission, routing)
 
     @property
     def plan(self) -> Plan:
@@ -129,13 +142,23 @@ class LLM:
         """The model's tokenizer; None if its folder has none."""
         return self._requests.text.tokenizer
 
+    @property
+    def events(self) -> EventStream:
+        """All that the expert cache does. While it is listened to, captured steps report single events and are slower."""
+        return self._offloaded.events
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model behind it. Its passes and the engine's steps run one at a time."""
+        return self._offloaded.model
+
     def request(self, prompt: Any, params: SamplingParams | None = None, *, index: int = 0) -> Request:
         """A request for `engine.add`.
 
         Args:
             prompt: text, token ids, chat messages, a `Prompt`, or a mapping with one of these, see `engine.inputs`.
             params: how to sample and stop; None: the defaults.
-            index: a number of the caller's own, which the outputs carry.
+            index: a number of the caller's own, which the outputs carry; a replay takes the recording of this number.
 
         Raises:
             PromptError: if the prompt is empty, too long, or of another kind.
@@ -157,6 +180,11 @@ class LLM:
     def identity(self) -> str:
         """Hash of every byte that answers depend on: weights, config, generation config and tokenizer."""
         return self._offloaded.identity
+
+    @property
+    def shared_weights(self) -> SharedWeights:
+        """This model's experts in host memory, as `weights` of another `LLM` of the same checkpoint."""
+        return self._offloaded.shared_weights
 
     @property
     def predictor(self) -> Artifact | None:

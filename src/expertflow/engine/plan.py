@@ -12,7 +12,7 @@ from expertflow.formats.dtypes import DTYPES
 from expertflow.kernels.residency.state import CacheState
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
-from expertflow.schedule.cost import Rates
+from expertflow.schedule.cost import StepPrices
 from expertflow.units import format_bytes, parse_bytes, parse_slots
 
 DEFAULT_CONTEXT = 4096
@@ -200,10 +200,10 @@ def _plan(  # noqa: PLR0913 - two by keyword
     )
 
 
-def rates(plan: Plan) -> Rates:
+def rates(plan: Plan) -> StepPrices:
     """Return the costs of a step, by which live sequences are grouped. Only the proportions matter."""
     link, memory, fixed, divide = _SPEEDS[plan.device]
-    return Rates(
+    return StepPrices(
         slots=plan.slots,
         load=plan.record_bytes / link,
         step=fixed + plan.dense / memory,

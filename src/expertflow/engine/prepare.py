@@ -3,8 +3,7 @@
 Every error that would make loading or running fail later is raised here. Must not load weights.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,14 +14,14 @@ from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan, make_plan, sequence_length
 from expertflow.errors import ConfigError, DeviceError
 from expertflow.execution.captured.capturable import graph_refusal
+from expertflow.execution.replay import Replay
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.memory.store import memory_reported
 from expertflow.models.bounds import describing
-from expertflow.models.files.checkpoint import StoredTensor, resolve, walk
-from expertflow.models.files.fingerprint import fingerprint
-from expertflow.models.mapping import ExpertMap, check_dense, map_experts
+from expertflow.models.files.checkpoint import resolve
 from expertflow.models.shape import ModelShape, shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
+from expertflow.models.sources import FileWeights, Located, WeightsSource
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kernels import step_kernels
@@ -88,23 +87,21 @@ class Choices:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A checkpoint that was read but not loaded: skeleton, where its experts are, choices, and the plan.
+    """A checkpoint that was read but not loaded: skeleton, where its weights are, choices, and the plan.
 
     Attributes:
         skeleton: the model.
-        experts: where its experts are.
+        weights: the source of its weights.
+        located: where they are.
         choices: device, strategy, predictor, and whether decode steps can be graphs.
         plan: what goes where.
-        fingerprint: sampled, of the weights.
-        tensors: the checkpoint, by key.
     """
 
     skeleton: Skeleton
-    experts: ExpertMap
+    weights: WeightsSource
+    located: Located
     choices: Choices
     plan: Plan
-    fingerprint: str
-    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def predictor(self) -> Artifact | None:
@@ -112,25 +109,21 @@ class Prepared:
         return self.choices.predictor
 
     @property
-    def mapped(self) -> int:
-        """Bytes of the files that dense weights are in: they are mapped while those are loaded."""
-        return sum(file.stat().st_size for file in {tensor.file for tensor in self.dense.values()})
-
-    @property
-    def dense(self) -> dict[str, StoredTensor]:
-        """The checkpoint without its experts, by key."""
-        experts = {piece.source.key for piece in self.experts.pieces}
-        return {key: tensor for key, tensor in self.tensors.items() if key not in experts}
+    def fingerprint(self) -> str:
+        """Of the weights, sampled."""
+        return self.located.fingerprint
 
 
 @memory_reported()
-def prepare(
+def prepare(  # noqa: PLR0913 - the last ones by keyword
     model: str | Path,
     config: EngineConfig,
     forecast: Forecast | None = None,
     *,
-    fetch: bool = True,
+    weights: WeightsSource | None = None,
+    routing: Replay | None = None,
     formats: Formats = FORMATS,
+    fetch: bool = True,
 ) -> Prepared:
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
@@ -138,8 +131,10 @@ def prepare(
         model: checkpoint folder, or a Hugging Face id.
         config: the wish.
         forecast: the caller's own; it replaces the predictor.
-        fetch: whether an id that is not in the local cache may be fetched.
+        weights: where the weights come from; None: the folder's files.
+        routing: recorded routing that is replayed; None: the router decides.
         formats: how weights may be stored.
+        fetch: whether an id that is not in the local cache may be fetched.
 
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
@@ -148,23 +143,23 @@ def prepare(
     if config.strategy is not None and forecast is None:
         find_strategy(config.strategy).check_future(None)  # before anything is read
     skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype, formats)
-    tensors, convert = walk(skeleton.folder), config.dtype != "auto"
-    experts = map_experts(skeleton, tensors, convert=convert)
-    check_dense(skeleton, tensors, convert=convert)
+    weights = FileWeights() if weights is None else weights
+    located = weights.locate(skeleton, convert=config.dtype != "auto")
     with describing(skeleton.folder / "config.json", "describes no model that can be run"):
-        shape = shape_of(skeleton, experts.layers)
-    mark = fingerprint(tensors)
+        shape = shape_of(skeleton, located.layers)
+    if routing is not None:
+        shape = routing.counted(shape)
     predictor = None if forecast is not None else _choose_predictor(config, skeleton.folder)
     if predictor is not None:
         wanted = Shape(shape.layers, shape.experts, skeleton.top_k)
-        predictor.check_model(mark, wanted, str(skeleton.folder))
+        predictor.check_model(located.fingerprint, wanted, str(skeleton.folder))
     choices = choose(config, skeleton, shape, predictor, forecast)
     live, batch, chunk = predictor_load(config)
     if shape.encoder_decoder:  # it reads a prompt in one pass
         chunk = max(chunk, sequence_length(config, shape))
     reserved = predictor_bytes(choices.predictor, choices.device, live, batch, chunk)
     plan = make_plan(config, shape, choices.device.type, choices.strategy.name, choices.no_graph, predictor=reserved)
-    return Prepared(skeleton=skeleton, experts=experts, choices=choices, plan=plan, fingerprint=mark, tensors=tensors)
+    return Prepared(skeleton=skeleton, weights=weights, located=located, choices=choices, plan=plan)
 
 
 def choose(

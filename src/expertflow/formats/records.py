@@ -6,7 +6,7 @@ Must not know models, files and devices.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -125,3 +125,32 @@ class StoreLayout:
     def decode_bytes(self) -> int:
         """Bytes that decoding one record takes at most."""
         return max(layout.decode_bytes for layout in self.layers)
+
+
+class ExpertStore(Protocol):
+    """The records of all experts, as sources fill them and transfers and kernels read them. One kind exists: `memory.store.HostStore`.
+
+    Attributes:
+        layout: what a record of each layer holds.
+        buffer: uint8 `[L * E, record_bytes]`.
+    """
+
+    layout: StoreLayout
+    buffer: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+
+    def record(self, number: int) -> Tensor:
+        """Return one record, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
+
+    def lock(self) -> None:
+        """Make the filled records readable by the device.
+
+        Raises:
+            HostMemoryError: if the driver refuses.
+        """
+
+    def close(self) -> None:
+        """Free the memory; later use of a record is an error."""

@@ -8,7 +8,6 @@ import mmap
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -103,35 +102,6 @@ def memory_reported() -> Iterator[None]:
             f"the host refused memory: {next(iter(str(error).splitlines()), 'out of memory')[:300]}",
             "Free memory, raise its limits (ulimit -v, control groups), or state fewer slots and shorter sequences.",
         ) from error
-
-
-class ExpertStore(Protocol):
-    """The records of all experts, as transfers and kernels read them. One kind exists: `HostStore`.
-
-    Attributes:
-        layout: what a record of each layer holds.
-        buffer: uint8 `[L * E, record_bytes]`.
-    """
-
-    layout: StoreLayout
-    buffer: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all records."""
-
-    def record(self, number: int) -> Tensor:
-        """Return one record, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
-
-    def lock(self) -> None:
-        """Make the filled records readable by the device.
-
-        Raises:
-            HostMemoryError: if the driver refuses.
-        """
-
-    def close(self) -> None:
-        """Free the memory; later use of a record is an error."""
 
 
 class HostStore:

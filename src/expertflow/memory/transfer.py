@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from expertflow.formats.records import ExpertStore
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import ExpertStore
 
 
 @runtime_checkable

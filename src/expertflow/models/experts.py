@@ -39,6 +39,10 @@ class ExpertProvider(Protocol):
         """
 
 
+Chosen = Callable[[int, Tensor], Tensor]
+"""Replaces the router's choice: layer, experts `[T, K]` to experts `[T, K]`."""
+
+
 class Uncopied:
     """Refuses to be copied and pickled, and with it everything that refers to it."""
 
@@ -64,6 +68,8 @@ class Binding(Uncopied):
     """Run the family's own eager forward (the universal fallback) instead of the expert loop."""
     context: ForwardContext = field(default_factory=ForwardContext)
     """What the running pass carries; its `padding` is not for `own_forward`."""
+    replay: Chosen | None = field(default=None)
+    """Replaces the router's choice by a recorded one (`execution.replay`). Not for `own_forward`."""
 
 
 Mlp = Callable[[Tensor, ExpertWeights], Tensor]
@@ -175,6 +181,8 @@ def offloaded_forward(
     binding = own.expertflow
     assert isinstance(binding, Binding)
     carried = binding.context.now
+    if binding.replay is not None:
+        top_k_index = binding.replay(binding.layer, top_k_index)
     if carried.experts is not None:
         return carried.experts(binding.layer, hidden_states, top_k_index, top_k_weights)
     if binding.own_forward:

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from expertflow.errors import CheckpointError, UnreadWarning
 from expertflow.formats.dtypes import BY_STORED_NAME
-from expertflow.formats.records import StoreLayout
+from expertflow.formats.records import ExpertStore
 from expertflow.models.bounds import check_config, describing
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Binding, ExpertProvider
@@ -31,20 +30,6 @@ from expertflow.models.skeleton import Skeleton
 _NAMED = 5
 """Tensors that a warning names."""
 _Advance = Callable[[int], None]
-
-
-@runtime_checkable
-class Records(Protocol):
-    """Where experts go.
-
-    Attributes:
-        layout: what a record of each layer holds.
-    """
-
-    layout: StoreLayout
-
-    def record(self, number: int) -> Tensor:
-        """A record, uint8 `[record_bytes]`, in host memory."""
 
 
 def load_dense(skeleton: Skeleton, dense: Mapping[str, StoredTensor], device: torch.device) -> PreTrainedModel:
@@ -113,7 +98,7 @@ def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder, **known)
 
 
-def fill_records(pieces: Sequence[ExpertPiece], records: Records, content: ContentHash, advance: _Advance) -> None:
+def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: ContentHash, advance: _Advance) -> None:
     """Read every part of every expert into its record.
 
     Args:
@@ -143,7 +128,7 @@ def fill_records(pieces: Sequence[ExpertPiece], records: Records, content: Conte
             os.close(descriptor)
 
 
-def _read_piece(descriptor: int, piece: ExpertPiece, records: Records, content: ContentHash) -> None:
+def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash) -> None:
     source, part, format_ = piece.source, piece.part, piece.spec.format
     stored = getattr(torch, BY_STORED_NAME[source.dtype])
     count = piece.nbytes // stored.itemsize

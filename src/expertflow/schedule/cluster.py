@@ -4,7 +4,7 @@ A path is a binary `[L, E]`; a group activates the union of its sequences' paths
 groups of distinct experts (ExpertFlow, arXiv 2410.17954, section 3.3, Eq. 2). Two methods behind one signature: the paper's,
 K-means-style on Hamming similarity, as the reference, and ours, farthest seeds, greedy growth and swaps. Paths are packed
 into 64-bit words, so that a union is an `or` and its size a count of bits.
-Deterministic; never worse than the order of arrival by its own count. Knows paths; refuses to know requests and caches.
+Deterministic; never worse than the order of arrival by its own count. Knows paths; must not know requests and caches.
 """
 
 from collections.abc import Callable, Mapping
@@ -163,10 +163,10 @@ def _grow(words: Words, room: npt.NDArray[np.int64], found: Groups) -> None:
     count, groups = len(words), len(room)
     union, left = np.zeros((groups, words.shape[1]), dtype=np.uint64), room.copy()
     cost = np.full((count, groups), -1, dtype=np.int64)
-    for turn in range(count):
-        chosen, where, least = -1, turn, 1 << 30
-        if turn < groups:
-            chosen = _seed(words, union, turn, found)
+    for place in range(count):
+        chosen, where, least = -1, place, 1 << 30
+        if place < groups:
+            chosen = _seed(words, union, place, found)
         else:
             for cell in range(count * groups):
                 sequence, number = divmod(cell, groups)

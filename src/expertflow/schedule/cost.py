@@ -1,9 +1,9 @@
-"""What a round of turns costs: the model that says which live sequences step together.
+"""What a round costs: the model that says which live sequences step together.
 
 A round gives every live sequence one token, in one step or several. Bytes decide: an expert that is kept costs nothing, any
 other one a load for every step that uses it. Which ones are kept is taken to be settled by use, as a cache that expects
 well does: those that most steps of the round use, as many as there are slots. `benchmarks/grouping.py` holds the model
-against the simulator. Knows chances; refuses to know requests and where chances come from.
+against the simulator. Knows chances; must not know requests and where chances come from.
 """
 
 from collections import deque
@@ -21,14 +21,14 @@ Chances = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
+class StepPrices:
     """What a step is made of, in seconds.
 
     Attributes:
         slots: experts that can be kept.
         load: one expert over the link.
         step: a step without its experts.
-        expert: one expert computed, whoever needs it.
+        expert: one expert computed, for any number of tokens.
         divide: a division of the live sequences by route.
     """
 
@@ -43,7 +43,7 @@ class Division(NamedTuple):
     """A way to divide live sequences.
 
     Attributes:
-        groups: `[N]` the turn of each sequence.
+        groups: `[N]` the group of each sequence.
         loads: expected loads of a round.
         seconds: expected duration of a round.
     """
@@ -71,7 +71,7 @@ def expected_loads(uses: npt.NDArray[np.float64], slots: int) -> float:
     return float(often[: max(0, len(often) - slots)].sum())
 
 
-def price(chances: Chances, groups: Groups, count: int, rates: Rates) -> Division:
+def price(chances: Chances, groups: Groups, count: int, rates: StepPrices) -> Division:
     """What a division is expected to cost."""
     uses = used(chances, groups, count)
     loads = expected_loads(uses, rates.slots)
@@ -79,7 +79,7 @@ def price(chances: Chances, groups: Groups, count: int, rates: Rates) -> Divisio
     return Division(groups, loads, seconds)
 
 
-def cheapest(chances: Chances, batch: int, rates: Rates, top_k: int) -> Division:
+def cheapest(chances: Chances, batch: int, rates: StepPrices, top_k: int) -> Division:
     """The cheaper division into as few groups as the batch size allows: by arrival, or by route.
 
     More groups are never cheaper: whatever divides one of two groups adds to what the steps of a round use, expert by expert,

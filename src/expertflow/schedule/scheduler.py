@@ -1,13 +1,10 @@
-"""Who steps next: waiting and live sequences in, one pass or step at a time out.
+"""What runs next: waiting and live sequences in, one pass over prompts or one decode step at a time out.
 
-A sequence waits, gets a row, has its prompt read in passes of at most `chunk` tokens, then takes part in every *round*:
-each live sequence steps once, in turns of at most `batch`. Between two rounds one pass of prompts may run, so that a long
-prompt does not hold the others up, and a waiting request does not wait for the others to end. Turns are made by arrival, or
-by predicted route, or as the cost model says. A pass needs nearly every expert, however few its tokens: so a waiting request is
-let in once the rows that stood empty have cost as much as a pass does, and others come with it, or once it waited as long as a
-few passes take. Pure: numbers in, numbers
-out, no clock, no tensors.
-Knows sequence numbers, prompt lengths and expected routes; refuses to know tokens, models and caches.
+A sequence waits, gets a KV row, has its prompt read in passes of at most `chunk` tokens, then takes part in every *round*.
+In a round each live sequence steps once, in groups of at most `batch`. Between two rounds one pass over prompts may run, so a
+long prompt does not hold the others up, and a waiting request does not wait for the others to end. Groups are made by arrival,
+by predicted route, or as the cost model says. When waiting requests get rows is an `admission` rule's business.
+Pure: numbers in, numbers out, no clock, no tensors. Must not know tokens, models and caches.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.errors import ConfigError
+from expertflow.schedule.admission import Admission, AtOnce, Moment
 from expertflow.schedule.cluster import group, in_order
-from expertflow.schedule.cost import Costs, Rates, best_guesses, cheapest
+from expertflow.schedule.cost import StepPrices, best_guesses, cheapest
 
-Policy = Literal["fifo", "group", "auto"]
-Ask = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
-"""How likely the next token of each sequence uses an expert, `[N, L, E]`; None if nobody knows."""
-LONGEST_WAIT = 4
-"""Passes that a request waits at most, in time of rounds, for others to come with it; measured, see docs/lab-notes.md."""
+Grouping = Literal["fifo", "group", "auto"]
+Chances = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
+"""How likely the next token of each sequence uses an expert, `[N, L, E]`; None where they are unknown."""
 _CANDIDATES = 16
 """Waiting requests that are compared when some are to be admitted by route."""
-_REST = 32
-"""Rounds that `auto` steps by arrival before it asks again, at most: 1 when that was cheaper, then 2, 4, ..."""
+_LONGEST_PAUSE = 32
+"""Rounds that `auto` steps by arrival before it looks at routes again, at most: 1 when that was cheaper, then 2, 4, ..."""
 
 
 class Part(NamedTuple):
@@ -48,18 +44,18 @@ class Prefill(NamedTuple):
 
     @property
     def sequences(self) -> tuple[int, ...]:
-        """Whose they are."""
+        """Their sequences, in order."""
         return tuple(part.sequence for part in self.parts)
 
 
 class Decode(NamedTuple):
-    """A step of the first group; the others' turns come next, in this order, as far as is known now."""
+    """A step of the first group; the other groups step next, in this order, as far as is known now."""
 
     groups: tuple[tuple[int, ...], ...]
 
     @property
     def sequences(self) -> tuple[int, ...]:
-        """Whose step it is."""
+        """Sequences that step now."""
         return self.groups[0]
 
 
@@ -81,15 +77,15 @@ class Scheduler:
         rows: sequences that may live at once.
         batch: sequences of a step at most.
         chunk: tokens of a pass at most, over all its sequences.
-        policy: how live sequences are divided into turns: `fifo` by arrival, `group` by route, `auto` what is cheapest.
+        policy: how live sequences are divided into groups: `fifo` by arrival, `group` by route, `auto` what is cheapest.
         joins: whether sequences may join while others live; if not, they come and step in cohorts.
         whole: whether a prompt has to be read in one pass, however long; so is a cohort's.
         patience: how often a waiting request may be passed over by a later one.
         top_k: experts a token uses a layer.
         rates: what a step costs, for `auto`.
-        ask: expected routes of live sequences, for `group` and `auto`.
+        expected: expected routes of live sequences, for `group` and `auto`.
         preview: the same of waiting ones, over their prompts' ends; None: requests are admitted as they came.
-        costs: what passes and rounds take as a rule; None: requests are admitted as soon as there is a row.
+        admission: when waiting requests get free rows.
 
     Raises:
         ConfigError: if a number is impossible.
@@ -98,55 +94,53 @@ class Scheduler:
     rows: int
     batch: int
     chunk: int
-    policy: Policy = "fifo"
+    policy: Grouping = "fifo"
     joins: bool = True
     whole: bool = False
     patience: int = 4
     top_k: int = 1
-    rates: Rates | None = None
-    ask: Ask | None = None
-    preview: Ask | None = None
-    costs: Callable[[], Costs] | None = None
+    rates: StepPrices | None = None
+    expected: Chances | None = None
+    preview: Chances | None = None
+    admission: Admission = field(default_factory=AtOnce)
     _waiting: dict[int, _Sequence] = field(default_factory=dict)
     _live: dict[int, _Sequence] = field(default_factory=dict)
     _round: list[list[int]] = field(default_factory=list)
     _place: int = 0
     _read_before_round: bool = False
     _by_arrival: int = 0
-    _rest: int = 1
-    _lost: float = 0.0
-    _waited: float = 0.0
+    _pause: int = 1
 
     def __post_init__(self) -> None:
-        """Every row free."""
+        """Start with every row free."""
         for name in ("rows", "batch", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small", "Use 1 or more.")
         if not self.joins and self.rows > self.batch:
             raise ConfigError(
-                f"{self.rows} live sequences cannot take turns in batches of {self.batch}: this model's run in cohorts",
+                f"{self.rows} live sequences cannot step in groups of {self.batch}: this model's run in cohorts",
                 "Use as many live sequences as the batch has.",
             )
         self._free = list(range(self.rows))
 
     @property
     def waiting(self) -> int:
-        """Requests without a row."""
+        """Requests without a KV row."""
         return len(self._waiting)
 
     @property
     def live(self) -> int:
-        """Sequences with a row."""
+        """Sequences with a KV row."""
         return len(self._live)
 
     def add(self, sequence: int, prompt: int) -> None:
-        """A request comes: its number, never used before, and the tokens of its prompt."""
+        """Let a request wait: its number, never used before, and the tokens of its prompt."""
         assert sequence not in self._waiting
         assert sequence not in self._live
         self._waiting[sequence] = _Sequence(prompt=prompt)
 
     def remove(self, sequence: int) -> bool:
-        """A request is over, finished or cancelled, wherever it was; False if it is not known (any more)."""
+        """Forget a request that finished or was cancelled; False if it neither waits nor lives."""
         if self._waiting.pop(sequence, None) is not None:
             return True
         gone = self._live.pop(sequence, None)
@@ -158,21 +152,21 @@ class Scheduler:
         return True
 
     def reread(self, sequence: int, tokens: int) -> None:
-        """A live sequence has to be read from its beginning before its next step: so many tokens, into the same KV row."""
+        """Read a live sequence from its beginning before its next step: so many tokens, into the same KV row."""
         self._live[sequence].prompt, self._live[sequence].read = tokens, 0
         self._leave_round(sequence)
 
     def _leave_round(self, sequence: int) -> None:
-        for turn in self._round:
-            if sequence in turn:
-                turn.remove(sequence)
+        for members in self._round:
+            if sequence in members:
+                members.remove(sequence)
 
     def row(self, sequence: int) -> int:
-        """The row of a live sequence."""
+        """The KV row of a live sequence."""
         return self._live[sequence].row
 
     def done(self, prefill: Prefill) -> None:
-        """A pass was carried out: its prompts have been read as far as it says."""
+        """Note that a pass was carried out."""
         for part in prefill.parts:
             if part.sequence in self._live:
                 self._live[part.sequence].read = part.end
@@ -180,53 +174,53 @@ class Scheduler:
     def next(self) -> Prefill | Decode | None:
         """What runs next; None if there is nothing to do."""
         while self._place < len(self._round):
-            turn, self._place = self._place, self._place + 1
-            if self._round[turn]:
-                return self._turn(turn)
+            place, self._place = self._place, self._place + 1
+            if self._round[place]:
+                return self._step_of(place)
         live = [sequence for sequence in self._live if self._decodes(sequence)]
         reading = None if self._read_before_round and live else self._pass()
         self._read_before_round = reading is not None and bool(live)
         if reading is not None or not live:
             return reading
         self._round, self._place = self._divide(live), 1
-        return self._turn(0)
+        return self._step_of(0)
 
-    def _turn(self, turn: int) -> Decode:
-        """A turn, and behind it the round's others; those that had theirs come again in the next round."""
-        order = self._round[turn:] + self._round[:turn]
+    def _step_of(self, place: int) -> Decode:
+        """The step of a group, then the round's other groups; those that have stepped do so again in the next round."""
+        order = self._round[place:] + self._round[:place]
         return Decode(tuple(tuple(members) for members in order if members))
 
     def _decodes(self, sequence: int) -> bool:
         return self._live[sequence].read == self._live[sequence].prompt
 
     def _divide(self, live: list[int]) -> list[list[int]]:
-        """As few turns as the batch size allows: more are never cheaper (see `cost.cheapest`)."""
+        """As few groups as the batch size allows: more are never cheaper (see `cost.cheapest`)."""
         count = -(-len(live) // self.batch)
         groups = in_order(len(live), count)
-        chances = self._ask(live) if count > 1 else None
+        chances = self._expected_routes(live) if count > 1 else None
         if chances is not None and self.policy == "group":
             groups = group(best_guesses(chances, self.top_k), count)
         elif chances is not None and self.rates is not None:
             found = cheapest(chances, self.batch, self.rates, self.top_k)
             if np.array_equal(found.groups, groups):
-                self._by_arrival, self._rest = self._rest, min(2 * self._rest, _REST)
+                self._by_arrival, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
             else:
-                self._rest = 1
+                self._pause = 1
             groups = found.groups
         return [[live[place] for place in np.flatnonzero(groups == number)] for number in range(count)]
 
-    def _ask(self, live: list[int]) -> npt.NDArray[np.floating] | None:
-        """Expected routes, if they are wanted; where asking did not pay, `auto` does not ask for a while."""
-        if self.policy == "fifo" or self.ask is None:
+    def _expected_routes(self, live: list[int]) -> npt.NDArray[np.floating] | None:
+        """Expected routes, if they are wanted; where grouping did not pay, `auto` steps by arrival for a while."""
+        if self.policy == "fifo" or self.expected is None:
             return None
         if self._by_arrival:
             self._by_arrival -= 1
             return None
-        return self.ask(live)
+        return self.expected(live)
 
     def _pass(self) -> Prefill | None:
         """Parts of prompts that are being read, new ones included if it is time for some."""
-        if (self.joins or not self._live) and self._opportune():
+        if (self.joins or not self._live) and self.admission.admits(self._moment()):
             self._admit()
         reading = [sequence for sequence in self._live if not self._decodes(sequence)]
         if not reading:
@@ -244,7 +238,7 @@ class Scheduler:
         return Prefill(tuple(parts))
 
     def _widest(self, reading: list[int]) -> tuple[list[int], int]:
-        """Who is read in a pass, and how many columns each: whatever reads most tokens, with the first one among them.
+        """Sequences of a pass, and columns of each: what reads most tokens, with the first sequence among them.
 
         A pass has as many columns for each, so a long prompt beside short ones would be read in many passes.
         """
@@ -258,30 +252,9 @@ class Scheduler:
                 best, most, width = members, tokens, columns
         return sorted(best, key=reading.index), width
 
-    def _opportune(self) -> bool:
-        """Whether to let waiting requests in now. Asked once a round.
-
-        Let in one by one, each pays for a pass; let in together, rows stand empty for the first ones. Their sum is least where both
-        are equal, so a pass is due once the rows that stood empty while somebody waited have cost as much: of what a round takes
-        however few step, the share that those who wait would have had; or once the rounds that ran beside free rows took as long as
-        `LONGEST_WAIT` passes. Beside prompts that are being read anyway nobody waits.
-        """
-        wanted = min(len(self._free), len(self._waiting))
-        if not wanted:
-            if not self._waiting:
-                self._lost = self._waited = 0.0
-            return False
+    def _moment(self) -> Moment:
         stepping = sum(self._decodes(sequence) for sequence in self._live)
-        if self.costs is None or not stepping or stepping < len(self._live):
-            self._lost = self._waited = 0.0  # nobody is held up
-            return True
-        costs = self.costs()
-        self._lost += costs.fixed * wanted / (stepping + wanted)
-        self._waited += costs.round_
-        if self._lost < costs.pass_ and self._waited < LONGEST_WAIT * costs.pass_:
-            return False
-        self._lost = self._waited = 0.0
-        return True
+        return Moment(len(self._free), len(self._waiting), len(self._live), stepping)
 
     def _admit(self) -> None:
         """Give free rows to waiting requests: as they came, or those whose routes are most like the live ones'."""

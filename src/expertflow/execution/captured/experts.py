@@ -19,13 +19,13 @@ from expertflow.cache.forecast import Forecast, Step
 from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.events import CacheCounters
 from expertflow.execution.captured.lanes import Lane
+from expertflow.formats.records import ExpertStore
 from expertflow.kernels.backend import backend
 from expertflow.kernels.mlp import ExpertMlp, Workspace
 from expertflow.kernels.residency.state import CacheState, RoutingOutput, Schedule
 from expertflow.live.batch import PredictorInputs
 from expertflow.live.predictor import LivePredictor
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import ExpertStore
 from expertflow.memory.transfer import Transfer
 
 

@@ -1,7 +1,7 @@
 """What the paper reports and this project set itself to reach, as rows of one table; met or missed, from measured rows only.
 
 Every goal is looked up in the rows of a result of its model. Where one is missed its verdict has the figure, the bound and
-what stands in between. Knows targets; refuses to know how anything is measured.
+what stands in between. Knows targets; must not know how anything is measured.
 """
 
 from collections.abc import Callable, Sequence
@@ -136,12 +136,14 @@ def saves(target: float) -> Callable[..., list[Verdict]]:
         if not found:
             return []
         row, figure = max(found, key=lambda item: item[1].median)
-        said = f"{figure.median:.2%} ({row.strategy}, {row.slots} slots, batch {row.batch}, {_speed(row):.1f} tokens/s)"
+        shown = (
+            f"{figure.median:.2%} ({row.strategy}, {row.slots} slots, batch {row.batch}, {_speed(row):.1f} tokens/s)"
+        )
         met = figure.median >= target
         return [
             Verdict(
                 f"at least {target:.2%} of device memory saved",
-                said,
+                shown,
                 _bound(figure, ".2%"),
                 met,
                 "" if met else _dense(row),
@@ -164,10 +166,10 @@ def peak_below(target: float) -> Callable[..., list[Verdict]]:
             return []
         row = min(found, key=lambda item: item.figures[PEAK].median)
         size = row.figures[PEAK].median / 1e9
-        said = f"{size:.2f} GB ({row.slots} slots, batch {row.batch}, {_speed(row):.1f} tokens/s)"
+        shown = f"{size:.2f} GB ({row.slots} slots, batch {row.batch}, {_speed(row):.1f} tokens/s)"
         met = size <= target
         plan = f"{(row.figures[PEAK].bound or 0) / 1e9:.2f} GB ({row.figures[PEAK].bound_is})"
-        return [Verdict(f"peak at most {target:g} GB", said, plan, met, "" if met else _dense(row))]
+        return [Verdict(f"peak at most {target:g} GB", shown, plan, met, "" if met else _dense(row))]
 
     return judge
 

@@ -39,7 +39,7 @@ def _save(picture: Picture, path: Path, result: Result) -> Path:
 def speed(result: Result, path: Path) -> Path:
     """Bars of tokens a second by strategy (colour), execution (hatched: eager) and slots, one panel a batch, each with its bound.
 
-    The all-resident model is a line, or a number where it is so far above that nothing else could be told apart.
+    The all-resident model is a line, or a number where it is so far above that other lines would merge.
     """
     rows = [row for row in _warm(result) if DECODE in row.figures]
     batches = sorted({row.batch for row in rows})

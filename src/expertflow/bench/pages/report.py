@@ -6,9 +6,9 @@ Shows what a result says and nothing else: no number comes from anywhere but the
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from expertflow.bench import figures
-from expertflow.bench.bounds import over_bounds
-from expertflow.bench.goals import verdicts
+from expertflow.bench.pages import figures
+from expertflow.bench.pages.bounds import over_bounds
+from expertflow.bench.pages.goals import verdicts
 from expertflow.bench.result import (
     BELADY,
     COLD,
@@ -127,7 +127,7 @@ def _over(row: Row) -> bool:
 
 
 def _notes(result: Result) -> list[str]:
-    """What rows want to have said, once."""
+    """Notes of the rows, each once."""
     notes: dict[str, list[str]] = {}
     for row in result.rows:
         if row.note:

@@ -1,8 +1,8 @@
-"""One checkpoint's experts in host memory once, and the models that take turns with them; a run of one, timed.
+"""One checkpoint's experts in host memory once, and the models that compute with them; a run of one, timed.
 
-All seats of a bed have the same weights, dtype, batch and length, so that only slots, strategy and execution differ. On
-CUDA the allocator's peak is of the whole process: a seat's own is what it rose by since the seat was made, so a peak has to be
-read before the next seat is made.
+All contenders of a host have the same weights, dtype, batch and length, so that only slots, strategy and execution differ. On
+CUDA the allocator's peak is of the whole process: a contender's own is what it rose by since the contender was made, so a peak has to be
+read before the next contender is made.
 """
 
 import gc
@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import torch
 
 from expertflow.bench.presets import Settings
-from expertflow.bench.recorded import Follower, RecordedGate, RecordedLayers
-from expertflow.bench.workload import Tokens, Workload
+from expertflow.bench.recorded import RecordedForecast, RecordedGate, RecordedLayers
+from expertflow.bench.workload import PromptSet, Tokens
 from expertflow.cache.policy import layer_order
 from expertflow.cache.strategy import find_strategy
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.llm import LLM
 from expertflow.engine.prepare import prepare
 from expertflow.events import CacheCounters
+from expertflow.models.sources import WeightsSource
 
 _PROBES, _PROBE_BYTES = 5, 1 << 28
 _LARGEST_PASS = 512
@@ -60,10 +61,10 @@ def _kept(cache: CacheCounters) -> int:
     return cache.hits - cache.prefetch_hits
 
 
-class Seat:
+class Contender:
     """A loaded model with its slots and its strategy."""
 
-    def __init__(self, llm: LLM, gate: Follower | None, others: int) -> None:
+    def __init__(self, llm: LLM, gate: RecordedForecast | None, others: int) -> None:
         """Take a model that was just loaded.
 
         Args:
@@ -76,7 +77,7 @@ class Seat:
 
     @property
     def peak(self) -> int:
-        """Device memory in use at most, bytes, of this seat alone; read it before the next seat is made."""
+        """Device memory in use at most, bytes, of this contender alone; read it before the next contender is made."""
         return self.llm.stats.peak_bytes - self._others
 
     def run(self, prompts: Sequence[Tokens], tokens: int) -> Run:
@@ -121,26 +122,29 @@ class Seat:
 
 
 def release() -> None:
-    """Let go of what nobody holds any more."""
+    """Give memory back that no object uses any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-class Bed:
-    """Where seats are made.
+class SharedHost:
+    """Where contenders are made.
 
     Args:
         folder: the checkpoint.
         settings: the run.
         workload: what will be generated from.
+        weights: where the weights come from; None: the folder's files.
     """
 
-    def __init__(self, folder: Path, settings: Settings, workload: Workload) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, workload: PromptSet, weights: WeightsSource | None = None
+    ) -> None:
         """Load the experts."""
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings, self._weights = folder, settings, weights
         batch, longest = max(settings.batches), max(workload.longest, len(workload.long))
-        self._library = _library_bytes(settings.device)
+        self._library = library_bytes(settings.device)
         self._common: dict[str, Any] = {
             "max_batch": batch, "max_length": longest + settings.tokens, "device": settings.device, "dtype": settings.dtype,
             "prefill_chunk": min(_LARGEST_PASS, workload.longest * batch),
@@ -152,21 +156,22 @@ class Bed:
             execution="host",
             predictor="none",
             progress=True,
+            weights=weights,
             **self._common,
         )
         self.plan = self._owner.plan
 
     @property
-    def owner(self) -> Seat:
-        """The seat that holds the experts: on-demand, a slot a layer. It lives as long as the bed."""
-        return Seat(self._owner, None, 0)
+    def owner(self) -> Contender:
+        """The contender that holds the experts: on-demand, a slot a layer. It lives as long as the host."""
+        return Contender(self._owner, None, 0)
 
     @property
     def fingerprint(self) -> str:
         """Of the checkpoint."""
-        return self._owner._offloaded.fingerprint  # noqa: SLF001 - the front door does not tell it
+        return self._owner.fingerprint
 
-    def seat(self, strategy: str, slots: str, execution: str) -> Seat:
+    def contender(self, strategy: str, slots: str, execution: str) -> Contender:
         """A model with these slots, strategy and execution.
 
         Raises:
@@ -175,16 +180,18 @@ class Bed:
         release()
         others = torch.cuda.memory_allocated() - self._library if self.plan.device == "cuda" else 0
         row = find_strategy(strategy)
-        gate: Follower | None = None
+        gate: RecordedForecast | None = None
         if row.needs_future:
             gate = RecordedGate(self.settings.gate_recall, self.settings.seed)
         predictor = self.settings.predictor if row.predicted else "none"
         options = {"strategy": strategy, "slots": slots, "execution": execution, "predictor": predictor, **self._common}
         if row.policy is layer_order and self.plan.shape.encoder_decoder:
             config = EngineConfig.from_mapping(options)
-            if prepare(self.folder, config).plan.execution == "host":  # a graph knows which layers its steps reach
+            if (
+                prepare(self.folder, config, weights=self._weights).plan.execution == "host"
+            ):  # a graph knows which layers its steps reach
                 gate = RecordedLayers()
-        return Seat(LLM(self.folder, forecast=gate, beside=self._owner, **options), gate, others)
+        return Contender(LLM(self.folder, forecast=gate, beside=self._owner, **options), gate, others)
 
     def predictor_bytes(self) -> int:
         """The network of the predictor that strategies with one would use, in memory; 0 if the model has none.
@@ -193,12 +200,12 @@ class Bed:
             PredictorError: if it is damaged, of another model, or named and not there.
         """
         config = EngineConfig.from_mapping({**self._common, "predictor": self.settings.predictor, "strategy": "plec"})
-        artifact = prepare(self.folder, config).predictor
+        artifact = prepare(self.folder, config, weights=self._weights).predictor
         return 0 if artifact is None else sum(int(value.nbytes) for value in artifact.model.state_dict().values())
 
     def link_gbps(self) -> float:
         """Copies of one row's size to the device, back to back, 10^9 bytes a second; the best of a few tries."""
-        store = self._owner._offloaded.store.buffer  # noqa: SLF001 - page-locked rows as the engine moves them
+        store = self._owner.shared_weights.store.buffer  # page-locked records, as the engine moves them
         rows = max(1, min(len(store), _PROBE_BYTES // self.plan.record_bytes))
         room = torch.empty(self.plan.record_bytes, dtype=torch.uint8, device=self.plan.device)
         best = 0.0
@@ -212,7 +219,7 @@ class Bed:
         return best
 
     def close(self) -> None:
-        """Give everything back; every seat has to be closed before."""
+        """Give everything back; every contender has to be closed before."""
         self._owner.close()
         release()
 
@@ -222,8 +229,11 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _library_bytes(device: str) -> int:
-    """What the matrix library keeps in the allocator from its first call on: no seat's own, but every seat needs it."""
+def library_bytes(device: str) -> int:
+    """Bytes that the matrix library keeps in the allocator from its first call on.
+
+    They belong to no model, but every model needs them. 0 on a CPU.
+    """
     if device == "cpu" or not torch.cuda.is_available():
         return 0
     before = torch.cuda.memory_allocated()

@@ -1,0 +1,1 @@
+"""Results as pages: tables, pictures, goals and remarks on bounds."""

@@ -1,0 +1,188 @@
+"""Recorded routing in place of the router's choice, and recorded tokens in place of the model's.
+
+A replay is what measurements run on: it says which experts every token of a sequence uses, so that random weights are routed as
+text is. Routes of the live sequences lie in one device buffer, indexed by KV row and position, so captured steps read them too.
+The router still runs, and its weights are kept: rank by rank they go to the recorded experts. A trace lists experts by weight;
+where a family's router does not, other experts get the largest weights than did. Must not know requests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from expertflow.errors import ConfigError
+from expertflow.models.context import ForwardContext
+from expertflow.models.shape import KvLayer, ModelShape
+from expertflow.trace.format import Trace
+
+Routes = npt.NDArray[np.integer]
+"""`[n, L, K]`, the experts of each position of a sequence."""
+_UNKNOWN = -1
+"""A position's token that was not recorded; the model's own is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """One sequence, prompt and answer.
+
+    Attributes:
+        routes: `[n, L, K]`; None: the router decides.
+        tokens: int64 `[n]`, -1 where unknown; None: the model decides.
+    """
+
+    routes: Routes | None = None
+    tokens: npt.NDArray[np.int64] | None = None
+
+
+class Replay:
+    """Recorded sequences. A request replays the recording that its `index` names: the i-th prompt of a call, the i-th recording.
+
+    Args:
+        recorded: a trace, each sequence of which is a recording, in ascending order of their numbers; or arrays `[n, L, K]`, one a
+            sequence, of the experts of every position; or None, if only tokens are replayed.
+        tokens: the token of every position, prompts included, one sequence of ids a recording; -1 where the model decides. None:
+            those of the trace, or the model decides.
+
+    Raises:
+        ConfigError: if there is nothing to replay, or routes and tokens are of different sequences.
+    """
+
+    def __init__(
+        self,
+        recorded: Trace | npt.NDArray[np.integer] | Sequence[Routes] | None = None,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Take the recordings apart."""
+        routes: list[Routes] | None = None
+        if isinstance(recorded, Trace):
+            rows = recorded.rows
+            places = [
+                np.flatnonzero(rows.sequence == number) for number in np.unique(rows.sequence[rows.sequence >= 0])
+            ]
+            routes = [rows.experts[mine] for mine in places]
+            tokens = [rows.tokens[mine].tolist() for mine in places] if tokens is None else tokens
+        elif recorded is not None:
+            routes = [np.asarray(one) for one in recorded]
+        count = len(routes) if routes is not None else len(tokens or ())
+        if not count:
+            raise ConfigError("there is nothing to replay", "Give a trace, routes or tokens.")
+        if tokens is not None and len(tokens) != count:
+            raise ConfigError(
+                f"{len(tokens)} token sequences for {count} recordings", "Give one a recording, or leave tokens out."
+            )
+        self.recordings = tuple(
+            Recording(
+                routes=None if routes is None else routes[place],
+                tokens=None if tokens is None else np.asarray(tokens[place], dtype=np.int64),
+            )
+            for place in range(count)
+        )
+
+    @property
+    def has_routes(self) -> bool:
+        """Whether the router's choice is replaced."""
+        return self.recordings[0].routes is not None
+
+    def counted(self, shape: ModelShape) -> ModelShape:
+        """The model's figures, with the routes on the device counted beside keys and values.
+
+        Raises:
+            ConfigError: if these recordings are not of such a model, or its sequences do not lie in KV rows.
+        """
+        if shape.encoder_decoder or not shape.in_rows:
+            raise ConfigError(
+                f"routing of {shape.model_type!r} cannot be replayed: its sequences do not lie in KV rows",
+                "Replay a decoder-only model with an entry in models.families.",
+            )
+        if not self.has_routes:
+            return shape
+        self._check_routes(shape)
+        size = shape.layers * shape.top_k * _dtype(shape).itemsize
+        return replace(shape, kv=(*shape.kv, KvLayer(bytes_per_token=size, read_per_token=0)))
+
+    def _check_routes(self, shape: ModelShape) -> None:
+        wanted = shape.layers, shape.top_k
+        for number, recording in enumerate(self.recordings):
+            routes = recording.routes
+            if routes is None:
+                continue
+            if routes.ndim != 3 or routes.shape[1:] != wanted:
+                raise ConfigError(
+                    f"recording {number} has routes of shape {routes.shape}, the model needs [n, {wanted[0]}, {wanted[1]}]",
+                    "Record this model, or one with the same layers and experts a token.",
+                )
+            if routes.size and not 0 <= int(routes.min()) <= int(routes.max()) < shape.experts:
+                raise ConfigError(
+                    f"recording {number} uses experts {routes.min()} to {routes.max()} of {shape.experts}",
+                    "Record a model with as many experts a layer.",
+                )
+
+    def check_request(self, index: int, positions: int) -> None:
+        """Refuse a request that its recording does not cover.
+
+        Args:
+            index: of the request.
+            positions: tokens that it may feed to the model.
+
+        Raises:
+            ConfigError: then.
+        """
+        if not 0 <= index < len(self.recordings):
+            raise ConfigError(
+                f"request {index} has no recording, there are {len(self.recordings)}",
+                "Give every request the index of one.",
+            )
+        routes = self.recordings[index].routes
+        if routes is not None and len(routes) < positions:
+            raise ConfigError(
+                f"request {index} runs to {positions} tokens, its recording has {len(routes)}",
+                "Generate fewer tokens, or record more.",
+            )
+
+    def token(self, index: int, position: int, chosen: int) -> int:
+        """The token at a position of a recording; `chosen` where none was recorded."""
+        tokens = self.recordings[index].tokens
+        if tokens is None or position >= len(tokens) or tokens[position] == _UNKNOWN:
+            return chosen
+        return int(tokens[position])
+
+
+def _dtype(shape: ModelShape) -> torch.dtype:
+    return torch.uint8 if shape.experts <= 256 else torch.int16
+
+
+class RouteTable:
+    """Routes of the live sequences on the device.
+
+    Args:
+        shape: the model's figures.
+        context: what the model's passes carry, KV rows and columns among it.
+        rows: KV rows.
+        length: tokens of a sequence at most.
+        device: of the model.
+    """
+
+    def __init__(
+        self, shape: ModelShape, context: ForwardContext, rows: int, length: int, device: torch.device
+    ) -> None:
+        """Allocate `[L, rows, length + 1, K]`; the last column is where padding looks."""
+        self._context = context
+        size = shape.layers, rows, length + 1, shape.top_k
+        self._routes = torch.zeros(size, dtype=_dtype(shape), device=device)
+
+    def write(self, row: int, routes: Routes) -> None:
+        """A sequence begins in a KV row, and uses these experts `[n, L, K]`; positions beyond the row are left out."""
+        known = min(len(routes), self._routes.shape[2] - 1)
+        by_layer = torch.from_numpy(np.ascontiguousarray(routes[:known].swapaxes(0, 1)).astype(np.int64))
+        self._routes[:, row, :known] = by_layer.to(self._routes.dtype).to(self._routes.device)
+
+    def choose(self, layer: int, index: Int[Tensor, "T K"]) -> Int[Tensor, "T K"]:
+        """The recorded experts of the running pass's tokens, in place of the router's `index`."""
+        now = self._context.now
+        found = self._routes[layer][now.rows[:, None], now.columns]
+        return found.reshape(index.shape).to(index.dtype)

@@ -1,0 +1,311 @@
+"""Where a model's weights come from: the files of a checkpoint, another model's store, or random numbers.
+
+A source finds the weights without loading them, loads the dense part, and fills an expert store or shares one. It knows files and
+records; it must not know plans, slots and caches.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from expertflow.errors import ConfigError
+from expertflow.formats.format import TensorSpec
+from expertflow.formats.records import ExpertStore
+from expertflow.models.files.checkpoint import StoredTensor, walk
+from expertflow.models.files.fingerprint import fingerprint
+from expertflow.models.files.identity import ContentHash, spans_of, stamps
+from expertflow.models.load import fill_records, load_dense
+from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
+from expertflow.models.skeleton import Skeleton
+from expertflow.progress import Progress
+
+_LONG_TO_LOAD = 1 << 30
+"""Bytes of experts from which loading shows its progress: less takes a second or two."""
+_STD = 0.02
+"""Standard deviation of random weights."""
+
+Stamps = tuple[tuple[str | int, ...], ...]
+"""What is known of weights without reading them: while it stays, so do they."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """A model's weights, found but not loaded.
+
+    Attributes:
+        skeleton: the model.
+        fingerprint: of the weights, sampled.
+        layers: the tensors of one expert of each MoE layer, as they are stored.
+        pieces: where the experts' bytes are; empty without files.
+        tensors: the checkpoint, by key; empty without files.
+    """
+
+    skeleton: Skeleton
+    fingerprint: str
+    layers: tuple[tuple[TensorSpec, ...], ...]
+    pieces: list[ExpertPiece] = field(default_factory=list)
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> dict[str, StoredTensor]:
+        """The checkpoint without its experts, by key."""
+        experts = {piece.source.key for piece in self.pieces}
+        return {key: tensor for key, tensor in self.tensors.items() if key not in experts}
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of the files that dense weights are in: they are mapped while those are loaded."""
+        return sum(file.stat().st_size for file in {tensor.file for tensor in self.dense.values()})
+
+
+class WeightsSource(Protocol):
+    """Gives a model its weights.
+
+    Attributes:
+        shared: whether the store belongs to another model, and takes no memory of its own.
+    """
+
+    @property
+    def shared(self) -> bool:
+        """See the class."""
+
+    def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
+        """Find all weights and check them against the model. Reads no more than headers.
+
+        Args:
+            skeleton: the model.
+            convert: whether weights may be of another float dtype than the model runs in.
+
+        Raises:
+            CheckpointError: if a weight is missing, or of another shape or dtype than the config says.
+        """
+
+    def stamps(self, located: Located) -> Stamps:
+        """What is known of the weights without reading them."""
+
+    def identity(self, located: Located) -> str:
+        """Hash of all that the model's answers depend on. Reads every weight that lies in a file.
+
+        Raises:
+            CheckpointError: if a weight cannot be read.
+        """
+
+    def load_dense(self, located: Located, device: torch.device) -> PreTrainedModel:
+        """The model with all weights but its experts', on the device, in evaluation mode.
+
+        Raises:
+            CheckpointError: if a weight cannot be read.
+        """
+
+    def experts(
+        self, located: Located, allocate: Callable[[], ExpertStore], device: torch.device, *, show: bool
+    ) -> tuple[ExpertStore, str]:
+        """A filled store, and the identity of the model: a hash of all that its answers depend on.
+
+        Args:
+            located: what is loaded.
+            allocate: makes an empty store; not called by a source that shares one.
+            device: of the model.
+            show: show progress where it takes long.
+
+        Raises:
+            CheckpointError: if a weight cannot be read.
+            ConfigError: if the store that is shared holds other experts.
+        """
+
+
+class FileWeights:
+    """The checkpoint folder's files. Experts are read straight into their records."""
+
+    shared = False
+
+    def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
+        """Walk the folder's shards. See `WeightsSource`."""
+        tensors = walk(skeleton.folder)
+        found = map_experts(skeleton, tensors, convert=convert)
+        check_dense(skeleton, tensors, convert=convert)
+        return Located(
+            skeleton=skeleton,
+            fingerprint=fingerprint(tensors),
+            layers=found.layers,
+            pieces=found.pieces,
+            tensors=tensors,
+        )
+
+    def stamps(self, located: Located) -> Stamps:
+        """Sizes and times of the files."""
+        return stamps(located.tensors, located.skeleton.folder)
+
+    def identity(self, located: Located) -> str:
+        """Hash the content of every file."""
+        content = ContentHash()
+        content.read([*(piece.span for piece in located.pieces), *spans_of(located.dense)])
+        return content.identity(located.tensors, located.skeleton.folder)
+
+    def load_dense(self, located: Located, device: torch.device) -> PreTrainedModel:
+        """Load through transformers."""
+        return load_dense(located.skeleton, located.dense, device)
+
+    def experts(
+        self,
+        located: Located,
+        allocate: Callable[[], ExpertStore],
+        device: torch.device,  # noqa: ARG002 - the protocol's
+        *,
+        show: bool,
+    ) -> tuple[ExpertStore, str]:
+        """Read every expert into its record, and hash what was read."""
+        store, content = allocate(), ContentHash()
+        total = sum(piece.nbytes for piece in located.pieces)
+        with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
+            fill_records(located.pieces, store, content, bar.advance)
+        store.lock()
+        content.read(spans_of(located.dense))
+        return store, content.identity(located.tensors, located.skeleton.folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWeights:
+    """The expert store of a model that was loaded before, and stays open as long as this one.
+
+    Attributes:
+        source: of that model; the dense part is loaded from it again.
+        skeleton: of that model.
+        known: its stamps; if this model's are the same, nothing is read to compare them.
+        known_identity: hash of all that its answers depend on.
+        store: its experts in host memory.
+        device: where it runs.
+    """
+
+    source: WeightsSource
+    skeleton: Skeleton
+    known: Stamps
+    known_identity: str
+    store: ExpertStore
+    device: torch.device
+
+    @property
+    def shared(self) -> bool:
+        """Always."""
+        return True
+
+    def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
+        """As the other model's source."""
+        return self.source.locate(skeleton, convert=convert)
+
+    def stamps(self, located: Located) -> Stamps:
+        """As the other model's source."""
+        return self.source.stamps(located)
+
+    def identity(self, located: Located) -> str:
+        """As the other model's source; nothing is read if the stamps are the same."""
+        return self.known_identity if self.stamps(located) == self.known else self.source.identity(located)
+
+    def load_dense(self, located: Located, device: torch.device) -> PreTrainedModel:
+        """As the other model's source."""
+        return self.source.load_dense(located, device)
+
+    def experts(
+        self,
+        located: Located,
+        allocate: Callable[[], ExpertStore],  # noqa: ARG002 - the protocol's
+        device: torch.device,
+        *,
+        show: bool,  # noqa: ARG002 - likewise
+    ) -> tuple[ExpertStore, str]:
+        """The other model's store, if it holds this model's experts.
+
+        Raises:
+            ConfigError: if checkpoint, dtype or device differ.
+        """
+        mine, theirs = located.skeleton, self.skeleton
+        if (mine.specs, device) != (theirs.specs, self.device) or self.identity(located) != self.known_identity:
+            raise ConfigError(
+                f"{mine.folder} cannot share the experts of {theirs.folder}: checkpoint, dtype or device differ",
+                "Load it by itself.",
+            )
+        return self.store, self.known_identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomWeights:
+    """Weights drawn at random, for a folder that holds nothing but a config.
+
+    Norms are ones and biases zeros. The same seed gives the same weights on the same kind of device. Records are drawn on the
+    device, one by one, and written into a store that is page-locked before.
+
+    Attributes:
+        seed: of all that is drawn.
+        embedding: times the standard deviation of other weights that embeddings have. Wide embeddings spread the routing.
+        fingerprint: of the checkpoint that these weights stand in for; its predictors are accepted.
+    """
+
+    seed: int = 0
+    embedding: float = 1.0
+    fingerprint: str = ""
+
+    @property
+    def shared(self) -> bool:
+        """Never."""
+        return False
+
+    def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
+        """Nothing has to be found."""
+        mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
+        return Located(skeleton=skeleton, fingerprint=mark, layers=(skeleton.specs,) * len(skeleton.expert_modules))
+
+    def stamps(self, located: Located) -> Stamps:
+        """Seed and scale, and sizes and times of the setting files."""
+        return (("random", self.seed, str(self.embedding)), *stamps({}, located.skeleton.folder))
+
+    def identity(self, located: Located) -> str:
+        """Hash of seed, scale, dtype and the setting files."""
+        return hashlib.sha256(f"{located.skeleton.dtype} {self._name(located.skeleton.folder)}".encode()).hexdigest()
+
+    def _name(self, folder: Path) -> str:
+        return f"random {self.seed} {self.embedding} {ContentHash().identity({}, folder)}"
+
+    @torch.no_grad()
+    def load_dense(self, located: Located, device: torch.device) -> PreTrainedModel:
+        """Draw the dense weights on the device."""
+        skeleton, default = located.skeleton, torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, skeleton.dtype))
+        try:
+            with (
+                torch.device(device),
+                torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []),
+            ):
+                model: Any = skeleton.model_class(skeleton.config)
+        finally:
+            torch.set_default_dtype(default)
+        random = torch.Generator(device).manual_seed(self.seed)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=_STD, generator=random)
+            else:
+                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+        model.get_input_embeddings().weight.mul_(self.embedding)
+        model.name_or_path = str(skeleton.folder)
+        loaded: PreTrainedModel = model.eval().requires_grad_(False)
+        return loaded
+
+    def experts(
+        self, located: Located, allocate: Callable[[], ExpertStore], device: torch.device, *, show: bool
+    ) -> tuple[ExpertStore, str]:
+        """Draw every record. The store is locked first, so that records come at the link's speed."""
+        store, dtype = allocate(), getattr(torch, located.skeleton.dtype)
+        store.lock()
+        random = torch.Generator(device).manual_seed(self.seed + 1)
+        count, size = store.buffer.shape
+        with Progress("drawing experts", store.nbytes, size=True, show=show and store.nbytes >= _LONG_TO_LOAD) as bar:
+            for number in range(count):
+                values = torch.randn(size // dtype.itemsize, device=device, dtype=dtype, generator=random) * _STD
+                store.record(number).copy_(values.view(torch.uint8))
+                bar.advance(size)
+        return store, self.identity(located)
