@@ -30,7 +30,7 @@ from expertflow import LLM, SamplingParams
 from expertflow.bench.about import about
 from expertflow.bench.result import DECODE, PEAK, WARM, Result, Row, read_result
 from expertflow.bench.workload import PromptSet, read_prompt_set
-from expertflow.engine.llm import load_tokenizer
+from expertflow.engine.text import load_tokenizer
 
 ROOM = 0.85
 """Share of the peak given to weights: the device map does not count activations. Raised or lowered by --room."""

@@ -107,7 +107,10 @@ class DenseFiles:
         """The folder's tensors, none of which is an expert's."""
         del convert
         tensors = find("expertflow.models.files.checkpoint.walk")(skeleton.folder)
-        return find("expertflow.models.sources.Located")(skeleton=skeleton, fingerprint="", tensors=tensors)
+        layers = (skeleton.specs,) * len(skeleton.expert_modules)
+        return find("expertflow.models.sources.Located")(
+            skeleton=skeleton, fingerprint="", layers=layers, tensors=tensors
+        )
 
     def stamps(self, located: Any) -> Any:
         """As the files."""

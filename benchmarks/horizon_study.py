@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from expertflow.bench.about import about
-from expertflow.cache.forecast import PredictedPath, Recorded, Step, blur
+from expertflow.cache.forecast import NoForecast, Recorded, Step, blur
+from expertflow.cache.policy import Outlook
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import replay
@@ -28,20 +29,23 @@ CASES = ((4, 1, 192), (4, 1, 384), (8, 2, 192), (8, 2, 384), (8, 1, 384), (8, 1,
 """Live sequences, groups, slots of 768."""
 
 
-def imperfect(workload: Workload, quality: float) -> PredictedPath:
-    """This step's truth, and the next step as a calibrated guess of the given recall and precision."""
+class Imperfect(NoForecast):
+    """Forecasts this step's truth, and the next step as a calibrated guess of the given recall and precision."""
 
-    def predict(step: Step) -> np.ndarray:
-        now = workload.needed[step.number].astype(np.float64)
-        if step.number + 1 >= len(workload):
-            return now[None]
-        truth = workload.needed[step.number + 1]
+    def __init__(self, workload: Workload, quality: float) -> None:
+        """Guess the steps of `workload`."""
+        self._needed, self._quality = workload.needed, quality
+
+    def outlook(self, step: Step) -> Outlook:
+        """Return demand `[2, L, E]`, or `[1, L, E]` for the last step."""
+        now = self._needed[step.number].astype(np.float64)
+        if step.number + 1 >= len(self._needed):
+            return Outlook(now[None])
+        truth, quality = self._needed[step.number + 1], self._quality
         guess = blur(truth, quality, np.random.default_rng((7, step.number)))
         count = truth.sum(axis=1, keepdims=True)
         missed = (1 - quality) * count / np.maximum(truth.shape[1] - count, 1)
-        return np.stack([now, np.where(guess > 0, quality, np.minimum(missed, quality))])
-
-    return PredictedPath(predict)
+        return Outlook(np.stack([now, np.where(guess > 0, quality, np.minimum(missed, quality))]))
 
 
 def run_case(path: Path, case: tuple[int, int, int], steps: int) -> dict[str, object]:
@@ -53,7 +57,7 @@ def run_case(path: Path, case: tuple[int, int, int], steps: int) -> dict[str, ob
     row, cost = STRATEGIES["next-use"], Cost()
     forecasts = {"nothing": None}
     forecasts |= {"all" if h is None else f"+{h}": Recorded(workload.needed, h or 0) for h in HORIZONS if h is not None}
-    forecasts |= {f"q={quality}": imperfect(workload, quality) for quality in QUALITIES}
+    forecasts |= {f"q={quality}": Imperfect(workload, quality) for quality in QUALITIES}
     found: dict[str, object] = {"batch": batch, "groups": groups, "slots": slots, "steps": len(workload)}
     for name, forecast in forecasts.items():
         outcome = replay(workload, row, slots, cost, forecast=forecast)

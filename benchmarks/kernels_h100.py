@@ -23,12 +23,12 @@ from rich.table import Table
 from torch import Tensor
 
 from expertflow.bench.about import about
+from expertflow.formats.plain import plain
+from expertflow.formats.records import RecordLayout, StoreLayout
 from expertflow.kernels import experts, fetch, reference
 from expertflow.kernels.ledger import Ledger
-from expertflow.kernels.reference import CLAMPED_SWIGLU, ExpertMlp, Workspace
-from expertflow.memory.layout import RecordLayout
+from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.memory.store import HostStore
-from expertflow.types import TensorSpec
 
 SEED = 7
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -52,8 +52,8 @@ class Shape:
 
     def build(self) -> ExpertMlp:
         """The record of one expert."""
-        layout = RecordLayout.of([TensorSpec(name=n, shape=s, dtype="bfloat16") for n, s in self.tensors.items()])
-        return ExpertMlp.of(layout.specs, layout.offsets, layout.record_bytes, **self.options)
+        layout = RecordLayout.of([plain(n, s, "bfloat16") for n, s in self.tensors.items()])
+        return ExpertMlp.of(layout, **self.options)
 
 
 SHAPES = {
@@ -171,7 +171,7 @@ def measure_experts(name: str, shape: Shape) -> list[dict[str, Any]]:
 
 def filled_store(row_bytes: int) -> HostStore:
     """A page-locked store whose words are all different."""
-    layout = RecordLayout.of([TensorSpec(name="words", shape=(row_bytes // 4,), dtype="float32")])
+    layout = StoreLayout.uniform([plain("words", (row_bytes // 4,), "float32")])
     store = HostStore(layout, STORE_BYTES // row_bytes, pin=True)
     words = store.buffer.view(torch.int64)
     words.copy_(torch.arange(words.shape[1])[None] * 2654435761 + torch.arange(len(words))[:, None])

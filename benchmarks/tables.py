@@ -1,13 +1,18 @@
-"""The result tables of README.md and docs/benchmarks.md, written from the result files they quote. A test holds them together.
+"""Tables of README.md and docs/, and the pages under docs/results/, written from the result files and from the code.
 
-Usage: python benchmarks/tables.py          prints every table
-       python benchmarks/tables.py --write  puts them between their markers, and draws the pictures beside docs/benchmarks.md
+Usage: python benchmarks/tables.py            prints every table of the documents
+       python benchmarks/tables.py --write    puts them between their markers
+       python benchmarks/tables.py --results  writes docs/results/: one page a result, with pictures (not committed)
+
+A test compares the documents with what this file makes.
 """
 
+import ast
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,10 @@ from matplotlib.figure import Figure
 from expertflow.bench.pages import figures
 from expertflow.bench.pages.report import section
 from expertflow.bench.result import BELADY, DECODE, MOVED, PEAK, RESIDENT, WARM, Result, Row, read_result
+from expertflow.cli.strategies import page as strategies_page
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "expertflow"
 RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
 
@@ -60,7 +67,7 @@ def _circumstances(result: dict[str, Any]) -> str:
     return (
         f"{environment['device']}, torch {environment['torch']}, transformers {environment['transformers']}; medians of "
         f"{result['settings']['repeats']} (smallest-largest). Logits bit-equal to the stock resident model in every row: "
-        f"{'yes' if result['bit_equal'] else 'NO'}. Copies of one row's size reach "
+        f"{'yes' if result['bit_equal'] else 'NO'}. Copies of one record reach "
         f"{result['link_gb_per_second']:.1f} GB/s back to back. Loading {cold['store_bytes'] / GIB:.1f} GiB of experts: "
         f"{cold['seconds']:.1f} s from a disk that reads {loading['disk_bytes_per_second'] / 1e9:.2f} GB/s, "
         f"{cached['seconds']:.1f} s from the page cache; peak host memory {cold['host_peak_over_store']:.4f} times the store."
@@ -135,7 +142,7 @@ def predictor_simulated() -> str:
     moved = {(c["groups"], c["batch"], c["share"], c["source"]): c for c in cells}
     lines = [f"| live sequences | slots | {' | '.join(names.values())} | closed |", "|---" * (len(names) + 3) + "|"]
     for groups, batch, share in dict.fromkeys(key[:3] for key in moved):
-        turns = "" if groups == 1 else f" in {groups} groups that take turns"
+        turns = "" if groups == 1 else f" in {groups} groups"
         row = [f"{moved[groups, batch, share, name]['bytes_per_token'] / 1e6:.0f}" for name in names]
         closed = moved[groups, batch, share, "predictor"]["closed"]
         lines.append(f"| {batch}{turns} | {share:.0%} | {' | '.join(row)} | {closed:.0%} |")
@@ -152,50 +159,95 @@ ENGINE = {
 }
 
 
-def _engine(name: str, chosen: str) -> list[str]:
-    """Tokens a second of every strategy by slots and batch, beside all-resident and what the link alone allows."""
+def _engine_rows(name: str) -> tuple[dict[str, Any], dict[tuple[int, int, str], dict[str, Any]]]:
+    """The result of a shape, and its measurements by slots, batch and strategy."""
     result = json.loads((RESULTS / f"engine_{name}_h100.json").read_text())
     more = RESULTS / f"engine_{name}_baselines_h100.json"  # rows the file itself lacks
     later = json.loads(more.read_text())["rows"] if more.is_file() else []
-    rows = {(row["slots"], row["batch"], row["strategy"]): row for row in (*later, *result["rows"])}
+    return result, {(row["slots"], row["batch"], row["strategy"]): row for row in (*later, *result["rows"])}
+
+
+def _engine(name: str, chosen: str, *, whole: bool) -> list[str]:
+    """Tokens a second of every strategy by slots and batch, beside all-resident; `whole`: ranges, loads and the link too."""
+    result, rows = _engine_rows(name)
     names = [key for key in ENGINE if any(strategy == key for _, _, strategy in rows)]
-    heads = [
-        *(ENGINE[key] for key in names),
-        "all resident",
-        f"{chosen}: loads (ahead)",
-        "GB/s",
-        "neither",
-        "peak GiB (budget)",
-    ]
+    more = [f"{chosen}: loads (ahead)", "GB/s", "idle"] if whole else []
+    heads = [*(ENGINE[key] for key in names), "all resident", *more, "peak GiB (budget)"]
     lines = [f"| slots | live | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     cells = dict.fromkeys((slots, batch) for slots, batch, strategy in rows if strategy == chosen)
     for slots, batch in sorted(cells, key=lambda cell: (-cell[0], cell[1])):
-        speeds = [_median([batch / ms * 1e3 for ms in rows[slots, batch, key]["ms"]]) for key in names]
+        speeds = [[batch / ms * 1e3 for ms in rows[slots, batch, key]["ms"]] for key in names]
         row = rows[slots, batch, chosen]
         ms, resident = statistics.median(row["ms"]), statistics.median(result["resident_ms"][str(batch)])
         ahead, loads = (statistics.median(row[key]) for key in ("ahead", "corrections"))
         link = (ahead + loads) * result["row_bytes"]
-        neither = max(0.0, 1 - (resident + link / result["bounds"]["link_bytes_per_second"] * 1e3) / ms)
-        rest = (
-            f"{batch / resident * 1e3:.0f}", f"{loads + ahead:.1f} ({ahead:.1f})", f"{link / ms / 1e6:.1f}", f"{neither:.1%}",
-            f"{row['peak_bytes'] / GIB:.2f} ({row['budget_bytes'] / GIB:.2f})",
-        )  # fmt: skip
-        lines.append(f"| {slots / result['experts']:.1%} | {batch} | {' | '.join((*speeds, *rest))} |")
-    every = [*rows.values()]
-    exact = all(row["tokens_equal"] and row["logits_equal"] for row in every)
-    inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in every)
-    machine, versions = result["machine"], result["versions"]
-    lines += ["", (
-        f"{machine['device']}, torch {versions['torch']}, Triton {versions['triton']}; tokens a second, medians of 3 windows over "
-        f"the same steps (smallest-largest). Every token and the checked logits equal to the all-resident graph's in every row: "
-        f"{'yes' if exact else 'NO'}; measured peak within the plan in every row: {'yes' if inside else 'NO'}."
-    )]  # fmt: skip
+        idle = max(0.0, 1 - (resident + link / result["bounds"]["link_bytes_per_second"] * 1e3) / ms)
+        shown = [_median(each) if whole else f"{statistics.median(each):.1f}" for each in speeds]
+        shown.append(f"{batch / resident * 1e3:.0f}")
+        if whole:
+            shown += [f"{loads + ahead:.1f} ({ahead:.1f})", f"{link / ms / 1e6:.1f}", f"{idle:.1%}"]
+        shown.append(f"{row['peak_bytes'] / GIB:.2f} ({row['budget_bytes'] / GIB:.2f})")
+        lines.append(f"| {slots / result['experts']:.1%} | {batch} | {' | '.join(shown)} |")
+    lines += ["", _engine_notes(result, [*rows.values()], whole=whole)]
     return lines
 
 
+def _engine_notes(result: dict[str, Any], rows: list[dict[str, Any]], *, whole: bool) -> str:
+    """Machine, exactness and memory, as a paragraph."""
+    exact = all(row["tokens_equal"] and row["logits_equal"] for row in rows)
+    inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
+    machine, versions = result["machine"], result["versions"]
+    ranges = "; idle: share of a step in which neither the GPU computes nor the link copies" if whole else ""
+    return (
+        f"{machine['device']}, torch {versions['torch']}, Triton {versions['triton']}; tokens a second, medians of 3 windows over "
+        f"the same steps{' (smallest-largest)' if whole else ''}{ranges}. Every token and the checked logits equal to the "
+        f"all-resident graph's in every row: {'yes' if exact else 'NO'}; measured peak within the plan in every row: "
+        f"{'yes' if inside else 'NO'}."
+    )
+
+
+def front() -> str:
+    """The README's table: speed against GPU memory, gpt-oss-20b's shape."""
+    result, rows = _engine_rows("g")
+    total, record = result["experts"], result["row_bytes"]
+    lines = [
+        "| experts on the GPU | GPU memory | 1 sequence: LRU cache | ExpertFlow | 8 sequences: LRU cache | ExpertFlow |",
+        "|---" * 6 + "|",
+    ]
+    most = max(slots for slots, _, _ in rows)
+    resident = [f"{batch / statistics.median(result['resident_ms'][str(batch)]) * 1e3:.0f}" for batch in (1, 8)]
+    whole = rows[most, 8, "plec"]["peak_bytes"] + (total - most) * record
+    lines.append(f"| all | {whole / GIB:.1f} GiB | | {resident[0]} | | {resident[1]} |")
+    for slots in sorted({slots for slots, _, _ in rows}, reverse=True):
+        peak = max(rows[slots, batch, "plec"]["peak_bytes"] for batch in (1, 8))
+        cells = []
+        for batch in (1, 8):
+            for strategy in ("lru", "plec"):
+                speeds = [batch / ms * 1e3 for ms in rows[slots, batch, strategy]["ms"]]
+                cells.append(_median(speeds) if strategy == "plec" else f"{statistics.median(speeds):.1f}")
+        lines.append(f"| {slots / total:.1%} | {peak / GIB:.1f} GiB | {' | '.join(cells)} |")
+    config, exact = result["config"], all(row["tokens_equal"] and row["logits_equal"] for row in rows.values())
+    lines += ["", (
+        f"Decoded tokens a second on one {result['machine']['device']}, medians of 3 windows (smallest-largest), routing and tokens of "
+        f"{config['trace'].split(', ')[1]}. LRU: an equal share of the slots for each layer, the same kernels. All resident: memory "
+        f"computed from the {most / total:.0%} row. Every token equal to the all-resident model's: {'yes' if exact else 'NO'}."
+    )]  # fmt: skip
+    return "\n".join(lines)
+
+
 def engine_g() -> str:
-    """gpt-oss-20b's shape with real routing replayed, and what plec gives over lru-global."""
-    lines = _engine("g", "plec")
+    """gpt-oss-20b's shape with real routing replayed: medians."""
+    return "\n".join(_engine("g", "plec", whole=False))
+
+
+def engine_q() -> str:
+    """The shape of Qwen3-MoE with random weights and tokens: medians."""
+    return "\n".join(_engine("q", "next-use", whole=False))
+
+
+def engine_g_whole() -> str:
+    """The same with ranges, and what plec gives over lru-global."""
+    lines = _engine("g", "plec", whole=True)
     result = json.loads((RESULTS / "engine_g_h100.json").read_text())
     ms = {(r["slots"], r["batch"], r["strategy"]): statistics.median(r["ms"]) for r in result["rows"]}
     shares = dict.fromkeys(slots for slots, _, _ in ms)
@@ -209,9 +261,9 @@ def engine_g() -> str:
     return "\n".join(lines)
 
 
-def engine_q() -> str:
-    """The shape of Qwen3-MoE with random weights and tokens."""
-    return "\n".join(_engine("q", "next-use"))
+def engine_q_whole() -> str:
+    """The same with ranges."""
+    return "\n".join(_engine("q", "next-use", whole=True))
 
 
 def schedule() -> str:
@@ -243,7 +295,7 @@ def schedule() -> str:
         )
         lines.append(f"| {row['share']:.0%} | {row['schedule']} | {' | '.join(cells)} |")
     versions = result["versions"]
-    lines += ["", (f"{result['machine']['device']}, torch {versions['torch']}; {config['live']} live sequences in turns of {config['batch']}, {config['rounds']} rounds, "
+    lines += ["", (f"{result['machine']['device']}, torch {versions['torch']}; {config['live']} live sequences, {config['batch']} a step, {config['rounds']} rounds, "
               f"{config['repeats']} parts of the sequences, every schedule on each; medians (smallest-largest).")]  # fmt: skip
     return "\n".join(lines)
 
@@ -277,10 +329,10 @@ def turns() -> str:
 
 ARRIVALS = {
     "arrivals_q_h100": "Qwen3-MoE's shape",
-    "arrivals_q_more_h100": "Qwen3-MoE's shape, the rule of before",
+    "arrivals_q_more_h100": "Qwen3-MoE's shape, earlier rule",
     "arrivals_long_h100": "Qwen3-MoE's shape, longer",
     "arrivals_g_h100": "gpt-oss-20b's shape and routing",
-    "arrivals_g_before_h100": "gpt-oss-20b's, the rule of before",
+    "arrivals_g_before_h100": "gpt-oss-20b's, earlier rule",
 }
 
 
@@ -339,14 +391,21 @@ def control() -> str:
     cell = {(row["batch"], row["groups"], row["share"], row["predictor"]): row for row in result["rows"]}
     for batch, groups, share in dict.fromkeys(key[:3] for key in cell):
         mine = {source: cell[batch, groups, share, source] for source in sources}
-        live = f"{batch}" if groups == 1 else f"{batch} in {groups} turns"
+        live = f"{batch}" if groups == 1 else f"{batch} in {groups} groups"
         speeds = " | ".join(f"{row['tokens_per_second']:.1f}" for row in mine.values())
         ahead = [
-            f"{mine[source]['ahead_per_token']:.2f} ({mine[source]['wasted_per_token']:.2f} in vain)"
+            f"{mine[source]['ahead_per_token']:.2f} ({mine[source]['wasted_per_token']:.2f} wasted)"
             for source in ("shuffled", "trained")
         ]
         lines.append(f"| {live} | {share:.0%} | {speeds} | {' | '.join(ahead)} |")
     return "\n".join(lines)
+
+
+SHOWN = {
+    "+ told of the turns that come": "+ the forecast covers the groups that come",
+    "+ the predictor says what to keep": "+ the predictor decides what is kept",
+}
+"""Names of stages in the result file that the table shows in other words."""
 
 
 def ablation() -> str:
@@ -354,20 +413,20 @@ def ablation() -> str:
     rows = json.loads((RESULTS / "ablation_gpt_oss_20b.json").read_text())["rows"]
     cell = {(row["batch"], row["groups"], row["share"], row["stage"]): row for row in rows}
     places = list(dict.fromkeys(key[:3] for key in cell))
-    heads = [f"{batch}{f' in {groups} turns' if groups > 1 else ''}, {share:.0%}" for batch, groups, share in places]
+    heads = [f"{batch}{f' in {groups} groups' if groups > 1 else ''}, {share:.0%}" for batch, groups, share in places]
     lines = [f"| live, slots | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for stage in sorted({row["stage"] for row in rows}, key=[row["stage"] for row in rows if row["groups"] > 1].index):
         found = [cell.get((*place, stage)) for place in places]
-        said = [
+        cells = [
             "" if row is None else f"{row['tokens_per_second']:.1f} ({row['loads_per_token']:.1f})" for row in found
         ]
-        lines.append(f"| {stage} | {' | '.join(said)} |")
+        lines.append(f"| {SHOWN.get(stage, stage)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 STAGES = (
     ("on-demand", "host", "nothing kept, eager"),
-    ("on-demand", "graph", "+ one graph a step, rows fetched by kernels"),
+    ("on-demand", "graph", "+ one graph a step, records fetched by kernels"),
     ("lru", "graph", "+ kept by recency, 4 or 16 slots a layer (Cache-MoE)"),
     ("next-use", "graph", "+ kept by next use, over all layers"),
     ("plec", "graph", "+ a predictor, loads ahead, corrected"),
@@ -391,12 +450,12 @@ def switch_stages() -> str:
     places = [(48, 4), (48, 32), (192, 4), (192, 32)]
     heads = " | ".join(f"{slots // 12} slots a layer, batch {batch}" for slots, batch in places)
     lines = [f"| | {heads} |", "|---" * (1 + len(places)) + "|"]
-    for strategy, execution, said in STAGES:
+    for strategy, execution, stage in STAGES:
         cells = []
         for slots, batch in places:
             figure = speeds[strategy, execution, 1536 if strategy == "resident" else slots, batch]
             cells.append(f"{figure.median:.0f} ({figure.low:.0f}-{figure.high:.0f})")
-        lines.append(f"| {said} | {' | '.join(cells)} |")
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -572,34 +631,65 @@ def draw_growth(path: Path) -> None:
     picture.savefig(path, dpi=90)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "schedule": schedule,
-    "turns": turns,
-    "arrivals": arrivals,
-    "admission": admission,
-    "engine-g": engine_g,
-    "engine-q": engine_q,
-    "host-execution": host_execution,
-    "policies": policies,
-    "predictor": predictor,
-    "predictor-simulated": predictor_simulated,
+FLOORS = (
+    "cli", "bench", "engine", "execution", "sim", "live", "schedule", "kernels", "predict", "cache", "memory", "models",
+    "formats", "trace",
+)  # fmt: skip
+"""The package's folders from top to bottom; imports only point down."""
+
+
+def modules() -> str:
+    """Every folder of the package, what it does, and its modules."""
+    folders = [path.parent for path in PACKAGE.rglob("__init__.py")]
+    lines = ["| folder | what it does | modules |", "|---|---|---|"]
+    for folder in sorted(folders, key=_floor):
+        names = sorted(path.stem for path in folder.glob("*.py") if path.name != "__init__.py")
+        if not names:
+            continue
+        place = folder.relative_to(PACKAGE)
+        doc = "" if folder == PACKAGE else ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        about = doc.partition("\n\n")[0].replace("\n", " ") or "What every floor uses, and the way in."
+        lines.append(f"| {'top' if folder == PACKAGE else f'`{place}/`'} | {about} | {' '.join(names)} |")
+    return "\n".join(lines)
+
+
+def _floor(folder: Path) -> tuple[int, str]:
+    """Where a folder stands in the table: by its floor, the package itself last."""
+    place = folder.relative_to(PACKAGE)
+    top = place.parts[0] if place.parts else ""
+    return (FLOORS.index(top) if top in FLOORS else len(FLOORS) + (not top), str(place))
+
+
+def strategies() -> str:
+    """The table that `expertflow strategies --markdown` prints."""
+    return "\n".join(line for line in strategies_page().splitlines() if line.startswith("|"))
+
+
+Tables = Mapping[str, Callable[[], str]]
+PAGES: Mapping[str, Tables] = {
+    "README.md": {"front": front},
+    "docs/how-it-works.md": {"modules": modules, "strategies": strategies},
+    "docs/benchmarks.md": {
+        "engine-g": engine_g,
+        "engine-q": engine_q,
+        "schedule": schedule,
+        "predictor": predictor,
+        "predictor-simulated": predictor_simulated,
+        "ablation": ablation,
+        "control": control,
+        "switch-stages": switch_stages,
+        "accelerate": accelerate,
+        "host-execution": host_execution,
+    },
 }
+"""The committed documents, and the tables between their markers."""
 
 
-def bench(name: str) -> Callable[[], str]:
-    """A result of `expertflow bench` as a section, with the pictures that `draw` makes."""
-
-    def make() -> str:
-        return section(
-            f"{name}.json",
-            read_result(RESULTS / f"{name}.json"),
-            [f"{name}_{kind}.png" for kind in PICTURES if name in PICTURED],
-        )
-
-    return make
+def bench(name: str, pictures: Iterable[str] = ()) -> str:
+    """A result of `expertflow bench` as a section, with pictures named as given."""
+    return section(f"{name}.json", read_result(RESULTS / f"{name}.json"), pictures)
 
 
-PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
 SHAPES = {
     "Qwen1.5-MoE-A2.7B": ("shape_qwen", "shape_qwen_8_16", "shape_qwen_rivals"),
     "DeepSeek-V2-Lite": (
@@ -614,49 +704,139 @@ SHAPES = {
     "Mixtral-8x7B": ("shape_mixtral", "shape_mixtral_two", "shape_mixtral_32"),
 }
 """The files of each full-size shape, oldest first."""
-PICTURED = (
-    "bench_quick_cpu", "switch_32", "switch_64", "switch_128", "switch_32_grid", "switch_64_grid", "switch_128_grid", "shape_qwen", "shape_qwen_8_16", "shape_deepseek",
-    "shape_deepseek_16", "shape_mixtral",
-)  # fmt: skip
-"""Results of `expertflow bench` that are shown with pictures on docs/benchmarks.md."""
 BENCHES = (
-    *PICTURED,
-    "switch_128_16",
-    "shape_qwen_rivals",
-    "shape_deepseek_8",
-    "shape_deepseek_rivals",
-    "shape_deepseek_pregated",
-    "shape_deepseek_32",
-    "shape_deepseek_32_16",
-    "shape_mixtral_two",
-    "shape_mixtral_32",
-)
-"""All that are committed, in the order of the page."""
-SWITCH = {
-    "switch-stages": switch_stages,
-    "switch-growth": switch_growth,
-    "switch-predictor": switch_predictor,
-    "switch-schedule": switch_schedule,
-    "shapes": shapes,
-    "accelerate": accelerate,
-    "ablation": ablation,
-    "control": control,
+    "bench_quick_cpu", "switch_32", "switch_64", "switch_128", "switch_32_grid", "switch_64_grid", "switch_128_grid",
+    "switch_128_4", "switch_128_16", "switch_128_control", *(name for names in SHAPES.values() for name in names),
+)  # fmt: skip
+"""Results of `expertflow bench`: each has a page with pictures."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page under docs/results/: its heading, how its numbers are made again, and its tables."""
+
+    title: str
+    made_by: str
+    tables: tuple[Callable[[], str], ...]
+
+
+RESULT_PAGES = {
+    "engine": Page(
+        "Decode steps as CUDA graphs: gpt-oss-20b's shape with recorded routing, Qwen3-MoE's shape with random weights",
+        "`python benchmarks/engine_h100.py` (`engine_*_h100.json`)",
+        (engine_g_whole, engine_q_whole),
+    ),
+    "host-execution": Page(
+        "Host execution at the size of Qwen1.5-MoE-A2.7B",
+        "`python benchmarks/host_execution.py` (`host_execution_h100.json`)",
+        (host_execution,),
+    ),
+    "scheduler": Page(
+        "Sequences that take turns, and requests that arrive",
+        "`benchmarks/schedule_h100.py`, `grouping.py`, `arrivals_h100.py`, `admission.py` (files of the same names)",
+        (schedule, turns, arrivals, admission),
+    ),
+    "policies": Page(
+        "Share of needs kept, by strategy: the simulator on recorded routing of gpt-oss-20b",
+        "`expertflow simulate TRACE --slots 12.5%,25%,50% --batch 1,4,8,16 --json` (`simulate_gpt_oss_20b.json`)",
+        (policies,),
+    ),
+    "predictor": Page(
+        "The routing path predictor on gpt-oss-20b",
+        "`benchmarks/predictor_split.py` has the commands (`predictor_*.json`)",
+        (predictor, predictor_simulated),
+    ),
+    "parts": Page(
+        "One part at a time, and a misled predictor",
+        "`benchmarks/ablation.py` and `benchmarks/control.py` (`ablation_gpt_oss_20b.json`, `control_gpt_oss_20b.json`)",
+        (ablation, control),
+    ),
+    "switch": Page(
+        "Switch-32, -64 and -128",
+        "`python -m switch.evaluate` in `tools/` and `benchmarks/accelerate_offload.py` (`switch_*.json`)",
+        (switch_stages, switch_growth, switch_predictor, switch_schedule, accelerate),
+    ),
+    "shapes": Page(
+        "Full-size shapes with random weights: of each cell the measurement with the most repeats",
+        "`benchmarks/shapes_h100.py` (`shape_*.json`)",
+        (shapes,),
+    ),
 }
-PAGES = {"README.md": TABLES, "docs/benchmarks.md": SWITCH | {name: bench(name) for name in BENCHES}}
+"""Pages of tables made from several files; the results of `expertflow bench` have one each beside them."""
 
 
-def draw() -> None:
-    """The pictures of docs/benchmarks.md."""
-    for name in PICTURED:
-        for kind, make in PICTURES.items():
-            make(read_result(RESULTS / f"{name}.json"), ROOT / "docs" / f"{name}_{kind}.png")
-    draw_growth(ROOT / "docs" / "switch_growth.png")
+SMALL = (
+    "loading_h200", "threads_cpu", "threads_h200", "invariance_h100", "soak_h100", "prefill_h100", "next_use_halves",
+    "predictor_latency_cpu", "predictor_latency_h100",
+)  # fmt: skip
+"""Results that are few enough to be read whole."""
 
 
-def fill(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
-    """The text with every table between its markers."""
+def as_it_is(name: str) -> str:
+    """Every value of a result, a line each."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    return "\n".join([f"## `{name}.json`", "", *(f"- {place}: {value}" for place, value in _leaves(found, ""))])
+
+
+def _leaves(found: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Paths and values; a list of plain values is one."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            yield from _leaves(value, f"{place}.{key}" if place else key)
+    elif isinstance(found, list) and any(isinstance(each, dict | list) for each in found):
+        for number, value in enumerate(found):
+            yield from _leaves(value, f"{place}[{number}]")
+    else:
+        yield place, ", ".join(map(str, found)) if isinstance(found, list) else found
+
+
+def write_results(folder: Path, *, pictures: bool = True) -> list[Path]:
+    """Write a page a result, and an index.
+
+    Args:
+        folder: is made if it is not there.
+        pictures: draw the pictures too (needs matplotlib, a minute).
+
+    Returns:
+        The pages, the index first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    index = ["# Results", "", "Made by `python benchmarks/tables.py --results` from `benchmarks/results/`.", ""]
+    written = [folder / "README.md"]
+    for name, page in RESULT_PAGES.items():
+        body = "\n\n".join(f"## {(make.__doc__ or '').splitlines()[0]}\n\n{make()}" for make in page.tables)
+        shown = "\n\n![speed over the number of experts](switch_growth.png)" if pictures and name == "switch" else ""
+        written.append(folder / f"{name}.md")
+        written[-1].write_text(f"# {page.title}\n\nMade by {page.made_by}.\n\n{body}{shown}\n")
+        index.append(f"- [{page.title}]({name}.md)")
+    for name in BENCHES:
+        result = read_result(RESULTS / f"{name}.json")
+        drawn = [make(result, folder / f"{name}_{kind}.png").name for kind, make in PICTURES.items() if pictures]
+        written.append(folder / f"{name}.md")
+        written[-1].write_text(bench(name, drawn) + "\n")
+        index.append(f"- [`{name}.json`: {result.model.name}, preset {result.preset}]({name}.md)")
+    written.append(folder / "small.md")
+    written[-1].write_text("# Small results, as they are in their files\n\n" + "\n\n".join(map(as_it_is, SMALL)) + "\n")
+    index.append("- [Small results: loading, threads, soak, prompts and others](small.md)")
+    if pictures:
+        draw_growth(folder / "switch_growth.png")
+    written[0].write_text("\n".join(index) + "\n")
+    return written
+
+
+PICTURES = {"speed": figures.speed, "kept": figures.kept, "budget": figures.budget}
+
+
+def fill(text: str, tables: Tables) -> str:
+    """The text with every table between its markers.
+
+    Raises:
+        ValueError: if a marker is missing.
+    """
     for name, make in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin not in text or end not in text:
+            raise ValueError(f"no place for the table {name!r}: {begin} and {end} must stand in the text")
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)
         text = f"{head}{begin}\n{make()}\n{end}{tail}"
@@ -665,15 +845,16 @@ def fill(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
 
 def main() -> None:
     """Print or write."""
-    if "--write" not in sys.argv:
+    if "--results" in sys.argv:
+        write_results(ROOT / "docs" / "results")
+    elif "--write" in sys.argv:
+        for page, tables in PAGES.items():
+            path = ROOT / page
+            path.write_text(fill(path.read_text(), tables))
+    else:
         for tables in PAGES.values():
             for make in tables.values():
                 print(make())
-        return
-    for page, tables in PAGES.items():
-        path = ROOT / page
-        path.write_text(fill(path.read_text(), tables))
-    draw()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from expertflow.models.attention import attention_windows, cache_argument
 from expertflow.models.families import FAMILIES
 
 WINDOW = 5
-DECODERS = [name for name, row in FAMILIES.items() if row.hook == "loop"]
+DECODERS = [name for name in FAMILIES if name != "switch_transformers"]
 GRAPHS = [name for name in DECODERS if not FAMILIES[name].no_graph]
 CONFIGS = {
     "as published": {},

@@ -60,7 +60,7 @@ def test_keys_and_values_are_as_planned(model_type: str, make_checkpoint: MakeCh
     options = {"device": "cpu", "max_length": 16, "max_batch": 2, "max_live": 3}
     with LLM(make_checkpoint(model_type, "bfloat16"), **options) as llm:
         llm.generate([3, 4, 5], SamplingParams(max_tokens=1))
-        rows = llm._offloaded._rows
+        rows = llm._offloaded.handover.rows
         caches = [rows.cache, *([rows._read] if llm.plan.shape.encoder_decoder else [])]
         tensors = [t for cache in caches for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)]
         assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == llm.plan.kv
@@ -95,9 +95,9 @@ def test_a_larger_budget_buys_more_slots(make_checkpoint: MakeCheckpoint) -> Non
     options = {"device": "cpu", "max_length": 32, "max_batch": 1}
     one = prepare(folder, EngineConfig(**options, slots=1)).plan
     for more in (0, 1, 5, 23, 40):
-        plan = prepare(folder, EngineConfig(**options, gpu_memory=one.total + more * one.row)).plan
+        plan = prepare(folder, EngineConfig(**options, gpu_memory=one.total + more * one.record_bytes)).plan
         assert plan.slots == min(1 + more, 24)
-        assert plan.total <= one.total + more * one.row
+        assert plan.total <= one.total + more * one.record_bytes
 
 
 def test_memory_that_cannot_be_planned_is_not_promised(make_checkpoint: MakeCheckpoint) -> None:
@@ -116,7 +116,10 @@ def test_memory_that_cannot_be_planned_is_not_promised(make_checkpoint: MakeChec
 def test_a_closed_model_gives_its_memory_back(make_checkpoint: MakeCheckpoint) -> None:
     """After `close` store and slots are gone, using the model is a clear error, and closing again is fine."""
     llm = LLM(make_checkpoint("mixtral"), device="cpu", max_length=32)
-    parts = [weakref.ref(llm._offloaded.store.buffer.untyped_storage()), weakref.ref(llm._offloaded._provider._pool)]
+    parts = [
+        weakref.ref(llm._offloaded.store.buffer.untyped_storage()),
+        weakref.ref(llm._offloaded.handover.provider._pool),
+    ]
     llm.close()
     gc.collect()
     assert [part() for part in parts] == [None, None]

@@ -14,7 +14,7 @@ from expertflow.cache.policy import Outlook, Policy, Usage, discounted_use, next
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.errors import ConfigError
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
-from expertflow.types import Access, ExpertId
+from expertflow.types import Access, ExpertId, Place
 
 LAYERS, EXPERTS, ROW = 3, 6, 1000
 routing = st.lists(
@@ -123,9 +123,9 @@ def test_events_tell_the_whole_story(strategy: str, slots: int, steps: list[list
                 assert resident.pop(event.slot) == expert
             case EventKind.HIT | EventKind.WASTED:
                 assert resident[event.slot] == expert
-            case EventKind.STEP | EventKind.LAYER | EventKind.LATE:
+            case EventKind.STEP | EventKind.LAYER:
                 pass
-    owner = {slot: controller.table.expert_in(slot) for slot in range(slots)}
+    owner = {slot: controller.table.expert_in(Place(0, slot)) for slot in range(slots)}
     assert {slot: ExpertId(*expert) for slot, expert in resident.items()} == {s: e for s, e in owner.items() if e}
 
 

@@ -45,7 +45,7 @@ def test_run_prints_text_and_summary(make_checkpoint: MakeCheckpoint) -> None:
     assert out.startswith(f"abc{output.text}\n")
     cache = stats.cache
     assert cache.evictions > 0
-    said = " ".join(out.split())
+    shown = " ".join(out.split())
     accesses = cache.hits + cache.loads
     for words in (
         "budget 600.0 KiB on cpu",
@@ -57,7 +57,7 @@ def test_run_prints_text_and_summary(make_checkpoint: MakeCheckpoint) -> None:
         "speed 5 tokens in ",
         "decode step ",
     ):
-        assert words in said, words
+        assert words in shown, words
 
 
 def test_run_as_json_accounts_for_everything(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -94,7 +94,19 @@ def test_plan_needs_no_weights_and_says_what_the_budget_buys(make_checkpoint: Ma
     """The plan adds up, on screen and as JSON."""
     folder = make_checkpoint("deepseek_v2", "bfloat16")
     plan = json.loads(
-        invoke("plan", folder, "--gpu-memory", "1MiB", "--max-length", 64, "--prefill-chunk", 64, "--json")
+        invoke(
+            "plan",
+            folder,
+            "--gpu-memory",
+            "1MiB",
+            "--max-length",
+            64,
+            "--prefill-chunk",
+            64,
+            "--json",
+            "--device",
+            "cpu",
+        )
     )
     assert plan["dense"] + plan["kv"] + plan["workspace"] + plan["slot_bytes"] == plan["total"] <= plan["budget"]
     assert plan["host"] == plan["row"] * plan["layers"] * plan["experts"]
@@ -190,7 +202,7 @@ with _Interrupt() as interrupt:
 
 @pytest.mark.parametrize("command", [["report", "result.json"], ["simulate", "a.trace", "--plot", "a.png"]])
 def test_pictures_without_matplotlib_are_refused(command: list[str]) -> None:
-    """It is optional: who lacks it is told what to install, whatever else is wrong, and sees no traceback."""
+    """It is optional: where it is missing, the error names what to install, whatever else is wrong, and shows no traceback."""
     script = f"import sys; sys.modules['matplotlib'] = None; sys.argv[1:] = {command}; from expertflow.cli.main import main; main()"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 2

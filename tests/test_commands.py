@@ -302,7 +302,7 @@ def test_impossible_numbers_are_errors_of_ours(words: tuple[object, ...], match:
 def test_loading_a_large_model_shows_lines(
     make_checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it is asked for and takes long; what counts as large is set to nothing here."""
+    """Where `progress` is on and loading takes long; what counts as large is set to nothing here."""
     monkeypatch.setattr(build, "_LONG_TO_LOAD", 1)
     for progress in (True, False):
         LLM(make_checkpoint("qwen3_moe"), device="cpu", max_length=32, progress=progress).close()

@@ -77,12 +77,12 @@ def test_coroutines_share_it(llm: LLM) -> None:
     """`asyncio.to_thread` works as threads do."""
     alone = [llm.generate(prompt, one)[0] for prompt, one in zip(PROMPTS, PARAMS, strict=True)]
 
-    async def ask() -> list[object]:
+    async def all_at_once() -> list[object]:
         jobs = [asyncio.to_thread(llm.generate, p, one) for p, one in zip(PROMPTS, PARAMS, strict=True)]
         return [found[0] for found in await asyncio.gather(*jobs)]
 
     before = llm.stats
-    assert [out.token_ids for out in asyncio.run(ask())] == [out.token_ids for out in alone]
+    assert [out.token_ids for out in asyncio.run(all_at_once())] == [out.token_ids for out in alone]
     assert llm.stats.finished - before.finished == THREADS, "whichever thread's step ended a request"
     assert llm.stats.tokens - before.tokens == sum(len(out.token_ids) for out in alone)
 
@@ -105,7 +105,7 @@ def test_calls_share_batches_and_a_held_stream_blocks_none(llm: LLM) -> None:
 
 
 def test_closing_ends_the_others_with_our_error(folder: tuple[Path, str]) -> None:
-    """Whoever is in a call when another thread closes the model gets `ClosedError`; nobody hangs."""
+    """A thread in a call when another closes the model gets `ClosedError`; none hangs."""
     llm = LLM(folder[0], device=folder[1], slots=9, max_length=4096 // 64, max_batch=3)
     begun = threading.Barrier(3)
 

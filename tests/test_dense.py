@@ -26,7 +26,7 @@ def draw(
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("sink", [False, True])
-def test_attention_is_the_references(dtype: torch.dtype, window: int | None, sink: bool) -> None:  # noqa: FBT001
+def test_attention_is_the_references(dtype: torch.dtype, window: int | None, sink: bool) -> None:
     """Over one span and several, with and without window and sinks."""
     query, keys, values, where = draw(1, dtype)
     sinks = torch.randn(6, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype) if sink else None
@@ -63,7 +63,7 @@ def test_attention_adds_a_bias_by_distance(dtype: torch.dtype, window: int | Non
 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("wide", [False, True])
-def test_norm_is_the_references(dtype: torch.dtype, wide: bool) -> None:  # noqa: FBT001
+def test_norm_is_the_references(dtype: torch.dtype, wide: bool) -> None:
     """For widths that are no power of two as well."""
     states = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype)
     weight = torch.linspace(-1, 2, 48).to(DEVICE, dtype)

@@ -1,9 +1,12 @@
 """Documents say what the code and the result files say."""
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,37 +16,107 @@ from expertflow.models.families import FAMILIES
 ROOT = Path(__file__).parents[1]
 
 
-def test_result_tables_come_from_result_files() -> None:
-    """Every number in the README's tables is what `benchmarks/tables.py` writes from the results."""
-    script = "import tables; text = (tables.ROOT / 'README.md').read_text(); assert tables.fill(text) == text"
-    assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT / "benchmarks").returncode == 0
+DOCUMENTS = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
-def test_measurements_come_from_result_files() -> None:
-    """docs/benchmarks.md says what the committed results of `expertflow bench` say, and its pictures are there."""
-    script = "import tables; p = tables.ROOT / 'docs/benchmarks.md'; t = p.read_text(); assert tables.fill(t, tables.PAGES['docs/benchmarks.md']) == t"
-    assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT / "benchmarks").returncode == 0
-    text = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert all((ROOT / "docs" / name).is_file() for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
+def run_tables(script: str) -> None:
+    """Run lines of Python beside `benchmarks/tables.py`; they have to succeed."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, cwd=ROOT / "benchmarks", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_tree_names_every_module() -> None:
-    """The README's tree names every module of the package, and nothing that is not there."""
-    tree = (ROOT / "README.md").read_text().split("## The tree")[1]
-    named = set(re.findall(r"^  ([\w/]+\.py)", tree, flags=re.MULTILINE))
+@pytest.mark.parametrize("document", ["README.md", "docs/how-it-works.md", "docs/benchmarks.md"])
+def test_tables_are_what_the_result_files_and_the_code_say(document: str) -> None:
+    """Every table between markers is what `benchmarks/tables.py` makes; `--write` puts it there."""
+    run_tables(
+        f"import tables; old = (tables.ROOT / {document!r}).read_text(); new = tables.fill(old, tables.PAGES[{document!r}]); "
+        "assert old == new, 'run `python benchmarks/tables.py --write`'"
+    )
+
+
+def test_every_result_has_a_page(tmp_path: Path) -> None:
+    """Each result of `expertflow bench` that is committed has a page, and the index names all pages."""
+    run_tables(f"import tables, pathlib; tables.write_results(pathlib.Path({str(tmp_path)!r}), pictures=False)")
+    index = (tmp_path / "README.md").read_text()
+    pages = {path.stem for path in tmp_path.glob("*.md")} - {"README"}
+    assert pages == set(re.findall(r"\]\(([\w-]+)\.md\)", index))
+    results = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    assert pages >= {name for name, found in results.items() if found.get("format") == "expertflow-bench"}
+    assert all((tmp_path / f"{page}.md").read_text().count("|") > 20 for page in pages - {"small"})
+
+
+def test_the_modules_are_named() -> None:
+    """docs/how-it-works.md names every module of the package, and nothing that is not there."""
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    table = text.split("<!-- modules -->")[1].split("<!-- /modules -->")[0]
+    named = set()
+    for folder, modules in re.findall(r"^\| (top|`[\w/]+/`) \|.*\| ([\w ]+) \|$", table, flags=re.MULTILINE):
+        named |= {("" if folder == "top" else folder.strip("`")) + f"{module}.py" for module in modules.split()}
     package = ROOT / "src" / "expertflow"
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
-    assert named == {module for module in modules if not module.startswith("cli/")}
+    assert named == {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "docs/architecture.md", "docs/benchmarks.md", "docs/lab-notes.md", "CHANGELOG.md"]
-)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_named_files_exist(document: str) -> None:
-    """Every path that a document names in backquotes is there."""
+    """Every path that a document names in backquotes is there, and so is every page it links to and every result file."""
     text = (ROOT / document).read_text()
-    for name in re.findall(r"`((?:src|tests|docs|benchmarks|tools|cli|engine|models|memory|cache)/[\w./-]+)`", text):
-        assert (ROOT / name).exists() or (ROOT / "src" / "expertflow" / name).exists(), name
+    package = ROOT / "src" / "expertflow"
+    rooms = "|".join(sorted(path.name for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"))
+    for name in re.findall(rf"`((?:src|tests|docs|benchmarks|tools|{rooms})/[\w./-]+)`", text):
+        assert (ROOT / name).exists() or (package / name).exists() or name.startswith("docs/results/"), name
+    for name in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert ((ROOT / document).parent / name).exists(), name
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "docs/lab-notes.md"])
+def test_named_results_exist(document: str) -> None:
+    """Every result file that a document names is committed; lab notes may name files of earlier commits."""
+    text = (ROOT / document).read_text()
+    for name in re.findall(r"\b\w+_(?:h100|h200|cpu|20b)\.json\b", text):
+        assert (ROOT / "benchmarks" / "results" / name).exists(), name
+
+
+def found(name: str, *keys: str) -> Any:
+    """A value of a result file."""
+    value = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    for key in keys:
+        value = value[key]
+    return value
+
+
+def test_numbers_in_sentences_come_from_result_files() -> None:
+    """What README, decisions and benchmarks say outside of tables is what the files they name hold."""
+    record, experts = found("engine_g_h100", "row_bytes"), found("engine_g_h100", "experts")
+    new, old = (statistics.median(times) for times in found("loading_h200", "seconds"))
+    said = {
+        "README.md": [f"{record / 1e6:.1f} MB an expert", f"{experts * record / 1e9:.0f} GB"],
+        "docs/decisions.md": [
+            f"{found('host_execution_h100', 'loading', 'cold', 'host_peak_over_store'):.4f} times the store",
+            f"loading {found('loading_h200', 'bytes') / 1e9:.1f} GB {new / old - 1:.0%} longer".replace("%", " %"),
+        ],
+        "docs/benchmarks.md": [f"{found('engine_q_h100', 'row_bytes') / 1e6:.1f} MB an expert"],
+    }
+    for document, sentences in said.items():
+        text = (ROOT / document).read_text().replace("\n", " ")
+        assert [sentence for sentence in sentences if sentence not in text] == []
+
+
+def test_documents_are_short() -> None:
+    """The README fits a screen or three, the benchmarks page stays readable, and so do the documents together."""
+    sizes = {name: len((ROOT / name).read_bytes()) for name in DOCUMENTS}
+    assert sizes["README.md"] <= 10_000
+    assert sizes["docs/benchmarks.md"] <= 15_000
+    assert sum(size for name, size in sizes.items() if name.startswith("docs/")) <= 125_000
+
+
+def test_lab_notes_carry_verdict_and_date() -> None:
+    """Each heading says when and what came of it."""
+    headings = re.findall(r"^### (.+)$", (ROOT / "docs" / "lab-notes.md").read_text(), flags=re.MULTILINE)
+    assert len(headings) > 10
+    for heading in headings:
+        assert re.match(r"20\d\d-\d\d-\d\d: \w.{15,}", heading), heading
 
 
 def test_every_family_has_an_example_and_a_small_config() -> None:

@@ -44,14 +44,14 @@ def test_an_error_is_one_line_and_an_exit_code(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as ended, reported():
         raise error
-    said = capsys.readouterr().err
+    shown = capsys.readouterr().err
     assert ended.value.code == code
-    assert said.startswith(line)
-    assert len(said.splitlines()) == 1
+    assert shown.startswith(line)
+    assert len(shown.splitlines()) == 1
     kept = list(tmp_path.iterdir())
     assert len(kept) == (code == 70)
     if kept:
-        assert str(kept[0]) in said
+        assert str(kept[0]) in shown
         assert "Traceback" in kept[0].read_text()
         assert "test_endings.py" in kept[0].read_text()
 

@@ -10,7 +10,7 @@ import pytest
 
 from expertflow.cache.core import LOG, PREFETCH, make_tables, put
 from expertflow.cache.forecast import Recorded, Step
-from expertflow.cache.horizon import HORIZONS, hazards, take_turns, unite
+from expertflow.cache.horizon import hazards, take_turns, unite
 from expertflow.cache.policy import DISCOUNT, HIDDEN, Outlook, Usage, belady, discounted_use, next_use
 from expertflow.cache.prefetch import open_step
 from expertflow.cache.strategy import STRATEGIES
@@ -27,6 +27,7 @@ from expertflow.sim.predicted import PredictedRows, RowScores
 from expertflow.sim.replay import Outcome, replay
 from expertflow.sim.workload import Workload, live_sequences
 from expertflow.trace.format import Trace, load_trace
+from expertflow.types import HORIZONS
 from test_trace import EXCERPT
 
 Scores = np.ndarray

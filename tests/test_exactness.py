@@ -172,8 +172,9 @@ def test_a_layer_is_the_stock_sum_at_any_width(width: int, dtype: str, device: s
         out = mlp(hidden[token], {"w": weights[expert]}) * share[token, rank, None]
         expected.index_add_(0, token, out.to(kind))
     seen: list[tuple[int, Tensor, Tensor]] = []
-    binding = Binding(layer=3, provider=_Backwards(weights), observe=lambda *told: seen.append(told))
-    made = run_experts(binding, mlp, hidden, index, share, experts)
+    binding = Binding(layer=3, provider=_Backwards(weights))
+    with binding.context.carry(observe=lambda *shown: seen.append(shown)):
+        made = run_experts(binding, mlp, hidden, index, share, experts)
     assert torch.equal(made, expected)
     assert [layer for layer, _, _ in seen] == [3]
     assert torch.equal(seen[0][1], index.cpu())

@@ -89,7 +89,7 @@ def test_what_a_former_owner_left_is_not_seen(number: float, make_checkpoint: Ma
             llm.generate([long], PARAMS)
             expected = llm.generate([GOOD[0]], PARAMS)[0].token_ids
             llm.generate([long], PARAMS)
-            rows = llm._offloaded._rows
+            rows = llm._offloaded.handover.rows
             caches = [rows.cache, rows._read] if family.startswith("switch") else [rows.cache]
             for layer in (layer for cache in caches for layer in cache.layers):
                 for kept in (

@@ -16,8 +16,9 @@ from conftest import MakeCheckpoint, random_future
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.engine.llm import decoder_of, load_tokenizer, shipped_model
+from expertflow.engine.llm import shipped_model
 from expertflow.engine.request import Request
+from expertflow.engine.text import decoder_of, load_tokenizer
 from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
 from expertflow.execution.sampler import choose, choose_all, make_generator
 from expertflow.models import experts
@@ -222,7 +223,7 @@ def test_one_set_of_parameters_a_prompt(llm: LLM) -> None:
 
 
 def test_the_library_decodes_as_transformers_does() -> None:
-    """The shipped tokenizer's tokens, special and broken ones too; a tokenizer that cleans up, or decodes its own way, is asked itself."""
+    """The shipped tokenizer's tokens, special and broken ones too; a tokenizer that cleans up, or decodes its own way, decodes itself."""
     tokenizer = load_tokenizer(shipped_model())
     library = decoder_of(tokenizer)
     assert library is tokenizer.backend_tokenizer

@@ -9,7 +9,7 @@ import torch
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
-from expertflow.cache.forecast import NextGate, PreviousStep, Recorded
+from expertflow.cache.forecast import CountsByToken, NextGate, Recorded
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import make_plan
@@ -28,7 +28,7 @@ from expertflow.sim.workload import as_recorded
 from expertflow.trace.format import load_trace
 from expertflow.units import format_bytes
 
-GRAPHS = [name for name, row in FAMILIES.items() if not row.no_graph]
+GRAPHS = [name for name, family in FAMILIES.items() if not family.no_graph]
 ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None and not row.needs_future]
 OTHER_ATTENTION = ("deepseek_v2", "deepseek_v3")
 """Families whose attention is of a form the kernel does not know."""
@@ -54,7 +54,7 @@ def logits_of(llm: LLM, steps: int = 4, order: tuple[int, ...] = (2, 0, 3)) -> l
         live = [0, 1, 2] if step < 2 else [0, 2]
         fed = [DecodeInput(n, token, order[n], lengths[n] + step) for n, token in zip(live, tokens[step], strict=True)]
         found.append(executor.decode(fed).clone())
-    llm._offloaded._decoder.end()
+    llm._offloaded.settle()
     llm._offloaded.controller.table.check_integrity()
     return found
 
@@ -70,7 +70,7 @@ def test_logits_do_not_depend_on_what_is_resident(
     with open_llm(folder, device, slots=1000) as llm:
         resident = logits_of(llm)
         logits_of(llm)
-        experts, top_k, decoder = llm.plan.shape.experts, llm.plan.shape.top_k, llm._offloaded._decoder
+        experts, top_k, decoder = llm.plan.shape.experts, llm.plan.shape.top_k, llm._offloaded.handover.decoder
         everything = llm.plan.shape.total_experts
         assert decoder is not None
     place = GRAPHS.index(model_type)
@@ -89,12 +89,12 @@ def test_all_resident_needs_no_decisions(device: str, make_checkpoint: MakeCheck
     folder = make_checkpoint("qwen3_moe", "bfloat16")
     with open_llm(folder, device, slots=1000) as llm:
         deciding = logits_of(llm)
-        provider = llm._offloaded._provider
+        provider = llm._offloaded.handover.provider
         for layer in range(llm.plan.shape.layers):
             for _ in provider.stream(layer, list(range(llm.plan.shape.experts))):
                 pass
         fixed = logits_of(llm)
-        assert llm._offloaded._decoder.experts.fixed
+        assert llm._offloaded.handover.decoder.experts.fixed
     assert all(torch.equal(a, b) for a, b in zip(deciding, fixed, strict=True))
 
 
@@ -126,8 +126,8 @@ def test_dense_kernels_compute_what_the_modules_do(
 
     for dense in (False, True):
         with open_llm(folder, device, slots=1000) as llm:
-            decoder = llm._offloaded._graphs()
-            assert llm._offloaded._decoder is decoder
+            decoder = llm._offloaded.handover.next_decoder()
+            assert llm._offloaded.handover.decoder is decoder
             kinds, parts = layer_kinds(llm._offloaded.model.config), decoder._dense
             each = 0 if model_type in OTHER_ATTENTION else 1 + llm.plan.shape.encoder_decoder
             assert len(parts._attentions) == each * len(kinds)
@@ -156,7 +156,7 @@ def test_peak_is_within_the_plan(model_type: str, device: str, make_checkpoint: 
             llm.generate(prompts, SamplingParams(max_tokens=48, temperature=temperature, ignore_eos=True))
         assert llm.stats.peak_bytes <= least
         assert llm.stats.peak_bytes >= 0.2 * least or device == "cuda"
-        assert (llm._offloaded._decoder.pool_bytes > 0) == (device == "cuda")
+        assert (llm._offloaded.handover.decoder.pool_bytes > 0) == (device == "cuda")
 
 
 def test_totals_are_the_events(make_checkpoint: MakeCheckpoint) -> None:
@@ -183,7 +183,7 @@ def test_a_broken_step_is_not_trusted(make_checkpoint: MakeCheckpoint, monkeypat
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     with open_llm(folder, slots=9) as llm:
         expected = llm.generate(PROMPTS, params)
-        experts = llm._offloaded._decoder.experts
+        experts = llm._offloaded.handover.decoder.experts
         run, calls = experts.run, iter(range(100))
 
         def fail(*args: object) -> torch.Tensor:
@@ -201,7 +201,7 @@ def test_a_broken_step_is_not_trusted(make_checkpoint: MakeCheckpoint, monkeypat
         def starve(*_: object) -> None:
             raise torch.OutOfMemoryError("tried to allocate")
 
-        monkeypatch.setattr(llm._offloaded._decoder, "_step", starve)
+        monkeypatch.setattr(llm._offloaded.handover.decoder, "_step", starve)
         with pytest.raises(DeviceError, match=r"ran out of memory.*leaves more"):
             llm.generate(PROMPTS, params)
         monkeypatch.undo()
@@ -274,7 +274,7 @@ def test_what_cannot_be_a_graph_says_why(make_checkpoint: MakeCheckpoint, tmp_pa
     with pytest.raises(ConfigError, match="513 sequences of 2 experts"):
         open_llm(make_checkpoint("mixtral"), max_batch=513)
     with pytest.raises(ConfigError, match="goes by the facts of steps"):
-        open_llm(make_checkpoint("mixtral"), strategy="lru", forecast=PreviousStep(2, 8))
+        open_llm(make_checkpoint("mixtral"), strategy="lru", forecast=CountsByToken(2, 8))
     with pytest.raises(ConfigError, match="every later use"):
         open_llm(
             make_checkpoint("mixtral"), strategy="oracle", forecast=Recorded(np.zeros((1, 2, 8), dtype=bool), None)

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.inputs import PromptReader, split_prompts
-from expertflow.engine.llm import stop_tokens
 from expertflow.engine.offline import Results
-from expertflow.engine.text import TextStream
+from expertflow.engine.request import TextStream
+from expertflow.engine.text import stop_tokens
 from expertflow.errors import ConfigError, PromptError, ResultsError
 from expertflow.prompts import read_prompts
 
@@ -189,7 +189,7 @@ def test_a_seed_is_drawn_and_can_be_given_again(llm: LLM) -> None:
 
 
 def test_results_keep_the_seed_they_were_drawn_with(tmp_path: Path) -> None:
-    """A file is gone on with under its own seed; under another stated one it is refused; greedy files have none."""
+    """A file is resumed with its own seed and refuses another stated one; greedy files have none."""
     drawn = SamplingParams(temperature=1.0)
     with Results(tmp_path / "r", ["a"], drawn, "m") as first:
         seed = first.seed
@@ -232,7 +232,7 @@ def test_an_unfinished_last_character_is_flushed(slow: object, tokenizer: PreTra
 
 
 def test_special_tokens_are_kept_on_request(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Left out by default, shown where asked for."""
+    """Left out by default, shown on request."""
     ids = [5, tokenizer.convert_tokens_to_ids(TURN), 6]
     for skip in (True, False):
         found = "".join(pieces(TextStream(tokenizer.backend_tokenizer, [4], skip_special=skip), ids))

@@ -18,16 +18,17 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from expertflow.cache.core import make_tables
 from expertflow.cache.horizon import hazards, take_turns, unite
 from expertflow.cache.strategy import STRATEGIES
+from expertflow.formats.dtypes import RUN_DTYPES
+from expertflow.formats.plain import plain
+from expertflow.formats.records import RecordLayout, StoreLayout
 from expertflow.kernels import reference
 from expertflow.kernels.ledger import BLOCK_BYTES, CALLED_OFF, DONE, DST, SRC, TAKEN, Ledger
-from expertflow.kernels.reference import ACTIVATIONS, CLAMPED_SWIGLU, DTYPES, ExpertMlp, Workspace
+from expertflow.kernels.mlp import ACTIVATIONS, CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.kernels.residency.state import BLIND, CacheState
 from expertflow.live.batch import PredictorBatch, PredictorInputs
-from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.models.families import FAMILIES
-from expertflow.types import TensorSpec
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts, fetch
@@ -64,17 +65,17 @@ KINDS = {
 }  # fmt: skip
 
 
-def make(kind: str, dtype: str = "float32") -> tuple[RecordLayout, ExpertMlp]:
+def make(kind: str, dtype: str = "float32") -> tuple[StoreLayout, ExpertMlp]:
     shapes, options = KINDS[kind]
-    layout = RecordLayout.of([TensorSpec(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items()])
-    return layout, ExpertMlp.of(layout.specs, layout.offsets, layout.record_bytes, **options)
+    layout = StoreLayout.uniform([plain(name, shape, dtype) for name, shape in shapes.items()])
+    return layout, ExpertMlp.of(layout.layers[0], **options)
 
 
-def filled_pool(layout: RecordLayout, slots: int = EXPERTS, scale: float = 0.3) -> SlotPool:
+def filled_pool(layout: StoreLayout, slots: int = EXPERTS, scale: float = 0.3) -> SlotPool:
     pool = SlotPool(layout, slots, DEVICE)
     pool.buffer.fill_(255)  # NaN in every dtype, also between the tensors
-    for views in pool.views:
-        for view in views.values():
+    for slot in range(slots):
+        for view in pool.weights(slot, 0).values():
             view.copy_(torch.randn(view.shape) * scale)
     return pool
 
@@ -100,13 +101,13 @@ def _seed() -> None:
     torch.manual_seed(11)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", RUN_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_pairs_and_their_sum_equal_float64(kind: str, dtype: str) -> None:
     """Every kind of MLP in every dtype gives what float64 torch gives; pairs without a slot are left untouched."""
     layout, mlp = make(kind, dtype)
     pool = filled_pool(layout)
-    hidden = torch.randn(5, HIDDEN).to(DEVICE, DTYPES[dtype]) * 2
+    hidden = torch.randn(5, HIDDEN).to(DEVICE, getattr(torch, dtype)) * 2
     index, weights = routing(5, 3), torch.rand(5, 3, device=DEVICE)
     slots = index.to(torch.int32)
     slots[2, 1] = slots[4, 0] = -1
@@ -116,7 +117,7 @@ def test_pairs_and_their_sum_equal_float64(kind: str, dtype: str) -> None:
     assert torch.equal(work.parts.isnan().any(dim=2), slots < 0)
     assert distance(work.parts[slots >= 0], expected.parts[slots >= 0]) < TOLERANCE[dtype]
     index[slots < 0] = EXPERTS  # nobody's expert
-    out = torch.full((5, HIDDEN), torch.nan, dtype=DTYPES[dtype], device=DEVICE)
+    out = torch.full((5, HIDDEN), torch.nan, dtype=getattr(torch, dtype), device=DEVICE)
     total = torch.empty(5, HIDDEN, dtype=torch.float64, device=DEVICE)
     experts.combine(work.parts, index, weights, EXPERTS, out)
     reference.combine(expected.parts, index, weights, EXPERTS, total)
@@ -132,18 +133,16 @@ def test_the_reference_is_what_transformers_computes(family: str) -> None:
     parameters = dict(module.named_parameters())
     for parameter in parameters.values():
         parameter.data.normal_(std=0.5)
-    specs = [TensorSpec(name=n, shape=tuple(p.shape[1:]), dtype="float32") for n, p in parameters.items()]
-    layout = RecordLayout.of(specs)
+    specs = [plain(n, tuple(p.shape[1:]), "float32") for n, p in parameters.items()]
+    layout = StoreLayout.uniform(specs)
     options = {"activation": CLAMPED_SWIGLU, "transposed": True, "interleaved": True}
     mlp = ExpertMlp.of(
-        layout.specs,
-        layout.offsets,
-        layout.record_bytes,
+        layout.layers[0],
         **(options if family == "gpt_oss" else {"activation": "silu"}),
     )
     pool = SlotPool(layout, module.num_experts, torch.device("cpu"))
-    for expert, views in enumerate(pool.views):
-        for name, view in views.items():
+    for expert in range(module.num_experts):
+        for name, view in pool.weights(expert, 0).items():
             view.copy_(parameters[name].data[expert])
     hidden, index, weights = torch.randn(7, 64) * 3, routing(7, 2, module.num_experts).cpu(), torch.rand(7, 2)
     work = Workspace(torch.empty(14, mlp.width).double(), torch.empty(7, 2, 64).double())
@@ -159,11 +158,11 @@ def test_the_reference_is_what_transformers_computes(family: str) -> None:
 def test_slots_waves_and_company_change_no_bit(data: st.DataObject) -> None:
     """A pair's result is the same in any slot, in any wave, and whoever else is in the batch."""
     kind = data.draw(st.sampled_from(["gated-silu", "gpt-oss", "plain-relu"]))
-    dtype = data.draw(st.sampled_from(sorted(DTYPES)))
+    dtype = data.draw(st.sampled_from(sorted(RUN_DTYPES)))
     tokens, top_k = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
     layout, mlp = make(kind, dtype)
     pool = filled_pool(layout)
-    hidden = torch.randn(tokens, HIDDEN).to(DEVICE, DTYPES[dtype])
+    hidden = torch.randn(tokens, HIDDEN).to(DEVICE, getattr(torch, dtype))
     index = routing(tokens, top_k)
     work, other = poisoned(mlp, tokens, top_k), poisoned(mlp, tokens, top_k)
     experts.expert_pairs(mlp, hidden, index.to(torch.int32), pool.buffer, work)
@@ -299,11 +298,11 @@ def test_what_is_expected_of_single_sequences_is_united(groups: list[list[int]])
 
 def test_a_row_that_is_no_mlp_is_refused() -> None:
     """A tensor or an activation the kernels do not know is an error, not a guess."""
-    specs = make("gated-silu")[0].specs
+    specs = make("gated-silu")[0].layers[0].specs
     with pytest.raises(ValueError, match="activation 'mish'"):
-        ExpertMlp.of(specs, (0, 0), 256, "mish")
+        ExpertMlp.of(RecordLayout.of(specs), "mish")
     with pytest.raises(ValueError, match="w1"):
-        ExpertMlp.of((*specs, TensorSpec(name="w1", shape=(2,), dtype="float32")), (0, 0, 0), 256, "silu")
+        ExpertMlp.of(RecordLayout.of((*specs, plain("w1", (2,), "float32"))), "silu")
 
 
 def test_the_workspace_takes_what_it_says() -> None:
@@ -319,7 +318,7 @@ def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
     layout, mlp = make("gpt-oss", "bfloat16")
     store = HostStore(layout, 12, pin=True)
     for row in range(12):
-        for view in layout.views(store.record(row)).values():
+        for view in layout.layers[0].weights(store.record(row)).values():
             view.copy_(torch.randn(view.shape))
     store.lock()
     pool = SlotPool(layout, 4, cuda)
@@ -369,8 +368,8 @@ def test_full_size_rows_are_exact_on_the_device(cuda: torch.device, tokens: int)
     """At real sizes a token's result in a batch is, to the bit, its result alone."""
     hidden, width, number, top_k = 2048, 768, 32, 8
     shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
-    layout = RecordLayout.of([TensorSpec(name=n, shape=s, dtype="bfloat16") for n, s in shapes.items()])
-    mlp = ExpertMlp.of(layout.specs, layout.offsets, layout.record_bytes, "silu")
+    layout = StoreLayout.uniform([plain(n, s, "bfloat16") for n, s in shapes.items()])
+    mlp = ExpertMlp.of(layout.layers[0], "silu")
     pool = filled_pool(layout, number, scale=0.02)
     x = torch.randn(tokens, hidden, device=cuda, dtype=torch.bfloat16)
     slots = routing(tokens, top_k, number).to(torch.int32)

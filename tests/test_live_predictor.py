@@ -12,15 +12,17 @@ from torch import Tensor
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import Step
-from expertflow.cache.horizon import HORIZONS, unite
+from expertflow.cache.horizon import unite
 from expertflow.config import EngineConfig
 from expertflow.engine.llm import shipped_model
 from expertflow.engine.prepare import SHIPPED_PREDICTOR, prepare
 from expertflow.errors import ConfigError, PredictorError
 from expertflow.events import Event, EventKind
+from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.live.batch import PredictorBatch, PredictorInputs
-from expertflow.live.predictor import CALM, DOUBT, JUDGED, LONGEST_DOUBT, _by_row
+from expertflow.live.pacing import FIRST_BACKOFF, IDLE_STEPS, JUDGED_PREFETCHES, LONGEST_BACKOFF
+from expertflow.live.prompts import group_by_row
 from expertflow.memory.meter import CpuMeter
 from expertflow.models.files.checkpoint import walk
 from expertflow.models.files.fingerprint import fingerprint
@@ -29,10 +31,11 @@ from expertflow.predict.counts import SOURCES, remember
 from expertflow.predict.dataset import Shape, passages
 from expertflow.predict.evaluation.score import score
 from expertflow.predict.kinds import KINDS, make
-from expertflow.predict.model import OUTPUTS, PredictorConfig
+from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.predict.online import OnlinePredictor, Prediction
 from expertflow.trace.format import DECODE, load_trace
 from expertflow.trace.owners import NOBODY, BatchOwners, NextBatch
+from expertflow.types import HORIZONS
 
 MakePredictor = Callable[..., Path]
 PROMPTS = [[5, 9, 17, 30, 8, 21], [40, 41, 42], [7, 7, 7, 7, 7, 7, 7, 7, 12]]
@@ -143,7 +146,7 @@ def test_streams_in_turns_keep_their_sequences(
                     else:
                         outputs[number].append(item)
         assert llm.predictor_failure is None
-        assert llm._offloaded.live_predictor._live == {}
+        assert llm._offloaded.live_predictor._rows.rows == {}
     trace = load_trace(path)
     assert [entry["sequence"] for entry in trace.sequences] == [1, 2, 3]
     for item, prompt in zip(passages(trace), PROMPTS, strict=True):
@@ -168,7 +171,7 @@ def test_predictions_change_no_token(
 def demands_of(llm: LLM) -> list[npt.NDArray[np.float64]]:
     """What a graph's steps will expect, step by step, as they run."""
     said: list[npt.NDArray[np.float64]] = []
-    twin = llm._offloaded._graphs().experts._twin
+    twin = llm._offloaded.handover.next_decoder().experts._twin
     expect = twin.expect
 
     def listen(*given: torch.Tensor) -> None:
@@ -243,10 +246,10 @@ def test_a_pass_is_learned_when_it_is_queued(
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("turns", [{"max_batch": 4}, {"max_batch": 1, "max_live": 3}])
-def test_rest_forgets_nothing(
+def test_a_pause_forgets_nothing(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str, turns: dict[str, int]
 ) -> None:
-    """At rest nothing is asked; awake again it says what it would have said, once each sequence was told of awake."""
+    """Nothing is predicted in a pause; after it the demand is what it would have been, once each sequence was updated."""
     model = make_checkpoint("qwen3_moe")
     options = {"device": "cpu", "max_length": 48, "slots": 6, "predictor": str(make_predictor(model)), **turns}
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
@@ -257,10 +260,10 @@ def test_rest_forgets_nothing(
             said = heard(llm) if execution == "host" else demands_of(llm)
 
             def loaded(*_: int) -> None:
-                live_predictor._calm = CALM if len(begins) in rests else 0
+                live_predictor.pacing.idle_steps = IDLE_STEPS if len(begins) in rests else 0
                 begins.append(len(said))
 
-            live_predictor.loaded = loaded
+            live_predictor.pacing.count = loaded
             tokens = [(output.index, output.token_id) for output in llm.stream(PROMPTS, params)]
             assert llm.predictor_failure is None
         ends = [*begins[1:], len(said)]
@@ -282,8 +285,8 @@ def test_it_is_told_what_came_of_its_loads(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch, execution: str
 ) -> None:
     """Loads, loads ahead and the needs those met, over all decode steps: what the events say."""
-    monkeypatch.setattr("expertflow.live.predictor.CALM", 1 << 30)
-    monkeypatch.setattr("expertflow.live.predictor.JUDGED", 1 << 30)
+    monkeypatch.setattr("expertflow.live.pacing.IDLE_STEPS", 1 << 30)
+    monkeypatch.setattr("expertflow.live.pacing.JUDGED_PREFETCHES", 1 << 30)
     model, told, events = make_checkpoint("qwen3_moe"), [], []
     options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 12, "predictor": str(make_predictor(model))}
     with LLM(model, **options, execution=execution) as llm:
@@ -296,7 +299,7 @@ def test_it_is_told_what_came_of_its_loads(
 
         monkeypatch.setattr(live_predictor._online, "step", sure)
         llm._offloaded.events.subscribe(events.append)
-        monkeypatch.setattr(live_predictor, "loaded", lambda *counts: told.append(counts))
+        monkeypatch.setattr(live_predictor.pacing, "count", lambda *counts: told.append(counts))
         llm.generate(PROMPTS, SamplingParams(max_tokens=24, ignore_eos=True))
         llm._offloaded.settle()
         llm._offloaded.controller.end_step()
@@ -312,29 +315,29 @@ def test_it_is_told_what_came_of_its_loads(
     )
 
 
-def test_a_predictor_whose_loads_meet_no_need_rests(
+def test_a_predictor_whose_prefetches_are_not_needed_pauses(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor
 ) -> None:
     """Longer every time it fails again, and as at first once it has been right."""
     model = make_checkpoint("qwen3_moe")
     with LLM(model, device="cpu", slots=12, max_length=48, predictor=str(make_predictor(model))) as llm:
         live_predictor = llm._offloaded.live_predictor
-        for wanted in (DOUBT, 2 * DOUBT, 4 * DOUBT, DOUBT, LONGEST_DOUBT):
-            if wanted == LONGEST_DOUBT:
-                live_predictor._doubted = LONGEST_DOUBT
-            live_predictor.loaded(9, 1, JUDGED - 1, 0)
-            assert not live_predictor.resting
-            live_predictor.loaded(9, 1, 1, 0)
-            assert live_predictor.resting
-            live_predictor.loaded(
-                9, wanted - 1, 0, JUDGED
+        for wanted in (FIRST_BACKOFF, 2 * FIRST_BACKOFF, 4 * FIRST_BACKOFF, FIRST_BACKOFF, LONGEST_BACKOFF):
+            if wanted == LONGEST_BACKOFF:
+                live_predictor.pacing.last_backoff = LONGEST_BACKOFF
+            live_predictor.pacing.count(9, 1, JUDGED_PREFETCHES - 1, 0)
+            assert not live_predictor.pacing.paused
+            live_predictor.pacing.count(9, 1, 1, 0)
+            assert live_predictor.pacing.paused
+            live_predictor.pacing.count(
+                9, wanted - 1, 0, JUDGED_PREFETCHES
             )  # what was judged in vain and is found after all counts for nothing
-            assert live_predictor.resting
-            live_predictor.loaded(9)
-            assert not live_predictor.resting
-            if wanted == 4 * DOUBT:
-                live_predictor.loaded(9, 1, JUDGED, JUDGED - 1)
-                assert not live_predictor.resting
+            assert live_predictor.pacing.paused
+            live_predictor.pacing.count(9)
+            assert not live_predictor.pacing.paused
+            if wanted == 4 * FIRST_BACKOFF:
+                live_predictor.pacing.count(9, 1, JUDGED_PREFETCHES, JUDGED_PREFETCHES - 1)
+                assert not live_predictor.pacing.paused
 
 
 def test_new_captured_steps_begin_awake(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
@@ -344,8 +347,8 @@ def test_new_captured_steps_begin_awake(make_checkpoint: MakeCheckpoint, make_pr
     with LLM(model, slots=6, **options) as llm:
         for _ in range(2):
             llm.generate([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))
-            moods.append(llm._offloaded._decoder.experts.resting)
-            llm._offloaded.live_predictor._doubt = DOUBT
+            moods.append(llm._offloaded.handover.decoder.experts.paused)
+            llm._offloaded.live_predictor.pacing.backoff = FIRST_BACKOFF
             llm._offloaded.events.subscribe(lambda _: None)
     assert moods == [False, False]
 
@@ -357,7 +360,7 @@ def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execut
     for name in ("unnoticed", "found out", "right"):
         with monkeypatch.context() as patched:
             if name == "unnoticed":
-                patched.setattr("expertflow.live.predictor.JUDGED", 1 << 30)
+                patched.setattr("expertflow.live.pacing.JUDGED_PREFETCHES", 1 << 30)
             options = {"slots": "25%", "device": "cpu", "max_batch": 1, "max_length": 96, "execution": execution}
             with LLM(**options) as llm:
                 live_predictor = llm._offloaded.live_predictor
@@ -370,13 +373,13 @@ def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execut
                     )
                 output = llm.generate("The old house stood at the end of the lane, and", SamplingParams(max_tokens=64))
                 loads[name] = llm.stats.cache.loads + llm.stats.cache.prefetched
-                assert (live_predictor._doubted > 0) == (name == "found out")
+                assert (live_predictor.pacing.last_backoff > 0) == (name == "found out")
                 assert output[0].token_ids
     assert loads["right"] < loads["found out"] < 0.9 * loads["unnoticed"]
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
-def test_it_rests_where_everything_is_there(
+def test_it_pauses_where_everything_is_resident(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str
 ) -> None:
     """A few steps without a load, and nothing is asked until the next one; the scheduler goes by arrival."""
@@ -392,7 +395,7 @@ def test_it_rests_where_everything_is_there(
             for _ in range(2):
                 asked = len(said)
                 llm.generate(PROMPTS[2:], SamplingParams(max_tokens=16, ignore_eos=True))
-            assert llm._offloaded.live_predictor.resting == rests
+            assert llm._offloaded.live_predictor.pacing.paused == rests
             assert (len(said) - asked < 6) == rests
             assert (llm._offloaded.live_predictor.paths([]) is None) == rests
 
@@ -445,12 +448,12 @@ def test_more_sequences_than_the_predictor_has_rows(
 def test_prompts_are_told_in_parts_that_fit(room: int, parts: list[list[int]]) -> None:
     """Whole rows, each token once and in its order; as many together as there is room for, one at least."""
     owners = np.array([5, 0, NOBODY, 2, 5, 2, NOBODY, 5, 0])
-    found = list(_by_row(owners, room))
+    found = list(group_by_row(owners, room))
     assert [rows.tolist() for _, rows, _ in found] == parts
     for order, rows, counts in found:
         assert owners[order].tolist() == np.repeat(rows, counts).tolist()
     assert np.concatenate([order for order, _, _ in found]).tolist() == [1, 8, 3, 5, 0, 4, 7]
-    assert not list(_by_row(np.full(3, NOBODY), room))
+    assert not list(group_by_row(np.full(3, NOBODY), room))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -469,8 +472,6 @@ def test_a_predictor_takes_no_more_than_is_planned(kind: str) -> None:
         rows, routes = torch.arange(4), torch.zeros(4, *shape[:1], shape.top_k, dtype=torch.long)
         for _ in range(3):
             online.step(rows, torch.arange(4), routes)
-        online.prefill(torch.arange(64))
-        online.prefill(torch.arange(64), [40, 20, 4])
         online.observe(
             online.pieces([0, 3, 1], [40, 20, 4]),
             torch.arange(64),
@@ -499,7 +500,7 @@ def test_chances_that_are_no_numbers_switch_the_predictor_off(
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("call", [1, 2, 3])
-@pytest.mark.parametrize("method", ["step", "note", "observe"])
+@pytest.mark.parametrize("method", ["step", "update", "observe"])
 def test_a_predictor_that_raises_is_switched_off(
     make_checkpoint: MakeCheckpoint,
     make_predictor: MakePredictor,
@@ -523,8 +524,8 @@ def test_a_predictor_that_raises_is_switched_off(
                 raise RuntimeError("out of luck")
             return real(*args, **options)
 
-        if method == "note":
-            monkeypatch.setattr("expertflow.live.predictor.CALM", 0)  # it always rests
+        if method == "update":
+            monkeypatch.setattr("expertflow.live.pacing.IDLE_STEPS", 0)  # it always rests
         monkeypatch.setattr(online, method, broken)
         llm._offloaded.events.subscribe(events.append)
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
@@ -625,26 +626,26 @@ def test_a_fingerprint_is_of_the_weights(make_checkpoint: MakeCheckpoint) -> Non
     assert fingerprint({**one, "more": next(iter(one.values()))}) != fingerprint(one)
 
 
-def test_a_slip_says_the_same_as_a_new_one() -> None:
-    """Whatever was told before: other tokens of the same rows, more rows, fewer, groups, nothing."""
-    agendas = [
+def test_inputs_written_over_earlier_ones_equal_new_ones() -> None:
+    """After any earlier step: other tokens of the same rows, more rows, fewer, groups, nothing."""
+    batches = [
         PredictorBatch([3, 1], [7, 8], [[3, 1]]), PredictorBatch([3, 1], [9, 6], [[3, 1]]), PredictorBatch([3, 1], [5, 5], []),
         PredictorBatch([3, 1, 0], [4, 3, 2], [[3, 1], [0, 2]]), PredictorBatch([2], [1], [[2]]), None,
         PredictorBatch([3, 1], [7, 8], [[3, 1]]),
     ]  # fmt: skip
-    slip = PredictorInputs(3, 4, 4, torch.device("cpu"))
-    for agenda in agendas:
-        seats = [0] if agenda is None else agenda.told
+    inputs = PredictorInputs(3, 4, 4, torch.device("cpu"))
+    for batch in batches:
+        state_rows = [0] if batch is None else batch.updated
         fresh = PredictorInputs(3, 4, 4, torch.device("cpu"))
-        for one in (slip, fresh):
-            one.write(seats, agenda)
-        told = 0 if agenda is None else len(agenda.told)
+        for one in (inputs, fresh):
+            one.write(state_rows, batch)
+        count_updated = 0 if batch is None else len(batch.updated)
         count = int(fresh.turns[0])
-        assert torch.equal(slip.turns[: 2 + count], fresh.turns[: 2 + count])
-        assert torch.equal(slip.members[: fresh.turns[1 + count]], fresh.members[: fresh.turns[1 + count]])
-        assert torch.equal(slip.seats, fresh.seats)
-        assert torch.equal(slip.told_seats, fresh.told_seats)
-        assert torch.equal(slip.told_tokens[:told], fresh.told_tokens[:told])
+        assert torch.equal(inputs.turns[: 2 + count], fresh.turns[: 2 + count])
+        assert torch.equal(inputs.members[: fresh.turns[1 + count]], fresh.members[: fresh.turns[1 + count]])
+        assert torch.equal(inputs.state_rows, fresh.state_rows)
+        assert torch.equal(inputs.updated_rows, fresh.updated_rows)
+        assert torch.equal(inputs.updated_tokens[:count_updated], fresh.updated_tokens[:count_updated])
 
 
 def test_owners_of_rows() -> None:
@@ -663,10 +664,10 @@ def test_owners_of_rows() -> None:
 @pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("turns", [{"max_batch": 3}, {"max_batch": 2, "max_live": 5, "schedule": "group"}])
 @pytest.mark.parametrize("seed", range(2))
-def test_every_token_is_told_once(
+def test_every_token_is_taken_in_once(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str, turns: dict[str, object], seed: int
 ) -> None:
-    """Whoever comes, leaves or takes turns, at rest or awake: the predictor holds each sequence's own tokens, all but those untold."""
+    """Sequences come, leave and take turns, paused or not: the predictor's state holds each one's tokens, all but pending ones."""
     model = make_checkpoint("qwen3_moe")
     options = {"device": "cpu", "max_length": 48, "slots": 8, "prefill_chunk": 7, "execution": execution, **turns}
     random = np.random.default_rng(seed)
@@ -675,9 +676,9 @@ def test_every_token_is_told_once(
         state, window, looked = live_predictor._online.state, live_predictor._online.artifact.config.window, 0
 
         def loaded(*_: int) -> None:
-            live_predictor._calm = CALM if random.random() < 0.5 else 0
+            live_predictor.pacing.idle_steps = IDLE_STEPS if random.random() < 0.5 else 0
 
-        live_predictor.loaded = loaded
+        live_predictor.pacing.count = loaded
         for _ in range(120):
             if engine.unfinished < 6 and random.random() < 0.4:
                 prompt = random.integers(3, 90, random.integers(1, 12)).tolist()
@@ -686,7 +687,7 @@ def test_every_token_is_told_once(
                 engine.cancel(int(random.integers(engine.begun)))
             engine.step()
             llm._offloaded.controller.end_step()  # a pass by the host is learned from behind it
-            for number, row in live_predictor._live.items():
+            for number, row in live_predictor._rows.rows.items():
                 request = engine._running[number].request
                 tokens = [*request.prompt_token_ids, *request.token_ids]
                 taken = int(state.taken[row])
@@ -697,3 +698,40 @@ def test_every_token_is_told_once(
                 assert held == tokens[max(0, taken - window) : taken]
         assert llm.predictor_failure is None
     assert looked > 100
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_a_step_that_runs_again_takes_its_tokens_in_once(
+    make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str
+) -> None:
+    """A step breaks behind its last layer; its sequences step again, and the predictor has each token once."""
+    model = make_checkpoint("qwen3_moe")
+    options = {"device": "cpu", "max_length": 48, "slots": 8, "max_batch": 2, "execution": execution}
+    with LLM(model, **options, predictor=str(make_predictor(model))) as llm:
+        live_predictor, engine = llm._offloaded.live_predictor, llm.engine
+        executor, steps = engine._executor, [0]
+        decode = executor.decode
+
+        def broken(fed: Sequence[DecodeInput]) -> Tensor:
+            steps[0] += 1
+            logits = decode(fed)
+            if steps[0] == 3:
+                raise RuntimeError("out of luck")
+            return logits
+
+        executor.decode = broken
+        numbers = [
+            engine.add(llm.request(prompt, SamplingParams(max_tokens=9, ignore_eos=True))) for prompt in PROMPTS[:2]
+        ]
+        for _ in range(7):
+            try:
+                engine.step()
+            except RuntimeError:
+                assert steps[0] == 3
+        assert steps[0] > 4
+        assert llm.predictor_failure is None
+        state = live_predictor._online.state
+        for number, row in zip(numbers, live_predictor.state_rows(numbers), strict=True):
+            request = engine._running[number].request
+            tokens = [*request.prompt_token_ids, *request.token_ids[:-1]]
+            assert state.tokens[row, : int(state.taken[row])].tolist() == tokens

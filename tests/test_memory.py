@@ -2,7 +2,8 @@
 
 import gc
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -12,33 +13,39 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.errors import HostMemoryError
+from expertflow.engine.prepare import resolve_device
+from expertflow.errors import DeviceError, HostMemoryError
 from expertflow.events import EventStream
+from expertflow.execution.passes import Passes
 from expertflow.execution.provider import CachedExperts
+from expertflow.formats.dtypes import RUN_DTYPES
+from expertflow.formats.format import TensorSpec
+from expertflow.formats.plain import plain
+from expertflow.formats.records import ALIGNMENT, StoreLayout
 from expertflow.memory import store as store_module
-from expertflow.memory.layout import ALIGNMENT, RecordLayout
-from expertflow.memory.meter import CpuMeter
+from expertflow.memory.devices import free_bytes
+from expertflow.memory.meter import CpuMeter, CudaMeter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_addresses, check_host_memory, memory_reported
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
-from expertflow.types import DTYPE_BYTES, Access, TensorSpec
+from expertflow.types import Access
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
-spec_lists = st.lists(st.tuples(shapes, st.sampled_from(sorted(DTYPE_BYTES))), min_size=1, max_size=4).map(
-    lambda pairs: tuple(TensorSpec(name=f"t{i}", shape=shape, dtype=dtype) for i, (shape, dtype) in enumerate(pairs))
+spec_lists = st.lists(st.tuples(shapes, st.sampled_from(sorted(RUN_DTYPES))), min_size=1, max_size=4).map(
+    lambda pairs: tuple(plain(f"t{i}", shape, dtype) for i, (shape, dtype) in enumerate(pairs))
 )
-LAYOUT = RecordLayout.of((TensorSpec(name="w", shape=(5, 7), dtype="float32"),))
+LAYOUT = StoreLayout.uniform([plain("w", (5, 7), "float32")], layers=8)
 
 
 @given(specs=spec_lists)
 def test_a_row_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> None:
     """Tensors written into a row through views are read back unchanged, aligned and without overlap."""
-    layout = RecordLayout.of(specs)
+    layout = StoreLayout.uniform(specs)
     store = HostStore(layout, 2, pin=False)
     written = {spec.name: torch.randn(spec.shape).to(getattr(torch, spec.dtype)) for spec in specs}
     for name, value in written.items():
-        store.tensor(1, name).copy_(value)
-    for name, view in layout.views(store.record(1)).items():
+        layout.layers[0].tensor(store.record(1), name).copy_(value)
+    for name, view in layout.layers[0].weights(store.record(1)).items():
         assert torch.equal(view, written[name])
         assert view.data_ptr() % ALIGNMENT == 0
     assert not store.record(0).any()
@@ -49,7 +56,7 @@ def test_a_row_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> Non
 @given(specs=spec_lists, slots=st.integers(1, 5))
 def test_slots_are_aligned_and_disjoint(specs: tuple[TensorSpec, ...], slots: int) -> None:
     """Each slot starts on the alignment, and filling one leaves the others alone; the pool's size is as planned."""
-    layout = RecordLayout.of(specs)
+    layout = StoreLayout.uniform(specs)
     pool = SlotPool(layout, slots, torch.device("cpu"))
     pool.buffer.zero_()
     pool.slot(slots - 1).fill_(1)
@@ -59,9 +66,9 @@ def test_slots_are_aligned_and_disjoint(specs: tuple[TensorSpec, ...], slots: in
 
 
 class RecordingTransfer:
-    """Notes the order of verbs, and refuses a copy into a slot whose expert has not had its turn.
+    """Logs the order of verbs, and refuses a copy into a slot whose expert has not been computed.
 
-    `users`: the rows that the running layer uses in each slot, in the order of their turns; given back ones are gone.
+    `users`: the records that the running layer uses in each slot, in the order of accesses; released ones are gone.
     """
 
     def __init__(self) -> None:
@@ -109,14 +116,14 @@ def test_a_copy_is_under_way_while_the_next_load_is_decided(monkeypatch: pytest.
     """The host decides beside running copies: no load is decided while one before it could start and has not."""
     transfer = RecordingTransfer()
     provider = _provider(6, transfer, SlotPool(LAYOUT, 6, torch.device("cpu")))
-    turns = provider.controller.turns
+    accesses = provider.controller.accesses
 
-    def told(layer: int, needed: Sequence[int]) -> Iterator[Access]:
-        for access in turns(layer, needed):
+    def logged(layer: int, needed: Sequence[int]) -> Iterator[Access]:
+        for access in accesses(layer, needed):
             transfer.log.append(("decided", 8 * layer + access.expert))
             yield access
 
-    monkeypatch.setattr(provider.controller, "turns", told)
+    monkeypatch.setattr(provider.controller, "accesses", logged)
     next(provider.stream(1, [2, 5, 6]))
     assert transfer.log[:5] == [("decided", 10), ("start", 10), ("decided", 13), ("start", 13), ("decided", 14)]
 
@@ -183,16 +190,16 @@ def test_a_copy_never_overwrites_a_slot_before_its_turn(
     """Decided turns that use one slot follow each other: the next one's copy starts when the one before is given back."""
     transfer = RecordingTransfer()
     provider = _provider(slots, transfer, SlotPool(LAYOUT, slots, torch.device("cpu")), strategy)
-    turns, shared = provider.controller.turns, 0
+    accesses, shared = provider.controller.accesses, 0
 
     def noting(layer: int, needed: Sequence[int]) -> Iterator[Access]:
         nonlocal shared
-        for access in turns(layer, needed):
+        for access in accesses(layer, needed):
             transfer.users[access.slot].append(8 * layer + access.expert)
             shared += len(transfer.users[access.slot]) > 1
             yield access
 
-    monkeypatch.setattr(provider.controller, "turns", noting)
+    monkeypatch.setattr(provider.controller, "accesses", noting)
     for needed in ([0, 1, 2, 3, 4, 5, 6, 7], [1, 3], [0, 2, 4, 6], [1, 2, 3, 5, 6, 7]):
         provider.begin_step()
         for layer in range(2):
@@ -205,7 +212,7 @@ def test_a_copy_never_overwrites_a_slot_before_its_turn(
 def _filled_store(*, pin: bool) -> HostStore:
     store = HostStore(LAYOUT, 16, pin=pin)
     for number in range(16):
-        store.tensor(number, "w").fill_(number + 1)
+        LAYOUT.layers[0].tensor(store.record(number), "w").fill_(number + 1)
     store.lock()
     return store
 
@@ -307,3 +314,49 @@ def test_a_limit_on_locked_memory_is_tried_before_loading(
     else:
         store_module.check_locking(2**20)
     assert [size for size in sizes if size > 0] == ([8192 + 4096] if limit == 8192 else [])
+
+
+def test_a_device_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda` is torch's current device by its number, `cuda:N` device N, and `auto` takes a GPU if there is one."""
+    assert resolve_device("cpu") == resolve_device("cpu:0") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    found = [resolve_device(name) for name in ("auto", "cuda", "cuda:0", "cuda:3")]
+    assert [(device.type, device.index) for device in found] == [("cuda", index) for index in (2, 2, 0, 3)]
+    with pytest.raises(DeviceError, match=r"'cuda:4'.*'cuda:3'"):
+        resolve_device("cuda:4")
+
+
+def test_memory_queries_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory and peaks are those of the stated device, not of the current one."""
+    device, asked = torch.device("cuda", 3), []
+
+    def answer(value: object) -> Callable[..., object]:
+        return lambda *where: (asked.append(where), value)[1]
+
+    for name, value in (("mem_get_info", (70, 100)), ("memory_reserved", 20), ("memory_allocated", 5)):
+        monkeypatch.setattr(torch.cuda, name, answer(value))
+    assert free_bytes(device) == 85
+    for name, value in (("reset_peak_memory_stats", None), ("max_memory_allocated", 9)):
+        monkeypatch.setattr(torch.cuda, name, answer(value))
+    assert CudaMeter(device).peak_bytes == 9
+    assert asked == [(device,)] * 5
+
+
+def test_a_pass_runs_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's device is the current one before the pass begins its step, and no longer once the pass is over."""
+    happened: list[object] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        happened.append(device)
+        yield
+        happened.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    module, passes = torch.nn.Linear(2, 2), Passes(lambda args, kwargs: happened.append("begun"))  # noqa: ARG005 - as called
+    passes.device = torch.device("cuda", 1)
+    passes.guard(module)
+    module(torch.zeros(1, 2))
+    assert happened == [torch.device("cuda", 1), "begun", "left"]

@@ -49,7 +49,7 @@ def new_run(shape: Shape = TINY) -> loop.Run:
 
 
 @pytest.mark.parametrize("moe", [True, False])
-def test_twin_gives_the_stock_models_logits(moe: bool) -> None:  # noqa: FBT001
+def test_twin_gives_the_stock_models_logits(moe: bool) -> None:
     """The training twin computes what stock transformers computes from the same weights."""
     shape = replace(TINY, moe=moe, init_std=0.2)
     twin = Twin(shape).initialise(3)

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
-from expertflow.engine.offline import Results
+from expertflow.engine.offline import Results, finish
 from expertflow.errors import ResultsError
 
 PROMPTS = ["hello there", "good", "the sea", "a", "it was", "the end"]
@@ -15,12 +15,11 @@ PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
 
 
 def work(llm: LLM, path: Path, most: int = 100) -> int:
-    """Generate what is left; stop, as a crash would, behind `most` finished requests. How many were run."""
+    """Generate what is left; stop, as a crash would, after `most` finished requests. How many were run."""
     results, run = Results(path, PROMPTS, PARAMS, llm.fingerprint), 0
-    left = results.left
-    for item in llm.stream([PROMPTS[index] for index in left], PARAMS) if left else ():
+    for item in finish(llm, PROMPTS, PARAMS, results):
         if item.output is not None:
-            results.add(left[item.index], item.output)
+            assert item.output.prompt == PROMPTS[item.output.index] == PROMPTS[item.index]
             run += 1
             if run == most:
                 results._file.close()  # and nothing else is done
@@ -84,6 +83,6 @@ def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
         Results(path, PROMPTS, PARAMS, "f bfloat16 32")
     path.unlink()
     with Results(path, PROMPTS, PARAMS, "f"), pytest.raises(ResultsError, match="cannot be used"):
-        Results(path, PROMPTS, PARAMS, "f")  # somebody is at it
+        Results(path, PROMPTS, PARAMS, "f")  # another process writes it
     with pytest.raises(ResultsError, match="cannot be used"):
         Results(tmp_path / "nowhere" / "r.jsonl", PROMPTS, PARAMS, "f")

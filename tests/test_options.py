@@ -1,11 +1,18 @@
 """Wishes: sizes, shares, options and strategies, and how bad ones are refused."""
 
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from expertflow.cache.strategy import STRATEGIES, find_strategy
-from expertflow.config import EngineConfig, SamplingParams
+from expertflow.cli.main import app
+from expertflow.cli.options import Fields, Given, grouped
+from expertflow.config import EngineConfig, SamplingParams, doc, options_of
 from expertflow.errors import ConfigError
 from expertflow.units import format_bytes, parse_bytes, parse_slots
 
@@ -95,3 +102,82 @@ def test_an_unknown_strategy_names_the_nearest() -> None:
 def test_every_row_is_found_by_its_name() -> None:
     """The table's keys are the rows' own names."""
     assert all(find_strategy(name).name == name for name in STRATEGIES)
+
+
+def test_every_field_is_an_option_of_run() -> None:
+    """A field of either config is an option under its name, with its text and default; only `progress` is always on there."""
+    params = {one.name: one for one in typer.main.get_command(app).commands["run"].params}
+    chosen = {"max_batch", "max_length", "prefill_chunk", "seed"}
+    for cls in (EngineConfig, SamplingParams):
+        assert [option.name for option in options_of(cls)] == [one.name for one in fields(cls)]
+        for option in options_of(cls):
+            assert option.text.endswith("."), option.name
+            assert f"{option.name}: {option.text}" in cls.__doc__
+            if option.name == "progress":
+                continue
+            param = params[option.off[0] if option.off else option.name]
+            assert param.opts == [f"--{param.name.replace('_', '-')}"]
+            assert param.help.startswith(
+                (option.off[1] if option.off else option.text).replace("`max_batch`", "--max-batch")
+            )
+            expected = False if option.off else None if option.several or option.name in chosen else option.default
+            assert param.default == expected, option.name
+    assert params["max_length"].help.endswith("Default: what the run needs.")
+    assert params["max_live"].help.endswith("Default: --max-batch.")
+    assert params["gpu_memory"].help.endswith("Default: no limit.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    size: str | int | None = doc("Size of things.", default=None, none="any")
+    count: int = doc("How many.", default=3)
+    share: float = doc("How much, see `count`.", default=0.5)
+    words: str | tuple[str, ...] = doc("A word.", default=())
+    numbers: tuple[int, ...] = doc("A number.", default=())
+    loud: bool = doc("Print more.", default=False)
+    safe: bool = doc("Check all.", default=True, off=("unsafe", "Check nothing."))
+    left: int = doc("Not for this command.", default=0)
+    inner: bool = doc("Not for a command line.", default=False, typed=False)
+
+
+def test_a_new_field_is_a_new_option() -> None:
+    """One field makes one option of its type: what is given reaches the command by field, what is not is left out or the default."""
+    knobs, seen = typer.Typer(), []
+
+    @knobs.command()
+    @grouped
+    def main(
+        *,
+        name: Annotated[str, typer.Option()],
+        knob: Annotated[Given, Fields(Knobs, without=("left",), defaults={"count": 4}, chosen={"size": "1"})],
+    ) -> None:
+        seen.append((name, knob))
+
+    def run(*words: str) -> Any:
+        return CliRunner().invoke(knobs, [*words])
+
+    assert run("--name", "a").exit_code == 0
+    assert seen.pop() == ("a", {"count": 4, "share": 0.5, "loud": False, "safe": True})
+    words = "--name b --size 6GiB --count 5 --words x --words y --numbers 1 --loud --unsafe"
+    assert run(*words.split(" ")).exit_code == 0
+    found = {
+        "size": "6GiB",
+        "count": 5,
+        "share": 0.5,
+        "words": ("x", "y"),
+        "numbers": (1,),
+        "loud": True,
+        "safe": False,
+    }
+    assert seen.pop() == ("b", found)
+    for wrong in (["--count", "x"], ["--left", "1"], ["--inner"], ["--numbers", "x"]):
+        assert run("--name", "a", *wrong).exit_code == 2
+    assert not seen
+    shown = " ".join(run("--help").output.split())
+    for text in (
+        "Size of things. Default: 1.",
+        "How many. [default: 4]",
+        "How much, see --count.",
+        "A word. May be given several times.",
+    ):
+        assert text in shown.replace("│ │ ", ""), shown

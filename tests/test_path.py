@@ -15,19 +15,18 @@ from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.engine import build
 from expertflow.memory.meter import CpuMeter
-from expertflow.predict import counts as counting
-from expertflow.predict import model
 from expertflow.predict.artifact import Artifact
 from expertflow.predict.counts import remember
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kernels import step_kernels
-from expertflow.predict.model import Pieces, State
 from expertflow.predict.online import OnlinePredictor, Prediction
+from expertflow.predict.state import Pieces, State
 from test_live_predictor import MakePredictor, make_predictor
 from test_predictor import random_artifact
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.predict.kernels import path
+from expertflow.predict.kernels.take_in import recall
 
 __all__ = ["make_predictor"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
@@ -82,7 +81,7 @@ def tell(online: OnlinePredictor, texts: tuple[Tensor, Tensor], lengths: tuple[i
     ids=["hashed", "no memory", "int16 routes"],
 )
 def test_steps_are_those_of_torch(steps: int, sizes: dict[str, int]) -> None:
-    """Rows in any order and subset, empty or full, rings that wrap, unknown tokens; and what is said of a draft, which keeps nothing."""
+    """Rows in any order and subset, empty or full, rings that wrap, unknown tokens."""
     artifact = random_artifact(**{**SMALL, **sizes})
     experts = artifact.config.experts
     if experts == 8:
@@ -105,11 +104,6 @@ def test_steps_are_those_of_torch(steps: int, sizes: dict[str, int]) -> None:
         for row in rows:
             last[row], taken[row] = routes[row, taken[row]], taken[row] + 1
     assert_same(twin.state, plain.state)
-    held = State(*(column.clone() for column in twin.state))
-    (draft, said), (same_draft, expected) = (online.draft(index, last[index]) for online in (twin, plain))
-    assert torch.equal(draft.tokens, same_draft.tokens)
-    assert_same(said, expected)
-    assert all(torch.equal(before, after) for before, after in zip(held, twin.state, strict=True))
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 256, 700])
@@ -123,7 +117,7 @@ def test_a_pair_is_found_among_many(pairs: int) -> None:
     found = torch.empty(1, 2, dtype=torch.int32, device=DEVICE)
     for key in [*keys[:2], *keys[-2:], *every[: min(pairs, 8)], *every[pairs : pairs + 4]]:
         before, token = divmod(int(key), 40)
-        path._recall[(1,)](token_row, line, found, 0, token, before, vocabulary=40, pairs=pairs + 1)
+        recall[(1,)](token_row, line, found, 0, token, before, vocabulary=40, pairs=pairs + 1)
         place = int(np.searchsorted(keys, key))
         assert found.tolist() == [[token, place if key in keys else pairs]]
 
@@ -160,7 +154,7 @@ def test_noting_is_a_step_without_an_answer() -> None:
     text = torch.tensor([2, 0, 0, 0], device=DEVICE)
     before = [column.clone() for column in noted.state]
     stepped.step(rows, tokens[text, 7], routes[text, 6])
-    noted.note(rows, tokens[text, 7], routes[text, 6])
+    noted.update(rows, tokens[text, 7], routes[text, 6])
     assert (noted.state.taken - before[0]).tolist()[:4] == [1, 0, 1, 0]
     assert all(torch.equal(mine[:4], other[:4]) for mine, other in zip(noted.state, stepped.state, strict=True))
 
@@ -183,7 +177,7 @@ def test_prompts_are_taken_in_as_by_notes() -> None:
             online.observe(online.pieces(rows, counts), *said)
         for row, span in zip(rows, spans, strict=True):
             for at in range(span.start, span.stop):
-                noted.note(torch.tensor([row], device=DEVICE), tokens[row, at : at + 1], before[row, at : at + 1])
+                noted.update(torch.tensor([row], device=DEVICE), tokens[row, at : at + 1], before[row, at : at + 1])
             done[row] = span.stop
         assert_same(twin.state, plain.state)
         assert all(torch.equal(mine, other) for mine, other in zip(twin.state, noted.state, strict=True))
@@ -241,12 +235,6 @@ def test_what_is_not_served_steps_in_torch() -> None:
     assert_same(twin.step(*given), plain.step(*given))
 
 
-def test_numbers_are_those_of_the_predictor() -> None:
-    """Kernels may not know `predict`, so they say its numbers again."""
-    assert (path.FLOOR, path.NEVER, path.FIXED) == (model._FLOOR, model._NEVER, model._FIXED)
-    assert counting._RANGE == path.RANGE
-
-
 def test_the_engine_asks_for_the_kernels(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +244,7 @@ def test_the_engine_asks_for_the_kernels(
 
     class Plain:
         def __init__(self, artifact: Artifact) -> None:
-            self._artifact, self.note = artifact, artifact.model.note
+            self._artifact, self.update = artifact, artifact.model.update
 
         def absorb(self, state: State, pieces: Pieces, tokens: Tensor, routes: Tensor) -> None:
             taken_in.append(len(tokens))

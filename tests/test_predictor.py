@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 from expertflow.cli import eval_predictor, evaluation, train_predictor
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import WEIGHTS_NAME, Artifact, load_artifact, save_artifact
-from expertflow.predict.calibration import Piece, calibrate, weigh
+from expertflow.predict.calibration import Scored, calibrate, weigh
 from expertflow.predict.counts import SOURCES, Memory, remember
 from expertflow.predict.dataset import Passage, Shape, leave_out, passages, split, windows
 from expertflow.predict.evaluation.score import score
 from expertflow.predict.kinds import KINDS, make
-from expertflow.predict.model import HORIZONS, OUTPUTS, Pieces, PredictorConfig, TokenTable, multi_hot
+from expertflow.predict.model import TokenTable, multi_hot
+from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.predict.online import OnlinePredictor
 from expertflow.predict.options import ABOUT_NAME, TrainConfig
+from expertflow.predict.state import Pieces
 from expertflow.predict.train import Epoch, labels, train
 from expertflow.trace.format import Header, Rows, Trace, load_trace
+from expertflow.types import HORIZONS
 from test_trace import EXCERPT, make_trace
 
 SMALL = {"layers": 3, "experts": 8, "top_k": 2, "vocabulary": 20, "embedding": 8, "width": 16, "matches": 4, "key": 4}
@@ -95,7 +98,7 @@ def test_noting_is_feeding_without_an_answer(kind: str) -> None:
         for place in range(80):
             given = rows, tokens[:, place], routes[:, place - 1] if place else torch.full_like(routes[:, 0], 8)
             model.feed(fed, *given)
-            model.note(noted, *given)
+            model.update(noted, *given)
     assert fed.taken.any()
     assert all(torch.equal(*pair) for pair in zip(fed, noted, strict=True))
 
@@ -156,36 +159,21 @@ def test_absorbing_many_sequences_is_absorbing_each(kind: str) -> None:
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_prompts_use_is_what_any_of_them_uses(kind: str) -> None:
-    """Several prompts in one question: padded beside one another, in more than one group, they say what each says alone."""
-    online = OnlinePredictor(random_artifact(kind), 1)
-    prompts = [random_text(length, seed)[0][0] for seed, length in enumerate((3, 40, 7, 38, 1))]
-    alone = torch.stack([online.prefill(prompt) for prompt in prompts])
-    together = online.prefill(torch.cat(prompts), [len(prompt) for prompt in prompts])
-    torch.testing.assert_close(together, 1 - torch.prod(1 - alone, dim=0), atol=1e-5, rtol=1e-4)
-    assert not online.prefill(torch.zeros(0, dtype=torch.long), [0]).any()
-
-
 def test_rows_go_in_any_order_and_company() -> None:
-    """Regrouped, split off, joined elsewhere and beside freed rows, a sequence is predicted as if it were alone."""
+    """Regrouped and beside freed rows, a sequence is predicted as if it were alone."""
     artifact = random_artifact()
     texts = [random_text(30, seed) for seed in range(3)]
     alone = []
     for tokens, routes in texts:
         single = OnlinePredictor(artifact, 1)
         alone.append([single.step(torch.tensor([0]), tokens[:, t], before(routes, t)) for t in range(30)])
-    online, elsewhere = OnlinePredictor(artifact, 4), OnlinePredictor(artifact, 2)
+    online = OnlinePredictor(artifact, 4)
     rows = {0: 3, 1: 0, 2: 2}
     random = np.random.default_rng(0)
     for place in range(30):
-        if place == 12:  # sequence 2 moves to another predictor and back, its row is used by somebody else meanwhile
-            taken = online.split([2])
-            online.step(torch.tensor([2]), torch.tensor([7]), texts[0][1][:, 3])
-            elsewhere.join([1], taken)
-            online.free([2])
-            online.join([1], elsewhere.split([1]))
-            rows[2] = 1
+        if place == 12:  # another sequence comes and goes
+            online.step(torch.tensor([1]), torch.tensor([7]), texts[0][1][:, 3])
+            online.free([1])
         order = random.permutation(3).tolist()
         for group in (order[:2], order[2:]):
             said = online.step(
@@ -204,30 +192,21 @@ def before(routes: torch.Tensor, place: int) -> torch.Tensor:
 
 
 def test_a_new_sequence_knows_nothing_of_the_one_before() -> None:
-    """`start` forgets what its row held, and a prompt's demand is the chance that any of its tokens uses an expert."""
+    """`free` forgets what a row held, and what prompts use is the mean of their tokens' chances without any routing."""
     artifact = random_artifact()
     tokens, routes = random_text(20)
     online = OnlinePredictor(artifact, 2)
     for place in range(20):
         online.step(torch.tensor([1]), tokens[:, place], routes[:, place])
-    demand = online.start([1], [[4, 5, 6]])[0]
+    online.free([1])
+    usual = online.usual(torch.tensor([4, 5, 6]))
     with torch.inference_mode():
         prompt, first = torch.tensor([[4, 5, 6]]), torch.tensor([[-1, 4, 5]])
         each = artifact.probabilities(artifact.model(prompt, torch.full((1, 3, 3, 2), 8)), prompt, first)[0, :, 0]
-    torch.testing.assert_close(demand, 1 - (1 - each).prod(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(usual, each.mean(0), atol=1e-4, rtol=1e-4)
     fresh = OnlinePredictor(artifact, 1).step(torch.tensor([0]), tokens[:, 0], before(routes, 0))
     again = online.step(torch.tensor([1]), tokens[:, 0], before(routes, 0))
     torch.testing.assert_close(again.demand, fresh.demand)
-
-
-def test_rows_are_checked() -> None:
-    """A row that is not there, or named twice, is refused."""
-    online = OnlinePredictor(random_artifact(), 2)
-    for rows in ([2], [-1], [0, 0]):
-        with pytest.raises(PredictorError, match="distinct rows of 2"):
-            online.start(rows, [[1]] * len(rows))
-    with pytest.raises(PredictorError, match="1 rows for 2 sequences"):
-        online.join([0], online.split([0, 1]))
 
 
 def test_a_large_vocabulary_is_hashed() -> None:
@@ -360,10 +339,10 @@ def test_calibration_finds_the_true_chances() -> None:
     truth = (torch.rand_like(true) < torch.sigmoid(true)).float()
     factor, shift = torch.rand(OUTPUTS, 2, 1) + 1.5, torch.randn(OUTPUTS, 2, 1)
     valid = torch.ones(6000, OUTPUTS, dtype=torch.bool)
-    piece = Piece(said * factor + shift, rows * 3, truth, valid)
+    piece = Scored(said * factor + shift, rows * 3, truth, valid)
     found = weigh(calibrate([piece]), piece.logits, piece.rows)
     assert (found - true).abs().mean() < 0.1
-    halves = [Piece(*(column[part] for column in piece)) for part in (slice(0, 2000), slice(2000, None))]
+    halves = [Scored(*(column[part] for column in piece)) for part in (slice(0, 2000), slice(2000, None))]
     torch.testing.assert_close(calibrate(halves), calibrate([piece]), atol=1e-3, rtol=1e-3)
     nothing = calibrate([piece._replace(valid=torch.zeros_like(valid))])
     assert torch.equal(weigh(nothing, piece.logits, piece.rows), piece.logits)
@@ -415,7 +394,7 @@ def test_training_learns_the_rule() -> None:
     """Token, predecessor and own habit are all found: nearly every expert is among the best guesses of unseen texts."""
     epochs: list[Epoch] = []
     training, held = rule_passages(40), rule_passages(8, seed=1)
-    result = train(RULE, training, held, FAST, tell=epochs.append)
+    result = train(RULE, training, held, FAST, report=epochs.append)
     assert [epoch.number for epoch in epochs] == list(range(1, 13))
     assert result.curve == epochs
     assert epochs[-1].validation < epochs[0].validation / 2
@@ -443,7 +422,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
             raise Cut
 
     with pytest.raises(Cut):
-        train(config, training, held, options, tmp_path, tell=stop)
+        train(config, training, held, options, tmp_path, report=stop)
     resumed = train(config, training, held, options, tmp_path)
     assert resumed.curve == whole.curve
     assert torch.equal(resumed.calibration, whole.calibration)

@@ -1,4 +1,4 @@
-"""Every block of the README runs, word by word but for the model, on a small model with the smallest settings."""
+"""Every block of the README and the documents runs, word by word but for the model, on a small model with small settings."""
 
 import ast
 import re
@@ -17,8 +17,8 @@ from expertflow import LLM
 from expertflow.cli.main import app
 
 ROOT = Path(__file__).parents[1]
-TREE = "Makefile     "
-"""How the block begins that shows the tree of files."""
+DOCUMENTS = ("README.md", "docs/how-it-works.md", "docs/benchmarks.md")
+"""Where users find commands, in the order of reading."""
 SETUP = {".", "source", "cd", "git", "export", "pip", "python", "python3"}
 """Words a line may begin with that prepares a shell or environment: what they do is tested where a fresh clone is."""
 MODELS = r"/models/[\w.-]+|\bMODEL\b|\bFOLDER\b"
@@ -37,9 +37,9 @@ NUMBERS = {r"max_tokens=\d+": "max_tokens=2", r"max_length=\d+": "max_length=64"
 
 
 def blocks() -> list[tuple[str, str]]:
-    """Language and text of every fenced block but the tree."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
-    return [(language, text) for language, text in found if not text.startswith(TREE)]
+    """Language and text of every fenced block."""
+    text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS)
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def shell_lines() -> list[list[str]]:
@@ -112,7 +112,7 @@ def test_every_line_is_known() -> None:
 
 
 def test_every_command_line_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the README's order, in one folder, each on what the lines before it wrote."""
+    """In the documents' order, in one folder, each on what the lines before it wrote."""
     monkeypatch.chdir(place)
     for line in shell_lines():
         words = command_of(line)
@@ -126,7 +126,7 @@ def test_every_command_line_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_python_block_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One after another in one namespace; a model the text speaks of is open, and inputs are token ids."""
+    """One after another in one namespace; a model that the text names is open, and inputs are token ids."""
     sources = [text for language, text in blocks() if language == "python"]
     assert len(sources) >= 3
     with LLM(place / "model", device="cpu", max_length=64) as llm:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController, as_event
 from expertflow.cache.core import make_tables
-from expertflow.cache.forecast import Forecast, NextGate, Nothing, Recorded, Step
+from expertflow.cache.forecast import Forecast, NextGate, NoForecast, Recorded, Step
 from expertflow.cache.policy import Outlook, Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.events import Event, EventKind, EventStream
@@ -61,7 +61,7 @@ def run(
     device = torch.device(_device(maker))
     given = tokens_known is not None
     state = CacheState.allocate(strategy, tables, device, log=True, future=future, given=given)
-    state.load(tables, Usage(layers=layers, experts=experts))
+    state.copy_from(tables, Usage(layers=layers, experts=experts))
     schedule = Schedule.allocate(state, tokens, top_k)
     twin = MAKERS[maker](state)
     events, schedules = [], []
@@ -121,7 +121,7 @@ def forecast_of(strategy: Strategy, workload: Workload) -> Forecast | None:
     return strategy.make_forecast(setting_of(workload)) if strategy.predicted else None
 
 
-class _Naps(Nothing):
+class _Naps(NoForecast):
     """A forecast that says nothing in every second pair of steps."""
 
     def __init__(self, awake: Forecast) -> None:
@@ -241,7 +241,7 @@ def test_nothing_is_lost_at_a_switch(maker: str) -> None:
     schedule, twin = Schedule.allocate(state, 3, 2), MAKERS[maker](state)
     for number, routes in enumerate(routes_of(workload)):
         if number in {2, 3}:
-            controller.lend_tables(state.load) if number == 2 else None
+            controller.lend_tables(state.copy_from) if number == 2 else None
             events.emit(Event(EventKind.STEP, number))
             twin.open_step()
             for layer in range(3):
@@ -249,7 +249,7 @@ def test_nothing_is_lost_at_a_switch(maker: str) -> None:
                 twin.bind(layer)
             twin.close_step()
             happened += [as_event(entry, number, 1) for entry in state.take_log()]
-            controller.reclaim_tables(state.store, steps=2) if number == 3 else None
+            controller.reclaim_tables(state.copy_to, steps=2) if number == 3 else None
         else:
             controller.begin_step()
             for layer in range(3):
@@ -288,7 +288,7 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
             for layer in range(layers) if number == 0 else (1, 2):
                 controller.access(layer, np.flatnonzero(workload.needed[number, layer]).tolist())
         if number == 0:
-            device.lend_tables(state.load)
+            device.lend_tables(state.copy_from)
             continue
         told[1].append(Event(EventKind.STEP, number))
         if row.predicted:
@@ -300,12 +300,12 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
             twin.bind(layer)
         twin.close_step()
         told[1] += [as_event(entry, number, 1) for entry in state.take_log()]
-    device.reclaim_tables(state.store, steps=4)
+    device.reclaim_tables(state.copy_to, steps=4)
     assert told[0] == told[1]
     assert not device.tables.pinned[0].any()  # what was loaded ahead for that layer may leave
 
 
-class _OnlyReached(Nothing):
+class _OnlyReached(NoForecast):
     """Every expert of some layers, for sure or more or less; in the first pass, of all layers."""
 
     def __init__(self, reached: tuple[bool, ...], *, sure: bool) -> None:
@@ -328,7 +328,7 @@ def test_a_bound_that_does_not_hold_is_seen() -> None:
     workload, row = random_workload(seed=1), replace(STRATEGIES["lru-global"], wave=2, joint=True)
     tables = make_tables(3, 7, 2, divided=False)
     state = CacheState.allocate(row, tables, torch.device(_device("kernels")))
-    state.load(tables, Usage(layers=3, experts=7))
+    state.copy_from(tables, Usage(layers=3, experts=7))
     schedule = Schedule.allocate(state, 3, 2)
     short = replace(schedule, slots=schedule.slots[:2], bounds=schedule.bounds[:2])
     twin = driver.Residency(state)

@@ -8,7 +8,8 @@ from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
 from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, SamplingParams
-from expertflow.execution.rope import SequenceRope
+from expertflow.execution.rope import use_own_lengths
+from expertflow.models.context import ForwardContext
 from expertflow.models.families import FAMILIES
 
 ORIGINAL = 24
@@ -69,7 +70,9 @@ def test_angles_are_those_of_a_fresh_module(family: str, kind: type, scaling: di
     lengths = [60, 30, ORIGINAL, 7, 45]
     positions = torch.tensor([[length - 2, length - 1] for length in lengths])
     states = torch.zeros(len(lengths), 2, 64)
-    with SequenceRope(module).of(lengths):
+    context = ForwardContext()
+    use_own_lengths(module, context)
+    with context.carry(lengths=lengths):
         found = module(states, positions)
     for place, length in enumerate(lengths):
         alone = kind(config)(states[:1], torch.arange(length)[None])

@@ -353,11 +353,12 @@ def test_a_slow_first_pass_holds_nobody_back(make_checkpoint: MakeCheckpoint) ->
     """What passes take is known from the second one on, and is then the faster one's: the first one compiles and warms up."""
     with LLM(make_checkpoint("qwen3_moe"), slots=5, device="cpu", max_length=32) as llm:
         engine = llm.engine
-        engine._turns.extend([(1, 0.5)] * 3)
-        engine._passes.append(9.0)
-        assert engine._costs() == Costs(0.0, 0.0, 0.0)
-        engine._passes.append(1.0)
-        assert engine._costs() == Costs(1.0, 0.5, 0.5)
+        for _ in range(3):
+            engine._durations.add_step(1, 0.5, steps_a_round=1)
+        engine._durations.add_pass(9.0)
+        assert engine._durations.costs() == Costs(0.0, 0.0, 0.0)
+        engine._durations.add_pass(1.0)
+        assert engine._durations.costs() == Costs(1.0, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(("alone", "each"), [(3.0, 0.5), (0.0, 2.0), (5.0, 0.0)])
@@ -536,9 +537,9 @@ def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch:
     for execution in ("host", "graph"):
         options = {"max_batch": 2, "max_live": 3, "max_length": 48, "slots": 6, "execution": execution}
         with LLM(folder, device="cpu", **options) as llm:
-            engine, got, rows = llm.engine, {}, llm._offloaded._rows
+            engine, got, rows = llm.engine, {}, llm._offloaded.handover.rows
             if execution == "graph":  # in the middle of a layer: slots are decided, and their rows do not come
-                experts = llm._offloaded._decoder_now().experts
+                experts = llm._offloaded.handover.make_decoder().experts
                 monkeypatch.setattr(experts._twin, "run_layer", failing_now_and_then(experts._twin.run_layer, 8))
             else:
                 monkeypatch.setattr(rows, "forward", failing_now_and_then(rows.forward, 4))

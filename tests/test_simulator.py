@@ -1,5 +1,6 @@
 """The simulator: parity with the engine, laws on real routing, the virtual clock, its inputs."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +11,8 @@ from hypothesis import strategies as st
 
 from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
-from expertflow.cache.forecast import (
-    Forecast,
-    Frequency,
-    PredictedPath,
-    PreviousStep,
-    Recorded,
-    Step,
-    TokenCounts,
-    blur,
-    next_uses,
-)
+from expertflow.cache.forecast import CountsByToken, Forecast, NoForecast, Recorded, Step, blur, next_uses
+from expertflow.cache.policy import Outlook
 from expertflow.cache.strategy import STRATEGIES, Setting
 from expertflow.cli.strategies import page
 from expertflow.errors import ConfigError, TraceError
@@ -191,11 +183,10 @@ def test_next_uses_are_those_of_a_plain_search() -> None:
             assert found[step, layer, expert] == (step + later[0] if len(later) else 1e8)
 
 
-@pytest.mark.parametrize("make", [lambda: PreviousStep(24, 32), lambda: Frequency(24, 32), lambda: TokenCounts(24, 32)])
-def test_forecasts_learn(make: object, real: Trace) -> None:
-    """Each learning forecast ranks a step's true experts above the others far better than chance (1/8)."""
+def test_forecasts_learn(real: Trace) -> None:
+    """The learning forecast ranks a step's true experts above the others far better than chance (1/8)."""
     workload = live_sequences(real, 1)
-    forecast: Forecast = make()
+    forecast: Forecast = CountsByToken(24, 32)
     found = []
     for number in range(len(workload)):
         outlook = forecast.outlook(workload.before(number))
@@ -204,6 +195,16 @@ def test_forecasts_learn(make: object, real: Trace) -> None:
             found.append(np.take_along_axis(workload.needed[number], best, axis=1).mean())
         forecast.learn(workload.after(number))
     assert np.mean(found) > 0.25
+
+
+class PredictedPath(NoForecast):
+    """Demand `[H, L, E]` from any function of the step."""
+
+    def __init__(self, predict: Callable[[Step], np.ndarray]) -> None:
+        self._predict = predict
+
+    def outlook(self, step: Step) -> Outlook:
+        return Outlook(self._predict(step))
 
 
 def test_a_predicted_path_is_any_function_of_the_step(real: Trace) -> None:
@@ -257,8 +258,9 @@ def test_bad_wishes_are_refused(real: Trace, tmp_path: Path) -> None:
 
 
 def test_the_strategies_page_is_the_live_table() -> None:
-    """docs/strategies.md is what `expertflow strategies --markdown` prints."""
-    assert (DOCS / "strategies.md").read_text(encoding="utf-8") == page()
+    """The table in docs/how-it-works.md is what `expertflow strategies --markdown` prints."""
+    shown = (DOCS / "how-it-works.md").read_text(encoding="utf-8").split("<!-- strategies -->\n")[1]
+    assert shown.split("\n<!-- /strategies -->")[0] == page().split("\n\n")[-1].rstrip("\n")
 
 
 def test_a_step_knows_only_its_past(real: Trace) -> None:

@@ -101,7 +101,7 @@ def test_the_version_is_printed(start: list[str]) -> None:
 
 
 def test_generating_needs_no_compiler() -> None:
-    """Numba, 200 MB, is imported by whoever simulates or groups, not by every model."""
+    """Numba, 200 MB, is imported to simulate or to group, not by every model."""
     script = """
 import sys
 from expertflow import LLM, SamplingParams

@@ -402,12 +402,15 @@ def test_torch_objects_are_taken_as_options(make_checkpoint: MakeCheckpoint) -> 
             EngineConfig(**wrong)
 
 
-def test_only_the_current_device_is_taken(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another device than torch's current one is refused, with the call that makes it the current one."""
+def test_only_a_visible_device_is_taken(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that torch does not see is refused; the error names the last one it sees."""
     folder = make_checkpoint("qwen3_moe")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(DeviceError, match=r"'cuda:1' is not torch's current device.*set_device\(1\)"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        DeviceError, match=r"'cuda:1'.*the last CUDA device torch sees is 'cuda:0'.*CUDA_VISIBLE_DEVICES"
+    ):
         from_pretrained(folder, device=torch.device("cuda:1"))
 
 

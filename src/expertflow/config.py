@@ -1,6 +1,7 @@
-"""What a user may wish: engine options and sampling options, checked when they are made.
+"""Every option of the engine and of sampling, declared once: name, type, default, what it does; checked when made.
 
-Frozen and keyword-only. An unknown key is an error that names the nearest one. Knows no model and no device.
+An option is one field with `doc`: `options_of` lists them, and the command line is made from that list (`cli/options.py`).
+Frozen and keyword-only. An unknown key is an error that names the nearest one. Must not know models and devices.
 """
 
 import difflib
@@ -10,15 +11,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from math import inf
-from types import MappingProxyType
-from typing import Any, Self
+from types import MappingProxyType, NoneType
+from typing import Any, NamedTuple, Self, TypeVar, get_args, get_origin
 
 from expertflow.errors import ConfigError
-from expertflow.types import DTYPE_BYTES
+from expertflow.formats.dtypes import RUN_DTYPES
 from expertflow.units import parse_bytes, read_slots
 
 DEVICES = ("auto", "cuda", "cpu")
-DTYPES = ("auto", *DTYPE_BYTES)
+DTYPES = ("auto", *RUN_DTYPES)
 EXECUTIONS = ("auto", "host", "graph")
 SCHEDULES = ("auto", "fifo", "group")
 _NO_CODE = "Leave it out: code that comes with a checkpoint is never run."
@@ -45,7 +46,8 @@ OF_OTHERS = MappingProxyType({
     **dict.fromkeys(("revision", "token", "use_auth_token", "cache_dir", "subfolder", "variant"), _FETCH),
     **dict.fromkeys(("local_files_only", "force_download", "resume_download", "proxies"), _FETCH),
 })  # fmt: skip
-"""Options of transformers' `from_pretrained` that are none here, and what to do in place of each."""
+"""Options of transformers' `from_pretrained` that do not exist here, and what to do in place of each."""
+_Class = TypeVar("_Class", bound=type)
 _READ_ELSEWHERE = ("stop", "stop_token_ids", "device", "dtype")
 """Fields with rules of their own for what they take."""
 
@@ -62,9 +64,59 @@ def _require(ok: bool, what: str, remedy: str) -> None:  # noqa: FBT001 - the co
         raise ConfigError(what, remedy)
 
 
-def doc(text: str, **kwargs: Any) -> Any:
-    """A dataclass field with its documentation line."""
-    return field(metadata={"doc": text}, **kwargs)
+class Option(NamedTuple):
+    """One option, as a command line or a server declares it.
+
+    Attributes:
+        name: of the field.
+        kind: type of one value: str, int, float or bool.
+        several: whether it takes several values.
+        default: of the field.
+        text: what it does, in whole sentences; other options stand in backticks.
+        none: what None means; empty if it cannot be None.
+        off: for an option that is on by default: name and text of the switch that turns it off, else empty.
+        typed: whether it is of use on a command line.
+    """
+
+    name: str
+    kind: type
+    several: bool
+    default: Any
+    text: str
+    none: str
+    off: tuple[str, str] | tuple[()]
+    typed: bool
+
+
+def doc(text: str, *, default: Any, none: str = "", off: tuple[str, str] | tuple[()] = (), typed: bool = True) -> Any:
+    """A dataclass field that is an option; see `Option`."""
+    return field(default=default, metadata={"text": text, "none": none, "off": off, "typed": typed})
+
+
+def options_of(cls: type) -> tuple[Option, ...]:
+    """The options of `EngineConfig` or `SamplingParams`, in the order of their fields."""
+    found = []
+    for one in fields(cls):
+        kinds = [kind for kind in _parts(one.type) if kind is not NoneType]
+        lists = [kind for kind in kinds if get_origin(kind) is tuple]
+        kind = get_args(lists[0])[0] if lists else kinds[0]
+        found.append(Option(name=one.name, kind=kind, several=bool(lists), default=one.default, **one.metadata))
+    return tuple(found)
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    """The members of a union; a type that is none is its own only member."""
+    return (kind,) if isinstance(kind, type) or get_origin(kind) is tuple else get_args(kind)
+
+
+def _documented(cls: _Class) -> _Class:
+    """Add the options to the class's docstring."""
+    lines = [
+        f"        {option.name}: {option.text}{f' None: {option.none}.' if option.none else ''}"
+        for option in options_of(cls)
+    ]
+    cls.__doc__ = f"{cls.__doc__}\n\n    Attributes:\n" + "\n".join(lines)
+    return cls
 
 
 def _read_types(options: Any) -> None:
@@ -129,48 +181,52 @@ class _Checked:
         return cls(**options)
 
 
+@_documented
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(_Checked):
-    """How to run a model. Everything here is a wish; `engine.plan` turns it into numbers."""
+    """How to run a model. `engine.prepare` turns these wishes into choices and numbers, or refuses them."""
 
-    gpu_memory: str | int | None = doc(
-        "device memory budget for everything, such as 6GiB; None: no limit", default=None
-    )
+    gpu_memory: str | int | None = doc("Device memory for everything, such as 6GiB.", default=None, none="no limit")
     slots: str | int | None = doc(
-        "expert slots: a count, a share such as 25%, 16/layer, or None: all the budget buys", default=None
+        "Expert slots: a count, a share such as 25%, or 16/layer.", default=None, none="all the budget buys"
     )
     strategy: str | None = doc(
-        "row of the strategy table that decides what is kept; None: plec with a predictor, else next-use", default=None
+        "What to load ahead and what to keep in the slots, see `expertflow strategies`.",
+        default=None,
+        none="plec with a predictor, else next-use",
     )
     predictor: str = doc(
-        "folder of a trained predictor, auto (the model's own, if it has one), or none", default="auto"
+        "Folder of a trained predictor, auto (the model's own, if it has one), or none.", default="auto"
     )
-    max_batch: int = doc("sequences computed together at most", default=8)
+    max_batch: int = doc("Sequences computed together at most.", default=8)
     max_live: int | None = doc(
-        "sequences that have keys and values at once, and take turns if they are more than max_batch; None: max_batch",
+        "Sequences that have keys and values at once. If they are more than `max_batch`, they take turns.",
         default=None,
+        none="`max_batch`",
     )
     schedule: str = doc(
-        "who steps together when live sequences take turns: fifo (by arrival), group (by predicted route), or auto (what is "
-        "expected to cost less)",
+        "How sequences take turns when more are live than one step computes: fifo (by arrival), group (those with similar "
+        "predicted routes together), or auto (whichever is expected to cost less).",
         default="auto",
     )
     max_length: int | None = doc(
-        "prompt plus generated tokens a sequence; None: the model's context, at most 4096", default=None
+        "Tokens of a sequence, prompt included.", default=None, none="the model's context, at most 4096"
     )
-    prefill_chunk: int = doc("tokens a prefill pass, over all its sequences", default=512)
-    device: str = doc("auto, cpu, cuda, or the current device as cuda:N; a torch.device will do", default="auto")
-    dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16; a torch.dtype will do", default="auto")
+    prefill_chunk: int = doc("Tokens of one prefill pass, over all its sequences.", default=512)
+    device: str = doc("auto, cpu, cuda, or cuda:N.", default="auto")
+    dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16.", default="auto")
     execution: str = doc(
-        "graph (a decode step is one CUDA graph that decides on the GPU), host (decides layer by layer), or auto: graph on "
-        "CUDA where the family, the strategy and the budget allow it",
+        "graph (a decode step is one CUDA graph that decides on the GPU), host (the host decides layer by layer), or auto "
+        "(graph on CUDA where family, strategy and budget allow it).",
         default="auto",
     )
-    host_memory: str | int | None = doc("host memory the expert store may take; None: what is free now", default=None)
-    progress: bool = doc("show progress bars on long work", default=False)
+    host_memory: str | int | None = doc(
+        "Host memory that the expert store may take, such as 64GiB.", default=None, none="what is free now"
+    )
+    progress: bool = doc("Show progress bars on long work.", default=False, typed=False)
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot mean anything."""
+        """Refuse values that mean nothing."""
         _read_types(self)
         for name in ("device", "dtype"):  # torch's own objects, by the names that torch prints
             object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
@@ -209,22 +265,27 @@ class EngineConfig(_Checked):
             read_slots(self.slots)
 
 
+@_documented
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(_Checked):
     """How to choose tokens and when to stop."""
 
-    max_tokens: int | None = doc("tokens to generate at most; None: as many as fit", default=128)
-    temperature: float = doc("0 is greedy; larger is more random", default=0.0)
-    top_k: int = doc("sample among the k most probable tokens; 0: all", default=0)
-    top_p: float = doc("sample among the most probable tokens that together reach this probability", default=1.0)
-    seed: int | None = doc("seed of the request's own random numbers; None: one is drawn", default=None)
-    stop: str | tuple[str, ...] = doc("texts that end the generation (not part of the output)", default=())
-    stop_token_ids: tuple[int, ...] = doc("token ids that end the generation, beside the model's own", default=())
-    ignore_eos: bool = doc("do not stop at the model's end-of-text token", default=False)
-    skip_special_tokens: bool = doc("leave special tokens out of the text", default=True)
+    max_tokens: int | None = doc("Tokens to generate at most, for each prompt.", default=128, none="as many as fit")
+    temperature: float = doc("0 is greedy; larger is more random.", default=0.0)
+    top_k: int = doc("Sample among the k most probable tokens; 0: all.", default=0)
+    top_p: float = doc("Sample among the most probable tokens that together reach this probability.", default=1.0)
+    seed: int | None = doc("Seed of the random numbers.", default=None, none="one is drawn")
+    stop: str | tuple[str, ...] = doc("Text that ends the generation; it is not part of the output.", default=())
+    stop_token_ids: tuple[int, ...] = doc("Token id that ends the generation, beside the model's own.", default=())
+    ignore_eos: bool = doc("Go on after the model's end-of-text token.", default=False)
+    skip_special_tokens: bool = doc(
+        "Leave special tokens out of the text.",
+        default=True,
+        off=("keep_special_tokens", "Keep special tokens in the text."),
+    )
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot mean anything."""
+        """Refuse values that mean nothing."""
         _read_types(self)
         for name, kind in (("stop", str), ("stop_token_ids", int)):
             object.__setattr__(self, name, _read_several(name, getattr(self, name), kind))

@@ -1,13 +1,13 @@
 """The one error tree. Every message says what went wrong, with which value, and what to do about it.
 
-Knows nothing of the rest of the package, so that every room may raise from it.
+Must not know the rest of the package, so that every module may raise from it.
 """
 
 from typing import Any
 
 
 class ExpertFlowError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base of every error that this package raises on purpose.
 
     Args:
         what: what went wrong, naming the offending value.
@@ -57,7 +57,7 @@ class UnreadWarning(UserWarning):
 
 
 class UnsupportedModelError(ExpertFlowError):
-    """The model is no MoE, of no family that runs exactly, or cannot do while offloaded what was asked of it."""
+    """The model is no MoE, of no family that runs exactly, or cannot do this while offloaded."""
 
 
 class ClosedError(ExpertFlowError):
@@ -69,7 +69,7 @@ class PromptError(ExpertFlowError):
 
 
 class CancelledError(ExpertFlowError):
-    """Requests were cancelled by somebody else, or by an error, before they had finished."""
+    """Requests were cancelled by another caller, or by an error, before they had finished."""
 
 
 class NonFiniteError(ExpertFlowError):

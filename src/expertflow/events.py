@@ -1,6 +1,6 @@
 """One stream of events that counters, reports, recorders and tests subscribe to.
 
-Knows what can happen; refuses to know who listens. With no listener an event costs one comparison.
+It defines the kinds of events and knows nothing of its listeners. Without a listener an event costs one comparison.
 """
 
 from collections.abc import Callable
@@ -22,16 +22,14 @@ class EventKind(StrEnum):
     """A needed expert has to be loaded into `slot`; `value` is the bytes moved."""
     PREFETCH = "prefetch"
     """An expert is loaded into `slot` ahead of its layer; `value` is the bytes moved."""
-    LATE = "late"
-    """A prefetched expert had not arrived when its layer asked; told by whoever keeps the clock."""
     EVICT = "evict"
-    """An expert leaves `slot`."""
+    """An expert is evicted from `slot`."""
     WASTED = "wasted"
-    """A prefetched expert leaves (or the run ends) without having been used."""
+    """A prefetched expert is evicted, or the run ends, before its first use."""
     PREDICTOR_OFF = "predictor-off"
-    """A warning: the predictor raised and is not asked any more; `reason` says why."""
+    """A warning: the predictor raised an error and is switched off; `reason` is the error."""
     HOST = "host"
-    """A batch's decode steps are decided on the host although a graph was hoped for; `reason` says why."""
+    """A batch's decode steps run in host execution although execution='auto' prefers a graph; `reason` is why."""
 
 
 class Event(NamedTuple):
@@ -50,28 +48,24 @@ Listener = Callable[[Event], None]
 
 
 class EventStream:
-    """Fans events out to listeners, in the order they happened."""
+    """Passes events to listeners, in the order they happened."""
 
     def __init__(self) -> None:
-        """Start with nobody listening."""
+        """Start without listeners."""
         self._listeners: list[Listener] = []
 
     def subscribe(self, listener: Listener) -> None:
         """Call `listener` with every later event."""
         self._listeners.append(listener)
 
-    def unsubscribe(self, listener: Listener) -> None:
-        """Stop calling `listener`."""
-        self._listeners.remove(listener)
-
     def emit(self, event: Event) -> None:
-        """Tell every listener."""
+        """Call every listener with `event`."""
         for listener in self._listeners:
             listener(event)
 
     @property
     def listeners(self) -> int:
-        """How many are listening."""
+        """Number of listeners."""
         return len(self._listeners)
 
 
@@ -85,12 +79,11 @@ class CacheCounters:
     prefetched: int = 0
     prefetch_hits: int = 0
     wasted: int = 0
-    late: int = 0
     evictions: int = 0
     bytes_moved: int = 0
 
     def count(self, event: Event) -> None:
-        """Take one event into the totals."""
+        """Add one event to the totals."""
         match event.kind:
             case EventKind.HIT:
                 self.hits += 1
@@ -103,8 +96,6 @@ class CacheCounters:
                 self.bytes_moved += event.value
             case EventKind.WASTED:
                 self.wasted += 1
-            case EventKind.LATE:
-                self.late += 1
             case EventKind.EVICT:
                 self.evictions += 1
             case EventKind.STEP:
@@ -113,7 +104,7 @@ class CacheCounters:
                 pass
 
     def add(self, more: "CacheCounters") -> None:
-        """Take totals that were counted elsewhere: on the device, where single events are not told."""
+        """Add totals that the device counted, where single events are not emitted."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(more, field.name))
 

@@ -1,9 +1,45 @@
-"""Prompts from a file: a prompt a line, or JSON lines. Knows files; refuses to know models and requests."""
+"""Prompts from the command line and from files: a prompt a line, or JSON lines. Must not know models and requests."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from expertflow import outside
 from expertflow.errors import PromptError
+
+_MOST_TOKEN = 2**31 - 1
+
+
+def all_prompts(given: Iterable[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of the file.
+
+    Raises:
+        PromptError: if there is none, or the file cannot be read.
+    """
+    prompts = [*given, *(read_prompts(file) if file is not None else ())]
+    if not prompts:
+        raise PromptError("there is no prompt", "Give --prompt TEXT or --prompts-file FILE.")
+    return prompts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a file: JSON lines with a field `prompt` if it ends in .jsonl, otherwise a prompt a line.
+
+    Raises:
+        PromptError: if the file cannot be read, holds no prompt, or a line is malformed.
+    """
+    lines = prompt_lines(path)
+    return [_text_of(path, *line) for line in lines] if path.suffix == ".jsonl" else [text for _, text in lines]
+
+
+def read_texts_or_tokens(path: Path) -> list[str | tuple[int, ...]]:
+    """As `read_prompts`; a JSON line may also hold token ids, in a field `tokens`.
+
+    Raises:
+        PromptError: if the file cannot be read, holds no prompt, or a line is malformed.
+    """
+    lines = prompt_lines(path)
+    return [_text_or_tokens(path, *line) for line in lines] if path.suffix == ".jsonl" else [text for _, text in lines]
 
 
 def prompt_lines(path: Path) -> list[tuple[int, str]]:
@@ -23,19 +59,7 @@ def prompt_lines(path: Path) -> list[tuple[int, str]]:
     return filled
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: JSON lines with a field `prompt` if it ends in .jsonl, otherwise a prompt a line.
-
-    Raises:
-        PromptError: if the file cannot be read, holds no prompt, or a line is malformed.
-    """
-    filled = prompt_lines(path)
-    if path.suffix != ".jsonl":
-        return [line for _, line in filled]
-    return [_json_prompt(path, number, line) for number, line in filled]
-
-
-def _json_prompt(path: Path, number: int, line: str) -> str:
+def _text_of(path: Path, number: int, line: str) -> str:
     try:
         prompt = outside.parse_json(line)["prompt"]
     except (ValueError, KeyError, TypeError) as error:
@@ -43,3 +67,16 @@ def _json_prompt(path: Path, number: int, line: str) -> str:
     if not isinstance(prompt, str):
         raise PromptError(f"{path}, line {number}: 'prompt' is no text", "Mend the line.")
     return prompt
+
+
+def _text_or_tokens(path: Path, number: int, line: str) -> str | tuple[int, ...]:
+    try:
+        entry: Any = outside.parse_json(line)
+    except ValueError as error:
+        raise PromptError(f"{path}, line {number} is no JSON", "Mend the line.") from error
+    value = entry.get("tokens", entry.get("prompt")) if isinstance(entry, dict) else None
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(outside.whole(token, 0, _MOST_TOKEN) for token in value):
+        return tuple(value)
+    raise PromptError(f"{path}, line {number} has neither 'prompt' (a text) nor 'tokens' (ids)", "Mend the line.")

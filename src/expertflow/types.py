@@ -1,17 +1,15 @@
-"""The words of the project as types: experts, expert tensors, accesses.
+"""The words of the project as types: experts, places, accesses, loads, expert tensors.
 
 Stdlib only, so that cache, trace and simulator never need torch.
 
-*expert* one feed-forward block of one MoE layer · *row* all tensors of one expert as one record ·
-*slot* room for one row on the device · *access* one expert's turn in one layer of one step.
+*expert* one feed-forward block of one MoE layer · *record* all tensors of one expert as one block of bytes ·
+*slot* room for one record on a device · *access* the use of one expert by one layer of one step.
 """
 
-from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes an element of each dtype an expert may have."""
+HORIZONS = (1, 2, 4, 8)
+"""A prediction says what a sequence uses in its next step, and within so many further steps behind it."""
 
 
 class ExpertId(NamedTuple):
@@ -21,16 +19,34 @@ class ExpertId(NamedTuple):
     expert: int
 
 
+class Place(NamedTuple):
+    """Where a resident expert is.
+
+    Attributes:
+        device: index of the device among those that have slots; `ONLY_DEVICE` now.
+        slot: index of the slot on that device.
+    """
+
+    device: int
+    slot: int
+
+
+ONLY_DEVICE = 0
+"""Device index of every place: one device has slots."""
+HORIZONS = (1, 2, 4, 8)
+"""A predictor's outputs after the first: an expert is used within so many steps after the coming one."""
+
+
 class Access(NamedTuple):
-    """One expert's turn in a layer, as the controller decided it.
+    """The use of one expert by a layer, as the controller decided it.
 
     Attributes:
         expert: index of the expert within its layer.
-        slot: the slot its row is (or will be) in.
-        load: whether the row must be copied into the slot first.
+        slot: the slot its record is (or will be) in.
+        load: whether the record must be copied into the slot first.
         fresh: whether a copy that was started ahead brings it, and this is its first use.
         after: position, in the same schedule, of the last access that uses the slot before this one; -1 if none.
-            The copy may start once that access has been computed.
+            The copy may start after that access has been computed.
     """
 
     expert: int
@@ -41,28 +57,8 @@ class Access(NamedTuple):
 
 
 class Load(NamedTuple):
-    """A copy started ahead: the expert's row goes into a slot that nothing reads any more."""
+    """A copy started ahead: the expert's record goes into a slot that nothing reads any more."""
 
     layer: int
     expert: int
     slot: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """One tensor of an expert, without its values.
-
-    Attributes:
-        name: parameter name in the experts module, such as `gate_up_proj`.
-        shape: shape for one expert (the expert dimension is gone).
-        dtype: a key of `DTYPE_BYTES`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]

@@ -1,4 +1,4 @@
-"""Sizes and shares as people write them: `6GiB`, `500MB`, `25%`. Knows nothing else."""
+"""Sizes and shares as users write them: `6GiB`, `500MB`, `25%`. Knows nothing else."""
 
 import math
 import re
@@ -49,7 +49,7 @@ def parse_bytes(text: str | int, option: str = "size") -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Write bytes for people, in binary units with two or three digits that matter."""
+    """Bytes as text, in binary units with two or three digits that matter."""
     value = float(size)
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:

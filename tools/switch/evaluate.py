@@ -140,7 +140,7 @@ def misled(seed: int = 0) -> Iterator[None]:
         order = orders[layers]
         return Prediction(said.demand.gather(-1, order.expand_as(said.demand)), said.within.gather(-1, order.expand_as(said.within)))  # fmt: skip
 
-    with patch.object(OnlinePredictor, "step", step), patch("expertflow.live.predictor.JUDGED", 1 << 62):
+    with patch.object(OnlinePredictor, "step", step), patch("expertflow.live.pacing.JUDGED_PREFETCHES", 1 << 62):
         yield
 
 

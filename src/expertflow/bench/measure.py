@@ -21,7 +21,8 @@ from expertflow.bench.rows import Bounds, belady_row, resident_row, strategy_row
 from expertflow.bench.shared_host import Contender, Run, SharedHost
 from expertflow.bench.workload import PromptSet, Tokens, read_prompt_set
 from expertflow.cache.strategy import find_strategy
-from expertflow.engine.llm import load_tokenizer, shipped_model
+from expertflow.engine.llm import shipped_model
+from expertflow.engine.text import load_tokenizer
 from expertflow.errors import BudgetError, ConfigError, PredictorError
 from expertflow.models.files.checkpoint import resolve
 from expertflow.models.sources import WeightsSource

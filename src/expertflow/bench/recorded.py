@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.cache.controller import CacheController
-from expertflow.cache.forecast import NextGate, Nothing, Step
+from expertflow.cache.forecast import NextGate, NoForecast, Step
 from expertflow.cache.policy import Outlook
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.errors import TraceError
@@ -124,7 +124,7 @@ def fewest_loads(needed: Needs, slots: int) -> int:
     return counters.evictions  # with every slot full, a load evicts an expert
 
 
-class RecordedForecast(Nothing):
+class RecordedForecast(NoForecast):
     """A forecast that reads the recording of the coming run; between runs it has none.
 
     Attributes:

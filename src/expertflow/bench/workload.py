@@ -6,14 +6,12 @@ Knows prompts as token ids; must not know models beyond their tokenizer.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from expertflow import outside
 from expertflow.errors import PromptError
-from expertflow.prompts import prompt_lines
+from expertflow.prompts import read_texts_or_tokens
 
 Tokens = tuple[int, ...]
 
@@ -101,7 +99,7 @@ def read_prompt_set(
     Raises:
         PromptError: if the file is unreadable, empty or malformed, or texts are given and there is no tokenizer.
     """
-    items: Sequence[str | Tokens] = OPENINGS if path is None else _read(path)
+    items: Sequence[str | Tokens] = OPENINGS if path is None else read_texts_or_tokens(path)
     prompts = [_ids(item, tokenizer) for item in items]
     if not all(prompts):
         raise PromptError(f"prompt {prompts.index(())} is empty", "Give at least one token.")
@@ -121,23 +119,3 @@ def _ids(item: str | Tokens, tokenizer: PreTrainedTokenizerBase | None) -> Token
             "the model's folder has no tokenizer", "Give --prompts-file with JSON lines that hold 'tokens'."
         )
     return tuple(int(token) for token in tokenizer(item)["input_ids"])
-
-
-def _read(path: Path) -> list[str | Tokens]:
-    filled = prompt_lines(path)
-    if path.suffix != ".jsonl":
-        return [line for _, line in filled]
-    return [_item(path, number, line) for number, line in filled]
-
-
-def _item(path: Path, number: int, line: str) -> str | Tokens:
-    try:
-        entry: Any = outside.parse_json(line)
-    except ValueError as error:
-        raise PromptError(f"{path}, line {number} is no JSON", "Mend the line.") from error
-    value = entry.get("tokens", entry.get("prompt")) if isinstance(entry, dict) else None
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(outside.whole(token, 0, 2**31 - 1) for token in value):
-        return tuple(value)
-    raise PromptError(f"{path}, line {number} has neither 'prompt' (a text) nor 'tokens' (ids)", "Mend the line.")

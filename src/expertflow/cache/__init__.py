@@ -1,1 +1,1 @@
-"""What to keep in the slots, decided without torch: table, policies, strategies, controller."""
+"""Decide what to keep in the slots, without torch: tables, policies, strategies, controller."""

@@ -1,7 +1,7 @@
-"""The decision maker as the engine sees it: facts in, a schedule of accesses and loads out, events told.
+"""Decide for the engine which slots are used: routing in, accesses and loads out, events emitted.
 
-A thin cover over `core` and `prefetch`: it makes the step's ranks from policy and forecast, calls the same functions the
-simulator compiles, and turns their log rows into events and commands. No torch, no clock, no copies (design law 2).
+The controller makes a step's ranks from policy and forecast, calls the functions that the simulator compiles (`core`,
+`prefetch`), and turns their log entries into events and commands. It knows no torch, no clock and no copies.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.cache.core import LOG, Planes, Rules, Tables, close, forget, leave, load, make_tables, meet
+from expertflow.cache.core import (
+    LOG,
+    Planes,
+    Rules,
+    Tables,
+    close,
+    finish_layer,
+    forget,
+    make_tables,
+    place_miss,
+    take_hits,
+)
 from expertflow.cache.forecast import Forecast, Step
 from expertflow.cache.policy import Outlook, Usage
 from expertflow.cache.prefetch import open_step, pass_layer
@@ -19,48 +30,54 @@ from expertflow.events import Event, EventKind, EventStream
 from expertflow.types import Access, Load
 
 KINDS = (EventKind.LAYER, EventKind.HIT, EventKind.MISS, EventKind.PREFETCH, EventKind.EVICT, EventKind.WASTED)
-"""Event kinds by the numbers of log rows."""
+"""Event kinds, by the kind number of a log entry."""
 
 
-class Brain:
-    """What is known and expected, and the ranks that follow from it, step by step.
+class Ranker:
+    """Ranks of each step from usage and forecast; shared by controller and replay.
 
-    Shared by controller and replay: everything that decides, but the tables.
+    Args:
+        strategy: entry of the strategy table.
+        setting: what its forecast may be made from.
+        forecast: replaces the strategy's own.
+
+    Raises:
+        ConfigError: if the strategy needs a recording and there is neither that nor a forecast.
     """
 
     def __init__(self, strategy: Strategy, setting: Setting, forecast: Forecast | None = None) -> None:
-        """Know nothing yet; `forecast` replaces the strategy's own source."""
+        """Start with no usage."""
         self.strategy = strategy
         self.forecast = forecast or strategy.make_forecast(setting)
         self.usage = Usage(layers=setting.layers, experts=setting.experts, reached=setting.reached)
         self._none = np.zeros((setting.layers, setting.experts))
 
-    def begin(self, step: Step) -> tuple[Planes, npt.NDArray[np.float64]]:
-        """Ranks and demand of a step, before it."""
+    def rank(self, step: Step) -> tuple[Planes, npt.NDArray[np.float64]]:
+        """Return a coming step's ranks, and its demand float64 `[L, E]`, 0 where nothing is known."""
         outlook: Outlook | None = self.forecast.outlook(step)
         demand = self._none if outlook is None else outlook.demand[0]
         return self.strategy.policy(self.usage, outlook), demand
 
-    def end(self, step: Step) -> None:
-        """Learn from a finished step."""
+    def learn(self, step: Step) -> None:
+        """Count a finished step in usage and forecast."""
         assert step.needed is not None
         self.usage.learn(step.needed)
         self.forecast.learn(step)
 
 
 class CacheController:
-    """Decides, layer by layer, in which slot each needed expert is, who leaves for it, and what is loaded ahead.
+    """Decides, layer by layer, which slot each needed expert gets, which one is evicted, and what is loaded ahead.
 
     Args:
         layers: MoE layers.
         experts: experts a layer.
         slots: slots in all, at least 1.
-        strategy: row of the strategy table.
+        strategy: entry of the strategy table.
         record_bytes: bytes of one expert, for the event stream.
-        events: where everything is told.
+        events: the stream that gets an event for every decision.
         future: `[N, L, E]` bool, the coming run's routing, for strategies that need a recording of it.
-        forecast: replaces the strategy's own source of expectations.
-        reached: the layers that a decode step runs, an encoder's are not among them; None: all.
+        forecast: replaces the strategy's own forecast.
+        reached: for each layer, whether a decode step runs it (an encoder's are not run); None: all.
 
     Raises:
         ConfigError: if the strategy needs a recording and there is neither that nor a forecast.
@@ -85,9 +102,11 @@ class CacheController:
         self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
         self.table = SlotTable(self._tables)
         self._rules: Rules = strategy.rules(layers, slots)
-        self._brain = Brain(strategy, Setting(layers=layers, experts=experts, future=future, reached=reached), forecast)
-        self._planes, self._demand = self._brain.begin(Step(0))
-        self._row_bytes, self._open = record_bytes, False
+        self._ranker = Ranker(
+            strategy, Setting(layers=layers, experts=experts, future=future, reached=reached), forecast
+        )
+        self._planes, self._demand = self._ranker.rank(Step(0))
+        self._record_bytes, self._open = record_bytes, False
         self._needed = np.zeros((layers, experts), dtype=np.bool_)
         self._tokens: npt.NDArray[np.int32] | None = None
         self._routes: dict[int, npt.NDArray[np.int64]] = {}
@@ -96,107 +115,107 @@ class CacheController:
 
     @property
     def per_token(self) -> bool:
-        """Whether the forecast learns from single tokens: then `begin_step` and `observe` have to be told of them."""
-        return self._brain.forecast.per_token
+        """Whether the forecast learns from single tokens: then `begin_step` and `observe` need them."""
+        return self._ranker.forecast.per_token
 
     def begin(self, tokens: npt.NDArray[np.int32] | None) -> None:
-        """Nothing: `begin_step` says it all."""
+        """Do nothing: an observer's method; `begin_step` gets the tokens."""
 
     def begin_step(self, tokens: npt.NDArray[np.int32] | None = None) -> None:
-        """A forward pass starts; `take_loads` then has the copies to start now.
+        """Rank and plan a forward pass that starts; `take_loads` then has the copies to start now.
 
         Args:
-            tokens: `[T]` ids of the tokens fed in, if they are known.
+            tokens: int32 `[T]`, ids of the tokens fed in; None if unknown.
         """
         self.end_step()
         self.step += 1
         self._open = True
         self._tokens = tokens
         self._loaded = self._ahead = self._found = 0
-        self._planes, self._demand = self._brain.begin(Step(self.step, tokens))
+        self._planes, self._demand = self._ranker.rank(Step(self.step, tokens))
         self.events.emit(Event(EventKind.STEP, self.step))
         open_step(self._tables, self._planes, self._demand, self._rules)
         self._drain()
 
     def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: object) -> None:  # noqa: ARG002 - an observer's signature
-        """Take note of a layer's `[T, K]` choices, for forecasts that learn from single tokens."""
+        """Store a layer's routing `[T, K]` for forecasts that learn from single tokens."""
         self._routes.setdefault(layer, routes)
 
     def access(self, layer: int, needed: Sequence[int]) -> list[Access]:
         """Decide a layer: which slot each needed expert uses, in which order, and what is loaded when.
 
-        `take_loads` then has the copies for later layers, to be started once this layer is done.
+        `take_loads` then has the copies for later layers, to be started after this layer.
 
         Args:
             layer: MoE layer.
             needed: distinct expert indexes the layer's tokens were routed to.
 
         Returns:
-            One access an expert: hits in ascending order, then misses, those worth keeping last.
+            One access an expert: hits in ascending order, then misses, the highest rank last.
         """
-        return list(self.turns(layer, needed))
+        return list(self.accesses(layer, needed))
 
-    def turns(self, layer: int, needed: Sequence[int]) -> Iterator[Access]:
-        """`access`, each turn told as soon as it is decided: its copy can be under way while the next one is thought about.
+    def accesses(self, layer: int, needed: Sequence[int]) -> Iterator[Access]:
+        """Yield what `access` returns, each one as soon as it is decided, so that its copy runs beside the next decision.
 
-        The layer is over when the iterator is exhausted; whoever gives up before has to `forget`.
+        The layer is over when the iterator is exhausted. A caller that stops earlier has to call `forget`.
         """
         mask = np.zeros(self.table.experts, dtype=np.bool_)
         mask[list(needed)] = True
         self._needed[layer] |= mask
         tables, planes, rules = self._tables, self._planes, self._rules
-        misses, held = meet(tables, planes, rules, layer, mask)
+        misses, kept = take_hits(tables, planes, rules, layer, mask)
         yield from self._drain()
         for number in range(misses.size):
-            load(tables, planes, rules, layer, mask, misses, held, number)
+            place_miss(tables, planes, rules, layer, mask, misses, kept, number)
             yield from self._drain()
-        leave(tables, planes, rules, layer, mask)
+        finish_layer(tables, planes, rules, layer, mask)
         pass_layer(tables, planes, self._demand, rules, layer)
         self._drain()
 
     def take_loads(self) -> list[Load]:
-        """The copies decided since the last call that run ahead of their layer, in order."""
+        """Return the copies decided since the last call that run ahead of their layer, in order."""
         loads, self._loads = self._loads, []
         return loads
 
     def forget(self) -> None:
-        """Empty every slot: what was decided was not carried out, so what the slots hold is unknown."""
+        """Empty every slot, because decisions were not carried out and the slots' contents are unknown."""
         forget(self._tables)
         self._drain()
         self._loads, self._ahead, self._found = [], 0, 0
 
     def end_step(self) -> None:
-        """Learn from the step that is over, once; `begin_step` does it for the one before."""
+        """Count the step that is over, once; `begin_step` does it for the step before."""
         if not self._open:
             return
         self._open = False
         counts = self._loaded, self._ahead, self._found
-        self._brain.end(Step(self.step, self._tokens, self._needed, self._token_routes(), *counts))
+        self._ranker.learn(Step(self.step, self._tokens, self._needed, self._token_routes(), *counts))
         self._needed[:] = False
         self._routes = {}
 
     @property
     def tables(self) -> Tables:
-        """What is remembered; for whoever takes turns with this controller."""
+        """The cache's tables, for the device execution that takes them over."""
         return self._tables
 
     def lend_tables(self, take: Callable[[Tables, Usage], None]) -> None:
-        """Let somebody else decide the coming steps: the step that is over is learned from, `take` copies what is known."""
+        """End the step, then let `take` copy tables and usage: the device execution decides the coming steps."""
         self.end_step()
-        take(self._tables, self._brain.usage)
+        take(self._tables, self._ranker.usage)
 
     def reclaim_tables(self, give: Callable[[Tables, Usage], None], steps: int) -> None:
-        """Go on after `steps` steps that somebody else decided; `give` writes what is known now."""
-        give(self._tables, self._brain.usage)
+        """Let `give` write tables and usage after `steps` steps that the device execution decided."""
+        give(self._tables, self._ranker.usage)
         self.step += steps
 
     def close(self) -> None:
-        """The end of the run: tell what was prefetched in vain."""
+        """Emit the prefetches that were never used as wasted, at the end of the run."""
         close(self._tables)
         self._drain()
 
     def _token_routes(self) -> npt.NDArray[np.uint16] | None:
-        """`[T, L, K]`, E in layers the pass did not reach; None unless every layer saw the tokens fed in."""
+        """Routing `[T, L, K]`, E in layers that did not run; None unless every layer routed exactly the tokens fed in."""
         tokens = self._tokens
         if tokens is None or not self._routes or any(len(routes) != len(tokens) for routes in self._routes.values()):
             return None
@@ -207,19 +226,19 @@ class CacheController:
         return result
 
     def _drain(self) -> list[Access]:
-        """Turn log rows into events, accesses and loads."""
-        rows = self._tables.log[: self._tables.cursor[LOG]].tolist()
+        """Turn log entries into events, accesses and loads."""
+        entries = self._tables.log[: self._tables.cursor[LOG]].tolist()
         self._tables.cursor[LOG] = 0
         accesses = []
-        for row in rows:
-            event = as_event(row, self.step, self._row_bytes)
+        for entry in entries:
+            event, detail = as_event(entry, self.step, self._record_bytes), entry[4]
             self.events.emit(event)
             if event.kind is EventKind.HIT:
-                self._found += row[4]
-                accesses.append(Access(event.expert, event.slot, load=False, fresh=bool(row[4]), after=-1))
+                self._found += detail
+                accesses.append(Access(event.expert, event.slot, load=False, fresh=bool(detail), after=-1))
             elif event.kind is EventKind.MISS:
                 self._loaded += 1
-                accesses.append(Access(event.expert, event.slot, load=True, fresh=False, after=row[4]))
+                accesses.append(Access(event.expert, event.slot, load=True, fresh=False, after=detail))
             elif event.kind is EventKind.PREFETCH:
                 self._loaded += 1
                 self._ahead += 1
@@ -227,9 +246,9 @@ class CacheController:
         return accesses
 
 
-def as_event(row: Sequence[int], step: int, record_bytes: int) -> Event:
-    """A log row as an event."""
-    kind = KINDS[row[0]]
+def as_event(entry: Sequence[int], step: int, record_bytes: int) -> Event:
+    """Turn a log entry (kind, layer, expert, slot, detail) into the event of a step."""
+    kind = KINDS[entry[0]]
     moved = record_bytes if kind in (EventKind.MISS, EventKind.PREFETCH) else 0
-    value = row[4] if kind in (EventKind.LAYER, EventKind.HIT) else moved
-    return Event(kind, step, row[1], row[2], row[3], value)
+    value = entry[4] if kind in (EventKind.LAYER, EventKind.HIT) else moved
+    return Event(kind, step, entry[1], entry[2], entry[3], value)

@@ -1,10 +1,9 @@
-"""What is expected of the coming steps, from nothing to the recorded truth. One class a source.
+"""Forecast which experts the coming steps use, one class a source, from nothing to the recorded truth.
 
-A forecast is asked once, at the start of a step, and told once, at its end. Its answer is an `Outlook`: demand
-arrays `[H, L, E]` for this step and further ones, and what lies beyond. Knows no slots.
+`outlook` is called once at the start of a step, `learn` once at its end. An `Outlook` is demand `[H, L, E]` for this
+step and further ones, and expected next uses beyond them. Knows no slots.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from expertflow.cache.policy import Outlook, Plane
 
 _BUCKETS = 8192
-"""Rows of the token table; token ids are folded onto them."""
+"""Entries of the token table; token ids are folded onto them."""
 
 
 class Step(NamedTuple):
@@ -21,12 +20,12 @@ class Step(NamedTuple):
 
     Attributes:
         number: counted from 0.
-        tokens: `[T]` token ids fed in, -1 unknown; None if nobody knows them.
-        needed: `[L, E]` bool, what it used; None before it has run.
-        routes: `[T, L, K]` the experts of each token, E means none; None before it has run, or if nobody asked.
-        loads: rows it loaded, ahead or not; 0 before it has run, and where nobody counts.
-        ahead: of these, rows loaded ahead.
-        found: needs that were met by a row loaded ahead, its first use.
+        tokens: `[T]` token ids fed in, -1 unknown; None if all are unknown.
+        needed: `[L, E]` bool, the experts it used; None before it has run.
+        routes: `[T, L, K]` the experts of each token, E means none; None before it has run, or if not observed.
+        loads: records it loaded, ahead or not; 0 before it has run, and where loads are not counted.
+        ahead: of these, records loaded ahead.
+        found: needs that a record loaded ahead met, at its first use.
     """
 
     number: int
@@ -39,96 +38,56 @@ class Step(NamedTuple):
 
 
 class Forecast(Protocol):
-    """Says what is expected.
+    """Forecasts the experts of coming steps.
 
     Attributes:
         per_token: whether it learns from single tokens (`tokens`, `routes` of a step).
-        foreknown: whether the number of a step is all it goes by: it learns nothing and looks at no token. So it can be asked
-            about steps whose facts stay on the device. (There a step that an error broke off has no number of its own; on the
-            host it has.)
+        foreknown: whether the outlook depends on the number of a step alone, not on tokens or past steps. Then it can
+            forecast steps whose routing stays on the device. A step that an error broke off has no number of its own
+            there; on the host it has.
     """
 
     per_token: bool
     foreknown: bool
 
     def outlook(self, step: Step) -> Outlook | None:
-        """Before a step; None if nothing is known."""
+        """Return what is expected of a coming step; None if nothing is known."""
 
     def learn(self, step: Step) -> None:
-        """After it."""
+        """Take in a finished step."""
 
 
-class Nothing:
-    """Knows nothing."""
+class NoForecast:
+    """A forecast without knowledge, and the base of forecasts that learn nothing."""
 
     per_token = foreknown = False
 
     def outlook(self, step: Step) -> Outlook | None:  # noqa: ARG002 - the protocol's signature
-        """Nothing."""
+        """Return None."""
         return None
 
     def learn(self, step: Step) -> None:
-        """Nothing to learn."""
+        """Do nothing."""
 
 
-class LayerOrder(Nothing):
-    """Every expert of every layer, in the order of the layers."""
+class LayerOrder(NoForecast):
+    """Forecasts every expert of every layer."""
 
     foreknown = True
 
     def __init__(self, layers: int, experts: int) -> None:
-        """For a model of this size."""
+        """Forecast for a model of `layers` MoE layers with `experts` experts each."""
         self._all = Outlook(np.ones((1, layers, experts)))
 
     def outlook(self, step: Step) -> Outlook | None:  # noqa: ARG002 - the protocol's signature
-        """All of them."""
+        """Return demand 1 for every expert of this step."""
         return self._all
 
 
-class PreviousStep:
-    """The step will use what the last one used."""
+class CountsByToken:
+    """Forecasts from the experts that each token id used so far, mixed with the layer's average.
 
-    per_token = foreknown = False
-
-    def __init__(self, layers: int, experts: int) -> None:
-        """Nothing seen yet."""
-        self._last = np.zeros((1, layers, experts))
-
-    def outlook(self, step: Step) -> Outlook | None:  # noqa: ARG002 - the protocol's signature
-        """The last step's experts."""
-        return Outlook(self._last)
-
-    def learn(self, step: Step) -> None:
-        """Remember the step."""
-        assert step.needed is not None
-        self._last = step.needed[None].astype(np.float64)
-
-
-class Frequency:
-    """How often an expert was used, recent steps weighing more."""
-
-    per_token = foreknown = False
-
-    def __init__(self, layers: int, experts: int, fade: float = 0.95) -> None:
-        """Nothing seen yet; a step's weight falls to `fade` with each later one."""
-        self._fade = fade
-        self._sum, self._weight = np.zeros((1, layers, experts)), 0.0
-
-    def outlook(self, step: Step) -> Outlook | None:  # noqa: ARG002 - the protocol's signature
-        """The share of steps, faded."""
-        return Outlook(self._sum / self._weight) if self._weight else None
-
-    def learn(self, step: Step) -> None:
-        """Count the step."""
-        assert step.needed is not None
-        self._sum = self._sum * self._fade + step.needed
-        self._weight = self._weight * self._fade + 1
-
-
-class TokenCounts:
-    """What each token id used so far, mixed with what its layer uses anyway.
-
-    `P(expert | token) = (count + PRIOR * P(expert)) / (tokens seen + PRIOR)`; a step uses an expert unless none of its
+    `P(expert | token) = (count + PRIOR * P(expert)) / (tokens seen + PRIOR)`. A step uses an expert if any of its
     tokens does.
     """
 
@@ -136,7 +95,7 @@ class TokenCounts:
     PRIOR = 1.0
 
     def __init__(self, layers: int, experts: int) -> None:
-        """Nothing seen yet."""
+        """Start with no counts."""
         self._experts = experts
         self._counts = np.zeros((_BUCKETS, layers, experts), dtype=np.float32)
         self._seen = np.zeros(_BUCKETS, dtype=np.float32)
@@ -145,18 +104,18 @@ class TokenCounts:
         self._layer = np.arange(layers)[None, :, None]
 
     def outlook(self, step: Step) -> Outlook | None:
-        """The chance that any of the step's tokens uses the expert."""
+        """Return the chance that any of the step's tokens uses an expert; None before the first step."""
         if step.tokens is None or not self._total:
             return None
-        rows = step.tokens % _BUCKETS
+        entries = step.tokens % _BUCKETS
         base = self._base / self._total
         known = (step.tokens >= 0)[:, None, None]
-        counts, seen = self._counts[rows] * known, self._seen[rows][:, None, None] * known
+        counts, seen = self._counts[entries] * known, self._seen[entries][:, None, None] * known
         each = (counts + self.PRIOR * base) / (seen + self.PRIOR)
         return Outlook(1 - np.prod(1 - np.minimum(each, 1), axis=0, keepdims=True, dtype=np.float64))
 
     def learn(self, step: Step) -> None:
-        """Count the step's tokens."""
+        """Count the experts of the step's tokens."""
         if step.tokens is None or step.routes is None:
             return
         tokens, layers, _ = step.routes.shape
@@ -164,42 +123,30 @@ class TokenCounts:
         hot[np.arange(tokens)[:, None, None], self._layer, step.routes] = 1
         hot = hot[..., : self._experts]
         known = step.tokens >= 0
-        rows = step.tokens[known] % _BUCKETS
-        np.add.at(self._counts, rows, hot[known])
-        np.add.at(self._seen, rows, 1)
+        entries = step.tokens[known] % _BUCKETS
+        np.add.at(self._counts, entries, hot[known])
+        np.add.at(self._seen, entries, 1)
         self._base += hot.sum(axis=0)
         self._total += tokens
 
 
-class PredictedPath(Nothing):
-    """Whatever a predictor says: any function from a step to demand `[H, L, E]`, such as the trained one."""
-
-    def __init__(self, predict: Callable[[Step], Plane]) -> None:
-        """Ask `predict` at every step."""
-        self._predict = predict
-
-    def outlook(self, step: Step) -> Outlook | None:
-        """The prediction."""
-        return Outlook(self._predict(step))
-
-
-class Recorded(Nothing):
-    """The truth, from a recording of the same run: this step, `horizon` further ones, or all of them.
+class Recorded(NoForecast):
+    """Forecasts the truth from a recording of the same run: this step, `horizon` further ones, or all of them.
 
     Args:
         needed: `[N, L, E]` bool, every step's experts.
-        horizon: further steps known; None: all (what Belady's rule needs).
+        horizon: further steps known; None: all (Belady's rule needs them).
     """
 
     foreknown = True
 
     def __init__(self, needed: npt.NDArray[np.bool_], horizon: int | None = 0) -> None:
-        """Keep the recording; with an endless horizon, look up every next use once."""
+        """Keep the recording; without a horizon, compute every next use once."""
         self._needed, self._horizon = needed, horizon
         self._next = next_uses(needed) if horizon is None else None
 
     def outlook(self, step: Step) -> Outlook | None:
-        """What is going to happen; None behind the recording's end."""
+        """Return the recorded demand; None after the recording's end."""
         if step.number >= len(self._needed):
             return None
         last = step.number + 1 + (self._horizon or 0)
@@ -209,14 +156,14 @@ class Recorded(Nothing):
         return Outlook(demand, self._next[step.number + 1] - float(step.number + 1))
 
 
-class NextGate(Nothing):
-    """The next layer's gate, applied one layer early, as recorded accuracy: a trace holds no hidden states.
+class NextGate(NoForecast):
+    """Forecasts as the next layer's gate does one layer early, with its recorded recall: a trace has no hidden states.
 
-    Each expert of the true path is foreseen with probability `recall`; each one missed is replaced by a wrong one.
+    Each expert of the true path is predicted with probability `recall`; each one missed is replaced by a wrong one.
 
     Args:
         needed: `[N, L, E]` bool, the true path.
-        recall: share of the path foreseen.
+        recall: share of the path predicted.
         seed: of the mistakes.
     """
 
@@ -227,7 +174,7 @@ class NextGate(Nothing):
         self._needed, self._recall, self._seed = needed, recall, seed
 
     def outlook(self, step: Step) -> Outlook | None:
-        """The path with its mistakes; None behind the recording's end."""
+        """Return the path with its mistakes; None after the recording's end."""
         if step.number >= len(self._needed):
             return None
         random = np.random.default_rng((self._seed, step.number))
@@ -235,15 +182,15 @@ class NextGate(Nothing):
 
 
 def blur(needed: npt.NDArray[np.bool_], recall: float, random: np.random.Generator) -> Plane:
-    """A guess of the true path: an expert is known with probability `recall`, false alarms come as often as misses.
+    """Guess the true path: each expert is found with probability `recall`, and false alarms are as many as misses.
 
     Args:
-        needed: `[L, E]` the truth.
+        needed: bool `[L, E]`, the truth.
         recall: see above; the guess's precision is the same.
-        random: where chance comes from.
+        random: source of the mistakes.
 
     Returns:
-        `[L, E]` 1 for a guess, else 0.
+        float64 `[L, E]`, 1 for a guess, else 0.
     """
     draw = random.random(needed.shape)
     wrong = np.maximum((~needed).sum(axis=1, keepdims=True), 1)
@@ -252,10 +199,13 @@ def blur(needed: npt.NDArray[np.bool_], recall: float, random: np.random.Generat
 
 
 def next_uses(needed: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """For every step, and one behind the last, the number of the step that uses each expert next.
+    """Return, for every step and one after the last, the number of the step that uses each expert next.
+
+    Args:
+        needed: bool `[N, L, E]`, every step's experts.
 
     Returns:
-        `[N + 1, L, E]`; an expert not used again has a step far away.
+        float32 `[N + 1, L, E]`; 1e8 for an expert that is not used again.
     """
     result = np.empty((len(needed) + 1, *needed.shape[1:]), dtype=np.float32)
     upcoming = np.full(needed.shape[1:], 1e8, dtype=np.float32)

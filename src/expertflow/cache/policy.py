@@ -1,8 +1,7 @@
-"""Who leaves when a slot is needed: pure functions from what is known to ranks, one a policy.
+"""Rank experts for eviction: pure functions from usage and outlook to ranks, one a policy.
 
-A policy sees the step's beginning and gives planes of ranks (`core.Planes`): they cover the whole step, so
-that who leaves is an extremum over arrays, on the host, in compiled code and in a GPU kernel alike. A policy owns no
-state and never touches the tables.
+A policy runs at the start of a step and returns ranks for all of it (`core.Planes`). So choosing a victim is a minimum
+over arrays, on the host, in compiled code and in a GPU kernel alike. A policy has no state and never sees the tables.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +19,11 @@ NEVER = 1e9
 
 
 class Outlook(NamedTuple):
-    """What a forecast says at the start of a step.
+    """A forecast for the steps from this one on.
 
     Attributes:
-        demand: `[H, L, E]` float64, how likely each expert is used in this step, the next one, and so on.
-        beyond: `[L, E]` float64, expected further steps until first use if not used in those H; None: unknown.
+        demand: float64 `[H, L, E]`, how likely each expert is used in this step, the next one, and so on.
+        beyond: float64 `[L, E]`, expected further steps until first use if not used in those H; None: unknown.
     """
 
     demand: Plane
@@ -33,18 +32,18 @@ class Outlook(NamedTuple):
 
 @dataclass(kw_only=True)
 class Usage:
-    """What has been observed, one number an expert; `[L, E]` float64 each.
+    """How experts were used so far; `[L, E]` float64 each.
 
     Attributes:
         layers: MoE layers.
         experts: experts a layer.
         step: steps finished.
-        last_use: step and layer of the last use in layer times (`step * L + layer`), before all if never.
+        last_use: step and layer of the last use, as `step * L + layer`; -1 if never used.
         count: uses.
         recent: uses, each step's weight fading by `FADE[0]` a step.
         steady: the same with `FADE[1]`.
-        reached: the layers that a decode step runs; None: all. An encoder's are not.
-        waits: `[L, 1]`, steps until a layer is taken to come again: `PROMPTS_APART` for an encoder's, else 0.
+        reached: for each layer, whether a decode step runs it (an encoder's are not run); None: all.
+        waits: `[L, 1]`, expected steps until the layer runs again: `PROMPTS_APART` for an encoder's, else 0.
     """
 
     layers: int
@@ -57,7 +56,7 @@ class Usage:
     steady: Plane = field(init=False)
 
     def __post_init__(self) -> None:
-        """Nothing observed."""
+        """Start with no use of any expert."""
         shape = (self.layers, self.experts)
         self.last_use = np.full(shape, -1.0)
         self.count, self.recent, self.steady = np.zeros(shape), np.zeros(shape), np.zeros(shape)
@@ -67,7 +66,7 @@ class Usage:
             self.waits[~np.asarray(self.reached)] = PROMPTS_APART
 
     def learn(self, needed: npt.NDArray[np.bool_]) -> None:
-        """A step is over; `needed` `[L, E]` is what it used."""
+        """Count a finished step that used the experts `needed`, bool `[L, E]`."""
         np.copyto(self.last_use, self.step * self.layers + self.place, where=needed)
         self.count += needed
         self.recent *= FADE[0]
@@ -78,18 +77,18 @@ class Usage:
 
 
 PROMPTS_APART = 32.0
-"""Steps that an encoder's experts are taken to wait for the next prompt: their counts are high just when it is far."""
+"""Expected steps until an encoder's experts are used again: their counts are high just after a prompt."""
 FADE = (0.7, 0.97)
-"""How fast `Usage.recent` and `Usage.steady` forget; measured, see docs/lab-notes.md."""
+"""What a count is multiplied by each step in `Usage.recent` and `Usage.steady`; measured, see docs/lab-notes.md."""
 
 Policy = Callable[[Usage, Outlook | None], Planes]
-"""What is known at the start of a step in, ranks for the step out."""
+"""Usage and outlook at the start of a step in, ranks for the step out."""
 
 
 def lru(usage: Usage, outlook: Outlook | None) -> Planes:
-    """Least recently used leaves; a layer's experts are used at one time.
+    """Evict the least recently used expert; all experts of a layer are used at the same time.
 
-    An expert that a forecast names for this step counts as used then, or a load ahead would never be worth a slot.
+    An expert that a forecast names for this step counts as used in it; else no load ahead would be worth a slot.
     """
     now = np.ascontiguousarray(np.broadcast_to(usage.step * usage.layers + usage.place, usage.last_use.shape))
     before = usage.last_use if outlook is None else np.where(outlook.demand[0] > 0, now, usage.last_use)
@@ -97,23 +96,23 @@ def lru(usage: Usage, outlook: Outlook | None) -> Planes:
 
 
 def lfu(usage: Usage, outlook: Outlook | None) -> Planes:  # noqa: ARG001 - a policy's signature
-    """Least often used since the start leaves."""
+    """Evict the expert least often used since the start."""
     return Planes(usage.count, usage.count + 1, usage.count, usage.count)
 
 
 def layer_order(usage: Usage, outlook: Outlook | None) -> Planes:
-    """The layer that comes last leaves: every expert is expected at its layer's next turn."""
+    """Evict an expert of the layer that runs last: each is expected when its layer runs next."""
     before = np.zeros_like(usage.count)
-    if outlook is not None:  # a layer that the pass is known not to reach, an encoder's while the decoder runs
+    if outlook is not None:  # a layer that this step does not run, such as an encoder's while the decoder runs
         before[~outlook.demand[0].any(axis=1)] = 1
     return in_time(usage, before, np.zeros_like(usage.count), np.zeros_like(usage.count))
 
 
 def in_time(usage: Usage, before: Plane, used: Plane, unused: Plane) -> Planes:
-    """Ranks from expected next uses: the later, the sooner it leaves.
+    """Rank by expected next uses; the latest next use has the smallest rank.
 
     Args:
-        usage: says which step it is.
+        usage: for the step's number.
         before: `[L, E]` expected steps until the next use, 0 for this step.
         used: the same counted from the next step, if this one uses the expert.
         unused: the same if it does not.
@@ -124,7 +123,7 @@ def in_time(usage: Usage, before: Plane, used: Plane, unused: Plane) -> Planes:
 
 
 def belady(usage: Usage, outlook: Outlook | None) -> Planes:
-    """The farthest known next use leaves (Belady 1966); falls back to `next_use` where nothing is recorded."""
+    """Evict the farthest known next use (Belady 1966); falls back to `next_use` where nothing is recorded."""
     if outlook is None or outlook.beyond is None:
         return next_use(usage, outlook)
     later = outlook.beyond
@@ -132,12 +131,12 @@ def belady(usage: Usage, outlook: Outlook | None) -> Planes:
 
 
 def gap(rate: Plane) -> Plane:
-    """Expected steps until the next use of an expert that a share `rate` of steps use."""
-    return 1 / np.maximum(rate, 1e-6) - 1
+    """Return the expected steps until the next use of an expert that a share `rate` of steps use."""
+    return 1 / np.maximum(rate, LEAST_RATE) - 1
 
 
 def rates(usage: Usage) -> tuple[Plane, Plane, Plane]:
-    """Share of steps that use each expert, by faded counts: now, after this step if it uses it, and if it does not."""
+    """Return the share of steps that use each expert: now, after this step if it is used in it, and if it is not."""
     recent, steady = usage.recent * (1 - FADE[0]), usage.steady * (1 - FADE[1])
     mean = MIX * recent + (1 - MIX) * steady
     gain = MIX * (1 - FADE[0]) + (1 - MIX) * (1 - FADE[1])
@@ -146,11 +145,11 @@ def rates(usage: Usage) -> tuple[Plane, Plane, Plane]:
 
 
 def next_use(usage: Usage, outlook: Outlook | None) -> Planes:
-    """The latest expected next use leaves: demand as far as a forecast goes, faded counts behind it.
+    """Evict the latest expected next use, from demand as far as a forecast goes and from faded counts beyond.
 
-    An expert used by a share r of the steps is expected after 1/r - 1 steps, at its layer's place in the step; an
-    encoder's not before `Usage.waits`. With
-    demand p_0, p_1, ... for this step and further ones the expectation is p_0 * 0 + (1 - p_0) * (1 + ...).
+    An expert used by a share r of the steps is expected after 1/r - 1 steps, at its layer's place in the step. An
+    encoder's is not expected before `Usage.waits`. With demand p_0, p_1, ... for this step and further ones the
+    expectation is p_0 * 0 + (1 - p_0) * (1 + ...).
     """
     mean, used_rate, unused_rate = rates(usage)
     before, used, unused = (np.maximum(gap(rate), usage.waits) for rate in (mean, used_rate, unused_rate))
@@ -162,16 +161,15 @@ def next_use(usage: Usage, outlook: Outlook | None) -> Planes:
 
 
 def discounted_use(usage: Usage, outlook: Outlook | None) -> Planes:
-    """The least discounted next use leaves: an expert is worth the mean of DISCOUNT ** steps until its next use.
+    """Evict the smallest discounted next use: an expert is worth the mean of DISCOUNT ** steps until its next use.
 
     Demand p_0, p_1, ... is each step's chance of use if not used before, so the worth is p_0 + (1 - p_0) * DISCOUNT *
-    (p_1 + ...); behind the last known step an expert is used by a share r of the steps, as faded counts say, an encoder's
-    not before `Usage.waits`. Unlike
-    the expected gap of `next_use`, that of an expert used soon or never is not ruled by the never. Ranks are those of
-    the certain next use that is worth as much.
+    (p_1 + ...). After the last known step an expert is used by a share r of the steps, from faded counts, and an
+    encoder's not before `Usage.waits`. Unlike the gap of `next_use`, this stays finite for an expert used soon or
+    never. The rank is that of a certain next use of equal worth.
 
-    A load ahead hides the share HIDDEN of its time if the expert is used (p_0), is a load wasted if not, and costs
-    what its victim is worth: it pays where p_0 * HIDDEN - (1 - p_0) is above that.
+    A load ahead hides the share HIDDEN of its time if the expert is used (p_0). If not, it is a wasted load. It costs
+    the worth of its victim, so it pays where p_0 * HIDDEN - (1 - p_0) is larger.
     """
     most = DISCOUNT**usage.waits
     worth, used, unused = (np.minimum(rate / (1 - DISCOUNT * (1 - rate)), most) for rate in rates(usage))
@@ -188,16 +186,22 @@ def discounted_use(usage: Usage, outlook: Outlook | None) -> Planes:
 
 
 def _as_gap(worth: Plane) -> Plane:
-    """Steps until a certain use that is worth as much, in multiples of 1 / GRAIN: logarithms differ in their last bits."""
-    gaps: Plane = np.floor(np.log(np.minimum(np.maximum(worth, 1e-9), 1)) / np.log(DISCOUNT) * GRAIN + 0.5) / GRAIN
+    """Return the steps until a certain use of that worth, in multiples of 1 / GRAIN: logarithms differ in their last bits."""
+    gaps: Plane = (
+        np.floor(np.log(np.minimum(np.maximum(worth, LEAST_WORTH), 1)) / np.log(DISCOUNT) * GRAIN + 0.5) / GRAIN
+    )
     return gaps
 
 
 DISCOUNT = 0.7
-"""What a use one step later is worth; .5 to .85 differ little, see docs/lab-notes.md."""
+"""Worth of a use one step later; .5 to .85 differ little, see docs/lab-notes.md."""
 GRAIN = 2.0**20
-"""Fineness of ranks that come from a logarithm, so that NumPy and a GPU agree on them."""
+"""Parts of a step that ranks from a logarithm are rounded to, so that NumPy and a GPU agree on them."""
 HIDDEN = 0.3
-"""Share of a load's time that running ahead is taken to hide; measured, see docs/lab-notes.md."""
+"""Share of a load's time that a load ahead hides; measured, see docs/lab-notes.md."""
 MIX = 0.3
 """Weight of `Usage.recent` beside `Usage.steady`; measured, see docs/lab-notes.md."""
+LEAST_RATE = 1e-6
+"""Smallest share of steps an expert is taken to be used in; keeps a gap finite."""
+LEAST_WORTH = 1e-9
+"""Smallest worth whose logarithm is taken."""

@@ -1,9 +1,8 @@
-"""The plan of a step: which experts to load ahead, into which slots, and behind which layer.
+"""Plan a step's prefetches: which experts to load ahead, into which slots, and after which layer.
 
-A sweep through the coming layers on a copy of the tables: at each layer the experts with enough demand get slots,
-most probable first, and take them from whoever has the smallest rank by then (paper section 3.4: slots go to layers
-by predicted demand, slots of finished layers are used again), if the policy says that the load is worth that one's
-leaving (`Planes.limit`). What the sweep finds is immutable in the step.
+The plan sweeps through the coming layers on a copy of the tables. At each layer the experts with enough demand get
+slots, most probable first (paper section 3.4). A slot comes from the expert with the smallest rank at that point, if
+that rank is below the load's `Planes.limit`; slots of finished layers are used again. The plan is fixed for the step.
 """
 
 from typing import NamedTuple
@@ -28,10 +27,10 @@ from expertflow.cache.shared import shared
 
 @shared
 def pin_residents(t: Tables, demand: npt.NDArray[np.float64], rules: Rules, now: int) -> npt.NDArray[np.int64]:
-    """Protect residents that are demanded, nearest layer first, as far as the reserve allows.
+    """Pin residents that are demanded, nearest layer first, as far as the reserve allows.
 
     Returns:
-        `[2 L]` how many experts are pinned while each coming layer runs, counted from this step's first layer.
+        int64 `[2 L]`, how many experts are pinned while each coming layer runs, counted from this step's first layer.
     """
     layers = t.slot_of.shape[0]
     room = t.owner.shape[0] - rules.reserve
@@ -59,7 +58,7 @@ def pin_residents(t: Tables, demand: npt.NDArray[np.float64], rules: Rules, now:
 
 
 class Sweep(NamedTuple):
-    """The sweep's copy of the tables, and what it keeps track of.
+    """The sweep's copy of the tables, and its own counts.
 
     Attributes:
         slot_of: as in `Tables`.
@@ -69,7 +68,7 @@ class Sweep(NamedTuple):
         lowest: as in `Tables`.
         busy: `[S]` int64, the place after which the slot is free.
         pins: `[2 L]` int64, experts pinned while each place runs.
-        left: `[3]` int64, empty slots left, the place from which the plan is made, and the longest empty slot.
+        left: `[3]` int64, empty slots left, the place that the plan starts after, and the longest empty slot.
     """
 
     slot_of: npt.NDArray[np.int32]
@@ -86,9 +85,9 @@ class Sweep(NamedTuple):
 def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rules, now: int) -> None:
     """Fill `t.pending` for the layers after `now` (-1: before the step).
 
-    A load runs at most `rules.ahead` layers ahead, never takes the slot of an expert that is used sooner than its
-    own, and at no layer are more than all but `rules.reserve` slots pinned. Places count layers from this step's
-    first one; those from L on are the next step's.
+    A load runs at most `rules.ahead` layers ahead and never takes the slot of an expert that is used sooner than its
+    own. At every layer at least `rules.reserve` slots stay unpinned. Places count layers from this step's first one;
+    those from L on are the next step's.
     """
     if not np.any(demand >= rules.threshold):
         return
@@ -96,7 +95,7 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
     pins = pin_residents(t, demand, rules, now)
     left = np.array([slots - t.cursor[RESIDENT], now, t.newer[slots]])
     if not left[0]:
-        find_lowest(t.rank, t.low, t.lowest)  # once for the tables, and not for each copy of them
+        find_lowest(t.rank, t.low, t.lowest)  # once for the tables, not for each copy of them
     busy = np.full(slots, now, dtype=np.int64)
     slot_of, owner, rank = t.slot_of.copy(), t.owner.copy(), t.rank.copy()
     sweep = Sweep(slot_of, owner, rank, t.low.copy(), t.lowest.copy(), busy, pins, left)
@@ -112,7 +111,7 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
             served = plan_layer(t, sweep, rules, place, ordered, value)
             if rules.rolling and not served:
                 return
-        if place < layers:  # the layer passes: what it used is free, and ranked by its next use
+        if place < layers:  # after the layer its experts may leave, ranked by their next use
             after_use = np.where(wanted, planes.used[layer], planes.unused[layer])
             sweep.rank[layer] = np.where(sweep.slot_of[layer] >= 0, after_use, np.inf)
             sweep.lowest[layer] = -1
@@ -124,7 +123,7 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
 def plan_layer(
     t: Tables, sweep: Sweep, rules: Rules, place: int, ordered: npt.NDArray[np.int64], value: npt.NDArray[np.float64]
 ) -> bool:
-    """Plan the loads of one layer, in the order given; False once there is no slot for one of them."""
+    """Plan the loads of one layer, in the order given; return False if one of them finds no slot."""
     layers, experts = t.slot_of.shape
     layer, room = place % layers, sweep.owner.size - rules.reserve
     for expert in ordered:
@@ -139,7 +138,7 @@ def plan_layer(
         if after >= place or (rules.rolling and after > sweep.left[1]):
             return False
         sweep.pins[after + 1 : place + 1] += 1
-        take(sweep, t.newer, slot, layer * experts + expert)
+        take_slot(sweep, t.newer, slot, layer * experts + expert)
         t.pinned[layer, expert] = True
         entry = t.pending[t.cursor[PENDING]]
         entry[0], entry[1], entry[2] = layer * experts + expert, slot, after
@@ -149,25 +148,25 @@ def plan_layer(
 
 @shared
 def find_slot(sweep: Sweep, value: float) -> int:
-    """An empty slot, else that of the smallest rank below `value`; -1 if there is none."""
+    """Find an empty slot, else that of the smallest rank below `value`; -1 if there is none."""
     if sweep.left[0]:
         return int(sweep.left[2])
-    row = find_lowest(sweep.rank, sweep.low, sweep.lowest)
-    return int(sweep.slot_of[row, sweep.lowest[row]]) if sweep.low[row] < value else -1
+    layer = find_lowest(sweep.rank, sweep.low, sweep.lowest)
+    return int(sweep.slot_of[layer, sweep.lowest[layer]]) if sweep.low[layer] < value else -1
 
 
 @shared
-def take(sweep: Sweep, newer: npt.NDArray[np.int32], slot: int, flat: int) -> None:
-    """In the sweep's copy, an expert takes a slot and stays until its layer has passed."""
+def take_slot(sweep: Sweep, newer: npt.NDArray[np.int32], slot: int, flat: int) -> None:
+    """Give an expert a slot in the sweep's copy; it stays until its layer has run."""
     experts = sweep.slot_of.shape[1]
     if sweep.owner[slot] == EMPTY:
         sweep.left[0] -= 1
         sweep.left[2] = newer[slot]
     else:
-        row, column = divmod(sweep.owner[slot], experts)
-        sweep.slot_of[row, column] = EMPTY
-        sweep.rank[row, column] = np.inf
-        sweep.lowest[row] = -1
+        old_layer, old_expert = divmod(sweep.owner[slot], experts)
+        sweep.slot_of[old_layer, old_expert] = EMPTY
+        sweep.rank[old_layer, old_expert] = np.inf
+        sweep.lowest[old_layer] = -1
     layer, expert = divmod(flat, experts)
     sweep.owner[slot] = flat
     sweep.slot_of[layer, expert] = slot  # its rank was infinite, and stays so
@@ -175,16 +174,16 @@ def take(sweep: Sweep, newer: npt.NDArray[np.int32], slot: int, flat: int) -> No
 
 @shared
 def open_step(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rules) -> None:
-    """A step starts: rank, plan, and bind what is planned before the first layer.
+    """Start a step: rank the residents, plan, and bind the loads planned before the first layer.
 
     Args:
         t: changed in place.
         planes: ranks of this step.
-        demand: `[L, E]` how likely this step uses each expert; not read without a plan.
+        demand: float64 `[L, E]`, how likely this step uses each expert; not read without prefetch.
         rules: the strategy's numbers.
     """
     if rules.prefetch:
-        # what is pinned in a layer that does not run would stay so for good; where nothing is known, nobody is waited for
+        # an expert pinned in a layer that does not run would stay pinned for good
         for layer in range(t.slot_of.shape[0]):
             if not np.any(demand[layer] > 0):
                 t.pinned[layer] = False
@@ -203,14 +202,14 @@ def run_layer(
     layer: int,
     needed: npt.NDArray[np.bool_],
 ) -> None:
-    """A layer of the step: its accesses, then the planned loads that wait for it."""
+    """Run a layer of the step: its accesses, then the planned loads that wait for it."""
     access(t, planes, rules, layer, needed)
     pass_layer(t, planes, demand, rules, layer)
 
 
 @shared
 def pass_layer(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rules, layer: int) -> None:
-    """A layer's accesses are over: plan anew if the strategy does, and bind the loads that waited for it."""
+    """After a layer's accesses, plan anew if the strategy does, and bind the loads that waited for the layer."""
     if rules.prefetch:
         if rules.rolling:
             plan(t, planes, demand, rules, layer)

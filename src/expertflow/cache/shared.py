@@ -1,8 +1,8 @@
-"""One function, two ways to run it: plain Python in the engine, compiled in the simulator (design law 2).
+"""Run one function in two ways: as plain Python in the engine, compiled in the simulator (design law 2).
 
-A function marked `shared` stays an ordinary Python function over NumPy arrays; a function marked `compiled` may call
-it and is translated to machine code together with it, at its first call. So the simulator decides with the very source
-that the engine runs. Numba takes seconds and 200 MB: nothing imports it before that first call.
+A function marked `shared` stays an ordinary Python function over NumPy arrays. A function marked `compiled` may call
+it; both are compiled together at the first call. So the simulator decides with the source that the engine runs. Numba
+takes seconds to import and 200 MB on disk, so it is imported at that first call only.
 Knows nothing of what the functions do.
 """
 
@@ -19,18 +19,18 @@ _MARK = "expertflow_shared"
 
 
 def shared(function: Function) -> Function:
-    """Let compiled code call a plain function."""
+    """Mark a plain function that compiled code may call."""
     setattr(function, _MARK, True)
     return function
 
 
 def compiled(function: Function) -> Function:
-    """Translate a function at its first call; the result is kept on disk for the next process, where there is a place."""
+    """Compile a function at its first call; the result is cached on disk for the next process, if a folder is writable."""
     return cast("Function", _Compiled(function))
 
 
 class _Compiled:
-    """A function that numba translates when it is first called."""
+    """A function that numba compiles when it is first called."""
 
     def __init__(self, function: Callable[..., object]) -> None:
         self._function = function
@@ -41,30 +41,30 @@ class _Compiled:
 
     @cached_property
     def _dispatcher(self) -> Any:
-        """Numba's own function.
+        """Numba's compiled function.
 
-        Numba takes a kept result for fresh as long as the function's own file has not changed. Here it is also stale when
-        any file of the rooms that decide has: the digest of all of them stands in for the file's time stamp.
+        Numba reuses a cached result while the function's own file is unchanged. Here a change in any file of the
+        packages that decide makes it stale too: their digest replaces the file's time stamp.
         """
         _register_callees(cast("FunctionType", self._function))
         dispatcher: Any = import_module("numba").njit(nogil=True)(self._function)
         try:
             dispatcher.enable_caching()
-        except RuntimeError:  # no folder can be written to: every process translates for itself
+        except RuntimeError:  # no folder is writable: every process compiles anew
             return dispatcher
-        kept = dispatcher._cache  # noqa: SLF001 - numba has no public way
-        kept._cache_file._source_stamp = _digest()  # noqa: SLF001
-        kept.load_overload, kept.save_overload = _optional(kept.load_overload), _optional(kept.save_overload)
+        cached = dispatcher._cache  # noqa: SLF001 - numba has no public way
+        cached._cache_file._source_stamp = _digest()  # noqa: SLF001
+        cached.load_overload, cached.save_overload = _optional(cached.load_overload), _optional(cached.save_overload)
         return dispatcher
 
 
 def _optional(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of keeping results that gives None where it fails: files that are damaged, unreadable, or on a full disk."""
+    """Wrap a step of the disk cache to return None where it fails: damaged or unreadable files, a full disk."""
 
     def attempt(*arguments: Any) -> Any:
         try:
             return step(*arguments)
-        except Exception:  # noqa: BLE001 - a damaged pickle may raise anything; the function is translated anew
+        except Exception:  # noqa: BLE001 - a damaged pickle may raise anything; the function is compiled anew
             return None
 
     return attempt
@@ -72,7 +72,7 @@ def _optional(step: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def _register_callees(function: FunctionType) -> None:
-    """Make known to numba, once a process, every shared function that a function calls, directly or not."""
+    """Register with numba, once a process, every shared function that a function calls, directly or not."""
     for name in _names(function.__code__):
         callee = function.__globals__.get(name)
         if isinstance(callee, FunctionType) and hasattr(callee, _MARK) and callee is not function:
@@ -86,7 +86,7 @@ def _register(function: FunctionType) -> None:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """Names that code looks up, that of comprehensions in it included."""
+    """Yield the names that code looks up, those of comprehensions in it included."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -94,6 +94,6 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _digest() -> str:
-    rooms = Path(__file__).parents[1]
-    files = sorted(path for room in ("cache", "schedule", "sim") for path in (rooms / room).glob("*.py"))
+    source = Path(__file__).parents[1]
+    files = sorted(path for package in ("cache", "schedule", "sim") for path in (source / package).glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

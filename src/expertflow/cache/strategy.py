@@ -1,6 +1,6 @@
-"""The table of named strategies. A baseline is a row here; engine, simulator, CLI, docs and tests read the live table.
+"""The table of named strategies. Engine, simulator, CLI, docs and tests read this table; a baseline is an entry of it.
 
-A row says what is expected (a forecast), what is loaded ahead (the plan's numbers) and who leaves (a policy).
+An entry names a forecast, the numbers of the prefetch plan, and an eviction policy.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.cache.core import Rules
-from expertflow.cache.forecast import Forecast, LayerOrder, NextGate, Nothing, Recorded, TokenCounts
+from expertflow.cache.forecast import CountsByToken, Forecast, LayerOrder, NextGate, NoForecast, Recorded
 from expertflow.cache.policy import HIDDEN, Policy, belady, discounted_use, layer_order, lfu, lru, next_use
 from expertflow.config import nearest
 from expertflow.errors import ConfigError
@@ -19,26 +19,29 @@ from expertflow.errors import ConfigError
 DEFAULT, PREDICTED_DEFAULT = "next-use", "plec"
 """The strategy that is used when none is named, without and with a trained predictor."""
 ALL_LAYERS = 1 << 20
+"""A reach of prefetches that covers every model."""
 DEVICE_WAVE = 16
-"""Loads a wave of the device execution; few waves are few kernels, docs/lab-notes.md has the price in loads."""
+"""Loads a wave of the device execution; few waves are few kernels. docs/lab-notes.md has the price in loads."""
+GATE_RECALL = 0.85
+"""Share of a layer's path that a replayed next-layer gate predicts, unless stated otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a forecast may be made from.
+    """The facts a forecast is made from.
 
     Attributes:
         layers: MoE layers.
         experts: experts a layer.
-        future: `[N, L, E]` bool, the routing of the very run that is coming; None unless it was recorded.
-        gate_recall: share of a layer's path that the next-layer gate foresees, where it is replayed from a recording.
-        reached: the layers that a decode step runs; None: all.
+        future: bool `[N, L, E]`, the routing of the coming run; None unless it was recorded.
+        gate_recall: share of a layer's path that the next-layer gate predicts, where it is replayed from a recording.
+        reached: for each layer, whether a decode step runs it; None: all.
     """
 
     layers: int
     experts: int
     future: npt.NDArray[np.bool_] | None = None
-    gate_recall: float = 0.85
+    gate_recall: float = GATE_RECALL
     reached: Sequence[bool] | None = None
 
 
@@ -47,30 +50,30 @@ MakeForecast = Callable[[Setting], Forecast]
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How the slots are used.
+    """How the slots are used: an entry of the strategy table.
 
     Attributes:
         name: as the user writes it.
         summary: one line for tables and docs.
-        policy: who leaves when a slot is needed.
-        forecast: makes the source of expectations.
-        needs_future: whether that source is a recording of the run itself.
+        policy: ranks experts for eviction.
+        forecast: makes the forecast.
+        needs_future: whether the forecast is a recording of the run itself.
         partition: `layer` gives each layer an equal share of the slots, `global` lets all layers compete.
         retain: whether experts stay in their slots after their layer is done.
-        prefetch: `none`, a plan `step` by step, or after every `layer`.
-        threshold: demand from which an expert is prefetched.
+        prefetch: `none`, a plan once a `step`, or after every `layer`.
+        threshold: the least demand for which an expert is prefetched.
         ahead: layers a prefetch may run ahead.
-        wraps: whether a rolling plan goes on into the next step.
+        wraps: whether a rolling plan continues into the next step.
         reserve: slots the plan leaves to corrections.
         wave: loads of a layer after which its own slots may be used again within it.
-        predicted: whether a trained predictor may take the place of its forecast.
+        predicted: whether a trained predictor may replace its forecast.
         joint: whether a layer's hits are computed together with its first wave of loads.
     """
 
     name: str
     summary: str
     policy: Policy
-    forecast: MakeForecast = lambda setting: Nothing()  # noqa: ARG005 - a forecast's signature
+    forecast: MakeForecast = lambda setting: NoForecast()  # noqa: ARG005 - a forecast's signature
     needs_future: bool = False
     partition: Literal["layer", "global"] = "global"
     retain: bool = True
@@ -84,15 +87,15 @@ class Strategy:
     joint: bool = False
 
     def on_device(self) -> Self:
-        """The same row with a layer computed in few large waves, and as many slots left to each: what a CUDA graph can hold."""
+        """Return the entry with large waves and as many reserved slots, so that a CUDA graph needs few phases."""
         return replace(self, wave=DEVICE_WAVE, reserve=max(self.reserve, DEVICE_WAVE), joint=True)
 
     def double_buffered(self) -> Self:
-        """The same row with turns of two: where copies run beside computation, one slot is filled while one is read."""
+        """Return the entry with waves of two: where copies run beside computation, one slot is filled while one is read."""
         return replace(self, wave=max(self.wave, 2))
 
     def rules(self, layers: int, slots: int) -> Rules:
-        """The numbers the core works with, for a model of `layers` and a pool of `slots`."""
+        """Return the numbers `core` works with, for a model of `layers` MoE layers and a pool of `slots`."""
         share = slots // layers if self.partition == "layer" and slots >= layers else slots
         reserve = max(1, min(self.reserve, slots // 2))
         return Rules(
@@ -108,10 +111,13 @@ class Strategy:
         )
 
     def check_future(self, future: npt.NDArray[np.bool_] | None) -> None:
-        """Refuse to run without a recording if the row needs one.
+        """Refuse to run without a recording if the strategy needs one.
+
+        Args:
+            future: the recorded routing, or None.
 
         Raises:
-            ConfigError: then.
+            ConfigError: if there is none and the strategy needs it.
         """
         if self.needs_future and future is None:
             raise ConfigError(
@@ -120,7 +126,7 @@ class Strategy:
             )
 
     def make_forecast(self, setting: Setting) -> Forecast:
-        """The row's source of expectations.
+        """Make the strategy's forecast.
 
         Raises:
             ConfigError: if it needs a recording of the run and there is none.
@@ -134,7 +140,7 @@ def _future(setting: Setting) -> npt.NDArray[np.bool_]:
     return setting.future
 
 
-_ROWS = (
+_ENTRIES = (
     Strategy(
         name="on-demand",
         summary="keeps nothing between layers: every needed expert is loaded when its layer runs",
@@ -143,15 +149,17 @@ _ROWS = (
     ),
     Strategy(
         name="lru",
-        summary="an equal share of the slots for each layer, least recently used leaves (the paper's Cache-MoE)",
+        summary="an equal share of the slots for each layer, evicts the least recently used expert (the paper's Cache-MoE)",
         policy=lru,
         partition="layer",
     ),
-    Strategy(name="lru-global", summary="one pool for all layers, least recently used leaves", policy=lru),
-    Strategy(name="lfu", summary="one pool for all layers, least often used since the start leaves", policy=lfu),
+    Strategy(name="lru-global", summary="one pool for all layers, evicts the least recently used expert", policy=lru),
+    Strategy(
+        name="lfu", summary="one pool for all layers, evicts the expert least often used since the start", policy=lfu
+    ),
     Strategy(
         name="ring",
-        summary="whole layers are loaded ahead into a ring of slots, whatever is needed (SE-MoE)",
+        summary="loads whole layers ahead into a ring of slots, whatever is needed (SE-MoE)",
         policy=layer_order,
         forecast=lambda s: LayerOrder(s.layers, s.experts),
         prefetch="layer",
@@ -159,7 +167,7 @@ _ROWS = (
     ),
     Strategy(
         name="pregated",
-        summary="the next layer's gate says one layer early what to load; nothing else is foreseen (Pre-gated MoE)",
+        summary="loads one layer ahead what the next layer's gate predicts; there is no other forecast (Pre-gated MoE)",
         policy=lru,
         forecast=lambda s: NextGate(_future(s), s.gate_recall),
         needs_future=True,
@@ -168,21 +176,21 @@ _ROWS = (
     ),
     Strategy(
         name="next-use",
-        summary="no prefetch; who is expected latest leaves, expected from faded counts and the place in the layer cycle",
+        summary="no prefetch; evicts the latest expected next use, from faded counts and the place in the layer cycle",
         policy=next_use,
     ),
     Strategy(
         name="plec",
         summary="a demand forecast (a trained predictor, else counts by token id) decides slots, prefetch and retention",
         policy=discounted_use,
-        forecast=lambda s: TokenCounts(s.layers, s.experts),
+        forecast=lambda s: CountsByToken(s.layers, s.experts),
         predicted=True,
         prefetch="step",
-        threshold=1 / (1 + HIDDEN),  # below it no load ahead pays, whoever makes room
+        threshold=1 / (1 + HIDDEN),  # below it no load ahead pays, whatever it evicts
     ),
     Strategy(
         name="oracle-step",
-        summary="this step's true path is loaded ahead wherever there is room, and counts decide beyond it",
+        summary="loads this step's true path ahead wherever there is room; counts decide beyond it",
         policy=next_use,
         forecast=lambda s: Recorded(_future(s)),
         needs_future=True,
@@ -190,20 +198,20 @@ _ROWS = (
     ),
     Strategy(
         name="oracle",
-        summary="Belady: every later use is known, the farthest leaves; no policy loads less",
+        summary="Belady: knows every later use and evicts the farthest; no policy loads less",
         policy=belady,
         forecast=lambda s: Recorded(_future(s), horizon=None),
         needs_future=True,
     ),
 )
-STRATEGIES = {row.name: row for row in _ROWS}
+STRATEGIES = {entry.name: entry for entry in _ENTRIES}
 
 
 def find_strategy(name: str) -> Strategy:
-    """Look a strategy up.
+    """Look up a strategy by name.
 
     Raises:
-        ConfigError: if there is no such row; names the nearest.
+        ConfigError: if there is no such entry; names the nearest.
     """
     if name not in STRATEGIES:
         raise ConfigError(f"unknown strategy {name!r}", nearest(name, STRATEGIES))

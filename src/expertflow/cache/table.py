@@ -1,16 +1,13 @@
-"""Checks over the tables: what must hold at every moment, and the words to look things up with.
-
-`check_integrity` states the invariants of `core.Tables`; it decides nothing.
-"""
+"""Look experts and slots up in `core.Tables`, and check the tables' invariants. Decides nothing."""
 
 import numpy as np
 
 from expertflow.cache.core import EMPTY, RESIDENT, Tables
-from expertflow.types import ExpertId
+from expertflow.types import ONLY_DEVICE, ExpertId, Place
 
 
 class SlotTable:
-    """The bijection between resident experts and occupied slots, seen through `core.Tables`.
+    """A read-only view of `core.Tables`: which expert is in which slot.
 
     Attributes:
         slot_of: `[L, E]` int32, the expert's slot or -1.
@@ -18,16 +15,23 @@ class SlotTable:
     """
 
     def __init__(self, tables: Tables) -> None:
-        """Look at `tables`; nothing is copied."""
+        """View `tables` without copying."""
         self._tables = tables
         self.slot_of, self.owner = tables.slot_of, tables.owner
         self.layers, self.experts = tables.slot_of.shape
         self.slots = len(tables.owner)
 
-    def expert_in(self, slot: int) -> ExpertId | None:
-        """The expert in a slot, or None."""
-        flat = int(self.owner[slot])
+    def expert_in(self, place: Place) -> ExpertId | None:
+        """Return the expert in a place, or None if its slot is empty."""
+        flat = int(self.owner[place.slot])
         return None if flat == EMPTY else ExpertId(*divmod(flat, self.experts))
+
+    def places(self) -> dict[ExpertId, Place]:
+        """Return the place of every resident expert, all on the one device there is."""
+        return {
+            ExpertId(layer, expert): Place(ONLY_DEVICE, int(self.slot_of[layer, expert]))
+            for layer, expert in np.argwhere(self.slot_of != EMPTY).tolist()
+        }
 
     @property
     def resident(self) -> int:
@@ -35,14 +39,13 @@ class SlotTable:
         return int(np.count_nonzero(self.owner != EMPTY))
 
     def check_integrity(self) -> None:
-        """Assert that all arrays say the same (law 4: resident <= slots)."""
+        """Assert that all arrays agree (law 4: resident <= slots)."""
         t = self._tables
-        layers, indexes = np.nonzero(self.slot_of != EMPTY)
-        assert len(layers) == self.resident == t.cursor[RESIDENT] <= self.slots
-        for layer, index in zip(layers.tolist(), indexes.tolist(), strict=True):
-            slot = int(self.slot_of[layer, index])
-            assert self.owner[slot] == layer * self.experts + index, (layer, index, slot)
-        assert (t.held == (self.slot_of != EMPTY).sum(axis=1)).all(), t.held
-        assert (t.held <= t.share).all(), (t.held, t.share)
+        places = self.places()
+        assert len(places) == self.resident == t.cursor[RESIDENT] <= self.slots
+        for expert, place in places.items():
+            assert self.expert_in(place) == expert, (expert, place)
+        assert (t.per_layer == (self.slot_of != EMPTY).sum(axis=1)).all(), t.per_layer
+        assert (t.per_layer <= t.share).all(), (t.per_layer, t.share)
         assert not np.isfinite(t.rank[self.slot_of == EMPTY]).any(), "an absent expert has a rank"
         assert not (t.fresh & (self.slot_of == EMPTY)).any(), "an absent expert counts as prefetched"

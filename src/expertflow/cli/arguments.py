@@ -1,6 +1,6 @@
 """Arguments of the commands that import torch, checked before they do: a wrong one is refused at once.
 
-What only the model or the machine can refuse is left to the command. Knows options and files; refuses to import torch.
+What only the model or the machine can refuse is left to the command. Must not import torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,34 +13,22 @@ from expertflow.cli.evaluation import Test
 from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import bytes_of
 from expertflow.config import EngineConfig, SamplingParams
-from expertflow.errors import ConfigError, PredictorError, PromptError
+from expertflow.errors import ConfigError, PredictorError
 from expertflow.models.files.checkpoint import resolve
 from expertflow.outside import is_file, name_fault
 from expertflow.predict.dataset import read_condition
 from expertflow.predict.options import ABOUT_NAME, TrainConfig, check_kind
-from expertflow.prompts import prompt_lines, read_prompts
+from expertflow.prompts import read_texts_or_tokens
 from expertflow.sim.sweep import AS_RECORDED, strategy_names
 from expertflow.trace.format import open_trace
 from expertflow.units import read_slots
-
-
-def all_prompts(given: Iterable[str], file: Path | None) -> list[str]:
-    """The prompts of the command line, then those of the file.
-
-    Raises:
-        PromptError: if there is none, or the file cannot be read.
-    """
-    prompts = [*given, *(read_prompts(file) if file is not None else ())]
-    if not prompts:
-        raise PromptError("there is no prompt", "Give --prompt TEXT or --prompts-file FILE.")
-    return prompts
 
 
 def check_run(engine: Mapping[str, Any], sampling: Mapping[str, Any], prompts: int, out: Path | None) -> None:
     """Refuse options that no model could run with.
 
     Args:
-        engine: fields of `EngineConfig`; None: the default.
+        engine: fields of `EngineConfig` that were given.
         sampling: fields of `SamplingParams`.
         prompts: how many there are; the default of `max_batch` depends on it.
         out: file to write, or None.
@@ -50,17 +38,20 @@ def check_run(engine: Mapping[str, Any], sampling: Mapping[str, Any], prompts: i
     """
     SamplingParams.from_mapping(sampling)
     check_outputs(None, out)
-    check_engine(engine, max_batch=min(prompts, 8))
+    check_engine(engine, max_batch=min(prompts, EngineConfig.max_batch))
 
 
 def check_engine(engine: Mapping[str, Any], max_batch: int) -> None:
-    """Refuse engine options that cannot mean anything.
+    """Refuse engine options that mean nothing.
+
+    Args:
+        engine: fields of `EngineConfig` that were given.
+        max_batch: where it is not given.
 
     Raises:
         ExpertFlowError: then.
     """
-    given = {name: value for name, value in engine.items() if value is not None}
-    config = EngineConfig.from_mapping({"max_batch": max_batch, **given})
+    config = EngineConfig.from_mapping({"max_batch": max_batch, **engine})
     if config.strategy is not None:
         find_strategy(config.strategy).check_future(None)
     if config.predictor not in {"auto", "none"}:
@@ -145,7 +136,7 @@ def check_record(record_mb: float | None) -> None:
 
 
 def check_bench(preset: str, options: Mapping[str, Any], out: Path | None) -> None:
-    """Refuse settings that cannot be measured, on whatever machine.
+    """Refuse settings that no machine can measure.
 
     Raises:
         ExpertFlowError: then.
@@ -155,7 +146,7 @@ def check_bench(preset: str, options: Mapping[str, Any], out: Path | None) -> No
     _check_slots(settings.slots)
     check_engine({name: getattr(settings, name) for name in ("device", "dtype", "predictor")}, max_batch=1)
     if settings.prompts_file is not None:
-        prompt_lines(settings.prompts_file)
+        read_texts_or_tokens(settings.prompts_file)
     check_model(settings.model, fetch=True)
 
 

@@ -1,6 +1,6 @@
-"""How a command ends: our errors in one clear line (exit 2), a full disk too, and anything unforeseen as an internal error (70).
+"""How a command ends: our errors in one clear line (exit 2), a full disk too, and everything else as an internal error (70).
 
-The last resort keeps the traceback in a file. It is no way to handle an error: whatever gets here is a mistake of ours.
+An internal error is a mistake of ours. Its traceback goes to a file. Must not know commands.
 """
 
 import errno
@@ -30,7 +30,7 @@ def reported() -> Iterator[None]:
     """Run a command inside.
 
     Raises:
-        SystemExit: with the exit code, for whatever error the command ends with.
+        SystemExit: with the exit code, for every error that the command ends with.
     """
     try:
         try:
@@ -40,21 +40,21 @@ def reported() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except ExpertFlowError as error:
-        _say("error", str(error))
+        _print("error", str(error))
         raise SystemExit(WRONG) from None
-    except BrokenPipeError:  # whoever reads the output has enough
+    except BrokenPipeError:  # the output is no longer read
         _drop_output()
         raise SystemExit(1) from None
     except Exception as error:  # noqa: BLE001 - the last resort
         if isinstance(error, OSError) and error.errno in _DISK:
             _drop_output()
             place = f"{error.filename} " if error.filename else "the output "
-            _say("error", f"{place}cannot be written: {error.strerror}. Make room, and give the command again.")
+            _print("error", f"{place}cannot be written: {error.strerror}. Make room, and give the command again.")
             raise SystemExit(WRONG) from None
         if lacks_memory(error):
-            _say("error", f"the host refused memory: {_line(error)}. Free memory, or raise its limits (ulimit -v).")
+            _print("error", f"the host refused memory: {_line(error)}. Free memory, or raise its limits (ulimit -v).")
             raise SystemExit(WRONG) from None
-        _say("internal error", f"{type(error).__name__}: {_line(error)}. {_keep_traceback()}")
+        _print("internal error", f"{type(error).__name__}: {_line(error)}. {_keep_traceback()}")
         raise SystemExit(INTERNAL) from None
 
 
@@ -62,7 +62,7 @@ def _line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")[:300]
 
 
-def _say(kind: str, text: str) -> None:
+def _print(kind: str, text: str) -> None:
     Console(stderr=True).print(f"[bold red]{kind}:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
@@ -74,13 +74,17 @@ def _show_warning(
     file: TextIO | None = None,  # noqa: ARG001
     line: str | None = None,  # noqa: ARG001
 ) -> None:
-    """Our own warnings are for the user; others say where they come from."""
+    """Show our own warnings as they are, and others with the place they come from."""
     ours = issubclass(category, UnreadWarning)
-    _say("warning", str(message) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
+    _print("warning", str(message) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
 
 
 def _keep_traceback() -> str:
-    """Write the traceback of the current error to a new file, or to stderr where there is no place; what to tell of it."""
+    """Write the traceback of the current error to a new file, or to stderr where that fails.
+
+    Returns:
+        What the user can do with it.
+    """
     text = f"{sys.version}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}"
     try:
         handle, name = tempfile.mkstemp(prefix="expertflow-", suffix=".txt")
@@ -93,6 +97,6 @@ def _keep_traceback() -> str:
 
 
 def _drop_output() -> None:
-    """Python writes what is left of the output once more when it ends: let that go nowhere."""
+    """Send the rest of the output nowhere: Python writes it once more when it ends."""
     with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:  # a program's own stream has no number
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -1,7 +1,7 @@
 """The command `expertflow`: options of every command, and nothing else.
 
 Each command's work is in a module of its own, imported when it runs. How a command ends is in `cli/endings.py`; Ctrl-C
-ends with exit code 130, as typer does it.
+ends with exit code 130, as in every program made with typer.
 """
 
 import os
@@ -17,25 +17,22 @@ from typer.core import TyperGroup
 from expertflow import __version__
 from expertflow.cli.endings import reported
 from expertflow.cli.options import (
-    Device,
-    Dtype,
-    Execution,
-    GpuMemory,
-    HostMemory,
+    DEVICE,
+    DTYPE,
+    PREDICTOR,
+    Fields,
+    Given,
     Json,
-    MaxBatch,
-    MaxLength,
-    MaxLive,
     Model,
-    Predictor,
-    PrefillChunk,
+    Out,
+    PromptsFile,
     RecordMb,
-    Schedule,
-    Slots,
-    Strategy,
+    Skip,
     TraceArgument,
     TraceModel,
+    grouped,
 )
+from expertflow.config import EngineConfig, SamplingParams
 
 app = typer.Typer(
     name="expertflow",
@@ -79,8 +76,13 @@ def options_of_all(
 
 
 def _arguments() -> Any:
-    """What checks arguments; light, but not as light as `--help`."""
+    """The module that checks arguments: imported by commands, but not by `--help`."""
     return import_module("expertflow.cli.arguments")
+
+
+def _prompts(given: list[str], file: Path | None) -> list[str]:
+    prompts: list[str] = import_module("expertflow.prompts").all_prompts(given, file)
+    return prompts
 
 
 def _call(command: str, **options: Any) -> None:
@@ -88,61 +90,36 @@ def _call(command: str, **options: Any) -> None:
 
 
 @app.command()
+@grouped
 def run(
+    *,
     model: Model = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="A prompt a line, or JSON lines with a field 'prompt'.")
     ] = None,
-    gpu_memory: GpuMemory = None,
-    slots: Slots = None,
-    strategy: Strategy = None,
-    predictor: Predictor = "auto",
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most, a prompt.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample among the most probable tokens of this total probability.")
-    ] = 1.0,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Seed of the sampling; each prompt adds its place. Default: one is drawn and shown."),
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends the generation; may be given several times.")
-    ] = None,
-    keep_special_tokens: Annotated[
-        bool, typer.Option("--keep-special-tokens", help="Show special tokens in the text.")
-    ] = False,
-    device: Device = "auto",
-    execution: Execution = "auto",
-    dtype: Dtype = "auto",
-    max_batch: MaxBatch = None,
-    max_length: MaxLength = None,
-    prefill_chunk: PrefillChunk = None,
-    max_live: MaxLive = None,
-    schedule: Schedule = "auto",
-    host_memory: HostMemory = None,
+    engine: Annotated[
+        Given,
+        Fields(
+            EngineConfig,
+            chosen={
+                "max_batch": f"all prompts, at most {EngineConfig.max_batch}",
+                "max_length": "what the run needs",
+                "prefill_chunk": f"the prompts', at most {EngineConfig.prefill_chunk}",
+            },
+        ),
+    ],
+    sampling: Annotated[
+        Given, Fields(SamplingParams, chosen={"seed": "one is drawn and shown; each prompt adds its place"})
+    ],
     results: Annotated[
         Path | None,
-        typer.Option(
-            help="Put results there as JSON lines, as requests finish, instead of showing them; a file that is there is gone on "
-            "with."
-        ),
+        typer.Option(help="Append each finished request to this JSONL file; an existing file is resumed."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Generate text inside a memory budget, then say what it cost."""
-    engine = {
-        "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
-        "prefill_chunk": prefill_chunk, "host_memory": host_memory, "max_batch": max_batch, "max_length": max_length,
-        "predictor": predictor, "execution": execution, "max_live": max_live, "schedule": schedule,
-    }  # fmt: skip
-    sampling = {
-        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
-        "stop": tuple(stop or ()), "skip_special_tokens": not keep_special_tokens,
-    }  # fmt: skip
-    prompts = _arguments().all_prompts(prompt or (), prompts_file)
+    """Generate text inside a memory budget, then show what it cost."""
+    prompts = _prompts(prompt or [], prompts_file)
     _arguments().check_run(engine, sampling, len(prompts), results)
     _arguments().check_model(model, fetch=True)
     _call(
@@ -157,28 +134,14 @@ def run(
 
 
 @app.command()
+@grouped
 def plan(
+    *,
     model: Model = None,
-    gpu_memory: GpuMemory = None,
-    slots: Slots = None,
-    strategy: Strategy = None,
-    predictor: Predictor = "auto",
-    device: Device = "auto",
-    execution: Execution = "auto",
-    dtype: Dtype = "auto",
-    max_batch: MaxBatch = None,
-    max_length: MaxLength = None,
-    prefill_chunk: PrefillChunk = None,
-    max_live: MaxLive = None,
-    schedule: Schedule = "auto",
+    engine: Annotated[Given, Fields(EngineConfig, without=("host_memory",), chosen={"max_batch": "1"})],
     json: Json = False,
 ) -> None:
-    """Say what goes where and what a budget buys, from config and headers alone."""
-    engine = {
-        "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
-        "prefill_chunk": prefill_chunk, "max_batch": max_batch, "max_length": max_length, "predictor": predictor,
-        "execution": execution, "max_live": max_live, "schedule": schedule,
-    }  # fmt: skip
+    """Show what goes where and what a budget buys, from config and headers alone."""
     _arguments().check_engine(engine, max_batch=1)
     _arguments().check_model(model, fetch=False)
     _call("plan", model=model, engine=engine, as_json=json)
@@ -191,29 +154,17 @@ def models(json: Json = False) -> None:
 
 
 @trace_app.command("record")
+@grouped
 def trace_record(
-    prompts_file: Annotated[Path, typer.Option(help="A prompt a line, or JSON lines with a field 'prompt'.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
+    *,
+    prompts_file: PromptsFile,
+    out: Out,
     model: Model = None,
-    gpu_memory: GpuMemory = None,
-    slots: Slots = None,
-    strategy: Strategy = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most, a prompt.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    ignore_eos: Annotated[bool, typer.Option(help="Go on behind the end-of-text token.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    max_batch: MaxBatch = 8,
-    max_length: MaxLength = None,
+    engine: Annotated[Given, Fields(EngineConfig, without=("execution",))],
+    sampling: Annotated[Given, Fields(SamplingParams, defaults={"seed": 0})],
 ) -> None:
     """Run a model, offloaded, and record every token's experts (`expertflow trace MODEL` is short for this)."""
-    engine = {
-        "gpu_memory": gpu_memory, "slots": slots, "strategy": strategy, "device": device, "dtype": dtype,
-        "max_batch": max_batch, "max_length": max_length,
-    }  # fmt: skip
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
-    prompts = _arguments().all_prompts((), prompts_file)
+    prompts = _prompts([], prompts_file)
     _arguments().check_run(engine, sampling, len(prompts), out)
     _arguments().check_model(model, fetch=True)
     _call("record", model=model, prompts=prompts, out=out, engine=engine, sampling=sampling)
@@ -221,14 +172,14 @@ def trace_record(
 
 @trace_app.command("info")
 def trace_info(trace: TraceArgument, json: Json = False) -> None:
-    """Say what is in a trace."""
+    """Show what is in a trace."""
     import_module("expertflow.cli.trace").info(path=trace, as_json=json)
 
 
 @trace_app.command("import")
 def trace_import(
     source: Annotated[Path, typer.Argument(help="Folder with routing.npz and sequences.json.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")],
+    out: Out,
     model: Annotated[str, typer.Option(help="Name of the model. Default: the folder's name.")] = "",
     experts: Annotated[int | None, typer.Option(help="Experts a layer. Default: what the data needs.")] = None,
     note: Annotated[str, typer.Option(help="Source and licence of the data.")] = "",
@@ -245,7 +196,7 @@ def simulate(
     trace: TraceArgument,
     slots: Annotated[str, typer.Option(help="Counts or shares, separated by commas.")] = "12.5%,25%,50%",
     batch: Annotated[
-        str, typer.Option(help="Live sequences, separated by commas; 'recorded': the passes as they happened.")
+        str, typer.Option(help="Live sequences, separated by commas; 'recorded': the passes as they were recorded.")
     ] = "1,4,8,16",
     strategy: Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")] = "all",
     groups: Annotated[int, typer.Option(help="Groups of the batch that take turns.")] = 1,
@@ -262,12 +213,12 @@ def simulate(
     layer_us: Annotated[float, typer.Option(help="A layer without its experts, microseconds.")] = 25.0,
     expert_us: Annotated[float, typer.Option(help="One expert's computation, microseconds.")] = 17.0,
     gate_recall: Annotated[float, typer.Option(help="Share of the path the next-layer gate foresees.")] = 0.85,
-    skip: Annotated[str, typer.Option(help="Leave out sequences with this flag; empty: none.")] = "repetition",
+    skip: Skip = "repetition",
     seed: Annotated[int, typer.Option(help="Seed of the order of sequences.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw hit ratio and bytes a token against slots.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
-    """Replay a trace: what strategies, slots and batches would give, with the engine's own decisions."""
+    """Replay a trace with the engine's own decisions, for strategies, slots and batches."""
     _arguments().check_record(record_mb)
     _arguments().check_simulate(trace, slots, batch, strategy, (plot, json))
     _arguments().check_model(model, fetch=False)
@@ -285,7 +236,7 @@ def train_predictor(
     trace: TraceArgument,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; an unfinished run in it is continued.")],
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint the trace is of; needed to serve it if the trace does not say.")
+        str | None, typer.Option(help="Checkpoint the trace is of; needed to serve it if the trace does not state it.")
     ] = None,
     kind: Annotated[str, typer.Option(help="path (ours), or t5 (the paper's).")] = "path",
     epochs: Annotated[int, typer.Option(help="Passes over the training sequences.")] = 100,
@@ -296,8 +247,8 @@ def train_predictor(
     leave_out: Annotated[
         str, typer.Option(help="Keep sequences for a test, such as category=physics; empty: none.")
     ] = "",
-    skip: Annotated[str, typer.Option(help="Leave out sequences with this flag; empty: none.")] = "repetition",
-    device: Device = "auto",
+    skip: Skip = "repetition",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Train a routing path predictor from a trace."""
     options = {"epochs": epochs, "batch": batch, "rate": rate, "seed": seed, "device": device}
@@ -327,7 +278,7 @@ def eval_predictor(
     steps: Annotated[int, typer.Option(help="Steps of a replay at most.")] = 2000,
     model: TraceModel = None,
     record_mb: RecordMb = None,
-    skip: Annotated[str, typer.Option(help="Leave out sequences with this flag; empty: none.")] = "repetition",
+    skip: Skip = "repetition",
     plot: Annotated[Path | None, typer.Option(help="Draw recall a layer, and precision against recall.")] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write everything as JSON.")] = None,
 ) -> None:
@@ -343,7 +294,7 @@ def eval_predictor(
 
 @app.command()
 def strategies(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/strategies.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of docs/how-it-works.md.")] = False,
 ) -> None:
     """List the strategies."""
     _call("strategies", markdown=markdown)
@@ -353,7 +304,7 @@ def strategies(
 def bench(
     preset: Annotated[str, typer.Option(help="quick (minutes on a CPU), or paper (the paper's conditions).")] = "quick",
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or id. Default: the shipped model.")] = None,
-    predictor: Annotated[str | None, typer.Option(help="Folder of a trained predictor, auto or none.")] = None,
+    predictor: Annotated[str | None, typer.Option(help=PREDICTOR)] = None,
     strategies: Annotated[str | None, typer.Option(help="Names separated by commas. Default: the preset's.")] = None,
     slots: Annotated[str | None, typer.Option(help="Counts, shares or N/layer, separated by commas.")] = None,
     batches: Annotated[str | None, typer.Option(help="Sequences together, separated by commas.")] = None,
@@ -367,8 +318,8 @@ def bench(
     ] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds after which nothing new is begun.")] = None,
     execution: Annotated[str | None, typer.Option(help="auto, host or graph; several are set side by side.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cuda or cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
+    dtype: Annotated[str | None, typer.Option(help=DTYPE)] = None,
     seed: Annotated[int | None, typer.Option(help="Order of the prompts, and what the simulated gate misses.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the result here as well.")] = None,
 ) -> None:

@@ -11,16 +11,16 @@ from expertflow.models.families import FAMILIES
 def main(*, as_json: bool) -> None:
     """Print the live table."""
     if as_json:
-        rows = [
-            {"model_type": row.model_type, "title": row.title, "examples": row.examples} for row in FAMILIES.values()
+        entries = [
+            {"model_type": one.model_type, "title": one.title, "examples": one.examples} for one in FAMILIES.values()
         ]
-        print(json.dumps(rows))  # noqa: T201 - the output
+        print(json.dumps(entries))  # noqa: T201 - the output
         return
     table = Table(title="Families with exactness tests", title_justify="left")
     for head in ("model_type", "family", "checkpoints"):
         table.add_column(head, overflow="fold")
-    for row in FAMILIES.values():
-        table.add_row(row.model_type, row.title, row.examples)
+    for one in FAMILIES.values():
+        table.add_row(one.model_type, one.title, one.examples)
     console = Console()
     console.print(table)
     console.print(

@@ -1,4 +1,4 @@
-"""Pictures and JSON files that a command was asked to write: refused before the work, not after it."""
+"""Pictures and JSON files that a command is to write: what cannot be written is refused before the work."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -18,9 +18,8 @@ from expertflow.units import format_bytes
 def main(*, model: str | None, engine: dict[str, Any], as_json: bool) -> None:
     """Plan and print."""
     transformers_logging.set_verbosity_error()
-    wanted = {key: value for key, value in engine.items() if value is not None}
-    wanted.setdefault("max_batch", 1)
-    prepared = prepare(shipped_model() if model is None else model, EngineConfig.from_mapping(wanted), fetch=False)
+    config = EngineConfig.from_mapping({"max_batch": 1, **engine})
+    prepared = prepare(shipped_model() if model is None else model, config, fetch=False)
     if as_json:
         print(json.dumps(as_dict(prepared.plan)))  # noqa: T201 - the output
     else:
@@ -94,7 +93,7 @@ def _show(plan: Plan, name: str) -> None:
 
 
 def _meaning(plan: Plan) -> str:
-    """What the slots are worth, in the terms of the model."""
+    """What the number of slots means for this model."""
     a_layer = plan.slots / plan.shape.layers
     text = (
         f"{a_layer:.1f} slots a layer; a token uses {plan.shape.top_k} of {plan.shape.experts} experts a layer. "

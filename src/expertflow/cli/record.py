@@ -18,10 +18,9 @@ def main(*, model: str | None, prompts: list[str], out: Path, engine: dict[str, 
     params = SamplingParams.from_mapping(sampling)
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
-    wanted = {key: value for key, value in engine.items() if value is not None}
     folder = shipped_model() if model is None else model
     # the host execution: captured steps keep the routing on the device
-    with LLM(folder, execution="host", progress=True, **wanted) as llm, llm.record(out):
+    with LLM(folder, execution="host", progress=True, **engine) as llm, llm.record(out):
         with Progress("recording prompts", len(prompts)) as bar:
             for item in llm.stream(prompts, params):
                 if item.output is not None:

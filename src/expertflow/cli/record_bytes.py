@@ -1,6 +1,6 @@
-"""How many bytes one expert's record has in a replay: what the model says, the user, the trace, or an assumption in plain sight.
+"""How many bytes one expert's record has in a replay: the model's, the option's, the trace's, or an assumption that is shown.
 
-It must not load torch, unless a model is named.
+Must not load torch, unless a model is named.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ _ORIGINS = {
     "model": "the model's",
     "option": "as stated",
     "trace": "the trace's",
-    "assumed": "assumed: the trace does not say",
+    "assumed": "assumed: the trace does not state it",
 }
 
 
@@ -35,7 +35,7 @@ class Record(NamedTuple):
     source: str
 
     def __str__(self) -> str:
-        """For people: the size and its source."""
+        """The size and its source, to be shown."""
         return f"{self.size / 1e6:.4g} MB ({_ORIGINS[self.source]})"
 
     def as_json(self) -> dict[str, int | str]:
@@ -57,7 +57,7 @@ def bytes_of(record_mb: float) -> int:
 
 
 def find_record(trace: Path, model: str | None, record_mb: float | None) -> Record:
-    """What a replay of a trace takes for one expert. Says on stderr what it assumes, and which option it does not use.
+    """What a replay takes for one expert. Prints on stderr what it assumes, and which option it does not use.
 
     Args:
         trace: the trace file.
@@ -83,7 +83,7 @@ def find_record(trace: Path, model: str | None, record_mb: float | None) -> Reco
     if own := open_trace(trace).header.record_bytes:
         return Record(own, "trace")
     console.print(
-        f"assumed: {ASSUMED_BYTES / 1e6:g} MB an expert, as gpt-oss-20b has in bf16. The trace does not say it: give "
+        f"assumed: {ASSUMED_BYTES / 1e6:g} MB an expert, as gpt-oss-20b has in bf16. The trace does not state it: give "
         "--record-mb, or --model with the checkpoint the trace is of."
     )
     return Record(ASSUMED_BYTES, "assumed")

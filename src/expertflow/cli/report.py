@@ -1,5 +1,6 @@
 """`expertflow report`: result files in, a page with tables and pictures out."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,12 +11,11 @@ from expertflow.errors import ConfigError
 
 
 def main(*, results: list[Path], out: Path) -> None:
-    """Read, write, say where."""
+    """Read, write, show where."""
     if find_spec("matplotlib") is None:
         raise ConfigError("the report's pictures need matplotlib", "Install it: pip install 'expertflow-moe[plot]'.")
-    from expertflow.bench.pages.report import write_report  # noqa: PLC0415 - draws, so not before it is known that it can
-
-    written = write_report([(path.name, read_result(path)) for path in results], out)
+    page = import_module("expertflow.bench.pages.report")  # imports matplotlib
+    written = page.write_report([(path.name, read_result(path)) for path in results], out)
     console = Console()
     for path in written:
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)

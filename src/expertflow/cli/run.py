@@ -4,8 +4,6 @@ import json
 import signal
 import statistics
 import sys
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,19 +13,16 @@ from transformers.utils import logging as transformers_logging
 
 from expertflow.cli.tables import facts_table
 from expertflow.config import SamplingParams
-from expertflow.engine.inputs import PromptReader, clean_text
-from expertflow.engine.llm import LLM, load_tokenizer, shipped_model, stop_tokens
-from expertflow.engine.offline import Results
-from expertflow.engine.plan import DEFAULT_CONTEXT
+from expertflow.engine.inputs import Prompt
+from expertflow.engine.llm import LLM, shipped_model
+from expertflow.engine.offline import Results, finish, seeded
 from expertflow.engine.request import RequestOutput
-from expertflow.errors import NonFiniteError, PromptError
+from expertflow.engine.text import ModelText
+from expertflow.errors import NonFiniteError
 from expertflow.execution.sampler import draw_seed
-from expertflow.models.files.checkpoint import context_of, resolve
+from expertflow.models.files.checkpoint import resolve
 from expertflow.progress import Progress
 from expertflow.units import format_bytes
-
-_LARGEST_BATCH = 8
-_LARGEST_PASS = 512
 
 
 def main(
@@ -41,23 +36,24 @@ def main(
 ) -> None:
     """Load, generate, report."""
     params = SamplingParams.from_mapping(sampling)
-    wanted = {key: value for key, value in engine.items() if value is not None}
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
-    folder = resolve(shipped_model() if model is None else model)
-    wanted = {**_needs(folder, prompts, params), **wanted}
-    with LLM(folder, progress=True, **wanted) as llm:
+    text = ModelText(resolve(shipped_model() if model is None else model))
+    read = text.read(prompts)
+    wanted = {**text.room_for(read, params), **engine}
+    with LLM(text.folder, text=text, progress=True, **wanted) as llm:
         outputs: list[RequestOutput] = []
         interrupted, failed, seed = False, None, params.seed
         try:
             with _Interrupt() as interrupt:
                 if results is not None:
-                    seed = _offline(llm, prompts, params, results, outputs, interrupt)
+                    with Results(results, prompts, params, _identity(llm)) as kept:
+                        seed = kept.seed
+                        _offline(llm, read, params, kept, outputs, interrupt)
                 else:
                     seed = draw_seed() if params.temperature and params.seed is None else params.seed
-                    _generate(
-                        llm, prompts, seeded(params, seed, range(len(prompts))), outputs, interrupt, as_json=as_json
-                    )
+                    each = seeded(params, seed, range(len(prompts)))
+                    _generate(llm, read, each, outputs, interrupt, as_json=as_json)
         except KeyboardInterrupt:
             interrupted = True
         except NonFiniteError as error:  # what the other prompts got is shown first
@@ -74,43 +70,19 @@ def main(
         raise failed
 
 
-def _needs(folder: Path, prompts: list[str], params: SamplingParams) -> dict[str, int]:
-    """The smallest batch, length and prefill pass that do these prompts in one piece: what is not reserved is slots."""
-    tokenizer, batch = load_tokenizer(folder), min(len(prompts), _LARGEST_BATCH)
-    if tokenizer is None:
-        return {"max_batch": batch}
-    stop_tokens(tokenizer, params)  # refused before anything is loaded
-    reader = PromptReader(tokenizer)
-    lengths = [len(reader.read(place, prompt).token_ids) for place, prompt in enumerate(prompts)]
-    longest = max(lengths)
-    most = context_of(folder)
-    if most is not None and longest >= most:
-        raise PromptError(
-            f"prompt {lengths.index(longest)} has {longest} tokens; with one to generate, {most} fit", "Shorten it."
-        )
-    wanted = longest + (params.max_tokens or DEFAULT_CONTEXT)
-    length = max(2, wanted if most is None else min(wanted, most))
-    return {"max_batch": batch, "max_length": length, "prefill_chunk": min(_LARGEST_PASS, max(1, longest * batch))}
-
-
-def seeded(params: SamplingParams, seed: int | None, places: Iterable[int]) -> list[SamplingParams]:
-    """Parameters of the prompts at these places: each has a seed of its own, that of the run plus its place."""
-    return [params if seed is None else replace(params, seed=(seed + place) % 2**63) for place in places]
-
-
 def _writes_unicode() -> bool:
     """Whether standard output takes every character."""
     return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 class _Interrupt:
-    """Ctrl-C ends the run behind its next token; a second one at once.
+    """Ctrl-C ends the run after its next token; a second one at once.
 
-    Raised where it falls, Python would drop it in a callback of the garbage collector.
+    If it were raised where it comes, Python would drop it in a callback of the garbage collector.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._pressed = False
         self._before = signal.getsignal(signal.SIGINT)
 
     def __enter__(self) -> Self:
@@ -121,19 +93,19 @@ class _Interrupt:
         signal.signal(signal.SIGINT, self._before)
 
     def _take(self, *_: object) -> None:
-        if self._asked:
+        if self._pressed:
             raise KeyboardInterrupt
-        self._asked = True
+        self._pressed = True
 
     def check(self) -> None:
         """Raise it, between two tokens."""
-        if self._asked:
+        if self._pressed:
             raise KeyboardInterrupt
 
 
 def _generate(
     llm: LLM,
-    prompts: list[str],
+    prompts: list[Prompt],
     params: list[SamplingParams],
     outputs: list[RequestOutput],
     interrupt: _Interrupt,
@@ -143,7 +115,7 @@ def _generate(
     """Collect finished requests; show one prompt's text as it comes, several prompts' texts as they finish."""
     live = len(prompts) == 1 and not as_json
     if live:
-        sys.stdout.write(clean_text(prompts[0]))
+        sys.stdout.write(prompts[0].text or "")
     for item in llm.stream(prompts, params):
         interrupt.check()
         if live:
@@ -159,33 +131,27 @@ def _generate(
     sys.stdout.flush()
 
 
+def _identity(llm: LLM) -> str:
+    """What the tokens of a results file depend on, beside prompts and sampling."""
+    return f"{llm.identity} {llm.plan.shape.dtype} {llm.plan.max_length}"
+
+
 def _offline(
     llm: LLM,
-    prompts: list[str],
+    prompts: list[Prompt],
     params: SamplingParams,
-    path: Path,
+    results: Results,
     outputs: list[RequestOutput],
     interrupt: _Interrupt,
-) -> int | None:
-    """Put results into a file as requests finish; what it holds already is not done again. The seed they are drawn with."""
-    with (
-        Results(path, prompts, params, f"{llm.identity} {llm.plan.shape.dtype} {llm.plan.max_length}") as results,
-        Progress("requests", len(prompts)) as bar,
-    ):
-        left = results.left
-        bar.update(len(prompts) - len(left), len(prompts))
-        if not left:
-            return results.seed
-        try:
-            for item in llm.stream([prompts[index] for index in left], seeded(params, results.seed, left)):
-                if item.output is not None:
-                    outputs.append(replace(item.output, index=left[item.index]))
-                    results.add(left[item.index], item.output)
-                    bar.advance(note=f"{llm.stats.tokens_per_second:.0f} tokens/s")
-                interrupt.check()
-        except NonFiniteError as error:
-            raise NonFiniteError(left[error.index], error.token) from error
-        return results.seed
+) -> None:
+    """Collect finished requests, which also go to the results file; skip those that it holds already."""
+    with Progress("requests", len(prompts)) as bar:
+        bar.update(len(prompts) - len(results.left), len(prompts))
+        for item in finish(llm, prompts, params, results):
+            if item.output is not None:
+                outputs.append(item.output)
+                bar.advance(note=f"{llm.stats.tokens_per_second:.0f} tokens/s")
+            interrupt.check()
 
 
 def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dict[str, Any]:
@@ -259,7 +225,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _latencies(llm: LLM, outputs: list[RequestOutput]) -> list[tuple[str, str]]:
-    """How long several requests waited, if they were several."""
+    """How long requests waited, if they were several."""
     if len(outputs) < 2:
         return []
     plan, later = llm.plan, [o.token_seconds for o in outputs if len(o.token_ids) > 1]

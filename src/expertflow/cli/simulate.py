@@ -47,7 +47,7 @@ def main(
         cost=Cost(**cost),
         **options,
     )
-    record = find_record(trace, model, record_mb)  # with a model this imports torch, so last
+    record = find_record(trace, model, record_mb)  # last, because with a model it imports torch
     grid = replace(grid, cost=replace(grid.cost, row_bytes=record.size))
     started = time.perf_counter()
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""What `--model` asks of a checkpoint beside a trace: is the trace of it, and how large is one expert's record."""
+"""`--model` beside a trace: whether the trace is of this checkpoint, and how large one expert's record is."""
 
 from pathlib import Path
 

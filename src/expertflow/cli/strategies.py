@@ -1,22 +1,22 @@
-"""`expertflow strategies`: the live strategy table, a block a strategy, or as the page docs/strategies.md."""
+"""`expertflow strategies`: the live strategy table, a block a strategy, or as a Markdown page."""
 
 from rich.console import Console
 from rich.markup import escape
 
-from expertflow.cache.strategy import ALL_LAYERS, DEFAULT, STRATEGIES, Strategy
+from expertflow.cache.strategy import ALL_LAYERS, DEFAULT, PREDICTED_DEFAULT, STRATEGIES, Strategy
 from expertflow.cli.tables import facts_table
 
 _INTRO = f"""# Strategies
 
-Generated from the live table by `expertflow strategies --markdown`; a test compares. A strategy is a forecast (what is
-expected), a plan (what is loaded ahead) and a policy (who leaves): one row of `src/expertflow/cache/strategy.py`.
-The default is `{DEFAULT}`. Rows that need a recording of the run itself work in `expertflow simulate` and where a
-recorded future is given to the engine; elsewhere they are refused.
+Generated from the live table by `expertflow strategies --markdown`; a test compares. A strategy is a forecast, a
+prefetch plan and an eviction policy: one entry of `src/expertflow/cache/strategy.py`. The default is `{DEFAULT}`, with
+a trained predictor `{PREDICTED_DEFAULT}`. Entries that need a recording of the run itself work in `expertflow simulate`
+and where a recorded future is given to the engine; elsewhere they are refused.
 
-| name | slots | loads ahead | who leaves | needs a recording | what it does |
+| name | slots | loads ahead | evicts | needs a recording | what it does |
 |---|---|---|---|---|---|
 """
-_HEADS = ("slots", "loads ahead", "who leaves", "needs a recording")
+_HEADS = ("slots", "loads ahead", "evicts", "needs a recording")
 
 
 def main(*, markdown: bool) -> None:
@@ -37,7 +37,7 @@ def main(*, markdown: bool) -> None:
 
 
 def page() -> str:
-    """The page docs/strategies.md."""
+    """Return the strategies as a Markdown page."""
     return _INTRO + "".join(f"| {' | '.join(_cells(row))} |\n" for row in STRATEGIES.values())
 
 
@@ -45,5 +45,6 @@ def _cells(row: Strategy) -> tuple[str, ...]:
     slots = "an equal share a layer" if row.partition == "layer" else "one pool"
     far = "any layer" if row.ahead == ALL_LAYERS else f"{row.ahead} layer{'s' if row.ahead > 1 else ''}"
     ahead = "no" if row.prefetch == "none" else f"planned every {row.prefetch}, {far} ahead"
-    who = (row.policy.__doc__ or "").splitlines()[0].rstrip(".") if row.retain else "everybody after its layer"
-    return row.name, slots, ahead, who, "yes" if row.needs_future else "no", row.summary
+    rule = (row.policy.__doc__ or "").splitlines()[0].rstrip(".").removeprefix("Evict ")
+    evicts = rule if row.retain else "every expert after its layer"
+    return row.name, slots, ahead, evicts, "yes" if row.needs_future else "no", row.summary

@@ -1,6 +1,6 @@
 """Tables of numbers that stay whole in 80 columns: thin lines, headings in two lines, cells folded and never cut.
 
-It must not know what the numbers are.
+Must not know what the numbers are.
 """
 
 from rich.box import SIMPLE_HEAD

@@ -1,4 +1,4 @@
-"""`expertflow trace`: record a model's routing, look at a trace, convert a foreign one."""
+"""`expertflow trace info` and `trace import`: show what is in a trace, and convert a foreign one."""
 
 import json
 from collections import Counter
@@ -17,7 +17,7 @@ from expertflow.units import format_bytes
 
 
 def info(*, path: Path, as_json: bool) -> None:
-    """Say what is in a trace, reading it chunk by chunk."""
+    """Show what is in a trace, reading it chunk by chunk."""
     trace = open_trace(path)
     header = trace.header
     phases: Counter[int] = Counter()

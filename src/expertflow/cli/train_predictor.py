@@ -13,14 +13,14 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from expertflow.config import EngineConfig
-from expertflow.engine.llm import load_tokenizer
 from expertflow.engine.prepare import Prepared, prepare
+from expertflow.engine.text import load_tokenizer
 from expertflow.engine.threads import limit_threads
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
 from expertflow.predict.dataset import Passage, leave_out, mark, passages, shape_of, split
-from expertflow.predict.model import PredictorConfig
-from expertflow.predict.options import TrainConfig
+from expertflow.predict.network import PredictorConfig
+from expertflow.predict.options import PATH, TrainConfig
 from expertflow.predict.train import Epoch, Trained, train
 from expertflow.progress import Progress
 from expertflow.trace.format import Trace, check_model, load_trace
@@ -50,7 +50,13 @@ class Source:
 
 
 def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> None:
-    """Train, write, report."""
+    """Train a predictor, write it, and print what it reached.
+
+    Raises:
+        ConfigError: for an impossible option.
+        PredictorError: if the folder cannot be written, or holds the checkpoint of another training.
+        TraceError: if the trace is of another model than stated.
+    """
     console, started = Console(stderr=True), time.perf_counter()
     limit_threads()
     settings = TrainConfig(**options)
@@ -61,16 +67,7 @@ def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> No
     if source.leave_out:
         items, _ = leave_out(items, source.leave_out)
     training, held = split(items, source.validation, settings.seed)
-    shape = shape_of(trace)
-    vocabulary = _vocabulary(trace, prepared)
-    config = PredictorConfig(
-        kind=kind,
-        layers=shape.layers,
-        experts=shape.experts,
-        top_k=shape.top_k,
-        vocabulary=vocabulary,
-        memory=PredictorConfig.memory if kind == "path" else 0,  # the paper's has none,
-    )
+    config = _sizes(trace, kind, _vocabulary(trace, prepared))
     console.print(
         f"{sum(map(len, training))} tokens of {len(training)} sequences to learn from, {sum(map(len, held))} of "
         f"{len(held)} to validate"
@@ -87,21 +84,17 @@ def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> No
         made_for=trace.header.model, vocabulary=() if prepared and trace.vocabulary else trace.vocabulary,
         about={
             "trace": source.trace.name, "source": trace.header.source, "licence": trace.header.licence,
-            "training_tokens": sum(map(len, training)), "seen": [mark(item) for item in (*training, *held)], "validation_sequences": [_number(item) for item in held],
+            "training_tokens": sum(map(len, training)), "seen": [mark(item) for item in (*training, *held)],
+            "validation_sequences": [_number(item) for item in held],
             "left_out": source.leave_out, "options": options, "epoch": best.number, "recall": round(result.recall, 4),
             "next_recall": round(result.next_recall, 4), "torch": torch.__version__,
             "curve": [[round(value, 4) for value in epoch] for epoch in result.curve],
         },
     )  # fmt: skip
-    size = save_artifact(artifact, out)
-    load_artifact(out)  # what was written can be read
-    for name in ("checkpoint.safetensors", "checkpoint.part"):
-        (out / _UNFINISHED / name).unlink(missing_ok=True)
-    with suppress(OSError):  # somebody keeps something there
-        (out / _UNFINISHED).rmdir()
+    size = _save(artifact, out)
     console.print(
         f"{escape(str(out))}: {format_bytes(size)}, epoch {best.number} of {settings.epochs}: of the experts a validation token "
-        f"uses, {result.recall:.1%} are among its {shape.top_k} best guesses a layer, {result.next_recall:.1%} a step "
+        f"uses, {result.recall:.1%} are among its {config.top_k} best guesses a layer, {result.next_recall:.1%} a step "
         f"ahead; {time.perf_counter() - started:.0f} s"
     )
     if not artifact.fingerprint:
@@ -110,8 +103,28 @@ def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> No
         )
 
 
+def _sizes(trace: Trace, kind: str, vocabulary: int) -> PredictorConfig:
+    """Sizes of a predictor for the trace's model."""
+    shape = shape_of(trace)
+    return PredictorConfig(
+        kind=kind, layers=shape.layers, experts=shape.experts, top_k=shape.top_k, vocabulary=vocabulary,
+        memory=PredictorConfig.memory if kind == PATH else 0,  # the paper's predictor has no counts
+    )  # fmt: skip
+
+
+def _save(artifact: Artifact, out: Path) -> int:
+    """Write the predictor, check that it can be read, and remove the checkpoint of the training; bytes written."""
+    size = save_artifact(artifact, out)
+    load_artifact(out)
+    for name in ("checkpoint.safetensors", "checkpoint.part"):
+        (out / _UNFINISHED / name).unlink(missing_ok=True)
+    with suppress(OSError):  # the user keeps files there
+        (out / _UNFINISHED).rmdir()
+    return size
+
+
 def _load(source: Source) -> tuple[Trace, Prepared | None]:
-    """The trace, its token ids those of the model if one is stated.
+    """Load the trace, with the model's token ids if a model is stated.
 
     Raises:
         TraceError: if it is of another model than stated.
@@ -134,7 +147,11 @@ def _load(source: Source) -> tuple[Trace, Prepared | None]:
 
 
 def _as_ids(trace: Trace, prepared: Prepared) -> Trace:
-    """Token texts become the model's ids; texts that are no single token of it become unknown."""
+    """Replace token texts by the model's ids; a text that is no single token of it becomes unknown.
+
+    Raises:
+        PredictorError: if the checkpoint has no tokenizer.
+    """
     tokenizer = load_tokenizer(prepared.skeleton.folder)
     if tokenizer is None:
         raise PredictorError(
@@ -151,7 +168,7 @@ def _single(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def _vocabulary(trace: Trace, prepared: Prepared | None) -> int:
-    """How many token ids there are.
+    """Number of token ids.
 
     Raises:
         TraceError: if the trace has ids beyond them.
@@ -176,8 +193,8 @@ def _train(
 ) -> Trained:
     with Progress("epochs", settings.epochs) as bar:
 
-        def tell(epoch: Epoch) -> None:
+        def report(epoch: Epoch) -> None:
             losses = f"loss {epoch.loss:.3f}, validation {epoch.validation:.3f}, recall {epoch.recall:.3f}"
             bar.update(epoch.number, settings.epochs, losses)
 
-        return train(config, training, held, settings, folder, tell)
+        return train(config, training, held, settings, folder, report)

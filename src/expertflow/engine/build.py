@@ -1,37 +1,50 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast
-from expertflow.cache.strategy import Strategy, find_strategy
+from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
-from expertflow.errors import BudgetError, ClosedError
-from expertflow.events import CacheCounters, Event, EventKind, EventStream
-from expertflow.execution.captured.experts import DeviceExperts, SharedParts, expert_mlp
-from expertflow.execution.captured.graph import GraphDecoder
+from expertflow.errors import BudgetError
+from expertflow.events import CacheCounters, EventStream
+from expertflow.execution.captured.experts import SharedParts
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
+from expertflow.execution.handover import Handover
 from expertflow.execution.kv_rows import RowModel
-from expertflow.execution.observe import StepObserver, step_tokens, tell_all
+from expertflow.execution.observe import StepObserver
 from expertflow.execution.passes import Passes
 from expertflow.execution.provider import CachedExperts
 from expertflow.execution.replay import RouteTable
 from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
+from expertflow.formats.records import ExpertStore
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.live.predictor import LivePredictor
-from expertflow.memory.layout import RecordLayout
+from expertflow.memory.devices import entered, free_bytes
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import HostStore, check_addresses, check_host_memory, check_locking, memory_reported
+from expertflow.memory.store import (
+    HostStore,
+    check_addresses,
+    check_host_memory,
+    check_locking,
+    memory_reported,
+)
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
+from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
 from expertflow.models.load import bind_experts, unbind_experts
 from expertflow.models.sources import SharedWeights, WeightsSource
@@ -40,21 +53,36 @@ from expertflow.predict.online import OnlinePredictor
 from expertflow.units import format_bytes, parse_bytes
 
 
+def on_chosen_device(load: Callable[..., None]) -> Callable[..., None]:
+    """Make the device that was chosen the current one while a model is loaded."""
+
+    @wraps(load)
+    def entering(model: Any, prepared: Prepared, *args: Any, **kwargs: Any) -> None:
+        with entered(prepared.choices.device):
+            load(model, prepared, *args, **kwargs)
+
+    return entering
+
+
 class OffloadedModel(Uncopied):
     """A transformers model whose experts come through the slot cache, and everything that serves it.
 
     Attributes:
         model: the ordinary transformers model.
         plan: what it was built from.
+        store: every expert's record in host memory.
         events: everything the cache does.
-        counters: running totals of it.
+        counters: what the host counted of it so far; `totals` has what the GPU counted, too.
+        controller: decides the cache on the host.
         meter: measures device memory.
         fingerprint: of the checkpoint's weights, sampled.
         identity: hash of all that its answers depend on.
-        live_predictor: the predictor at work, or None.
+        live_predictor: the predictor that works, or None.
+        handover: decides for every pass whether host or GPU decides it.
         passes: what lets one pass at a time run.
     """
 
+    @on_chosen_device
     @memory_reported()
     @torch.inference_mode(mode=False)  # tensors made inside it could not be written to outside
     def __init__(
@@ -66,58 +94,64 @@ class OffloadedModel(Uncopied):
         """Load. See `load_model`."""
         self.plan = plan = prepared.plan
         self.skeleton, self.fingerprint = prepared.skeleton, prepared.fingerprint
-        self.device = torch.device(plan.device)
-        self._device_index = torch.cuda.current_device() if self.device.type == "cuda" else 0
+        self.device = prepared.choices.device
         self._weights, located = prepared.weights, prepared.located
-        _check_memory(replace(plan, host=0) if self._weights.shared else plan, config, located.mapped)
-        if self.device.type == "cuda":
-            cuda_meter = CudaMeter(self.device)
-        layout = RecordLayout.of(plan.shape.specs)
+        planned = replace(plan, host=0) if self._weights.shared else plan
+        _check_memory(planned, config, located.mapped, self.device)
+        measured = CudaMeter(self.device) if self.device.type == "cuda" else None  # before anything is loaded
         self.stamps = self._weights.stamps(located)
         self.model: PreTrainedModel = self._weights.load_dense(located, self.device)
 
         def allocate() -> HostStore:
-            return HostStore(layout, plan.shape.total_experts, pin=self.device.type == "cuda")
+            return HostStore(plan.shape.records, plan.shape.total_experts, pin=self.device.type == "cuda")
 
-        store, self.identity = self._weights.experts(located, allocate, self.device, show=config.progress)
-        assert isinstance(store, HostStore), "a source fills what it was given, or shares what another model allocated"
-        self.store = store
-        self._pool = pool = SlotPool(layout, plan.slots, self.device)
+        self.store: ExpertStore
+        self.store, self.identity = self._weights.experts(located, allocate, self.device, show=config.progress)
+        pool = SlotPool(self.store.layout, plan.slots, self.device)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
-        self.meter: Meter = (
-            cuda_meter if self.device.type == "cuda" else CpuMeter(resident, exclude=[self.store.buffer])
-        )
-        self.events = EventStream()
-        self.counters = CacheCounters()
+        self.meter: Meter = measured or CpuMeter(resident, exclude=[self.store.buffer])
+        self.events, self.counters = EventStream(), CacheCounters()
         self.events.subscribe(self.counters.count)
-        self.live_predictor: LivePredictor | None = None
-        self._forecast = forecast
-        if prepared.predictor is not None:
-            own = self.device if plan.execution == "graph" else torch.device("cpu")  # a graph cannot ask the host
-            online = OnlinePredictor(prepared.predictor, predictor_load(config)[0], own, step_kernels(own))
-            self.live_predictor = LivePredictor(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
+        self.live_predictor = self._make_predictor(prepared, config)
         self.controller = CacheController(
             layers=plan.shape.layers,
             experts=plan.shape.experts,
             slots=plan.slots,
-            strategy=_on(self.device, find_strategy(plan.strategy)),
+            strategy=_on(self.device, prepared.choices.strategy),
             record_bytes=plan.record_bytes,
             events=self.events,
             forecast=forecast or self.live_predictor,
             reached=prepared.skeleton.reached,
         )
-        self.observers: list[StepObserver] = [self.controller] if self.controller.per_token else []
-        self._rows: RowModel | EncoderDecoderRows | None = None
-        self._decoder: GraphDecoder | None = None
-        self._told_why = ""
-        self._transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
-        self._provider: CachedExperts | None = CachedExperts(self.controller, self._transfer, pool)
-        bind_experts(self.model, prepared.skeleton, self._provider)
-        self.watch()
-        self.passes = Passes(self._begin_step)
-        self.passes.guard(self.model)
-        if self.skeleton.encoder_decoder:  # it is called on its own, too
-            self.passes.guard(self.model.get_encoder(), begins=True)
+        self._wire(pool, forecast)
+
+    def _make_predictor(self, prepared: Prepared, config: EngineConfig) -> LivePredictor | None:
+        if prepared.predictor is None:
+            return None
+        own = self.device if self.plan.execution == "graph" else torch.device("cpu")  # a graph cannot wait for the host
+        online = OnlinePredictor(prepared.predictor, predictor_load(config)[0], own, step_kernels(own))
+        return LivePredictor(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
+
+    def _wire(self, pool: SlotPool, forecast: Forecast | None) -> None:
+        """Connect model, cache and slots."""
+        plan, model, skeleton = self.plan, self.model, self.skeleton
+        transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
+        provider = CachedExperts(self.controller, transfer, pool)
+        held = SharedParts(
+            controller=self.controller, store=self.store, pool=pool, transfer=transfer, counters=self.counters,
+            live_predictor=self.live_predictor, forecast=forecast,
+        )  # fmt: skip
+        self._context = ForwardContext()
+        bind_experts(model, skeleton, provider, self._context)
+        self.handover = Handover(
+            held, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
+            reason=plan.graph_unavailable_reason, measured=self.meter.watch,
+        )  # fmt: skip
+        self.passes = Passes(self.handover.begin_pass, self.handover.end_pass)
+        self.passes.device = self.device
+        self.passes.guard(model)
+        if skeleton.encoder_decoder:  # it is called on its own, too
+            self.passes.guard(model.get_encoder(), begins=True)
 
     @property
     def shared_weights(self) -> SharedWeights:
@@ -127,21 +161,9 @@ class OffloadedModel(Uncopied):
             device=self.device,
         )  # fmt: skip
 
-    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.check_open()
-        assert self._provider is not None
-        self.settle()
-        if not self.observers:
-            self._provider.begin_step()
-            return
-        tokens = step_tokens(args, kwargs)
-        for observer in self.observers:
-            observer.begin(tokens)
-        self._provider.begin_step(tokens)
-
     def on_device(self) -> AbstractContextManager[Any]:
         """Inside, the model's device is the current one: every thread has one of its own."""
-        return nullcontext() if self.device.type != "cuda" else torch.cuda.device(self._device_index)
+        return entered(self.device)
 
     def check_open(self) -> None:
         """Refuse to go on with a model that was closed.
@@ -149,87 +171,59 @@ class OffloadedModel(Uncopied):
         Raises:
             ClosedError: then.
         """
-        if self._provider is None:
-            raise ClosedError("this model was closed", "Load it again.")
+        self.handover.check_open()
 
     def settle(self) -> None:
-        """Let the host know what graphs decided and counted, between two steps."""
-        if self._decoder is not None:
-            self._decoder.end()
+        """Between two steps: let the host know what the GPU decided and counted."""
+        self.handover.settle()
+
+    def totals(self) -> CacheCounters:
+        """What the cache did so far, whichever side decided; see `Handover.totals`. Changes nothing."""
+        return self.handover.totals()
+
+    def residency(self) -> npt.NDArray[np.int32]:
+        """`[L, E]`, the slot each expert is in or comes into, or -1; a copy. Changes nothing."""
+        return self.handover.residency()
 
     def executor(self) -> Executor:
         """What runs the model's passes and steps. One at a time: it owns the rows of keys and values."""
         _give_logits_alone(self.model)
         plan = self.plan
         if not plan.shape.in_rows:
-            return CohortExecutor(self.model, plan.prefill_chunk)
-        if self._rows is None:
+            return CohortExecutor(self.model, plan.prefill_chunk, self._context)
+        if self.handover.rows is None:
             kind = EncoderDecoderRows if plan.shape.encoder_decoder else RowModel
-            self._rows = kind(self.model, self.skeleton, plan.max_live, plan.max_length)
-        if isinstance(self._rows, EncoderDecoderRows):
-            return EncoderDecoderExecutor(self._rows, self._graphs, self._learn_beside)
-        return RowExecutor(self._rows, self._graphs, self._learn_beside)
+            self.handover.rows = kind(self.model, self.skeleton, plan.max_live, plan.max_length, self._context)
+        rows = self.handover.rows
+        if isinstance(rows, EncoderDecoderRows):
+            return EncoderDecoderExecutor(rows, self.handover)
+        return RowExecutor(rows, self.handover)
 
     def replay_routes(self) -> RouteTable:
-        """Let every layer use the experts that the table says. Its executor has to be made before."""
-        assert isinstance(self._rows, RowModel)
+        """Let every layer use the experts that the table names. Its executor has to be made before."""
         plan = self.plan
         with self.meter.watch():
-            table = RouteTable(plan.shape, self._rows.cache.span, plan.max_live, plan.max_length, self.device)
+            table = RouteTable(plan.shape, self._context, plan.max_live, plan.max_length, self.device)
         for path in self.skeleton.expert_modules:
             self.model.get_submodule(path).expertflow.replay = table.choose
         return table
 
-    def _learn_beside(self) -> None:
-        """A pass is queued. A predictor on the device learns from it now; one in host memory when the tokens are out."""
-        if self.plan.execution == "graph":
-            self.controller.end_step()
-
-    def _graphs(self) -> GraphDecoder | None:
-        """The graphs, if the plan says so and nobody has to see the routing; where not, says why, once."""
-        reason = self.plan.graph_unavailable_reason
-        if self.plan.execution == "graph":
-            if all(observer is self.controller for observer in self.observers):
-                self._told_why = ""
-                return self._decoder_now()
-            reason = "somebody watches the routing, which only the host execution shows"
-        if reason and reason != self._told_why:
-            self._told_why = reason
-            self.events.emit(Event(EventKind.HOST, self.controller.step, reason=reason))
-        return None
-
-    def _decoder_now(self) -> GraphDecoder:
-        """The graphs' buffers, made when first needed, and anew if events are to be told from now on."""
-        log = self.events.listeners > 1  # the counters alone are content with totals
-        if self._decoder is None or self._decoder.experts.logs != log:
-            assert self._rows is not None
-            self.settle()
-            self._decoder = None
-            held = SharedParts(
-                controller=self.controller, store=self.store, pool=self._pool, transfer=self._transfer,
-                counters=self.counters, live_predictor=self.live_predictor, forecast=self._forecast,
-            )  # fmt: skip
-            plan, mlp = self.plan, expert_mlp(self.skeleton)
-            with torch.inference_mode(), self.meter.watch():
-                experts = DeviceExperts(mlp, held, plan.max_batch, plan.shape.top_k, log=log)
-                self._decoder = GraphDecoder(self._rows, experts, plan.max_batch)
-        return self._decoder
-
     def measure(self) -> int:
         """The peak of device memory so far, bytes: what was in use at most, and what captured steps keep."""
-        return self.meter.peak_bytes + (0 if self._decoder is None else self._decoder.pool_bytes)
+        return self.meter.peak_bytes + self.handover.pool_bytes
+
+    @property
+    def observers(self) -> list[StepObserver]:
+        """What sees every pass's tokens and every layer's routing."""
+        return self.handover.observers
 
     def watch(self, *observers: StepObserver) -> None:
-        """From now on also tell `observers` every step's tokens and every layer's routing."""
-        self.observers = [*self.observers, *observers]
-        told = tell_all(self.observers) if self.observers else None
-        for path in self.skeleton.expert_modules:
-            self.model.get_submodule(path).expertflow.observe = told
+        """From now on also show `observers` every pass's tokens and every layer's routing."""
+        self.handover.watch(*observers)
 
     def unwatch(self, observer: StepObserver) -> None:
-        """Stop telling an observer."""
-        self.observers.remove(observer)
-        self.watch()
+        """Show an observer nothing more."""
+        self.handover.unwatch(observer)
 
     def close(self) -> None:
         """Wait for passes and copies under way, give store and slots back.
@@ -240,17 +234,12 @@ class OffloadedModel(Uncopied):
             self._close()
 
     def _close(self) -> None:
-        if self._provider is None:
+        rows = self.handover.rows
+        if not self.handover.close():
             return
-        self.controller.close()
-        self._transfer.settle()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         unbind_experts(self.model, self.skeleton)
-        if self._rows is not None:
-            self._rows.drop()
-        self._provider = self._decoder = self._rows = None
-        del self._transfer, self._pool
+        if rows is not None:
+            rows.drop()
         if not self._weights.shared:
             self.store.close()
 
@@ -264,12 +253,17 @@ def _give_logits_alone(model: PreTrainedModel) -> None:
 
 
 def _on(device: torch.device, strategy: Strategy) -> Strategy:
-    """The row as the host execution runs it on a device: copies beside computation need two slots to take turns in."""
+    """The strategy as the host execution runs it on a device: copies beside computation alternate between two slots."""
     return strategy.double_buffered() if device.type == "cuda" else strategy
 
 
 def load_model(
-    model: str | Path, config: EngineConfig, forecast: Forecast | None = None, weights: WeightsSource | None = None
+    model: str | Path,
+    config: EngineConfig,
+    forecast: Forecast | None = None,
+    *,
+    weights: WeightsSource | None = None,
+    formats: Formats = FORMATS,
 ) -> OffloadedModel:
     """Plan, check, load and wire.
 
@@ -278,20 +272,22 @@ def load_model(
         config: the wish.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
         weights: where the weights come from; None: the folder's files.
+        formats: how weights may be stored.
 
     Raises:
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
-    return OffloadedModel(prepare(model, config, forecast, weights), config, forecast)
+    return OffloadedModel(prepare(model, config, forecast, weights=weights, formats=formats), config, forecast)
 
 
-def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
+def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.device) -> None:
     """Refuse before loading what the host or the device cannot hold.
 
     Args:
         plan: what will be allocated.
         config: for the stated limit on host memory.
         mapped: bytes of files that are mapped while weights are loaded.
+        device: where it will run.
 
     Raises:
         HostMemoryError: if the host lacks memory.
@@ -306,7 +302,7 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int) -> None:
     check_addresses(plan.host + mapped + (plan.total if plan.device == "cpu" else 0))
     if plan.device == "cuda":
         check_locking(plan.host)
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = free_bytes(device)
         if plan.total > free:
             raise BudgetError(
                 f"the plan takes {format_bytes(plan.total)}, the device has {format_bytes(free)} free",

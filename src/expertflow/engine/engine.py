@@ -1,16 +1,26 @@
-"""The engine: requests come and go at any step; each `step` carries out what the scheduler decides next.
+"""The engine: a service that runs requests, which come and go between its steps.
 
-`add`, `cancel`, `step`: a pass over prompts or a decode step at a time, a token of every sequence that took part.
-A step that breaks has given nobody a token: its sequences step again in the next round, but those of a cohort are cancelled.
-Stands between requests (`engine.request`), decisions (`schedule.scheduler`), tensors (`execution.runner`) and who sees the routing;
-refuses to know how any of them works.
+A request's life:
+1. `RequestFactory` makes it of a prompt (`engine.text`).
+2. `add` queues it and notes its channel.
+3. The scheduler gives it a KV row, when one is free (`schedule.scheduler`).
+4. Prefill passes read its prompt, a chunk each; the last one gives the first token.
+5. Each decode step gives one more token to every sequence of its batch (`execution.runner`).
+6. Every token goes to the channel as a `StreamOutput`; `step` returns those of requests that were added without a channel.
+7. The last `StreamOutput` carries the finished request; the KV row is free again.
+8. `cancel` ends a request earlier.
+
+A step that raises gives no token: its sequences step again later, except those of a cohort, which are cancelled.
+Must not know how scheduler, executor and predictor work.
 """
 
-import statistics
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +30,7 @@ from expertflow.config import SCHEDULES, nearest
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.lock import FairLock
 from expertflow.engine.plan import rates
-from expertflow.engine.request import Request, StreamOutput
+from expertflow.engine.request import Channel, Request, StreamOutput
 from expertflow.engine.threads import Threads
 from expertflow.errors import ConfigError
 from expertflow.execution.kv_rows import DecodeInput
@@ -30,24 +40,68 @@ from expertflow.execution.sampler import NO_TOKEN, choose_all
 from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
 from expertflow.schedule.admission import make_admission
-from expertflow.schedule.cost import Costs, fixed_part
+from expertflow.schedule.cost import Durations
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.owners import NextBatch
 from expertflow.trace.recorder import Recorder
 
-_PASSES, _STEPS = 9, 64
-"""Passes, and steps, whose durations say what the next ones will take."""
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """What an engine has done so far.
+
+    Attributes:
+        tokens: generated tokens.
+        prompt_tokens: tokens of the prompts that were added.
+        seconds: time in steps.
+        first_token_seconds: time to the first token of the request that finished last, waiting included.
+        finished: requests that ended with a result.
+    """
+
+    tokens: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    finished: int = 0
 
 
 @dataclass(kw_only=True)
 class _Running:
-    """A request in the engine."""
+    """A request in the engine.
+
+    Attributes:
+        request: its tokens and text.
+        added: when it came, by `time.perf_counter`.
+        channel: where its outputs go.
+        first: when its first token came; 0: not yet.
+        usual: float [layers, experts], what its prompt is likely to use; None: not predicted yet.
+    """
 
     request: Request
     added: float
-    take: Callable[[StreamOutput], None] | None
+    channel: Channel
     first: float = 0.0
     usual: npt.NDArray[np.float32] | None = field(default=None)
+
+
+def _keep(outbox: list[tuple[int, StreamOutput]], number: int, output: StreamOutput) -> None:
+    """The channel of requests that were added without one: keep the output until `step` returns it."""
+    outbox.append((number, output))
+
+
+def _weakly(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method that does not keep its object alive, for what that object owns."""
+    bound = weakref.WeakMethod(method)
+
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        found = bound()
+        assert found is not None, "its owner is gone"
+        return found(*args, **kwargs)
+
+    return call
 
 
 class Engine:
@@ -59,12 +113,13 @@ class Engine:
         routing: recorded sequences that requests replay, by their `index`; None: the router decides, and tokens are the model's.
 
     Attributes:
-        lock: held for a step or an addition, and handed on in the order in which threads asked for it.
+        lock: held during a step or an addition; threads get it in the order in which they came.
         threads: how many the steps use.
+        recorder: is given the tokens of every step; None: no trace is recorded.
     """
 
     def __init__(self, offloaded: OffloadedModel, admission: str = "pays", routing: Replay | None = None) -> None:
-        """No request yet."""
+        """Create an engine without requests."""
         self._offloaded, plan = offloaded, offloaded.plan
         self._executor = offloaded.executor()
         self._replay, replays = routing, routing is not None and routing.has_routes
@@ -73,7 +128,8 @@ class Engine:
         self.threads = Threads(plan.record_bytes)
         self._begin(plan.schedule, admission)
         self._running: dict[int, _Running] = {}
-        self._untaken: list[tuple[int, StreamOutput]] = []
+        self._outbox: list[tuple[int, StreamOutput]] = []
+        self._totals = Totals()
         self._stepping = False
         self._to_cancel: deque[int] = deque()
         self.lock = FairLock()
@@ -83,7 +139,8 @@ class Engine:
 
     def _begin(self, schedule: str, admission: str) -> None:
         """Make a scheduler; what passes and steps take is not known yet."""
-        plan, asks = self._offloaded.plan, self._offloaded.live_predictor is not None and schedule != "fifo"
+        plan, predicts = self._offloaded.plan, self._offloaded.live_predictor is not None and schedule != "fifo"
+        self._durations = Durations()
         self._scheduler = Scheduler(
             rows=plan.max_live,
             batch=plan.max_batch,
@@ -93,13 +150,10 @@ class Engine:
             whole=self._executor.whole,
             top_k=plan.shape.top_k,
             rates=rates(plan),
-            expected=self._paths if asks else None,
-            preview=self._usual if asks else None,
-            admission=make_admission(admission, self._costs),
+            expected=_weakly(self._paths) if predicts else None,
+            preview=_weakly(self._usual) if predicts else None,
+            admission=make_admission(admission, self._durations.costs),
         )
-        self._passes: deque[float] = deque(maxlen=_PASSES)
-        self._turns: deque[tuple[int, float]] = deque(maxlen=_STEPS)
-        self._turns_a_round = 1
 
     def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:
         """Begin anew with other rules, while no request waits or runs. The cache keeps what it holds.
@@ -132,12 +186,17 @@ class Engine:
     def unfinished(self) -> int:
         """Requests that wait or run, or have tokens that `step` has not returned yet."""
         live = self._running.keys() - set(self._to_cancel)
-        return len(live | {number for number, _ in self._untaken})
+        return len(live | {number for number, _ in self._outbox})
+
+    @property
+    def totals(self) -> Totals:
+        """What was done so far, as a copy. Reading it waits for no step and changes nothing."""
+        return replace(self._totals)
 
     @property
     def step_seconds(self) -> float:
         """Median time of the last decode steps, at most 64, in seconds; 0 if there was none. First steps of a shape weigh little."""
-        return statistics.median(lasted for _, lasted in self._turns) if self._turns else 0.0
+        return self._durations.step_seconds
 
     def watch_logits(self, watcher: Callable[[Sequence[int], Tensor], None] | None) -> None:
         """Call `watcher` with requests' numbers and their logits `[B, V]`, before the next tokens are chosen; None: no more.
@@ -150,12 +209,12 @@ class Engine:
         """Whether a request waits or runs."""
         return number in self._running and number not in self._to_cancel
 
-    def add(self, request: Request, take: Callable[[StreamOutput], None] | None = None) -> int:
+    def add(self, request: Request, channel: Channel | None = None) -> int:
         """Queue a request.
 
         Args:
             request: not added before.
-            take: called with each of its tokens; None: they are returned by `step`.
+            channel: called with each of its outputs, in the thread that steps, under the lock; None: `step` returns them.
 
         Returns:
             Its number, by which it can be cancelled.
@@ -167,14 +226,19 @@ class Engine:
             self._replay.check_request(request.index, len(request.prompt_token_ids) + request.limit - 1)
         with self.lock:
             number, self._next = self._next, self._next + 1
-            self._running[number] = _Running(request=request, added=time.perf_counter(), take=take)
+            channel = channel or partial(_keep, self._outbox, number)
+            self._running[number] = _Running(request=request, added=time.perf_counter(), channel=channel)
             self._scheduler.add(number, len(request.prompt_token_ids))
+            self._totals.prompt_tokens += len(request.prompt_token_ids)
         return number
 
     def cancel(self, number: int) -> bool:
-        """Forget a request, waiting or running; False if it is over, or unknown. Waits for nothing.
+        """End a request, waiting or running. Waits for nothing.
 
-        While a step runs, in this thread or another, it takes effect behind that step.
+        While a step runs, in this thread or another, it takes effect after that step.
+
+        Returns:
+            False if the request is over, or unknown.
         """
         if not self.knows(number):
             return False
@@ -183,13 +247,13 @@ class Engine:
         return True
 
     def _drop_cancelled(self) -> None:
-        """Forget what was cancelled, unless a step runs: that does it at its end."""
+        """Remove what was cancelled, unless a step runs: that does it at its end."""
         while self._to_cancel and self.lock.acquire(wait=False):
             try:
                 if self._stepping:
                     return
                 number = self._to_cancel.popleft()
-                self._untaken = [one for one in self._untaken if one[0] != number]
+                self._outbox[:] = [entry for entry in self._outbox if entry[0] != number]
                 if number in self._running:
                     self._remove(number)
             finally:
@@ -201,106 +265,110 @@ class Engine:
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])
         if not self._running:
-            self._offloaded.settle()  # idle: totals and tables are the host's again
+            self._offloaded.settle()  # without requests, totals and tables are the host's again
 
     def step(self) -> list[tuple[int, StreamOutput]]:
-        """Carry out what comes next; new tokens by request number, of requests that were added without a taker.
+        """Carry out what comes next.
 
-        Also those that came while somebody else called `advance`. Empty behind a pass that ended no prompt, or if idle.
+        Returns:
+            New outputs of requests that were added without a channel, with their numbers; also those that came while another
+            thread called `advance`. Empty if there was nothing to do, or after a pass that ended no prompt.
 
         Raises:
             ClosedError: if the model was closed.
         """
         with self.lock:
             self.advance()
-            found, self._untaken = self._untaken, []
-        return found
+            outputs, self._outbox[:] = list(self._outbox), []
+        return outputs
 
     def advance(self) -> int:
-        """Carry out what comes next, and hand out the tokens; how many there were. One thread at a time.
+        """Carry out what comes next, one thread at a time, and send the tokens to their channels.
+
+        Returns:
+            How many tokens there were.
 
         Raises:
             ClosedError: if the model was closed.
         """
         try:
             with self.lock, self._offloaded.on_device():
-                return self._advance()
+                began = time.perf_counter()
+                try:
+                    count = self._advance()
+                    self._totals.tokens += count
+                finally:
+                    self._totals.seconds += time.perf_counter() - began
+                return count
         finally:
             self._drop_cancelled()
 
     def _advance(self) -> int:
         self._offloaded.check_open()
-        turn = self._scheduler.next()
-        if turn is None:
+        task = self._scheduler.next()
+        if task is None:
             return 0
         began = time.perf_counter()
         self._stepping = True
         try:
             with memory_reported(), self._offloaded.meter.watch(), self.threads.step():
-                count = self._prefill(turn) if isinstance(turn, Prefill) else self._decode(turn)
+                count = self._prefill(task) if isinstance(task, Prefill) else self._decode(task)
         except BaseException:
-            if not self._executor.joins:  # what a cohort keeps may have half of the step
-                self._to_cancel += turn.sequences
+            if not self._executor.joins:  # a cohort's cache may hold half of the step
+                self._to_cancel += task.sequences
             raise
         finally:
             self._stepping = False
             self._drop_cancelled()
         lasted = time.perf_counter() - began
-        if isinstance(turn, Prefill):
-            self._passes.append(lasted)
+        if isinstance(task, Prefill):
+            self._durations.add_pass(lasted)
         else:
-            self._turns.append((len(turn.sequences), lasted))
-            self._turns_a_round = len(turn.groups)
+            self._durations.add_step(len(task.sequences), lasted, steps_a_round=len(task.groups))
         return count
 
-    def _costs(self) -> Costs:
-        """What the last passes and steps took; nothing until two passes ran, since the first one is slow."""
-        if len(self._passes) < 2 or not self._turns:
-            return Costs(0.0, 0.0, 0.0)
-        turns = self._turns_a_round
-        return Costs(statistics.median_low(self._passes), fixed_part(self._turns) * turns, self.step_seconds * turns)
-
-    def _prefill(self, turn: Prefill) -> int:
-        pieces = []
-        for part in turn.parts:
+    def _prefill(self, task: Prefill) -> int:
+        chunks = []
+        for part in task.parts:
             tokens, row = self._running[part.sequence].request.read_ids, self._scheduler.row(part.sequence)
             read = tokens[part.begin : part.end]
             if self._routes is not None and self._replay is not None and part.begin == 0:
                 routes = self._replay.recordings[self._running[part.sequence].request.index].routes
                 assert routes is not None
                 self._routes.write(row, routes)
-            pieces.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.begin - len(read)))
+            chunks.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.begin - len(read)))
         self._announce(
             NextBatch(
-                [piece.sequence for piece in pieces],
-                [len(piece.tokens) for piece in pieces],
+                [chunk.sequence for chunk in chunks],
+                [len(chunk.tokens) for chunk in chunks],
                 padded_left=self._executor.padded_left,
+                rows=[chunk.row for chunk in chunks],
             )
         )
-        logits = self._executor.prefill(pieces)
-        ended = [place for place, part in enumerate(turn.parts) if part.last]
-        numbers = [turn.parts[place].sequence for place in ended]
+        logits = self._executor.prefill(chunks)
+        ended = [place for place, part in enumerate(task.parts) if part.last]
+        numbers = [task.parts[place].sequence for place in ended]
         chosen = self._choose(numbers, logits[ended]) if ended else []
-        self._scheduler.done(turn)
-        return self._hand_out(numbers, chosen)
+        self._scheduler.done(task)
+        return self._send(numbers, chosen)
 
-    def _decode(self, turn: Decode) -> int:
-        fed = []
-        for number in turn.sequences:
+    def _decode(self, task: Decode) -> int:
+        inputs = []
+        for number in task.sequences:
             request = self._running[number].request
             before = len(request.prompt_token_ids) if request.continues else 1  # a decoder's own first token
             position = before + len(request.token_ids) - 1
-            fed.append(DecodeInput(number, request.token_ids[-1], self._scheduler.row(number), position))
-        self._announce(NextBatch(turn.sequences, following=turn.groups[1:]))
-        return self._hand_out(turn.sequences, self._choose(turn.sequences, self._executor.decode(fed)))
+            inputs.append(DecodeInput(number, request.token_ids[-1], self._scheduler.row(number), position))
+        self._announce(NextBatch(task.sequences, following=task.groups[1:], rows=[one.row for one in inputs]))
+        return self._send(task.sequences, self._choose(task.sequences, self._executor.decode(inputs)))
 
-    def _announce(self, coming: NextBatch) -> None:
+    def _announce(self, batch: NextBatch) -> None:
         for listener in (self.recorder, self._offloaded.live_predictor):
             if listener is not None:
-                listener.expect(coming)
+                listener.expect(batch)
 
     def _choose(self, numbers: Sequence[int], logits: Tensor) -> list[int]:
-        """The next token of each request; random numbers are not used up if that fails."""
+        """The next token of each request. If that fails, no random number is used up."""
         requests = [self._running[number].request for number in numbers]
         if self._watcher is not None:
             with self._offloaded.meter.aside():
@@ -326,8 +394,15 @@ class Engine:
         generators = [request.generator for request in requests]
         return choose_all(logits, [request.params for request in requests], generators, self._executor.best())
 
-    def _hand_out(self, numbers: Sequence[int], tokens: Sequence[int]) -> int:
-        """Give requests their tokens, and the tokens to their takers; how many. What one raises keeps none from the others."""
+    def _send(self, numbers: Sequence[int], tokens: Sequence[int]) -> int:
+        """Add tokens to their requests, and send the outputs to the channels.
+
+        Returns:
+            How many tokens there were.
+
+        Raises:
+            Exception: the first that a tokenizer or a channel raised, once every token is sent; its request is cancelled.
+        """
         now, errors = time.perf_counter(), []
         if self._offloaded.live_predictor is not None:
             found = [place for place, token in enumerate(tokens) if token != NO_TOKEN]
@@ -335,22 +410,9 @@ class Engine:
                 [numbers[place] for place in found], [tokens[place] for place in found]
             )
         for number, token in zip(numbers, tokens, strict=True):
-            one = self._running[number]
-            one.first = one.first or now
             try:
-                if token == NO_TOKEN:
-                    output = one.request.fail()
-                else:
-                    output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
-                if output.output is not None or output.error is not None:
-                    self._remove(number)
-                elif len(one.request.read_ids) == self._reread:
-                    self._read_anew(number, self._reread)
-                if one.take is None:
-                    self._untaken.append((number, output))
-                else:
-                    one.take(output)
-            except Exception as error:  # noqa: BLE001 - a tokenizer's or a taker's; raised below
+                self._send_one(number, token, now)
+            except Exception as error:  # noqa: BLE001 - a tokenizer's or a channel's; raised below
                 errors.append(error)
                 if number in self._running:
                     self._to_cancel.append(number)
@@ -358,21 +420,37 @@ class Engine:
             raise errors[0]
         return len(tokens)
 
+    def _send_one(self, number: int, token: int, now: float) -> None:
+        one = self._running[number]
+        one.first = one.first or now
+        if token == NO_TOKEN:
+            output = one.request.fail()
+        else:
+            output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
+        if output.output is not None or output.error is not None:
+            self._remove(number)
+        elif len(one.request.read_ids) == self._reread:
+            self._read_anew(number, self._reread)
+        if output.output is not None:
+            self._totals.finished += 1
+            self._totals.first_token_seconds = output.output.first_token_seconds
+        one.channel(output)
+
     def _read_anew(self, number: int, length: int) -> None:
-        """A sequence's rotary table changes at this length: what was cached by the old one is made again."""
+        """A sequence's rotary table changes at this length: its keys and values are computed again."""
         self._scheduler.reread(number, length)
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])
 
     def _paths(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
-        """How likely the next token of live sequences uses each expert."""
+        """How likely the next token of live sequences uses each expert: float [sequences, layers, experts], or None."""
         assert self._offloaded.live_predictor is not None
-        self._offloaded.controller.end_step()  # the routing of a pass by the host is learned from behind it
+        self._offloaded.controller.end_step()  # the predictor is updated with the last host pass first
         return self._offloaded.live_predictor.paths(numbers)
 
     def _usual(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
-        """What requests, live or waiting, are likely to use as far as their prompts say."""
-        said = []
+        """What requests, live or waiting, are likely to use by their prompts: float [requests, layers, experts], or None."""
+        found = []
         for number in numbers:
             one = self._running[number]
             if one.usual is None:
@@ -380,5 +458,5 @@ class Engine:
                 one.usual = self._offloaded.live_predictor.usual(one.request.prompt_token_ids[-PREVIEW:])
             if one.usual is None:
                 return None
-            said.append(one.usual)
-        return np.stack(said)
+            found.append(one.usual)
+        return np.stack(found)

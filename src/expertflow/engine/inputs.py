@@ -1,7 +1,7 @@
 """What callers give as prompts, and the token ids they become.
 
-Text, token ids (lists, arrays, tensors), what tokenizers return, `{"prompt": ...}`, and chat messages, which the tokenizer's
-chat template renders. Everything else is refused by type. Must not know requests and models.
+Text, token ids (lists, arrays, tensors), what tokenizers return, `{"prompt": ...}`, a `Prompt` that was read before, and chat
+messages, which the tokenizer's chat template renders. Everything else is refused by type. Must not know requests and models.
 """
 
 import operator
@@ -18,11 +18,11 @@ _IDS, _PROMPT, _PROMPT_IDS = "input_ids", "prompt", "prompt_token_ids"
 
 
 class Prompt(NamedTuple):
-    """One prompt, read.
+    """A prompt that was read; it can be given wherever a prompt can, and is not tokenised again.
 
     Attributes:
         text: as it was given, or as the chat template made it; None if token ids were given.
-        token_ids: of it.
+        token_ids: the prompt's token ids.
     """
 
     text: str | None
@@ -33,12 +33,12 @@ def split_prompts(given: Any) -> list[Any]:
     """One prompt or several, as a list.
 
     Args:
-        given: text; token ids `[T]`; several of either `[B, T]`; a mapping; messages; or a sequence of any of these.
+        given: text; token ids `[T]`; several of either `[B, T]`; a mapping; messages; a `Prompt`; or a sequence of these.
 
     Raises:
         PromptError: if it is nothing of that kind.
     """
-    if isinstance(given, str) or is_messages(given):
+    if isinstance(given, str | Prompt) or is_messages(given):
         return [given]
     if isinstance(given, Mapping):
         return _split_mapping(given)
@@ -62,15 +62,15 @@ def _split_mapping(given: Mapping[str, Any]) -> list[Any]:
     if _IDS not in given:
         return [given]
     ids = given[_IDS]
-    nested = ids.ndim == 2 if hasattr(ids, "ndim") else any(isinstance(row, Sequence) for row in ids)
+    nested = ids.ndim == 2 if hasattr(ids, "ndim") else any(isinstance(entry, Sequence) for entry in ids)
     if not nested:
         return [ids]
     mask = given.get("attention_mask")
     if mask is None:
         return list(ids)
     return [
-        [token for token, kept in zip(row, marks, strict=True) if int(kept)]
-        for row, marks in zip(ids, mask, strict=True)
+        [token for token, kept in zip(tokens, marks, strict=True) if int(kept)]
+        for tokens, marks in zip(ids, mask, strict=True)
     ]
 
 
@@ -85,33 +85,35 @@ def clean_text(text: str) -> str:
 
 
 class PromptReader:
-    """Reads prompts for one model; several threads may use it at once.
+    """Reads prompts with one tokenizer; several threads may use it at once.
 
     Args:
         tokenizer: of the model, used once before, or None.
-        vocabulary: the model knows tokens 0 to this number - 1; None: not checked.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int | None = None) -> None:
-        """Nothing is read yet."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Keep the tokenizer."""
         self._tokenizer: Any = tokenizer
-        self._vocabulary = vocabulary
         self._lock = Lock()
 
-    def read(self, index: int, prompt: Any) -> Prompt:
+    def read(self, index: int, prompt: Any, vocabulary: int | None = None) -> Prompt:
         """The token ids of a prompt.
 
         Args:
             index: its place in the call, for messages.
             prompt: one of those that `split_prompts` gives.
+            vocabulary: the model knows tokens 0 to this number - 1; None: not checked.
 
         Raises:
             PromptError: if it is empty, of another kind, or holds tokens the model does not know.
         """
         if isinstance(prompt, Mapping):
             prompt = self._inside(index, prompt)
-        text = clean_text(prompt) if isinstance(prompt, str) else None
-        if text is not None:
+        text = None
+        if isinstance(prompt, Prompt):
+            text, ids = prompt
+        elif isinstance(prompt, str):
+            text = clean_text(prompt)
             ids = self._encode(index, text)
         elif is_messages(prompt):
             text, ids = self._chat(index, prompt)
@@ -119,12 +121,8 @@ class PromptReader:
             ids = _as_ids(index, prompt)
         if not ids:
             raise PromptError(f"prompt {index} is empty", "Give at least one token.")
-        bad = [] if self._vocabulary is None else [token for token in ids if not 0 <= token < self._vocabulary]
-        if bad:
-            raise PromptError(
-                f"prompt {index} holds token {bad[0]}",
-                f"The model knows tokens 0 to {self._vocabulary - 1}.",  # type: ignore[operator]
-            )
+        if vocabulary is not None and (bad := [token for token in ids if not 0 <= token < vocabulary]):
+            raise PromptError(f"prompt {index} holds token {bad[0]}", f"The model knows tokens 0 to {vocabulary - 1}.")
         return Prompt(text, ids)
 
     def _inside(self, index: int, prompt: Mapping[str, Any]) -> Any:
@@ -164,7 +162,7 @@ class PromptReader:
                 text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
                 text = clean_text(text)
                 return text, tuple(self._tokenizer(text, add_special_tokens=False)[_IDS])
-        except Exception as error:  # a template is a program: it raises what it likes
+        except Exception as error:  # a template is a program: it can raise anything
             raise PromptError(
                 f"prompt {index}: the chat template cannot render these messages: {error}", "Correct the messages."
             ) from error

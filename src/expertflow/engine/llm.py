@@ -1,53 +1,37 @@
 """The Python front door: `LLM(model, gpu_memory="6GiB").generate([...])` and `.stream(...)`.
 
-Turns prompts into requests, requests into batches, logits into tokens.
+Loads a model, makes requests of prompts, and drives the engine until they are over. Must not know batches and tensors.
 """
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import OffloadedModel
-from expertflow.engine.engine import Engine
-from expertflow.engine.inputs import PromptReader, split_prompts
+from expertflow.engine.engine import Engine, Totals
+from expertflow.engine.inputs import split_prompts
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import SHIPPED_MODEL, prepare
 from expertflow.engine.request import Request, RequestOutput, StreamOutput
-from expertflow.engine.text import Decoder
+from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.engine.threads import limit_threads
-from expertflow.errors import (
-    CancelledError,
-    CheckpointError,
-    ConfigError,
-    NonFiniteError,
-    PromptError,
-    UnsupportedModelError,
-)
+from expertflow.errors import CancelledError, ConfigError, NonFiniteError, UnsupportedModelError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.replay import Replay
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.sources import SharedWeights, WeightsSource
 from expertflow.predict.artifact import Artifact
 from expertflow.progress import Progress
 from expertflow.schedule.admission import check_admission
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer_config.json",
-)
 
 
 def shipped_model() -> Path:
@@ -56,24 +40,14 @@ def shipped_model() -> Path:
 
 
 @dataclass(kw_only=True)
-class RunStats:
-    """What generation cost so far.
+class RunStats(Totals):
+    """What generation cost so far: the engine's totals, device memory and the expert cache.
 
     Attributes:
-        tokens: generated tokens.
-        prompt_tokens: tokens read.
-        seconds: time in the engine's steps.
-        first_token_seconds: time to the first token of the request that finished last, waiting included.
-        finished: requests.
         peak_bytes: measured peak of device memory.
         cache: what the expert cache did.
     """
 
-    tokens: int = 0
-    prompt_tokens: int = 0
-    seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    finished: int = 0
     peak_bytes: int = 0
     cache: CacheCounters
 
@@ -104,23 +78,27 @@ class LLM:
             `weights=beside.shared_weights`.
         weights: where the weights come from (`models.sources`): None: the folder's files; another model's `shared_weights`;
             `RandomWeights` for a folder with nothing but a config.
+        formats: how weights may be stored (`formats.table`).
         routing: recorded sequences that requests replay (`execution.replay`); None: the router decides.
-        admission: when waiting requests are let in: when it `pays`, `at once`, or as `static` batches (`schedule.admission`).
+        admission: when waiting requests are admitted: when it `pays`, `at once`, or as `static` batches (`schedule.admission`).
+        text: tokenizer of the same folder, loaded before; None: it is loaded now.
         options: fields of `EngineConfig`, such as `gpu_memory="6GiB"`, `slots="25%"`, `strategy="lru"`.
 
     Raises:
         ExpertFlowError: if model, budget, device or host memory cannot do it; nothing is loaded then.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all but the model by keyword
         self,
         model: str | Path | None = None,
         *,
         forecast: Forecast | None = None,
         beside: "LLM | None" = None,
         weights: WeightsSource | None = None,
+        formats: Formats = FORMATS,
         routing: Replay | None = None,
         admission: str = "pays",
+        text: ModelText | None = None,
         **options: Any,
     ) -> None:
         """Load the model."""
@@ -133,17 +111,17 @@ class LLM:
             weights = beside.shared_weights
         folder = shipped_model() if model is None else model
         self._name = Path(folder).absolute().name
-        prepared = prepare(folder, self.config, forecast, weights, routing)
+        prepared = prepare(folder, self.config, forecast, weights=weights, routing=routing, formats=formats)
+        if text is not None and text.folder.resolve() != prepared.skeleton.folder.resolve():
+            raise ConfigError(f"text is of {text.folder}, the model of {prepared.skeleton.folder}", "Leave text out.")
         if kinds := prepared.plan.shape.unserved:
             raise UnsupportedModelError(
                 f"{prepared.skeleton.config.model_type!r} has layers of kind {', '.join(kinds)}, whose cache LLM cannot serve",
                 "Use expertflow.from_pretrained and the model's own `generate`.",
             )
+        text = text or ModelText(prepared.skeleton.folder)
         self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast)
-        self.tokenizer = load_tokenizer(self._offloaded.skeleton.folder)
-        self._reader = PromptReader(self.tokenizer, prepared.plan.shape.vocabulary)
-        self._ends = _end_tokens(self._offloaded.model)
-        self._stats = RunStats(cache=self._offloaded.counters)
+        self._requests = RequestFactory(text, prepared.plan, end_tokens(self._offloaded.model))
         self._engine = Engine(self._offloaded, admission, routing)
 
     @property
@@ -155,6 +133,16 @@ class LLM:
     def engine(self) -> Engine:
         """What runs requests; for programs that add and cancel them at any time. Make them with `request`."""
         return self._engine
+
+    @property
+    def requests(self) -> RequestFactory:
+        """What makes requests of prompts; needs no `LLM`, so that other threads may use it."""
+        return self._requests
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None if its folder has none."""
+        return self._requests.text.tokenizer
 
     @property
     def events(self) -> EventStream:
@@ -170,16 +158,15 @@ class LLM:
         """A request for `engine.add`.
 
         Args:
-            prompt: text, token ids, chat messages, or a mapping with one of these, see `engine.inputs`.
-            params: how to sample and stop.
-            index: a number of the caller's own, which its output carries; a replay takes the recording of this number.
+            prompt: text, token ids, chat messages, a `Prompt`, or a mapping with one of these, see `engine.inputs`.
+            params: how to sample and stop; None: the defaults.
+            index: a number of the caller's own, which the outputs carry; a replay takes the recording of this number.
 
         Raises:
             PromptError: if the prompt is empty, too long, or of another kind.
+            ConfigError: if `params` is no `SamplingParams`.
         """
-        request = self._requests([prompt], params)[0]
-        request.index = index
-        return request
+        return self._requests.request(prompt, params, index)
 
     @property
     def threads(self) -> int:
@@ -188,7 +175,7 @@ class LLM:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model's weights, sampled: what traces and predictors carry."""
+        """Fingerprint of the model's weights, sampled: what traces and predictors carry."""
         return self._offloaded.fingerprint
 
     @property
@@ -214,7 +201,8 @@ class LLM:
     @property
     def stats(self) -> RunStats:
         """What generation cost so far."""
-        return replace(self._stats, peak_bytes=self._offloaded.measure(), cache=replace(self._offloaded.counters))
+        done, peak = asdict(self._engine.totals), self._offloaded.measure()
+        return RunStats(**done, peak_bytes=peak, cache=self._offloaded.totals())
 
     def generate(
         self,
@@ -237,10 +225,10 @@ class LLM:
 
         Raises:
             PromptError: if a prompt is empty, too long, or of another kind; nothing is generated then.
-            ConfigError: if `params` is none.
-            NonFiniteError: if a prompt's logits are no numbers, behind the other prompts; its `outputs` holds theirs.
+            ConfigError: if `params` is no `SamplingParams`.
+            NonFiniteError: if a prompt's logits are no numbers, once the other prompts are over; its `outputs` holds theirs.
         """
-        requests = self._requests(split_prompts(prompts), _one_of(params, sampling_params))
+        requests = self._requests.requests(split_prompts(prompts), _one_of(params, sampling_params))
         finished = []
         with Progress("requests", len(requests), show=self.config.progress and len(requests) > 1) as bar:
             try:
@@ -260,11 +248,11 @@ class LLM:
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[StreamOutput]:
-        """Like `generate`, token by token. Prompts are checked at the call, before the first token is asked for.
+        """Like `generate`, token by token. Prompts are checked at the call, before the first token is taken.
 
         A `NonFiniteError` of one prompt is raised when the others are over.
         """
-        return self._run(self._requests(split_prompts(prompts), _one_of(params, sampling_params)))
+        return self._run(self._requests.requests(split_prompts(prompts), _one_of(params, sampling_params)))
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[None]:
@@ -302,62 +290,18 @@ class LLM:
         """Close."""
         self.close()
 
-    def _requests(
-        self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
-            raise ConfigError(f"params={params!r} is no SamplingParams", "Make them: SamplingParams(max_tokens=64).")
-        if len(params) != len(prompts):
-            raise PromptError(
-                f"{len(params)} sampling parameters for {len(prompts)} prompts", "Give one a prompt, or one for all."
-            )
-        if not prompts:
-            raise PromptError("there is no prompt", "Give at least one.")
-        return [self._request(i, prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
-
-    def _request(self, index: int, prompt: Any, params: SamplingParams) -> Request:
-        text, tokens = self._reader.read(index, prompt)
-        room = self.plan.max_length if self.plan.shape.encoder_decoder else self.plan.max_length - len(tokens)
-        if len(tokens) > self.plan.max_length or room < 1:
-            raise PromptError(
-                f"prompt {index} has {len(tokens)} tokens; with one to generate, {self.plan.max_length} fit",
-                "Shorten it, or raise max_length (at most the model's context).",
-            )
-        stops = stop_tokens(self.tokenizer, params)
-        ends = {*params.stop_token_ids, *stops, *(() if params.ignore_eos else self._ends)}
-        return Request(
-            index=index,
-            prompt=text,
-            prompt_token_ids=tokens,
-            params=params,
-            ends=ends,
-            limit=room if params.max_tokens is None else min(params.max_tokens, room),
-            decoder=decoder_of(self.tokenizer),
-            continues=not self.plan.shape.encoder_decoder,
-        )
-
     def _run(self, requests: list[Request]) -> Iterator[StreamOutput]:
-        """Add the requests, and step until they are over; what other calls' requests get goes to those."""
-        mail: deque[StreamOutput] = deque()
+        """Add the requests, and step until they are over; the steps serve other calls' requests, too."""
+        arrived: deque[StreamOutput] = deque()
         mine: list[int] = []
-
-        def take(item: StreamOutput) -> None:  # in the thread that steps, under the engine's lock
-            if item.output is not None:
-                self._stats.finished += 1
-                self._stats.first_token_seconds = item.output.first_token_seconds
-            mail.append(item)
-
         left, failed = len(requests), None
         try:
             with self._engine.lock:
-                mine += [self._engine.add(request, take) for request in requests]
-                self._stats.prompt_tokens += sum(len(request.prompt_token_ids) for request in requests)
+                mine += [self._engine.add(request, arrived.append) for request in requests]
             while left:
-                self._bring(mail, mine, left)
-                while mail:
-                    output = mail.popleft()
+                self._step_for(arrived, mine, left)
+                while arrived:
+                    output = arrived.popleft()
                     if output.error is not None:
                         left -= 1
                         failed = failed or output.error
@@ -371,29 +315,25 @@ class LLM:
         if failed is not None:
             raise failed
 
-    def _bring(self, mail: deque[StreamOutput], mine: Sequence[int], left: int) -> None:
-        """Step once, unless another thread's step has brought something.
+    def _step_for(self, arrived: deque[StreamOutput], mine: Sequence[int], left: int) -> None:
+        """Step once, unless another thread's step has brought outputs.
 
         Raises:
             CancelledError: if none of these requests waits or runs any more.
         """
         with self._engine.lock:
-            if mail:
+            if arrived:
                 return
             if not any(self._engine.knows(number) for number in mine):
                 raise CancelledError(
                     f"{left} of {len(mine)} requests were cancelled before they had finished",
-                    "Ask for them again; they were cancelled through `LLM.engine`, or by an error in a step they took part in.",
+                    "Send them again; they were cancelled through `LLM.engine`, or by an error in a step they took part in.",
                 )
-            began = time.perf_counter()
-            try:
-                self._stats.tokens += self._engine.advance()
-            finally:
-                self._stats.seconds += time.perf_counter() - began
+            self._engine.advance()
 
 
 def _one_of(params: Any, sampling_params: Any) -> Any:
-    """The parameters, under whichever of the two names they were given.
+    """The parameters, given under one of two names.
 
     Raises:
         ConfigError: if they were given twice.
@@ -401,66 +341,3 @@ def _one_of(params: Any, sampling_params: Any) -> Any:
     if params is not None and sampling_params is not None:
         raise ConfigError("params and sampling_params are both given", "They are two names of one option: give one.")
     return sampling_params if params is None else params
-
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> set[int]:
-    """Ids of the stop texts that are special tokens, which never show in a text without them.
-
-    Raises:
-        ConfigError: if a stop text has a special token in it beside other text, and the text is without these.
-    """
-    if tokenizer is None or not params.stop or not params.skip_special_tokens:
-        return set()
-    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for stop in params.stop:
-        inside = next((token for token in special if token in stop), None)
-        if stop not in special and inside is not None:
-            raise ConfigError(
-                f"stop={stop!r} contains the special token {inside!r}, which is left out of the text",
-                f"Stop at {inside!r} alone, or keep special tokens in the text (skip_special_tokens=False).",
-            )
-    return {special[stop] for stop in params.stop if stop in special}
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, or None if it has none."""
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # settings of a wrong type are noticed at the first use, which may also change the tokenizer: later ones only read it
-        tokenizer.decode(tokenizer("a")["input_ids"])
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise CheckpointError(
-            f"the tokenizer in {folder} cannot be loaded: {error}", "Fetch it again; code of its own is never run."
-        ) from error
-    return tokenizer
-
-
-def decoder_of(tokenizer: PreTrainedTokenizerBase | None) -> Decoder | None:
-    """What makes text of a tokenizer's tokens: the library below it where that says the same, in a tenth of the time.
-
-    Two calls a token through transformers take longer than everything else that the host does for a step of many sequences.
-    """
-    if tokenizer is None:
-        return None
-    fast, own = PreTrainedTokenizerFast, type(tokenizer)
-    if getattr(own, "_decode", None) is not fast._decode or own.decode is not fast.decode:  # noqa: SLF001 - there is no public way to ask
-        return tokenizer
-    library = tokenizer.backend_tokenizer
-    cleans = tokenizer.clean_up_tokenization_spaces and (
-        type(library.model).__name__ != "BPE"  # where transformers does it only if told so
-        or getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
-    )
-    decoder: Decoder = tokenizer if cleans else library
-    return decoder
-
-
-def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
-    generation = getattr(model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    if ends is None:
-        ends = model.config.get_text_config(decoder=True).eos_token_id
-    if ends is None:
-        return ()
-    return tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)

@@ -1,6 +1,6 @@
-"""A lock that is handed on in the order in which threads asked for it, so that a loop of steps keeps no other thread waiting.
+"""A lock that threads get in the order in which they came, so that a loop of steps keeps no other thread waiting.
 
-Python's own locks are often taken again by the thread that has just released them. Must not know what it guards.
+A lock of Python is often taken again by the thread that has just released it. Must not know what it guards.
 """
 
 import threading
@@ -9,19 +9,25 @@ from typing import Self
 
 
 class FairLock:
-    """First come, first served; a thread that holds it may take it again. Use as a context manager."""
+    """First come, first served; the thread that has it may take it again. Use as a context manager."""
 
     def __init__(self) -> None:
-        """Free."""
+        """Create a free lock."""
         self._guard = threading.Lock()
         self._waiting: deque[tuple[int, threading.Lock]] = deque()
         self._owner: int | None = None
         self._depth = 0
 
     def acquire(self, *, wait: bool = True) -> bool:
-        """Take the lock; False if it is another thread's and `wait` is False.
+        """Take the lock.
 
         An exception while waiting, such as Ctrl-C, leaves the queue in order.
+
+        Args:
+            wait: until it is free; else take it only if it is.
+
+        Returns:
+            Whether this thread has it now.
         """
         me = threading.get_ident()
         if self._owner == me:  # only this thread can have written that
@@ -52,10 +58,10 @@ class FairLock:
             if (me, gate) in self._waiting:
                 self._waiting.remove((me, gate))
                 return
-        self.release()  # it was handed over meanwhile
+        self.release()  # this thread got it meanwhile
 
     def release(self) -> None:
-        """Hand the lock to the thread that waits longest, once it was released as often as taken."""
+        """Give the lock to the thread that waits longest, once it was released as often as taken."""
         with self._guard:
             self._depth -= 1
             if self._depth:

@@ -1,42 +1,81 @@
-"""Many prompts from a file, into a file of results that survives a crash: appended as requests finish, finished ones skipped on restart.
+"""Many prompts, and a file of results that survives a crash: finished requests are appended, and skipped on restart.
 
-JSON lines: a header that says of which prompts, model and sampling, then a line a finished request. When the last one is there
-the file is written anew in the order of the prompts. Knows files and requests; refuses to know how they run.
+JSON lines: a header that names prompts, model and sampling, then a line for each finished request. When the last one is there,
+the file is written again in the order of the prompts. Must not know how requests run.
 """
 
 import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
 from expertflow import outside
 from expertflow.config import SamplingParams
-from expertflow.engine.request import RequestOutput
-from expertflow.errors import ResultsError
+from expertflow.engine.inputs import Prompt
+from expertflow.engine.llm import LLM
+from expertflow.engine.request import RequestOutput, StreamOutput
+from expertflow.errors import NonFiniteError, ResultsError
 from expertflow.execution.sampler import draw_seed
 from expertflow.files import write_whole
 
 _FORMAT = 2
 
 
+def seeded(params: SamplingParams, seed: int | None, places: Iterable[int]) -> list[SamplingParams]:
+    """Parameters of the prompts at these places. Each has its own seed: that of the run plus its place; None: as they are."""
+    return [params if seed is None else replace(params, seed=(seed + place) % 2**63) for place in places]
+
+
+def finish(
+    llm: LLM, prompts: Sequence[str | Prompt], params: SamplingParams, results: "Results"
+) -> Iterator[StreamOutput]:
+    """Generate what a results file lacks, and append each finished request to it.
+
+    Args:
+        llm: the model that the file is of.
+        prompts: all of the file.
+        params: how all are sampled, but for the seed, which is the file's.
+        results: the file.
+
+    Yields:
+        Every output, token by token; a finished request once it is in the file, with its place among all prompts.
+
+    Raises:
+        NonFiniteError: if a prompt's logits are no numbers, once the other prompts are over.
+        ResultsError: if the file cannot be written.
+    """
+    left = results.left
+    if not left:
+        return
+    try:
+        for item in llm.stream([prompts[index] for index in left], seeded(params, results.seed, left)):
+            index, output = left[item.index], item.output
+            if output is not None:
+                results.add(index, output)
+                output = replace(output, index=index)
+            yield replace(item, index=index, output=output)
+    except NonFiniteError as error:
+        raise NonFiniteError(left[error.index], error.token) from error
+
+
 class Results:
     """A results file, open for appending.
 
     Args:
-        path: made if it is not there; else gone on with.
+        path: an existing file is resumed; else it is created.
         prompts: all of them.
         params: how they are sampled.
-        model: which one: its identity, then what else its tokens depend on, such as dtype and the longest sequence.
+        model: its identity, then what else its tokens depend on, such as dtype and the longest sequence.
 
     Attributes:
         done: finished requests by index, as dictionaries.
-        seed: of the whole file: the one stated, that of the file that is gone on with, or a new one; None if greedy.
+        seed: of the whole file: the one stated, that of the file that is resumed, or a new one; None if greedy.
 
     Raises:
-        ResultsError: if the file is of something else, damaged before its last line, or cannot be written. It is left as it is.
+        ResultsError: if the file holds something else, is damaged before its last line, or cannot be written. It is not changed.
     """
 
     def __init__(self, path: Path, prompts: Sequence[str], params: SamplingParams, model: str) -> None:
@@ -69,7 +108,11 @@ class Results:
             self._write(self._header)
 
     def _lock(self) -> None:
-        """Nobody else may write; the lock goes with the process, however it ends."""
+        """Keep other processes from writing, until this one ends in any way.
+
+        Raises:
+            OSError: if another process has the lock.
+        """
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -77,7 +120,11 @@ class Results:
             raise
 
     def _read(self, raw: bytes) -> int:
-        """Take in the finished lines; how many bytes they are."""
+        """Read the finished lines.
+
+        Returns:
+            How many bytes they have.
+        """
         *lines, rest = raw.split(b"\n")
         for number, line in enumerate(lines):
             try:
@@ -129,7 +176,7 @@ class Results:
         return [index for index in range(self._count) if index not in self.done]
 
     def add(self, index: int, output: RequestOutput) -> None:
-        """A request has finished: on disk when this returns, as far as the system says so."""
+        """Append a finished request; it is in the file when this returns."""
         entry = asdict(output) | {"index": index}
         self._write(entry)
         self.done[index] = entry
@@ -150,7 +197,7 @@ class Results:
         )
 
     def close(self) -> None:
-        """If all are there, write them in order; the file is whole at every moment."""
+        """If all are there, write them in order. The file is complete at every moment."""
         self._file.close()
         if self.left:
             return

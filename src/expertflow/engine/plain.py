@@ -1,7 +1,7 @@
 """`from_pretrained`: an offloaded model as an ordinary transformers model, and what programs may do with it.
 
-Whatever would leave dense weights and experts disagreeing, or fail in a later pass, is refused at the call.
-Knows transformers' model methods; refuses to know plans, caches and copies.
+Refused at the call: everything that would leave dense weights and experts in disagreement, or fail in a later pass.
+Must not know plans, caches and copies.
 """
 
 import warnings
@@ -21,6 +21,7 @@ from expertflow.config import EngineConfig, nearest
 from expertflow.engine.build import OffloadedModel, load_model
 from expertflow.engine.prepare import SHIPPED_MODEL
 from expertflow.errors import ConfigError, UnsupportedModelError
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.experts import Uncopied
 
 ATTENTIONS = ("eager", "sdpa")
@@ -33,6 +34,7 @@ def from_pretrained(
     *,
     forecast: Forecast | None = None,
     attn_implementation: str | None = None,
+    formats: Formats = FORMATS,
     **options: Any,
 ) -> PreTrainedModel:
     """The ordinary transformers model, its experts offloaded; `.generate()` and everything else work as usual.
@@ -46,6 +48,7 @@ def from_pretrained(
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
         attn_implementation: `eager` or `sdpa`; None: the family's own, as in transformers.
+        formats: how weights may be stored (`formats.table`).
         options: fields of `EngineConfig`.
 
     Raises:
@@ -61,7 +64,7 @@ def from_pretrained(
             f"attn_implementation={attn_implementation!r} was never compared with the stock model",
             nearest(str(attn_implementation), ATTENTIONS),
         )
-    offloaded = load_model(SHIPPED_MODEL if model is None else model, config, forecast)
+    offloaded = load_model(SHIPPED_MODEL if model is None else model, config, forecast, formats=formats)
     if attn_implementation is not None:
         try:
             offloaded.model.set_attn_implementation(attn_implementation)
@@ -75,7 +78,7 @@ def from_pretrained(
 
 
 def _plain_config(options: Mapping[str, Any]) -> EngineConfig:
-    """The options of a model whose passes are called by others.
+    """The options of a model whose passes the program calls.
 
     Raises:
         ConfigError: if they need `LLM`.
@@ -83,19 +86,19 @@ def _plain_config(options: Mapping[str, Any]) -> EngineConfig:
     config = EngineConfig.from_mapping({"predictor": "none", **options})
     if config.predictor != "none":
         raise ConfigError(
-            f"predictor={config.predictor!r} cannot serve a plain transformers model: which rows are which sequences is unknown",
+            f"predictor={config.predictor!r} cannot serve a plain transformers model: which sequence a line of its batch belongs to is unknown",
             "Use LLM, or leave the predictor out.",
         )
     if config.execution == "graph":
         raise ConfigError(
-            "execution='graph' cannot be had: the model is called by others, layer by layer",
+            "execution='graph' cannot run here: the program calls the model, layer by layer",
             "Use `LLM`, or leave the option out.",
         )
     return replace(config, execution="host")
 
 
 def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
-    """Give a loaded model the class and the guards of a model that others call."""
+    """Give a loaded model the class and the guards of a model that a program calls."""
     model = offloaded.model
     for module in {model.base_model, model.get_decoder()} - {model}:
         offloaded.passes.guard(module)
@@ -106,7 +109,7 @@ def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
         if inside:
             if isinstance(module, PreTrainedModel):
                 _change_class(module, offloaded)
-            module._apply = partial(_apply_checked, module._apply, offloaded)  # noqa: SLF001 - what `to` and its kin call
+            module._apply = partial(_apply_checked, module._apply, offloaded)  # noqa: SLF001 - what `to` and the like call
             module.load_state_dict = partial(_load_checked, module.load_state_dict, inside)
     return model
 
@@ -136,7 +139,7 @@ class PlainModel(Uncopied, PreTrainedModel):
         return cls.stock(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - transformers' signature
-        """Nothing for `train(False)`.
+        """As usual for False.
 
         Raises:
             UnsupportedModelError: for training.
@@ -157,34 +160,34 @@ class PlainModel(Uncopied, PreTrainedModel):
         return super().requires_grad_(requires_grad)
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: it is of use in training only."""
+        """Refused, because it is of use in training only."""
         _refuse("trained", _TRAIN)
 
     activation_checkpointing_enable = gradient_checkpointing_enable  # its name from transformers 5.24 on
 
     def enable_input_require_grads(self) -> NoReturn:
-        """Refused: it is of use in training only."""
+        """Refused, because it is of use in training only."""
         _refuse("trained", _TRAIN)
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: the checkpoint folder is there already."""
+        """Refused, because the checkpoint folder is there already."""
         _refuse("saved: it holds no experts, so they would be lost", "Copy the checkpoint folder.")
 
     def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: as `save_pretrained`."""
+        """Refused, as `save_pretrained` is."""
         _refuse("saved: it holds no experts, so they would be lost", "Push the checkpoint folder.")
 
     def set_experts_implementation(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: experts come through the slots, and nothing else can compute them."""
+        """Refused, because experts come through the slots and nothing else can compute them."""
         _refuse(
             "given another experts implementation",
             "Its experts have the bits of 'eager'; load the stock model for any other.",
         )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The dense weights; says once that the experts are not among them."""
-        if "destination" not in kwargs and not getattr(self, "_told_of_experts", False):  # not as a part of another's
-            self._told_of_experts = True
+        """The dense weights. Warns once that the experts are not among them."""
+        if "destination" not in kwargs and not getattr(self, "_warned", False):  # not as a part of another's
+            self._warned = True
             warnings.warn(
                 "state_dict() of an offloaded model holds its dense weights only; the experts are in the checkpoint.",
                 stacklevel=2,
@@ -207,7 +210,7 @@ def _refuse(what: str, remedy: str) -> NoReturn:
 def _apply_checked(
     apply: Callable[..., nn.Module], offloaded: OffloadedModel, change: Callable[[Tensor], Tensor], **options: Any
 ) -> nn.Module:
-    """In place of `Module._apply`: what `to`, `half`, `cuda` and their kin do, if dtype and device stay.
+    """In place of `Module._apply`: what `to`, `half`, `cuda` and the like do, if dtype and device stay.
 
     Raises:
         UnsupportedModelError: if they would not.
@@ -215,13 +218,13 @@ def _apply_checked(
     dtype, device = getattr(torch, offloaded.skeleton.dtype), offloaded.model.device
     try:
         changed = change(torch.empty(1, dtype=dtype, device=device))
-        asked = f"{changed.dtype} on {changed.device}".removeprefix("torch.")
+        wanted = f"{changed.dtype} on {changed.device}".removeprefix("torch.")
         same = (changed.dtype, changed.device) == (dtype, device)
     except (RuntimeError, AssertionError) as error:  # torch cannot make such a tensor here
-        asked, same = str(error).splitlines()[0], False
+        wanted, same = str(error).splitlines()[0], False
     if not same:
         _refuse(
-            f"converted or moved: its experts are {offloaded.skeleton.dtype} on {device}, asked for: {asked}",
+            f"converted or moved: its experts are {offloaded.skeleton.dtype} on {device}, asked for: {wanted}",
             "Call `from_pretrained` again with `dtype=` and `device=`; `model.expertflow.close()` gives memory back.",
         )
     return apply(change, **options)

@@ -1,31 +1,30 @@
-"""What goes where: a wish and a model's figures in, every number of the run out.
+"""Plan a run: a wish and a model's figures in, every number of the run out.
 
-Pure: no weights, no device, nothing allocated. The engine builds from the plan it returns, and `expertflow plan`
-prints it. The workspace is an upper bound from tensor sizes; tests hold it against measured peaks (law 3).
+It is pure: no weights, no device, nothing allocated. The engine builds from the plan, and `expertflow plan` prints it.
+The workspace is an upper bound from tensor sizes; tests compare it with measured peaks (law 3).
 """
 
 from dataclasses import dataclass, replace
 
 from expertflow.config import EngineConfig
 from expertflow.errors import BudgetError, ConfigError
+from expertflow.formats.dtypes import DTYPES
 from expertflow.kernels.residency.state import CacheState
-from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
 from expertflow.schedule.cost import StepPrices
-from expertflow.types import DTYPE_BYTES
 from expertflow.units import format_bytes, parse_bytes, parse_slots
 
 DEFAULT_CONTEXT = 4096
 """Longest sequence planned for when the user states none and the model allows it."""
 CUDA_LIBRARY_BYTES = 40 * 2**20
-"""cuBLAS keeps 32 MiB in the allocator on an H100 (benchmarks/results/host_execution_h100.json), and a little room."""
+"""cuBLAS keeps 32 MiB in the allocator on an H100 (benchmarks/results/host_execution_h100.json), plus 8 MiB of room."""
 GRAPH_POOL_BYTES = 64 * 2**20
-"""The allocator cuts a graph's memory from blocks of 2 and 20 MiB that it does not give back."""
+"""The allocator takes a graph's memory in blocks of 2 and 20 MiB that it does not give back."""
 _WORTH = 0.5
-"""Slots that captured steps have to leave of those the host execution has, to be chosen unasked."""
+"""Share of the host execution's slots that captured steps have to leave, to be chosen by execution='auto'."""
 _SLACK = 1.1
-"""Allocators round up; temporaries of operators are counted by name, not by trace."""
+"""Factor on counted temporaries: allocators round up, and operators are counted by name, not by trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class Plan:
     Attributes:
         shape: the model's figures.
         device: `cuda` or `cpu`.
-        strategy: row of the strategy table.
+        strategy: name of the strategy.
         budget: the stated budget, or None.
         dense: dense weights on the device.
         kv: keys and values of `max_live` sequences of `max_length` tokens.
@@ -49,8 +48,8 @@ class Plan:
         host: the expert store in host memory.
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
         predictor: weights, state and working memory of the predictor, where it is on the device.
-        schedule: who steps together when live sequences take turns: `fifo`, `group` or `auto`.
-        graph_unavailable_reason: why the host decides although a graph was hoped for; empty if it was not, or if a graph it is.
+        schedule: how live sequences that take turns are grouped: `fifo`, `group` or `auto`.
+        graph_unavailable_reason: why execution='auto' fell back to the host; empty otherwise.
     """
 
     shape: ModelShape
@@ -89,7 +88,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Device memory in all."""
+        """Device memory of the whole run."""
         return self.fixed + self.slot_bytes
 
     @property
@@ -117,7 +116,7 @@ def make_plan(
         config: the wish.
         shape: the model's figures.
         device: `cuda` or `cpu`, resolved.
-        strategy: name of the row, resolved.
+        strategy: name of the strategy, resolved.
         no_graph: why decode steps cannot run as graphs; empty if they can.
         predictor: bytes a predictor takes where it works; in the host execution that is host memory.
 
@@ -127,16 +126,18 @@ def make_plan(
     """
     if config.execution == "graph" and no_graph:
         raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
+    budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
     if config.execution == "graph":
-        return _plan(config, shape, device, strategy, graph=True, predictor=predictor)
-    hoped = config.execution == "auto" and device == "cuda"
-    if not hoped or no_graph:
+        return _plan(config, shape, device, strategy, budget, graph=True, predictor=predictor)
+    preferred = config.execution == "auto" and device == "cuda"
+    if not preferred or no_graph:
         return replace(
-            _plan(config, shape, device, strategy, graph=False), graph_unavailable_reason=no_graph if hoped else ""
+            _plan(config, shape, device, strategy, budget, graph=False),
+            graph_unavailable_reason=no_graph if preferred else "",
         )
-    host = _plan(config, shape, device, strategy, graph=False)
+    host = _plan(config, shape, device, strategy, budget, graph=False)
     try:
-        graph = _plan(config, shape, device, strategy, graph=True, predictor=predictor)
+        graph = _plan(config, shape, device, strategy, budget, graph=True, predictor=predictor)
     except BudgetError as error:
         return replace(
             host,
@@ -147,19 +148,25 @@ def make_plan(
     return graph
 
 
-def _plan(
-    config: EngineConfig, shape: ModelShape, device: str, strategy: str, *, graph: bool, predictor: int = 0
+def _plan(  # noqa: PLR0913 - two by keyword
+    config: EngineConfig,
+    shape: ModelShape,
+    device: str,
+    strategy: str,
+    budget: int | None,
+    *,
+    graph: bool,
+    predictor: int = 0,
 ) -> Plan:
     max_length = sequence_length(config, shape)
-    row = RecordLayout.of(shape.specs).record_bytes
+    record_bytes = shape.records.record_bytes
     live = _max_live(config, shape)
     kv = shape.kv_bytes(max_length) * live
-    # a recurrent state is not carried from pass to pass, so such a prompt is read whole
+    # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
     chunk = max(config.prefill_chunk, config.max_batch * max_length) if shape.unplanned else config.prefill_chunk
     workspace = workspace_bytes(shape, config.max_batch, max_length, chunk)
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
-    budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
     if budget is not None and shape.unplanned:
         raise ConfigError(
             f"gpu_memory={format_bytes(budget)} cannot be promised: the memory of {', '.join(shape.unplanned)} layers of "
@@ -167,9 +174,11 @@ def _plan(
             "Leave the budget out and state slots.",
         )
     steps = graph_bytes(shape, config.max_batch, max_length, device) if graph else 0
-    thinks = predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0  # on a stream of its own
-    fixed = shape.dense_bytes + kv + workspace + steps + thinks
-    slots = _slots(config, shape, row, fixed, budget)
+    for_predictor = (
+        predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
+    )  # on a stream of its own
+    fixed = shape.dense_bytes + kv + workspace + steps + for_predictor
+    slots = _slots(config, shape, record_bytes, fixed, budget)
     return Plan(
         shape=shape,
         device=device,
@@ -178,21 +187,21 @@ def _plan(
         dense=shape.dense_bytes,
         kv=kv,
         workspace=workspace,
-        record_bytes=row,
+        record_bytes=record_bytes,
         slots=slots,
         max_batch=config.max_batch,
         max_live=live,
         max_length=max_length,
         prefill_chunk=chunk,
-        host=row * shape.total_experts,
+        host=record_bytes * shape.total_experts,
         schedule=config.schedule,
         graph=steps,
-        predictor=thinks,
+        predictor=for_predictor,
     )
 
 
 def rates(plan: Plan) -> StepPrices:
-    """What a step of a plan is made of, for whoever divides live sequences into turns. Only the proportions matter."""
+    """Return the costs of a step, by which live sequences are grouped. Only the proportions matter."""
     link, memory, fixed, divide = _SPEEDS[plan.device]
     return StepPrices(
         slots=plan.slots,
@@ -205,18 +214,18 @@ def rates(plan: Plan) -> StepPrices:
 
 _SPEEDS = {"cuda": (50e9, 3e12, 1e-3, 4e-3), "cpu": (10e9, 10e9, 1e-3, 4e-3)}
 """Bytes a second over the link and in the device's memory (H100: benchmarks/results/kernels_h100.json; a CPU: a guess),
-and seconds that a step and a division take whatever they move."""
+and fixed seconds of a step and of a division into groups."""
 
 
 def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
-    """Upper bound on what decode steps as graphs take beside weights, keys and values, and slots.
+    """Return an upper bound on the bytes of decode steps as graphs, beside weights, keys and values, and slots.
 
-    The host execution's workspace stays beside it: prompts are read while the graphs keep their memory.
+    The host execution's workspace is not in it: prompts run while the graphs keep their memory.
     """
     pairs = rows * shape.top_k
     state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
-    buffers = pairs * (shape.expert_width * DTYPE_BYTES[shape.dtype] + shape.hidden * 4)
-    buffers += rows * (shape.vocabulary * DTYPE_BYTES[shape.dtype] + 16)
+    buffers = pairs * (shape.expert_width * DTYPES[shape.dtype].nbytes + shape.hidden * 4)
+    buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
     captured = workspace_bytes(shape, rows, length, rows, prompts=False)
@@ -235,7 +244,7 @@ def _max_live(config: EngineConfig, shape: ModelShape) -> int:
 
 
 def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
-    """Tokens a sequence has room for: asked for, or what most models' prompts and answers need.
+    """Return the tokens a sequence has room for: those asked for, or what most prompts and answers need.
 
     Raises:
         ConfigError: if the model's context is shorter than what was asked for.
@@ -250,15 +259,15 @@ def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_length
 
 
-def _slots(config: EngineConfig, shape: ModelShape, row: int, fixed: int, budget: int | None) -> int:
+def _slots(config: EngineConfig, shape: ModelShape, record_bytes: int, fixed: int, budget: int | None) -> int:
     total = shape.total_experts
     asked = None if config.slots is None else parse_slots(config.slots, shape.layers, shape.experts)
-    least = fixed + SlotPool.nbytes(row, asked or 1)
+    least = fixed + SlotPool.nbytes(record_bytes, asked or 1)
     if budget is not None and budget < least:
         need = f"{asked} slots" if asked else "a single slot"
         raise BudgetError(
             f"gpu_memory={format_bytes(budget)} is too small: dense weights, KV and workspace take "
-            f"{format_bytes(fixed)}, and {need} of {format_bytes(row)} must fit beside them",
+            f"{format_bytes(fixed)}, and {need} of {format_bytes(record_bytes)} must fit beside them",
             f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length or "
             "prefill_chunk lowers it.",
             least,
@@ -267,13 +276,13 @@ def _slots(config: EngineConfig, shape: ModelShape, row: int, fixed: int, budget
         return asked
     if budget is None:
         return total
-    return min(total, (budget - fixed - SlotPool.nbytes(row, 0)) // row)
+    return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes)
 
 
 def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, prompts: bool = True) -> int:
-    """Upper bound on the temporary device memory of one step.
+    """Return an upper bound on the temporary device memory of one step, bytes.
 
-    The phases of a layer follow one another, so the largest counts; what lives through all of them is added.
+    The phases of a layer follow one another, so the largest counts; tensors that live through all of them are added.
 
     Args:
         shape: the model's figures.
@@ -282,7 +291,7 @@ def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, p
         chunk: tokens of a prefill pass over all sequences.
         prompts: whether the step may be one over prompts.
     """
-    element = DTYPE_BYTES[shape.dtype]
+    element = DTYPES[shape.dtype].nbytes
     tokens = max(chunk, batch)
     if shape.encoder_decoder and prompts:
         tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
@@ -296,11 +305,11 @@ def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, p
 
 
 def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
-    element = DTYPE_BYTES[shape.dtype]
+    element = DTYPES[shape.dtype].nbytes
     tokens = batch * columns
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
-    # the rows of a layer that step are gathered; keys and values are repeated over grouped heads
+    # a layer's KV rows of the sequences that step are gathered; keys and values are repeated over grouped heads
     cache = max((layer.read_per_token for layer in shape.kv), default=0) * batch * length
     repeated = 3 * batch * length * shape.head_width * element
     scores = batch * shape.heads * columns * length * (4 if not shape.encoder_decoder and not shape.scores else 16)
@@ -308,17 +317,17 @@ def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
 
 
 def _moe(shape: ModelShape, tokens: int) -> int:
-    element = DTYPE_BYTES[shape.dtype]
+    element = DTYPES[shape.dtype].nbytes
     pairs = tokens * shape.top_k
     router = tokens * shape.experts * 4 * 5
     sorting = pairs * 8 * 6 + pairs * 4 * 2
     parts = pairs * shape.hidden * element + 3 * tokens * shape.hidden * element
-    # one expert may get every token: its input (a copy where rows are not aligned), inner states, output; weighting them
+    # one expert may get every token: its input (a copy where token rows are not aligned), inner states, output; weighting them
     expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
     dense = tokens * shape.dense_width * element * 4
-    return router + sorting + parts + max(expert, dense)
+    return router + sorting + parts + max(expert + shape.records.decode_bytes, dense)
 
 
 def _head(shape: ModelShape, batch: int) -> int:
-    # logits, their float32 copy, probabilities, sorted values, indices and running sums of one row at a time
-    return batch * shape.vocabulary * (DTYPE_BYTES[shape.dtype] + 8) + shape.vocabulary * 40
+    # logits, their float32 copy, probabilities, sorted values, indices and running sums of one sequence at a time
+    return batch * shape.vocabulary * (DTYPES[shape.dtype].nbytes + 8) + shape.vocabulary * 40

@@ -1,6 +1,6 @@
-"""A checkpoint looked at and planned, with nothing loaded: device, strategy, predictor, execution, then the plan.
+"""Read a checkpoint's headers, choose device, strategy, predictor and execution, then plan; nothing is loaded.
 
-Raises whatever would make loading or running fail later. Must not load weights.
+Every error that would make loading or running fail later is raised here. Must not load weights.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,13 @@ from expertflow.cache.strategy import DEFAULT, PREDICTED_DEFAULT, Strategy, find
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan, make_plan, sequence_length
 from expertflow.errors import ConfigError, DeviceError
-from expertflow.execution.captured.experts import graph_refusal
+from expertflow.execution.captured.capturable import graph_refusal
 from expertflow.execution.replay import Replay
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.memory.store import memory_reported
 from expertflow.models.bounds import describing
 from expertflow.models.files.checkpoint import resolve
-from expertflow.models.shape import shape_of
+from expertflow.models.shape import ModelShape, shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
 from expertflow.models.sources import FileWeights, Located, WeightsSource
 from expertflow.predict.artifact import Artifact, load_artifact
@@ -29,26 +30,29 @@ from expertflow.predict.options import ABOUT_NAME
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predictor"
-"""What comes with the package."""
+"""Model and predictor that come with the package."""
 
 
 def resolve_device(device: str) -> torch.device:
-    """The torch device for `auto`, `cpu`, `cuda`, or `cuda:N` where N is torch's current device.
+    """Find the torch device, with its index, for `auto`, `cpu`, `cuda` (torch's current device) or `cuda:N`.
 
     Raises:
-        DeviceError: if CUDA is asked for and not there, or another device than the current one.
+        DeviceError: if torch does not see that CUDA device.
     """
     available, (kind, _, index) = torch.cuda.is_available(), device.partition(":")
-    if kind == "cuda" and not available:
+    if kind == "cpu" or (kind == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
         raise DeviceError(
             f"device={device!r}, but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
         )
-    if kind == "cuda" and index and int(index) != (current := torch.cuda.current_device()):
+    number = int(index) if index else torch.cuda.current_device()
+    if number >= (count := torch.cuda.device_count()):
         raise DeviceError(
-            f"device={device!r} is not torch's current device, which is 'cuda:{current}'",
-            f"Call `torch.cuda.set_device({index})` first, or start with CUDA_VISIBLE_DEVICES={index} and device='cuda'.",
+            f"device={device!r}, but the last CUDA device torch sees is 'cuda:{count - 1}'",
+            "Use a smaller number, or list more devices in CUDA_VISIBLE_DEVICES.",
         )
-    return torch.device("cuda" if available and kind != "cpu" else "cpu")
+    return torch.device("cuda", number)
 
 
 def check_default_device() -> None:
@@ -65,22 +69,44 @@ def check_default_device() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a run uses, chosen before the plan and carried from then on.
+
+    Attributes:
+        device: with its index if it is a CUDA device.
+        strategy: entry of the strategy table.
+        predictor: the predictor that is used, or None.
+        no_graph: why decode steps cannot run as graphs; empty if they can.
+    """
+
+    device: torch.device
+    strategy: Strategy
+    predictor: Artifact | None = None
+    no_graph: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A checkpoint that was looked at but not loaded: skeleton, where its weights are, and the plan.
+    """A checkpoint that was read but not loaded: skeleton, where its weights are, choices, and the plan.
 
     Attributes:
         skeleton: the model.
-        plan: what goes where.
         weights: the source of its weights.
         located: where they are.
-        predictor: of the model, or None.
+        choices: device, strategy, predictor, and whether decode steps can be graphs.
+        plan: what goes where.
     """
 
     skeleton: Skeleton
-    plan: Plan
     weights: WeightsSource
     located: Located
-    predictor: Artifact | None = None
+    choices: Choices
+    plan: Plan
+
+    @property
+    def predictor(self) -> Artifact | None:
+        """The predictor that is used, or None."""
+        return self.choices.predictor
 
     @property
     def fingerprint(self) -> str:
@@ -89,19 +115,26 @@ class Prepared:
 
 
 @memory_reported()
-def prepare(
+def prepare(  # noqa: PLR0913 - the last ones by keyword
     model: str | Path,
     config: EngineConfig,
     forecast: Forecast | None = None,
+    *,
     weights: WeightsSource | None = None,
     routing: Replay | None = None,
-    *,
+    formats: Formats = FORMATS,
     fetch: bool = True,
 ) -> Prepared:
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
-    A forecast of the caller's own takes the predictor's place. Weights come from the folder's files unless a source is given,
-    and experts are the router's choice unless `routing` replays recorded ones.
+    Args:
+        model: checkpoint folder, or a Hugging Face id.
+        config: the wish.
+        forecast: the caller's own; it replaces the predictor.
+        weights: where the weights come from; None: the folder's files.
+        routing: recorded routing that is replayed; None: the router decides.
+        formats: how weights may be stored.
+        fetch: whether an id that is not in the local cache may be fetched.
 
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
@@ -109,22 +142,47 @@ def prepare(
     check_default_device()
     if config.strategy is not None and forecast is None:
         find_strategy(config.strategy).check_future(None)  # before anything is read
-    skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype)
+    skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype, formats)
     weights = FileWeights() if weights is None else weights
     located = weights.locate(skeleton, convert=config.dtype != "auto")
     with describing(skeleton.folder / "config.json", "describes no model that can be run"):
-        shape = shape_of(skeleton)
+        shape = shape_of(skeleton, located.layers)
     if routing is not None:
         shape = routing.counted(shape)
     predictor = None if forecast is not None else _choose_predictor(config, skeleton.folder)
     if predictor is not None:
         wanted = Shape(shape.layers, shape.experts, skeleton.top_k)
         predictor.check_model(located.fingerprint, wanted, str(skeleton.folder))
-    strategy = find_strategy(config.strategy or (DEFAULT if predictor is None else PREDICTED_DEFAULT))
+    choices = choose(config, skeleton, shape, predictor, forecast)
+    live, batch, chunk = predictor_load(config)
+    if shape.encoder_decoder:  # it reads a prompt in one pass
+        chunk = max(chunk, sequence_length(config, shape))
+    reserved = predictor_bytes(choices.predictor, choices.device, live, batch, chunk)
+    plan = make_plan(config, shape, choices.device.type, choices.strategy.name, choices.no_graph, predictor=reserved)
+    return Prepared(skeleton=skeleton, weights=weights, located=located, choices=choices, plan=plan)
+
+
+def choose(
+    config: EngineConfig, skeleton: Skeleton, shape: ModelShape, found: Artifact | None, forecast: Forecast | None
+) -> Choices:
+    """Choose device, strategy, predictor, and whether decode steps can be graphs; reads no file.
+
+    Args:
+        config: the wish.
+        skeleton: the model.
+        shape: the model's figures.
+        found: the predictor that was named or is the model's own, or None.
+        forecast: the caller's own, or None.
+
+    Raises:
+        ConfigError: if strategy, predictor and schedule exclude each other.
+        DeviceError: if the device is not visible.
+    """
+    strategy = find_strategy(config.strategy or (DEFAULT if found is None else PREDICTED_DEFAULT))
     if not strategy.predicted:
-        _refuse_unused(predictor, config, strategy)
-        predictor = None
-    if config.schedule == "group" and predictor is None:
+        _refuse_unused(found, config, strategy)
+        found = None
+    if config.schedule == "group" and found is None:
         raise ConfigError(
             "schedule='group' divides sequences by predicted route, and there is no predictor here",
             "Train one (`expertflow train-predictor`), or use schedule='auto' or 'fifo'.",
@@ -132,40 +190,36 @@ def prepare(
     device = resolve_device(config.device)
     no_graph = graph_refusal(
         skeleton,
+        shape.records,
         strategy,
         device.type,
         rows=config.max_batch,
         forecast=forecast,
-        predicted=predictor is not None,
+        predicted=found is not None,
     )
-    live, batch, chunk = predictor_load(config)
-    if shape.encoder_decoder:  # it reads a prompt in one pass
-        chunk = max(chunk, sequence_length(config, shape))
-    thinks = predictor_bytes(predictor, device, live, batch, chunk)
-    plan = make_plan(config, shape, device.type, strategy.name, no_graph, predictor=thinks)
-    return Prepared(skeleton=skeleton, plan=plan, weights=weights, located=located, predictor=predictor)
+    return Choices(device=device, strategy=strategy, predictor=found, no_graph=no_graph)
 
 
-def predictor_bytes(predictor: Artifact | None, device: torch.device, rows: int, batch: int, chunk: int) -> int:
-    """What a predictor takes on a device, with the kernels it gets there; 0 without one. See `OnlinePredictor.nbytes`."""
+def predictor_bytes(predictor: Artifact | None, device: torch.device, live: int, batch: int, chunk: int) -> int:
+    """Return the bytes a predictor takes on a device, with the kernels it gets there; 0 without one."""
     if predictor is None:
         return 0
     kernels = step_kernels(device)
     twin = kernels is not None and kernels(predictor) is not None
-    return OnlinePredictor.nbytes(predictor, rows, batch, chunk, twin=twin)
+    return OnlinePredictor.nbytes(predictor, live, batch, chunk, twin=twin)
 
 
 def predictor_load(config: EngineConfig) -> tuple[int, int, int]:
-    """Sequences the predictor remembers, how many it is told of at once, and the tokens of a pass."""
+    """Return how many sequences a predictor has state for, how many it updates at once, and the tokens of a pass."""
     live = config.max_live or config.max_batch
     return live, live, config.prefill_chunk
 
 
 def _choose_predictor(config: EngineConfig, folder: Path) -> Artifact | None:
-    """The predictor that was named, or the model's own: its folder `predictor`, or what ships with the shipped model.
+    """Load the predictor that was named, or the model's own: its folder `predictor`, or the one shipped with the package.
 
     Raises:
-        PredictorError: if it is damaged, or named and not there.
+        PredictorError: if it is damaged, or named and missing.
     """
     if config.predictor == "none":
         return None
@@ -176,10 +230,10 @@ def _choose_predictor(config: EngineConfig, folder: Path) -> Artifact | None:
 
 
 def _refuse_unused(predictor: Artifact | None, config: EngineConfig, strategy: Strategy) -> None:
-    """A strategy without predictions leaves the model's own predictor alone; one that was named is an error.
+    """Refuse a named predictor with a strategy that uses none; the model's own is not used then.
 
     Raises:
-        ConfigError: then.
+        ConfigError: if a predictor was named.
     """
     if predictor is not None and config.predictor != "auto":
         raise ConfigError(

@@ -1,16 +1,25 @@
 """One request while it runs: its tokens, its text so far, and when it is over.
 
 Text is decoded token by token, so it can be streamed: a token that ends inside a character, or text that may be the
-beginning of a stop text, is held back until it is decided. Knows no model and no batch.
+beginning of a stop text, is kept back until it is decided. Must not know models and batches.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from expertflow.config import SamplingParams
-from expertflow.engine.text import Decoder, TextStream
 from expertflow.errors import NonFiniteError
 from expertflow.execution.sampler import NO_TOKEN, make_generator
+
+_UNFINISHED = "\ufffd"
+_CONTEXT = 6
+"""Prompt tokens that generated text is decoded behind: some tokenizers drop the space a text begins with."""
+_LONGEST_CHARACTER = 4
+"""Tokens of one character at most, where every byte of it is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +33,9 @@ class RequestOutput:
         token_ids: generated tokens, the ending one included.
         text: generated text without special tokens and without the stop text.
         finish_reason: `stop` or `length`.
-        first_token_seconds: from the request's coming to its first token, waiting included.
+        first_token_seconds: from the request's arrival to its first token, waiting included.
         token_seconds: mean time of a later token; 0 if there is none.
-        seed: of its random numbers, stated or drawn; None if it was greedy.
+        seed: seed of its random numbers, stated or drawn; None if it was greedy.
     """
 
     index: int
@@ -57,6 +66,83 @@ class StreamOutput:
     text: str
     output: RequestOutput | None = None
     error: NonFiniteError | None = None
+
+
+Channel = Callable[[StreamOutput], None]
+"""Where the outputs of a request go: called with each, in order, in the thread that steps, under the engine's lock."""
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """The part of a tokenizer that turns tokens into text."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of the tokens."""
+
+
+class TextStream:
+    """Makes text of tokens as they come: by the tokenizers library's own stream where the decoder is one of its.
+
+    Any other decoder is called twice a token. No piece ends inside a character; `flush` gives what an unfinished last one leaves.
+
+    Args:
+        decoder: makes text of tokens.
+        prompt_ids: tokens that the text continues; they are no part of it, but for a character they do not finish.
+        skip_special: leave special tokens out of the text.
+    """
+
+    def __init__(self, decoder: Decoder, prompt_ids: Sequence[int], *, skip_special: bool) -> None:
+        """Begin at the prompt's end, or at the character that it does not finish."""
+        self._decoder, self._skip = decoder, skip_special
+        self._library = decoder if isinstance(decoder, Tokenizer) else None
+        whole = self._whole(prompt_ids)
+        self._ids, self._read = list(prompt_ids[max(0, whole - _CONTEXT) :]), min(whole, _CONTEXT)
+        self._done = 0
+        if self._library is None:
+            return
+        self._stream = DecodeStream(ids=self._ids[: self._read], skip_special_tokens=skip_special)
+        for token in self._ids[self._read :]:
+            self._stream.step(self._library, token)
+
+    def _whole(self, prompt_ids: Sequence[int]) -> int:
+        """Tokens of the prompt up to its last finished character."""
+        end = len(prompt_ids)
+        for back in range(min(_LONGEST_CHARACTER, end)):
+            if not self._text(prompt_ids[max(0, end - back - _CONTEXT) : end - back]).endswith(_UNFINISHED):
+                return end - back
+        return end  # these bytes begin no character
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._decoder.decode(list(ids), skip_special_tokens=self._skip)
+
+    def push(self, token: int) -> str:
+        """Add a token.
+
+        Returns:
+            The text that is certain now and was not before; often empty inside a character.
+        """
+        self._ids.append(token)
+        if self._library is None:
+            return self._more(last=False)
+        piece = self._stream.step(self._library, token)
+        if piece is None:
+            return ""
+        self._done, self._read = self._read, len(self._ids)
+        return str(piece)
+
+    def flush(self) -> str:
+        """The text of tokens that finished no character; call once, behind the last token."""
+        return self._more(last=True)
+
+    def _more(self, *, last: bool) -> str:
+        """What the tokens that are not read yet add to those before them."""
+        if self._read == len(self._ids):
+            return ""
+        before, after = self._text(self._ids[self._done : self._read]), self._text(self._ids[self._done :])
+        if len(after) <= len(before) or (after.endswith(_UNFINISHED) and not last):
+            return ""
+        self._done, self._read = self._read, len(self._ids)
+        return after[len(before) :]
 
 
 @dataclass(kw_only=True)
@@ -105,12 +191,15 @@ class Request:
         return StreamOutput(index=self.index, token_id=NO_TOKEN, text="", error=error)
 
     def append(self, token: int, *, waited: float = 0.0, lasted: float = 0.0) -> StreamOutput:
-        """Take the next token; says what is new and whether this was the last.
+        """Add the next token.
 
         Args:
             token: the token.
-            waited: seconds from the request's coming to its first token.
-            lasted: seconds from its coming to this one.
+            waited: seconds from the request's arrival to its first token.
+            lasted: seconds from its arrival to this one.
+
+        Returns:
+            What is new; with the whole request, if this token ends it.
         """
         self.token_ids.append(token)
         self._decode(token)
@@ -126,7 +215,7 @@ class Request:
         return StreamOutput(index=self.index, token_id=token, text=fresh, output=self._output(waited, lasted))
 
     def _decode(self, token: int) -> None:
-        """Extend the text; a token that ends the request is left out where special tokens are kept."""
+        """Extend the text. Where special tokens are kept, the token that ends the request is left out."""
         if self._stream is None:
             return
         ended = token in self.ends

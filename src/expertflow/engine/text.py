@@ -1,84 +1,233 @@
-"""Text of a growing sequence of tokens, piece by piece.
+"""The text side of a model: its tokenizer, loaded once, and the requests that prompts become.
 
-The `tokenizers` library's own stream where the tokenizer is one of its, else two calls of `decode` a token. A piece never
-ends inside a character; what an unfinished last one leaves comes from `flush`. Must not know requests and stop texts.
+`ModelText` belongs to a checkpoint folder and needs no weights. `RequestFactory` adds what a loaded model decides: the
+longest sequence, the vocabulary, and the tokens that end a text. Must not know how requests run.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-_UNFINISHED = "\ufffd"
-_CONTEXT = 6
-"""Prompt tokens that generated text is decoded behind: some tokenizers drop the space a text begins with."""
-_LONGEST_CHARACTER = 4
-"""Tokens of one character at most, where every byte of it is one."""
+from expertflow.config import EngineConfig, SamplingParams
+from expertflow.engine.inputs import Prompt, PromptReader
+from expertflow.engine.plan import DEFAULT_CONTEXT, Plan
+from expertflow.engine.request import Decoder, Request
+from expertflow.errors import CheckpointError, ConfigError, PromptError
+from expertflow.models.files.checkpoint import context_of
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
+_MAKE_THEM = "Make them: SamplingParams(max_tokens=64)."
 
 
-@runtime_checkable
-class Decoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of the tokens."""
-
-
-class TextStream:
-    """Makes text of tokens as they come.
+class ModelText:
+    """The tokenizer of a checkpoint folder, and what is made of it. Several threads may use it at once.
 
     Args:
-        decoder: makes text of tokens.
-        prompt_ids: tokens that the text continues; they are no part of it, but for a character they do not finish.
-        skip_special: leave special tokens out of the text.
+        folder: the checkpoint.
+
+    Attributes:
+        folder: the checkpoint.
+        tokenizer: its tokenizer; None if the folder has none.
+        decoder: turns tokens into text, see `decoder_of`; None without a tokenizer.
+        reader: turns prompts into token ids.
+
+    Raises:
+        CheckpointError: if the tokenizer's files cannot be loaded.
     """
 
-    def __init__(self, decoder: Decoder, prompt_ids: Sequence[int], *, skip_special: bool) -> None:
-        """Begin at the prompt's end, or at the character that it does not finish."""
-        self._decoder, self._skip = decoder, skip_special
-        self._library = decoder if isinstance(decoder, Tokenizer) else None
-        whole = self._whole(prompt_ids)
-        self._ids, self._read = list(prompt_ids[max(0, whole - _CONTEXT) :]), min(whole, _CONTEXT)
-        self._done = 0
-        if self._library is None:
-            return
-        self._stream = DecodeStream(ids=self._ids[: self._read], skip_special_tokens=skip_special)
-        for token in self._ids[self._read :]:
-            self._stream.step(self._library, token)
+    def __init__(self, folder: Path) -> None:
+        """Load the tokenizer."""
+        self.folder = folder
+        self.tokenizer = load_tokenizer(folder)
+        self.decoder = decoder_of(self.tokenizer)
+        self.reader = PromptReader(self.tokenizer)
 
-    def _whole(self, prompt_ids: Sequence[int]) -> int:
-        """Tokens of the prompt up to its last finished character."""
-        end = len(prompt_ids)
-        for back in range(min(_LONGEST_CHARACTER, end)):
-            if not self._text(prompt_ids[max(0, end - back - _CONTEXT) : end - back]).endswith(_UNFINISHED):
-                return end - back
-        return end  # no beginning of a character: these bytes are none
+    def read(self, prompts: Sequence[Any]) -> list[Prompt]:
+        """Tokenise prompts.
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(list(ids), skip_special_tokens=self._skip)
+        Args:
+            prompts: each as `PromptReader.read` takes them.
 
-    def push(self, token: int) -> str:
-        """Take a token; the text that is certain now and was not before, often empty inside a character."""
-        self._ids.append(token)
-        if self._library is None:
-            return self._more(last=False)
-        piece = self._stream.step(self._library, token)
-        if piece is None:
-            return ""
-        self._done, self._read = self._read, len(self._ids)
-        return str(piece)
+        Raises:
+            PromptError: if one is empty or of another kind, or is text and there is no tokenizer.
+        """
+        return [self.reader.read(index, prompt) for index, prompt in enumerate(prompts)]
 
-    def flush(self) -> str:
-        """The text of tokens that finished no character; call once, behind the last token."""
-        return self._more(last=True)
+    def room_for(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, int]:
+        """The smallest engine options with which these prompts run at once; memory that is left over holds slots.
 
-    def _more(self, *, last: bool) -> str:
-        """What the tokens that are not read yet add to those before them."""
-        if self._read == len(self._ids):
-            return ""
-        before, after = self._text(self._ids[self._done : self._read]), self._text(self._ids[self._done :])
-        if len(after) <= len(before) or (after.endswith(_UNFINISHED) and not last):
-            return ""
-        self._done, self._read = self._read, len(self._ids)
-        return after[len(before) :]
+        Args:
+            prompts: at least one, from `read`.
+            params: how many tokens each generates.
+
+        Returns:
+            `max_batch` and `prefill_chunk`, at most their defaults, and `max_length`, at most the model's context.
+
+        Raises:
+            PromptError: if a prompt fills the model's context.
+            ConfigError: if a stop text cannot be found in the text, see `stop_tokens`.
+        """
+        stop_tokens(self.tokenizer, params)
+        batch = min(len(prompts), EngineConfig.max_batch)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        longest, most = max(lengths), context_of(self.folder)
+        if most is not None and longest >= most:
+            raise PromptError(
+                f"prompt {lengths.index(longest)} has {longest} tokens; with one to generate, {most} fit", "Shorten it."
+            )
+        wanted = longest + (params.max_tokens or DEFAULT_CONTEXT)
+        length = max(2, wanted if most is None else min(wanted, most))
+        chunk = min(EngineConfig.prefill_chunk, max(1, longest * batch))
+        return {"max_batch": batch, "max_length": length, "prefill_chunk": chunk}
+
+
+class RequestFactory:
+    """Makes requests of prompts, for one loaded model. Several threads may use it at once.
+
+    Args:
+        text: of the model's folder.
+        plan: of the model: longest sequence, vocabulary, kind.
+        ends: token ids that end a text, see `end_tokens`.
+    """
+
+    def __init__(self, text: ModelText, plan: Plan, ends: tuple[int, ...]) -> None:
+        """Keep what every request of this model shares."""
+        self.text = text
+        self._max_length, self._ends = plan.max_length, ends
+        self._vocabulary, self._encoder_decoder = plan.shape.vocabulary, plan.shape.encoder_decoder
+
+    def request(self, prompt: Any, params: SamplingParams | None = None, index: int = 0) -> Request:
+        """One request.
+
+        Args:
+            prompt: text, token ids, chat messages, a `Prompt`, or a mapping with one of these, see `engine.inputs`.
+            params: how to sample and stop; None: the defaults of `SamplingParams`.
+            index: place of the prompt in its call, for outputs and messages.
+
+        Raises:
+            PromptError: if the prompt is empty, too long, or of another kind.
+            ConfigError: if `params` is no `SamplingParams`, or a stop text cannot be found in the text, see `stop_tokens`.
+        """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"params={params!r} is no SamplingParams", _MAKE_THEM)
+        text, tokens = self.text.reader.read(index, prompt, self._vocabulary)
+        room = self._max_length if self._encoder_decoder else self._max_length - len(tokens)
+        if len(tokens) > self._max_length or room < 1:
+            raise PromptError(
+                f"prompt {index} has {len(tokens)} tokens; with one to generate, {self._max_length} fit",
+                "Shorten it, or raise max_length (at most the model's context).",
+            )
+        stops = stop_tokens(self.text.tokenizer, params)
+        return Request(
+            index=index,
+            prompt=text,
+            prompt_token_ids=tokens,
+            params=params,
+            ends={*params.stop_token_ids, *stops, *(() if params.ignore_eos else self._ends)},
+            limit=room if params.max_tokens is None else min(params.max_tokens, room),
+            decoder=self.text.decoder,
+            continues=not self._encoder_decoder,
+        )
+
+    def requests(
+        self, prompts: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Request]:
+        """A request for each prompt; see `request`.
+
+        Args:
+            prompts: at least one.
+            params: for all, or one for each prompt.
+
+        Raises:
+            PromptError: if there is no prompt, a prompt is bad, or the numbers of prompts and parameters differ.
+            ConfigError: if `params` holds anything but `SamplingParams`.
+        """
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+            raise ConfigError(f"params={params!r} is no SamplingParams", _MAKE_THEM)
+        if len(params) != len(prompts):
+            raise PromptError(
+                f"{len(params)} sampling parameters for {len(prompts)} prompts", "Give one a prompt, or one for all."
+            )
+        if not prompts:
+            raise PromptError("there is no prompt", "Give at least one.")
+        return [self.request(prompt, one, i) for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer, or None if it has none.
+
+    Raises:
+        CheckpointError: if its files cannot be loaded.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # settings of a wrong type show at the first use, which may also change the tokenizer: later ones only read it
+        tokenizer.decode(tokenizer("a")["input_ids"])
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be loaded: {error}", "Fetch it again; code of its own is never run."
+        ) from error
+    return tokenizer
+
+
+def decoder_of(tokenizer: PreTrainedTokenizerBase | None) -> Decoder | None:
+    """What turns a tokenizer's tokens into text: the tokenizers library where it gives the same text, in a tenth of the time.
+
+    Two calls a token through transformers take longer than everything else that the host does for a step of many sequences.
+    """
+    if tokenizer is None:
+        return None
+    fast, own = PreTrainedTokenizerFast, type(tokenizer)
+    if getattr(own, "_decode", None) is not fast._decode or own.decode is not fast.decode:  # noqa: SLF001 - there is no public way to ask
+        return tokenizer
+    library = tokenizer.backend_tokenizer
+    cleans = tokenizer.clean_up_tokenization_spaces and (
+        type(library.model).__name__ != "BPE"  # there transformers cleans up only with the setting below
+        or getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+    )
+    decoder: Decoder = tokenizer if cleans else library
+    return decoder
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParams) -> set[int]:
+    """Ids of the stop texts that are special tokens, which never show in a text without them.
+
+    Raises:
+        ConfigError: if a stop text has a special token in it beside other text, and the text is without these.
+    """
+    if tokenizer is None or not params.stop or not params.skip_special_tokens:
+        return set()
+    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for stop in params.stop:
+        inside = next((token for token in special if token in stop), None)
+        if stop not in special and inside is not None:
+            raise ConfigError(
+                f"stop={stop!r} contains the special token {inside!r}, which is left out of the text",
+                f"Stop at {inside!r} alone, or keep special tokens in the text (skip_special_tokens=False).",
+            )
+    return {special[stop] for stop in params.stop if stop in special}
+
+
+def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """Token ids that end a text, as the model's generation config says, else its config."""
+    generation = getattr(model, "generation_config", None)
+    ends = getattr(generation, "eos_token_id", None)
+    if ends is None:
+        ends = model.config.get_text_config(decoder=True).eos_token_id
+    if ends is None:
+        return ()
+    return tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)

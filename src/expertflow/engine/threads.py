@@ -1,8 +1,8 @@
 """How many threads torch computes with: no more than the process has processors, and one for small experts.
 
-A number that somebody chose is kept: `OMP_NUM_THREADS`, `MKL_NUM_THREADS`, or an earlier `torch.set_num_threads`. Torch
-does not say whether it was called, so a number that torch would have chosen by itself counts as not chosen.
-Knows torch's number of threads; refuses to know models.
+A number that was chosen is kept: `OMP_NUM_THREADS`, `MKL_NUM_THREADS`, or an earlier `torch.set_num_threads`. Torch does
+not show whether that was called, so a number that torch would have chosen by itself counts as not chosen.
+Must not know models.
 """
 
 import os
@@ -19,7 +19,7 @@ tokens (measured on two processors, torch 2.13, `OMP_WAIT_POLICY=passive`)."""
 
 
 class Threads:
-    """Threads of a model's steps. Lowers torch's own number to the processors there are, at once and for the process.
+    """Threads of a model's steps. Lowers torch's own number to the processors there are, for the whole process.
 
     Args:
         expert_bytes: one expert.

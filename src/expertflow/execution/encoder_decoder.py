@@ -3,11 +3,11 @@
 The same rows as a decoder-only model's (`execution.kv_rows`), twice: a sequence's first pass reads its whole prompt through the encoder
 and leaves what the decoder attends to in its row; from then on it steps in any company, eagerly or captured. Positions are each
 row's own, which the T5 relative position bias of transformers does not provide for: here it is computed row by row.
-Knows rows and columns; refuses to know requests, experts and graphs.
+Must not know requests, experts and graphs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from transformers import EncoderDecoderCache, PreTrainedModel
 
 from expertflow.execution.kv_rows import ForwardInput, RowCache, RowLayer, step_masks
 from expertflow.models.attention import cache_argument
+from expertflow.models.context import ForwardContext
 from expertflow.models.skeleton import Skeleton
 
 
@@ -43,8 +44,9 @@ class ReadLayer(RowLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         width = key_states.shape[2]
-        self._keys[self._span.rows, :, :width] = key_states
-        self._values[self._span.rows, :, :width] = value_states
+        rows = self._context.now.rows
+        self._keys[rows, :, :width] = key_states
+        self._values[rows, :, :width] = value_states
         return key_states, value_states
 
     def clear(self, row: int, columns: int) -> None:
@@ -53,9 +55,14 @@ class ReadLayer(RowLayer):
             self._keys[row, :, :columns].zero_()
             self._values[row, :, :columns].zero_()
 
+    def get_seq_length(self) -> int:
+        """Columns a pass looks at: the longest prompt's."""
+        return self._context.now.reach
+
     def _seen(self, kept: Tensor) -> Tensor:
-        columns = kept[:, :, : self._span.end]
-        return columns if self._span.whole else columns[self._span.rows]
+        now = self._context.now
+        columns = kept[:, :, : now.reach]
+        return columns if now.all_rows else columns[now.rows]
 
     @property
     def keys(self) -> Tensor:
@@ -80,10 +87,11 @@ class EncoderDecoderRows:
     """An encoder-decoder model's forward over rows.
 
     Args:
-        model: loaded model of a family with a row in `models.families`.
+        model: loaded model of a family with an entry in `models.families`.
         skeleton: of it.
         rows: sequences that may live at once.
         length: tokens of a prompt, and of an answer, at most.
+        context: what the model's passes carry.
 
     Attributes:
         nowhere: the column that padding writes to.
@@ -91,19 +99,32 @@ class EncoderDecoderRows:
         cache: the decoder's own keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel, skeleton: Skeleton, rows: int, length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, skeleton: Skeleton, rows: int, length: int, context: ForwardContext
+    ) -> None:
         """Empty rows."""
-        self.model, self.skeleton, self.rows, self.nowhere = model, skeleton, rows, length
+        self._model, self.skeleton, self.rows, self.nowhere = weakref.ref(model), skeleton, rows, length
+        self.context = context
         layers = int(model.config.num_decoder_layers)
         self._argument = cache_argument(model)
         self.windows: list[int | None] = [None] * layers
-        self.cache, self._read = RowCache(layers, rows, length), RowCache(layers, rows, length, kind=ReadLayer)
+        self.cache = RowCache(layers, rows, length, context)
+        self._read = RowCache(layers, rows, length, context, kind=ReadLayer)
         self._both = EncoderDecoderCache(self.cache, self._read)
         self._lengths = [1] * rows
         self._lasts = torch.zeros(rows, dtype=torch.long, device=model.device)
         self._dtype = getattr(torch, skeleton.dtype)
-        self._biased = [m for m in model.get_decoder().modules() if getattr(m, "has_relative_attention_bias", False)]
+        for module in model.get_decoder().modules():
+            if getattr(module, "has_relative_attention_bias", False):
+                module.compute_bias = _row_bias(module, context)
         self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The loaded model; not kept alive, because its passes refer to what refers to these rows."""
+        model = self._model()
+        assert model is not None, "the rows of a model that is gone"
+        return model
 
     def clear(self, row: int) -> None:
         """Let nothing of a row's former owner through, neither of what it wrote nor of what it had read."""
@@ -118,10 +139,6 @@ class EncoderDecoderRows:
     def reach(self, rows: Sequence[int]) -> int:
         """Tokens of the longest prompt that was read into these rows."""
         return max(self._lengths[row] for row in rows)
-
-    def lasts(self, rows: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-        """Position of the last token that the encoder has read into each of these rows."""
-        return self._lasts[rows]
 
     def encode(self, prompts: Int[Tensor, "B W"], mask: Int[Tensor, "B W"]) -> Float[Tensor, "B W H"]:
         """Run the encoder over whole prompts, padded on the right; the mask is 1 for a token, 0 for padding."""
@@ -151,32 +168,28 @@ class EncoderDecoderRows:
         first = torch.zeros_like(tokens)
         return self._run(self.model, ForwardInput(tokens, where, first, first, 1, encoded.shape[1]), encoded)
 
-    def forward(self, run: Callable[..., Any], given: ForwardInput, *, whole: bool = False) -> Float[Tensor, "B V"]:
+    def forward(self, run: Callable[..., Any], given: ForwardInput) -> Float[Tensor, "B V"]:
         """Run a step of the decoder; logits of each row's last token.
 
         Args:
             run: the model, or its bare forward.
             given: what is fed in.
-            whole: attention finds its rows itself, and goes by positions instead of masks.
         """
-        return self._run(run, given, None, whole=whole)
+        return self._run(run, given, None)
 
-    def _run(
-        self, run: Callable[..., Any], given: ForwardInput, encoded: Tensor | None, *, whole: bool = False
-    ) -> Tensor:
+    def _run(self, run: Callable[..., Any], given: ForwardInput, encoded: Tensor | None) -> Tensor:
         tokens, rows, positions, columns, end, reach = given
-        own, read = self.cache.span, self._read.span
-        own.rows, own.columns, own.end, own.whole = rows, columns, end, whole
-        read.rows, read.end, read.whole = rows, reach, whole
         self._both.is_updated = dict.fromkeys(range(len(self.windows)), encoded is None)
-        if whole:
+        lasts = self._lasts[rows]
+        if self.context.now.all_rows:
             mask = read_mask = self._unread
             distances = -torch.arange(self.nowhere, device=tokens.device)[None, None]
         else:
             mask = step_masks(positions, end, (None,), self._dtype)[0]
-            read_mask = step_masks(self.lasts(rows)[:, None], reach, (None,), self._dtype)[0]
+            read_mask = step_masks(lasts[:, None], reach, (None,), self._dtype)[0]
             distances = torch.arange(end, device=tokens.device) - positions[:, :, None]
-        with self._bias(distances):
+        where = {"rows": rows, "positions": positions, "columns": columns, "end": end, "reach": reach}
+        with self.context.carry(**where, lasts=lasts, distances=distances):
             out: Any = run(
                 encoder_outputs=Encoded(self._unread[0] if encoded is None else encoded),
                 attention_mask=read_mask,
@@ -188,24 +201,21 @@ class EncoderDecoderRows:
         last: Tensor = out.logits[:, -1]
         return last
 
-    @contextmanager
-    def _bias(self, relative: Int[Tensor, "B C N"]) -> Iterator[None]:
-        """Inside, position biases are `[B, heads, C, N]`: of columns so far from each row's own position."""
-        for module in self._biased:
-            module.compute_bias = _row_bias(module, relative)
-        try:
-            yield
-        finally:
-            for module in self._biased:
-                del module.compute_bias
 
+def _row_bias(module: Any, context: ForwardContext) -> Callable[..., Tensor]:
+    """In place of `compute_bias` of T5's attention, whose query position is one for all rows: `[B, heads, C, N]`.
 
-def _row_bias(module: Any, relative: Tensor) -> Callable[..., Tensor]:
-    """In place of `compute_bias` of T5's attention, whose query position is one for all rows."""
+    It must not keep the module alive, which keeps it.
+    """
+    own: Callable[..., Tensor] = type(module).compute_bias
+    attention = weakref.ref(module)
 
-    def compute_bias(*_: Any, **__: Any) -> Tensor:
+    def compute_bias(*args: Any, **kwargs: Any) -> Tensor:
+        module: Any = attention()
+        if context.now.distances is None:
+            return own(module, *args, **kwargs)
         bucket = module._relative_position_bucket(  # noqa: SLF001 - the family's own rule
-            relative,
+            context.now.distances,
             bidirectional=False,
             num_buckets=module.relative_attention_num_buckets,
             max_distance=module.relative_attention_max_distance,

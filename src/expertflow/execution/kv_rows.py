@@ -2,10 +2,11 @@
 
 One cache for the whole life of a model: `[rows, heads, length + 1, width]` a layer, whatever kind of attention the layer
 has; a sliding window is the mask's business. A pass names the rows it works on, in any order: regrouping sequences is
-another list of rows (the paper's Merge and Reindex, section 3.3, without the copies). The last column is nobody's: what
-padding writes goes there. Knows rows and columns; refuses to know requests, experts and graphs.
+another list of rows (the paper's Merge and Reindex, section 3.3, without the copies). The last column is of no token: what
+padding writes goes there. Must not know requests, experts and graphs.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from expertflow.models.attention import attention_windows, cache_argument, layer_kinds
+from expertflow.models.context import ForwardContext
 from expertflow.models.skeleton import Skeleton
 
 
 class DecodeInput(NamedTuple):
-    """A token that a sequence is fed: whose, which, the row of its keys and values, and its position."""
+    """A token that a sequence is fed: the sequence, the token, the KV row, and the token's position."""
 
     sequence: int
     token: int
@@ -48,32 +50,15 @@ class ForwardInput(NamedTuple):
     reach: int = 0
 
 
-class KvWindow:
-    """Which part of the cache a forward pass works on; all layers share one.
-
-    Attributes:
-        rows: int64 `[B]`.
-        columns: int64 `[B, C]`, where each token goes.
-        end: columns that are looked at.
-        whole: attention finds its rows itself: it is given all of them.
-    """
-
-    def __init__(self) -> None:
-        """Nothing in use."""
-        self.rows = self.columns = torch.zeros(0, dtype=torch.long)
-        self.end = 0
-        self.whole = False
-
-
 class RowLayer(CacheLayerMixin):
-    """One attention layer's rows."""
+    """One attention layer's rows. Which of them a pass works on is in the pass's context."""
 
     is_sliding = False
 
-    def __init__(self, rows: int, length: int, span: KvWindow) -> None:
+    def __init__(self, rows: int, length: int, context: ForwardContext) -> None:
         """Room for `rows` sequences of `length` tokens, taken when the first keys come."""
         super().__init__()
-        self._rows, self._length, self._span = rows, length, span
+        self._rows, self._length, self._context = rows, length, context
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate; zeros, because what is masked must still be finite."""
@@ -86,12 +71,12 @@ class RowLayer(CacheLayerMixin):
         """Write a pass's keys and values, `[B, heads, C, width]`; what attention looks at comes back."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        span = self._span
-        where = span.rows[:, None], slice(None), span.columns
+        now = self._context.now
+        where = now.rows[:, None], slice(None), now.columns
         self.keys[where] = key_states.transpose(1, 2)
         self.values[where] = value_states.transpose(1, 2)
-        keys, values = self.keys[:, :, : span.end], self.values[:, :, : span.end]
-        return (keys, values) if span.whole else (keys[span.rows], values[span.rows])
+        keys, values = self.keys[:, :, : now.end], self.values[:, :, : now.end]
+        return (keys, values) if now.all_rows else (keys[now.rows], values[now.rows])
 
     def clear(self, row: int, columns: int) -> None:
         """Zero the first columns of a row."""
@@ -101,11 +86,11 @@ class RowLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
         """Columns a pass looks at, and where they begin."""
-        return self._span.end, 0
+        return self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
         """Columns a pass looks at: every sequence has a length of its own."""
-        return self._span.end
+        return self._context.now.end
 
     def get_max_length(self) -> int:
         """Columns there are."""
@@ -115,11 +100,12 @@ class RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """All layers' rows, and how many columns of each were written."""
 
-    def __init__(self, layers: int, rows: int, length: int, kind: type[RowLayer] = RowLayer) -> None:
+    def __init__(
+        self, layers: int, rows: int, length: int, context: ForwardContext, kind: type[RowLayer] = RowLayer
+    ) -> None:
         """Room for `rows` sequences of `length` tokens in `layers` attention layers."""
-        self.span = KvWindow()
         self._written = [0] * rows
-        super().__init__(layers=[kind(rows, length, self.span) for _ in range(layers)])
+        super().__init__(layers=[kind(rows, length, context) for _ in range(layers)])
 
     def note(self, row: int, columns: int) -> None:
         """A pass writes a row up to this many columns."""
@@ -136,22 +122,26 @@ class RowModel:
     """A decoder-only model's forward over rows of one cache.
 
     Args:
-        model: loaded model of a family with a row in `models.families`.
+        model: loaded model of a family with an entry in `models.families`.
         skeleton: of it.
         rows: sequences that may live at once.
         length: tokens of a sequence at most.
+        context: what the model's passes carry.
 
     Attributes:
         nowhere: the column that padding writes to.
         windows: each attention layer's sliding window, or None.
     """
 
-    def __init__(self, model: PreTrainedModel, skeleton: Skeleton, rows: int, length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, skeleton: Skeleton, rows: int, length: int, context: ForwardContext
+    ) -> None:
         """Find out what masks the model's layers are given."""
         config = skeleton.config.get_text_config(decoder=True)
         windows = attention_windows(skeleton.model, config)
         assert windows is not None, "a model in rows has masks that are windows"
-        self.model, self.skeleton, self.rows, self.nowhere = model, skeleton, rows, length
+        self._model, self.skeleton, self.rows, self.nowhere = weakref.ref(model), skeleton, rows, length
+        self.context = context
         self.windows: list[int | None] = list(windows)
         # a decoder whose layers differ takes a mask a kind of layer, by name
         self._kinds = (
@@ -160,7 +150,14 @@ class RowModel:
         self._argument = cache_argument(model)
         self._dtype = getattr(torch, skeleton.dtype)
         self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
-        self.cache = RowCache(len(windows), rows, length)
+        self.cache = RowCache(len(windows), rows, length, context)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The loaded model; not kept alive, because its passes refer to what refers to these rows."""
+        model = self._model()
+        assert model is not None, "the rows of a model that is gone"
+        return model
 
     def clear(self, row: int) -> None:
         """Let nothing of a row's former owner through."""
@@ -174,31 +171,27 @@ class RowModel:
         """Tokens an encoder has read: there is none."""
         return 0
 
-    def lasts(self, rows: Tensor) -> None:
-        """Where what an encoder has read ends: there is none."""
-
-    def forward(self, run: Callable[..., Any], given: ForwardInput, *, whole: bool = False) -> Float[Tensor, "B V"]:
+    def forward(self, run: Callable[..., Any], given: ForwardInput) -> Float[Tensor, "B V"]:
         """Run a pass; logits of each row's last token.
 
         Args:
             run: the model, or its bare forward.
             given: what is fed in.
-            whole: attention finds its rows itself, and goes by positions instead of masks.
         """
         tokens, rows, positions, columns, end, _ = given
-        span = self.cache.span
-        span.rows, span.columns, span.end, span.whole = rows, columns, end, whole
         windows = list(self._kinds.values())
-        masks = [self._unread] * len(windows) if whole else step_masks(positions, end, windows, self._dtype)
-        by_kind = dict(zip(self._kinds, masks, strict=True))
-        out: Any = run(
-            input_ids=tokens,
-            attention_mask=by_kind if len(by_kind) > 1 else masks[0],
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._argument: self.cache},
-        )
+        with self.context.carry(rows=rows, positions=positions, columns=columns, end=end):
+            unread = self.context.now.all_rows
+            masks = [self._unread] * len(windows) if unread else step_masks(positions, end, windows, self._dtype)
+            by_kind = dict(zip(self._kinds, masks, strict=True))
+            out: Any = run(
+                input_ids=tokens,
+                attention_mask=by_kind if len(by_kind) > 1 else masks[0],
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._argument: self.cache},
+            )
         last: Tensor = out.logits[:, -1]
         return last
 

@@ -1,7 +1,7 @@
-"""Who else sees the routing: observers of steps and layers, fed with NumPy arrays.
+"""Observers of passes and layers, which are given the routing as NumPy arrays.
 
-The seam between the running model and trace recorder or learning forecasts. With nobody watching a layer pays one
-comparison; with somebody, the routing that the layer has on the host anyway is shown.
+The seam between the running model and trace recorder or learning forecasts. Without an observer a layer pays one
+comparison; with one, it shows the routing that it has on the host anyway. Must not know who observes.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from expertflow.models.experts import Observer
+from expertflow.models.context import Observer
 
 Weights = Callable[[], npt.NDArray[np.float32]]
 
@@ -23,7 +23,7 @@ class StepObserver(Protocol):
         """A forward pass starts; `[T]` ids fed in, row by row of the batch."""
 
     def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: Weights) -> None:
-        """A layer's routing, both `[T, K]`; to ask for the weights costs a copy."""
+        """A layer's routing, both `[T, K]`; calling `weights` costs a copy."""
 
 
 def step_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> npt.NDArray[np.int32] | None:
@@ -36,8 +36,8 @@ def step_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> npt.NDArray[np.i
     return flat
 
 
-def tell_all(observers: Sequence[StepObserver]) -> Observer:
-    """One function for the experts hook that tells every observer."""
+def observe_all(observers: Sequence[StepObserver]) -> Observer:
+    """One function for the experts hook that calls every observer."""
 
     def observe(layer: int, index: Tensor, weights: Tensor) -> None:
         routes = index.numpy()

@@ -1,10 +1,12 @@
 """Passes of an offloaded model: each begins a step of the expert cache, and two never run at once.
 
-Wraps the `forward` of the modules whose call is a pass. Knows autograd and the compiler; refuses to know the cache.
+Wraps the `forward` of the modules whose call is a pass. Knows autograd and the compiler; must not know the cache.
 """
 
+import inspect
+import weakref
 from collections.abc import Callable
-from functools import wraps
+from functools import update_wrapper
 from threading import RLock
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from expertflow.errors import UnsupportedModelError
+from expertflow.memory.devices import entered
 
 Begin = Callable[[tuple[Any, ...], dict[str, Any]], None]
 """Begins a step of the expert cache; gets the arguments of the pass."""
@@ -22,17 +25,21 @@ class Passes:
 
     Args:
         begin: called before a pass computes anything. If it raises, the pass does not run.
+        end: called when the outermost pass is over, or has failed.
 
     Attributes:
         frozen: no gradient is wanted of the model: a backward pass stops at what it returns.
+        device: made the current one during a pass.
     """
 
-    def __init__(self, begin: Begin) -> None:
+    def __init__(self, begin: Begin, end: Callable[[], None]) -> None:
         """No pass is running."""
         self._begin = torch.compiler.disable(begin, reason="the host begins a step of the expert cache")
+        self._end = torch.compiler.disable(end, reason="the host ends a step of the expert cache")
         self.lock = RLock()
         self.frozen = False
         self._inside = False
+        self.device = torch.device("cpu")
 
     def guard(self, module: nn.Module, *, begins: bool = False) -> None:
         """Make every call of a module a pass; `stock_forward` has what it did before.
@@ -41,11 +48,11 @@ class Passes:
             module: a module that calls experts: the model, its decoder, its encoder.
             begins: whether the call begins a step inside another pass too, as an encoder's does.
         """
-        own = module.forward
+        own = _unbound_forward(module)
 
         @torch.compiler.disable(recursive=False, reason="passes run one at a time")
         def locked(*args: Any, **kwargs: Any) -> Any:
-            with self.lock:
+            with self.lock, entered(self.device):
                 inside = self._inside
                 try:
                     self._inside = True
@@ -54,16 +61,32 @@ class Passes:
                     out = own(*args, **kwargs)
                 finally:
                     self._inside = inside
+                    if not inside:
+                        self._end()
             return out if inside or self.frozen or not torch.is_grad_enabled() else without_backward(out)
 
-        @wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_dynamo_compiling():  # in there torch 2.11 takes every compilation for an export
                 refuse_tracing()
             return locked(*args, **kwargs)
 
+        update_wrapper(forward, module.forward)
+        forward.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]
+        del forward.__wrapped__  # type: ignore[attr-defined]  # it keeps the module
         forward.stock = own  # type: ignore[attr-defined]  # for `stock_forward`
         module.forward = forward
+
+
+def _unbound_forward(module: nn.Module) -> Callable[..., Any]:
+    """A module's forward, which does not keep the module alive if it is the one of its class."""
+    if "forward" in vars(module):
+        return module.forward
+    kind, held = type(module).forward, weakref.ref(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return kind(held(), *args, **kwargs)
+
+    return forward
 
 
 def stock_forward(module: nn.Module) -> Callable[..., Any]:

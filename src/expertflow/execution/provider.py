@@ -1,6 +1,7 @@
-"""The expert provider: what the controller decides, carried out by the transfer, handed to the model.
+"""The expert provider of host passes: carries out what the controller decides, and lends the model each expert's tensors.
 
 Starts every copy as early as its slot allows, so copies of later experts run while earlier ones compute.
+Must not know the model.
 """
 
 from collections import deque
@@ -21,7 +22,7 @@ class CachedExperts:
     """Experts through the slot cache."""
 
     def __init__(self, controller: CacheController, transfer: Transfer, pool: SlotPool) -> None:
-        """Drive `transfer` as `controller` says, and lend out `pool`'s tensors."""
+        """Drive `transfer` as `controller` decides, and lend the tensors of `pool`."""
         self.controller = controller
         self._transfer, self._pool = transfer, pool
 
@@ -53,7 +54,7 @@ class CachedExperts:
                 ready.popleft()  # from here on it counts as lent
                 done += 1
                 try:
-                    yield access.expert, self._pool.views[access.slot]
+                    yield access.expert, self._pool.weights(access.slot, layer)
                 finally:
                     transfer.release(access.slot)
         finally:
@@ -68,7 +69,7 @@ class CachedExperts:
     def _turns(self, layer: int, experts: list[int]) -> Generator[Access, None, None]:
         """The controller's, whose tables cannot be trusted if it fails half-way."""
         with self._or_forget():
-            yield from self.controller.turns(layer, experts)
+            yield from self.controller.accesses(layer, experts)
 
     @contextmanager
     def _or_forget(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from expertflow.errors import ConfigError
-from expertflow.execution.kv_rows import KvWindow
+from expertflow.models.context import ForwardContext
 from expertflow.models.shape import KvLayer, ModelShape
 from expertflow.trace.format import Trace
 
@@ -161,15 +161,17 @@ class RouteTable:
 
     Args:
         shape: the model's figures.
-        window: the part of the KV rows that a pass works on.
+        context: what the model's passes carry, KV rows and columns among it.
         rows: KV rows.
         length: tokens of a sequence at most.
         device: of the model.
     """
 
-    def __init__(self, shape: ModelShape, window: KvWindow, rows: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: ModelShape, context: ForwardContext, rows: int, length: int, device: torch.device
+    ) -> None:
         """Allocate `[L, rows, length + 1, K]`; the last column is where padding looks."""
-        self._window = window
+        self._context = context
         size = shape.layers, rows, length + 1, shape.top_k
         self._routes = torch.zeros(size, dtype=_dtype(shape), device=device)
 
@@ -181,6 +183,6 @@ class RouteTable:
 
     def choose(self, layer: int, index: Int[Tensor, "T K"]) -> Int[Tensor, "T K"]:
         """The recorded experts of the running pass's tokens, in place of the router's `index`."""
-        window = self._window
-        found = self._routes[layer][window.rows[:, None], window.columns]
+        now = self._context.now
+        found = self._routes[layer][now.rows[:, None], now.columns]
         return found.reshape(index.shape).to(index.dtype)

@@ -1,18 +1,20 @@
 """Rotary tables a sequence, for the scalings that choose one table by the longest position of a pass.
 
 With `longrope` and `dynamic` scaling transformers takes the table of the longest sequence for all that step together, so a
-token would depend on who steps beside it. Here every sequence gets the table it gets alone. While its prompt is read that is
+token would depend on what steps beside it. Here every sequence gets the table it gets alone. While its prompt is read that is
 the whole prompt's, also in a pass over a part of it; then that of its own length. Must not know KV rows and experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from expertflow.models.context import ForwardContext
 
 SCALINGS = ("dynamic", "longrope")
 """Scalings whose table depends on the length."""
@@ -25,27 +27,27 @@ def by_length(module: nn.Module) -> bool:
     return any(isinstance(one, str) and any(scaling in one for scaling in SCALINGS) for one in kinds)
 
 
-class SequenceRope:
-    """Makes a model's rotary embeddings compute every sequence's angles by its own length.
+def use_own_lengths(model: nn.Module, context: ForwardContext) -> None:
+    """Make a model's rotary embeddings compute sequence b's angles as in a pass of `lengths[b]` tokens on its own.
 
     Args:
-        model: loaded model; one whose tables do not depend on the length is left alone.
+        model: loaded model; a module whose table does not depend on the length is left alone.
+        context: what its passes carry; without `lengths` a module does what its class says.
     """
+    for module in model.modules():
+        if by_length(module):
+            module.forward = partial(_forward, weakref.ref(module), context)
 
-    def __init__(self, model: nn.Module) -> None:
-        """Find the modules."""
-        self._modules: list[Any] = [module for module in model.modules() if by_length(module)]
 
-    @contextmanager
-    def of(self, lengths: Sequence[int]) -> Iterator[None]:
-        """Inside, sequence b of a pass gets the angles of a pass of `lengths[b]` tokens on its own."""
-        for module in self._modules:
-            module.forward = partial(_angles, module, list(lengths))
-        try:
-            yield
-        finally:
-            for module in self._modules:
-                del module.forward
+def _forward(
+    module: weakref.ref[Any], context: ForwardContext, states: Tensor, position_ids: Tensor, *more: Any, **named: Any
+) -> Any:
+    """A rotary embedding's forward that looks at the context; it must not keep the module alive, which keeps it."""
+    own: Any = module()
+    lengths = context.now.lengths
+    if lengths is None:
+        return type(own).forward(own, states, position_ids, *more, **named)
+    return _angles(own, lengths, states, position_ids, *more, **named)
 
 
 def _angles(module: Any, lengths: Sequence[int], states: Tensor, position_ids: Tensor, *more: Any, **named: Any) -> Any:

@@ -2,15 +2,14 @@
 
 Most models keep keys and values in rows (`execution.kv_rows`, `execution.encoder_decoder`), so sequences join, leave and step in any company, by the
 host execution or by graphs. Others run in cohorts: sequences that come together step together until the last one is over.
-Knows rows and positions; refuses to know text, sampling and who steps when.
+Must not know text, sampling and which sequences step when.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
@@ -20,15 +19,16 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from expertflow.execution.captured.graph import GraphDecoder
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
+from expertflow.execution.handover import Handover
 from expertflow.execution.kv_rows import DecodeInput, ForwardInput, RowModel
-from expertflow.execution.rope import SequenceRope
+from expertflow.execution.rope import use_own_lengths
 from expertflow.models.attention import cache_argument
+from expertflow.models.context import ForwardContext
 
 
 class PromptChunk(NamedTuple):
-    """Tokens of a prompt, from position `begin` on: whose, and the row of their keys and values.
+    """Tokens of a prompt, from position `begin` on: the sequence, the tokens, and its KV row.
 
     `rest` counts the prompt's tokens that later passes read.
     """
@@ -73,23 +73,16 @@ class RowExecutor:
 
     Args:
         rows: the model over its rows.
-        graphs: asked before each decode step; None: the host execution takes it.
-        queued: told when a pass over prompts is queued: what it showed can be learned while the device is still at it.
+        handover: runs the decode steps that the GPU decides, and learns when a pass over prompts is queued.
     """
 
     joins = padded_left = True
     whole = False
 
-    def __init__(
-        self,
-        rows: RowModel | EncoderDecoderRows,
-        graphs: Callable[[], GraphDecoder | None],
-        queued: Callable[[], None],
-    ) -> None:
-        """Nothing has run."""
-        self._rows, self._graphs, self._queued = rows, graphs, queued
-        self._bindings = [rows.model.get_submodule(path) for path in rows.skeleton.expert_modules]
-        self._rope = SequenceRope(rows.model)
+    def __init__(self, rows: RowModel | EncoderDecoderRows, handover: Handover) -> None:
+        """Create an executor with no sequences."""
+        self._rows, self._handover, self._context = rows, handover, rows.context
+        use_own_lengths(rows.model, rows.context)
         self._best: Tensor | None = None
 
     @torch.inference_mode()
@@ -111,41 +104,31 @@ class RowExecutor:
         rows = torch.tensor([piece.row for piece in pieces], device=device)
         self._best = None
         given = ForwardInput(ids.to(device), rows, positions.to(device), columns.to(device), end)
-        with self._padding(mask == 0), self._rope.of([piece.length for piece in pieces]):
+        padding, lengths = self._padding(mask == 0), [piece.length for piece in pieces]
+        with self._context.carry(padding=padding, lengths=lengths):
             logits = self._rows.forward(self._rows.model, given)
-        self._queued()
+        self._handover.pass_queued()
         return logits
 
-    @contextmanager
-    def _padding(self, padding: Tensor) -> Iterator[None]:
-        """Say which tokens of the pass are nobody's."""
-        marks = padding.reshape(-1).to(self._rows.model.device) if bool(padding.any()) else None
-        self._mark(marks)
-        try:
-            yield
-        finally:
-            self._mark(None)
-
-    def _mark(self, padding: Tensor | None) -> None:
-        for module in self._bindings:
-            module.expertflow.padding = padding
+    def _padding(self, padding: Bool[Tensor, "B C"]) -> Bool[Tensor, " T"] | None:
+        """The tokens of a pass that are of no sequence, on the device; None if there are none."""
+        return padding.reshape(-1).to(self._rows.model.device) if bool(padding.any()) else None
 
     @torch.inference_mode()
     def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence."""
         for one in fed:
             self._rows.cache.note(one.row, one.position + 1)
-        graphs = self._graphs()
-        if graphs is not None:
-            logits = graphs.step(fed)
-            self._best = graphs.best[: len(fed)]
-            return logits
+        decided = self._handover.step(fed)
+        if decided is not None:
+            self._best = decided.best[: len(fed)]
+            return decided.logits[: len(fed)]
         self._best = None
         device = self._rows.model.device
         _, tokens, rows, positions = torch.tensor(fed, device=device).unbind(1)
         end, at = max(one.position for one in fed) + 1, positions[:, None]
         reach = self._rows.reach([one.row for one in fed])
-        with self._rope.of([one.position + 1 for one in fed]):
+        with self._context.carry(lengths=[one.position + 1 for one in fed]):
             return self._rows.forward(self._rows.model, ForwardInput(tokens[:, None], rows, at, at, end, reach))
 
     def best(self) -> Int[Tensor, " B"] | None:
@@ -159,11 +142,9 @@ class EncoderDecoderExecutor(RowExecutor):
     padded_left = False
     whole = True
 
-    def __init__(
-        self, rows: EncoderDecoderRows, graphs: Callable[[], GraphDecoder | None], queued: Callable[[], None]
-    ) -> None:
-        """Nothing has run."""
-        super().__init__(rows, graphs, queued)
+    def __init__(self, rows: EncoderDecoderRows, handover: Handover) -> None:
+        """Create an executor with no sequences."""
+        super().__init__(rows, handover)
         self._encoder = rows
 
     @torch.inference_mode()
@@ -174,11 +155,11 @@ class EncoderDecoderExecutor(RowExecutor):
             self._encoder.clear(piece.row)
         ids, mask = _padded(prompts, model.device, left=False)
         self._best = None
-        with self._padding(mask == 0):
+        with self._context.carry(padding=self._padding(mask == 0)):
             encoded = self._encoder.encode(ids, mask)
-        self._queued()
+        self._handover.pass_queued()
         logits = self._encoder.start([piece.row for piece in pieces], encoded, list(map(len, prompts)))
-        self._queued()
+        self._handover.pass_queued()
         return logits
 
 
@@ -188,9 +169,10 @@ class CohortExecutor:
     joins = False
     whole = padded_left = True
 
-    def __init__(self, model: PreTrainedModel, chunk: int) -> None:
-        """Nothing has run; prompts are read `chunk` tokens a forward, over all sequences."""
-        self._model, self._chunk = model, chunk
+    def __init__(self, model: PreTrainedModel, chunk: int, context: ForwardContext) -> None:
+        """Create an executor with no sequences; prompts are read `chunk` tokens a forward, over all sequences."""
+        self._model, self._chunk, self._context = model, chunk, context
+        use_own_lengths(model, context)
         self._batch: DecoderBatch | None = None
         self._members: list[int] = []
 
@@ -198,7 +180,7 @@ class CohortExecutor:
         """Run whole prompts of a new cohort."""
         prompts = [piece.tokens for piece in pieces]
         self._members = [piece.sequence for piece in pieces]
-        self._batch = DecoderBatch(self._model, prompts, self._chunk)
+        self._batch = DecoderBatch(self._model, prompts, self._chunk, self._context)
         return self._batch.prefill()
 
     def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
@@ -252,15 +234,17 @@ def _unbounded(layer: Any) -> Any:
 class DecoderBatch:
     """Sequences of a decoder-only model with the model's own cache, prompts padded on the left."""
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], chunk: int, context: ForwardContext
+    ) -> None:
         """Pad the prompts and start an empty cache."""
-        self._model = model
+        self._model, self._context = model, context
         self._ids, self._mask = _padded(prompts, model.device, left=True)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._columns = max(1, chunk // len(prompts))
         self._cache = _cache_of(model)
         self._argument = cache_argument(model)
-        self._rope, self._lengths = SequenceRope(model), [len(prompt) for prompt in prompts]
+        self._lengths = [len(prompt) for prompt in prompts]
 
     @torch.inference_mode()
     def prefill(self) -> Float[Tensor, "B V"]:
@@ -289,7 +273,7 @@ class DecoderBatch:
         self._cache.batch_select_indices(index)
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        with self._rope.of(self._lengths):
+        with self._context.carry(lengths=self._lengths):
             out: Any = self._model(
                 input_ids=ids,
                 attention_mask=mask,

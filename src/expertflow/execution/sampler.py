@@ -43,8 +43,8 @@ def choose_all(
     """
     first = (most_probable(logits) if best is None else best).tolist()
     return [
-        token if token == NO_TOKEN or one.temperature == 0 else choose(logits[row], one, generators[row])
-        for row, (token, one) in enumerate(zip(first, params, strict=True))
+        token if token == NO_TOKEN or one.temperature == 0 else choose(logits[place], one, generators[place])
+        for place, (token, one) in enumerate(zip(first, params, strict=True))
     ]
 
 

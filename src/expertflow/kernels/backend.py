@@ -7,18 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertflow.formats.format import Format
 from expertflow.kernels import dense_reference, reference
 from expertflow.kernels.residency import reference as residency_reference
 from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
-    from expertflow.kernels import dense, experts, fetch
+    from expertflow.kernels import dense, experts, fetch, tiles
     from expertflow.kernels.residency import driver
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One set of kernels; see `kernels.reference` and `kernels.residency.reference` for what each does."""
+    """One set of kernels; see `kernels.reference` and `kernels.residency.reference` for what each does.
+
+    `reads` says whether its expert kernels read a format.
+    """
 
     expert_pairs: Callable[..., None]
     combine: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
@@ -27,6 +31,7 @@ class Backend:
     residency: Callable[..., Any]
     decode_attention: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
+    reads: Callable[[Format], bool]
 
 
 def backend(device: torch.device) -> Backend:
@@ -41,6 +46,7 @@ def backend(device: torch.device) -> Backend:
             driver.Residency,
             dense.decode_attention,
             dense.rms_norm,
+            tiles.has_loader,
         )
     return Backend(
         reference.expert_pairs,
@@ -50,4 +56,5 @@ def backend(device: torch.device) -> Backend:
         residency_reference.Residency,
         dense_reference.decode_attention,
         dense_reference.rms_norm,
+        reference.reads,
     )

@@ -5,10 +5,10 @@ its expert alone, to the bit: every expert's tokens go through the same tiles of
 wide however few there are, along H (then I) in steps of fixed size. Slots, residency, waves, the batch and who else
 uses the expert change which program computes a pair and in which column, and neither enters the arithmetic.
 
-Each distinct expert is read once: program (n, p) computes rows n of the expert of pair p for all pairs that share its
+Each distinct expert is read once: program (n, p) computes outputs n of the expert of pair p for all pairs that share its
 slot, if p is the first of them (or the 17th, ...); otherwise it ends at once. So nothing needs to be sorted first.
 On Hopper the down projection and the sum are put on the device before their predecessor has ended, and wait there.
-Knows rows by slot number; refuses to know layers and who decided.
+Must not know layers and who decides.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow.kernels.reference import DTYPES, MAX_PAIRS, ExpertMlp, Workspace
+from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Workspace
+from expertflow.kernels.tiles import tile_loader
 
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
@@ -65,14 +66,14 @@ def _members(same, ahead, padded: tl.constexpr):
 
 @triton.jit
 def _product(
-    x, weight, rows, members, n: tl.constexpr, k: tl.constexpr, per: tl.constexpr, transposed: tl.constexpr,
-    exact: tl.constexpr, block_k: tl.constexpr,
+    x, record, load: tl.constexpr, at: tl.constexpr, outs, members, n: tl.constexpr, k: tl.constexpr,
+    per: tl.constexpr, transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
-    """Rows `[R]` of a weight `[n, k]` times the inputs of the members: `[R, TILE]` in float32.
+    """Outputs `[R]` of a weight of `n` outputs and `k` inputs times the inputs of the members: `[R, TILE]` in float32.
 
-    The input of pair p is row `p // per` of `x`. `exact`: rows need no bounds check.
+    The input of pair p is `x[p // per]`. `load` is a tile loader, see `kernels.tiles`. `exact`: outputs need no bounds check.
     """
-    acc = tl.zeros([rows.shape[0], TILE], tl.float32)
+    acc = tl.zeros([outs.shape[0], TILE], tl.float32)
     inputs = x + (members // per)[:, None] * k
     for begin in range(0, k, block_k):
         cols = begin + tl.arange(0, block_k)
@@ -80,19 +81,7 @@ def _product(
             tokens = tl.load(inputs + cols[None, :], mask=members[:, None] >= 0, other=0.0)
         else:
             tokens = tl.load(inputs + cols[None, :], mask=(members[:, None] >= 0) & (cols[None, :] < k), other=0.0)
-        if transposed:
-            at = weight + cols[:, None] * n + rows[None, :]
-            if exact and k % block_k == 0:
-                tile = tl.load(at)
-            else:
-                tile = tl.load(at, mask=(cols[:, None] < k) & (rows[None, :] < n), other=0.0)
-            tile = tl.trans(tile)
-        else:
-            at = weight + rows[:, None] * k + cols[None, :]
-            if exact and k % block_k == 0:
-                tile = tl.load(at)
-            else:
-                tile = tl.load(at, mask=(rows[:, None] < n) & (cols[None, :] < k), other=0.0)
+        tile = load(record, at, outs, cols, n, k, transposed, exact and k % block_k == 0)
         if INTERPRETED:
             tile, tokens = tile.to(tl.float32), tokens.to(tl.float32)
         acc = tl.dot(tile, tl.trans(tokens), acc, input_precision="ieee")
@@ -117,7 +106,7 @@ def _activate(x, activation: tl.constexpr):
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _up_kernel(
     hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
-    row: tl.constexpr, up: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
+    size: tl.constexpr, load: tl.constexpr, at: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
     transposed: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
     block_n: tl.constexpr, block_k: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
@@ -129,20 +118,20 @@ def _up_kernel(
     if not leads:
         return
     members = _members(same, ahead, padded)
-    record = pool + tl.load(slots + first).to(tl.int64) * row
+    record = pool + tl.load(slots + first).to(tl.int64) * size
     begin = tl.program_id(0) * block_n
     n: tl.constexpr = 2 * i if gated else i
     exact: tl.constexpr = i % block_n == 0
     if interleaved:
-        rows = 2 * begin + tl.arange(0, 2 * block_n)
+        outs = 2 * begin + tl.arange(0, 2 * block_n)
     elif gated:
         both = tl.arange(0, 2 * block_n)
-        rows = begin + both % block_n + (both // block_n) * i
+        outs = begin + both % block_n + (both // block_n) * i
     else:
-        rows = begin + tl.arange(0, block_n)
-    out = _product(hidden, record + up, rows, members, n, h, top_k, transposed, exact, block_k)
+        outs = begin + tl.arange(0, block_n)
+    out = _product(hidden, record, load, at, outs, members, n, h, top_k, transposed, exact, block_k)
     if bias >= 0:
-        out += tl.load(record + bias + rows, mask=rows < n, other=0.0).to(tl.float32)[:, None]
+        out += tl.load(record + bias + outs, mask=outs < n, other=0.0).to(tl.float32)[:, None]
     if gated:
         if interleaved:
             out = tl.permute(tl.reshape(out, [block_n, 2, TILE]), (0, 2, 1))
@@ -163,8 +152,8 @@ def _up_kernel(
 
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _down_kernel(
-    inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, row: tl.constexpr,
-    down: tl.constexpr, bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, size: tl.constexpr,
+    load: tl.constexpr, at: tl.constexpr, bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
     early: tl.constexpr,
 ):  # fmt: skip
     """`parts[p] = down(inner[p])`, a block of outputs of one expert a program."""
@@ -176,13 +165,13 @@ def _down_kernel(
     if not leads:
         return
     members = _members(same, ahead, padded)
-    record = pool + tl.load(slots + first).to(tl.int64) * row
-    rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    out = _product(inner, record + down, rows, members, h, i, 1, transposed, h % block_n == 0, block_k)
+    record = pool + tl.load(slots + first).to(tl.int64) * size
+    outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    out = _product(inner, record, load, at, outs, members, h, i, 1, transposed, h % block_n == 0, block_k)
     if bias >= 0:
-        out += tl.load(record + bias + rows, mask=rows < h, other=0.0).to(tl.float32)[:, None]
-    target = parts + members[None, :] * h + rows[:, None]
-    tl.store(target, out, mask=(members[None, :] >= 0) & (rows[:, None] < h))
+        out += tl.load(record + bias + outs, mask=outs < h, other=0.0).to(tl.float32)[:, None]
+    target = parts + members[None, :] * h + outs[:, None]
+    tl.store(target, out, mask=(members[None, :] >= 0) & (outs[:, None] < h))
 
 
 @triton.jit(do_not_specialize=["experts"], do_not_specialize_on_alignment=["index", "weights"])
@@ -201,8 +190,8 @@ def _combine_kernel(
     place = tl.sum((before & (lane[None, :] < top_k)).to(tl.int32), axis=1)
     cols = tl.program_id(1) * block + tl.arange(0, block)
     total = tl.zeros([block], tl.float32)
-    for turn in tl.static_range(top_k):
-        here = (place == turn) & (lane < top_k)
+    for number in tl.static_range(top_k):
+        here = (place == number) & (lane < top_k)
         rank = tl.sum(tl.where(here, lane, 0))
         active = tl.sum((here & (mine >= 0) & (mine < experts)).to(tl.int32)) > 0
         part = tl.load(parts + (token * top_k + rank) * h + cols, mask=active & (cols < h), other=0.0)
@@ -226,7 +215,7 @@ def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, wo
     """
     assert hidden.is_contiguous()
     assert slots.is_contiguous()
-    assert hidden.dtype == DTYPES[mlp.dtype]
+    assert hidden.dtype == mlp.torch_dtype
     assert slots.numel() <= MAX_PAIRS
     up, down = tilings(mlp)
     launch_up(mlp, hidden, slots, pool, work, up)
@@ -235,12 +224,12 @@ def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, wo
 
 def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
     """The first half of `expert_pairs`, cut as given."""
-    size = DTYPES[mlp.dtype].itemsize
+    size = mlp.torch_dtype.itemsize
     pairs, top_k = slots.numel(), slots.shape[1]
     _up_kernel[(triton.cdiv(mlp.width, cut.block_n), pairs)](
-        hidden, slots, pool.view(DTYPES[mlp.dtype]), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
-        h=mlp.hidden, i=mlp.width, row=mlp.record_bytes // size, up=mlp.up // size,
-        bias=-1 if mlp.up_bias is None else mlp.up_bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
+        hidden, slots, pool.view(mlp.torch_dtype), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
+        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, load=tile_loader(mlp.up.spec.format), at=mlp.up.offsets,
+        bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
@@ -248,12 +237,12 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
 
 def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
     """The second half of `expert_pairs`, cut as given. Nothing may come between: it reads `slots` before it waits."""
-    size = DTYPES[mlp.dtype].itemsize
+    size = mlp.torch_dtype.itemsize
     pairs, early = slots.numel(), _early(pool)
     _down_kernel[(triton.cdiv(mlp.hidden, cut.block_n), pairs)](
-        work.inner, slots, pool.view(DTYPES[mlp.dtype]), work.parts, pairs, padded=_padded(pairs),
-        h=mlp.hidden, i=mlp.width, row=mlp.record_bytes // size, down=mlp.down // size,
-        bias=-1 if mlp.down_bias is None else mlp.down_bias // size, transposed=mlp.transposed,
+        work.inner, slots, pool.view(mlp.torch_dtype), work.parts, pairs, padded=_padded(pairs),
+        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, load=tile_loader(mlp.down.spec.format), at=mlp.down.offsets,
+        bias=-1 if mlp.down.bias is None else mlp.down.bias // size, transposed=mlp.transposed,
         block_n=cut.block_n, block_k=cut.block_k, early=early,
         num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,
     )  # fmt: skip

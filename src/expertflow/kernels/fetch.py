@@ -1,8 +1,8 @@
-"""Zero-copy fetch: a few programs read rows from page-locked host memory by address and write them into slots.
+"""Zero-copy fetch: a few programs read records from page-locked host memory by address and write them into slots.
 
-The copy needs no host decision: how many rows, which ones and where to are read on the device, from the step's
-`kernels.ledger`. Programs take blocks of rows from it, so several calls on several streams may carry one list.
-Twin of `kernels.reference.fetch_records`. Knows bytes; refuses to know experts, layers and what a slot held before.
+The host decides nothing: the device reads from the step's `kernels.ledger` how many records to copy, which ones and
+where to. Programs take blocks of records from it, so several calls on several streams may carry one list.
+Twin of `kernels.reference.fetch_records`. It knows bytes, but no experts, no layers and no former content of a slot.
 """
 
 import torch
@@ -13,41 +13,41 @@ from torch import Tensor
 from expertflow.kernels.ledger import BLOCK_BYTES, CARRIED, DONE, DST, PRIOR, SRC, TAKEN, Ledger
 
 WORD = torch.int64
-"""What one lane element is: a lane then moves 16 bytes as two of them."""
+"""Element of a copy; a lane moves 16 bytes as two of them."""
 WARPS = 16
 _SRC, _DST, _TAKEN, _DONE, _PRIOR, _CARRIED = (tl.constexpr(place) for place in (SRC, DST, TAKEN, DONE, PRIOR, CARRIED))
 
 
 @triton.jit
 def _until(counter, enough):
-    """Wait until a counter has come so far; what was written before it was raised can be read then."""
+    """Wait until a counter reaches `enough`; writes made before it was raised are then visible."""
     seen = tl.atomic_add(counter, 0, sem="acquire")
     while seen < enough:
         seen = tl.atomic_add(counter, 0, sem="acquire")
 
 
-# parts of a list start anywhere; a kernel compiled anew for one of them might be compiled during a capture
+# parts of a list start at any address; specializing on them might compile a kernel anew during a capture
 @triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["todo", "bounds"])
 def _fetch_kernel(
-    host, pool, ledger, todo, bounds, entries, row: tl.constexpr, block: tl.constexpr, wait: tl.constexpr
+    host, pool, ledger, todo, bounds, entries, record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr
 ):  # fmt: skip
-    """Programs take blocks of `block` words from the entries in turn; a row is `row` words."""
+    """Take blocks of `block` words from the entries, one after the other; a record is `record` words."""
     begin = tl.load(bounds)
     end = tl.load(bounds + 1)
-    blocks: tl.constexpr = (row + block - 1) // block
+    blocks: tl.constexpr = (record + block - 1) // block
     place = begin
     while place < end:  # the interpreter has no `range` over values of the device
         entry = ledger + tl.load(todo + place)
         before = tl.load(entry + _PRIOR * entries)
-        if before >= 0:  # a load into the same slot was called off: what is under way of it comes first
+        if before >= 0:  # a load into the same slot was called off: wait for its blocks under way
             _until(ledger + _DONE * entries + before, tl.minimum(tl.load(ledger + _CARRIED * entries + before), blocks))
-        source = host + tl.load(entry + _SRC * entries).to(tl.int64) * row
-        target = pool + tl.load(entry + _DST * entries).to(tl.int64) * row
+        source = host + tl.load(entry + _SRC * entries).to(tl.int64) * record
+        target = pool + tl.load(entry + _DST * entries).to(tl.int64) * record
         part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
         while part < blocks:
             at = part * block + tl.arange(0, block)
-            words = tl.load(source + at, mask=at < row, cache_modifier=".cg")
-            tl.store(target + at, words, mask=at < row)
+            words = tl.load(source + at, mask=at < record, cache_modifier=".cg")
+            tl.store(target + at, words, mask=at < record)
             tl.debug_barrier()  # the whole program has written
             tl.atomic_add(entry + _DONE * entries, 1, sem="release")
             part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
@@ -61,14 +61,14 @@ def _fetch_kernel(
 
 
 def blocks_of(record_bytes: int) -> int:
-    """Blocks that `fetch_records` carries a row in."""
-    row = record_bytes // WORD.itemsize
-    return int(triton.cdiv(row, _block(row, BLOCK_BYTES)))
+    """Return the number of blocks in which `fetch_records` carries a record."""
+    record = record_bytes // WORD.itemsize
+    return int(triton.cdiv(record, _block(record, BLOCK_BYTES)))
 
 
-def _block(row: int, block_bytes: int) -> int:
-    """Words of a block of a row of `row` words."""
-    return min(block_bytes // WORD.itemsize, int(triton.next_power_of_2(row)))
+def _block(record: int, block_bytes: int) -> int:
+    """Return the words of a block of a record of `record` words."""
+    return min(block_bytes // WORD.itemsize, int(triton.next_power_of_2(record)))
 
 
 def fetch_records(
@@ -80,14 +80,14 @@ def fetch_records(
     call is carrying are left to it.
 
     Args:
-        host: uint8 `[rows, record_bytes]`, page-locked (allocated so or registered); `record_bytes` a multiple of 256.
+        host: uint8 `[records, record_bytes]`, page-locked (allocated so or registered); `record_bytes` a multiple of 256.
         pool: uint8 `[S, record_bytes]` on the device.
         ledger: the loads.
         todo: int32 `[N]`, entries of the ledger, in order of urgency.
         bounds: int32 `[2]` on the device: first place in `todo` and one past the last. A list of several phases with
             its offsets `[P + 1]` is walked with `bounds=offsets[phase : phase + 2]`.
         programs: how many programs share the copy.
-        wait: end only when all of these rows are there, whoever carries them.
+        wait: end only when all of these records have arrived, whichever call carries them.
     """
     launch_fetch(host, pool, (ledger, todo, bounds), programs, BLOCK_BYTES, WARPS, wait=wait)
 
@@ -102,11 +102,11 @@ def launch_fetch(
     *,
     wait: bool = True,
 ) -> None:
-    """`fetch_records` with every choice given; loads are ledger, todo and bounds."""
-    row = host.shape[1] // WORD.itemsize
-    block = _block(row, block_bytes)
+    """Run `fetch_records` with every choice given; `loads` are ledger, todo and bounds."""
+    record = host.shape[1] // WORD.itemsize
+    block = _block(record, block_bytes)
     ledger, todo, bounds = loads
     _fetch_kernel[(programs,)](
         host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, ledger.entries,
-        row=row, block=block, wait=wait, num_warps=warps,
+        record=record, block=block, wait=wait, num_warps=warps,
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""The loads of a step as one list: which row goes into which slot, how much of it somebody has taken on, how much is there.
+"""The loads of a step as one list: which record goes into which slot, how many blocks are taken, how many are done.
 
-Rows move in blocks. Whoever has nothing better to do takes a block of a load that still has some: the copy stream of the
-loads ahead, and the layer that needs the row now and will not wait for its place in that queue. A layer waits only for
-blocks that somebody is carrying, so nobody waits for a kernel that has not begun. A load whose expert was thrown out
-again is called off: no more of its blocks are taken, and the slot's next load waits for those under way.
+Records move in blocks. Any idle program takes the next free block of a load: one of the copy stream of loads ahead, or
+one of a layer that needs the record now. A layer waits only for blocks that a running program carries, so it never
+waits for a kernel that has not begun. A load whose expert was evicted again is called off: no more of its blocks are
+taken, and the slot's next load waits for the blocks under way.
 
-Entries are written by `kernels.residency` and `kernels.residency.lookahead`, carried out by `kernels.fetch`. Knows numbers only.
+`kernels.residency` writes the entries, `kernels.fetch` carries them out. Knows numbers only.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 SRC, DST, TAKEN, DONE, PRIOR, CARRIED = range(6)
-"""Rows of `Ledger.table`: flat expert, slot, blocks taken on, blocks there, the load called off for this one (or -1),
-and how many of that one's blocks had been taken on by then."""
+"""Fields of an entry, the first index of `Ledger.table`: flat expert, slot, blocks taken, blocks done, the load into the
+same slot that was called off before (or -1), and how many blocks of this load were taken when it was called off."""
 CALLED_OFF = 1 << 28
-"""Added to TAKEN: more than any row has blocks."""
+"""Added to TAKEN to call a load off; more than the blocks of any record."""
 BLOCK_BYTES = 32768
-"""Bytes of a block; what a program of `kernels.fetch` has in flight at a time."""
+"""Bytes of a block, which a program of `kernels.fetch` has in flight at a time."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Ledger:
 
     @classmethod
     def allocate(cls, entries: int, device: torch.device) -> Self:
-        """Room for that many loads."""
+        """Allocate room for `entries` loads."""
         return cls(
             torch.zeros(6, entries, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
@@ -45,7 +45,7 @@ class Ledger:
 
     @classmethod
     def of(cls, src: Tensor, dst: Tensor) -> Self:
-        """The given loads, none of them begun: rows `[N]` and their slots `[N]`."""
+        """Make a ledger of loads not begun: flat experts `src` `[N]` into slots `dst` `[N]`."""
         ledger = cls.allocate(len(src), src.device)
         ledger.table[SRC], ledger.table[DST], ledger.table[PRIOR] = src, dst, -1
         ledger.count.fill_(len(src))
@@ -53,9 +53,9 @@ class Ledger:
 
     @property
     def entries(self) -> int:
-        """N."""
+        """N, the most loads it has room for."""
         return self.table.shape[1]
 
     def renew(self) -> None:
-        """The same loads once more: none of them begun."""
+        """Mark the same loads as not begun."""
         self.table[TAKEN : DONE + 1] = 0

@@ -1,1 +1,1 @@
-"""The predictor while the engine runs: which batch comes, what is predicted for it, when it is asked."""
+"""The predictor while the engine runs: when it is asked, where each sequence's state is, and what a captured step needs."""

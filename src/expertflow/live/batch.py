@@ -1,6 +1,6 @@
-"""What a step has to know of the predictor's rows, and how the host tells a captured step: one copy before each.
+"""What a captured step needs to know of the predictor's state rows: one copy to fixed buffers before each step.
 
-Knows rows and tokens; refuses to know sequences, networks and slots.
+Knows rows and tokens. Must not know sequences, networks and slots.
 """
 
 from itertools import accumulate
@@ -11,66 +11,71 @@ import torch
 from expertflow.cache.horizon import STEPS_KNOWN
 
 _TOKENS = 2
-"""Place of the told tokens among a slip's parts."""
+"""Place of the new tokens among the parts of `PredictorInputs`."""
 
 
 class PredictorBatch(NamedTuple):
-    """The predictor's rows in a step and behind it.
+    """The predictor's state rows in a step and in the steps behind it.
 
     Attributes:
-        told: rows whose newest token the predictor has not been told of.
+        updated: rows whose newest token the step takes in.
         tokens: those tokens.
-        groups: rows that step now, then those whose turns come, group by group; those of which nothing is known are left out.
+        groups: rows of this step, then of the coming steps, group by group; rows without a prediction are left out.
     """
 
-    told: list[int]
+    updated: list[int]
     tokens: list[int]
     groups: list[list[int]]
 
 
 class PredictorInputs:
-    """What the host tells a step of the predictor's rows, in one copy: whose step it is, whose tokens are new, whose turns come.
+    """Device buffers with a step's state rows, its new tokens, and the groups of the coming steps.
 
     Args:
         rows: sequences of a step at most.
-        sequences: rows the predictor has.
-        spare: the one that padding shares.
-        device: where to.
+        sequences: state rows of the predictor.
+        spare: the state row that padding shares.
+        device: where the buffers are.
 
     Attributes:
-        room: tokens that may be new.
-        seats: int64 `[rows]`, the step's own.
-        told_seats: int64 `[rows]`, whose tokens are new; the spare one behind them.
-        told_tokens: int64 `[rows]`.
-        members: int64 `[sequences]`, who steps, in the order of their turns.
-        turns: int64 `[STEPS_KNOWN + 2]`, as `Residency.expect` wants it.
+        room: new tokens at most.
+        state_rows: int64 `[rows]`, of the step's sequences; the spare row behind them.
+        updated_rows: int64 `[rows]`, rows that take a new token in; the spare row behind them.
+        updated_tokens: int64 `[rows]`, these tokens.
+        members: int64 `[sequences]`, rows of this step's group and the coming ones, one group after the other.
+        turns: int64 `[STEPS_KNOWN + 2]`, number and bounds of the groups, as `Residency.expect` takes it.
     """
 
     def __init__(self, rows: int, sequences: int, spare: int, device: torch.device) -> None:
-        """Nobody steps."""
+        """Allocate buffers for a step without sequences."""
         sizes = [rows, rows, rows, sequences, STEPS_KNOWN + 2]
         self.room, self._spare = rows, spare
         self._there = torch.zeros(sum(sizes), dtype=torch.long, device=device)
         self._there[: 2 * rows] = spare
-        self.seats, self.told_seats, self.told_tokens, self.members, self.turns = self._there.split(sizes)
+        self.state_rows, self.updated_rows, self.updated_tokens, self.members, self.turns = self._there.split(sizes)
         self._here = torch.zeros(sum(sizes), dtype=torch.long)
         self._parts = [part.numpy() for part in self._here.split(sizes)]
         self._rows: tuple[list[int], list[int], list[list[int]]] | None = None
-        """What the parts hold but for tokens; the same from step to step, as long as the same sequences step."""
+        """What all parts but the tokens hold; the same from step to step while the same sequences step."""
 
-    def write(self, seats: list[int], agenda: PredictorBatch | None) -> None:
-        """Tell the next step; without an agenda it has no forecast."""
-        told, tokens, groups = ([], [], []) if agenda is None else agenda
-        if self._rows != (seats, told, groups):
-            self._rows = seats, told, groups
-            self._write_rows(seats, told, groups[:STEPS_KNOWN])
+    def write(self, state_rows: list[int], batch: PredictorBatch | None) -> None:
+        """Fill the buffers for the next step.
+
+        Args:
+            state_rows: of the step's sequences.
+            batch: None for a step without a forecast.
+        """
+        updated, tokens, groups = ([], [], []) if batch is None else batch
+        if self._rows != (state_rows, updated, groups):
+            self._rows = state_rows, updated, groups
+            self._write_rows(state_rows, updated, groups[:STEPS_KNOWN])
         self._parts[_TOKENS][: len(tokens)] = tokens
-        self._there.copy_(self._here)  # ordinary memory: it may be used again at once
+        self._there.copy_(self._here)  # pageable memory: it may be overwritten at once
 
-    def _write_rows(self, seats: list[int], told: list[int], groups: list[list[int]]) -> None:
-        row, told_seats, _, members, turns = self._parts
-        row[: len(seats)], row[len(seats) :] = seats, self._spare
-        told_seats[: len(told)], told_seats[len(told) :] = told, self._spare
-        everybody = [seat for group in groups for seat in group]
-        members[: len(everybody)] = everybody
+    def _write_rows(self, state_rows: list[int], updated: list[int], groups: list[list[int]]) -> None:
+        own, updated_rows, _, members, turns = self._parts
+        own[: len(state_rows)], own[len(state_rows) :] = state_rows, self._spare
+        updated_rows[: len(updated)], updated_rows[len(updated) :] = updated, self._spare
+        all_members = [row for group in groups for row in group]
+        members[: len(all_members)] = all_members
         turns[: 2 + len(groups)] = [len(groups), 0, *accumulate(len(group) for group in groups)]

@@ -1,1 +1,1 @@
-"""Where expert weights are: rows in host memory, slots on the device, and the copies between them."""
+"""Expert weights in memory: records on the host, slots on the device, and the copies between them."""

@@ -1,8 +1,8 @@
-"""How many bytes of device memory were in use at most, measured.
+"""Measure the peak of device memory in use.
 
-On CUDA the allocator knows. On a CPU, where "device memory" is what would be on the GPU, a dispatch mode follows
-every tensor that operations create and counts it until its storage dies; temporaries inside one operator are not
-seen, as the allocator of a GPU would see them. Knows no plan and no budget.
+On CUDA the allocator counts. On a CPU "device memory" means what a GPU would hold. There a dispatch mode counts every
+tensor that operators create until its storage is freed. It misses temporaries inside one operator, which a GPU's
+allocator counts. Knows no plan and no budget.
 """
 
 import weakref
@@ -24,15 +24,15 @@ class Meter(Protocol):
         """Measure what runs inside."""
 
     def aside(self) -> AbstractContextManager[Any]:
-        """What runs inside works in host memory and is not counted."""
+        """Leave what runs inside uncounted, because it works in host memory."""
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was in use at once, in bytes, since the meter was made."""
+        """The most bytes in use at once since the meter was made."""
 
 
 class CudaMeter:
-    """Reads the CUDA caching allocator; the peak counts from the meter's making."""
+    """Reads the CUDA caching allocator of one device; the peak starts when the meter is made."""
 
     def __init__(self, device: torch.device) -> None:
         """Start a new peak."""
@@ -40,11 +40,11 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(device)
 
     def watch(self) -> AbstractContextManager[Any]:
-        """The allocator always watches."""
+        """Do nothing: the allocator always measures."""
         return nullcontext()
 
     def aside(self) -> AbstractContextManager[Any]:
-        """The allocator sees no host memory."""
+        """Do nothing: the allocator counts no host memory."""
         return nullcontext()
 
     @property
@@ -54,7 +54,7 @@ class CudaMeter:
 
 
 class CpuMeter:
-    """Counts CPU tensors: the resident ones it is told of, and those created while watching."""
+    """Counts CPU tensors: the resident ones it is given, and those created while it watches."""
 
     def __init__(self, resident: Iterable[Tensor], exclude: Iterable[Tensor] = ()) -> None:
         """Count `resident` tensors from the start; never count `exclude` (host memory)."""
@@ -67,7 +67,7 @@ class CpuMeter:
             self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once, until it dies."""
+        """Count a tensor's storage once, until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()  # noqa: SLF001 - the storage's identity; its address may be null
         if self._aside or key in self._live or storage.data_ptr() in self._excluded:

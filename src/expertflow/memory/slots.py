@@ -1,30 +1,47 @@
-"""Room for rows on the device: one tensor, cut into slots once. Knows no experts and no order."""
+"""Slots on the device: one tensor, divided into slots once. Must not know experts and their order."""
 
 import torch
 from torch import Tensor
 
-from expertflow.memory.layout import ALIGNMENT, RecordLayout
+from expertflow.formats.records import ALIGNMENT, StoreLayout
 
 
 class SlotPool:
-    """`[S, record_bytes]` bytes on the device, 256-byte aligned, with ready-made tensor views.
+    """`[S, record_bytes]` bytes on the device, 256-byte aligned.
+
+    Args:
+        layout: what a record of each layer holds.
+        slots: S.
+        device: where to allocate.
 
     Attributes:
-        views: for each slot, the expert tensors by name.
+        buffer: uint8 `[S, record_bytes]`.
     """
 
-    def __init__(self, layout: RecordLayout, slots: int, device: torch.device) -> None:
+    def __init__(self, layout: StoreLayout, slots: int, device: torch.device) -> None:
         """Allocate all slots at once."""
         raw = torch.empty(slots * layout.record_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
         skip = -raw.data_ptr() % ALIGNMENT  # a CPU allocation is aligned to 64 bytes only
         self.buffer = raw[skip : skip + slots * layout.record_bytes].view(slots, layout.record_bytes)
-        self.views = [layout.views(self.buffer[slot]) for slot in range(slots)]
+        self._layout = layout
+        # views of plain numbers are made once: making them costs a host execution more than a small expert's computation
+        self._views = {
+            key: [one.weights(self.buffer[slot]) for slot in range(slots)]
+            for key, one in layout.distinct.items()
+            if one.is_plain
+        }
 
     def slot(self, number: int) -> Tensor:
-        """One slot, uint8 `[record_bytes]`."""
+        """Return one slot, uint8 `[record_bytes]`."""
         return self.buffer[number]
+
+    def weights(self, number: int, layer: int) -> dict[str, Tensor]:
+        """Return the tensors of a layer's expert whose record is in slot `number`; packed ones are decoded now."""
+        layout = self._layout.layers[layer]
+        views = self._views.get(id(layout))
+        return layout.weights(self.buffer[number]) if views is None else views[number]
 
     @staticmethod
     def nbytes(record_bytes: int, slots: int) -> int:
-        """Bytes a pool takes, alignment included: what the planner counts."""
+        """Return the bytes a pool takes, alignment included, for the planner."""
         return slots * record_bytes + ALIGNMENT

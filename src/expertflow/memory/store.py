@@ -1,7 +1,7 @@
-"""All experts of a model in host memory, one row each, page-locked for a GPU.
+"""The expert store: the records of all experts of a model in host memory, page-locked for a GPU.
 
-Ordinary anonymous memory is registered with the driver instead of allocated by it: that is five times faster and
-does not round up to powers of two. Knows rows by flat number; refuses to know checkpoints.
+Ordinary anonymous memory is registered with the driver instead of allocated by it. That is five times faster and does
+not round up to powers of two. Records have flat numbers, `layer * E + expert`; the store knows no checkpoint.
 """
 
 import mmap
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from expertflow.errors import ExpertFlowError, HostMemoryError
+from expertflow.formats.records import StoreLayout
 from expertflow.limits import free_addresses, free_memory, lacks_memory, lockable_memory
-from expertflow.memory.layout import RecordLayout
 from expertflow.units import format_bytes
 
 _ROOM = 256 << 20
-"""Bytes of address space for threads, their stacks and the allocator's own blocks."""
+"""Bytes of address space that threads, their stacks and the allocator need besides."""
 _LARGEST_TRIAL = 1 << 30
-"""Bytes that are page-locked at most to see whether the driver keeps to the limit."""
+"""Most bytes that are page-locked to test whether the driver enforces the limit."""
 
 
 def check_host_memory(needed: int, allowed: int | None) -> None:
-    """Refuse before anything is loaded if the store cannot fit.
+    """Refuse a store that does not fit, before anything is loaded.
 
     Args:
         needed: bytes of the store, and of everything else where the device is the host.
@@ -43,13 +43,13 @@ def check_host_memory(needed: int, allowed: int | None) -> None:
 
 
 def check_addresses(needed: int) -> None:
-    """Refuse before anything is loaded if a limit on address space leaves too little.
+    """Refuse a run that a limit on address space cannot hold, before anything is loaded.
 
     Args:
         needed: bytes that will be allocated or mapped.
 
     Raises:
-        HostMemoryError: then.
+        HostMemoryError: if the limit leaves too little.
     """
     free = free_addresses()
     if free is not None and needed + _ROOM > free:
@@ -60,15 +60,15 @@ def check_addresses(needed: int) -> None:
 
 
 def check_locking(needed: int) -> None:
-    """Refuse before anything is loaded if the system does not lock as much memory as a CUDA device needs.
+    """Refuse a run that page-locks more memory than the system allows, before anything is loaded.
 
-    Most drivers lock more than `ulimit -l` says. So where that limit is too small, a little more than it is tried.
+    Most drivers lock more than `ulimit -l`. So if that limit is too small, locking a little more than it is tried.
 
     Args:
         needed: bytes that will be page-locked.
 
     Raises:
-        HostMemoryError: if the driver keeps to the limit.
+        HostMemoryError: if the driver enforces the limit.
     """
     limit = lockable_memory()
     if limit is None or needed <= limit or limit > _LARGEST_TRIAL:
@@ -86,10 +86,10 @@ def check_locking(needed: int) -> None:
 
 @contextmanager
 def memory_reported() -> Iterator[None]:
-    """Inside, whatever allocation the host refuses becomes our error.
+    """Turn every refused host allocation inside into our error.
 
     Raises:
-        HostMemoryError: then.
+        HostMemoryError: if the host refuses memory.
     """
     try:
         yield
@@ -105,46 +105,49 @@ def memory_reported() -> Iterator[None]:
 
 
 class HostStore:
-    """Rows of all experts, `[L * E, record_bytes]` bytes, page-aligned.
+    """Records of all experts in host memory, `[L * E, record_bytes]` bytes, page-aligned.
 
     Args:
-        layout: what a row holds.
-        rows: number of experts in the model.
+        layout: what a record of each layer holds.
+        records: number of experts in the model.
         pin: page-lock the memory for a CUDA device.
+
+    Raises:
+        HostMemoryError: if the host refuses the memory.
     """
 
-    def __init__(self, layout: RecordLayout, rows: int, *, pin: bool) -> None:
-        """Reserve the memory; pages are touched when rows are written."""
+    def __init__(self, layout: StoreLayout, records: int, *, pin: bool) -> None:
+        """Reserve the memory; pages are touched when records are written."""
         self.layout = layout
         try:
             # private: shared anonymous memory counts as a file, and gets no huge pages
-            memory = mmap.mmap(-1, rows * layout.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = mmap.mmap(-1, records * layout.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise HostMemoryError(
-                f"the host refused {format_bytes(rows * layout.record_bytes)} for the experts: {error}",
+                f"the host refused {format_bytes(records * layout.record_bytes)} for the experts: {error}",
                 "Free memory, use a smaller dtype, or a machine with more of it.",
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        self.buffer = torch.frombuffer(memory, dtype=torch.uint8).view(rows, layout.record_bytes)
+        self.buffer = torch.frombuffer(memory, dtype=torch.uint8).view(records, layout.record_bytes)
         self._pin = pin
         self._unlock: weakref.finalize[..., HostStore] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the store."""
+        """Bytes of all records."""
         return self.buffer.numel()
 
     def record(self, number: int) -> Tensor:
-        """One row, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
+        """Return one record, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
         return self.buffer[number]
 
-    def tensor(self, number: int, name: str) -> Tensor:
-        """One tensor of one row, without copying."""
-        return self.layout.views(self.record(number))[name]
-
     def lock(self) -> None:
-        """Page-lock the rows if this store was made for a CUDA device. Call once they are filled."""
+        """Page-lock the filled records if this store was made for a CUDA device.
+
+        Raises:
+            HostMemoryError: if the driver refuses.
+        """
         if not self._pin or self._unlock is not None:
             return
         address = self.buffer.data_ptr()
@@ -154,11 +157,11 @@ class HostStore:
                 f"the driver refused to page-lock {format_bytes(self.nbytes)} (CUDA error {int(code)})",
                 "Raise the limit on locked memory (ulimit -l) or free host memory.",
             )
-        # also when the store is dropped without being closed: memory must not go back while it is registered
+        # also if the store is dropped without being closed: registered memory must not be freed
         self._unlock = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
 
     def close(self) -> None:
-        """Give the memory back; later use of a row is an error."""
+        """Free the memory; later use of a record is an error."""
         if self._unlock is not None:
             self._unlock()
         self.buffer = torch.empty(0, 0, dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""Copies of rows into slots, and who waits for whom.
+"""Copy records into slots, ordered with the computation that reads them.
 
-`PlainTransfer` copies at once (any device). `StreamTransfer` copies on a second CUDA stream: a slot's events order
-the copy behind the last computation that read the slot, and the computation behind the copy, so that the next
+`PlainTransfer` copies at once, on any device. `StreamTransfer` copies on a second CUDA stream. There a slot's events
+order the copy after the last computation that read the slot, and the next computation after the copy. So the next
 experts' copies overlap the current expert's computation. Both have the same four verbs; neither decides anything.
 """
 
@@ -9,59 +9,59 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from expertflow.formats.records import ExpertStore
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import HostStore
 
 
 @runtime_checkable
 class Transfer(Protocol):
-    """Moves rows. `start` and `wait` pair up for a load, `release` ends every use of a slot."""
+    """Copies records. A load is `start`, then `wait`; `release` ends every use of a slot."""
 
-    def start(self, row: int, slot: int) -> None:
-        """Begin copying a store row into a slot, behind the slot's last release."""
+    def start(self, record: int, slot: int) -> None:
+        """Begin to copy a record of the store into a slot, after the slot's last release."""
 
     def wait(self, slot: int) -> None:
-        """Later computation sees the row in the slot."""
+        """Order later computation after the slot's copy."""
 
     def release(self, slot: int) -> None:
-        """Computation queued so far is the last that reads the slot; a copy may follow it."""
+        """State that computation queued so far is the last that reads the slot; a copy may follow it."""
 
     def settle(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait for the copies under way."""
 
 
 class PlainTransfer:
-    """Copies when told, on the current stream."""
+    """Copies at once, on the current stream."""
 
-    def __init__(self, store: HostStore, pool: SlotPool) -> None:
+    def __init__(self, store: ExpertStore, pool: SlotPool) -> None:
         """Copy from `store` to `pool`."""
         self._store, self._pool = store, pool
 
-    def start(self, row: int, slot: int) -> None:
+    def start(self, record: int, slot: int) -> None:
         """Copy now."""
-        self._pool.slot(slot).copy_(self._store.record(row))
+        self._pool.slot(slot).copy_(self._store.record(record))
 
     def wait(self, slot: int) -> None:
-        """Nothing to wait for: the copy is done."""
+        """Do nothing: the copy is done."""
 
     def release(self, slot: int) -> None:
-        """Nothing to order."""
+        """Do nothing: a copy is ordered by the stream."""
 
     def settle(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: no copy is under way."""
 
 
 class StreamTransfer:
-    """Copies page-locked rows on a stream of their own.
+    """Copies page-locked records on a stream of their own.
 
-    The host's part of a load has to be short beside the copy, or the link waits for it: tensors of rows and slots are made
-    once, and streams are named and switched instead of asked for. The pool's device has to be the current one.
+    The host's part of a load has to be short beside the copy, or the link waits for it. So tensors of records and slots
+    are made once, and streams are set directly, without a context manager. The pool's device has to be the current one.
     """
 
-    def __init__(self, store: HostStore, pool: SlotPool) -> None:
+    def __init__(self, store: ExpertStore, pool: SlotPool) -> None:
         """Copy from `store` (page-locked) to `pool` (CUDA)."""
         device = pool.buffer.device
-        self._rows, self._slots = store.buffer.unbind(), pool.buffer.unbind()
+        self._records, self._slots = store.buffer.unbind(), pool.buffer.unbind()
         self._device = device.index
         self._stream = torch.cuda.Stream(device)
         self._loaded = [torch.cuda.Event() for _ in self._slots]
@@ -69,19 +69,19 @@ class StreamTransfer:
         # the pool's memory may have been used by work queued before it was allocated
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def start(self, row: int, slot: int) -> None:
-        """Queue the copy behind the slot's last release."""
+    def start(self, record: int, slot: int) -> None:
+        """Queue the copy after the slot's last release."""
         self._stream.wait_event(self._released[slot])
         computing = torch.cuda.current_stream(self._device)
         try:
             torch.cuda.set_stream(self._stream)
-            self._slots[slot].copy_(self._rows[row], non_blocking=True)
+            self._slots[slot].copy_(self._records[record], non_blocking=True)
         finally:
             torch.cuda.set_stream(computing)
         self._loaded[slot].record(self._stream)
 
     def wait(self, slot: int) -> None:
-        """Order the current stream behind the slot's copy."""
+        """Order the current stream after the slot's copy."""
         torch.cuda.current_stream(self._device).wait_event(self._loaded[slot])
 
     def release(self, slot: int) -> None:

@@ -1,1 +1,1 @@
-"""Hugging Face models without their expert weights: families, checkpoints, shapes, and the hook into the forward."""
+"""Hugging Face models without their expert weights: families, checkpoints, shapes, and how experts are put into the forward."""

@@ -3,12 +3,14 @@
 Stands as the `forward` of each experts module, so an unmodified model calls it. Results are
 bit-equal to the family's eager code: the same linear calls over the same token order, and each token's
 contributions added in ascending order of expert, whatever the order in which experts were computed.
-Knows the contract of the experts modules; refuses to know slots, copies and families.
+Must not know slots, copies and families.
 """
 
+import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expertflow.errors import UnsupportedModelError
+from expertflow.models.context import ForwardContext
 
 _ALIGNED = 64
 """Bytes: what a tensor of its own is aligned to. Results of matrix products depend on it on CPUs."""
@@ -36,12 +39,8 @@ class ExpertProvider(Protocol):
         """
 
 
-Observer = Callable[[int, Tensor, Tensor], None]
-"""Told of a layer: its number, its experts in host memory, and its weights where they are."""
 Chosen = Callable[[int, Tensor], Tensor]
 """Replaces the router's choice: layer, experts `[T, K]` to experts `[T, K]`."""
-Whole = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
 
 
 class Uncopied:
@@ -67,14 +66,10 @@ class Binding(Uncopied):
     provider: ExpertProvider
     own_forward: bool = field(default=False)
     """Run the family's own eager forward (the universal fallback) instead of the expert loop."""
-    observe: Observer | None = field(default=None)
-    """Told the layer's routing before it runs: layer, experts `[T, K]` in host memory, weights `[T, K]` where they are."""
-    padding: Tensor | None = field(default=None)
-    """Bool `[T]`, tokens of nobody in this pass, which use no expert; None: there are none. Not for `own_forward`."""
+    context: ForwardContext = field(default_factory=ForwardContext)
+    """What the running pass carries; its `padding` is not for `own_forward`."""
     replay: Chosen | None = field(default=None)
     """Replaces the router's choice by a recorded one (`execution.replay`). Not for `own_forward`."""
-    whole: Whole | None = field(default=None)
-    """While set, computes the layer in place of everything else here; the host does not learn the routing."""
 
 
 Mlp = Callable[[Tensor, ExpertWeights], Tensor]
@@ -130,18 +125,18 @@ def run_experts(
     order = torch.argsort(index.t().reshape(-1), stable=True)
     token_of = order % tokens
     weight_of = weights.t().reshape(-1)[order]
-    if binding.observe is not None:
-        binding.observe(binding.layer, routes, weights)
+    if (observe := binding.context.now.observe) is not None:
+        observe(binding.layer, routes, weights)
     ends = np.bincount(routes.numpy().reshape(-1), minlength=experts + 1).cumsum().tolist()
     begins = [0, *ends[:experts]]
     needed = [expert for expert in range(experts) if ends[expert] > begins[expert]]
-    # a row a (token, rank) pair, sorted by expert: what the expert reads, and then what it made of it
+    # an entry a (token, rank) pair, sorted by expert: what the expert reads, and then what it made of it
     parts = hidden[token_of]
     aligned = hidden.shape[1] * hidden.element_size() % _ALIGNED == 0
-    with closing(binding.provider.stream(binding.layer, needed)) as rows:
-        for expert, row in rows:
+    with closing(binding.provider.stream(binding.layer, needed)) as brought:
+        for expert, tensors in brought:
             mine = parts[begins[expert] : ends[expert]]
-            out = mlp(mine if aligned else mine.clone(), row)
+            out = mlp(mine if aligned else mine.clone(), tensors)
             if out.dtype != hidden.dtype:  # weighted before it is rounded, as in the stock code
                 share = weight_of[begins[expert] : ends[expert]]
                 out = out * share[:, None]
@@ -158,42 +153,61 @@ def run_experts(
     return total
 
 
+class _Weakly(Uncopied):
+    """Gives a module without keeping it alive."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> Any:
+        return self._module()
+
+
+def offload(module: nn.Module) -> None:
+    """Let an experts module run offloaded: `offloaded_forward` in place of the family's own forward."""
+    # not a bound method: the module must not keep itself, and with it the expert store, alive
+    module.forward = partial(offloaded_forward, _Weakly(module))
+
+
 @torch.compiler.disable(reason="offloaded experts are chosen and copied by the host")
 def offloaded_forward(
-    self: nn.Module,
+    module: Callable[[], Any],
     hidden_states: Float[Tensor, "T H"],
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T H"]:
-    """An experts module's `forward`, in place of the family's own."""
-    binding = self.expertflow
+    """An experts module's `forward`, in place of the family's own; `module` gives the module."""
+    own = module()
+    binding = own.expertflow
     assert isinstance(binding, Binding)
+    carried = binding.context.now
     if binding.replay is not None:
         top_k_index = binding.replay(binding.layer, top_k_index)
-    if binding.whole is not None:
-        return binding.whole(binding.layer, hidden_states, top_k_index, top_k_weights)
+    if carried.experts is not None:
+        return carried.experts(binding.layer, hidden_states, top_k_index, top_k_weights)
     if binding.own_forward:
-        return _own_forward(self, binding, hidden_states, top_k_index, top_k_weights)
-    if binding.padding is not None:
-        top_k_index = top_k_index.masked_fill(binding.padding[:, None], int(self.num_experts))  # type: ignore[arg-type]
+        return _own_forward(own, binding, hidden_states, top_k_index, top_k_weights)
+    experts = int(own.num_experts)
+    if carried.padding is not None:
+        top_k_index = top_k_index.masked_fill(carried.padding[:, None], experts)
 
-    def mlp(tokens: Tensor, row: ExpertWeights) -> Tensor:
-        return _registry_mlp(self, tokens, row)
+    def mlp(tokens: Tensor, expert: ExpertWeights) -> Tensor:
+        return _registry_mlp(own, tokens, expert)
 
-    return run_experts(binding, mlp, hidden_states, top_k_index, top_k_weights, int(self.num_experts))  # type: ignore[arg-type]
+    return run_experts(binding, mlp, hidden_states, top_k_index, top_k_weights, experts)
 
 
-def _registry_mlp(module: Any, tokens: Tensor, row: ExpertWeights) -> Tensor:
+def _registry_mlp(module: Any, tokens: Tensor, expert: ExpertWeights) -> Tensor:
     """One expert as the registry's layout attributes describe it: [gate and] up, activation, down."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _project(module, tokens, row, up)
+    inner = _project(module, tokens, expert, up)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # noqa: SLF001 - the registry's contract
-    return _project(module, inner, row, "down_proj")
+    return _project(module, inner, expert, "down_proj")
 
 
-def _project(module: Any, tokens: Tensor, row: ExpertWeights, name: str) -> Tensor:
-    out = tokens @ row[name] if module.is_transposed else functional.linear(tokens, row[name])
-    return out + row[f"{name}_bias"] if module.has_bias else out
+def _project(module: Any, tokens: Tensor, expert: ExpertWeights, name: str) -> Tensor:
+    out = tokens @ expert[name] if module.is_transposed else functional.linear(tokens, expert[name])
+    return out + expert[f"{name}_bias"] if module.has_bias else out
 
 
 class _Weights:
@@ -203,7 +217,7 @@ class _Weights:
         self._current, self._name = current, name
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
-        return self._current.row(int(expert))[self._name]
+        return self._current.weights(int(expert))[self._name]
 
 
 class _Current:
@@ -212,27 +226,27 @@ class _Current:
     def __init__(self, binding: Binding) -> None:
         self._binding = binding
         self._expert = -1
-        self._row: ExpertWeights = {}
+        self._lent: ExpertWeights = {}
         self._stream: Generator[tuple[int, ExpertWeights], None, None] | None = None
 
-    def row(self, expert: int) -> ExpertWeights:
+    def weights(self, expert: int) -> ExpertWeights:
         if expert != self._expert:
             self.close()
             self._stream = self._binding.provider.stream(self._binding.layer, [expert])
-            self._expert, self._row = next(self._stream)
-        return self._row
+            self._expert, self._lent = next(self._stream)
+        return self._lent
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
-        self._expert, self._row, self._stream = -1, {}, None
+        self._expert, self._lent, self._stream = -1, {}, None
 
 
 def _own_forward(module: Any, binding: Binding, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The family's eager forward, with every `weights[e]` fetching expert e: exact for any eager code, no overlap."""
     refuse_gradients(hidden, weights)
-    if binding.observe is not None:
-        binding.observe(binding.layer, index.cpu(), weights)
+    if (observe := binding.context.now.observe) is not None:
+        observe(binding.layer, index.cpu(), weights)
     with closing(_Current(binding)) as current:
         for name, _ in module.expert_shapes:
             setattr(module, name, _Weights(current, name))

@@ -1,6 +1,6 @@
-"""Weights from a checkpoint folder: the dense part into a transformers model, experts straight into host rows.
+"""Weights from a checkpoint folder: the dense part into a transformers model, experts straight into host records.
 
-Expert tensors are read from the file into their place in the row, by several threads, without a memory map and
+Expert tensors are read from the file into their place in the record, by several threads, without a memory map and
 without a second copy. Dense tensors are handed to transformers by key, so that it looks for no file by itself.
 """
 
@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +17,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from expertflow.errors import CheckpointError, UnreadWarning
+from expertflow.formats.dtypes import BY_STORED_NAME
+from expertflow.formats.records import ExpertStore
 from expertflow.models.bounds import check_config, describing
+from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Binding, ExpertProvider
-from expertflow.models.files.checkpoint import FLOAT_NAMES, StoredTensor, read_json
+from expertflow.models.files.checkpoint import StoredTensor, read_json
 from expertflow.models.files.identity import ContentHash, Span, in_threads
 from expertflow.models.mapping import ExpertPiece
 from expertflow.models.skeleton import Skeleton
@@ -28,14 +30,6 @@ from expertflow.models.skeleton import Skeleton
 _NAMED = 5
 """Tensors that a warning names."""
 _Advance = Callable[[int], None]
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """Where expert tensors go."""
-
-    def tensor(self, row: int, name: str) -> Tensor:
-        """The named tensor of a row, contiguous, in host memory."""
 
 
 def load_dense(skeleton: Skeleton, dense: Mapping[str, StoredTensor], device: torch.device) -> PreTrainedModel:
@@ -104,12 +98,12 @@ def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder, **known)
 
 
-def fill_records(pieces: Sequence[ExpertPiece], rows: Rows, content: ContentHash, advance: _Advance) -> None:
-    """Read every expert tensor into its row.
+def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: ContentHash, advance: _Advance) -> None:
+    """Read every part of every expert into its record.
 
     Args:
         pieces: what to read, in file order.
-        rows: where it goes.
+        records: where it goes.
         content: takes the hash of every piece.
         advance: called with the bytes read, from several threads.
 
@@ -120,7 +114,7 @@ def fill_records(pieces: Sequence[ExpertPiece], rows: Rows, content: ContentHash
     by_span = {piece.span: piece for piece in pieces}
 
     def read(span: Span) -> None:
-        _read_piece(descriptors[span.tensor.file], by_span[span], rows, content)
+        _read_piece(descriptors[span.tensor.file], by_span[span], records, content)
         advance(span.nbytes)
 
     try:
@@ -134,16 +128,19 @@ def fill_records(pieces: Sequence[ExpertPiece], rows: Rows, content: ContentHash
             os.close(descriptor)
 
 
-def _read_piece(descriptor: int, piece: ExpertPiece, rows: Rows, content: ContentHash) -> None:
-    source = piece.source
-    stored = getattr(torch, FLOAT_NAMES[source.dtype])
-    elements = piece.nbytes // stored.itemsize
-    target = rows.tensor(piece.row, piece.name).view(-1)[piece.begin : piece.begin + elements]
-    direct = target.dtype == stored
-    landing = target if direct else torch.empty(elements, dtype=stored)
+def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash) -> None:
+    source, part, format_ = piece.source, piece.part, piece.spec.format
+    stored = getattr(torch, BY_STORED_NAME[source.dtype])
+    count = piece.nbytes // stored.itemsize
+    target = records.layout.layers[piece.layer].part(records.record(piece.record), piece.spec.name, part.name).view(-1)
+    target = target[piece.begin : piece.begin + count]
+    direct = target.dtype == stored and part.name not in format_.repacked
+    landing = target if direct else torch.empty(count, dtype=stored)
     read = landing.view(torch.uint8)
     _read_into(descriptor, read, source, piece.offset)
     content.take(piece.span, [memoryview(read.numpy().data)])
+    if part.name in format_.repacked:
+        landing = format_.repack(part.name, landing.view(-1, *part.stored[1:])).reshape(-1)
     if not direct:
         target.copy_(landing)
 
@@ -158,12 +155,15 @@ def _read_into(descriptor: int, target: Tensor, source: StoredTensor, offset: in
         done += count
 
 
-def bind_experts(model: nn.Module, skeleton: Skeleton, provider: ExpertProvider) -> None:
-    """Tell every experts module of a loaded model its layer and where its weights come from."""
+def bind_experts(
+    model: nn.Module, skeleton: Skeleton, provider: ExpertProvider, context: ForwardContext | None = None
+) -> None:
+    """Give every experts module of a loaded model its layer, where its weights come from, and what passes carry."""
+    context = context or ForwardContext()
     for layer, path in enumerate(skeleton.expert_modules):
         module = model.get_submodule(path)
         module.expertflow = Binding(  # type: ignore[assignment]  # plain data on a module
-            layer=layer, provider=provider, own_forward=skeleton.family is None
+            layer=layer, provider=provider, own_forward=skeleton.family is None, context=context
         )
 
 

@@ -1,12 +1,12 @@
 """Which checkpoint bytes are which expert's: keys, resolved through transformers' own conversion table.
 
-Handles experts stored one tensor each, in parts to be joined (gate and up), or stacked over all experts. Reads no
-data. Knows nothing of where the bytes will go beyond tensor name and offset.
+Handles experts stored one tensor each, in several to be joined (gate and up), or stacked over all experts; each in any format.
+Reads no data. Must not know where the bytes will go beyond tensor, part and offset.
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -20,28 +20,34 @@ from transformers.core_model_loading import (
 )
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
-from expertflow.models.files.checkpoint import FLOAT_NAMES, StoredTensor
+from expertflow.formats.dtypes import DTYPES, run_dtype
+from expertflow.formats.format import Format, Part, TensorSpec
+from expertflow.formats.plain import PLAIN, VALUES
+from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.files.identity import Span
 from expertflow.models.refusals import converted_experts, lost_experts
 from expertflow.models.skeleton import Skeleton
-from expertflow.types import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPiece:
-    """Bytes of one expert's tensor, contiguous both in a file and in the tensor.
+    """Bytes of one part of an expert's tensor, contiguous both in a file and in the part.
 
     Attributes:
-        row: flat number of the expert, `layer * E + index`.
-        name: tensor of the expert.
-        begin: first element within that tensor.
+        record: flat number of the expert, `layer * E + index`.
+        layer: MoE layer.
+        spec: tensor of the expert.
+        part: the part of it.
+        begin: first number within that part.
         source: the checkpoint tensor.
         offset: first byte within the checkpoint tensor.
         nbytes: bytes in the file.
     """
 
-    row: int
-    name: str
+    record: int
+    layer: int
+    spec: TensorSpec
+    part: Part
     begin: int
     source: StoredTensor
     offset: int
@@ -49,11 +55,24 @@ class ExpertPiece:
 
     @property
     def span(self) -> Span:
-        """The part of the checkpoint tensor that it is."""
+        """The bytes of the checkpoint tensor that it is."""
         return Span(self.source, self.offset, self.nbytes)
 
 
-def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, convert: bool) -> list[ExpertPiece]:
+@dataclass(frozen=True, kw_only=True)
+class ExpertMap:
+    """Where a model's experts are in its checkpoint.
+
+    Attributes:
+        pieces: together they cover every part of every tensor of every expert exactly once, in file order.
+        layers: the tensors of one expert of each MoE layer, in the formats they are stored in.
+    """
+
+    pieces: list[ExpertPiece]
+    layers: tuple[tuple[TensorSpec, ...], ...]
+
+
+def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, convert: bool) -> ExpertMap:
     """Find every expert tensor of the model in the checkpoint.
 
     Args:
@@ -61,29 +80,33 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
         tensors: the checkpoint.
         convert: whether expert tensors may be of another float dtype than the model runs in.
 
-    Returns:
-        Pieces that together cover every tensor of every expert exactly once, in file order.
-
     Raises:
-        CheckpointError: if a tensor is missing, is there under two names, or has another shape or dtype than the config says.
+        CheckpointError: if a tensor is missing, is there twice, or has another shape or dtype than the config says.
         UnsupportedModelError: if the family stores experts in a way that has to be computed.
     """
     found = _collect(skeleton, tensors)
-    specs = {spec.name: spec for spec in skeleton.specs}
     pieces: list[ExpertPiece] = []
+    layers = []
     for layer, module in enumerate(skeleton.expert_modules):
-        for spec in specs.values():
-            stored = found.pop((module, spec.name), None)
+        specs = []
+        for plain_spec in skeleton.specs:
+            stored = found.get((module, plain_spec.name))
             if stored is None:
                 if lost := next((key for key in tensors if key.endswith("$")), None):
                     raise lost_experts(skeleton.folder, lost)
                 raise CheckpointError(
-                    f"the checkpoint holds no {spec.name} for {module}", "It does not match its config: fetch it again."
+                    f"the checkpoint holds no {plain_spec.name} for {module}",
+                    "It does not match its config: fetch it again.",
                 )
-            pieces += _pieces(skeleton, layer, spec, stored)
+            spec = replace(plain_spec, format=stored.format)
+            specs.append(spec)
+            for part in spec.parts:
+                pieces += _pieces(skeleton, layer, spec, part, stored.parts.get(part.name, {}))
+        layers.append(tuple(specs))
     for piece in pieces:
-        _check_dtype(piece.source, skeleton, convert=convert)
-    return sorted(pieces, key=lambda piece: (piece.source.file, piece.source.start + piece.offset))
+        _check_piece(piece, skeleton, convert=convert)
+    pieces.sort(key=lambda piece: (piece.source.file, piece.source.start + piece.offset))
+    return ExpertMap(pieces=pieces, layers=tuple(layers))
 
 
 def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, convert: bool) -> None:
@@ -106,6 +129,9 @@ def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     for key, tensor in tensors.items():
+        if _format_of(skeleton, key)[0] is not PLAIN:
+            _refuse_packed_dense(skeleton, key)
+            continue
         renamed, pattern = rename_source_key(key, renamings, converters)
         named = renamed if renamed in wanted else f"{skeleton.model.base_model_prefix}.{renamed}"
         if pattern is None and named in wanted:
@@ -115,15 +141,41 @@ def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
 
 
 _Stored = dict[tuple[int, int], StoredTensor]
-"""(expert, part) -> tensor; expert -1 holds all experts stacked."""
+"""(expert, place among those to be joined) -> tensor; expert -1 holds all experts stacked."""
 
 
-def _collect(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[tuple[str, str], _Stored]:
+@dataclass(frozen=True)
+class _Found:
+    """What the checkpoint holds of one tensor of one layer's experts: its format, and by part where it is."""
+
+    format: Format
+    parts: dict[str, _Stored] = field(default_factory=dict)
+
+
+def _format_of(skeleton: Skeleton, key: str) -> tuple[Format, str, str]:
+    """The format of a checkpoint tensor, the key it would have if it were plain, and the part it holds."""
+    split = None if skeleton.packed is None else skeleton.packed.split_key(key)
+    return (PLAIN, key, VALUES) if skeleton.packed is None or split is None else (skeleton.packed, *split)
+
+
+def _collect(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[tuple[str, str], _Found]:
     targets = {(path, spec.name) for path in skeleton.expert_modules for spec in skeleton.specs}
-    found: dict[tuple[str, str], _Stored] = {}
-    for key, module, name, where in _resolve(skeleton, tensors):
-        if (module, name) in targets:
-            stored = found.setdefault((module, name), {})
+    found: dict[tuple[str, str], _Found] = {}
+    by_plain_key: dict[str, list[tuple[str, Format, str]]] = {}
+    for key in tensors:
+        stored_as, plain_key, part = _format_of(skeleton, key)
+        by_plain_key.setdefault(plain_key, []).append((key, stored_as, part))
+    for plain_key, module, name, where in _resolve(skeleton, by_plain_key):
+        if (module, name) not in targets:
+            continue
+        for key, stored_as, part in by_plain_key[plain_key]:
+            tensor = found.setdefault((module, name), _Found(stored_as))
+            if tensor.format is not stored_as:
+                raise CheckpointError(
+                    f"{name} of {module} is stored as {tensor.format.name} and, in {key!r}, as {stored_as.name}",
+                    "All experts of a layer must be stored alike: fetch the checkpoint again.",
+                )
+            stored = tensor.parts.setdefault(part, {})
             same = next((place for place in stored if place == where or -1 in (place[0], where[0])), None)
             if same is not None:
                 raise CheckpointError(
@@ -134,8 +186,21 @@ def _collect(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[tu
     return found
 
 
+def _refuse_packed_dense(skeleton: Skeleton, key: str) -> None:
+    """Only experts may be packed.
+
+    Raises:
+        UnsupportedModelError: if a packed tensor is no expert's.
+    """
+    stored_as, plain_key, _ = _format_of(skeleton, key)
+    if not any(module in skeleton.expert_modules for _, module, _, _ in _resolve(skeleton, [plain_key])):
+        raise UnsupportedModelError(
+            f"{key!r} is stored as {stored_as.name} and is no expert's", "Only experts may be stored so."
+        )
+
+
 def _resolve(skeleton: Skeleton, keys: Iterable[str]) -> Iterable[tuple[str, str, str, tuple[int, int]]]:
-    """For each key that may be an expert's: module path, tensor name, (expert, part)."""
+    """For each key, as of a plain checkpoint, that may be an expert's: module path, tensor name, (expert, place)."""
     family = skeleton.family
     if family is not None and family.expert_key is not None:
         for key in keys:
@@ -171,32 +236,64 @@ def _place(key: str, pattern: str, converters: list[Any]) -> tuple[int, int]:
     return int(match[1]), converter.source_patterns.index(pattern)
 
 
-def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, stored: _Stored) -> list[ExpertPiece]:
+def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored: _Stored) -> list[ExpertPiece]:
+    """The pieces of one part of a layer's tensor: one an expert, or several that are joined along its first dimension."""
     pieces = []
     for expert in range(skeleton.experts):
-        row = layer * skeleton.experts + expert
+        record = layer * skeleton.experts + expert
         if (-1, 0) in stored:
             whole = stored[-1, 0]
-            _check_shape(whole, (skeleton.experts, *spec.shape))
+            _check_shape(whole, (skeleton.experts, *part.stored))
             size = whole.nbytes // skeleton.experts
             pieces.append(
-                ExpertPiece(row=row, name=spec.name, begin=0, source=whole, offset=expert * size, nbytes=size)
+                ExpertPiece(
+                    record=record,
+                    layer=layer,
+                    spec=spec,
+                    part=part,
+                    begin=0,
+                    source=whole,
+                    offset=expert * size,
+                    nbytes=size,
+                )
             )
             continue
-        parts = [stored[place] for place in sorted(stored) if place[0] == expert]
-        if not parts or sum(part.shape[0] for part in parts) != spec.shape[0]:
-            have = [f"{part.key} {list(part.shape)}" for part in parts]
+        joined = [stored[place] for place in sorted(stored) if place[0] == expert]
+        if not joined or sum(one.shape[0] for one in joined if one.shape) != part.stored[0]:
+            have = [f"{one.key} {list(one.shape)}" for one in joined]
             raise CheckpointError(
-                f"{spec.name} of expert {expert} in {skeleton.expert_modules[layer]} should be {list(spec.shape)}, the "
+                f"{spec.name} of expert {expert} in {skeleton.expert_modules[layer]} should be {list(part.stored)}, the "
                 f"checkpoint has {have or 'nothing'}",
                 "Checkpoint and config.json disagree: fetch both again.",
             )
         begin = 0
-        for part in parts:
-            _check_shape(part, (part.shape[0], *spec.shape[1:]))
-            pieces.append(ExpertPiece(row=row, name=spec.name, begin=begin, source=part, offset=0, nbytes=part.nbytes))
-            begin += prod(part.shape)
+        for one in joined:
+            _check_shape(one, (one.shape[0], *part.stored[1:]))
+            pieces.append(
+                ExpertPiece(
+                    record=record,
+                    layer=layer,
+                    spec=spec,
+                    part=part,
+                    begin=begin,
+                    source=one,
+                    offset=0,
+                    nbytes=one.nbytes,
+                )
+            )
+            begin += prod(one.shape)
     return pieces
+
+
+def _check_piece(piece: ExpertPiece, skeleton: Skeleton, *, convert: bool) -> None:
+    if piece.spec.format is PLAIN:
+        _check_dtype(piece.source, skeleton, convert=convert)
+    elif piece.source.dtype != DTYPES[piece.part.dtype].stored:
+        raise CheckpointError(
+            f"{piece.source.key!r} is stored as {piece.source.dtype}, the format {piece.spec.format.name} has "
+            f"{DTYPES[piece.part.dtype].stored} there",
+            "Checkpoint and config.json disagree: fetch both again.",
+        )
 
 
 def _check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -209,7 +306,7 @@ def _check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
 
 def _check_dtype(tensor: StoredTensor, skeleton: Skeleton, *, convert: bool) -> None:
     dtype = skeleton.dtype
-    stored = FLOAT_NAMES.get(tensor.dtype)
+    stored = run_dtype(tensor.dtype)
     if stored is None:
         raise UnsupportedModelError(
             f"{tensor.key!r} is stored as {tensor.dtype}", "Only float32, bfloat16 and float16 weights run exactly."

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from expertflow.formats.dtypes import DTYPES
+from expertflow.formats.format import TensorSpec
+from expertflow.formats.records import StoreLayout
 from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, attention_windows, layer_kinds
 from expertflow.models.bounds import describing
 from expertflow.models.skeleton import Skeleton
-from expertflow.types import DTYPE_BYTES, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ class ModelShape:
         layers: MoE layers (L).
         experts: experts a layer (E).
         top_k: experts a token uses a layer (K).
-        specs: tensors of one expert.
+        specs: tensors of one expert, as plain numbers.
+        records: how they are stored, layer by layer.
         dtype: dtype the model runs in.
         dense_bytes: everything but the experts, buffers included.
         kv: attention layers of one sequence.
@@ -50,13 +53,13 @@ class ModelShape:
         dense_width: width of the widest dense feed-forward block.
         heads: attention heads of the widest layer.
         head_width: elements of one token's queries over all heads.
-        vocabulary: rows of the output head.
+        vocabulary: tokens of the output head.
         context: longest sequence the model can take, or None if unbounded.
         encoder_decoder: whether there is an encoder.
         scores: whether attention keeps scores in memory (eager attention).
         unplanned: kinds of layers whose state and workspace the planner cannot foresee, such as state-space layers.
         unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
-        in_rows: whether keys and values can be kept in rows, so that sequences may join and leave at any step.
+        in_rows: whether keys and values can be kept in KV rows, so that sequences may join and leave at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
         notes: what a user should know about how it runs, one sentence each.
     """
@@ -66,6 +69,7 @@ class ModelShape:
     experts: int
     top_k: int
     specs: tuple[TensorSpec, ...]
+    records: StoreLayout
     dtype: str
     dense_bytes: int
     kv: tuple[KvLayer, ...]
@@ -92,16 +96,21 @@ class ModelShape:
     def kv_bytes(self, length: int) -> int:
         """Bytes of one sequence's keys and values at `length` tokens; every layer keeps all of them, windows or not.
 
-        In rows a layer has one more column, which padding writes to; what an encoder has read has none.
+        In KV rows a layer has one more column, which padding writes to; what an encoder has read has none.
         """
         spare = [int(self.in_rows and not layer.source_length) for layer in self.kv]
         return sum(layer.bytes_per_token * (length + more) for layer, more in zip(self.kv, spare, strict=True))
 
 
-def shape_of(skeleton: Skeleton) -> ModelShape:
-    """Measure a skeleton."""
+def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None = None) -> ModelShape:
+    """Measure a skeleton.
+
+    Args:
+        skeleton: the model.
+        layers: the tensors of one expert of each MoE layer, as the checkpoint stores them; None: as plain numbers.
+    """
     config = skeleton.config.get_text_config(decoder=True)
-    element = DTYPE_BYTES[skeleton.dtype]
+    element = DTYPES[skeleton.dtype].nbytes
     heads = int(config.num_attention_heads)
     key_width, value_width, head_width = _head_widths(config, heads)
     unplanned, windows = ((), ()) if skeleton.encoder_decoder else _attention(skeleton, config)
@@ -112,6 +121,7 @@ def shape_of(skeleton: Skeleton) -> ModelShape:
         experts=skeleton.experts,
         top_k=skeleton.top_k,
         specs=skeleton.specs,
+        records=StoreLayout.of(layers or [skeleton.specs] * len(skeleton.expert_modules)),
         dtype=skeleton.dtype,
         dense_bytes=_dense_bytes(skeleton),
         kv=_kv_layers(skeleton, (key_width + value_width) * element, element),
@@ -153,7 +163,7 @@ def _unserved(skeleton: Skeleton, config: Any, unplanned: tuple[str, ...]) -> tu
 
 
 def _notes(skeleton: Skeleton, unplanned: tuple[str, ...], *, in_rows: bool) -> tuple[str, ...]:
-    """What a family outside the table, or without rows of keys and values, does without."""
+    """What a family outside the table, or without KV rows, does without."""
     name = skeleton.config.model_type
     if kinds := sorted(set(unplanned) - RECURRENT - EMPTY):
         return (f"{name!r} has layers of kind {', '.join(kinds)}: it runs through expertflow.from_pretrained only",)

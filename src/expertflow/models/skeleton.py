@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,14 +20,17 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
+from expertflow.formats.dtypes import run_dtype
+from expertflow.formats.format import Format, TensorSpec
+from expertflow.formats.plain import plain
+from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
 from expertflow.models.bounds import check_config, describing
-from expertflow.models.experts import is_registry_experts, offloaded_forward
+from expertflow.models.experts import is_registry_experts, offload
 from expertflow.models.families import FAMILIES, REFUSED, Family
-from expertflow.models.files.checkpoint import FLOAT_NAMES, StoredTensor, read_json, walk
+from expertflow.models.files.checkpoint import StoredTensor, read_json, walk
 from expertflow.models.refusals import LISTED, no_experts, not_text, refuse_quantised
 from expertflow.models.switch import SwitchExperts, mark_switch_experts, swapped_switch_experts
-from expertflow.types import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +42,14 @@ class Skeleton:
         config: its parsed config; of the text part, where the folder's config holds one that runs by itself.
         model_class: the transformers class, with experts that hold no parameters.
         model: an instance on the meta device.
-        family: its row, or None for a family that runs by the universal fallback.
+        family: its entry in the table, or None for a family that runs by the universal fallback.
         expert_modules: module path of each MoE layer's experts, in order of execution.
         experts: experts a layer.
         top_k: experts a token uses in a layer.
-        specs: the tensors of one expert, in `dtype`.
+        specs: the tensors of one expert as the module computes with them, plain numbers of `dtype`.
         dtype: dtype the model will run in.
         dtype_source: where that comes from, as the beginning of a sentence.
+        packed: the format that the config says some of its weights are stored in, or None.
         notes: what a user should know about how it runs, one sentence each.
     """
 
@@ -61,6 +64,7 @@ class Skeleton:
     specs: tuple[TensorSpec, ...]
     dtype: str
     dtype_source: str = "the config says"
+    packed: Format | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -81,29 +85,60 @@ class Skeleton:
         return tuple("encoder" not in path.split(".") for path in self.expert_modules)
 
 
-def build_skeleton(folder: Path, dtype: str) -> Skeleton:
+def build_skeleton(folder: Path, dtype: str, formats: Formats = FORMATS) -> Skeleton:
     """Read the config, build the model on the meta device, find and empty its experts.
 
     Args:
         folder: checkpoint folder.
         dtype: dtype to run in, or `auto` for the one the config states (if it states none, that of most experts).
+        formats: how weights may be stored.
 
     Raises:
         CheckpointError: if the config cannot be read.
-        UnsupportedModelError: if the model is no MoE, is quantised, needs remote code, or its experts cannot be
+        UnsupportedModelError: if the model is no MoE, is stored in no known format, needs remote code, or its experts cannot be
             run exactly.
     """
     whole = _read_config(folder)
     base_class = _model_class(folder, whole)
     config, notes = _text_part(whole, base_class)
-    if quantization := _quantization(folder, whole, config):
-        refuse_quantised(folder, quantization, walk(folder))
+    packed = _packed_format(folder, (whole, config), formats)
     model_class = _emptied_class(base_class)
     with describing(folder / "config.json", "describes no model that can be built"), torch.device("meta"):
         model = model_class(config)
-    found = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
+    found = {path: module for path, module in model.named_modules() if _is_experts(module)}
     if not found:
         raise no_experts(folder, config, model)
+    _check_layers(folder, config)
+    experts, top_k, shapes, transposed = _experts_alike(folder, config, list(found.values()))
+    stated = config.dtype or whole.dtype
+    runs_in = str(stated).removeprefix("torch.") if dtype == "auto" else dtype
+    if dtype == "auto" and stated is None:
+        runs_in = _stored_dtype(walk(folder))
+        notes = (*notes, f"config.json states no dtype: it runs in {runs_in}, the dtype of most expert weights")
+    return Skeleton(
+        folder=folder,
+        config=config,
+        model_class=model_class,
+        model=model,
+        family=FAMILIES.get(config.model_type),
+        expert_modules=tuple(found),
+        experts=experts,
+        top_k=top_k,
+        specs=tuple(plain(name, shape, runs_in, transposed=transposed) for name, shape in shapes),
+        dtype=runs_in,
+        packed=packed,
+        dtype_source="most expert weights are" if dtype == "auto" and stated is None else "the config says",
+        notes=notes,
+    )
+
+
+def _check_layers(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a model of which transformers' own forward needs an attention layer, and that has none.
+
+    Raises:
+        CheckpointError: if the config describes layers that the model's own code cannot run.
+        UnsupportedModelError: if no layer is one of attention.
+    """
     with describing(folder / "config.json", f"describes attention layers that {config.model_type!r} cannot run"):
         kinds = set() if config.is_encoder_decoder else set(layer_kinds(config.get_text_config(decoder=True)))
     if kinds and kinds <= STATE_ONLY | EMPTY:
@@ -111,36 +146,30 @@ def build_skeleton(folder: Path, dtype: str) -> Skeleton:
             f"no layer of {config.model_type!r} in {folder} is one of attention, and transformers' own forward needs one",
             "Correct `layer_types` in config.json, or fetch it again.",
         )
-    top_k = _top_k(config)
-    if not 1 <= top_k <= max(counts := {module.num_experts for _, module in found}):
+
+
+def _experts_alike(
+    folder: Path, config: PreTrainedConfig, modules: list[nn.Module]
+) -> tuple[int, int, tuple[tuple[str, tuple[int, ...]], ...], bool]:
+    """Experts a layer, experts a token, name and shape of one expert's tensors, and whether they are input-major.
+
+    Raises:
+        CheckpointError: if a token cannot be routed to so many experts.
+        UnsupportedModelError: if layers differ.
+    """
+    counts, top_k = {int(module.num_experts) for module in modules}, _top_k(config)  # type: ignore[arg-type]
+    if not 1 <= top_k <= max(counts):
         raise CheckpointError(
             f"{folder / 'config.json'} routes a token to {top_k} of {max(counts)} experts", "Fetch the config again."
         )
-    stated = config.dtype or whole.dtype
-    runs_in = str(stated).removeprefix("torch.") if dtype == "auto" else dtype
-    if dtype == "auto" and stated is None:
-        runs_in = _stored_dtype(walk(folder))
-        notes = (*notes, f"config.json states no dtype: it runs in {runs_in}, the dtype of most expert weights")
-    shapes = {_shapes(module) for _, module in found}
+    shapes = {(_shapes(module), bool(getattr(module, "is_transposed", False))) for module in modules}
     if len(shapes) != 1 or len(counts) != 1:
         raise UnsupportedModelError(
             f"the MoE layers of {config.model_type!r} have experts of different sizes",
             "Only equal sizes are supported.",
         )
-    return Skeleton(
-        folder=folder,
-        config=config,
-        model_class=model_class,
-        model=model,
-        family=FAMILIES.get(config.model_type),
-        expert_modules=tuple(path for path, _ in found),
-        experts=counts.pop(),
-        top_k=top_k,
-        specs=tuple(TensorSpec(name=name, shape=shape, dtype=runs_in) for name, shape in shapes.pop()),
-        dtype=runs_in,
-        dtype_source="most expert weights are" if dtype == "auto" and stated is None else "the config says",
-        notes=notes,
-    )
+    named, transposed = shapes.pop()
+    return counts.pop(), top_k, named, transposed
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
@@ -162,7 +191,26 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise
 
 
-def _quantization(folder: Path, *configs: PreTrainedConfig) -> Any:
+def _packed_format(folder: Path, configs: tuple[PreTrainedConfig, ...], formats: Formats) -> Format | None:
+    """The format of a quantised checkpoint, whose config then says no more of it: the model is built as if it were decoded.
+
+    Raises:
+        UnsupportedModelError: if no format of the table claims it.
+    """
+    quantization = _quantization(folder, configs)
+    if not quantization:
+        return None
+    about = quantization if isinstance(quantization, Mapping) else {}
+    found = next((one for one in formats.values() if one.claims(about)), None)
+    if found is None:
+        refuse_quantised(folder, quantization, walk(folder))
+    for config in configs:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    return found
+
+
+def _quantization(folder: Path, configs: tuple[PreTrainedConfig, ...]) -> Any:
     """What a checkpoint says of its quantisation, in a config or in a file of its own; empty if nothing."""
     found = [getattr(config, "quantization_config", None) for config in configs]
     own_file = "modelopt" if (folder / "hf_quant_config.json").is_file() else None
@@ -195,11 +243,11 @@ def _text_part(
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor]) -> str:
     """The float dtype of most expert elements of a checkpoint; of all elements if no name says expert."""
-    floats = {key: tensor for key, tensor in tensors.items() if tensor.dtype in FLOAT_NAMES}
+    floats = {key: tensor for key, tensor in tensors.items() if run_dtype(tensor.dtype)}
     chosen = {key: tensor for key, tensor in floats.items() if ".experts." in key} or floats
     elements = Counter[str]()
     for tensor in chosen.values():
-        elements[FLOAT_NAMES[tensor.dtype]] += prod(tensor.shape)
+        elements[str(run_dtype(tensor.dtype))] += prod(tensor.shape)
     return elements.most_common(1)[0][0] if elements else "float32"
 
 
@@ -231,7 +279,7 @@ def _empty(module: nn.Module) -> None:
     for name, _ in shapes:
         delattr(module, name)
     module.expert_shapes = shapes  # type: ignore[assignment]  # plain data on a module
-    module.forward = MethodType(offloaded_forward, module)  # whatever implementation the config names
+    offload(module)  # whatever implementation the config names
     module._is_hf_initialized = True  # type: ignore[assignment]  # noqa: SLF001 - nothing is left to initialise
 
 

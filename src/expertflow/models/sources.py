@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from expertflow.errors import ConfigError
+from expertflow.formats.format import TensorSpec
+from expertflow.formats.records import ExpertStore
 from expertflow.models.files.checkpoint import StoredTensor, walk
 from expertflow.models.files.fingerprint import fingerprint
 from expertflow.models.files.identity import ContentHash, spans_of, stamps
-from expertflow.models.load import Rows, fill_records, load_dense
+from expertflow.models.load import fill_records, load_dense
 from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
 from expertflow.models.skeleton import Skeleton
 from expertflow.progress import Progress
@@ -32,22 +34,6 @@ Stamps = tuple[tuple[str | int, ...], ...]
 """What is known of weights without reading them: while it stays, so do they."""
 
 
-class Store(Rows, Protocol):
-    """All records of a model in host memory, `[L * E, record_bytes]` bytes."""
-
-    buffer: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the store."""
-
-    def record(self, number: int) -> Tensor:
-        """One record, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
-
-    def lock(self) -> None:
-        """Page-lock the records if the store was made for a CUDA device."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Located:
     """A model's weights, found but not loaded.
@@ -55,12 +41,14 @@ class Located:
     Attributes:
         skeleton: the model.
         fingerprint: of the weights, sampled.
+        layers: the tensors of one expert of each MoE layer, as they are stored.
         pieces: where the experts' bytes are; empty without files.
         tensors: the checkpoint, by key; empty without files.
     """
 
     skeleton: Skeleton
     fingerprint: str
+    layers: tuple[tuple[TensorSpec, ...], ...]
     pieces: list[ExpertPiece] = field(default_factory=list)
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
 
@@ -116,8 +104,8 @@ class WeightsSource(Protocol):
         """
 
     def experts(
-        self, located: Located, allocate: Callable[[], Store], device: torch.device, *, show: bool
-    ) -> tuple[Store, str]:
+        self, located: Located, allocate: Callable[[], ExpertStore], device: torch.device, *, show: bool
+    ) -> tuple[ExpertStore, str]:
         """A filled store, and the identity of the model: a hash of all that its answers depend on.
 
         Args:
@@ -140,9 +128,15 @@ class FileWeights:
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
         """Walk the folder's shards. See `WeightsSource`."""
         tensors = walk(skeleton.folder)
-        pieces = map_experts(skeleton, tensors, convert=convert)
+        found = map_experts(skeleton, tensors, convert=convert)
         check_dense(skeleton, tensors, convert=convert)
-        return Located(skeleton=skeleton, fingerprint=fingerprint(tensors), pieces=pieces, tensors=tensors)
+        return Located(
+            skeleton=skeleton,
+            fingerprint=fingerprint(tensors),
+            layers=found.layers,
+            pieces=found.pieces,
+            tensors=tensors,
+        )
 
     def stamps(self, located: Located) -> Stamps:
         """Sizes and times of the files."""
@@ -161,11 +155,11 @@ class FileWeights:
     def experts(
         self,
         located: Located,
-        allocate: Callable[[], Store],
+        allocate: Callable[[], ExpertStore],
         device: torch.device,  # noqa: ARG002 - the protocol's
         *,
         show: bool,
-    ) -> tuple[Store, str]:
+    ) -> tuple[ExpertStore, str]:
         """Read every expert into its record, and hash what was read."""
         store, content = allocate(), ContentHash()
         total = sum(piece.nbytes for piece in located.pieces)
@@ -193,7 +187,7 @@ class SharedWeights:
     skeleton: Skeleton
     known: Stamps
     known_identity: str
-    store: Store
+    store: ExpertStore
     device: torch.device
 
     @property
@@ -220,11 +214,11 @@ class SharedWeights:
     def experts(
         self,
         located: Located,
-        allocate: Callable[[], Store],  # noqa: ARG002 - the protocol's
+        allocate: Callable[[], ExpertStore],  # noqa: ARG002 - the protocol's
         device: torch.device,
         *,
         show: bool,  # noqa: ARG002 - likewise
-    ) -> tuple[Store, str]:
+    ) -> tuple[ExpertStore, str]:
         """The other model's store, if it holds this model's experts.
 
         Raises:
@@ -264,7 +258,7 @@ class RandomWeights:
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
         """Nothing has to be found."""
         mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
-        return Located(skeleton=skeleton, fingerprint=mark)
+        return Located(skeleton=skeleton, fingerprint=mark, layers=(skeleton.specs,) * len(skeleton.expert_modules))
 
     def stamps(self, located: Located) -> Stamps:
         """Seed and scale, and sizes and times of the setting files."""
@@ -302,8 +296,8 @@ class RandomWeights:
         return loaded
 
     def experts(
-        self, located: Located, allocate: Callable[[], Store], device: torch.device, *, show: bool
-    ) -> tuple[Store, str]:
+        self, located: Located, allocate: Callable[[], ExpertStore], device: torch.device, *, show: bool
+    ) -> tuple[ExpertStore, str]:
         """Draw every record. The store is locked first, so that records come at the link's speed."""
         store, dtype = allocate(), getattr(torch, located.skeleton.dtype)
         store.lock()

@@ -42,15 +42,16 @@ class SwitchExperts(nn.Module):
         assert binding is not None
         chosen = selected_experts.argmax(dim=-1)
         index = torch.where(selected_experts.any(dim=-1), chosen, self.num_experts)
-        if binding.whole is not None:
-            return binding.whole(binding.layer, hidden_states, index, routing_weights)
-        if binding.padding is not None:
-            index = index.masked_fill(binding.padding[:, None], self.num_experts)
+        carried = binding.context.now
+        if carried.experts is not None:
+            return carried.experts(binding.layer, hidden_states, index, routing_weights)
+        if carried.padding is not None:
+            index = index.masked_fill(carried.padding[:, None], self.num_experts)
         return run_experts(binding, self._mlp, hidden_states, index, routing_weights, self.num_experts)
 
-    def _mlp(self, tokens: Tensor, row: ExpertWeights) -> Tensor:
-        inner = self.act_fn(functional.linear(tokens, row["wi"])).to(row["wo"].dtype)
-        return functional.linear(inner, row["wo"])
+    def _mlp(self, tokens: Tensor, expert: ExpertWeights) -> Tensor:
+        inner = self.act_fn(functional.linear(tokens, expert["wi"])).to(expert["wo"].dtype)
+        return functional.linear(inner, expert["wo"])
 
 
 @contextmanager

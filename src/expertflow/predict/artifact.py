@@ -1,8 +1,8 @@
 """A trained predictor as a folder: `predictor.json` (what it is, of which model) and `predictor.safetensors` (weights).
 
-Large matrices are kept as int8 with a float32 scale a row, the rest as float16, so that a predictor is a few megabytes.
+Large matrices are kept as int8 with a float32 scale a line, the rest as float16, so that a predictor is a few megabytes.
 The JSON holds a checksum of the weights and the fingerprint of the model the predictor was made for: a damaged
-artifact, or one of another model, is refused with the reason. Knows files; refuses to know how weights were found.
+artifact, or one of another model, is refused with the reason. Knows files. Must not know how weights were found.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from expertflow.predict.calibration import weigh
 from expertflow.predict.counts import SOURCES, Memory
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make
-from expertflow.predict.model import OUTPUTS, PredictorConfig
+from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.predict.options import ABOUT_NAME
 
 FORMAT = "expertflow-predictor"
@@ -47,13 +47,13 @@ class Artifact:
 
     Attributes:
         model: the network, in evaluation mode.
-        memory: rows of frequent tokens and pairs.
-        calibration: `[2 + SOURCES, O, L, 1]` float32: what the logits count, the memory's rows, and a shift (Platt
+        memory: counts of frequent tokens and pairs.
+        calibration: `[2 + SOURCES, O, L, 1]` float32: weights of the logits and of the counts, and a shift (Platt
             scaling with more than one score).
-        fingerprint: of the model it was made for; empty if its trace did not say.
+        fingerprint: of the model it was made for; empty if its trace has none.
         made_for: name of that model.
         vocabulary: token texts by id if its trace had texts instead of the model's ids; else empty.
-        about: how it was trained and what it reached, for people.
+        about: how it was trained and what it reached; read by users, not by code.
     """
 
     model: nn.Module
@@ -78,7 +78,7 @@ class Artifact:
     def probabilities(
         self, logits: Float[Tensor, "*B O L E"], tokens: Int[Tensor, "*B"], before: Int[Tensor, "*B"]
     ) -> Float[Tensor, "*B O L E"]:
-        """Calibrated: among experts given p, a share of p is used.
+        """Calibrated probabilities: of the experts with probability p, a share of p is used.
 
         Args:
             logits: of the network; O may be fewer outputs than it has, the first ones.
@@ -88,16 +88,16 @@ class Artifact:
         return torch.sigmoid(weigh(self.calibration, logits, self.memory(tokens, before)))
 
     def to(self, device: torch.device) -> "Artifact":
-        """The same on a device; the network itself moves."""
+        """Move everything to a device; the network itself moves, the rest is copied."""
         return replace(
             self, model=self.model.to(device), memory=self.memory.to(device), calibration=self.calibration.to(device)
         )
 
     def check_model(self, fingerprint: str, shape: Shape, name: str) -> None:
-        """Refuse to serve another model than the one it was made for.
+        """Check that the predictor was made for a model.
 
         Raises:
-            PredictorError: with the reason.
+            PredictorError: if it was not; gives the reason.
         """
         self.check_shape(shape, name)
         if not self.fingerprint:
@@ -113,10 +113,10 @@ class Artifact:
             )
 
     def check_shape(self, shape: Shape, name: str) -> None:
-        """Refuse layers, experts or experts a token that differ.
+        """Check that the predictor's layers, experts and experts a token are those of a model.
 
         Raises:
-            PredictorError: then.
+            PredictorError: if one differs.
         """
         if self.shape != shape:
             raise PredictorError(
@@ -174,9 +174,9 @@ def load_artifact(folder: Path, device: torch.device | None = None) -> Artifact:
         calibration = tensors.pop(_CALIBRATION)
         kept = {name.removeprefix(_MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(_MEMORY)}
         memory = _memory(config, kept)
-        words, told = about.get("vocabulary", []), about.get("about", {})
-        if not (_are_texts(words) and isinstance(told, dict) and _are_texts(told.get("seen", []))):
-            raise TypeError("vocabulary or about")  # noqa: TRY301 - one message for whatever is malformed
+        words, details = about.get("vocabulary", []), about.get("about", {})
+        if not (_are_texts(words) and isinstance(details, dict) and _are_texts(details.get("seen", []))):
+            raise TypeError("vocabulary or about")  # noqa: TRY301 - one message for every malformed part
         model.load_state_dict(_unpack(tensors))
         numbers = [calibration, *model.state_dict().values()]
         if not all(bool(value.isfinite().all()) for value in numbers):
@@ -197,16 +197,16 @@ def load_artifact(folder: Path, device: torch.device | None = None) -> Artifact:
     artifact = Artifact(
         model=model.eval().requires_grad_(requires_grad=False), memory=memory, calibration=calibration,
         fingerprint=str(about.get("fingerprint", "")), made_for=str(about.get("made_for", "")),
-        vocabulary=tuple(words), about=told,
+        vocabulary=tuple(words), about=details,
     )  # fmt: skip
     return artifact.to(device or torch.device("cpu"))
 
 
 def _check_room(config: PredictorConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse sizes that the weights do not have, before memory is taken for them.
+    """Check that the weights have the sizes stated, before memory is allocated for them.
 
     Raises:
-        ValueError: then.
+        ValueError: if the weights are fewer.
     """
     stored = sum(value.numel() for value in tensors.values())
     with torch.device("meta"):
@@ -220,7 +220,7 @@ def _memory(config: PredictorConfig, tensors: Mapping[str, Tensor]) -> Memory:
     memory = Memory(Shape(config.layers, config.experts, config.top_k), config.vocabulary, *rows)
     memory.load_state_dict(dict(tensors))
     if memory.token_row.min() < 0 or memory.token_row.max() > rows[0] or bool((memory.pair_key.diff() < 0).any()):
-        raise ValueError("a row of the memory is none of its rows, or its pairs are out of order")
+        raise ValueError("the counts name an entry that is missing, or their pairs are out of order")
     return memory
 
 

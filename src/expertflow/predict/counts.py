@@ -1,9 +1,9 @@
 """What frequent tokens and pairs of tokens used, by plain counting: a memory beside the network.
 
-An embedding of a few dozen numbers cannot hold what a token that was seen a thousand times does in every layer; a row of
-its own can. Tokens and pairs get rows in the order of their frequency, as far as the room goes; a row holds log odds
-against what is expected otherwise, in eight bits. How much a row counts beside the network's logit is fitted on
-passages that were not counted (`calibration.calibrate`). Knows tokens and routes; refuses to know networks.
+An embedding of a few dozen numbers cannot hold what a token that was seen a thousand times does in every layer; an entry of
+its own can. Tokens and pairs get entries in the order of their frequency, as far as the room goes. An entry holds log odds
+against what is expected otherwise, in eight bits. Its weight beside the network's logit is fitted on passages that were not
+counted (`calibration.calibrate`). Knows tokens and routes. Must not know networks.
 """
 
 from collections.abc import Sequence
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 from expertflow.predict.dataset import Passage, Shape, used
 
 SOURCES = 2
-"""Rows looked up for a token: its own, and the pair's."""
+"""Entries looked up for a token: its own, and that of the pair with the token before it."""
 _PRIOR = 1.0
 """Weight of what is expected otherwise, in tokens."""
 _LEAST = 2
-"""Uses from which a token or a pair may have a row."""
-_RANGE = 8.0
+"""Occurrences from which a token or a pair may have an entry."""
+LARGEST_ODDS = 8.0
 """Log odds are kept between minus and plus this."""
 
 
 class Memory(nn.Module):
-    """Rows of tokens and of pairs, found by id; others have a row of zeros.
+    """Entries of tokens and of pairs, found by id; others have an entry of zeros.
 
     Args:
         shape: of the routes.
         vocabulary: token ids.
-        tokens: rows of tokens.
-        pairs: rows of pairs.
+        tokens: entries of tokens.
+        pairs: entries of pairs.
     """
 
     def __init__(self, shape: Shape, vocabulary: int, tokens: int, pairs: int) -> None:
-        """Empty."""
+        """Allocate entries of zeros."""
         super().__init__()
         self.vocabulary = vocabulary
         self.token_row: Tensor
@@ -50,7 +50,7 @@ class Memory(nn.Module):
         self.register_buffer("pair_odds", torch.zeros(pairs + 1, shape.layers, shape.experts, dtype=torch.int8))
 
     def forward(self, tokens: Int[Tensor, "*T"], before: Int[Tensor, "*T"]) -> Float[Tensor, "*T S L E"]:
-        """Log odds of the token's row and of the pair's; zeros where there is none.
+        """Log odds of the token's entry and of the pair's; zeros where there is none.
 
         Args:
             tokens: ids, -1 unknown.
@@ -63,17 +63,17 @@ class Memory(nn.Module):
         last = self.pair_key.shape[0] - 1
         pair = torch.where(self.pair_key[place.clamp(max=last)] == key, place, last)
         rows = torch.stack([self.token_odds[self.token_row[inside].long()], self.pair_odds[pair]], dim=-3)
-        return rows.float() * (_RANGE / 127)
+        return rows.float() * (LARGEST_ODDS / 127)
 
 
 def remember(items: Sequence[Passage], shape: Shape, vocabulary: int, room: int) -> Memory:
-    """Count passages.
+    """Count what tokens and pairs of passages used.
 
     Args:
         items: what is learned from.
         shape: of their routes.
         vocabulary: token ids.
-        room: bytes of all rows, one a layer and expert; too few for two rows: none.
+        room: bytes of all entries, one a layer and expert; too few for two entries: none.
     """
     rows = room // (shape.layers * shape.experts)
     if rows < 2:
@@ -103,7 +103,7 @@ def _pairs(tokens: npt.NDArray[np.int64], vocabulary: int) -> npt.NDArray[np.int
 
 
 def _most_used(keys: npt.NDArray[np.int64], rows: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The keys that are met most often, in ascending order, and how often."""
+    """The most frequent keys, in ascending order, and how often each occurs."""
     found, counts = np.unique(keys[keys >= 0], return_counts=True)
     chosen = np.argsort(-counts, kind="stable")[:rows]
     chosen = np.sort(chosen[counts[chosen] >= _LEAST])
@@ -132,4 +132,4 @@ def _odds(chance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _packed(odds: npt.NDArray[np.float64]) -> Tensor:
-    return torch.from_numpy(np.round(np.clip(odds, -_RANGE, _RANGE) * (127 / _RANGE)).astype(np.int8))
+    return torch.from_numpy(np.round(np.clip(odds, -LARGEST_ODDS, LARGEST_ODDS) * (127 / LARGEST_ODDS)).astype(np.int8))

@@ -1,7 +1,7 @@
 """From a routing trace to what a predictor learns from: passages, their split, and windows of equal length.
 
 A passage is one sequence's tokens and routes in order. Splits go by passage, never by token, so that no test token has
-a neighbour in the training set. Knows the trace format; refuses to know models of any kind.
+a neighbour in the training set. Knows the trace format. Must not know models of any kind.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class Passage:
         tokens: `[n]` int64, -1 unknown.
         routes: `[n, L, K]` int64, descending router weight; E means none.
         rows: `[n]` int64, row numbers in the trace it came from.
-        about: what the source says of the sequence, such as its category.
+        about: facts about the sequence from its source, such as its category.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -73,7 +73,7 @@ def passages(trace: Trace, vocabulary: Sequence[str] = ()) -> list[Passage]:
     order = np.lexsort((trace.rows.step, trace.rows.sequence))
     order = order[trace.rows.sequence[order] >= 0]
     if not len(order):
-        raise TraceError("the trace has no sequences, only rows of nobody", "Record or import it again.")
+        raise TraceError("the trace has no sequences, only padding", "Record or import it again.")
     numbers = trace.rows.sequence[order]
     about = {int(entry["sequence"]): entry for entry in trace.sequences}
     parts = np.split(order, np.flatnonzero(np.diff(numbers)) + 1)
@@ -139,11 +139,11 @@ def read_condition(condition: str) -> tuple[str, str]:
 
 
 def leave_out(items: Sequence[Passage], condition: str) -> tuple[list[Passage], list[Passage]]:
-    """Divide by what the source says of the sequences: the others, and those that fulfil the condition.
+    """Divide passages by a condition on their sequences: the others, and those that fulfil it.
 
     Args:
         items: passages.
-        condition: `key=text`: sequences whose `key` contains `text`, such as `category=physics`.
+        condition: `key=text`: fulfilled where `key` contains `text`, such as `category=physics`.
 
     Raises:
         TraceError: if the condition is malformed, or leaves one side empty.

@@ -1,6 +1,6 @@
-"""What can be said of a predictor before torch is imported: its kinds, its file, and how to train one.
+"""Names and options of predictors that need no torch: the kinds, the file, and how to train one.
 
-Knows names and numbers; refuses to know networks.
+Must not know networks.
 """
 
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from expertflow.config import DEVICES, nearest
 from expertflow.errors import ConfigError
 
 ABOUT_NAME = "predictor.json"
-"""The file of a predictor's folder that says what it is."""
+"""The file in a predictor's folder that describes it."""
 PATH, T5 = "path", "t5"
 KIND_NAMES = (PATH, T5)
 
 
 def check_kind(kind: str) -> None:
-    """Refuse an unknown kind of predictor.
+    """Check that a kind of predictor exists.
 
     Raises:
-        ConfigError: then; names the nearest.
+        ConfigError: if it does not; names the nearest.
     """
     if kind not in KIND_NAMES:
         raise ConfigError(f"unknown predictor kind {kind!r}", nearest(kind, KIND_NAMES))
@@ -37,7 +37,7 @@ class TrainConfig:
         hide: share of token ids hidden, so that unknown tokens are learned too.
         blind: share of windows without any routing, as a prompt is seen.
         later: weight of each horizon output beside this step's.
-        average: how slowly the averaged weights follow.
+        average: share of the averaged weights that a step keeps.
         seed: of everything random.
         device: `auto`, `cpu` or `cuda`.
     """
@@ -55,10 +55,10 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot mean anything.
+        """Check the values.
 
         Raises:
-            ConfigError: then.
+            ConfigError: if one is out of range.
         """
         for name in ("epochs", "batch", "length"):
             if getattr(self, name) < 1:

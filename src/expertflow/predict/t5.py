@@ -1,9 +1,9 @@
-"""The paper's predictor, as the reference: a T5-style encoder-decoder that sees tokens and nothing else.
+"""The paper's predictor, as the reference: a T5-style encoder-decoder that reads tokens and no routing.
 
 arXiv 2410.17954, section 3.2: d_model 32, d_ff 2048, one head of E logits for each MoE layer on the decoder's output,
 binary cross-entropy. The paper predicts for encoder-decoder models; for a decoder-only model, whose tokens come one by
 one, the encoder here reads the last full block of `BLOCK` tokens and the decoder, causally, the running one. Knows
-tensors; refuses to know traces, files and engines. Shape letters as in `model.py`.
+tensors. Must not know traces, files and engines. Shape letters as in `network.py`.
 """
 
 import torch
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import T5Config, T5Model
 
-from expertflow.predict.model import OUTPUTS, Pieces, PredictorConfig, State, Vocabulary, empty_state
+from expertflow.predict.network import OUTPUTS, PredictorConfig, Vocabulary
+from expertflow.predict.state import Pieces, State, empty_state
 
 BLOCK = 64
 """Tokens of the encoder's and of the decoder's window."""
 
 
 class T5Predictor(nn.Module):
-    """Six layers each side as in T5-small; routing is not looked at."""
+    """Six layers each side as in T5-small; routing is not read."""
 
     def __init__(self, config: PredictorConfig) -> None:
-        """Untrained."""
+        """Make an untrained network."""
         super().__init__()
         self.config = c = config
         self.vocabulary, self.ids = Vocabulary(c.vocabulary), min(c.vocabulary, c.table)
@@ -35,11 +36,11 @@ class T5Predictor(nn.Module):
         self.heads = nn.Linear(32, OUTPUTS * c.layers * c.experts)
 
     def step_bytes(self, rows: int) -> int:
-        """Two whole blocks a row, and the logits of one of them."""
+        """Upper bound on the working memory of a step, in bytes: two whole blocks a row, and the logits of one of them."""
         return self.prompt_bytes(rows * BLOCK)
 
     def prompt_bytes(self, tokens: int) -> int:
-        """Inner states of the feed-forward blocks, attention, logits and chances, in whole blocks."""
+        """The same of that many tokens of prompts: feed-forward blocks, attention, logits and probabilities, in whole blocks."""
         return (tokens + 2 * BLOCK) * (
             2048 * 4 * 6 + 32 * 4 * 64 + 4 * OUTPUTS * self.config.layers * self.config.experts * 4
         )
@@ -53,19 +54,19 @@ class T5Predictor(nn.Module):
         return logits.view(batch, blocks * BLOCK, *logits.shape[2:])[:, :length]
 
     def blind(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T L E"]:
-        """Logits of this step's output for a prompt: the same, since routing is not looked at."""
+        """Logits of this step's output for a prompt: those of `forward`, because routing is not read."""
         return self.forward(tokens, tokens)[:, :, 0]
 
     def fresh(self, rows: int, device: torch.device) -> State:
-        """Room for that many sequences."""
+        """Allocate a state for that many sequences."""
         return empty_state(self.config, rows, device)
 
     def feed(
         self, state: State, rows: Int[Tensor, " B"], tokens: Int[Tensor, " B"], routes: Int[Tensor, "B L K"]
     ) -> Float[Tensor, "B O L E"]:
-        """One step: the same logits as `forward`; both blocks are computed anew."""
+        """One step: update the state, and compute both blocks anew; the logits are those of `forward`."""
         ring, count = state.tokens.shape[1], state.taken[rows]
-        self.note(state, rows, tokens, routes)
+        self.update(state, rows, tokens, routes)
         begin = count // BLOCK * BLOCK
         offset = torch.arange(-BLOCK, BLOCK, device=tokens.device)
         place = begin[:, None] + offset
@@ -74,20 +75,20 @@ class T5Predictor(nn.Module):
         logits = self._blocks(seen[:, :BLOCK], seen[:, BLOCK:])
         return logits[torch.arange(len(rows), device=rows.device), count - begin]
 
-    def note(
+    def update(
         self,
         state: State,
         rows: Int[Tensor, " B"],
         tokens: Int[Tensor, " B"],
         routes: Int[Tensor, "B L K"],  # noqa: ARG002 - the interface
     ) -> None:
-        """What `feed` does to the state, without an answer."""
+        """Take the tokens in as `feed` does, and compute no logits."""
         count = state.taken[rows]
         state.tokens[rows, count % state.tokens.shape[1]] = tokens
         state.taken[rows] = count + 1
 
     def absorb(self, state: State, pieces: Pieces, tokens: Int[Tensor, " N"], routes: Int[Tensor, "N L K"]) -> None:  # noqa: ARG002 - the interface
-        """Take tokens of several sequences in, without an answer."""
+        """Update the state with tokens of several sequences, and compute no logits."""
         kept = slice(None) if pieces.newest is None else pieces.newest
         owner = pieces.owner[kept]
         place = state.taken[pieces.rows][owner] + pieces.place[kept]

@@ -1,9 +1,9 @@
 """Training: passages in, a calibrated predictor out; seeded, resumable, the same on every resumption.
 
 Binary cross-entropy on recorded routing (paper section 3.2), weights averaged over the last steps, the epoch with the
-lowest validation loss kept; then network and memory are weighed and calibrated, layer by layer. Every
-epoch draws from a generator of its own and ends with a checkpoint, so a run that was cut off goes on as if it had not
-been. Knows passages and networks; refuses to know artifacts and engines.
+lowest validation loss kept; then network and counts are weighed and calibrated, layer by layer. Every epoch draws
+from a generator of its own and ends with a checkpoint, so a resumed run ends with the same bits as an uninterrupted one.
+Knows passages and networks. Must not know artifacts and engines.
 """
 
 import json
@@ -23,12 +23,14 @@ from torch.nn import functional
 
 from expertflow import outside
 from expertflow.errors import DeviceError, PredictorError
-from expertflow.predict.calibration import Piece, calibrate, recalled, weigh
+from expertflow.predict.calibration import Scored, calibrate, recalled, weigh
 from expertflow.predict.counts import Memory, remember
 from expertflow.predict.dataset import Passage, Shape, Windows, windows
 from expertflow.predict.kinds import make
-from expertflow.predict.model import HORIZONS, OUTPUTS, PredictorConfig, multi_hot
+from expertflow.predict.model import multi_hot
+from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.predict.options import TrainConfig
+from expertflow.types import HORIZONS
 
 _WARM_UP = 100
 _FITTED = 8192
@@ -61,7 +63,7 @@ class Trained(NamedTuple):
     Attributes:
         model: averaged weights of the best epoch.
         memory: what frequent tokens and pairs used in the training passages.
-        calibration: how much each counts, see `Artifact`.
+        calibration: weights of network and counts, see `Artifact`.
         curve: epoch by epoch, of the network alone.
         recall: share of the true experts among the K best guesses on the validation passages, all sources together.
         next_recall: the same for the next step.
@@ -87,7 +89,7 @@ def train(
     validation: Sequence[Passage],
     options: TrainConfig,
     checkpoint: Path | None = None,
-    tell: Callable[[Epoch], None] = lambda epoch: None,  # noqa: ARG005 - a listener's signature
+    report: Callable[[Epoch], None] = lambda epoch: None,  # noqa: ARG005 - a listener's signature
 ) -> Trained:
     """Train a predictor.
 
@@ -97,7 +99,7 @@ def train(
         validation: others, to choose the epoch and to calibrate.
         options: how.
         checkpoint: folder of an unfinished run: written every epoch, continued if it holds the same run.
-        tell: called after every epoch.
+        report: called after every epoch.
 
     Raises:
         PredictorError: if the checkpoint is of another run or damaged, or the loss is no number any more.
@@ -106,16 +108,16 @@ def train(
     if checkpoint is not None:
         run.resume(checkpoint)
         for epoch in run.curve:
-            tell(epoch)
+            report(epoch)
     while len(run.curve) < options.epochs:
-        tell(run.epoch())
+        report(run.epoch())
         if checkpoint is not None:
             run.save(checkpoint)
     return run.finish()
 
 
 class _Run:
-    """One training run; everything that a checkpoint has to hold."""
+    """One training run: all that a checkpoint holds."""
 
     def __init__(
         self, config: PredictorConfig, options: TrainConfig, training: Sequence[Passage], validation: Sequence[Passage]
@@ -167,21 +169,21 @@ class _Run:
         return result
 
     def finish(self) -> Trained:
-        """The best epoch's averaged weights beside a memory, calibrated on the validation passages."""
+        """Count the training passages, and calibrate the best epoch's averaged weights on the validation passages."""
         self.average.load_state_dict(self.best.state_dict())
         c = self.config
         memory = remember(self.training, Shape(c.layers, c.experts, c.top_k), c.vocabulary, c.memory).to(self.device)
-        weights = calibrate(list(islice(self._held_pieces(memory), -(-_FITTED // self._piece()))))
+        weights = calibrate(list(islice(self._held_scores(memory), -(-_FITTED // self._part_tokens()))))
         found, counted = torch.zeros(2, device=self.device), torch.zeros(2, device=self.device)
-        for piece in self._held_pieces(memory):
-            scores = weigh(weights, piece.logits[:, :2], piece.rows)
-            hits, total = recalled(scores, piece.truth[:, :2], piece.valid[:, :2], c.top_k)
+        for part in self._held_scores(memory):
+            scores = weigh(weights, part.logits[:, :2], part.rows)
+            hits, total = recalled(scores, part.truth[:, :2], part.valid[:, :2], c.top_k)
             found, counted = found + hits, counted + total
         recall = (found / counted.clamp(min=1)).tolist()
         return Trained(self.best, memory.cpu(), weights.cpu(), self.curve, recall[0], recall[1])
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint; an interrupted write leaves the one before.
+        """Write a checkpoint; an interrupted write leaves the previous one.
 
         Raises:
             PredictorError: if it cannot be written.
@@ -204,7 +206,7 @@ class _Run:
             ) from error
 
     def resume(self, folder: Path) -> None:
-        """Go on where a checkpoint ends, if there is one.
+        """Resume from a checkpoint, if there is one.
 
         Raises:
             PredictorError: if it is damaged or of another run.
@@ -240,7 +242,7 @@ class _Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     def _identity(self) -> dict[str, object]:
-        """What makes a run the same run."""
+        """What two runs have in common if one may resume the other."""
         seen = [int(self.data.counts.sum()), int(self.held.counts.sum()), int(self.data.tokens.sum())]
         return {"config": asdict(self.config), "options": asdict(self.options), "data": seen}
 
@@ -295,12 +297,12 @@ class _Run:
         weight = torch.tensor([1.0] + [self.options.later] * (OUTPUTS - 1), device=self.device)
         return (each * valid * weight).sum(-1)
 
-    def _piece(self) -> int:
-        """Tokens of a piece of the validation windows."""
+    def _part_tokens(self) -> int:
+        """Tokens of a part of the validation windows."""
         return self.options.batch * self.held.tokens.shape[1]
 
-    def _held_pieces(self, memory: Memory) -> Iterator[Piece]:
-        """What network and memory say of the validation windows, in an order of their own."""
+    def _held_scores(self, memory: Memory) -> Iterator[Scored]:
+        """Scores of network and counts for the validation windows, shuffled once."""
         order = torch.randperm(len(self.held.tokens), generator=torch.Generator().manual_seed(self.options.seed))
         for chosen in order.to(self.device).split(self.options.batch):
             for part in self._parts(_Batch(*(column[chosen] for column in self.held))):
@@ -309,7 +311,7 @@ class _Run:
                     before = functional.pad(part.tokens, (1, 0), value=-1)[:, :-1]
                     rows = memory(part.tokens[part.counts], before[part.counts])
                 truth, valid = labels(part.routes, part.counts, self.config.experts)
-                yield Piece(logits, rows, truth[part.counts], valid[part.counts])
+                yield Scored(logits, rows, truth[part.counts], valid[part.counts])
 
     def _measure(self) -> tuple[float, float, float]:
         """Validation loss, recall of this step and of the next."""
@@ -317,7 +319,7 @@ class _Run:
         found = torch.zeros(2, dtype=torch.float64)
         counted = torch.zeros(2, dtype=torch.float64)
         weight = torch.tensor([1.0] + [self.options.later] * (OUTPUTS - 1), device=self.device)
-        for logits, _, truth, valid in self._held_pieces(self.nothing):
+        for logits, _, truth, valid in self._held_scores(self.nothing):
             each = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(-1).mean(-1)
             loss += float((each * valid * weight).sum())
             tokens += len(logits)
@@ -328,7 +330,7 @@ class _Run:
 
 
 def labels(routes: Tensor, counts: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """What each output should have said.
+    """The truth for each output.
 
     Args:
         routes: `[B, T, L, K]`, E for none.

@@ -6,9 +6,10 @@ well does: those that most steps of the round use, as many as there are slots. `
 against the simulator. Knows chances; must not know requests and where chances come from.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 from typing import NamedTuple
 
 import numpy as np
@@ -128,6 +129,9 @@ LEAST_FIXED = 0.1
 _SURE = 3
 """Steps of a size from which on it counts: the first one of a captured step takes far longer than the others."""
 
+_PASSES, _STEPS = 9, 64
+"""Passes, and steps, whose durations predict those of the next ones."""
+
 
 def fixed_part(steps: Sequence[tuple[int, float]]) -> float:
     """Seconds of a step that do not grow with its sequences: what is lost for good when a step has fewer than it could have.
@@ -158,3 +162,34 @@ def fixed_part(steps: Sequence[tuple[int, float]]) -> float:
     spread = sum((size - x) ** 2 * count for size, _, count in points)
     slope = sum((size - x) * (lasted - y) * count for size, lasted, count in points) / spread
     return min(max(y - slope * x, LEAST_FIXED * whole), whole)
+
+
+class Durations:
+    """How long the last prefill passes and decode steps took."""
+
+    def __init__(self) -> None:
+        """Nothing has run."""
+        self._passes: deque[float] = deque(maxlen=_PASSES)
+        self._steps: deque[tuple[int, float]] = deque(maxlen=_STEPS)
+        self._steps_a_round = 1
+
+    def add_pass(self, seconds: float) -> None:
+        """Add a prefill pass."""
+        self._passes.append(seconds)
+
+    def add_step(self, sequences: int, seconds: float, steps_a_round: int) -> None:
+        """Add a decode step of so many sequences, one of so many steps that give every live sequence a token."""
+        self._steps.append((sequences, seconds))
+        self._steps_a_round = steps_a_round
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of the last decode steps, at most 64, in seconds; 0 without steps. First steps of a shape weigh little."""
+        return median(seconds for _, seconds in self._steps) if self._steps else 0.0
+
+    def costs(self) -> Costs:
+        """What the next passes and rounds are expected to take; zeros until two passes ran, because the first one is slow."""
+        if len(self._passes) < 2 or not self._steps:
+            return Costs(0.0, 0.0, 0.0)
+        steps = self._steps_a_round
+        return Costs(median_low(self._passes), fixed_part(self._steps) * steps, self.step_seconds * steps)

@@ -1,7 +1,7 @@
-"""The virtual clock: how long the decisions of a step take, on a link and a device given by a few numbers.
+"""A virtual clock: how long a step's decisions take on a link and a device given by a few numbers.
 
-One link carries rows in order, a load that a running layer waits for before one that runs ahead; one device computes
-a layer's experts in the order of their turns. Reads log rows, decides nothing.
+One link carries records in order, a load that a running layer waits for before one that runs ahead. One device
+computes a layer's experts in the order of their accesses. The clock reads log entries and decides nothing.
 """
 
 from dataclasses import dataclass
@@ -15,22 +15,23 @@ from expertflow.cache.shared import shared
 from expertflow.errors import ConfigError
 
 NOW, LINK, STALL, BUSY = 0, 1, 2, 3
-"""Places in `Clock.time`, microseconds."""
+"""Indexes into `Clock.time`, microseconds."""
 NEEDED, HITS, FRESH, MISSES, PREFETCHED, WASTES, LATE, CLEAN = 0, 1, 2, 3, 4, 5, 6, 7
-"""Places in `Clock.tally`."""
+"""Indexes into `Clock.tally`."""
 HEAD, TAIL = 0, 1
+"""Indexes into `Clock.ends`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What things cost.
+    """What loads, layers and experts cost.
 
     Attributes:
-        row_bytes: one expert.
+        row_bytes: bytes of one expert's record; the name is that of result files.
         link_gbps: bandwidth from host to device, GB/s (10^9).
-        copy_us: fixed cost of a copy.
-        layer_us: a layer without its experts (attention, router, norms).
-        expert_us: one expert's computation.
+        copy_us: fixed cost of a copy, microseconds.
+        layer_us: a layer without its experts (attention, router, norms), microseconds.
+        expert_us: one expert's computation, microseconds.
     """
 
     row_bytes: int = 49_800_000
@@ -40,7 +41,11 @@ class Cost:
     expert_us: float = 17.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be."""
+        """Refuse values out of range.
+
+        Raises:
+            ConfigError: naming the value and its range.
+        """
         for name in ("row_bytes", "link_gbps"):
             if not 1e-9 <= getattr(self, name) <= 1e15:
                 raise ConfigError(
@@ -54,12 +59,12 @@ class Cost:
 
     @property
     def load_us(self) -> float:
-        """One row over the link."""
+        """Microseconds that one record takes over the link."""
         return self.copy_us + self.row_bytes / (self.link_gbps * 1e3)
 
 
-class Rates(NamedTuple):
-    """A cost in microseconds, for compiled code."""
+class Durations(NamedTuple):
+    """A `Cost` in microseconds, for compiled code."""
 
     load: float
     layer: float
@@ -72,12 +77,12 @@ class Clock(NamedTuple):
     Attributes:
         time: `[4]` float64, see `NOW`.
         tally: `[8]` int64, see `NEEDED`; CLEAN counts steps that found everything in its slot.
-        arrival: `[S]` float64, when the slot's row is there.
-        done: `[E]` float64, when each turn of the running layer ends.
+        arrival: `[S]` float64, when the slot's record has arrived.
+        done: `[E]` float64, when each access of the running layer ends.
         queue: `[Q]` int32, slots whose loads ahead wait for the link.
-        issued: `[Q]` float64, when each was asked for.
-        ends: `[2]` int64, the queue's head and tail, ever growing.
-        waiting: `[S]` int64, the queue place of a slot's load, or -1.
+        issued: `[Q]` float64, when each load was issued.
+        ends: `[2]` int64, the queue's head and tail, which only grow.
+        waiting: `[S]` int64, the position in the queue of a slot's load, or -1.
     """
 
     time: npt.NDArray[np.float64]
@@ -91,7 +96,7 @@ class Clock(NamedTuple):
 
 
 def make_clock(experts: int, slots: int) -> Clock:
-    """Time zero, link and queue empty."""
+    """Make a clock at time zero, link and queue empty."""
     room = 8 * slots + 64
     return Clock(
         time=np.zeros(4), tally=np.zeros(8, dtype=np.int64), arrival=np.zeros(slots), done=np.zeros(experts),
@@ -101,16 +106,16 @@ def make_clock(experts: int, slots: int) -> Clock:
 
 
 @shared
-def carry(c: Clock, rates: Rates, slot: int, start: float) -> float:
-    """The link carries a row, not before `start`; when it arrives."""
-    c.time[LINK] = max(c.time[LINK], start) + rates.load
-    c.time[BUSY] += rates.load
+def carry(c: Clock, costs: Durations, slot: int, start: float) -> float:
+    """Send a record over the link, not before `start`; return when it arrives."""
+    c.time[LINK] = max(c.time[LINK], start) + costs.load
+    c.time[BUSY] += costs.load
     c.arrival[slot] = c.time[LINK]
     return float(c.time[LINK])
 
 
 @shared
-def drain(c: Clock, rates: Rates, until: float) -> None:
+def drain(c: Clock, costs: Durations, until: float) -> None:
     """Start the loads ahead that the link has time for before `until`."""
     size = c.queue.shape[0]
     while c.ends[HEAD] < c.ends[TAIL]:
@@ -119,18 +124,18 @@ def drain(c: Clock, rates: Rates, until: float) -> None:
         if slot >= 0:
             if max(c.time[LINK], c.issued[place]) >= until:
                 return
-            carry(c, rates, slot, c.issued[place])
+            carry(c, costs, slot, c.issued[place])
             if c.waiting[slot] == c.ends[HEAD]:
                 c.waiting[slot] = -1
         c.ends[HEAD] += 1
 
 
 @shared
-def enqueue(c: Clock, rates: Rates, slot: int) -> None:
-    """A load ahead is asked for."""
+def enqueue(c: Clock, costs: Durations, slot: int) -> None:
+    """Queue a load ahead."""
     size = c.queue.shape[0]
     if c.ends[TAIL] - c.ends[HEAD] == size:
-        drain(c, rates, c.time[LINK] + rates.load)
+        drain(c, costs, c.time[LINK] + costs.load)
     place = c.ends[TAIL] % size
     c.queue[place], c.issued[place] = slot, c.time[NOW]
     c.waiting[slot] = c.ends[TAIL]
@@ -138,43 +143,43 @@ def enqueue(c: Clock, rates: Rates, slot: int) -> None:
 
 
 @shared
-def tick(c: Clock, rates: Rates, log: npt.NDArray[np.int32], begin: int, end: int) -> None:  # noqa: C901 - a branch a kind
-    """Let the log rows from `begin` to `end` happen: a layer's, or those before the first layer."""
-    turn, turns, start = 0, 0, 0.0
-    for row in range(begin, end):
-        kind, slot, detail = log[row, 0], log[row, 3], log[row, 4]
+def tick(c: Clock, costs: Durations, log: npt.NDArray[np.int32], begin: int, end: int) -> None:  # noqa: C901 - a branch a kind
+    """Advance the clock over the log entries `begin` to `end`: those of a layer, or those before the first layer."""
+    position, accesses, start = 0, 0, 0.0
+    for entry in range(begin, end):
+        kind, slot, detail = log[entry, 0], log[entry, 3], log[entry, 4]
         if kind == LAYER:
-            turns = detail
-            c.tally[NEEDED] += turns
-            start = c.time[NOW] + rates.layer  # the router's answer
+            accesses = detail
+            c.tally[NEEDED] += accesses
+            start = c.time[NOW] + costs.layer  # the router has chosen
             c.time[NOW] = start
-            drain(c, rates, start)
+            drain(c, costs, start)
         elif kind == HIT:
             ready = start
             c.tally[HITS] += 1
             if detail:
                 c.tally[FRESH] += 1
-                if c.waiting[slot] >= 0:  # asked for, not begun: now it goes first
+                if c.waiting[slot] >= 0:  # queued, not begun: now it goes first
                     c.queue[c.waiting[slot] % c.queue.shape[0]] = -1
                     c.waiting[slot] = -1
-                    carry(c, rates, slot, start)
+                    carry(c, costs, slot, start)
                 if c.arrival[slot] > start:
                     c.tally[LATE] += 1
                     ready = c.arrival[slot]
-            c.time[NOW] = max(c.time[NOW], ready) + rates.expert
-            c.done[turn] = c.time[NOW]
-            turn += 1
+            c.time[NOW] = max(c.time[NOW], ready) + costs.expert
+            c.done[position] = c.time[NOW]
+            position += 1
         elif kind == MISS:
             c.tally[MISSES] += 1
             free = start if detail < 0 else max(start, c.done[detail])
-            ready = carry(c, rates, slot, free)
-            c.time[NOW] = max(c.time[NOW], ready) + rates.expert
-            c.done[turn] = c.time[NOW]
-            turn += 1
+            ready = carry(c, costs, slot, free)
+            c.time[NOW] = max(c.time[NOW], ready) + costs.expert
+            c.done[position] = c.time[NOW]
+            position += 1
         elif kind == PREFETCH:
             c.tally[PREFETCHED] += 1
-            enqueue(c, rates, slot)
+            enqueue(c, costs, slot)
         elif kind == WASTED:
             c.tally[WASTES] += 1
-    if turns:
-        c.time[STALL] += c.time[NOW] - start - turns * rates.expert
+    if accesses:
+        c.time[STALL] += c.time[NOW] - start - accesses * costs.expert

@@ -1,7 +1,7 @@
-"""A trained predictor in a replay: what it said of every row of a trace, as a forecast.
+"""Use a trained predictor's output for every row of a trace as the forecast of a replay.
 
-Predictions are made beforehand, row by row, each from what was known before that row's step; so a replay of any batch
-only has to unite them. Knows no predictor.
+Predictions are made beforehand, row by row, each from the steps before that row. So a replay of any batch only has to
+unite them. Knows no predictor.
 """
 
 from dataclasses import dataclass, field
@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.cache.forecast import Nothing, Step
-from expertflow.cache.horizon import HORIZONS, Chances, hazards, take_turns, unite
+from expertflow.cache.forecast import NoForecast, Step
+from expertflow.cache.horizon import Chances, hazards, take_turns, unite
 from expertflow.cache.policy import Outlook
 from expertflow.errors import TraceError
 from expertflow.sim.workload import Workload
+from expertflow.types import HORIZONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class RowScores:
     Attributes:
         rows: `[n]` row numbers of the trace, each once.
         probabilities: `[n, O, L, E]` this step, then within the horizons; float16 is enough.
-        place: `[highest row + 2]` where a row's prediction is, -1 for none; the last entry is nobody's.
+        place: `[highest row + 2]` index of a row's prediction, -1 for none; the last entry stands for rows not covered.
     """
 
     rows: npt.NDArray[np.int64]
@@ -47,20 +48,20 @@ class RowScores:
         object.__setattr__(self, "place", place)
 
     def of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
-        """`[B, O, L, E]` the predictions of rows that are covered."""
+        """Return the predictions `[B, O, L, E]` of rows that are covered."""
         found: npt.NDArray[np.floating] = self.probabilities[self.place[rows]]
         return found
 
     def covers(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """`[B]` bool, which rows have a prediction."""
+        """Return bool `[B]`, which rows have a prediction."""
         return self.place[np.minimum(rows, len(self.place) - 1)] >= 0
 
 
-class PredictedRows(Nothing):
-    """The united predictions of a workload's live sequences, and of the groups whose turn is next.
+class PredictedRows(NoForecast):
+    """Forecasts from united predictions of the sequences of a step and of the groups that step next.
 
-    As the engine knows them: groups whose turns are still to come in this round, and behind them those that had theirs, as if
-    they came again together; who is with whom in the next round is not known yet.
+    It uses what the engine knows at that step: the groups still to step in this round, and after them the groups that
+    stepped already, as if each stayed together. How the next round is grouped is not known yet.
 
     Args:
         workload: the steps.
@@ -91,7 +92,7 @@ class PredictedRows(Nothing):
         self._again: dict[int, Chances | None] = {}
 
     def outlook(self, step: Step) -> Outlook | None:
-        """Demand from this step on; None behind the workload's end."""
+        """Return demand from this step on; None after the workload's end."""
         groups, steps = self._workload.groups, len(self._workload)
         if step.number >= steps:
             return None
@@ -109,11 +110,11 @@ class PredictedRows(Nothing):
         return Outlook(take_turns(turns))
 
     def _demand(self, rows: npt.NDArray[np.int64]) -> Chances:
-        """`[H, L, E]` of sequences that step together, from what is known before it."""
+        """Return demand `[H, L, E]` of sequences that step together, from what is known before the step."""
         return hazards(unite(self._scores.of(rows[rows >= 0])))
 
     def _following(self, number: int, begin: int) -> Chances | None:
-        """The same for the next step of those that step together now, somewhere in the round from `begin` on."""
+        """Return it for the next step of the sequences of step `number`, in the round that starts at `begin`."""
         rows, sequence = self._workload.members[number], self._workload.trace.rows.sequence
         later = self._workload.members[begin : begin + self._workload.groups].reshape(-1)
         found = later[(later >= 0) & np.isin(sequence[later], sequence[rows[rows >= 0]])]

@@ -1,6 +1,6 @@
-"""A workload through a strategy and a number of slots: the same decisions as the engine's, on a virtual clock.
+"""Replay a workload with a strategy and a number of slots: the engine's decisions on a virtual clock.
 
-`replay` gives totals and is compiled; `replay_events` gives the event sequence, for tests and for eyes.
+`replay` returns totals and is compiled; `replay_events` returns the event sequence.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.cache.controller import Brain, as_event
+from expertflow.cache.controller import Ranker, as_event
 from expertflow.cache.core import LOG, Planes, Rules, Tables, close, make_tables
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.prefetch import open_step, run_layer
 from expertflow.cache.shared import compiled
-from expertflow.cache.strategy import Setting, Strategy
+from expertflow.cache.strategy import GATE_RECALL, Setting, Strategy
 from expertflow.errors import ConfigError
 from expertflow.events import Event, EventKind
 from expertflow.sim.clock import (
@@ -31,7 +31,7 @@ from expertflow.sim.clock import (
     WASTES,
     Clock,
     Cost,
-    Rates,
+    Durations,
     make_clock,
     tick,
 )
@@ -43,24 +43,24 @@ class Outcome:
     """Totals of a replay.
 
     Attributes:
-        strategy: name of the row.
+        strategy: its name.
         batch: live sequences.
-        groups: groups that take turns.
+        groups: groups that step alternately.
         slots: slots in all.
         share: slots over experts.
         steps: steps replayed.
         tokens: tokens replayed.
         needed: distinct (layer, expert) needs, summed over steps.
         hits: needs in their slot when their layer ran, prefetched ones included.
-        kept: needs that were there without a load of their own: what retention alone gave.
+        kept: hits other than first uses of prefetches: what retention alone gave.
         misses: needs loaded when their layer ran.
         prefetched: loads ahead.
         wasted: of those, never used.
-        late: of those, not yet there when their layer ran.
+        late: of those, not yet arrived when their layer ran.
         clean_steps: steps without a miss.
-        row_bytes: one expert.
+        row_bytes: bytes of one expert's record; the name is that of result files.
         seconds: virtual time.
-        stall_seconds: of it, waiting for rows.
+        stall_seconds: of it, waiting for records.
         link_seconds: of it, link busy.
         compute_seconds: the same work with everything resident.
     """
@@ -88,7 +88,7 @@ class Outcome:
 
     @property
     def loads(self) -> int:
-        """Rows moved."""
+        """Records moved."""
         return self.misses + self.prefetched
 
     @property
@@ -142,27 +142,27 @@ def _run_step(  # noqa: PLR0913, PLR0917 - state of three parts, each used as it
     rules: Rules,
     needed: npt.NDArray[np.bool_],
     c: Clock,
-    rates: Rates,
+    costs: Durations,
 ) -> None:
     missed = c.tally[MISSES]
     t.cursor[LOG] = 0
     open_step(t, planes, demand, rules)
-    tick(c, rates, t.log, 0, t.cursor[LOG])
+    tick(c, costs, t.log, 0, t.cursor[LOG])
     for layer in range(needed.shape[0]):
         if not np.any(needed[layer]):
             continue
         t.cursor[LOG] = 0
         run_layer(t, planes, demand, rules, layer, needed[layer])
-        tick(c, rates, t.log, 0, t.cursor[LOG])
+        tick(c, costs, t.log, 0, t.cursor[LOG])
     t.cursor[LOG] = 0
     c.tally[CLEAN] += missed == c.tally[MISSES]
 
 
 @compiled
-def _finish(t: Tables, c: Clock, rates: Rates) -> None:
+def _finish(t: Tables, c: Clock, costs: Durations) -> None:
     t.cursor[LOG] = 0
     close(t)
-    tick(c, rates, t.log, 0, t.cursor[LOG])
+    tick(c, costs, t.log, 0, t.cursor[LOG])
 
 
 def check_slots(workload: Workload, slots: int) -> None:
@@ -179,8 +179,8 @@ def check_slots(workload: Workload, slots: int) -> None:
         )
 
 
-def setting_of(workload: Workload, gate_recall: float = 0.85) -> Setting:
-    """What forecasts of a replay may be made from: everything, the future included."""
+def setting_of(workload: Workload, gate_recall: float = GATE_RECALL) -> Setting:
+    """Return the facts a replay's forecast is made from, the recorded future included."""
     header = workload.trace.header
     return Setting(layers=header.layers, experts=header.experts, future=workload.needed, gate_recall=gate_recall)
 
@@ -192,17 +192,17 @@ def replay(
     cost: Cost,
     *,
     forecast: Forecast | None = None,
-    gate_recall: float = 0.85,
+    gate_recall: float = GATE_RECALL,
 ) -> Outcome:
     """Replay a workload.
 
     Args:
         workload: the steps.
-        strategy: row of the strategy table.
+        strategy: entry of the strategy table.
         slots: slots in all.
         cost: link and computation.
         forecast: replaces the strategy's own.
-        gate_recall: of the next-layer gate, where a strategy uses it.
+        gate_recall: recall of the next-layer gate, where a strategy uses it.
 
     Raises:
         ConfigError: if the slots are too few for one token in one layer.
@@ -217,17 +217,17 @@ def replay_sizes(
     cost: Cost,
     *,
     forecast: Forecast | None = None,
-    gate_recall: float = 0.85,
+    gate_recall: float = GATE_RECALL,
 ) -> list[Outcome]:
-    """`replay` for several pools side by side: what is known and expected of a step does not depend on the slots.
+    """Replay several pools side by side, because ranks and forecasts of a step do not depend on the slots.
 
     Args:
         workload: the steps.
-        strategy: row of the strategy table.
+        strategy: entry of the strategy table.
         sizes: slots of each pool.
         cost: link and computation.
         forecast: replaces the strategy's own.
-        gate_recall: of the next-layer gate, where a strategy uses it.
+        gate_recall: recall of the next-layer gate, where a strategy uses it.
 
     Raises:
         ConfigError: if the slots of a pool are too few for one token in one layer.
@@ -235,7 +235,7 @@ def replay_sizes(
     for slots in sizes:
         check_slots(workload, slots)
     header = workload.trace.header
-    brain = Brain(strategy, setting_of(workload, gate_recall), forecast)
+    ranker = Ranker(strategy, setting_of(workload, gate_recall), forecast)
     divided = strategy.partition == "layer"
     pools = [
         (
@@ -245,15 +245,15 @@ def replay_sizes(
         )
         for slots in sizes
     ]
-    rates = Rates(cost.load_us, cost.layer_us, cost.expert_us)
+    costs = Durations(cost.load_us, cost.layer_us, cost.expert_us)
     for number in range(len(workload)):
-        planes, demand = brain.begin(workload.before(number))
+        planes, demand = ranker.rank(workload.before(number))
         needed = workload.needed[number]
         for tables, rules, clock in pools:
-            _run_step(tables, planes, demand, rules, needed, clock, rates)
-        brain.end(workload.after(number))
+            _run_step(tables, planes, demand, rules, needed, clock, costs)
+        ranker.learn(workload.after(number))
     for tables, _, clock in pools:
-        _finish(tables, clock, rates)
+        _finish(tables, clock, costs)
     return [_outcome(workload, strategy, slots, cost, clock) for slots, (_, _, clock) in zip(sizes, pools, strict=True)]
 
 
@@ -285,32 +285,37 @@ def _outcome(workload: Workload, strategy: Strategy, slots: int, cost: Cost, clo
 
 
 def replay_events(
-    workload: Workload, strategy: Strategy, slots: int, row_bytes: int = 1, forecast: Forecast | None = None
+    workload: Workload, strategy: Strategy, slots: int, record_bytes: int = 1, forecast: Forecast | None = None
 ) -> list[Event]:
-    """The event sequence of a replay, from the compiled decisions: what the engine must tell on the same routing.
+    """Return the events of a replay from the compiled decisions; the engine emits the same on the same routing.
 
-    Times are no part of it: LATE is told by a clock, not by a decision.
+    Args:
+        workload: the steps.
+        strategy: entry of the strategy table.
+        slots: slots in all.
+        record_bytes: bytes of one expert's record.
+        forecast: replaces the strategy's own.
     """
     header = workload.trace.header
-    brain = Brain(strategy, setting_of(workload), forecast)
+    ranker = Ranker(strategy, setting_of(workload), forecast)
     tables = make_tables(header.layers, header.experts, slots, divided=strategy.partition == "layer")
     rules = strategy.rules(header.layers, slots)
     events: list[Event] = []
 
-    def tell(number: int) -> None:
-        rows = tables.log[: tables.cursor[LOG]].tolist()
-        events.extend(as_event(row, number, row_bytes) for row in rows)
+    def collect(number: int) -> None:
+        entries = tables.log[: tables.cursor[LOG]].tolist()
+        events.extend(as_event(entry, number, record_bytes) for entry in entries)
         tables.cursor[LOG] = 0
 
     for number in range(len(workload)):
-        planes, demand = brain.begin(workload.before(number))
+        planes, demand = ranker.rank(workload.before(number))
         events.append(Event(EventKind.STEP, number))
         _open_step(tables, planes, demand, rules)
-        tell(number)
+        collect(number)
         for layer in np.flatnonzero(workload.needed[number].any(axis=1)).tolist():
             _run_layer(tables, planes, demand, rules, layer, workload.needed[number, layer])
-            tell(number)
-        brain.end(workload.after(number))
+            collect(number)
+        ranker.learn(workload.after(number))
     close(tables)
-    tell(len(workload) - 1)
+    collect(len(workload) - 1)
     return events

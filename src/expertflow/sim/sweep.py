@@ -1,4 +1,4 @@
-"""A table of replays: strategies x slots x batches, over the machine's cores, with the bounds beside them."""
+"""Run a grid of replays, strategies x slots x batches, on the machine's cores, with the bounds beside them."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from expertflow.cache.strategy import STRATEGIES, find_strategy
+from expertflow.cache.strategy import GATE_RECALL, STRATEGIES, find_strategy
 from expertflow.config import nearest
 from expertflow.errors import ConfigError
 from expertflow.files import processor
@@ -29,10 +29,10 @@ AS_RECORDED = 0
 
 
 class Advance(Protocol):
-    """Told of every finished replay."""
+    """Called after every finished replay."""
 
     def __call__(self, outcome: Outcome) -> None:
-        """One more."""
+        """Take in one more outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ class Grid:
         trace: the file.
         slots: counts or shares, as the user writes them.
         batches: live sequences; `AS_RECORDED` for the passes as they were.
-        strategies: names of rows.
+        strategies: names of strategies.
         cost: link and computation.
-        groups: groups that take turns.
+        groups: groups that step alternately.
         grouping: how sequences are divided, a key of `schedule.cluster.METHODS`; empty: as they arrive.
-        gate_recall: of the next-layer gate.
+        gate_recall: recall of the next-layer gate.
         skip: a flag of sequences to leave out, such as `repetition`; empty: none.
         seed: of the order of sequences.
     """
@@ -59,13 +59,13 @@ class Grid:
     cost: Cost
     groups: int = 1
     grouping: str = ""
-    gate_recall: float = 0.85
+    gate_recall: float = GATE_RECALL
     skip: str = "repetition"
     seed: int = 0
 
 
 def strategy_names(text: str) -> tuple[str, ...]:
-    """`all`, or names separated by commas.
+    """Read `all`, or names separated by commas.
 
     Raises:
         ConfigError: for an unknown name.
@@ -125,7 +125,7 @@ def _check(grid: Grid) -> None:
 
 
 def _column(grid: Grid, batch: int, name: str) -> list[Outcome]:
-    """One strategy and batch, every number of slots."""
+    """Replay one strategy and batch with every number of slots."""
     workload = _workload(grid, batch)
     header = workload.trace.header
     sizes = sorted({parse_slots(text, header.layers, header.experts) for text in grid.slots})
@@ -134,7 +134,7 @@ def _column(grid: Grid, batch: int, name: str) -> list[Outcome]:
 
 @lru_cache(maxsize=1)
 def _workload(grid: Grid, batch: int) -> Workload:
-    """The steps of a batch; kept for the process's next strategy, which mostly has the same batch."""
+    """Return the steps of a batch, cached because the process's next strategy mostly has the same batch."""
     trace = load_trace(grid.trace)
     trace = trace.without(grid.skip) if grid.skip else trace
     if not batch:
@@ -144,13 +144,13 @@ def _workload(grid: Grid, batch: int) -> Workload:
 
 
 def bound_tokens_per_second(outcome: Outcome, belady: Outcome, cost: Cost) -> float:
-    """No strategy with these slots is faster: Belady's bytes over the link, or the computation, whichever is longer."""
+    """Return a bound for every strategy with these slots: Belady's bytes over the link, or the computation, the longer."""
     link = belady.loads * cost.load_us / 1e6
     return outcome.tokens / max(link, outcome.compute_seconds)
 
 
 def as_result(grid: Grid, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
-    """The result file: what was run, on what, and every cell."""
+    """Return the result file: configuration, machine and every cell."""
     belady = {(o.batch, o.slots): o for o in outcomes if o.strategy == "oracle"}
     cells = []
     for outcome in outcomes:

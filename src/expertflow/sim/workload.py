@@ -1,4 +1,4 @@
-"""Which tokens step together: a trace in, steps out.
+"""Draw steps from a trace: which tokens step together.
 
 A step is the union of the experts of some tokens. The simulator knows nothing else of a model.
 """
@@ -24,10 +24,10 @@ class Workload:
 
     Attributes:
         trace: the trace.
-        members: `[N, T]` row numbers of the trace that step together, -1 for nobody.
+        members: `[N, T]` row numbers of the trace that step together, -1 for none.
         needed: `[N, L, E]` bool, the distinct experts of each step.
         batch: live sequences.
-        groups: groups that take turns.
+        groups: groups that step alternately.
     """
 
     trace: Trace
@@ -57,11 +57,11 @@ class Workload:
         return int((self.members >= 0).sum())
 
     def before(self, number: int) -> Step:
-        """What is known before a step."""
+        """Return what is known before a step."""
         return Step(number, self.trace.rows.tokens[self._rows(number)])
 
     def after(self, number: int) -> Step:
-        """What is known after it."""
+        """Return what is known after it."""
         rows = self._rows(number)
         return Step(number, self.trace.rows.tokens[rows], self.needed[number], self.trace.rows.experts[rows])
 
@@ -71,11 +71,11 @@ class Workload:
 
 
 def live_sequences(trace: Trace, batch: int, groups: int = 1, seed: int = 0) -> Workload:
-    """`batch` live sequences that step together; a finished one is replaced by the next.
+    """Draw steps of `batch` live sequences; the next sequence replaces one that is finished.
 
-    Only decoding rows are replayed. Sequences come in an order shuffled by `seed`; the replay ends when the places
-    cannot all be filled any more, so every step has the same number of tokens. With `groups` > 1 the places are
-    divided: group 0 takes a step, then group 1, and so on.
+    Only decoding rows are replayed. The order of sequences is shuffled by `seed`. The replay ends when fewer than
+    `batch` sequences are left, so every step has the same number of tokens. With `groups` > 1 the batch is divided:
+    group 0 takes a step, then group 1, and so on.
 
     Raises:
         TraceError: if there are fewer sequences than places, or nothing to replay.
@@ -99,12 +99,12 @@ def live_sequences(trace: Trace, batch: int, groups: int = 1, seed: int = 0) -> 
 
 
 def regrouped(workload: Workload, method: str, paths: npt.NDArray[np.bool_] | None = None) -> Workload:
-    """The same sequences, divided anew before every round of turns, by the paths they are expected to take.
+    """Divide the same sequences anew before every round of groups, by the paths they are expected to take.
 
     Args:
         workload: of several groups.
         method: a key of `schedule.cluster.METHODS`.
-        paths: `[rows of the trace, L, E]`; None: what they take in truth.
+        paths: `[rows of the trace, L, E]`; None: the recorded ones.
 
     Raises:
         ConfigError: for an unknown method.
@@ -120,14 +120,14 @@ def regrouped(workload: Workload, method: str, paths: npt.NDArray[np.bool_] | No
 
 
 def _paths(trace: Trace, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """`[T, L, E]`, what rows of the trace used."""
+    """Return bool `[T, L, E]`, the experts that rows of the trace used."""
     marks = np.zeros((len(rows), trace.header.layers, trace.header.experts + 1), dtype=np.bool_)
     np.put_along_axis(marks, trace.rows.experts[rows].astype(np.int64), values=True, axis=2)
     return marks[..., : trace.header.experts]
 
 
 def _fill(waiting: list[npt.NDArray[np.int64]], batch: int) -> npt.NDArray[np.int64]:
-    """Place by place, sequence after sequence: always the next one to the place that is free first."""
+    """Give each next sequence to the place that is free first; return row numbers `[steps, batch]`."""
     ends = np.zeros(batch, dtype=np.int64)
     places: list[list[npt.NDArray[np.int64]]] = [[] for _ in range(batch)]
     for part in waiting:
@@ -139,7 +139,7 @@ def _fill(waiting: list[npt.NDArray[np.int64]], batch: int) -> npt.NDArray[np.in
 
 
 def as_recorded(trace: Trace) -> Workload:
-    """The forward passes as they happened, prefill included.
+    """Return the forward passes as they were recorded, prefill included.
 
     Raises:
         TraceError: if the trace's steps are not forward passes (imported traces: every sequence starts at 0).

@@ -1,1 +1,1 @@
-"""Recorded routing: the file format, converters, made-up traces. No torch."""
+"""Recorded routing: the file format, its recorder and its converters. No torch."""

@@ -1,9 +1,9 @@
-"""The routing trace: every token's experts, as arrays in a zip file that any tool can read.
+"""Read and write routing traces: every token's experts, as arrays in a zip file that any tool can read.
 
 A trace is a zip archive:
 
 * `header.json`: `format` ("expertflow-trace"), `version` (1), `layers`, `experts`, `top_k`, `model` (a name),
-  `fingerprint` (of the model's shape; may be empty), `source` and `licence` (free text), `record_bytes` (all tensors
+  `fingerprint` (of the model's weights; may be empty), `source` and `licence` (free text), `record_bytes` (all tensors
   of one expert; 0 or absent: unknown).
 * `NNNNNN/<column>.npy`, chunk by chunk, n rows each; a row is one token in one forward pass:
   `experts` `[n, L, K]` uint8 or uint16, descending router weight, the value E means none;
@@ -60,8 +60,8 @@ class Header:
         layers: MoE layers.
         experts: experts a layer.
         top_k: experts a token uses in a layer.
-        model: a name for people.
-        fingerprint: of the model's shape; empty if unknown.
+        model: name of the model.
+        fingerprint: of the model's weights; empty if unknown.
         source: where the data comes from.
         licence: terms of the data.
         record_bytes: bytes of one expert's record in the model that ran; 0 if unknown.
@@ -78,7 +78,7 @@ class Header:
 
     @property
     def dtype(self) -> npt.DTypeLike:
-        """The smallest type that holds every expert and the value for none."""
+        """The smallest type that holds every expert and the value E for none."""
         return np.uint8 if self.experts < 256 else np.uint16
 
 
@@ -93,7 +93,7 @@ class Rows(NamedTuple):
     step: npt.NDArray[np.int32]
 
     def take(self, index: Any) -> "Rows":
-        """Some of the rows, by anything that indexes an array."""
+        """Return some of the rows, by anything that indexes an array."""
         return Rows(*(column[index] for column in self))
 
 
@@ -118,14 +118,14 @@ class Trace:
         return len(self.rows.tokens)
 
     def without(self, flag: str) -> "Trace":
-        """The trace without sequences whose mapping has a true `flag`, such as `repetition`."""
+        """Return the trace without sequences whose mapping has a true `flag`, such as `repetition`."""
         dropped = [entry["sequence"] for entry in self.sequences if entry.get(flag)]
         kept = tuple(entry for entry in self.sequences if not entry.get(flag))
         return replace(self, rows=self.rows.take(~np.isin(self.rows.sequence, dropped)), sequences=kept)
 
 
 class TraceWriter:
-    """Writes a trace while it is made; use as a context manager.
+    """Writes a trace chunk by chunk; use as a context manager.
 
     Args:
         path: file to write; an unfinished one is left behind as `path` + `.part`.
@@ -146,11 +146,11 @@ class TraceWriter:
 
     @property
     def rows(self) -> int:
-        """Rows taken so far."""
+        """Rows appended so far."""
         return sum(self._chunks) + sum(len(rows.tokens) for rows in self._waiting)
 
     def append(self, rows: Rows) -> None:
-        """Take rows; a full chunk goes to disk.
+        """Append rows; a full chunk goes to disk.
 
         Raises:
             TraceError: if the disk is full, or the file cannot be written for another reason.
@@ -233,7 +233,7 @@ class TraceFile:
         return sum(self.chunks)
 
     def read(self) -> Iterator[Rows]:
-        """The rows, one chunk at a time.
+        """Yield the rows, one chunk at a time.
 
         Raises:
             TraceError: if a chunk is damaged or does not fit the header.
@@ -244,13 +244,13 @@ class TraceFile:
                 yield Rows(*(self._column(archive, f"{chunk:06d}/{name}.npy", name, shape) for name in _COLUMNS))
 
     def _column(self, archive: zipfile.ZipFile, member: str, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        """One column of a chunk, of its documented type.
+        """Read one column of a chunk, of its documented type.
 
         Args:
             archive: open.
             member: name in it.
             name: of the column.
-            shape: of the experts; columns of one number a row have its first dimension.
+            shape: of the column `experts`; columns of one number a row have its first dimension.
 
         Raises:
             TraceError: if it is damaged, of another shape or kind, or a value is out of range.
@@ -264,7 +264,7 @@ class TraceFile:
             column = outside.parse_column(raw, shape, kinds)
         except ValueError as error:
             raise TraceError(f"{self.path}: {member} is damaged: {error}", _TRUNCATED) from error
-        if column.size and not (least <= column.min() and column.max() <= most):  # what is no number is in no range
+        if column.size and not (least <= column.min() and column.max() <= most):  # a NaN is in no range
             raise TraceError(
                 f"{self.path}: {member} holds {column.min()} to {column.max()}; {least} to {most} can be, by the header",
                 "It is damaged, or the header is of another model: record or convert the trace again.",
@@ -274,7 +274,7 @@ class TraceFile:
 
 
 def _limits(header: Header, vocabulary: int) -> dict[str, tuple[str, npt.DTypeLike, float, float]]:
-    """For each column: kinds of numbers it may hold, its documented type, and the least and the largest value.
+    """Return, for each column, the kinds of numbers it may hold, its documented type, and the least and largest value.
 
     Args:
         header: of the trace.

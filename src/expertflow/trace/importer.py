@@ -1,4 +1,4 @@
-"""Converts a folder of recorded router decisions into a trace.
+"""Convert a folder of recorded router decisions into a trace.
 
 The layout, documented so that others can produce it (or call `TraceWriter` themselves):
 
@@ -25,7 +25,7 @@ from expertflow.errors import TraceError
 from expertflow.trace.format import DECODE, UNKNOWN_TOKEN, Header, Rows, Trace, check_sizes
 
 _MOST_BYTES = 1 << 34
-"""Of one array."""
+"""Bytes of one array at most."""
 _LAYOUT = "The folder needs routing.npz and sequences.json; see expertflow.trace.importer."
 
 
@@ -105,7 +105,7 @@ def _read_sequences(path: Path, rows: int) -> list[dict[str, Any]]:
 
 
 def _read_texts(path: Path, sequences: list[dict[str, Any]]) -> dict[int, list[str]]:
-    """Token texts by offset, for sequences whose texts are aligned with their rows."""
+    """Return token texts by offset, for sequences whose texts are aligned with their rows."""
     if not path.exists():
         return {}
     try:

@@ -1,6 +1,6 @@
-"""Whose token is each row of a forward pass: what the batch's driver knows and the routing does not say.
+"""Name the sequence of every token of a forward pass, which the routing does not tell.
 
-Whoever runs a batch says before each of its steps which sequences its rows belong to; trace recorder and predictor
+The code that runs a batch states before each step which sequences its rows belong to. Trace recorder and predictor
 both need it. NumPy only.
 """
 
@@ -15,36 +15,38 @@ NOBODY = -1
 
 
 class NextBatch(NamedTuple):
-    """The steps that come, until the next word.
+    """The coming steps, until the next `expect`.
 
     Attributes:
         sequences: sequence number of each row of the batch.
-        lengths: tokens of each prompt, or part of one, if its prefill comes (in one pass or several), None for decoding.
-        padded_left: on which side shorter prompts are padded.
-        following: sequences whose turns come behind these, group by group, as far as is known.
+        lengths: for prefill (in one pass or several), tokens of each prompt or part of one; None for decoding.
+        padded_left: whether shorter prompts are padded on the left, else on the right.
+        following: sequences of the groups that step after this one, group by group, as far as is known.
+        rows: KV row of each sequence; empty where nothing needs them.
     """
 
     sequences: Sequence[int]
     lengths: Sequence[int] | None = None
     padded_left: bool = True
     following: Sequence[Sequence[int]] = ()
+    rows: Sequence[int] = ()
 
 
 class BatchOwners:
-    """Follows the passes of a batch."""
+    """Tracks the passes of a batch and names the sequence of each token."""
 
     def __init__(self) -> None:
-        """Nobody is expected."""
+        """Start with padding only."""
         self.coming = NextBatch((NOBODY,))
         self._done = 0
 
     def expect(self, coming: NextBatch) -> None:
-        """Other steps come now."""
+        """Expect other steps from now on."""
         self.coming, self._done = coming, 0
 
     def take(self, count: int) -> npt.NDArray[np.int32]:
-        """`[count]` the sequence of each row of the next pass, `NOBODY` for padding."""
-        sequences, lengths, left, _ = self.coming
+        """Return int32 `[count]`, the sequence of each token of the next pass, `NOBODY` for padding."""
+        sequences, lengths, left = self.coming[:3]
         columns = count // len(sequences)
         owner = np.repeat(np.asarray(sequences, dtype=np.int32), columns)
         if lengths is None:
@@ -53,6 +55,6 @@ class BatchOwners:
         self._done += columns
         length, width = np.asarray(lengths)[:, None], max(lengths)
         real = place >= width - length if left else place < length
-        # the pass behind an encoder's is the decoder's first: one start token a sequence
+        # the pass after an encoder's is the decoder's first: one start token a sequence
         real = np.where(place < width, real, True)
         return np.where(real.reshape(-1), owner, NOBODY).astype(np.int32)

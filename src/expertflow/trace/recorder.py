@@ -1,7 +1,7 @@
-"""Turns what a running model tells into rows of a trace, step by step, to disk. NumPy only.
+"""Record a running model's routing as rows of a trace, step by step, to disk. NumPy only.
 
-Whoever runs the batch says before each of its steps which sequences its rows belong to (`expect`); the model's hooks
-then tell tokens and routing. A layer a pass does not reach (an encoder's, while the decoder runs) has no experts.
+The code that runs the batch states before each step which sequences its rows belong to (`expect`). The model's hooks
+then pass tokens and routing. A layer that a pass does not run (an encoder's, while the decoder runs) has no experts.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Recorder:
     """
 
     def __init__(self, writer: TraceWriter) -> None:
-        """Nothing recorded yet."""
+        """Start with nothing recorded."""
         self._writer = writer
         self._step = -1
         self._owners = BatchOwners()
@@ -29,12 +29,12 @@ class Recorder:
         self._layers: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]] = {}
 
     def expect(self, coming: NextBatch) -> None:
-        """Say whose rows come next."""
+        """State which sequences the next rows belong to."""
         self.flush()
         self._owners.expect(coming)
 
     def begin(self, tokens: npt.NDArray[np.int32] | None) -> None:
-        """A forward pass starts."""
+        """Start a forward pass over `tokens`, int32 `[T]`; None if unknown."""
         self.flush()
         self._step += 1
         self._tokens = tokens
@@ -42,11 +42,11 @@ class Recorder:
     def observe(
         self, layer: int, routes: npt.NDArray[np.int64], weights: Callable[[], npt.NDArray[np.float32]]
     ) -> None:
-        """A layer's routing."""
+        """Record a layer's routing, experts and weights `[T, K]`."""
         self._layers[layer] = (routes, weights())
 
     def flush(self) -> None:
-        """Write the pass that is over."""
+        """Write the finished pass to the trace."""
         if not self._layers:
             return
         header = self._writer.header

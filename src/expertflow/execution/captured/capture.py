@@ -1,6 +1,7 @@
-"""Capturing what is queued on a CUDA device as a graph. Knows streams and memory pools; refuses to know what is captured."""
+"""Capturing what is queued on a CUDA device as a graph. Must not know what is captured."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,9 +29,15 @@ def capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     graph, line = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - as torch's own graph trees do; there is no public way
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(line.device_index)):
             run()
     finally:
         torch.cuda.set_stream(line)  # a capture that fails leaves its own behind
         torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
     return graph
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """The stream that captures a device's graphs; torch's own is on the device that captured first."""
+    return torch.cuda.Stream(device)

@@ -1,18 +1,20 @@
 """The dense part of a captured step: the model's own modules, with attention and norms as single kernels.
 
-What a module computes stays what its class says; only how many launches it takes changes. Done where a module is of a
-form the kernels know, for as long as a step runs. A family whose attention has another form keeps its own.
-Knows modules by their attributes; refuses to know families.
+What a module computes stays what its class says; only how many launches it takes changes. A module of a form that the
+kernels know reads from the pass's context whether they run; in every other pass it does what its class says.
+Knows modules by their attributes; must not know families.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from expertflow.kernels.backend import Backend, backend
+from expertflow.models.context import ForwardContext
+from expertflow.models.experts import Uncopied
 from expertflow.models.skeleton import Skeleton
 
 ATTENTION = "expertflow_decode"
@@ -23,72 +25,85 @@ _WIDE_NORMS = ("gpt_oss",)
 
 
 class DenseParts:
-    """Puts the kernels in place of a model's attention and norms, and takes them out again.
+    """The kernels of a model's attention and norms; passes that carry it as `dense` run them.
 
     Args:
         model: loaded model.
         skeleton: of it.
         windows: each attention layer's sliding window, or None.
-
-    Attributes:
-        rows: int64 `[B]`, of keys and values, of the running step; to be set before the model runs.
-        positions: int64 `[B]`, of its tokens; likewise.
-        lasts: int64 `[B]`, position of the last token that an encoder has read; likewise, None without an encoder.
+        context: what the model's passes carry.
     """
 
-    def __init__(self, model: PreTrainedModel, skeleton: Skeleton, windows: Sequence[int | None]) -> None:
-        """Find the modules."""
-        self._windows = windows
+    def __init__(
+        self, model: PreTrainedModel, skeleton: Skeleton, windows: Sequence[int | None], context: ForwardContext
+    ) -> None:
+        """Make the modules look at the context."""
+        self._windows, self._context = windows, context
         self._kernels: Backend = backend(model.device)
         self._wide = skeleton.config.model_type in _WIDE_NORMS
         stepping = list(model.get_decoder().modules())
-        self._norms = [module for module in stepping if _is_norm(module)]
+        self._norms: list[Any] = [module for module in stepping if _is_norm(module)]
         self._attentions: list[Any] = [module for module in stepping if _is_attention(module)]
-        self._config: Any = self._attentions[0].config if self._attentions else None
-        self._own = getattr(self._config, "_attn_implementation", None)  # transformers offers no other way to read it
-        self.rows = self.positions = torch.zeros(0, dtype=torch.long)
-        self.lasts: Tensor | None = None
+        for norm in self._norms:
+            norm.forward = _norm_forward(norm, context)
+        for attention in self._attentions:
+            attention.config = AttentionConfig(getattr(attention.config, "own", attention.config), context)
 
     @property
     def attends(self) -> bool:
-        """Whether attention is ours; it then finds its rows among all of them."""
+        """Whether attention is computed here; it then finds its KV rows among all of them."""
         return bool(self._attentions)
 
-    def attach(self) -> None:
-        """The kernels run from now on."""
-        for norm in self._norms:
-            norm.forward = self._norm(norm)
-        if self._attentions:
-            self._config._attn_implementation = ATTENTION  # noqa: SLF001
-        for attention in self._attentions:
-            attention.expertflow_attend = self._attend
+    def norm(self, module: Any, states: Tensor) -> Tensor:
+        """What the norm's own forward computes, `[..., H]`."""
+        return self._kernels.rms_norm(states, module.weight, module.variance_epsilon, wide=self._wide)
 
-    def detach(self) -> None:
-        """The modules' own code runs from now on."""
-        for norm in self._norms:
-            del norm.forward
-        if self._attentions:
-            self._config._attn_implementation = self._own  # noqa: SLF001
-        for attention in self._attentions:
-            del attention.expertflow_attend
-
-    def _norm(self, module: Any) -> Callable[[Tensor], Tensor]:
-        def forward(states: Tensor) -> Tensor:
-            return self._kernels.rms_norm(states, module.weight, module.variance_epsilon, wide=self._wide)
-
-        return forward
-
-    def _attend(
+    def attend(
         self, module: Any, query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None
     ) -> Tensor:
-        """`[B, Q, 1, D]` over keys and values of all rows to `[B, 1, Q, D]`; `bias` is `[1, Q, 1, M]`, by distance."""
+        """`[B, Q, 1, D]` over keys and values of all KV rows to `[B, 1, Q, D]`; `bias` is `[1, Q, 1, M]`, by distance."""
+        now = self._context.now
         asked, attend = query[:, :, 0].contiguous(), self._kernels.decode_attention
         if not module.is_causal:  # over what the encoder has read, all of it alike
-            assert self.lasts is not None
-            return attend(asked, keys, values, (self.rows, self.lasts), scale)[:, None]
+            assert now.lasts is not None
+            return attend(asked, keys, values, (now.rows, now.lasts), scale)[:, None]
         window, sinks = self._windows[module.layer_idx], getattr(module, "sinks", None)
         by_distance = None if bias is None else bias[0, :, 0]
-        return attend(asked, keys, values, (self.rows, self.positions), scale, window, sinks, by_distance)[:, None]
+        where = now.rows, now.positions[:, 0]
+        return attend(asked, keys, values, where, scale, window, sinks, by_distance)[:, None]
+
+
+class AttentionConfig(Uncopied):
+    """An attention module's config, which names our implementation in passes that carry `dense`.
+
+    Args:
+        own: the module's config; every other question goes to it.
+        context: what the model's passes carry.
+    """
+
+    def __init__(self, own: Any, context: ForwardContext) -> None:
+        """Stand in for `own`."""
+        self.own, self.context = own, context
+
+    def __getattr__(self, name: str) -> Any:
+        """As of the module's config."""
+        return getattr(self.own, name)
+
+    @property
+    def _attn_implementation(self) -> Any:  # transformers offers no other way to choose it
+        return self.own._attn_implementation if self.context.now.dense is None else ATTENTION  # noqa: SLF001
+
+
+def _norm_forward(module: nn.Module, context: ForwardContext) -> Callable[[Tensor], Tensor]:
+    """A norm's forward that looks at the context; it must not keep the module alive, which keeps it."""
+    own: Callable[..., Tensor] = type(module).forward
+    norm = weakref.ref(module)
+
+    def forward(states: Tensor) -> Tensor:
+        dense = context.now.dense
+        return own(norm(), states) if dense is None else dense.norm(norm(), states)
+
+    return forward
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -110,7 +125,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """The attention implementation `expertflow_decode`; the mask says nothing that positions and windows do not."""
     del attention_mask
-    return module.expertflow_attend(module, query, key, value, scaling, more.get("position_bias")), None
+    dense = module.config.context.now.dense
+    return dense.attend(module, query, key, value, scaling, more.get("position_bias")), None
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -1,153 +1,40 @@
 """The experts of a decode step, decided, fetched and computed on the device: no answer of the host is waited for.
 
-Stands in for provider and transfer while decode steps run as graphs. Before the first layer the predictor is asked and
-the step is planned; loads ahead begin on a line of their own. A layer: the router's choice goes to the residency kernel;
-what is resident is computed while what is missing is fetched; then, phase by phase, the rest; then all pairs are added in
-ascending order of expert. Loads whose slots the layer gave free follow behind it.
-Knows slots and kernels; refuses to know attention and requests.
+Stands in for provider and transfer while decode steps run as graphs. Before the first layer the predictor forecasts and
+the step is planned; loads ahead begin on a lane of their own. A layer: the router's choice goes to the residency kernel;
+what is resident is computed while what is missing is fetched; then, phase by phase, the others; then all pairs are added
+in ascending order of expert. Loads whose slots the layer gave free follow behind it.
+Must not know attention, requests, and when the tables change sides (`execution.handover`).
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from expertflow.cache.controller import CacheController, as_event
+from expertflow.cache.controller import CacheController
 from expertflow.cache.forecast import Forecast, Step
 from expertflow.cache.horizon import STEPS_KNOWN
-from expertflow.cache.strategy import Strategy
-from expertflow.events import CacheCounters, Event, EventKind
-from expertflow.execution.rope import by_length
+from expertflow.events import CacheCounters
+from expertflow.execution.captured.lanes import Lane
+from expertflow.formats.records import ExpertStore
 from expertflow.kernels.backend import backend
-from expertflow.kernels.reference import MAX_PAIRS, ExpertMlp, Workspace
-from expertflow.kernels.residency.state import (
-    AHEAD,
-    BLIND,
-    BLOCKS,
-    EVICTIONS,
-    FRESH,
-    HITS,
-    LOADS,
-    WASTES,
-    CacheState,
-    Notes,
-    Schedule,
-    refusal,
-)
+from expertflow.kernels.mlp import ExpertMlp, Workspace
+from expertflow.kernels.residency.state import CacheState, RoutingOutput, Schedule
 from expertflow.live.batch import PredictorInputs
 from expertflow.live.predictor import LivePredictor
-from expertflow.memory.layout import RecordLayout
 from expertflow.memory.slots import SlotPool
-from expertflow.memory.store import HostStore
 from expertflow.memory.transfer import Transfer
-from expertflow.models.skeleton import Skeleton
-from expertflow.triton_support import HAS_TRITON
-
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-"""The kernels' names of transformers' activations."""
-
-
-def expert_mlp(skeleton: Skeleton) -> ExpertMlp:
-    """The kernels' description of the model's experts.
-
-    Raises:
-        ValueError: if they are no MLP the kernels know.
-    """
-    assert skeleton.family is not None
-    module = skeleton.model.get_submodule(skeleton.expert_modules[0])
-    layout = RecordLayout.of(skeleton.specs)
-    config = skeleton.config.get_text_config(decoder=True)
-    name = str(getattr(config, "hidden_act", None) or getattr(config, "dense_act_fn", ""))
-    return ExpertMlp.of(
-        layout.specs,
-        layout.offsets,
-        layout.record_bytes,
-        skeleton.family.activation or _ACTIVATIONS.get(name, name),
-        transposed=bool(getattr(module, "is_transposed", False)),  # the registry's word; Switch's experts have none
-        interleaved=not getattr(module, "is_concatenated", True),
-    )
-
-
-def graph_refusal(
-    skeleton: Skeleton,
-    strategy: Strategy,
-    device: str,
-    *,
-    rows: int,
-    forecast: Forecast | None = None,
-    predicted: bool = False,
-) -> str:
-    """Why decode steps cannot run as graphs; empty if they can.
-
-    Args:
-        skeleton: the model.
-        strategy: row of the strategy table.
-        device: `cuda` or `cpu`.
-        rows: sequences that step together at most.
-        forecast: the caller's own, which replaces the strategy's.
-        predicted: whether a trained predictor does.
-    """
-    if device == "cuda" and not HAS_TRITON:
-        return "Triton is not installed"
-    if rows * skeleton.top_k > MAX_PAIRS:
-        return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
-    # a caller's class may be older than the word
-    if forecast is not None and not getattr(forecast, "foreknown", False):
-        return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
-    given = predicted or forecast is not None
-    return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton)
-
-
-def _model_refusal(skeleton: Skeleton) -> str:
-    if skeleton.family is None:
-        return f"{skeleton.config.model_type!r} has no row in the table of families"
-    if skeleton.family.no_graph:
-        return f"{skeleton.family.title}: {skeleton.family.no_graph}"
-    if any(by_length(module) for module in skeleton.model.modules()):
-        return "its rotary table depends on each sequence's length, which the host looks up"
-    try:
-        expert_mlp(skeleton)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-class Lane:
-    """A line of work beside the main one: a CUDA stream; on a CPU there is only one line, and it is kept in order."""
-
-    def __init__(self, device: torch.device) -> None:
-        """Nothing queued."""
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._apart = False
-
-    @contextmanager
-    def work(self) -> Iterator[None]:
-        """What is queued inside runs behind all that the current line was given, and beside what it is given next."""
-        if self._stream is None:
-            yield
-            return
-        self._apart = True
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def join(self) -> None:
-        """The current line goes on behind what is queued here, if anything was since the last time."""
-        if self._stream is not None and self._apart:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            self._apart = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedParts:
-    """What the device execution takes turns over with the host: the controller, where the rows are, who moves them."""
+    """What host and device execution share: the controller, expert store and slots, what copies records, the totals."""
 
     controller: CacheController
-    store: HostStore
+    store: ExpertStore
     pool: SlotPool
     transfer: Transfer
     counters: CacheCounters
@@ -160,27 +47,25 @@ class DeviceExperts:
     """Computes a model's experts layer by layer inside a step, eagerly or captured.
 
     Args:
-        mlp: what a row holds.
+        mlps: what a record of each layer holds.
         held: what is shared with the host execution.
-        rows: sequences at most.
+        batch: sequences at most.
         top_k: experts a token uses a layer.
-        log: keep single events, for whoever listens; else only totals.
+        log: keep single events, for listeners; else only totals.
 
     Attributes:
         state: what the device remembers.
-        live: int32 `[1]`, rows that count; those behind are padding.
-        asked: rows of the coming step in which the predictor is told of a token.
-        steps: steps since `begin`.
+        live: int32 `[1]`, sequences that count; those behind are padding.
+        asked: sequences of the coming step whose token is new to the predictor.
         logs: as above.
-        holds: whether what is known about the slots is here, and not with the host's controller.
-        resting: the coming step tells the predictor of its tokens, but asks nothing and loads nothing ahead.
-        fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `begin` on.
+        paused: the coming step gives the predictor its tokens, but takes no forecast and loads nothing ahead.
+        fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `look_up_residents` on.
     """
 
-    def __init__(self, mlp: ExpertMlp, held: SharedParts, rows: int, top_k: int, *, log: bool) -> None:
+    def __init__(self, mlps: tuple[ExpertMlp, ...], held: SharedParts, batch: int, top_k: int, *, log: bool) -> None:
         """Allocate everything a step needs but what the model itself allocates."""
         device = held.pool.buffer.device
-        self._mlp, self._held, self._top_k = mlp, held, top_k
+        self._mlps, self._held, self._top_k = mlps, held, top_k
         controller, strategy = held.controller, held.controller.strategy.on_device()
         self.state = CacheState.allocate(
             strategy, controller.tables, device, log=log, future=controller.future, reached=controller.reached,
@@ -188,27 +73,25 @@ class DeviceExperts:
         )  # fmt: skip
         self._kernels = backend(device)
         live_predictor = held.live_predictor
-        self._slip = (
+        self._inputs = (
             None
             if live_predictor is None
-            else PredictorInputs(rows, live_predictor.sequences, live_predictor.spare, device)
+            else PredictorInputs(batch, live_predictor.sequences, live_predictor.spare, device)
         )
-        notes = None
-        if live_predictor is not None and self._slip is not None:
-            notes = Notes(routes=live_predictor.routes, seats=self._slip.seats)
-            live_predictor.wake()  # awake at first: a mood is captured whose kernels have run, and rest has fewer of them
-        self._twin = self._kernels.residency(self.state, notes)
-        self._work = Workspace.allocate(mlp, rows, top_k, device)
-        self._work.parts.zero_()  # rows of padding read what was never written: it has to be finite
+        routing = None
+        if live_predictor is not None and self._inputs is not None:
+            routing = RoutingOutput(routes=live_predictor.routes, state_rows=self._inputs.state_rows)
+            live_predictor.pacing.resume()  # what is captured first must have run, and a paused step runs fewer kernels
+        self._twin = self._kernels.residency(self.state, routing)
+        self._work = Workspace.allocate(mlps[0], batch, top_k, device)
+        self._work.parts.zero_()  # padding reads what was never written: it has to be finite
         self.live = torch.zeros(1, dtype=torch.int32, device=device)
         self._count = 0
         self._schedules: dict[int, Schedule] = {}
         self._schedule: Schedule | None = None
-        self.steps = 0
         self.logs = log
-        self.fixed = self.holds = self.resting = False
+        self.fixed = self.paused = False
         self.asked = 0
-        self._counted: tuple[int, ...] = (0, 0, 0, 0)
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._padding = torch.zeros(0)
         self._prefetches = strategy.prefetch != "none"
@@ -216,148 +99,91 @@ class DeviceExperts:
 
     @property
     def _looks_ahead(self) -> bool:
-        return self._prefetches and not self.resting
+        return self._prefetches and not self.paused
 
     @property
     def predicting(self) -> bool:
-        """Whether there is a predictor at work, be it at rest."""
+        """Whether there is a predictor that works, paused or not."""
         return self._held.live_predictor is not None and self._held.live_predictor.failure is None
 
-    def begin(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
-        """A step of these sequences comes, each fed its token: take over from the host, if that has not been done.
+    def begin(self, sequences: Sequence[int], tokens: Sequence[int], number: int) -> None:
+        """A step of these sequences comes, each fed its token; the tables are here. `number` is the step's.
 
-        Who steps behind them the live_predictor was told.
+        Which sequences step behind them the predictor learned from `NextBatch`.
         """
-        if not self.holds:
-            self._take_over()
         if len(tokens) != self._count:
             self._count = len(tokens)
             self.live.fill_(self._count)
-        self.asked, self.resting = 0, False
+        self.asked, self.paused = 0, False
         if self._held.forecast is not None and not self.fixed:
-            self._foretell(self._held.forecast)
-        live_predictor, slip = self._held.live_predictor, self._slip
-        if slip is None or live_predictor is None or self.fixed or not self.predicting:
+            self._foretell(self._held.forecast, number)
+        live_predictor, inputs = self._held.live_predictor, self._inputs
+        if inputs is None or live_predictor is None or self.fixed or not self.predicting:
             return
-        self._count_loads()
-        self.resting = live_predictor.resting
-        live_predictor.sampled(sequences, tokens)
-        agenda = live_predictor.agenda(slip.room)
-        slip.write(live_predictor.seats(sequences), agenda)
-        self.asked = 0 if agenda is None else len(agenda.told)
+        self.paused = live_predictor.pacing.paused
+        batch = live_predictor.next_batch(inputs.room)
+        inputs.write(live_predictor.state_rows(sequences), batch)
+        self.asked = 0 if batch is None else len(batch.updated)
 
-    def _foretell(self, forecast: Forecast) -> None:
-        """The coming step is told what the caller's own forecast says of it, as far as a step looks ahead."""
-        state, outlook = self.state, forecast.outlook(Step(self._held.controller.step + self.steps + 1))
+    def _foretell(self, forecast: Forecast, number: int) -> None:
+        """Copy the caller's own forecast of the coming step to the device, as far as a step looks ahead."""
+        state, outlook = self.state, forecast.outlook(Step(number))
         known = 0 if outlook is None else min(len(outlook.demand), STEPS_KNOWN)
         if outlook is not None:
             state.demand[:known].copy_(torch.from_numpy(np.ascontiguousarray(outlook.demand[:known])))
         state.known.fill_(known)
 
-    def _count_loads(self) -> None:
-        """Tell how many loads the steps took that are over by now, and what came of those ahead.
-
-        The last step is over if its tokens were waited for.
-        """
-        counted, before = tuple(self.state.made.tolist()), self._counted
-        if counted[1] > before[1] and self._held.live_predictor is not None:
-            if any(now < then for now, then in zip(counted, before, strict=True)):  # the tally was taken meanwhile
-                before = (0, before[1], 0, 0)
-            self._held.live_predictor.loaded(*(now - then for now, then in zip(counted, before, strict=True)))
-            self._counted = counted
-
-    def _take_over(self) -> None:
-        self._held.transfer.settle()
-        self._held.controller.lend_tables(self.state.load)
-        self._counted = tuple(self.state.made.tolist())
-        self.steps, self.holds = 0, True  # last: a take-over that is broken off has not been
+    def look_up_residents(self) -> None:
+        """The tables came from the host: see whether every expert is resident and stays, so that nothing has to be decided."""
         state = self.state
         self.fixed = state.strategy.retain and int(state.resident) == state.slots == state.layers * state.experts
         if self.fixed:
             self._places[:, :-1] = state.slot_of
 
-    def end(self) -> None:
-        """Give back to the host, between two steps, if that has not been done; tell what happened."""
-        if not self.holds:
-            return
-        try:
-            self._held.controller.reclaim_tables(self.state.store, self.steps)
-        except BaseException:
-            self.abandon()  # the host may have half of it
-            raise
-        self.holds = False
-        self._count_loads()
-        tally = self.state.take_tally()
-        if not self.logs:
-            self._held.counters.add(
-                CacheCounters(
-                    steps=self.steps,
-                    hits=tally[HITS],
-                    loads=tally[LOADS],
-                    prefetched=tally[AHEAD],
-                    prefetch_hits=tally[FRESH],
-                    wasted=tally[WASTES],
-                    evictions=tally[EVICTIONS],
-                    bytes_moved=tally[BLOCKS]
-                    * self._mlp.record_bytes
-                    // self._kernels.blocks_of(self._mlp.record_bytes),
-                )
-            )
-        if tally[BLIND] and self._held.live_predictor is not None:
-            self._held.live_predictor.switch_off(self._held.controller.step, "its chances are no numbers")
-        self.steps = 0
+    def blocks_of(self, record_bytes: int) -> int:
+        """Blocks that a record is carried in; the tally counts them."""
+        return self._kernels.blocks_of(record_bytes)
 
-    def abandon(self) -> None:
-        """A step was broken off: no slot can be trusted any more, once nothing is under way."""
-        self.holds = False
-        if self.live.is_cuda:
-            torch.cuda.synchronize(self.live.device)
-        controller = self._held.controller
-        controller.reclaim_tables(lambda tables, usage: None, self.steps)  # noqa: ARG005 - what is known stays as it was
-        controller.forget()
-        self.state.drop()
-        self.steps = 0
-
-    def moods(self) -> Iterator[None]:
-        """Once as the coming step is, and once more as it may come to be, if the predictor asks and rests by turns."""
+    def capture_variants(self) -> Iterator[None]:
+        """Yield once as the coming step is; with a predictor once more with `paused` the other way round."""
         yield
         if self.predicting and not self.fixed:
-            self.resting = not self.resting
+            self.paused = not self.paused
             try:
                 yield
             finally:
-                self.resting = not self.resting
+                self.paused = not self.paused
 
-    def prepare(self, rows: int) -> None:
-        """Have the buffers for steps of `rows` rows: they must not be allocated while a graph is captured."""
-        if rows not in self._schedules:
-            self._schedules[rows] = replace(Schedule.allocate(self.state, rows, self._top_k), live=self.live)
+    def prepare(self, batch: int) -> None:
+        """Have the buffers for steps of `batch` sequences: they must not be allocated while a graph is captured."""
+        if batch not in self._schedules:
+            self._schedules[batch] = replace(Schedule.allocate(self.state, batch, self._top_k), live=self.live)
             if self.predicting and self._held.live_predictor is not None:  # what has never run is not captured
-                nobody = torch.full((rows,), self._held.live_predictor.spare, device=self.live.device)
-                self._held.live_predictor.note(nobody, torch.zeros_like(nobody))
+                spare = torch.full((batch,), self._held.live_predictor.spare, device=self.live.device)
+                self._held.live_predictor.update(spare, torch.zeros_like(spare))
 
-    def open_step(self, rows: int) -> None:
-        """A step of so many rows begins, of which `live` count: ask the predictor, plan, begin to load."""
-        self._schedule = self._schedules[rows]
+    def open_step(self, batch: int) -> None:
+        """A step of so many sequences begins, of which `live` count: forecast, plan, begin to load."""
+        self._schedule = self._schedules[batch]
         if self.fixed:
-            self._padding = torch.arange(rows, device=self.live.device)[:, None] >= self.live
+            self._padding = torch.arange(batch, device=self.live.device)[:, None] >= self.live
             return
         with self._plans.work():  # beside the first layer's attention
-            live_predictor, slip = self._held.live_predictor, self._slip
-            if live_predictor is not None and slip is not None:
-                told = slip.told_seats[:rows], slip.told_tokens[:rows]
-                if self.resting:
-                    live_predictor.note(*told)
-                if self.predicting and not self.resting and live_predictor.ask(*told):
-                    self._twin.expect(live_predictor.said, slip.members, slip.turns)
+            live_predictor, inputs = self._held.live_predictor, self._inputs
+            if live_predictor is not None and inputs is not None:
+                updated = inputs.updated_rows[:batch], inputs.updated_tokens[:batch]
+                if self.paused:
+                    live_predictor.update(*updated)
+                if self.predicting and not self.paused and live_predictor.predict(*updated):
+                    self._twin.expect(live_predictor.probabilities, inputs.members, inputs.turns)
                 else:
                     self.state.known.zero_()
-            self._twin.open_step(ahead=not self.resting)
+            self._twin.open_step(ahead=not self.paused)
             self._load_ahead(0)
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """A layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
-        schedule, kernels, mlp = self._schedule, self._kernels, self._mlp
+        schedule, kernels, mlp = self._schedule, self._kernels, self._mlps[layer]
         assert schedule is not None
         hidden, index, pool = hidden.contiguous(), index.contiguous(), self._held.pool.buffer
         if self.fixed:
@@ -376,7 +202,7 @@ class DeviceExperts:
 
     def _by_phases(self, layer: int, hidden: Tensor, schedule: Schedule) -> None:
         """Fetch and compute what `run_layer` decided; plan on beside it."""
-        kernels, mlp, pool = self._kernels, self._mlp, self._held.pool.buffer
+        kernels, mlp, pool = self._kernels, self._mlps[layer], self._held.pool.buffer
         loads = self._held.store.buffer, pool, self.state.ledger, schedule.todo
         with self._corrections.work():
             kernels.fetch_records(*loads, schedule.bounds[:2])
@@ -417,25 +243,3 @@ class DeviceExperts:
         """A step raised: nothing may stay apart from the main line, or what captures it cannot end."""
         for lane in (self._corrections, self._plans, self._ahead):
             lane.join()
-
-    def told(self) -> None:
-        """A step was carried out; with a log, tell its events (this waits for the device)."""
-        self.steps += 1
-        if not self.logs:
-            return
-        controller = self._held.controller
-        number = controller.step + self.steps
-        controller.events.emit(Event(EventKind.STEP, number))
-        for row in self.state.take_log():
-            controller.events.emit(as_event(row, number, self._mlp.record_bytes))
-
-    def attach(self, model: PreTrainedModel, skeleton: Skeleton) -> None:
-        """Let the model's layers call `run` in place of the host execution."""
-        for path in skeleton.expert_modules:
-            model.get_submodule(path).expertflow.whole = self.run
-
-    @staticmethod
-    def detach(model: PreTrainedModel, skeleton: Skeleton) -> None:
-        """Let them call the host execution again."""
-        for path in skeleton.expert_modules:
-            model.get_submodule(path).expertflow.whole = None

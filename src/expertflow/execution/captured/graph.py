@@ -3,8 +3,8 @@
 A step reads tokens, rows and positions from fixed buffers and leaves logits and the most probable tokens in others; the
 predictor, the plan and the loads of the experts are part of it (`execution.captured.experts`); keys and values are in rows that never move
 (`execution.kv_rows`). Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes, and once more
-for a predictor at rest; the first step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
-Knows the model's forward; refuses to know requests.
+for a predictor that is paused; the first step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
+Must not know requests, and which side decides (`execution.handover`).
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class GraphDecoder:
     Attributes:
         inputs: int64 `[4, batch]` on the device, what the next step is fed: tokens, rows, positions, columns.
         logits: `[batch, V]` of the last step.
-        best: int64 `[batch]`, its most probable next tokens, as `sampler.most_probable` says them.
+        best: int64 `[batch]`, its most probable next tokens, as `sampler.most_probable` finds them.
     """
 
     def __init__(
@@ -64,20 +64,19 @@ class GraphDecoder:
         dtype = getattr(torch, rows.skeleton.dtype)
         self.logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
         self.best = torch.zeros(batch, dtype=torch.long, device=device)
-        self._dense = DenseParts(rows.model, rows.skeleton, rows.windows) if dense else None
+        self._dense = DenseParts(rows.model, rows.skeleton, rows.windows, rows.context) if dense else None
         self._graphs: dict[tuple[int, int, int, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         self._reach = 0
         self._pool = graph_pool(device)
-        self._whole = True
 
     @torch.inference_mode()
     def step(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
-        """Feed one token a sequence; logits of the next, valid until the next step."""
-        if not self._whole:
-            self.end()  # the last step was broken off, and this may be the same one again
+        """Feed one token a sequence; logits of the next, valid until the next step.
+
+        The experts have to have begun this step (`DeviceExperts.begin`).
+        """
         count, length = len(fed), self.rows.nowhere
-        sequences, tokens, rows, positions = map(list, zip(*fed, strict=True))
-        self.experts.begin(sequences, tokens)
+        _, tokens, rows, positions = map(list, zip(*fed, strict=True))
         need = max(count, self.experts.asked)
         batch = round_up(need, 1, self._batch)
         columns, reach = round_up(max(positions) + 1, min(LEAST_COLUMNS, length), length), self.rows.reach(rows)
@@ -87,38 +86,28 @@ class GraphDecoder:
         staged[TOKENS, :count], staged[ROWS, :count], staged[POSITIONS, :count] = tokens, rows, positions
         staged[COLUMNS, :count], staged[COLUMNS, count:] = positions, length
         self.inputs.copy_(self._staged)  # ordinary memory: it may be used again at once
-        self._whole = False
         self.launch(batch, columns)
-        self.experts.told()
-        self._whole = True
         return self.logits[:count]
 
     def launch(self, batch: int, columns: int) -> None:
         """Run a step over what the buffers hold: replay its graph, or run it and capture it for the next time."""
         shape = batch, columns, self._reach, self.experts.fixed, self.experts.predicting
-        graph = self._graphs.get((*shape, self.experts.resting))
+        graph = self._graphs.get((*shape, self.experts.paused))
         if graph is not None:
             graph.replay()
             return
         self.experts.prepare(batch)
-        self.experts.attach(self.rows.model, self.rows.skeleton)
-        if self._dense is not None:
-            self._dense.attach()
         try:
             self._run(batch, columns)
             if self._pool is not None and self.experts.predicting == shape[-1]:  # else it was switched off meanwhile
-                for _ in self.experts.moods():
+                for _ in self.experts.capture_variants():
                     run = capture(lambda: self._run(batch, columns), self._pool)
-                    self._graphs[*shape, self.experts.resting] = run
+                    self._graphs[*shape, self.experts.paused] = run
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"the device ran out of memory while a decode step of {batch} sequences was made: {error}",
                 "State a gpu_memory that leaves more of the device free, or use execution='host'.",
             ) from error
-        finally:
-            if self._dense is not None:
-                self._dense.detach()
-            self.experts.detach(self.rows.model, self.rows.skeleton)
 
     def _run(self, batch: int, columns: int) -> None:
         try:
@@ -129,26 +118,15 @@ class GraphDecoder:
 
     def _step(self, batch: int, columns: int) -> None:
         tokens, rows, positions, where = (self.inputs[place, :batch] for place in range(4))
-        whole = self._dense is not None and self._dense.attends
-        if self._dense is not None:
-            self._dense.rows, self._dense.positions, self._dense.lasts = rows, positions, self.rows.lasts(rows)
-        self.experts.open_step(batch)  # rows of padding attend to whatever lies in row 0; nobody reads what they give
-        logits = self.rows.forward(
-            stock_forward(self.rows.model),  # a pass would begin a step of the host execution
-            ForwardInput(tokens[:, None], rows, positions[:, None], where[:, None], columns, self._reach),
-            whole=whole,
-        )
+        self.experts.open_step(batch)  # padding attends to whatever lies in row 0; what it gives is not read
+        with self.rows.context.carry(experts=self.experts.run, dense=self._dense):
+            logits = self.rows.forward(
+                stock_forward(self.rows.model),  # a pass would begin a step of the host execution
+                ForwardInput(tokens[:, None], rows, positions[:, None], where[:, None], columns, self._reach),
+            )
         self.experts.close_step()
         self.logits[:batch].copy_(logits)
         self.best[:batch].copy_(most_probable(self.logits[:batch]))
-
-    def end(self) -> None:
-        """The host decides next: it takes over what is resident, if that is known."""
-        if self._whole:
-            self.experts.end()
-        else:  # a step was broken off: what the slots hold is unknown
-            self.experts.abandon()
-            self._whole = True
 
     def drop(self) -> None:
         """Give the captured steps' memory back."""

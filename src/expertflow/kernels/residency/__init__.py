@@ -1,1 +1,1 @@
-"""The cache's decisions on the device."""
+"""The cache's decisions on the device, as Triton kernels and their reference."""

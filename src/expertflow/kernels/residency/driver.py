@@ -1,9 +1,9 @@
-"""The device twin of the cache's decisions, driven: ranks, plan, and layer by layer the slots, as Triton kernels.
+"""Launch the cache's decisions on the device: ranks, plan, and layer by layer the slots, as Triton kernels.
 
-The router's choice never leaves the device. Every call only launches: `kernels.residency.ranks` says who is worth keeping,
-`kernels.residency.lookahead` what is loaded ahead, `kernels.residency.access` where a layer's experts are.
+The router's choice never leaves the device. Every call only launches: `kernels.residency.ranks` ranks the experts,
+`kernels.residency.lookahead` plans loads ahead, `kernels.residency.access` finds the slots of a layer's experts.
 
-Twin of `kernels.residency.reference`, which calls `cache.core` itself. Knows slots; refuses to know rows and weights.
+Twin of `kernels.residency.reference`, which calls `cache.core` itself. It knows slots, but no records and no weights.
 """
 
 import triton
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.kernels.residency import access, lookahead, ranks
-from expertflow.kernels.residency.state import POLICIES, CacheState, Notes, Schedule
+from expertflow.kernels.residency.state import POLICIES, CacheState, RoutingOutput, Schedule
 
 _PLAN_CELLS = 256
 """Experts of all layers a warp of the plan handles."""
@@ -22,41 +22,41 @@ class Residency:
 
     Args:
         state: tables and ranks.
-        notes: where the step's routing is noted for a predictor; None: nowhere.
+        routing: buffer for the step's routing, which a predictor reads; None: no predictor.
     """
 
-    def __init__(self, state: CacheState, notes: Notes | None = None) -> None:
-        """Make room for what a layer's program passes from its experts to its pairs."""
-        self.state, self._notes = state, notes
-        self._turn_slot = state.slot_of.new_zeros(state.experts)
-        self._turn_table = state.slot_of.new_zeros(state.experts)
+    def __init__(self, state: CacheState, routing: RoutingOutput | None = None) -> None:
+        """Allocate what a layer's program passes from its experts to its pairs."""
+        self.state, self._routing = state, routing
+        self._expert_slot = state.slot_of.new_zeros(state.experts)
+        self._expert_table = state.slot_of.new_zeros(state.experts)
         self._rules = state.strategy.rules(state.layers, state.slots)
         self._options = {
             "EP": triton.next_power_of_2(state.experts),
-            "num_warps": 1,  # one thread writes what all have read: with one warp nobody lags
+            "num_warps": 1,  # one thread writes what all have read: threads of one warp do not lag
             "enable_fp_fusion": False,
         }
 
-    def expect(self, said: Tensor, members: Tensor, turns: Tensor) -> None:
-        """The demand of this step and further ones, from chances of single sequences.
+    def expect(self, probabilities: Tensor, members: Tensor, group_bounds: Tensor) -> None:
+        """Compute the demand of this step and further ones from chances of single sequences.
 
         Args:
-            said: float32 `[C, 5, L, E]`, what `predict.online` said of each sequence's coming step.
-            members: int64, which of the C step, in the order of their turns.
-            turns: int64, how many groups there are (at most `STEPS_KNOWN`; 0: no forecast), then where in `members` each
-                begins, this step's first, then where the last one ends.
+            probabilities: float32 `[C, 5, L, E]`, the output of `predict.online` for each sequence's coming step.
+            members: int64, which of the C sequences step, group after group in the order in which groups step.
+            group_bounds: int64, the number of groups (at most `STEPS_KNOWN`; 0: no forecast), then where in `members`
+                each begins, this step's first, then where the last one ends.
         """
         s = self.state
         s.known.fill_(STEPS_KNOWN)
         ranks.expect[(s.layers,)](
-            said, members, turns, s.demand, s.known, s.tally, s.layers, s.experts, **self._options
+            probabilities, members, group_bounds, s.demand, s.known, s.tally, s.layers, s.experts, **self._options
         )
 
     def open_step(self, *, ahead: bool = True) -> None:
-        """`prefetch.open_step`: this step's ranks, and its plan.
+        """Run `prefetch.open_step`: this step's ranks, and its plan.
 
         Args:
-            ahead: whether there may be loads ahead; if not, nothing may be `known`, and `bind` is not called.
+            ahead: whether loads ahead are planned; if not, `known` has to be 0, and `bind` is not called.
         """
         s = self.state
         ranks.open_step[(s.layers,)](
@@ -69,28 +69,28 @@ class Residency:
             self._look_ahead(-1, plan=True)
 
     def run_layer(self, layer: int, ids: Tensor, schedule: Schedule) -> None:
-        """`core.access`: fill `schedule` for the layer.
+        """Run `core.access`: fill `schedule` for the layer.
 
         Args:
             layer: MoE layer.
             ids: integer `[T, K]` contiguous, the router's choice; outside `0 .. E - 1` means none.
-            schedule: overwritten; says how many of the T tokens are live.
+            schedule: overwritten, except `live`, which holds how many of the T tokens count.
         """
-        s, phases, notes = self.state, schedule.phases, self._notes
+        s, phases, routing = self.state, schedule.phases, self._routing
         access.run_layer[(1,)](
             ids, schedule.live, schedule.slots, schedule.todo, schedule.bounds,
-            ids if notes is None else notes.seats, ids if notes is None else notes.routes,
-            s.slot_of, s.owner, s.rank, s.used, s.unused, s.low, s.lowest, s.held, s.share, s.newer, s.older,
+            ids if routing is None else routing.state_rows, ids if routing is None else routing.routes,
+            s.slot_of, s.owner, s.rank, s.used, s.unused, s.low, s.lowest, s.per_layer, s.share, s.newer, s.older,
             s.pinned, s.fresh, s.resident, s.needed, s.ledger.table, s.ledger.count, s.entry,
-            self._turn_slot, self._turn_table, s.tally, s.log, s.told,
+            self._expert_slot, self._expert_table, s.tally, s.log, s.log_count,
             layer, ids.numel(), ids.shape[1], s.layers, s.experts, s.slots, self._rules.wave, s.ledger.entries,
             NP=triton.next_power_of_2(max(ids.numel(), phases)), LP=triton.next_power_of_2(s.layers), PHASES=phases,
-            JOINT=self._rules.joint, RETAIN=self._rules.retain, PREFETCH=self._rules.prefetch, NOTE=notes is not None,
+            JOINT=self._rules.joint, RETAIN=self._rules.retain, PREFETCH=self._rules.prefetch, ROUTES=routing is not None,
             LOG=len(s.log) > 0, **self._options,
         )  # fmt: skip
 
     def bind(self, layer: int) -> None:
-        """`prefetch.pass_layer`: plan anew if the strategy does, and bind the loads the layer lets go."""
+        """Run `prefetch.pass_layer`: plan anew if the strategy does, and bind the loads that waited for the layer."""
         if self._rules.prefetch:
             self._look_ahead(layer, plan=self._rules.rolling)
 
@@ -100,9 +100,9 @@ class Residency:
         last = min(last, now + s.layers) if rules.wraps else min(last, s.layers)
         cells = triton.next_power_of_2(s.layers * s.experts)
         lookahead.look_ahead[(1,)](
-            s.slot_of, s.owner, s.rank, s.low, s.lowest, s.held, s.newer, s.older, s.pinned, s.fresh, s.resident,
+            s.slot_of, s.owner, s.rank, s.low, s.lowest, s.per_layer, s.newer, s.older, s.pinned, s.fresh, s.resident,
             s.demand, s.known, s.limit, s.used, s.unused, s.pending, s.waiting, s.ledger.table, s.ledger.count,
-            s.entry, s.ahead, s.tally, s.log, s.told,
+            s.entry, s.ahead, s.tally, s.log, s.log_count,
             now, last, s.layers, s.experts, s.slots, s.slots - rules.reserve, rules.ahead, s.ledger.entries,
             THRESHOLD=rules.threshold, PLAN=plan, ROLLING=rules.rolling, CELLS=cells,
             PLACES=triton.next_power_of_2(2 * s.layers), EP=self._options["EP"], LOG=len(s.log) > 0,
@@ -110,7 +110,7 @@ class Residency:
         )  # fmt: skip
 
     def close_step(self) -> None:
-        """`Brain.end`: learn from the step."""
+        """Run `Usage.learn`: count the finished step."""
         s = self.state
         ranks.close_step[(s.layers,)](
             s.needed,

@@ -1,19 +1,21 @@
-"""The device twin of `cache.prefetch`: which experts to load ahead, into which slots, and behind which layer.
+"""The device twin of `cache.prefetch`: which experts to load ahead, into which slots, and after which layer.
 
 One program sweeps through the coming layers with every expert's rank in its registers: a planned load costs a few
-reductions over all of them. Then the loads whose slots are free once layer `now` is done are bound and enter the ledger.
-Knows slots; refuses to know rows and weights.
+reductions over all of them. Then the loads whose slots are free after layer `now` are bound and enter the ledger.
+It knows slots, but no records and no weights.
 """
 
 import triton
 import triton.language as tl
 
 from expertflow.cache.core import EVICT, PREFETCH, WASTED
-from expertflow.kernels.residency.access import add_to, call_off, tell
+from expertflow.kernels.ledger import DST, PRIOR, SRC
+from expertflow.kernels.residency.access import add_to, call_off, write_log
 from expertflow.kernels.residency.state import AHEAD, BROKEN, EVICTIONS, WASTES
 
 _PREFETCH, _EVICT, _WASTED = (tl.constexpr(kind) for kind in (PREFETCH, EVICT, WASTED))
 _AHEAD, _EVICTIONS, _WASTES, _BROKEN = (tl.constexpr(place) for place in (AHEAD, EVICTIONS, WASTES, BROKEN))
+_SRC, _DST, _PRIOR = (tl.constexpr(field) for field in (SRC, DST, PRIOR))
 
 
 @triton.jit
@@ -23,20 +25,20 @@ def _count(mask):
 
 @triton.jit
 def _pin_residents(want, at, pin, layer_of, inside, place_of, now, layers, room):
-    """`prefetch.pin_residents`: who is pinned, and how many while each place runs."""
+    """`prefetch.pin_residents`: which experts are pinned, and how many while each place runs."""
     pins = place_of * 0
     add = want & (at >= 0) & ~pin
     total = 0
     place = now + 1
     while place < now + 1 + layers:
         mine = inside & (layer_of == place % layers)
-        held, more = pin & mine, add & mine
+        already, more = pin & mine, add & mine
         before = total
-        total += _count(held)
+        total += _count(already)
         extra = _count(more)
         if (extra > 0) & (place < layers):
             if total + extra > room:  # the first ones, in the order of experts, as long as there is room
-                both = (held | more).to(tl.int32)
+                both = (already | more).to(tl.int32)
                 more = more & (before + tl.cumsum(both, 0) - both < room)
                 extra = _count(more)
             pin = pin | more
@@ -48,10 +50,10 @@ def _pin_residents(want, at, pin, layer_of, inside, place_of, now, layers, room)
 
 @triton.jit
 def _bind(  # noqa: PLR0915 - as `look_ahead`
-    slot_of, owner, rank, low, lowest, held, newer, older, fresh, resident, pending, waiting, ledger, filled, entry,
-    tally, log, row, now, layers, experts, entries, EP: tl.constexpr, LOG: tl.constexpr,  # noqa: N803
+    slot_of, owner, rank, low, lowest, per_layer, newer, older, fresh, resident, pending, waiting, ledger, filled, entry,
+    tally, log, logged, now, layers, experts, entries, EP: tl.constexpr, LOG: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """`prefetch.carry_out`: the planned loads whose slots are free after `now`; returns the log's next row."""
+    """`prefetch.carry_out`: the planned loads whose slots are free after `now`; returns the log's next entry."""
     count, kept, index = tl.load(waiting), 0, 0
     load = tl.load(filled)
     begin = load
@@ -62,7 +64,7 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
         flat = tl.load(pending + 3 * index)
         slot, after = tl.load(pending + 3 * index + 1), tl.load(pending + 3 * index + 2)
         present, theirs = tl.load(slot_of + flat) >= 0, tl.load(owner + slot)
-        vain = tl.load(fresh + theirs, mask=theirs >= 0, other=0) != 0
+        was_fresh = tl.load(fresh + theirs, mask=theirs >= 0, other=0) != 0
         before, behind = tl.load(older + slot), tl.load(newer + slot)
         tl.debug_barrier()
         if after > now:
@@ -74,43 +76,43 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
             prior = -1
             if theirs >= 0:
                 layer = theirs // experts
-                if vain:
+                if was_fresh:
                     wasted += 1
                     prior = call_off(ledger, entries, entry, slot)
                     if LOG:
-                        tell(log, row, _WASTED, layer, theirs % experts, slot, 0, None)
-                        row += 1
+                        write_log(log, logged, _WASTED, layer, theirs % experts, slot, 0, None)
+                        logged += 1
                 tl.store(fresh + theirs, tl.full([], 0, tl.uint8))
                 tl.store(slot_of + theirs, -1)
                 tl.store(rank + theirs, float("inf"))
-                tl.store(held + layer, tl.load(held + layer) - 1)
+                tl.store(per_layer + layer, tl.load(per_layer + layer) - 1)
                 tl.debug_barrier()
                 ranks = tl.load(rank + layer * experts + column, mask=column < experts, other=float("inf"))
                 tl.store(low + layer, tl.min(ranks, 0))
                 tl.store(lowest + layer, tl.argmin(ranks, 0).to(tl.int32))
                 evictions += 1
                 if LOG:
-                    tell(log, row, _EVICT, layer, theirs % experts, slot, 0, None)
-                    row += 1
+                    write_log(log, logged, _EVICT, layer, theirs % experts, slot, 0, None)
+                    logged += 1
             else:
                 tl.store(newer + before, behind)
                 tl.store(older + behind, before)
                 tl.store(resident, tl.load(resident) + 1)
             tl.store(slot_of + flat, slot)
             tl.store(owner + slot, flat)
-            tl.store(held + flat // experts, tl.load(held + flat // experts) + 1)
+            tl.store(per_layer + flat // experts, tl.load(per_layer + flat // experts) + 1)
             tl.store(fresh + flat, tl.full([], 1, tl.uint8))
             if load < entries - layers * experts:  # the rest is for what the layers need
-                tl.store(ledger + load, flat)
-                tl.store(ledger + entries + load, slot)
-                tl.store(ledger + 4 * entries + load, prior)
+                tl.store(ledger + _SRC * entries + load, flat)
+                tl.store(ledger + _DST * entries + load, slot)
+                tl.store(ledger + _PRIOR * entries + load, prior)
                 tl.store(entry + slot, load)
                 load += 1
-            else:  # never: the ledger has room for every expert thrice
+            else:  # cannot happen: the ledger has room for every expert three times
                 tl.store(tally + _BROKEN, 1)
             if LOG:
-                tell(log, row, _PREFETCH, flat // experts, flat % experts, slot, now, None)
-                row += 1
+                write_log(log, logged, _PREFETCH, flat // experts, flat % experts, slot, now, None)
+                logged += 1
         index += 1
         tl.debug_barrier()
     tl.store(waiting, kept)
@@ -118,13 +120,14 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
     add_to(tally + _AHEAD, load - begin)
     add_to(tally + _EVICTIONS, evictions)
     add_to(tally + _WASTES, wasted)
-    return begin, load, row
+    return begin, load, logged
 
 
 @triton.jit(do_not_specialize=["now", "last", "layers", "experts", "slots", "room", "reach", "entries"])
+# many parameters: 41; as `access.run_layer`
 def look_ahead(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: splitting it would split its registers
-    slot_of, owner, rank, low, lowest, held, newer, older, pinned, fresh, resident,
-    demand, known, limit, used, unused, pending, waiting, ledger, filled, entry, ahead, tally, log, told,
+    slot_of, owner, rank, low, lowest, per_layer, newer, older, pinned, fresh, resident,
+    demand, known, limit, used, unused, pending, waiting, ledger, filled, entry, ahead, tally, log, log_count,
     now, last, layers, experts, slots, room, reach, entries,
     THRESHOLD: tl.constexpr, PLAN: tl.constexpr, ROLLING: tl.constexpr, CELLS: tl.constexpr,  # noqa: N803
     PLACES: tl.constexpr, EP: tl.constexpr, LOG: tl.constexpr,  # noqa: N803
@@ -146,9 +149,9 @@ def look_ahead(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: 
         tl.debug_barrier()
         column, layer = tl.arange(0, EP), 0
         while layer < layers:
-            row_ranks = tl.load(rank + layer * experts + column, mask=column < experts, other=float("inf"))
-            tl.store(low + layer, tl.min(row_ranks, 0))
-            tl.store(lowest + layer, tl.argmin(row_ranks, 0).to(tl.int32))
+            layer_ranks = tl.load(rank + layer * experts + column, mask=column < experts, other=float("inf"))
+            tl.store(low + layer, tl.min(layer_ranks, 0))
+            tl.store(lowest + layer, tl.argmin(layer_ranks, 0).to(tl.int32))
             layer += 1
         left, empty = slots - tl.load(resident), tl.load(newer + slots)
         busy = cell * 0 + now
@@ -198,7 +201,7 @@ def look_ahead(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: 
                         todo -= 1
             if ROLLING:
                 going = served
-            if (place < layers) & (going > 0):  # the layer passes: what it used is free, and ranked by its next use
+            if (place < layers) & (going > 0):  # after the layer its experts may leave, ranked by their next use
                 here = mine & (at >= 0)
                 then = tl.load(unused + cell, mask=mine, other=0.0)
                 then = tl.where(want, tl.load(used + cell, mask=mine, other=0.0), then)
@@ -207,14 +210,14 @@ def look_ahead(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: 
             place += 1
         tl.store(waiting, count)
         tl.debug_barrier()
-    row = 0
+    logged = 0
     if LOG:
-        row = tl.load(told)
-    begin, end, row = _bind(
-        slot_of, owner, rank, low, lowest, held, newer, older, fresh, resident, pending, waiting, ledger, filled, entry,
-        tally, log, row, now, layers, experts, entries, EP, LOG,
+        logged = tl.load(log_count)
+    begin, end, logged = _bind(
+        slot_of, owner, rank, low, lowest, per_layer, newer, older, fresh, resident, pending, waiting, ledger, filled, entry,
+        tally, log, logged, now, layers, experts, entries, EP, LOG,
     )  # fmt: skip
     if LOG:
-        tl.store(told, row)
+        tl.store(log_count, logged)
     tl.store(ahead + 2 * (now + 1), begin)
     tl.store(ahead + 2 * (now + 1) + 1, end)

@@ -1,8 +1,7 @@
-"""The device twin of `cache.policy` and `cache.horizon`: what is observed and expected, and the ranks that follow.
+"""The device twin of `cache.policy` and `cache.horizon`: usage and demand in, ranks out.
 
 One program a layer. Ranks are float64 and bit-equal to NumPy's, so nothing may be fused into multiply-adds; logarithms
-are rounded on both sides (`policy.GRAIN`). Twin of `kernels.residency.reference`. Knows usage and demand; refuses to
-know slots.
+are rounded on both sides (`policy.GRAIN`). Twin of `kernels.residency.reference`. It knows no slots.
 """
 
 import math
@@ -10,25 +9,55 @@ import math
 import triton
 import triton.language as tl
 
-from expertflow.cache.horizon import HORIZONS, STEPS_KNOWN
-from expertflow.cache.policy import DISCOUNT, FADE, GRAIN, HIDDEN, MIX
-from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, CONSTANT, FRESH, LOADS, RECORDED, UNKNOWN
+from expertflow.cache.horizon import LEAST_LEFT, STEPS_KNOWN
+from expertflow.cache.policy import (
+    DISCOUNT,
+    FADE,
+    GRAIN,
+    HIDDEN,
+    LEAST_RATE,
+    LEAST_WORTH,
+    MIX,
+    belady,
+    discounted_use,
+    layer_order,
+    lfu,
+    lru,
+    next_use,
+)
+from expertflow.kernels.ledger import DONE, TAKEN
+from expertflow.kernels.residency.state import (
+    AHEAD,
+    BLIND,
+    BLOCKS,
+    CONSTANT,
+    FRESH,
+    LOADS,
+    POLICIES,
+    RECORDED,
+    UNKNOWN,
+)
+from expertflow.types import HORIZONS
 
 _NEW = tl.constexpr(1 - FADE[0])
 _NEW_STEADY = tl.constexpr(1 - FADE[1])
 _FADE = tl.constexpr(FADE[0])
 _FADE_STEADY = tl.constexpr(FADE[1])
 _MIX = tl.constexpr(MIX)
-_REST = tl.constexpr(1 - MIX)
+_MIX_STEADY = tl.constexpr(1 - MIX)
 _GAIN = tl.constexpr(MIX * (1 - FADE[0]) + (1 - MIX) * (1 - FADE[1]))
 _MIX_FADE = tl.constexpr(MIX * FADE[0])
-_REST_FADE = tl.constexpr((1 - MIX) * FADE[1])
-_LRU, _LFU, _NEXT_USE, _BELADY, _DISCOUNTED, _LAYER_ORDER = (tl.constexpr(code) for code in range(6))
+_STEADY_FADE = tl.constexpr((1 - MIX) * FADE[1])
+_LRU, _LFU, _NEXT_USE, _BELADY, _DISCOUNTED, _LAYER_ORDER = (
+    tl.constexpr(POLICIES[policy]) for policy in (lru, lfu, next_use, belady, discounted_use, layer_order)
+)
 _UNKNOWN, _RECORDED, _CONSTANT = (tl.constexpr(code) for code in (UNKNOWN, RECORDED, CONSTANT))
 _DISCOUNT = tl.constexpr(DISCOUNT)
 _LOG_DISCOUNT = tl.constexpr(math.log(DISCOUNT))
 _HIDDEN = tl.constexpr(HIDDEN)
 _GRAIN = tl.constexpr(GRAIN)
+_LEAST_RATE, _LEAST_WORTH, _LEAST_LEFT = (tl.constexpr(least) for least in (LEAST_RATE, LEAST_WORTH, LEAST_LEFT))
+_TAKEN, _DONE = tl.constexpr(TAKEN), tl.constexpr(DONE)
 _FURTHER = tl.constexpr(STEPS_KNOWN - 1)
 _STEPS_KNOWN = tl.constexpr(STEPS_KNOWN)
 _BLIND, _BLOCKS, _LOADS, _AHEAD, _FRESH = (tl.constexpr(place) for place in (BLIND, BLOCKS, LOADS, AHEAD, FRESH))
@@ -38,7 +67,7 @@ _H1, _H2, _H3, _H4 = (tl.constexpr(horizon) for horizon in HORIZONS)
 @triton.jit
 def _gap(rate):
     """`policy.gap`."""
-    return 1.0 / tl.maximum(rate, tl.full([1], 1e-6, tl.float64)) - 1.0
+    return 1.0 / tl.maximum(rate, tl.full([1], _LEAST_RATE, tl.float64)) - 1.0
 
 
 @triton.jit
@@ -50,11 +79,12 @@ def _worth(rate):
 @triton.jit
 def _as_gap(worth):
     """`policy._as_gap`."""
-    inside = tl.minimum(tl.maximum(worth, tl.full([1], 1e-9, tl.float64)), tl.full([1], 1.0, tl.float64))
+    inside = tl.minimum(tl.maximum(worth, tl.full([1], _LEAST_WORTH, tl.float64)), tl.full([1], 1.0, tl.float64))
     return tl.floor(tl.log(inside) / _LOG_DISCOUNT * _GRAIN + 0.5) / _GRAIN
 
 
 @triton.jit(do_not_specialize=["layers", "experts", "steps", "entries", "slots"])
+# many parameters: 34; as `access.run_layer`
 def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the compiler keeps one
     slot_of, last_use, count, recent, steady, waits, used, unused, limit, demand, known, pinned, fresh, rank, low, lowest,
     clock, future, following, ledger, filled, entry, ahead, waiting, tally,
@@ -79,11 +109,11 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
     begin = layer * tl.cdiv(entries, layers)
     end = tl.minimum(begin + tl.cdiv(entries, layers), entries)
     blocks = zero
-    while begin < end:  # nothing of any load is taken, or there
-        done = ledger + 3 * entries + begin + column
+    while begin < end:  # reset the counts of blocks taken and done of all loads
+        done = ledger + _DONE * entries + begin + column
         blocks += tl.load(done, mask=begin + column < end, other=0)
         tl.store(done, zero, mask=begin + column < end)
-        tl.store(ledger + 2 * entries + begin + column, zero, mask=begin + column < end)
+        tl.store(ledger + _TAKEN * entries + begin + column, zero, mask=begin + column < end)
         begin += EP
     tl.atomic_add(tally + _BLOCKS, tl.sum(blocks, 0).to(tl.int64), sem="relaxed")
     if PREFETCH:
@@ -92,7 +122,7 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
         while begin < end:
             tl.store(entry + begin + column, zero - 1, mask=begin + column < end)
             begin += EP
-    # what is expected
+    # this step's demand
     planes = 0
     if SOURCE == _CONSTANT:
         planes = 1
@@ -108,70 +138,70 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
         if layer == 0:
             tl.store(known, planes)
         tl.debug_barrier()
-    # who is worth keeping
+    # ranks before and after the layer
     place = layer.to(tl.float64)
-    turns = layers.to(tl.float64)
+    scale = layers.to(tl.float64)
     now = (step * layers).to(tl.float64) + place
     coming = ((step + 1) * layers).to(tl.float64) + place
     chance = tl.load(demand + at, mask=mask & (planes > 0), other=0.0)
     if POLICY == _LRU:
-        after_rest = tl.load(last_use + at, mask=mask, other=0.0)
-        after_use = tl.zeros([EP], tl.float64) + now
-        before = tl.where(chance > 0.0, after_use, after_rest)
+        after_unused = tl.load(last_use + at, mask=mask, other=0.0)
+        after_used = tl.zeros([EP], tl.float64) + now
+        before = tl.where(chance > 0.0, after_used, after_unused)
         most = before
     elif POLICY == _LFU:
         before = tl.load(count + at, mask=mask, other=0.0)
-        after_use, after_rest, most = before + 1.0, before, before
+        after_used, after_unused, most = before + 1.0, before, before
     elif POLICY == _LAYER_ORDER:
-        reached = (planes == 0) | (tl.max(chance, 0) > 0.0)  # or the step is known to leave this layer alone
+        reached = (planes == 0) | (tl.max(chance, 0) > 0.0)  # else the step is known not to run this layer
         before = tl.zeros([EP], tl.float64) - tl.where(reached, now, coming)
-        after_use = tl.zeros([EP], tl.float64) - coming
-        after_rest, most = after_use, before
+        after_used = tl.zeros([EP], tl.float64) - coming
+        after_unused, most = after_used, before
     else:
         fast = tl.load(recent + at, mask=mask, other=0.0) * _NEW
         slow = tl.load(steady + at, mask=mask, other=0.0) * _NEW_STEADY
-        faded = _MIX_FADE * fast + _REST_FADE * slow
-        mean = _MIX * fast + _REST * slow
+        faded = _MIX_FADE * fast + _STEADY_FADE * slow
+        mean = _MIX * fast + _MIX_STEADY * slow
         if POLICY == _DISCOUNTED:
             top = tl.load(waits + layers + layer)
-            worth, using = tl.minimum(_worth(mean), top), tl.minimum(_worth(faded + _GAIN), top)
-            resting = tl.minimum(_worth(faded), top)
+            worth, if_used = tl.minimum(_worth(mean), top), tl.minimum(_worth(faded + _GAIN), top)
+            if_unused = tl.minimum(_worth(faded), top)
             for less in tl.static_range(_FURTHER):
                 further = _FURTHER - less
                 then = tl.load(demand + further * layers * experts + at, mask=mask & (further < planes), other=0.0)
-                using = tl.where(further < planes, then + (1.0 - then) * _DISCOUNT * using, using)
-                resting = tl.where(further < planes, then + (1.0 - then) * _DISCOUNT * resting, resting)
+                if_used = tl.where(further < planes, then + (1.0 - then) * _DISCOUNT * if_used, if_used)
+                if_unused = tl.where(further < planes, then + (1.0 - then) * _DISCOUNT * if_unused, if_unused)
             gain = worth
             if planes > 0:
-                worth = chance + (1.0 - chance) * _DISCOUNT * resting
+                worth = chance + (1.0 - chance) * _DISCOUNT * if_unused
                 gain = tl.minimum(chance * _HIDDEN - (1.0 - chance), worth)
-            wait, using, resting, gain = _as_gap(worth), _as_gap(using), _as_gap(resting), _as_gap(gain)
+            wait, if_used, if_unused, gain = _as_gap(worth), _as_gap(if_used), _as_gap(if_unused), _as_gap(gain)
         else:
             least = tl.load(waits + layer)
-            wait, using = tl.maximum(_gap(mean), least), tl.maximum(_gap(faded + _GAIN), least)
-            resting = tl.maximum(_gap(faded), least)
+            wait, if_used = tl.maximum(_gap(mean), least), tl.maximum(_gap(faded + _GAIN), least)
+            if_unused = tl.maximum(_gap(faded), least)
             for less in tl.static_range(_FURTHER):
                 further = _FURTHER - less
                 then = tl.load(demand + further * layers * experts + at, mask=mask & (further < planes), other=0.0)
-                using = tl.where(further < planes, (1.0 - then) * (1.0 + using), using)
-                resting = tl.where(further < planes, (1.0 - then) * (1.0 + resting), resting)
+                if_used = tl.where(further < planes, (1.0 - then) * (1.0 + if_used), if_used)
+                if_unused = tl.where(further < planes, (1.0 - then) * (1.0 + if_unused), if_unused)
             if planes > 0:
-                wait = (1.0 - chance) * (1.0 + resting)
+                wait = (1.0 - chance) * (1.0 + if_unused)
             gain = wait
-        before = -(now + wait * turns)
-        most = -(now + gain * turns)
-        after_use = -(coming + using * turns)
-        after_rest = -(coming + resting * turns)
+        before = -(now + wait * scale)
+        most = -(now + gain * scale)
+        after_used = -(coming + if_used * scale)
+        after_unused = -(coming + if_unused * scale)
         if POLICY == _BELADY:  # noqa: SIM102 - one is known to the compiler, the other to the device
-            if planes > 0:  # what is recorded is float32 on the host, up to the sum
+            if planes > 0:  # the recorded next uses are float32 on the host, up to the sum
                 where = (step + 1) * layers * experts + at
                 later = tl.load(following + where, mask=mask, other=0.0) - (step + 1).to(tl.float32)
                 wait_known = tl.where(chance > 0.0, 0.0, later + 1.0)
                 before = -(now + (wait_known * layers.to(tl.float32)).to(tl.float64))
-                after_use = -(coming + (later * layers.to(tl.float32)).to(tl.float64))
-                after_rest, most = after_use, before
-    tl.store(used + at, after_use, mask=mask)
-    tl.store(unused + at, after_rest, mask=mask)
+                after_used = -(coming + (later * layers.to(tl.float32)).to(tl.float64))
+                after_unused, most = after_used, before
+    tl.store(used + at, after_used, mask=mask)
+    tl.store(unused + at, after_unused, mask=mask)
     present = tl.load(slot_of + at, mask=mask, other=-1) >= 0
     if PREFETCH:
         tl.store(limit + at, most, mask=mask)
@@ -191,7 +221,7 @@ def close_step(
     layers, experts,
     EP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """`Usage.learn`; the host may read how many loads were made so far, ahead or not, and what came of those ahead."""
+    """`Usage.learn`; writes for the host how many loads were made, how many ahead, and how many of these met a need."""
     layer = tl.program_id(0)
     step = tl.load(clock)
     if layer == 0:
@@ -216,24 +246,24 @@ def close_step(
 
 @triton.jit
 def _spread(demand, at, mask, before, left, first, span: tl.constexpr, plane, group, groups):
-    """The chance of use in each of `span` turns from `first` on, if it was `before` of no use before, and `left` after."""
-    share = left / tl.maximum(before, tl.full([1], 1e-9, tl.float64))
+    """Store the chance of use in each of `span` steps from `first` on; chance of no use falls from `before` to `left`."""
+    share = left / tl.maximum(before, tl.full([1], _LEAST_LEFT, tl.float64))
     if span == 1:
         steady = 1.0 - share
     else:
         steady = 1.0 - tl.exp(tl.log(tl.maximum(share, tl.full([1], 1e-300, tl.float64))) / span)
-    for turn in tl.static_range(span):
-        step = (first + turn) * groups + group
+    for number in tl.static_range(span):
+        step = (first + number) * groups + group
         tl.store(demand + step * plane + at, steady, mask=mask & (step < _STEPS_KNOWN))
 
 
 @triton.jit(do_not_specialize=["layers", "experts"])
 def expect(
-    said, members, turns, demand, known, tally, layers, experts, EP: tl.constexpr,  # noqa: N803
+    probabilities, members, group_bounds, demand, known, tally, layers, experts, EP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """`horizon.unite`, `hazards` and `take_turns` of what was said of each group's rows, float32 `[C, 5, L, E]`.
+    """`horizon.unite`, `hazards` and `take_turns` of each group's probabilities, float32 `[C, 5, L, E]`.
 
-    A chance that is no number makes the step one without forecast, and is counted; so does, uncounted, no group.
+    A NaN among them leaves the step without a forecast, and is counted. No group leaves it so, uncounted.
     """
     layer = tl.program_id(0)
     column = tl.arange(0, EP)
@@ -242,13 +272,13 @@ def expect(
     at = layer * experts + column
     one = tl.full([EP], 1.0, tl.float64)
     zero = tl.zeros([EP], tl.float64)
-    groups = tl.load(turns).to(tl.int32)
+    groups = tl.load(group_bounds).to(tl.int32)
     broken, group = 0, 0
     while group < groups:
         none0, none1, none2, none3, none4 = one, one, one, one, one
-        place, end = tl.load(turns + 1 + group).to(tl.int32), tl.load(turns + 2 + group).to(tl.int32)
+        place, end = tl.load(group_bounds + 1 + group).to(tl.int32), tl.load(group_bounds + 2 + group).to(tl.int32)
         while place < end:
-            mine = said + tl.load(members + place) * 5 * plane + at
+            mine = probabilities + tl.load(members + place) * 5 * plane + at
             none0 *= 1.0 - tl.load(mine, mask=mask, other=0.0).to(tl.float64)
             none1 *= 1.0 - tl.load(mine + plane, mask=mask, other=0.0).to(tl.float64)
             none2 *= 1.0 - tl.load(mine + 2 * plane, mask=mask, other=0.0).to(tl.float64)

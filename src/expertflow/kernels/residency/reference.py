@@ -1,6 +1,6 @@
-"""The reference of `kernels.residency`: the same calls, answered by `cache` itself over the state's own memory.
+"""The reference of `kernels.residency`: the same calls, computed by `cache` itself over the state's own memory.
 
-What the device execution decides with on a CPU, and what the kernels are tested against. Knows no Triton.
+The device execution uses it on a CPU, and tests compare the kernels with it. It knows no Triton.
 """
 
 import numpy as np
@@ -38,7 +38,7 @@ from expertflow.kernels.residency.state import (
     RECORDED,
     WASTES,
     CacheState,
-    Notes,
+    RoutingOutput,
     Schedule,
 )
 
@@ -46,11 +46,11 @@ from expertflow.kernels.residency.state import (
 class Residency:
     """Twin of `kernels.residency.Residency` for a state on the CPU."""
 
-    def __init__(self, state: CacheState, notes: Notes | None = None) -> None:
-        """Look at the state's tensors as the arrays that `core` works on; nothing is copied."""
-        self.state, self._notes = state, notes
+    def __init__(self, state: CacheState, routing: RoutingOutput | None = None) -> None:
+        """View the state's tensors as the arrays that `core` works on, without copying."""
+        self.state, self._routing = state, routing
         own = make_tables(state.layers, state.experts, state.slots, divided=False)
-        shared = ("slot_of", "owner", "rank", "held", "share", "low", "lowest", "newer", "older", "pending")
+        shared = ("slot_of", "owner", "rank", "per_layer", "share", "low", "lowest", "newer", "older", "pending")
         marks = {name: getattr(state, name).numpy().view(np.bool_) for name in ("pinned", "fresh")}
         self._tables: Tables = own._replace(**{name: getattr(state, name).numpy() for name in shared}, **marks)
         self._rules = state.strategy.rules(state.layers, state.slots)
@@ -61,13 +61,13 @@ class Residency:
         before = state.rank.numpy().copy()
         self._planes = Planes(before, state.used.numpy(), state.unused.numpy(), state.limit.numpy())
 
-    def expect(self, said: Tensor, members: Tensor, turns: Tensor) -> None:
-        """The demand of this step and further ones, from chances of single sequences. See the twin."""
-        count, *borders = turns.tolist()
+    def expect(self, probabilities: Tensor, members: Tensor, group_bounds: Tensor) -> None:
+        """Compute the demand of this step and further ones from chances of single sequences. See the twin."""
+        count, *borders = group_bounds.tolist()
         if not count:
             self.state.known.zero_()
             return
-        groups = [said[members[borders[turn] : borders[turn + 1]]].numpy() for turn in range(count)]
+        groups = [probabilities[members[borders[group] : borders[group + 1]]].numpy() for group in range(count)]
         demand = take_turns([hazards(unite(each)) for each in groups])
         sane = bool(np.isfinite(demand).all())
         self.state.known.fill_(STEPS_KNOWN if sane else 0)
@@ -75,7 +75,7 @@ class Residency:
         self.state.demand.copy_(self.state.demand.new_tensor(demand))
 
     def open_step(self, *, ahead: bool = True) -> None:  # noqa: ARG002 - where nothing is known, nothing is planned anyway
-        """`prefetch.open_step`: this step's ranks, and its plan. See the twin."""
+        """Run `prefetch.open_step`: this step's ranks, and its plan. See the twin."""
         state = self.state
         self._usage.step = int(state.clock[1])
         outlook = self._outlook(self._usage.step)
@@ -92,7 +92,7 @@ class Residency:
         self._bound(-1)
 
     def _outlook(self, step: int) -> Outlook | None:
-        """As the strategy's forecast says."""
+        """Return the outlook of the strategy's forecast for a step."""
         state = self.state
         if state.source == CONSTANT:
             return Outlook(state.future.numpy().astype(np.float64))
@@ -105,23 +105,25 @@ class Residency:
         return Outlook(state.demand[:known].numpy().copy()) if known else None
 
     def run_layer(self, layer: int, ids: Tensor, schedule: Schedule) -> None:
-        """`core.access`: fill `schedule` for the layer. See the twin."""
+        """Run `core.access`: fill `schedule` for the layer. See the twin."""
         tables, state = self._tables, self.state
         choice = ids.numpy().astype(np.int64)
         choice[int(schedule.live) :] = state.experts
-        if self._notes is not None:
-            noted = np.where((choice >= 0) & (choice < state.experts), choice, state.experts)
-            self._notes.routes[self._notes.seats[: len(noted)], layer] = self._notes.routes.new_tensor(noted)
+        if self._routing is not None:
+            routed = np.where((choice >= 0) & (choice < state.experts), choice, state.experts)
+            self._routing.routes[self._routing.state_rows[: len(routed)], layer] = self._routing.routes.new_tensor(
+                routed
+            )
         needed = np.zeros(state.experts, dtype=np.bool_)
         needed[choice[(choice >= 0) & (choice < state.experts)]] = True
         tables.cursor[LOG], tables.cursor[RESIDENT] = 0, int(state.resident)
         access(tables, self._planes, self._rules, layer, needed)
         state.needed[layer] |= state.needed.new_tensor(needed)
-        rows = self._told()
-        state.tally[PHASES] += self._fill(schedule, rows, choice, layer * state.experts)
+        logged = self._take_log()
+        state.tally[PHASES] += self._fill(schedule, logged, choice, layer * state.experts)
 
     def bind(self, layer: int) -> None:
-        """`prefetch.pass_layer`. See the twin."""
+        """Run `prefetch.pass_layer`. See the twin."""
         if not self._rules.prefetch:
             return
         self._tables.cursor[LOG] = 0
@@ -129,7 +131,7 @@ class Residency:
         self._bound(layer)
 
     def close_step(self) -> None:
-        """`Brain.end`: learn from the step."""
+        """Run `Usage.learn`: count the finished step."""
         self._usage.step = int(self.state.clock[0])
         self._usage.learn(self.state.needed.numpy() != 0)
         tally = self.state.tally
@@ -139,26 +141,26 @@ class Residency:
         self.state.needed.zero_()
         self.state.clock[1] = self._usage.step
 
-    def _told(self) -> npt.NDArray[np.int32]:
-        """The log rows since the last decision, counted and kept."""
+    def _take_log(self) -> npt.NDArray[np.int32]:
+        """Return the log entries since the last decision; count them, and append them to the state's log."""
         tables, state = self._tables, self.state
         state.resident.fill_(int(tables.cursor[RESIDENT]))
         state.waiting.fill_(int(tables.cursor[PENDING]))
-        rows = tables.log[: tables.cursor[LOG]]
+        logged = tables.log[: tables.cursor[LOG]]
         if len(state.log):
-            told = int(state.told)
-            state.log[told : told + len(rows)] = state.log.new_tensor(rows)
-            state.told.add_(len(rows))
+            begin = int(state.log_count)
+            state.log[begin : begin + len(logged)] = state.log.new_tensor(logged)
+            state.log_count.add_(len(logged))
         kinds = ((HITS, HIT), (LOADS, MISS), (EVICTIONS, EVICT), (AHEAD, PREFETCH), (WASTES, WASTED))
         for place, kind in kinds:
-            state.tally[place] += int((rows[:, 0] == kind).sum())
-        state.tally[FRESH] += int(((rows[:, 0] == HIT) & (rows[:, 4] == 1)).sum())
-        return rows
+            state.tally[place] += int((logged[:, 0] == kind).sum())
+        state.tally[FRESH] += int(((logged[:, 0] == HIT) & (logged[:, 4] == 1)).sum())
+        return logged
 
     def _bound(self, layer: int) -> None:
-        """Loads ahead that were just bound enter the ledger."""
+        """Enter the loads ahead that were just bound into the ledger."""
         begin = int(self.state.ledger.count)
-        for kind, of, expert, slot, _ in self._told().tolist():
+        for kind, of, expert, slot, _ in self._take_log().tolist():
             if kind == WASTED:
                 self._call_off(slot)
             elif kind == PREFETCH:
@@ -173,35 +175,37 @@ class Residency:
         return load
 
     def _call_off(self, slot: int) -> None:
-        """Nothing is ever half carried here: a load is there, or will not be begun."""
+        """Call off a slot's load ahead; here a load is carried whole or not begun."""
         table, load = self.state.ledger.table, int(self.state.entry[slot])
         if load >= 0:
             table[CARRIED, load] = table[TAKEN, load]
             assert table[TAKEN, load] == table[DONE, load]
             table[TAKEN, load] += CALLED_OFF
 
-    def _fill(self, schedule: Schedule, rows: npt.NDArray[np.int32], choice: npt.NDArray[np.int64], first: int) -> int:
-        """Cut a layer's accesses into phases and write them down; how many phases beyond the first it took."""
+    def _fill(
+        self, schedule: Schedule, logged: npt.NDArray[np.int32], choice: npt.NDArray[np.int64], first: int
+    ) -> int:
+        """Cut a layer's accesses into phases and fill `schedule`; return the number of phases beyond the first."""
         experts = self.state.experts
         table_of, slot_of = np.full(experts + 1, -1), np.full(experts + 1, -1)
-        phase_of_turn: list[int] = []
-        late = [self.state.entry[row[3]].item() for row in rows.tolist() if row[0] == HIT and row[4]]
+        phase_of: list[int] = []
+        late = [self.state.entry[one[3]].item() for one in logged.tolist() if one[0] == HIT and one[4]]
         todo = [entry for entry in late if entry >= 0]
         phase, begins = 0, [0]
-        for kind, _, expert, slot, detail in rows.tolist():
+        for kind, _, expert, slot, detail in logged.tolist():
             if kind == WASTED:
                 self._call_off(slot)
             if kind not in {HIT, MISS}:
                 continue
             if kind == MISS:
-                if detail >= 0 and phase_of_turn[detail] >= phase:
+                if detail >= 0 and phase_of[detail] >= phase:
                     phase += 1
                     begins.append(len(todo))
                 todo.append(self._enter(first + expert, slot, -1))
             waits = kind == MISS or (detail and self.state.entry[slot] >= 0)
             here = phase if kind == MISS else 0
             table_of[expert], slot_of[expert] = 1 + here if waits else 0, slot
-            phase_of_turn.append(here)
+            phase_of.append(here)
         schedule.todo[: len(todo)] = schedule.todo.new_tensor(todo)
         begins += [len(todo)] * (schedule.phases + 1 - len(begins))
         schedule.bounds.copy_(schedule.bounds.new_tensor(begins))

@@ -1,11 +1,12 @@
-"""What the cache remembers, as tensors on the device: the mirror of `core.Tables` and `policy.Usage`.
+"""The cache's tables and usage as tensors on the device: the mirror of `core.Tables` and `policy.Usage`.
 
-The host controller and the device twin take turns: `CacheState.load` takes over what the controller knows, `store` gives
-it back, so that nothing resident is lost at a switch. Knows the layout and the bound on phases; decides nothing.
+Either the host controller or the device twin decides. `CacheState.copy_from` takes the controller's tables,
+`copy_to` gives them back, so residents stay resident at a switch. It knows the layout and the bound on phases, and
+decides nothing.
 
-A layer runs in *phases*: within one, no slot is used twice, so its rows are fetched together and its experts computed
-together. Their number in a graph is fixed, `phase_bound`; the twin fills as many as it needs. What is resident already
-is computed before, and beside, the first phase's fetch.
+A layer runs in *phases*. Within a phase no slot is used twice, so its records are fetched together and its experts
+computed together. A graph has a fixed number of phases, `phase_bound`; the twin fills as many as it needs. Experts that
+are resident already are computed before the first phase, beside its fetch.
 """
 
 from collections.abc import Sequence
@@ -24,42 +25,42 @@ from expertflow.cache.strategy import Setting, Strategy
 from expertflow.kernels.ledger import DONE, Ledger
 
 POLICIES: dict[Policy, int] = {lru: 0, lfu: 1, next_use: 2, belady: 3, discounted_use: 4, layer_order: 5}
-"""Policies with a device twin, by the number the kernels know them by."""
+"""Policies with a device twin, and their numbers in the kernels."""
 HITS, LOADS, EVICTIONS, PHASES, BROKEN, AHEAD, FRESH, WASTES, BLIND, BLOCKS = range(10)
-"""Places in `CacheState.tally`; FRESH are hits that a load ahead brought, BLIND steps whose forecast was no number, BLOCKS
-what was carried of all loads (a load that was called off is not carried whole)."""
+"""Indexes into `CacheState.tally`. FRESH are hits that a load ahead brought, BLIND steps whose forecast had a NaN, BLOCKS
+the blocks carried of all loads (a load that was called off is not carried whole)."""
 UNKNOWN, RECORDED, CONSTANT, GIVEN = range(4)
-"""Where a step's demand comes from: nowhere, a recording, one that says the same at every step, or whoever writes it
-into `CacheState.demand`."""
+"""The source of a step's demand: none, a recording, a recording of one step for all, or a caller that writes
+`CacheState.demand`."""
 
 
 def refusal(strategy: Strategy, *, given: bool = False) -> str | None:
-    """Why a strategy has no device twin; None if it has one.
+    """Return why a strategy has no device twin; None if it has one.
 
     Args:
-        strategy: row of the strategy table.
-        given: whether a trained predictor or the caller's own forecast takes the place of the strategy's.
+        strategy: entry of the strategy table.
+        given: whether a trained predictor or the caller's own forecast replaces the strategy's.
     """
     if strategy.policy not in POLICIES:
         return f"strategy {strategy.name!r} ranks by a policy without a device twin"
     if given and strategy.policy is belady:
-        return f"strategy {strategy.name!r} goes by every later use, and a step on the device is told of {STEPS_KNOWN}"
+        return f"strategy {strategy.name!r} ranks by every later use, and a step on the device knows those of {STEPS_KNOWN} steps"
     if strategy.predicted and not given:
         return f"strategy {strategy.name!r} has no predictor here, and its counts by token are kept on the host"
     return None
 
 
 def source_of(strategy: Strategy, setting: Setting, *, given: bool = False) -> tuple[int, np.ndarray]:
-    """Where the demand of a strategy comes from, and what its forecast will say: bool `[N, L, E]`, N = 0 if unknown."""
+    """Return the source of a strategy's demand, and the recorded demand, bool `[N, L, E]`; N = 0 if there is none."""
     nothing = np.zeros((0, setting.layers, setting.experts), dtype=np.bool_)
     if strategy.predicted or given:
         return GIVEN, nothing
     forecast = strategy.make_forecast(setting)
     if isinstance(forecast, LayerOrder):
-        said = np.ones((1, setting.layers, setting.experts), dtype=np.bool_)
+        every = np.ones((1, setting.layers, setting.experts), dtype=np.bool_)
         if setting.reached is not None:
-            said[:, ~np.asarray(setting.reached)] = False
-        return CONSTANT, said
+            every[:, ~np.asarray(setting.reached)] = False
+        return CONSTANT, every
     if setting.future is None or not strategy.needs_future:
         return UNKNOWN, nothing
     if isinstance(forecast, Recorded):
@@ -69,10 +70,10 @@ def source_of(strategy: Strategy, setting: Setting, *, given: bool = False) -> t
 
 
 def phase_bound(strategy: Strategy, layers: int, slots: int, needed: int) -> int:
-    """The most phases a layer can take that needs `needed` experts.
+    """Return the most phases that a layer with `needed` needed experts can take.
 
-    A phase ends when a wave of loads is over, and once more if hits and loads together fill the layer's share of the
-    slots, or what the plan leaves of them, before the first wave is over.
+    A phase ends with each wave of loads. One more phase ends if hits and loads fill the layer's share of the slots, or
+    the slots that the plan leaves, before the first wave is over.
     """
     rules = strategy.rules(layers, slots)
     if rules.joint and needed <= rules.wave:
@@ -82,14 +83,14 @@ def phase_bound(strategy: Strategy, layers: int, slots: int, needed: int) -> int
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What the twin decides for one layer, in the shape the kernels read; layers share one.
+    """The twin's decisions for one layer, in the shape the kernels read; all layers share one.
 
     Attributes:
         slots: int32 `[1 + P, T, K]`, the slot of each (token, rank) pair in the phase that computes it, else -1. The
-            first table has the pairs that need not wait, table 1 + p those behind the fetch of phase p.
+            first table has the pairs that wait for no copy, table 1 + p those that wait for the fetch of phase p.
         todo: int32 `[N]`, entries of the ledger to be carried, in order.
         bounds: int32 `[P + 1]`, phase p waits for `todo[bounds[p] .. bounds[p + 1] - 1]`.
-        live: int32 `[1]`, how many of the T tokens count; those behind are padding and need no expert.
+        live: int32 `[1]`, how many of the T tokens count; the others are padding and need no expert.
     """
 
     slots: Tensor
@@ -99,7 +100,7 @@ class Schedule:
 
     @classmethod
     def allocate(cls, state: "CacheState", tokens: int, top_k: int) -> Self:
-        """For steps of `tokens` tokens of `top_k` experts a layer; all of them live."""
+        """Allocate for steps of `tokens` tokens with `top_k` experts a layer, all of them live."""
         needed = min(tokens * top_k, state.experts)
         phases = phase_bound(state.strategy, state.layers, state.slots, needed)
 
@@ -120,31 +121,31 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Notes:
-    """What the predictor wants to know of a step: written while the step runs.
+class RoutingOutput:
+    """A step's routing, written for the predictor while the step runs.
 
     Attributes:
-        routes: int32 `[C, L, K]`, each sequence's experts in its last step; E none.
-        seats: int64 `[T]`, which of the C a row of the batch is.
+        routes: int32 `[C, L, K]`, each sequence's experts in its last step; E means none.
+        state_rows: int64 `[T]`, for each row of the batch its sequence's index among the C.
     """
 
     routes: Tensor
-    seats: Tensor
+    state_rows: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheState:
-    """Tables, usage and this step's ranks; what has a namesake in `core.Tables` or `policy.Usage` is that.
+    """Tables, usage and this step's ranks; a name that is also in `core.Tables` or `policy.Usage` means the same.
 
     Attributes:
-        strategy: the row that decides, as `Strategy.on_device` makes it or any other that `refusal` lets pass.
-        source: where the demand comes from: `UNKNOWN`, `RECORDED`, `CONSTANT` or `GIVEN`.
+        strategy: the entry that decides, from `Strategy.on_device` or any other that `refusal` allows.
+        source: the source of the demand: `UNKNOWN`, `RECORDED`, `CONSTANT` or `GIVEN`.
         slot_of: int32 `[L, E]`.
         owner: int32 `[S]`.
         rank: float64 `[L, E]`.
         low: float64 `[L]`.
         lowest: int32 `[L]`.
-        held: int32 `[L]`.
+        per_layer: int32 `[L]`.
         share: int32 `[L]`.
         newer: int32 `[S + 1]`.
         older: int32 `[S + 1]`.
@@ -156,7 +157,7 @@ class CacheState:
         recent: float64 `[L, E]`.
         steady: float64 `[L, E]`.
         clock: int64 `[2]`, steps learned from, twice: a kernel reads one and writes the other.
-        waits: float64 `[2, L]`, `Usage.waits`, and what a use so far away is worth.
+        waits: float64 `[2, L]`, `Usage.waits`, and the worth of a use so far away.
         used: float64 `[L, E]`, this step's `Planes.used`.
         unused: float64 `[L, E]`, this step's `Planes.unused`.
         limit: float64 `[L, E]`, this step's `Planes.limit`.
@@ -164,17 +165,16 @@ class CacheState:
         known: int32 `[1]`, how many of those steps are known; 0: no outlook.
         pending: int32 `[L * E, 3]`.
         waiting: int32 `[1]`, entries of `pending`.
-        needed: uint8 `[L, E]`, what this step used so far.
+        needed: uint8 `[L, E]`, the experts this step used so far.
         ledger: this step's loads.
         entry: int32 `[S]`, this step's load ahead into the slot, or -1.
-        ahead: int32 `[L + 1, 2]`, entries of the ledger that were bound behind layer l - 1: the first, and one past the last.
-        order: int32 `[N]`, 0, 1, 2, ...: the ledger as a list of its own.
+        ahead: int32 `[L + 1, 2]`, entries of the ledger that were bound after layer l - 1: the first, and one past the last.
+        order: int32 `[N]`, 0, 1, 2, ...: all entries of the ledger in order.
         tally: int64 `[10]`, totals since the last `take_tally`, and whether a layer took more phases than its bound.
-        made: int64 `[4]`, the loads in `tally` when the last step ended, `clock` then, and of the loads those ahead and, of these, those
-            that met a need; in host memory, to be read there
-            without waiting.
-        log: int32 `[R, 5]`, log rows as `core.tell` writes them; R = 0 keeps none.
-        told: int32 `[1]`, log rows written.
+        made: int64 `[4]`, when the last step ended: loads in `tally`, `clock`, loads ahead, and loads ahead that met a
+            need. In page-locked host memory, which the host reads without waiting.
+        log: int32 `[R, 5]`, log entries as `core.write_log` writes them; R = 0 keeps none.
+        log_count: int32 `[1]`, log entries written.
         future: uint8 `[N, L, E]`, the recording that demand is read from.
         following: float32 `[N + 1, L, E]`, as `forecast.next_uses`, for Belady; else of no length.
     """
@@ -186,7 +186,7 @@ class CacheState:
     rank: Tensor
     low: Tensor
     lowest: Tensor
-    held: Tensor
+    per_layer: Tensor
     share: Tensor
     newer: Tensor
     older: Tensor
@@ -214,7 +214,7 @@ class CacheState:
     tally: Tensor
     made: Tensor
     log: Tensor
-    told: Tensor
+    log_count: Tensor
     future: Tensor
     following: Tensor
 
@@ -230,74 +230,39 @@ class CacheState:
         reached: Sequence[bool] | None = None,
         given: bool = False,
     ) -> Self:
-        """Room for what `tables` holds; nothing is taken over yet.
+        """Allocate the state for tables of this size; `copy_from` fills it.
 
         Args:
-            strategy: row to decide by; `refusal` must be None.
+            strategy: entry to decide by; `refusal` must be None.
             tables: of the host controller, for their sizes.
-            device: where to.
-            log: keep a step's log rows, to be taken with `take_log` after every step.
-            future: bool `[N, L, E]`, the run's routing, for a strategy that knows it.
-            reached: the layers that a step runs, an encoder's are not among them; None: all.
-            given: `demand` and `known` are written before every step, whatever the strategy's own forecast is.
+            device: where to allocate.
+            log: keep a step's log entries, to be taken with `take_log` after every step.
+            future: bool `[N, L, E]`, the run's routing, for a strategy that needs it.
+            reached: for each layer, whether a step runs it (an encoder's are not run); None: all.
+            given: whether the caller writes `demand` and `known` before every step, in place of the strategy's forecast.
         """
         (layers, experts), slots = tables.slot_of.shape, len(tables.owner)
-
-        def room(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        def plane() -> Tensor:
-            return room(torch.float64, layers, experts)
-
         setting = Setting(layers=layers, experts=experts, future=future, reached=reached)
         source, recorded = source_of(strategy, setting, given=given)
         following = next_uses(recorded) if strategy.policy is belady else np.zeros((0, layers, experts), np.float32)
         entries = _entries(strategy, layers, experts)
-        rows = layers * (1 + 3 * experts) + 3 * entries
+        logged = layers * (1 + 3 * experts) + 3 * entries
+        shapes = _shapes(layers, experts, slots, logged if log else 0)
+        zeros = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, *shape) in shapes.items()}
         return cls(
             strategy=strategy,
             source=source,
-            slot_of=room(torch.int32, layers, experts),
-            owner=room(torch.int32, slots),
-            rank=plane(),
-            low=room(torch.float64, layers),
-            lowest=room(torch.int32, layers),
-            held=room(torch.int32, layers),
-            share=room(torch.int32, layers),
-            newer=room(torch.int32, slots + 1),
-            older=room(torch.int32, slots + 1),
-            pinned=room(torch.uint8, layers, experts),
-            fresh=room(torch.uint8, layers, experts),
-            resident=room(torch.int32, 1),
-            last_use=plane(),
-            count=plane(),
-            recent=plane(),
-            steady=plane(),
-            clock=room(torch.int64, 2),
-            waits=room(torch.float64, 2, layers),
-            used=plane(),
-            unused=plane(),
-            limit=plane(),
-            demand=room(torch.float64, STEPS_KNOWN, layers, experts),
-            known=room(torch.int32, 1),
-            pending=room(torch.int32, layers * experts, 3),
-            waiting=room(torch.int32, 1),
-            needed=room(torch.uint8, layers, experts),
             ledger=Ledger.allocate(entries, device),
-            entry=room(torch.int32, slots),
-            ahead=room(torch.int32, layers + 1, 2),
             order=torch.arange(entries, dtype=torch.int32, device=device),
-            tally=room(torch.int64, 10),
             made=torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda"),
-            log=room(torch.int32, rows if log else 0, 5),
-            told=room(torch.int32, 1),
             future=torch.from_numpy(recorded.astype(np.uint8)).to(device),
             following=torch.from_numpy(following).to(device),
+            **zeros,
         )
 
     @staticmethod
     def nbytes(layers: int, experts: int, slots: int) -> int:
-        """Bytes `allocate` takes, with a log and without a recorded future: what a planner counts."""
+        """Return the bytes `allocate` takes, with a log and without a recorded future, for the planner."""
         planes = 8 * 8 + STEPS_KNOWN * 8 + 3 + 4 + 3 * 4 + _LEDGER_FULL * 7 * 4 + (4 + 3 * _LEDGER_FULL) * 5 * 4
         return layers * experts * planes + layers * 32 + slots * 16 + 256
 
@@ -317,8 +282,8 @@ class CacheState:
         return len(self.owner)
 
     @torch.inference_mode()
-    def load(self, tables: Tables, usage: Usage) -> None:
-        """Take over from the host, between two steps; copies under way have to be there."""
+    def copy_from(self, tables: Tables, usage: Usage) -> None:
+        """Copy the host's tables and usage, between two steps; copies of records have to be finished."""
         for name in _TABLES:
             getattr(self, name).copy_(torch.from_numpy(getattr(tables, name)))
         for name in _USAGE:
@@ -331,8 +296,8 @@ class CacheState:
         self.entry.fill_(-1)
 
     @torch.inference_mode()
-    def store(self, tables: Tables, usage: Usage) -> None:
-        """Give back to the host, between two steps."""
+    def copy_to(self, tables: Tables, usage: Usage) -> None:
+        """Write the host's tables and usage, between two steps."""
         for name in _TABLES:
             getattr(tables, name)[:] = getattr(self, name).cpu().numpy()
         for name in _USAGE:
@@ -344,36 +309,59 @@ class CacheState:
 
     @torch.inference_mode()
     def drop(self) -> None:
-        """Forget totals and log rows of a step that was broken off."""
+        """Clear totals and log entries of a step that was broken off."""
         self.tally.zero_()
-        self.told.zero_()
+        self.log_count.zero_()
         self.ledger.renew()
 
     @torch.inference_mode()
     def take_log(self) -> list[list[int]]:
-        """The log rows written since the last call."""
-        rows: list[list[int]] = self.log[: int(self.told)].tolist()
-        self.told.zero_()
-        return rows
+        """Return the log entries written since the last call."""
+        entries: list[list[int]] = self.log[: int(self.log_count)].tolist()
+        self.log_count.zero_()
+        return entries
+
+    def read_tally(self) -> list[int]:
+        """The totals since the last `take_tally`, between two steps; nothing is changed, and nothing allocated there."""
+        totals: list[int] = self.tally.tolist()
+        totals[BLOCKS] += int(self.ledger.table[DONE].cpu().numpy().sum(dtype=np.int64))
+        return totals
 
     @torch.inference_mode()
     def take_tally(self) -> list[int]:
-        """The totals since the last call, between two steps; see `HITS`."""
-        self.tally[BLOCKS] += self.ledger.table[DONE].sum()
+        """Return the totals since the last call, between two steps; see `HITS`."""
+        totals = self.read_tally()
         self.ledger.table[DONE] = 0
-        totals: list[int] = self.tally.tolist()
         self.tally.zero_()
         assert not totals[BROKEN], "a layer took more phases than `phase_bound` allows, or found no slot for a load"
         return totals
 
 
 _LEDGER_FULL = 4
-"""Loads of a step over experts, at most: what layers need, and what is loaded ahead for this step and the next one."""
+"""Loads of a step over experts, at most: loads that layers need, and loads ahead for this step and the next one."""
+
+
+def _shapes(layers: int, experts: int, slots: int, logged: int) -> dict[str, tuple[torch.dtype, *tuple[int, ...]]]:
+    """Return type and shape of every tensor of a `CacheState` that starts as zeros."""
+    f64, i64, i32, u8 = torch.float64, torch.int64, torch.int32, torch.uint8
+    plane = (layers, experts)
+    usage = dict.fromkeys(_USAGE, (f64, *plane))
+    ranks = dict.fromkeys(("rank", "used", "unused", "limit"), (f64, *plane))
+    marks = dict.fromkeys(("pinned", "fresh", "needed"), (u8, *plane))
+    return {
+        **usage, **ranks, **marks,
+        "slot_of": (i32, *plane), "owner": (i32, slots), "entry": (i32, slots),
+        "low": (f64, layers), "lowest": (i32, layers), "per_layer": (i32, layers), "share": (i32, layers),
+        "newer": (i32, slots + 1), "older": (i32, slots + 1), "resident": (i32, 1),
+        "clock": (i64, 2), "waits": (f64, 2, layers), "demand": (f64, STEPS_KNOWN, *plane), "known": (i32, 1),
+        "pending": (i32, layers * experts, 3), "waiting": (i32, 1), "ahead": (i32, layers + 1, 2),
+        "tally": (i64, 10), "log": (i32, logged, 5), "log_count": (i32, 1),
+    }  # fmt: skip
 
 
 def _entries(strategy: Strategy, layers: int, experts: int) -> int:
     return layers * experts * (_LEDGER_FULL if strategy.prefetch != "none" else 1)
 
 
-_TABLES = ("slot_of", "owner", "rank", "held", "share", "newer", "older", "pinned", "fresh")
+_TABLES = ("slot_of", "owner", "rank", "per_layer", "share", "newer", "older", "pinned", "fresh")
 _USAGE = ("last_use", "count", "recent", "steady")

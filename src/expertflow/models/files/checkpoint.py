@@ -27,8 +27,6 @@ _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["original/*", "consolidated*", "onnx/*"]
 _LARGEST_SETTINGS = 1 << 24
 """Bytes of a config; an index may have more."""
-FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Safetensors dtypes an expert may have, and our names for them."""
 
 
 @dataclass(frozen=True, kw_only=True)

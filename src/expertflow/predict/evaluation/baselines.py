@@ -1,8 +1,8 @@
 """What a trained predictor has to beat: guesses that cost no training, one class a source.
 
-Each answers, for every token t of a passage, how likely it uses each expert, from what is known before its step:
+Each gives, for every token t of a passage, the probability that it uses each expert, from what is known before its step:
 tokens up to t and the true routes before t. Counting and a regression of a few weights; NumPy only. The paper's third
-rival, the next layer's gate applied early, needs hidden states: a trace has none, so it is not here.
+rival, the next layer's gate applied early, is missing because it needs hidden states, which a trace has not.
 """
 
 from collections.abc import Callable, Sequence
@@ -270,4 +270,4 @@ BASELINES: dict[str, Callable[[], Baseline]] = {
     "mix": lambda: Mix(context=False),
     "mix with context": lambda: Mix(context=True),
 }
-"""The free sources by name; a new one is a row here."""
+"""The free sources by name; a new one is an entry here."""

@@ -1,7 +1,7 @@
 """How good predictions are: recall and precision of guesses, batch accuracy, calibration. Pure NumPy.
 
-Takes probabilities and the passages they are for, whoever made them; knows no predictor. A token whose id is unknown
-is not measured: nothing could be predicted from it. Sums are over tokens and layers (micro averages).
+Takes probabilities from any source and the passages they are for. A token whose id is unknown is not measured, because
+nothing could be predicted from it. Sums are over tokens and layers (micro averages). Must not know predictors.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from expertflow.errors import ConfigError
 from expertflow.predict.dataset import Passage, Shape, used
+from expertflow.types import HORIZONS
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -20,8 +21,8 @@ GUESSES = (4, 8, 12)
 """Guesses a layer that are reported."""
 BATCHES = (1, 4, 16)
 RECALL, PRECISION = 0.95, 0.70
-"""The corner that batch accuracy is asked for: precision at this recall, recall at this precision."""
-WITHIN = (0, 1, 2, 4, 8)
+"""Where batch accuracy is reported: precision at this recall, recall at this precision."""
+WITHIN = (0, *HORIZONS)
 """What each output means: used by this token, within the next 1, 2, 4, 8 steps."""
 _BINS = 2000
 _THIN = 20
@@ -73,14 +74,14 @@ class BatchAccuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Whether what is said to have a chance p happens p of the time.
+    """Whether experts predicted with probability p are used p of the time.
 
     Attributes:
         within: 0 for the token's own step, else further steps.
         said: mean probability of each bin; bins are equal parts of [0, 1], empty ones left out.
         happened: share of the bin that was used.
         weight: share of all predictions in the bin.
-        error: expected calibration error, the weighted mean distance of said and happened.
+        error: expected calibration error, the weighted mean distance of `said` and `happened`.
     """
 
     within: int
@@ -113,7 +114,7 @@ class Evaluation:
     calibration: tuple[Calibration, ...]
 
     def headline(self) -> dict[str, Any]:
-        """The figures of a table row."""
+        """The figures of a line of a table."""
         wanted = [m for m in GUESSES if m <= len(self.guesses.recall)]
         row: dict[str, Any] = {f"recall@{m}": self.guesses.recall[m - 1] for m in wanted}
         row |= {f"precision@{m}": self.guesses.precision[m - 1] for m in wanted}
@@ -126,7 +127,7 @@ class Evaluation:
         return row
 
     def as_json(self) -> dict[str, Any]:
-        """Plain lists and numbers, rounded; the headline first, of threshold curves every `_THIN`th point."""
+        """As plain lists and rounded numbers, the headline first; threshold curves are thinned to every `_THIN`th point."""
         plain = asdict(self)
         for item in plain["batches"]:
             item["thresholds"] = {key: points[_THIN - 1 :: _THIN] for key, points in item["thresholds"].items()}
@@ -196,10 +197,13 @@ def evaluate(
 def _check(probabilities: Sequence[Floats], passages: Sequence[Passage], shape: Shape) -> None:
     lengths = [(len(chances), *chances.shape[2:]) for chances in probabilities]
     outputs = {chances.shape[1] for chances in probabilities}
-    if lengths != [(len(item), shape.layers, shape.experts) for item in passages] or outputs not in ({1}, {5}):
+    if lengths != [(len(item), shape.layers, shape.experts) for item in passages] or outputs not in (
+        {1},
+        {len(WITHIN)},
+    ):
         raise ConfigError(
             f"the probabilities do not fit {len(passages)} passages of {shape.layers} layers x {shape.experts} experts",
-            "Give [tokens, 1 or 5, layers, experts] for each passage, in the same order.",
+            f"Give [tokens, 1 or {len(WITHIN)}, layers, experts] for each passage, in the same order.",
         )
 
 
@@ -232,7 +236,7 @@ class _Ranks:
     def add(
         self, chances: Floats, marks: npt.NDArray[np.bool_], known: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.uint16]:
-        """Take a passage; `[n, L, E]` each expert's place among its layer's guesses, equal ones by number."""
+        """Count a passage; `[n, L, E]` each expert's place among its layer's guesses, equal ones by number."""
         order = np.argsort(-chances.astype(np.float32), axis=2, kind="stable")
         self.tokens += int(known.sum())
         self._found += np.take_along_axis(marks, order, axis=2)[known].sum(axis=0)
@@ -263,7 +267,7 @@ def _curve(limit: Floats | Ints, right: Floats | Ints, every: Floats | Ints) -> 
 
 
 def take_places(lengths: Sequence[int], batch: int) -> Ints:
-    """Which tokens step together: `batch` places, a finished passage's is taken by the next.
+    """Which tokens step together: `batch` places; when a passage ends, the next one takes its place.
 
     Args:
         lengths: tokens of each passage.

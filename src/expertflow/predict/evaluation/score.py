@@ -1,4 +1,4 @@
-"""What a trained predictor says of recorded passages, each token from what was known before its step.
+"""What a trained predictor predicts for recorded passages, each token from what was known before its step.
 
 The offline twin of `online`: the same logits, many tokens at a time. For evaluation and for the simulator.
 """
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from expertflow.predict.artifact import Artifact
 from expertflow.predict.dataset import Passage, windows
-from expertflow.predict.model import OUTPUTS
+from expertflow.predict.network import OUTPUTS
 
 _LENGTH = 512
 _TOKENS = {"cpu": 512, "cuda": 8192}
@@ -21,14 +21,14 @@ _TOKENS = {"cpu": 512, "cuda": 8192}
 
 @torch.inference_mode()
 def score(
-    artifact: Artifact, items: Sequence[Passage], tell: Callable[[int], None] = lambda tokens: None  # noqa: ARG005 - a listener
+    artifact: Artifact, items: Sequence[Passage], report: Callable[[int], None] = lambda tokens: None  # noqa: ARG005 - a listener
 ) -> list[npt.NDArray[np.float16]]:  # fmt: skip
     """Probabilities for every token of every passage.
 
     Args:
         artifact: trained predictor; runs where its weights are.
         items: passages with the predictor's token ids.
-        tell: called with the number of tokens done since the last call.
+        report: called with the number of tokens done since the last call.
 
     Returns:
         `[n, O, L, E]` float16 a passage: used in this step, and within the horizons behind it.
@@ -44,10 +44,10 @@ def score(
         for chosen in np.array_split(np.arange(len(cut.tokens)), -(-len(cut.tokens) * length // _TOKENS[device.type])):
             tokens, routes = (torch.from_numpy(column[chosen]).to(device) for column in (cut.tokens, cut.routes))
             before = functional.pad(tokens, (1, 0), value=-1)[:, :-1]
-            said = artifact.probabilities(artifact.model(tokens, routes), tokens, before)
-            counted = said[torch.from_numpy(cut.counts[chosen]).to(device)].half().cpu().numpy()
+            chances = artifact.probabilities(artifact.model(tokens, routes), tokens, before)
+            counted = chances[torch.from_numpy(cut.counts[chosen]).to(device)].half().cpu().numpy()
             found[done : done + len(counted)] = counted
             done += len(counted)
-        tell(len(item))
+        report(len(item))
         result.append(found)
     return result

@@ -4,25 +4,26 @@
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from expertflow.predict.artifact import Artifact
+from expertflow.predict.online import Twin
 from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
     from expertflow.predict.kernels import path
 
 
-def step_kernels(device: torch.device) -> Callable[[Any], Any] | None:
-    """What makes a predictor's step of kernels on a device.
+def step_kernels(device: torch.device) -> Callable[[Artifact], Twin | None] | None:
+    """The function that makes an artifact's step of kernels on a device.
 
     Args:
         device: where the predictor works.
 
     Returns:
-        A function of an artifact, which gives None for a predictor it does not serve; None where `predict.online` has the
-        only step.
+        A function of an artifact, which gives None for a predictor it does not serve; None where torch's step is the only
+        one.
     """
     if device.type != "cuda" or not HAS_TRITON:
         return None

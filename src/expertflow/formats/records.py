@@ -1,0 +1,156 @@
+"""Records: all parts of an expert's tensors as one contiguous block of bytes, each on a 256-byte boundary.
+
+Must not know models, files and devices.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from expertflow.formats.format import Part, TensorSpec
+from expertflow.formats.plain import PLAIN
+
+ALIGNMENT = 256
+"""Bytes. Matrix products depend on pointer alignment on CPUs, and vector loads need it on GPUs."""
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _view(record: Tensor, part: Part, offset: int) -> Tensor:
+    return record[offset : offset + part.nbytes].view(getattr(torch, part.dtype)).view(part.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordLayout:
+    """Which bytes of a record are which part of which tensor.
+
+    Attributes:
+        specs: the tensors, in the order of the record.
+        offsets: byte offset of each part, tensor by tensor.
+        record_bytes: bytes of a record, a multiple of 256.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    offsets: tuple[tuple[int, ...], ...]
+    record_bytes: int
+
+    @classmethod
+    def of(cls, specs: Sequence[TensorSpec]) -> Self:
+        """Lay out the given tensors in the given order."""
+        offsets, end = [], 0
+        for spec in specs:
+            places = []
+            for part in spec.parts:
+                places.append(end)
+                end += _aligned(part.nbytes)
+            offsets.append(tuple(places))
+        return cls(specs=tuple(specs), offsets=tuple(offsets), record_bytes=end)
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether every tensor is stored as plain numbers, so that nothing is decoded."""
+        return all(spec.format is PLAIN for spec in self.specs)
+
+    @cached_property
+    def decode_bytes(self) -> int:
+        """Bytes that decoding a whole record takes at most."""
+        return sum(spec.format.decode_bytes(spec) for spec in self.specs)
+
+    def part(self, record: Tensor, name: str, part: str) -> Tensor:
+        """One part of one tensor of a record, uint8 `[record_bytes]`, without copying."""
+        number = next(number for number, spec in enumerate(self.specs) if spec.name == name)
+        parts = self.specs[number].parts
+        place = next(place for place, one in enumerate(parts) if one.name == part)
+        return _view(record, parts[place], self.offsets[number][place])
+
+    def weights(self, record: Tensor) -> dict[str, Tensor]:
+        """A record's tensors by name, in numbers; without copying where they are plain.
+
+        Args:
+            record: uint8 `[record_bytes]`, on any device.
+        """
+        return {spec.name: self._tensor(record, spec, at) for spec, at in zip(self.specs, self.offsets, strict=True)}
+
+    def tensor(self, record: Tensor, name: str) -> Tensor:
+        """One tensor of a record, in numbers."""
+        found = next((spec, at) for spec, at in zip(self.specs, self.offsets, strict=True) if spec.name == name)
+        return self._tensor(record, *found)
+
+    @staticmethod
+    def _tensor(record: Tensor, spec: TensorSpec, offsets: tuple[int, ...]) -> Tensor:
+        views = {part.name: _view(record, part, at) for part, at in zip(spec.parts, offsets, strict=True)}
+        return spec.format.decode(spec, views)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLayout:
+    """The records of a model: a layout a layer, all of one size, because any slot holds any record.
+
+    Attributes:
+        layers: layout of each MoE layer's records; layers of the same formats share one.
+        record_bytes: bytes of a record, the largest layer's.
+    """
+
+    layers: tuple[RecordLayout, ...]
+    record_bytes: int
+
+    @classmethod
+    def of(cls, specs: Sequence[Sequence[TensorSpec]]) -> Self:
+        """Lay out the given tensors of each layer."""
+        distinct: dict[tuple[TensorSpec, ...], RecordLayout] = {}
+        for layer in specs:
+            if tuple(layer) not in distinct:
+                distinct[tuple(layer)] = RecordLayout.of(layer)
+        largest = max(layout.record_bytes for layout in distinct.values())
+        same_size = {key: replace(layout, record_bytes=largest) for key, layout in distinct.items()}
+        return cls(layers=tuple(same_size[tuple(layer)] for layer in specs), record_bytes=largest)
+
+    @classmethod
+    def uniform(cls, specs: Sequence[TensorSpec], layers: int = 1) -> Self:
+        """The same tensors in every layer."""
+        return cls.of([tuple(specs)] * layers)
+
+    @cached_property
+    def distinct(self) -> Mapping[int, RecordLayout]:
+        """The layouts that differ, by `id`."""
+        return {id(layout): layout for layout in self.layers}
+
+    @cached_property
+    def decode_bytes(self) -> int:
+        """Bytes that decoding one record takes at most."""
+        return max(layout.decode_bytes for layout in self.layers)
+
+
+class ExpertStore(Protocol):
+    """The records of all experts, as sources fill them and transfers and kernels read them. One kind exists: `memory.store.HostStore`.
+
+    Attributes:
+        layout: what a record of each layer holds.
+        buffer: uint8 `[L * E, record_bytes]`.
+    """
+
+    layout: StoreLayout
+    buffer: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+
+    def record(self, number: int) -> Tensor:
+        """Return one record, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
+
+    def lock(self) -> None:
+        """Make the filled records readable by the device.
+
+        Raises:
+            HostMemoryError: if the driver refuses.
+        """
+
+    def close(self) -> None:
+        """Free the memory; later use of a record is an error."""

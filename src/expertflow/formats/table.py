@@ -1,0 +1,11 @@
+"""The formats that checkpoints are looked through for. A new format is one more entry."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from expertflow.formats.format import Format
+from expertflow.formats.plain import PLAIN
+
+Formats = Mapping[str, Format]
+"""Formats by name; `plain` is always one of them."""
+FORMATS: Formats = MappingProxyType({format_.name: format_ for format_ in (PLAIN,)})

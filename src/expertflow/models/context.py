@@ -1,0 +1,109 @@
+"""What a forward pass carries beside the arguments of the model's forward, for the modules that were replaced.
+
+A loaded model has one `ForwardContext`. Whoever runs a pass enters `carry`; experts, KV rows, attention, norms, rotary
+embeddings and position biases read `now`. Between passes `now` is `NOTHING`, and every module does what its class says.
+Must not know who sets it and what for.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Called before a layer runs: its number, its experts `[T, K]` in host memory, their weights `[T, K]` where they are."""
+LayerExperts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
+
+
+_NONE = torch.zeros(0, dtype=torch.long)
+
+
+class DenseKernels(Protocol):
+    """Single kernels in place of a module's own attention and norm.
+
+    Attributes:
+        attends: attention is computed here too, and finds its KV rows among all of them by itself.
+    """
+
+    @property
+    def attends(self) -> bool:
+        """As above."""
+
+    def norm(self, module: Any, states: Tensor) -> Tensor:
+        """What the norm's own forward computes, `[..., H]`."""
+
+    def attend(
+        self, module: Any, query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None
+    ) -> Tensor:
+        """`[B, Q, 1, D]` over keys and values of all KV rows to `[B, 1, Q, D]`; `bias` is `[1, Q, 1, M]`, by distance."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Carried:
+    """What one pass carries.
+
+    Attributes:
+        rows: int64 `[B]`, the KV row of each sequence.
+        positions: int64 `[B, C]`, of the tokens.
+        columns: int64 `[B, C]`, where the tokens' keys and values go.
+        end: columns of the rows that attention looks at.
+        reach: columns that it looks at of what an encoder has read; 0 without one.
+        lasts: int64 `[B]`, position of the last token that an encoder has read; None without one.
+        lengths: tokens of each sequence, by which its rotary table is chosen; None: the module's own choice.
+        distances: int64 `[B, C, N]`, of columns from tokens, for position biases; None: the module's own.
+        padding: bool `[T]`, tokens of no sequence, which use no expert; None: there are none.
+        observe: called with each layer's routing; None: not called.
+        experts: computes each layer's experts, and the host does not learn the routing; None: the host decides.
+        dense: computes attention and norms; None: the modules do.
+    """
+
+    rows: Tensor = _NONE
+    positions: Tensor = _NONE
+    columns: Tensor = _NONE
+    end: int = 0
+    reach: int = 0
+    lasts: Tensor | None = None
+    lengths: Sequence[int] | None = None
+    distances: Tensor | None = None
+    padding: Tensor | None = None
+    observe: Observer | None = None
+    experts: LayerExperts | None = None
+    dense: DenseKernels | None = None
+
+    @property
+    def all_rows(self) -> bool:
+        """Attention is given the keys and values of all KV rows, and goes by positions instead of masks."""
+        return self.dense is not None and self.dense.attends
+
+
+NOTHING = Carried()
+"""Between passes."""
+
+
+class ForwardContext:
+    """What the running pass of one loaded model carries.
+
+    Attributes:
+        now: that; `NOTHING` between passes.
+    """
+
+    def __init__(self) -> None:
+        """No pass is running."""
+        self.now = NOTHING
+
+    @contextmanager
+    def carry(self, **facts: Any) -> Iterator[None]:
+        """Inside, the pass carries these facts too.
+
+        Args:
+            facts: fields of `Carried`.
+        """
+        before, self.now = self.now, replace(self.now, **facts)
+        try:
+            yield
+        finally:
+            self.now = before

@@ -1,0 +1,237 @@
+"""Formats: what a record holds, and that packed experts give the bits of the decoded checkpoint, in every execution."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conftest import MakeCheckpoint
+from expertflow import LLM, SamplingParams, from_pretrained
+from expertflow.config import EngineConfig
+from expertflow.engine.prepare import prepare
+from expertflow.errors import CheckpointError, UnsupportedModelError
+from expertflow.execution.kv_rows import DecodeInput
+from expertflow.execution.runner import PromptChunk
+from expertflow.formats.format import TensorSpec
+from expertflow.formats.plain import plain
+from expertflow.formats.records import ALIGNMENT, RecordLayout, StoreLayout
+from expertflow.formats.table import FORMATS
+from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
+from four_bit import GROUP, LINEAR, STACKED, TABLE, FourBit, numbers
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [10, 11], [12, 13, 14]]
+CASES = {"qwen3_moe": LINEAR, "gpt_oss": STACKED}
+
+
+Twins = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def make_twins(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Twins:
+    """Makes a packed checkpoint of a family and the same one decoded, once; `mixed`: one layer is left plain."""
+
+    @cache
+    def make(family: str, dtype: str, *, mixed: bool = False) -> tuple[Path, Path]:
+        place = tmp_path_factory.mktemp(f"{family}-{dtype}-{mixed}")
+        return pack(make_checkpoint(family, dtype), place, CASES[family], plain_layer=2 if mixed else None)
+
+    return make
+
+
+def pack(source: Path, place: Path, format_: FourBit, plain_layer: int | None) -> tuple[Path, Path]:
+    """The folder with experts of random codes, but for one layer; and the folder with their numbers."""
+    folders = [place / "packed", place / "decoded"]
+    tensors, states = load_file(source / "model.safetensors"), ({}, {})
+    generator = torch.Generator().manual_seed(3)
+    for key, value in tensors.items():
+        expert = ".experts." in key and "bias" not in key and f"layers.{plain_layer}." not in key
+        if not expert:
+            for state in states:
+                state[key] = value
+            continue
+        for name, packed in draw(key, value, format_, generator).items():
+            states[1 if name == key else 0][name] = packed
+    for folder, state in zip(folders, states, strict=True):
+        folder.mkdir()
+        for file in source.iterdir():
+            if file.name != "model.safetensors":
+                (folder / file.name).write_bytes(file.read_bytes())
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folders[0] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": format_.name}
+    (folders[0] / "config.json").write_text(json.dumps(config))
+    return folders[0], folders[1]
+
+
+def draw(key: str, value: Tensor, format_: FourBit, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random codes and scales in place of a weight, in the layout of checkpoints, and the numbers they stand for."""
+    stacked = format_ is STACKED
+    whole = value if stacked else value[None]
+    shape = whole.shape[1:]
+    n, k = shape[::-1] if stacked else shape
+    codes = torch.randint(0, 16, (len(whole), n, k // GROUP, GROUP), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(120, 126, (len(whole), n, k // GROUP), generator=generator, dtype=torch.uint8)
+    spec = TensorSpec(
+        name=key, shape=tuple(shape), dtype=str(value.dtype).removeprefix("torch."), format=format_, transposed=stacked
+    )
+    decoded = torch.stack([numbers(one, scale, spec) for one, scale in zip(codes, scales, strict=True)])
+    pairs = codes[..., ::2] | codes[..., 1::2] << 4  # adjacent codes in a byte
+    if stacked:
+        return {f"{key}_blocks": pairs, f"{key}_scales": scales, key: decoded}
+    return {f"{key}_packed": pairs[0].reshape(n, k // 2), f"{key}_scale": scales[0], key: decoded[0]}
+
+
+def logits_of(llm: LLM) -> Iterator[Tensor]:
+    """Of prompts and of a few tokens behind each of them, the same ones fed in every time."""
+    executor = llm.engine._executor
+    yield executor.prefill([PromptChunk(n, prompt, n, 0) for n, prompt in enumerate(PROMPTS)]).clone()
+    for step in range(4):
+        fed = [DecodeInput(n, 20 + 7 * step + n, n, len(prompt) + step) for n, prompt in enumerate(PROMPTS)]
+        yield executor.decode(fed).clone()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("execution", ["host", "graph"])
+@pytest.mark.parametrize(
+    ("family", "dtype", "mixed"),
+    [
+        ("qwen3_moe", "float32", False),
+        ("qwen3_moe", "bfloat16", True),
+        ("gpt_oss", "float32", True),
+        ("gpt_oss", "bfloat16", False),
+    ],
+)
+def test_packed_experts_give_the_decoded_checkpoints_bits(
+    family: str, dtype: str, mixed: bool, execution: str, device: str, make_twins: Twins
+) -> None:
+    """Law 1: logits and sampled tokens, whatever is resident; one layer may be plain; the peak is within the plan."""
+    packed, decoded = make_twins(family, dtype, mixed=mixed)
+    options = {"execution": execution, "device": device, "max_length": 32, "max_batch": 3, "formats": TABLE}
+    params = SamplingParams(max_tokens=9, temperature=0.8, seed=5, ignore_eos=True)
+    found = []
+    for folder, slots in ((decoded, 1000), (packed, 5), (packed, 1000)):
+        with LLM(folder, slots=slots, **options) as llm:
+            logits = list(logits_of(llm))
+            found.append((logits, [output.token_ids for output in llm.generate(PROMPTS, params)]))
+            assert device != "cpu" or llm.stats.peak_bytes <= llm.plan.total  # on CUDA other tests' memory counts
+    for logits, tokens in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(logits, found[0][0], strict=True))
+        assert tokens == found[0][1]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("family", CASES)
+def test_a_plain_transformers_model_has_packed_experts(family: str, mixed: bool, make_twins: Twins) -> None:
+    """`from_pretrained` gives the logits of the decoded checkpoint."""
+    packed, decoded = make_twins(family, "float32", mixed=mixed)
+    ids, found = torch.tensor([[5, 6, 7, 8, 9, 10]]), []
+    for folder in (packed, decoded):
+        model = from_pretrained(folder, slots=5, device="cpu", formats=TABLE)
+        with torch.inference_mode():
+            found.append(model(ids).logits)
+        model.expertflow.close()
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_plan_counts_packed_records(family: str, make_twins: Twins) -> None:
+    """Packed experts take the bytes of their codes and scales, in slots and host memory; with a plain layer, of its records."""
+    config = EngineConfig(device="cpu", slots=4, max_length=32)
+    plans = {}
+    for mixed in (False, True):
+        packed, decoded = make_twins(family, "bfloat16", mixed=mixed)
+        plans[mixed] = prepare(packed, config, formats=TABLE).plan
+        plain_plan = prepare(decoded, config, formats=TABLE).plan
+    specs = plans[False].shape.records.layers[0].specs
+    packed_bytes = sum(-(-part.nbytes // ALIGNMENT) * ALIGNMENT for spec in specs for part in spec.parts)
+    assert plans[False].record_bytes == packed_bytes < plans[True].record_bytes == plain_plan.record_bytes
+    assert plans[False].host == packed_bytes * plans[False].shape.total_experts
+    assert [layout.is_plain for layout in plans[True].shape.records.layers] == [False, False, True]
+
+
+def test_a_format_outside_the_table_is_refused(make_twins: Twins) -> None:
+    """Without its entry the same folder is a quantised checkpoint that does not run."""
+    with pytest.raises(UnsupportedModelError, match="four-bit"):
+        prepare(make_twins("qwen3_moe", "float32")[0], EngineConfig(device="cpu"), formats=FORMATS)
+
+
+def test_what_a_packed_checkpoint_lacks_is_named(make_twins: Twins, tmp_path: Path) -> None:
+    """Scales that are missing, of another type, or beside plain numbers; and packed weights that are no expert's."""
+    packed, _ = make_twins("qwen3_moe", "float32")
+    state = load_file(packed / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    spoilt = {
+        "should be": {key: value for key, value in state.items() if key != f"{name}_scale"},
+        "has U8 there": {**state, f"{name}_scale": state[f"{name}_scale"].float()},
+        "must be stored alike": {**state, name: torch.zeros(1)},
+        "no expert's": {**state, "model.layers.0.self_attn.q_proj.weight_packed": torch.zeros(1, dtype=torch.uint8)},
+    }
+    for number, (message, tensors) in enumerate(spoilt.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_bytes((packed / "config.json").read_bytes())
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises((CheckpointError, UnsupportedModelError), match=message):
+            prepare(folder, EngineConfig(device="cpu"), formats=TABLE)
+
+
+@pytest.mark.parametrize("kind", ["linear", "stacked"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tile_loader_reads_what_its_format_decodes(kind: str, dtype: str) -> None:
+    """The expert kernels give the same bits for packed records as for the same numbers in plain ones, at odd sizes too."""
+    pytest.importorskip("triton", reason="kernels need triton")
+    from expertflow.kernels import experts  # noqa: PLC0415
+
+    device = torch.device(DEVICES[-1])
+    hidden, width, stacked = 96, 160, kind == "stacked"
+    format_ = STACKED if stacked else LINEAR
+    shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+    shapes = {name: shape[::-1] if stacked else shape for name, shape in shapes.items()}
+    biases = [plain("gate_up_proj_bias", (2 * width,), dtype), plain("down_proj_bias", (hidden,), dtype)]
+    packed = [TensorSpec(name=n, shape=s, dtype=dtype, format=format_, transposed=stacked) for n, s in shapes.items()]
+    layouts = [
+        RecordLayout.of([*packed, *biases]),
+        RecordLayout.of([*(plain(n, s, dtype, transposed=stacked) for n, s in shapes.items()), *biases]),
+    ]
+    torch.manual_seed(2)
+    records = [torch.zeros(3, layout.record_bytes, dtype=torch.uint8) for layout in layouts]
+    for ours, theirs in zip(*records, strict=True):
+        for spec in packed:
+            layouts[0].part(ours, spec.name, "codes").random_(0, 256)
+            layouts[0].part(ours, spec.name, "scales").random_(118, 124)
+        for bias in biases:
+            layouts[0].tensor(ours, bias.name).normal_()
+        for name, value in layouts[0].weights(ours).items():
+            layouts[1].tensor(theirs, name).copy_(value)
+    x = torch.randn(4, hidden, device=device).to(getattr(torch, dtype))
+    slots = torch.tensor([[0, 2], [1, 0], [2, -1], [0, 1]], dtype=torch.int32, device=device)
+    parts = []
+    for layout, pool in zip(layouts, records, strict=True):
+        activation = CLAMPED_SWIGLU if stacked else "silu"
+        mlp = ExpertMlp.of(layout, activation, transposed=stacked, interleaved=stacked)
+        work = Workspace.allocate(mlp, 4, 2, device)
+        work.parts.zero_()
+        experts.expert_pairs(mlp, x, slots, pool.to(device), work)
+        parts.append(work.parts)
+    assert parts[0].abs().sum() > 0
+    if (
+        stacked and dtype == "float32" and device.type == "cpu"
+    ):  # the sums of NumPy's products go by the order in memory
+        torch.testing.assert_close(*parts, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(*parts)
+
+
+def test_records_of_different_layers_have_one_size() -> None:
+    """Any slot holds any record: the largest layer's size is everybody's, and layers alike share a layout."""
+    small, large = [plain("w", (3, 5), "float32")], [plain("w", (300, 5), "float32")]
+    layout = StoreLayout.of([small, large, small])
+    assert layout.record_bytes == RecordLayout.of(large).record_bytes
+    assert {one.record_bytes for one in layout.layers} == {layout.record_bytes}
+    assert layout.layers[0] is layout.layers[2] is not layout.layers[1]
