@@ -310,7 +310,9 @@ class Run:
             sequences: whose they are.
             host: the tokens, in host memory.
         """
-        self.tables.begin(sequences, host)
+        if self.live_predictor is not None:
+            self.live_predictor.sampled(sequences, host)
+        self.tables.begin(sequences)
         self.decoder.inputs[TOKENS].copy_(tokens)
         self.decoder.launch(self.batch, LENGTH)
         self.decoder.inputs[POSITIONS:] += 1
