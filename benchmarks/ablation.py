@@ -25,12 +25,12 @@ KEEP_ONLY = replace(STRATEGIES["plec"], prefetch="none")
 
 
 class Stage(NamedTuple):
-    """A row: what it is called, how it caches, what it is told of, who divides the turns."""
+    """A row: what it is called, how it caches, whether it knows the coming groups, and how those are made."""
 
     name: str
     strategy: Strategy
     predicted: bool = False
-    told: bool = False
+    known: bool = False
     routes: bool = False
 
 
@@ -40,8 +40,8 @@ STAGES = (
     Stage("+ kept by next use, one pool", STRATEGIES["next-use"]),
     Stage("+ the predictor says what to keep", KEEP_ONLY, predicted=True),
     Stage("+ loads ahead (`plec`)", STRATEGIES["plec"], predicted=True),
-    Stage("+ told of the turns that come", STRATEGIES["plec"], predicted=True, told=True),
-    Stage("+ groups by predicted route", STRATEGIES["plec"], predicted=True, told=True, routes=True),
+    Stage("+ told of the turns that come", STRATEGIES["plec"], predicted=True, known=True),
+    Stage("+ groups by predicted route", STRATEGIES["plec"], predicted=True, known=True, routes=True),
     Stage("Belady, the same groups", STRATEGIES["oracle"], routes=True),
 )
 
@@ -54,10 +54,10 @@ def measure(trace: Trace, scores: RowScores, batch: int, groups: int) -> list[di
     slots = [int(trace.header.layers * trace.header.experts * share) for share in SHARES]
     rows = []
     for stage in STAGES:
-        if groups == 1 and (stage.told or (stage.routes and stage.predicted)):
+        if groups == 1 and (stage.known or (stage.routes and stage.predicted)):
             continue
         workload: Workload = divided if stage.routes else arrival
-        known = workload if stage.told else replace(workload, groups=1)
+        known = workload if stage.known else replace(workload, groups=1)
         forecast = PredictedRows(known, scores) if stage.predicted else None
         outcomes = replay_sizes(workload, stage.strategy.on_device(), slots, Cost(), forecast=forecast)
         for share, found in zip(SHARES, outcomes, strict=True):

@@ -34,8 +34,10 @@ MODES = {"static batches": "static", "at once": "at once", "when it pays": "pays
 def serve(machine: str, mode: str, shorter: int, faster: float, count: int = 256) -> dict[str, Any]:
     """All requests through the scheduler."""
     a_pass, step, member = MACHINES[machine]
-    told = json.loads((Path(__file__).parent / "azure_conv_256.json").read_text())["requests"][:count]
-    coming = [(when / faster, max(1, context // shorter), max(2, answer // shorter)) for when, context, answer in told]
+    entries = json.loads((Path(__file__).parent / "azure_conv_256.json").read_text())["requests"][:count]
+    coming = [
+        (when / faster, max(1, context // shorter), max(2, answer // shorter)) for when, context, answer in entries
+    ]
     lasted: deque[tuple[int, float]] = deque(maxlen=64)
 
     def costs() -> Costs:

@@ -57,13 +57,13 @@ def serve(llm: LLM, requests: list[tuple[float, Request]]) -> tuple[float, list[
 
 def read_arrivals(vocabulary: int, count: int, shorter: int, faster: float) -> list[Arrival]:
     """Times, prompts of random tokens and lengths of answers, as the file has them."""
-    told = json.loads((Path(__file__).parent / "azure_conv_256.json").read_text())["requests"][:count]
-    lengths = [max(1, context // shorter) for _, context, _ in told]
+    entries = json.loads((Path(__file__).parent / "azure_conv_256.json").read_text())["requests"][:count]
+    lengths = [max(1, context // shorter) for _, context, _ in entries]
     tokens = random_tokens(vocabulary, sum(lengths))
     begins = [sum(lengths[:place]) for place in range(len(lengths))]
     return [
         (when / faster, tokens[begin : begin + length], max(2, answer // shorter))
-        for (when, _, answer), begin, length in zip(told, begins, lengths, strict=True)
+        for (when, _, answer), begin, length in zip(entries, begins, lengths, strict=True)
     ]
 
 

@@ -32,9 +32,9 @@ SHARES, STEPS, SEED = (0.25, 0.5), 600, 0
 
 def shuffled(scores: RowScores) -> RowScores:
     """The same chances of other experts, layer by layer."""
-    said, random = scores.probabilities, np.random.default_rng(SEED)
-    order = np.stack([random.permutation(said.shape[3]) for _ in range(said.shape[2])])
-    return RowScores(rows=scores.rows, probabilities=np.take_along_axis(said, order[None, None], axis=3))
+    chances, random = scores.probabilities, np.random.default_rng(SEED)
+    order = np.stack([random.permutation(chances.shape[3]) for _ in range(chances.shape[2])])
+    return RowScores(rows=scores.rows, probabilities=np.take_along_axis(chances, order[None, None], axis=3))
 
 
 def measure(trace: Trace, scores: dict[str, RowScores], batch: int, groups: int) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ process, the same ones. Each run is a process of its own, in the order old, new,
 `OffloadedModel.executor()`: steps that are queued one behind another, and steps whose tokens are waited for, as `LLM` does. The rows
 of the new tree are then run through `LLM`. All trees have to give the same logits, bit for bit.
 
-Usage: python benchmarks/engine_compare.py --old .carry/old.tar.xz --new src --trace TEST.trace --out FILE
+Usage: PYTHONPATH=src python benchmarks/engine_compare.py --old .carry/old.tar.xz --trace TEST.trace --out FILE
+       tar cJf .carry/old.tar.xz -C OLD_CHECKOUT --exclude=assets --exclude=__pycache__ src      packs the old tree
        --tiny: small widths and few steps, for a CPU
 """
 

@@ -3,7 +3,7 @@
 Sequences step together in groups that take turns and are divided anew before every round: by the paths they are going to
 take, or by the best guesses of a predictor that has not seen them (its top-k a layer). Beside it the paper's method, and
 one merged batch. Loads are of `next-use` on the simulator's tables, groups in turn. Then, on all sequences, what the cache makes
-of it: `plec` with the predictor, told of the turns that come (known) or not (blind), beside `next-use`, Belady, and what
+of it: `plec` with the predictor, with the coming groups known or not (blind), beside `next-use`, Belady, and what
 `schedule.cost` expects from the predictor's chances of each round alone.
 
 Usage: python benchmarks/grouping.py TRACE [--predictor FOLDER] [--out FILE]
@@ -41,8 +41,8 @@ ROUNDS, SHARES, SEED = 150, (0.25, 0.5), 0
 def predict(trace: Trace, predictor: Path) -> RowScores:
     """What the predictor says of every row."""
     artifact, items = load_artifact(predictor), passages(trace)
-    said = [part.astype(np.float16) for part in score(artifact, items)]
-    return RowScores(rows=np.concatenate([item.rows for item in items]), probabilities=np.concatenate(said))
+    parts = [part.astype(np.float16) for part in score(artifact, items)]
+    return RowScores(rows=np.concatenate([item.rows for item in items]), probabilities=np.concatenate(parts))
 
 
 def guesses(trace: Trace, scores: RowScores) -> npt.NDArray[np.bool_]:

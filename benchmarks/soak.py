@@ -72,8 +72,8 @@ def run(llm: LLM, prompts: list[list[int]], keep: int) -> tuple[list[list[int]],
     tokens: list[list[int]] = [[] for _ in prompts]
     logits: list[list[Tensor]] = [[] for _ in prompts]
 
-    def watch(stepped: Sequence[int], said: Tensor) -> None:
-        for number, row in zip(stepped, said.to("cpu", copy=True), strict=True):
+    def watch(stepped: Sequence[int], found: Tensor) -> None:
+        for number, row in zip(stepped, found.to("cpu", copy=True), strict=True):
             logits[numbers.index(number)].append(row)
 
     engine.watch_logits(watch)
@@ -115,10 +115,10 @@ def main() -> None:
             fed = Replay(tokens=[[*prompt, *more] for prompt, more in zip(prompts, tokens, strict=True)])
             with LLM(model, gpu_memory=budget, routing=fed, **wish, **chosen) as llm:
                 keep = TOKENS // 2 if random.random() < 0.5 else 0
-                _, said = run(llm, prompts, keep)
-                for mine, theirs in zip(said, logits, strict=True):
+                _, found = run(llm, prompts, keep)
+                for mine, theirs in zip(found, logits, strict=True):
                     wrong += sum(not torch.equal(one, other) for one, other in zip(mine, theirs, strict=False))
-                assert [len(mine) for mine in said] == [TOKENS + 1 - keep * (place == 1) for place in range(count)]
+                assert [len(mine) for mine in found] == [TOKENS + 1 - keep * (place == 1) for place in range(count)]
                 over += llm.stats.peak_bytes > budget
                 assert llm.predictor_failure is None
                 drawn[name] += 1

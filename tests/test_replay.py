@@ -47,20 +47,27 @@ def test_what_was_recorded_is_used(make_checkpoint: MakeCheckpoint, tmp_path: Pa
             assert len(found) == len(PROMPTS[number]) + PARAMS.max_tokens - 1
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_captured_steps_use_what_was_recorded(make_checkpoint: MakeCheckpoint, family: str) -> None:
+def test_captured_steps_use_what_was_recorded(
+    make_checkpoint: MakeCheckpoint, request: pytest.FixtureRequest, family: str, device: str
+) -> None:
     """Graph execution needs what the recording says, and gives the tokens of all experts resident."""
+    if device == "cuda":
+        request.getfixturevalue("cuda")
     folder, tokens = make_checkpoint(family), []
-    with LLM(folder, slots=5, execution="host", **OPTIONS) as llm:
+    with LLM(folder, slots=5, execution="host", **{**OPTIONS, "device": device}) as llm:
         routes, experts = random_routes(llm, [24] * 3), llm.plan.shape.total_experts
     for slots in (5, experts):
-        with LLM(folder, slots=slots, execution="graph", routing=Replay(routes), **OPTIONS) as llm:
+        with LLM(
+            folder, slots=slots, execution="graph", routing=Replay(routes), **{**OPTIONS, "device": device}
+        ) as llm:
             tokens.append([output.token_ids for output in llm.generate(PROMPTS, PARAMS)])
             assert llm.plan.execution == "graph"
             assert llm.stats.peak_bytes <= llm.plan.total
     assert tokens[0] == tokens[1]
-    alone = Replay([one[:, :, :] for one in routes[:1]])
-    with LLM(folder, slots=5, execution="graph", routing=alone, **OPTIONS) as llm:
+    alone = Replay(routes[:1])
+    with LLM(folder, slots=5, execution="graph", routing=alone, **{**OPTIONS, "device": device}) as llm:
         llm.generate(PROMPTS[:1], SamplingParams(max_tokens=1, ignore_eos=True))
         before = llm.stats.cache
         llm.generate(PROMPTS[:1], PARAMS)

@@ -320,6 +320,8 @@ def test_rules_of_admission_differ_beside_live_sequences() -> None:
     assert found["at once"] > found["pays"] > 0
     with pytest.raises(ConfigError, match="admission='later'"):
         make_admission("later", lambda: Costs(0.0, 0.0, 0.0))
+    with pytest.raises(ConfigError, match="admission='later'"):
+        LLM("no/such/folder/at/all", admission="later")  # before the folder is looked for
 
 
 def test_an_idle_engine_takes_other_rules(make_checkpoint: MakeCheckpoint) -> None:

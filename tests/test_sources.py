@@ -113,3 +113,17 @@ def test_a_stand_in_takes_the_predictor_of_what_it_stands_for(
         assert llm.predictor is not None
     with pytest.raises(PredictorError, match="fingerprint"):
         LLM(tmp_path, weights=RandomWeights(), **options)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda")
+def test_weights_drawn_on_a_gpu_are_shared_and_planned(tmp_path: Path) -> None:
+    """Records land in page-locked memory; a second model in graph execution gives the resident one's tokens, inside its plan."""
+    folder, tokens = only_config("qwen3_moe", tmp_path, dtype="bfloat16"), []
+    options = {**OPTIONS, "device": "cuda", "execution": "graph"}
+    with LLM(folder, weights=RandomWeights(seed=3, embedding=20), **{**options, "slots": "100%"}) as first:
+        tokens.append(first.generate([[4, 7, 2, 9]], PARAMS)[0].token_ids)
+        assert first.stats.peak_bytes <= first.plan.total
+        with LLM(folder, beside=first, **options) as second:
+            tokens.append(second.generate([[4, 7, 2, 9]], PARAMS)[0].token_ids)
+    assert tokens[0] == tokens[1]

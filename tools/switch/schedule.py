@@ -66,13 +66,13 @@ def measure(
             models[name] = stack.enter_context(LLM(folder, schedule=name, beside=first, **options))
         for repeat in range(repeats + 1):
             mine = [prompts[(repeat * live + place) % len(prompts)] for place in range(live)]
-            said = []
+            answers = []
             for name in SCHEDULES if repeat % 2 else reversed(SCHEDULES):
                 found, out = run(models[name], mine, tokens)
-                said.append(out)
+                answers.append(out)
                 if repeat:
                     figures[name].append(found)
-            exact &= all(out == said[0] for out in said)
+            exact &= all(out == answers[0] for out in answers)
         plan = models["fifo"].plan
         return {
             "slots": plan.slots, "batch": batch, "live": live, "tokens": tokens, "execution": plan.execution, "tokens_equal": exact,

@@ -29,6 +29,7 @@ from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.sources import SharedWeights, WeightsSource
 from expertflow.predict.artifact import Artifact
 from expertflow.progress import Progress
+from expertflow.schedule.admission import check_admission
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
 
@@ -102,6 +103,7 @@ class LLM:
     ) -> None:
         """Load the model."""
         self.config = EngineConfig.from_mapping(options)
+        check_admission(admission)  # before anything is read
         limit_threads()
         if beside is not None:
             if weights is not None:

@@ -96,6 +96,16 @@ ADMISSIONS: Mapping[str, Callable[[Callable[[], Costs]], Admission]] = {
 """Rules by name; each entry makes a rule from a function that returns what passes and rounds take."""
 
 
+def check_admission(name: str) -> None:
+    """Refuse a name that is no rule's.
+
+    Raises:
+        ConfigError: then.
+    """
+    if name not in ADMISSIONS:
+        raise ConfigError(f"admission={name!r} is unknown", f"Use one of {', '.join(map(repr, ADMISSIONS))}.")
+
+
 def make_admission(name: str, costs: Callable[[], Costs]) -> Admission:
     """The rule with this name.
 
@@ -106,6 +116,5 @@ def make_admission(name: str, costs: Callable[[], Costs]) -> Admission:
     Raises:
         ConfigError: if there is no such rule.
     """
-    if name not in ADMISSIONS:
-        raise ConfigError(f"admission={name!r} is unknown", f"Use one of {', '.join(map(repr, ADMISSIONS))}.")
+    check_admission(name)
     return ADMISSIONS[name](costs)
