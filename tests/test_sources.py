@@ -37,8 +37,8 @@ def as_stock(llm: LLM, folder: Path) -> torch.nn.Module:
         module = stock.get_submodule(path)
         for name, parameter in module.named_parameters(recurse=False):
             for expert in range(offloaded.skeleton.experts):
-                record = offloaded.store.tensor(layer * offloaded.skeleton.experts + expert, name)
-                parameter.data[expert].copy_(record)
+                record = offloaded.store.record(layer * offloaded.skeleton.experts + expert)
+                parameter.data[expert].copy_(offloaded.store.layout.layers[layer].tensor(record, name))
     return stock
 
 
