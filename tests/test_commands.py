@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.cli.main import app
-from expertflow.engine import build
 from expertflow.errors import ConfigError, ExpertFlowError, TraceError
 from expertflow.files import whole_file, write_whole
+from expertflow.models import sources
 from expertflow.progress import Progress
 from expertflow.trace.format import load_trace, save_trace
 from test_trace import EXCERPT
@@ -303,7 +303,7 @@ def test_loading_a_large_model_shows_lines(
     make_checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where `progress` is on and loading takes long; what counts as large is set to nothing here."""
-    monkeypatch.setattr(build, "_LONG_TO_LOAD", 1)
+    monkeypatch.setattr(sources, "_LONG_TO_LOAD", 1)
     for progress in (True, False):
         LLM(make_checkpoint("qwen3_moe"), device="cpu", max_length=32, progress=progress).close()
         assert ("loading experts: 576.0 KiB of 576.0 KiB (100%)" in capsys.readouterr().err) is progress

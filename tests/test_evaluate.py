@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expertflow.cache.core import LOG, PREFETCH, make_tables, put
+from expertflow.cache.core import LOG, PREFETCH, fill_slot, make_tables
 from expertflow.cache.forecast import Recorded, Step
 from expertflow.cache.horizon import hazards, take_turns, unite
 from expertflow.cache.policy import DISCOUNT, HIDDEN, Outlook, Usage, belady, discounted_use, next_use
@@ -386,7 +386,7 @@ def test_the_plan_asks_for_its_victims_worth(worth: float) -> None:
     """With every slot taken, a certain expert is loaded ahead if the least worthy resident is worth less than it hides."""
     tables = make_tables(2, 3, 3, divided=False)
     for slot in range(3):
-        put(tables, 0, slot, slot)
+        fill_slot(tables, 0, slot, slot)
     demand = np.full((2, 2, 3), 0.0)
     demand[0, 1, 0] = 1  # layer 1's first expert is sure to be used
     demand[:, 0] = 1, 0.5, 0

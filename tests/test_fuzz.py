@@ -23,7 +23,7 @@ import typer
 from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.bench.result import read_result
-from expertflow.bench.workload import make_workload
+from expertflow.bench.workload import read_prompt_set
 from expertflow.cli.main import app
 from expertflow.engine.offline import Results
 from expertflow.engine.prepare import prepare
@@ -304,7 +304,7 @@ def test_prompts_files(tmp_path: Path) -> None:
         path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
         found = outcome(lambda: read_prompts(path))
         assert isinstance(found, ExpertFlowError) or all(isinstance(prompt, str) for prompt in found)
-        outcome(lambda: make_workload(path, None, long_prompt=5, seed=0))
+        outcome(lambda: read_prompt_set(path, None, long_prompt=5, seed=0))
 
 
 def test_result_files(tmp_path: Path) -> None:

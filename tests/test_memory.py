@@ -355,7 +355,11 @@ def test_a_pass_runs_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> No
         happened.append("left")
 
     monkeypatch.setattr(torch.cuda, "device", enter)
-    module, passes = torch.nn.Linear(2, 2), Passes(lambda args, kwargs: happened.append("begun"))  # noqa: ARG005 - as called
+    module = torch.nn.Linear(2, 2)
+    passes = Passes(
+        lambda args, kwargs: happened.append("begun"),  # noqa: ARG005 - as called
+        lambda: None,
+    )
     passes.device = torch.device("cuda", 1)
     passes.guard(module)
     module(torch.zeros(1, 2))

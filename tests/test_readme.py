@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from transformers import BatchEncoding
 from typer.testing import CliRunner
 
 from conftest import MakeCheckpoint
@@ -130,7 +131,7 @@ def test_every_python_block_runs(place: Path, capsys: pytest.CaptureFixture[str]
     sources = [text for language, text in blocks() if language == "python"]
     assert len(sources) >= 3
     with LLM(place / "model", device="cpu", max_length=64) as llm:
-        names: dict[str, Any] = {"inputs": {"input_ids": torch.tensor([[5, 6, 7]]), "max_new_tokens": 2}}
+        names: dict[str, Any] = {"inputs": BatchEncoding({"input_ids": torch.tensor([[5, 6, 7]])})}
         for source in sources:
             text = re.sub(MODELS, str(place / "model"), source)
             for pattern, small in NUMBERS.items():

@@ -487,7 +487,7 @@ def test_arrivals_cancellations_and_regroupings_change_no_token(
                 got[number].append(output.token_id)
                 over |= {number} if output.output is not None else set()
         assert llm.predictor_failure is None
-        assert llm._offloaded.live_predictor._live == {}
+        assert llm._offloaded.live_predictor._rows.rows == {}
     for number, tokens in got.items():
         assert tuple(tokens) == expected[which[number]][: len(tokens)]
         assert number in over

@@ -102,7 +102,7 @@ def test_the_exported_model_is_the_trained_one(tmp_path: Path, dtype: torch.dtyp
 
 
 def test_training_writes_what_the_engine_runs(text: Text, tmp_path: Path) -> None:
-    """SharedParts-out loss falls; the folder has a tokenizer, prompts that the engine generates from, and a report."""
+    """Held-out loss falls; the folder has a tokenizer, prompts that the engine generates from, and a report."""
     report = train(text, SHAPE, RECIPE, torch.device("cpu"), 2.0, tmp_path)
     assert report["heldout"]["loss"] < report["heldout_before"]["loss"]
     assert json.loads((tmp_path / "training_report.json").read_text())["steps"] == report["steps"] > 3

@@ -160,7 +160,7 @@ def quality_section(report: Json) -> str:
         for i, (low, high) in enumerate(zip(load["layer_min"], load["layer_max"], strict=True))
     ]
     length = report["recipe"]["sequence"]
-    return f"""## SharedParts-out quality
+    return f"""## Held-out quality
 
 On {report["moe"]["heldout"]["tokens"]:,} held-out tokens, in windows of {length} (a token's context
 is what precedes it in its window); both models saw the same tokens in the same order.

@@ -1,4 +1,4 @@
-"""SharedParts-out evaluation, samples, export to the stock format, and the files that travel back."""
+"""Held-out evaluation, samples, export to the stock format, and the files that travel back."""
 
 from __future__ import annotations
 

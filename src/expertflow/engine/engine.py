@@ -29,7 +29,7 @@ from torch import Tensor
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.lock import FairLock
 from expertflow.engine.plan import rates
-from expertflow.engine.request import Channel, Request, StreamOutput
+from expertflow.engine.request import Channel, Request, StreamOutput, Totals
 from expertflow.engine.threads import Threads
 from expertflow.errors import ConfigError
 from expertflow.execution.kv_rows import DecodeInput
@@ -46,25 +46,6 @@ from expertflow.trace.recorder import Recorder
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-
-@dataclass(kw_only=True)
-class Totals:
-    """What an engine has done so far.
-
-    Attributes:
-        tokens: generated tokens.
-        prompt_tokens: tokens of the prompts that were added.
-        seconds: time in steps.
-        first_token_seconds: time to the first token of the request that finished last, waiting included.
-        finished: requests that ended with a result.
-    """
-
-    tokens: int = 0
-    prompt_tokens: int = 0
-    seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    finished: int = 0
 
 
 @dataclass(kw_only=True)

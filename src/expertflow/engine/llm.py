@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import OffloadedModel
-from expertflow.engine.engine import Engine, Totals
+from expertflow.engine.engine import Engine
 from expertflow.engine.inputs import split_prompts
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import SHIPPED_MODEL, prepare
-from expertflow.engine.request import Request, RequestOutput, StreamOutput
+from expertflow.engine.request import Request, RequestOutput, StreamOutput, Totals
 from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.engine.threads import limit_threads
 from expertflow.errors import CancelledError, ConfigError, NonFiniteError, UnsupportedModelError

@@ -255,3 +255,22 @@ class Request:
             token_seconds=(lasted - waited) / later if later else 0.0,
             seed=self.generator.initial_seed() if self.params.temperature else None,
         )
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """What an engine has done so far.
+
+    Attributes:
+        tokens: generated tokens.
+        prompt_tokens: tokens of the prompts that were added.
+        seconds: time in steps.
+        first_token_seconds: time to the first token of the request that finished last, waiting included.
+        finished: requests that ended with a result.
+    """
+
+    tokens: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    finished: int = 0

@@ -53,10 +53,10 @@ class DeviceTables:
         self._counted: tuple[int, ...] = (0, 0, 0, 0)
         self.lent = self.broken = False
 
-    def begin(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
-        """A step of these sequences comes, each fed its token: borrow the tables, unless they are here.
+    def begin(self, sequences: Sequence[int]) -> None:
+        """A step of these sequences comes: borrow the tables, unless they are here.
 
-        Which sequences step behind them the predictor learned from `NextBatch`.
+        Their tokens, and which sequences step behind them, the predictor has learned before.
         """
         if self.broken:
             self.give_back()  # this may be the broken step once more
@@ -65,7 +65,7 @@ class DeviceTables:
         experts = self._experts
         if experts.predicting and not experts.fixed:
             self._count_loads()
-        experts.begin(sequences, tokens, self._held.controller.step + self._steps + 1)
+        experts.begin(sequences, self._held.controller.step + self._steps + 1)
 
     def stepped(self) -> None:
         """A step was carried out; with a log, emit its events (this waits for the device)."""
@@ -266,7 +266,7 @@ class Handover:
             if decoder is None:
                 return None
             assert self._tables is not None
-            self._tables.begin([one.sequence for one in fed], [one.token for one in fed])
+            self._tables.begin([one.sequence for one in fed])
             self._tables.broken = True
             decoder.step(fed)
             self._tables.stepped()

@@ -106,13 +106,13 @@ class DeviceExperts:
         """Whether there is a predictor that works, paused or not."""
         return self._held.live_predictor is not None and self._held.live_predictor.failure is None
 
-    def begin(self, sequences: Sequence[int], tokens: Sequence[int], number: int) -> None:
-        """A step of these sequences comes, each fed its token; the tables are here. `number` is the step's.
+    def begin(self, sequences: Sequence[int], number: int) -> None:
+        """A step of these sequences comes, and the tables are here. `number` is the step's.
 
-        Which sequences step behind them the predictor learned from `NextBatch`.
+        Their tokens, and which sequences step behind them, the predictor has learned before.
         """
-        if len(tokens) != self._count:
-            self._count = len(tokens)
+        if len(sequences) != self._count:
+            self._count = len(sequences)
             self.live.fill_(self._count)
         self.asked, self.paused = 0, False
         if self._held.forecast is not None and not self.fixed:
