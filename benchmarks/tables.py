@@ -211,25 +211,26 @@ def front() -> str:
     result, rows = _engine_rows("g")
     total, record = result["experts"], result["row_bytes"]
     lines = [
-        "| experts on the GPU | GPU memory | 1 sequence: LRU cache | ExpertFlow | 8 sequences: LRU cache | ExpertFlow |",
-        "|---" * 6 + "|",
+        "| experts on the GPU | GPU memory | 1 sequence: LRU cache | `next-use` | `plec` | 8 sequences: LRU cache | `next-use` | `plec` |",
+        "|---" * 8 + "|",
     ]
     most = max(slots for slots, _, _ in rows)
     resident = [f"{batch / statistics.median(result['resident_ms'][str(batch)]) * 1e3:.0f}" for batch in (1, 8)]
     whole = rows[most, 8, "plec"]["peak_bytes"] + (total - most) * record
-    lines.append(f"| all | {whole / GIB:.1f} GiB | | {resident[0]} | | {resident[1]} |")
+    lines.append(f"| all | {whole / GIB:.1f} GiB | | | {resident[0]} | | | {resident[1]} |")
     for slots in sorted({slots for slots, _, _ in rows}, reverse=True):
         peak = max(rows[slots, batch, "plec"]["peak_bytes"] for batch in (1, 8))
         cells = []
         for batch in (1, 8):
-            for strategy in ("lru", "plec"):
+            for strategy in ("lru", "next-use", "plec"):
                 speeds = [batch / ms * 1e3 for ms in rows[slots, batch, strategy]["ms"]]
                 cells.append(_median(speeds) if strategy == "plec" else f"{statistics.median(speeds):.1f}")
         lines.append(f"| {slots / total:.1%} | {peak / GIB:.1f} GiB | {' | '.join(cells)} |")
     config, exact = result["config"], all(row["tokens_equal"] and row["logits_equal"] for row in rows.values())
     lines += ["", (
         f"Decoded tokens a second on one {result['machine']['device']}, medians of 3 windows (smallest-largest), routing and tokens of "
-        f"{config['trace'].split(', ')[1]}. LRU: an equal share of the slots for each layer, the same kernels. All resident: memory "
+        f"{config['trace'].split(', ')[1]}. LRU: an equal share of the slots for each layer, the same kernels. `next-use` and `plec` "
+        "are strategies of ExpertFlow: `next-use` needs no predictor, `plec` ran with one trained on other text. All resident: memory "
         f"computed from the {most / total:.0%} row. Every token equal to the all-resident model's: {'yes' if exact else 'NO'}."
     )]  # fmt: skip
     return "\n".join(lines)
