@@ -634,7 +634,7 @@ def draw_growth(path: Path) -> None:
 
 FLOORS = (
     "cli", "bench", "engine", "execution", "sim", "live", "schedule", "kernels", "predict", "cache", "memory", "models",
-    "formats", "trace",
+    "trace", "formats",
 )  # fmt: skip
 """The package's folders from top to bottom; imports only point down."""
 
