@@ -768,7 +768,7 @@ RESULT_PAGES = {
 
 SMALL = (
     "loading_h200", "threads_cpu", "threads_h200", "invariance_h100", "soak_h100", "prefill_h100", "next_use_halves",
-    "predictor_latency_cpu", "predictor_latency_h100",
+    "predictor_latency_cpu", "predictor_latency_h100", "engine_compare_h200",
 )  # fmt: skip
 """Results that are few enough to be read whole."""
 
@@ -818,7 +818,7 @@ def write_results(folder: Path, *, pictures: bool = True) -> list[Path]:
         index.append(f"- [`{name}.json`: {result.model.name}, preset {result.preset}]({name}.md)")
     written.append(folder / "small.md")
     written[-1].write_text("# Small results, as they are in their files\n\n" + "\n\n".join(map(as_it_is, SMALL)) + "\n")
-    index.append("- [Small results: loading, threads, soak, prompts and others](small.md)")
+    index.append("- [Small results: loading, threads, soak, prompts, two source trees and others](small.md)")
     if pictures:
         draw_growth(folder / "switch_growth.png")
     written[0].write_text("\n".join(index) + "\n")

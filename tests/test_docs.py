@@ -87,19 +87,35 @@ def found(name: str, *keys: str) -> Any:
 
 
 def test_numbers_in_sentences_come_from_result_files() -> None:
-    """What README, decisions and benchmarks say outside of tables is what the files they name hold."""
+    """What README, decisions, lab notes and benchmarks say outside of tables is what the files they name hold."""
     record, experts = found("engine_g_h100", "row_bytes"), found("engine_g_h100", "experts")
     new, old = (statistics.median(times) for times in found("loading_h200", "seconds"))
+    cells = found("engine_compare_h200", "summary")
+    assert all(cell["same_logits"] for cell in cells)
+    queued = sorted(cell["new_over_old_ms"] for cell in cells)
+    waited = sorted(cell["new_over_old_waited_ms"] for cell in cells)
+    alone = [cell for cell in cells if cell["batch"] == 1]
+    through = sorted(cell["llm_over_new_waited_ms"] for cell in alone)
+    beside = {(cell["shape"], cell["strategy"]): cell["llm_over_new_waited_ms"] for cell in cells if cell["batch"] == 8}
+    added = sorted(
+        statistics.median(cell["llm_waited_ms"]) - statistics.median(cell["new_waited_ms"]) for cell in alone
+    )
     said = {
         "README.md": [f"{record / 1e6:.1f} MB an expert", f"{experts * record / 1e9:.0f} GB"],
         "docs/decisions.md": [
             f"{found('host_execution_h100', 'loading', 'cold', 'host_peak_over_store'):.4f} times the store",
             f"loading {found('loading_h200', 'bytes') / 1e9:.1f} GB {new / old - 1:.0%} longer".replace("%", " %"),
         ],
+        "docs/lab-notes.md": [
+            f"queued one after another {queued[0]:.3f} to {queued[-1]:.3f}; ",
+            f"waited for {waited[0]:.3f} to {waited[-1]:.3f}.",
+            f"one sequence: {through[0]:.3f} to {through[-1]:.3f}, that is {added[0]:.2f} to {added[-1]:.2f} ms a step",
+            f"{beside['q', 'next-use']:.3f} and {beside['q', 'lru-global']:.3f} on shape Q; {beside['g', 'next-use']:.3f} on shape G",
+        ],
         "docs/benchmarks.md": [f"{found('engine_q_h100', 'row_bytes') / 1e6:.1f} MB an expert"],
     }
     for document, sentences in said.items():
-        text = (ROOT / document).read_text().replace("\n", " ")
+        text = " ".join((ROOT / document).read_text().split())
         assert [sentence for sentence in sentences if sentence not in text] == []
 
 
