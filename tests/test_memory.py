@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.engine.prepare import resolve_device
 from expertflow.errors import DeviceError, HostMemoryError
 from expertflow.events import EventStream
 from expertflow.execution.passes import Passes
@@ -23,7 +22,7 @@ from expertflow.formats.format import TensorSpec
 from expertflow.formats.plain import plain
 from expertflow.formats.records import ALIGNMENT, StoreLayout
 from expertflow.memory import store as store_module
-from expertflow.memory.devices import free_bytes
+from expertflow.memory.devices import free_bytes, resolve_device
 from expertflow.memory.meter import CpuMeter, CudaMeter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_addresses, check_host_memory, memory_reported

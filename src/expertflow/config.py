@@ -88,6 +88,16 @@ class Option(NamedTuple):
     typed: bool
 
 
+def check_device(name: str) -> None:
+    """Refuse what names no device: `auto`, `cpu`, `cuda` and `cuda:N` do.
+
+    Raises:
+        ConfigError: then.
+    """
+    known = name in DEVICES or re.fullmatch(r"cuda:[0-9]{1,3}|cpu:0", name)
+    _require(bool(known), f"device={name!r} is unknown", nearest(name, DEVICES))
+
+
 def doc(text: str, *, default: Any, none: str = "", off: tuple[str, str] | tuple[()] = (), typed: bool = True) -> Any:
     """A dataclass field that is an option; see `Option`."""
     return field(default=default, metadata={"text": text, "none": none, "off": off, "typed": typed})
@@ -230,8 +240,7 @@ class EngineConfig(_Checked):
         _read_types(self)
         for name in ("device", "dtype"):  # torch's own objects, by the names that torch prints
             object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
-        known = self.device in DEVICES or re.fullmatch(r"cuda:[0-9]{1,3}|cpu:0", self.device)
-        _require(bool(known), f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
+        check_device(self.device)
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown", nearest(self.dtype, DTYPES))
         _require(
             self.execution in EXECUTIONS,

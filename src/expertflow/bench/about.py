@@ -49,7 +49,7 @@ def about(device: str = "cpu") -> About:
         "host_bytes": int(psutil.virtual_memory().total),
     }
     if device == "cuda":
-        machine["device_bytes"] = torch.cuda.get_device_properties(0).total_memory
+        machine["device_bytes"] = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     versions = {"expertflow": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:

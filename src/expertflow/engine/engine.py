@@ -38,7 +38,7 @@ from expertflow.execution.runner import PromptChunk
 from expertflow.execution.sampler import NO_TOKEN, choose_all
 from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
-from expertflow.schedule.admission import make_admission
+from expertflow.schedule.admission import check_admission, make_admission
 from expertflow.schedule.cost import Durations
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler, check_schedule
 from expertflow.trace.owners import NextBatch
@@ -148,6 +148,7 @@ class Engine:
             if self.unfinished:
                 raise ConfigError(f"{self.unfinished} requests are in the engine", "Change its rules when it is idle.")
             check_schedule(schedule, predicted=self._offloaded.live_predictor is not None)
+            check_admission(admission)
             self._begin(schedule, admission)
 
     @property
@@ -199,7 +200,7 @@ class Engine:
             self._playback.check(request.index, len(request.prompt_token_ids) + request.limit - 1)
         with self.lock:
             number, self._next = self._next, self._next + 1
-            channel = channel or partial(_keep, self._outbox, number)
+            channel = partial(_keep, self._outbox, number) if channel is None else channel
             self._running[number] = _Running(request=request, added=time.perf_counter(), channel=channel)
             self._scheduler.add(number, len(request.prompt_token_ids))
             self._totals.prompt_tokens += len(request.prompt_token_ids)
@@ -268,11 +269,9 @@ class Engine:
             with self.lock, self._offloaded.on_device():
                 began = time.perf_counter()
                 try:
-                    count = self._advance()
-                    self._totals.tokens += count
+                    return self._advance()
                 finally:
                     self._totals.seconds += time.perf_counter() - began
-                return count
         finally:
             self._drop_cancelled()
 
@@ -317,7 +316,8 @@ class Engine:
                 rows=[chunk.row for chunk in chunks],
             )
         )
-        logits = self._executor.prefill(chunks)
+        with self._offloaded.passes.lock:  # callers of the model itself wait
+            logits = self._executor.prefill(chunks)
         ended = [place for place, part in enumerate(task.parts) if part.last]
         numbers = [task.parts[place].sequence for place in ended]
         chosen = self._choose(numbers, logits[ended]) if ended else []
@@ -332,7 +332,9 @@ class Engine:
             position = before + len(request.token_ids) - 1
             inputs.append(DecodeInput(number, request.token_ids[-1], self._scheduler.row(number), position))
         self._announce(NextBatch(task.sequences, following=task.groups[1:], rows=[one.row for one in inputs]))
-        return self._send(task.sequences, self._choose(task.sequences, self._executor.decode(inputs)))
+        with self._offloaded.passes.lock:
+            logits = self._executor.decode(inputs)
+        return self._send(task.sequences, self._choose(task.sequences, logits))
 
     def _announce(self, batch: NextBatch) -> None:
         for listener in (self.recorder, self._offloaded.live_predictor):
@@ -395,6 +397,7 @@ class Engine:
             output = one.request.fail()
         else:
             output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
+            self._totals.tokens += 1
         if output.output is not None or output.error is not None:
             self._remove(number)
         elif len(one.request.read_ids) == self._reread:
@@ -413,7 +416,8 @@ class Engine:
     def _paths(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
         """How likely the next token of live sequences uses each expert: float [sequences, layers, experts], or None."""
         assert self._offloaded.live_predictor is not None
-        self._offloaded.controller.end_step()  # the predictor is updated with the last host pass first
+        with self._offloaded.passes.lock:
+            self._offloaded.controller.end_step()  # the predictor is updated with the last host pass first
         return self._offloaded.live_predictor.paths(numbers)
 
     def _usual(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:

@@ -23,6 +23,7 @@ from expertflow.engine.prepare import SHIPPED_MODEL
 from expertflow.errors import ConfigError, UnsupportedModelError
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.experts import Uncopied
+from expertflow.models.sources import WeightsSource
 
 ATTENTIONS = ("eager", "sdpa")
 """Attention implementations that were compared with the stock model of the same one."""
@@ -34,6 +35,7 @@ def from_pretrained(
     *,
     forecast: Forecast | None = None,
     attn_implementation: str | None = None,
+    weights: WeightsSource | None = None,
     formats: Formats = FORMATS,
     **options: Any,
 ) -> PreTrainedModel:
@@ -48,6 +50,7 @@ def from_pretrained(
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
         attn_implementation: `eager` or `sdpa`; None: the family's own, as in transformers.
+        weights: where the weights come from (`models.sources`); None: the folder's files.
         formats: how weights may be stored (`formats.table`).
         options: fields of `EngineConfig`.
 
@@ -64,7 +67,9 @@ def from_pretrained(
             f"attn_implementation={attn_implementation!r} was never compared with the stock model",
             nearest(str(attn_implementation), ATTENTIONS),
         )
-    offloaded = load_model(SHIPPED_MODEL if model is None else model, config, forecast, formats=formats)
+    offloaded = load_model(
+        SHIPPED_MODEL if model is None else model, config, forecast, weights=weights, formats=formats
+    )
     if attn_implementation is not None:
         try:
             offloaded.model.set_attn_implementation(attn_implementation)

@@ -16,6 +16,7 @@ from expertflow.errors import ConfigError, DeviceError
 from expertflow.execution.captured.capturable import graph_refusal
 from expertflow.execution.replay import Replay
 from expertflow.formats.table import FORMATS, Formats
+from expertflow.memory.devices import resolve_device
 from expertflow.memory.store import memory_reported
 from expertflow.models.bounds import describing
 from expertflow.models.files.checkpoint import resolve
@@ -32,28 +33,6 @@ from expertflow.schedule.scheduler import check_schedule
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predictor"
 """Model and predictor that come with the package."""
-
-
-def resolve_device(device: str) -> torch.device:
-    """Find the torch device, with its index, for `auto`, `cpu`, `cuda` (torch's current device) or `cuda:N`.
-
-    Raises:
-        DeviceError: if torch does not see that CUDA device.
-    """
-    available, (kind, _, index) = torch.cuda.is_available(), device.partition(":")
-    if kind == "cpu" or (kind == "auto" and not available):
-        return torch.device("cpu")
-    if not available:
-        raise DeviceError(
-            f"device={device!r}, but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
-        )
-    number = int(index) if index else torch.cuda.current_device()
-    if number >= (count := torch.cuda.device_count()):
-        raise DeviceError(
-            f"device={device!r}, but the last CUDA device torch sees is 'cuda:{count - 1}'",
-            "Use a smaller number, or list more devices in CUDA_VISIBLE_DEVICES.",
-        )
-    return torch.device("cuda", number)
 
 
 def check_default_device() -> None:

@@ -124,7 +124,11 @@ class TextStream:
         self._ids.append(token)
         if self._library is None:
             return self._more(last=False)
-        piece = self._stream.step(self._library, token)
+        try:
+            piece = self._stream.step(self._library, token)
+        except Exception:  # noqa: BLE001 - the library raises plain Exception where an id changes earlier text
+            self._library = None  # the rest goes by two calls of `decode` a token
+            return self._more(last=False)
         if piece is None:
             return ""
         self._done, self._read = self._read, len(self._ids)

@@ -122,10 +122,12 @@ class DeviceTables:
         return self._as_counters(self._experts.state.read_tally())
 
     def slot_of(self) -> npt.NDArray[np.int32]:
-        """`[L, E]`, the slot of each expert or -1, on whichever side the tables are. A copy."""
+        """`[L, E]`, the slot of each expert or -1, on whichever side the tables are; -1 for all after a broken step. A copy."""
         if not self.lent:
             return self._held.controller.table.slot_of.copy()
         self._wait()
+        if self.broken:
+            return np.full_like(self._held.controller.table.slot_of, -1)
         found: npt.NDArray[np.int32] = self._experts.state.slot_of.cpu().numpy().copy()
         return found
 
@@ -330,7 +332,8 @@ class Handover:
     @property
     def pool_bytes(self) -> int:
         """Device memory that captured steps keep for themselves, bytes."""
-        return 0 if self.decoder is None else self.decoder.pool_bytes
+        decoder = self.decoder  # another thread may take it away
+        return 0 if decoder is None else decoder.pool_bytes
 
     def watch(self, *observers: StepObserver) -> None:
         """From now on also show `observers` every pass's tokens and every layer's routing."""
@@ -360,8 +363,7 @@ class Handover:
         with self._lock:
             if self._held is None:
                 return False
-            if self._tables is not None:
-                self._counters.add(self._tables.totals())
+            self.settle()
             self._controller.close()
             self._held.transfer.settle()
             if (device := self._held.pool.buffer.device).type == "cuda":

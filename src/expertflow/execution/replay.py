@@ -212,5 +212,7 @@ class RouteTable:
     def choose(self, layer: int, index: Int[Tensor, "T K"]) -> Int[Tensor, "T K"]:
         """The recorded experts of the running pass's tokens, in place of the router's `index`."""
         now = self._context.now
+        if not len(now.rows):  # a caller's own pass over the model: there is no recording of it
+            return index
         found = self._routes[layer][now.rows[:, None], now.columns]
         return found.reshape(index.shape).to(index.dtype)

@@ -142,6 +142,7 @@ def run_experts(
                 out = out * share[:, None]
                 share.fill_(1)
             mine.copy_(out)
+            del tensors  # decoded ones would live beside the next expert's
     parts.mul_(weight_of[:, None])
     parts[ends[experts - 1] :] = 0  # pairs without an expert
     position = torch.empty_like(order)

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertflow.errors import ConfigError
+from expertflow.errors import ClosedError, ConfigError, UnsupportedModelError
 from expertflow.formats.format import TensorSpec
-from expertflow.formats.records import ExpertStore
+from expertflow.formats.records import ExpertStore, StoreLayout
 from expertflow.models.files.checkpoint import StoredTensor, walk
 from expertflow.models.files.fingerprint import fingerprint
 from expertflow.models.files.identity import ContentHash, spans_of, stamps
@@ -225,7 +225,10 @@ class SharedWeights:
             ConfigError: if checkpoint, dtype or device differ.
         """
         mine, theirs = located.skeleton, self.skeleton
-        if (mine.specs, device) != (theirs.specs, self.device) or self.identity(located) != self.known_identity:
+        if not self.store.nbytes:
+            raise ClosedError(f"the model of {theirs.folder} whose experts are shared was closed", "Load it again.")
+        same_records = StoreLayout.of(located.layers) == self.store.layout
+        if not same_records or device != self.device or self.identity(located) != self.known_identity:
             raise ConfigError(
                 f"{mine.folder} cannot share the experts of {theirs.folder}: checkpoint, dtype or device differ",
                 "Load it by itself.",
@@ -256,7 +259,16 @@ class RandomWeights:
         return False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
-        """Nothing has to be found."""
+        """Nothing has to be found.
+
+        Raises:
+            UnsupportedModelError: if the config says that experts are packed: random ones are plain.
+        """
+        if skeleton.packed is not None:
+            raise UnsupportedModelError(
+                f"{skeleton.folder} has experts stored as {skeleton.packed.name}, and random weights are plain numbers",
+                "Take `quantization_config` out of config.json.",
+            )
         mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
         return Located(skeleton=skeleton, fingerprint=mark, layers=(skeleton.specs,) * len(skeleton.expert_modules))
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expertflow import outside
-from expertflow.errors import DeviceError, PredictorError
+from expertflow.errors import PredictorError
+from expertflow.memory.devices import resolve_device
 from expertflow.predict.calibration import Scored, calibrate, recalled, weigh
 from expertflow.predict.counts import Memory, remember
 from expertflow.predict.dataset import Passage, Shape, Windows, windows
@@ -123,10 +124,7 @@ class _Run:
         self, config: PredictorConfig, options: TrainConfig, training: Sequence[Passage], validation: Sequence[Passage]
     ) -> None:
         self.config, self.options = config, options
-        name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and not torch.cuda.is_available():
-            raise DeviceError("device='cuda', but torch sees no CUDA device", "Use --device cpu.")
-        self.device = torch.device(name)
+        self.device = resolve_device(options.device)
         longest = max(len(item) for item in (*training, *validation))
         length = min(options.length, -(-longest // 64) * 64)
         self.data = self._move(windows(training, length, config.experts))

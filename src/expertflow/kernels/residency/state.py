@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from expertflow.cache.core import LOG, PENDING, RESIDENT, Tables
-from expertflow.cache.forecast import LayerOrder, Recorded, Step, next_uses
+from expertflow.cache.forecast import LayerOrder, NoForecast, Recorded, Step, next_uses
 from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.policy import DISCOUNT, Policy, Usage, belady, discounted_use, layer_order, lfu, lru, next_use
 from expertflow.cache.strategy import Setting, Strategy
@@ -47,6 +47,9 @@ def refusal(strategy: Strategy, *, given: bool = False) -> str | None:
         return f"strategy {strategy.name!r} ranks by every later use, and a step on the device knows those of {STEPS_KNOWN} steps"
     if strategy.predicted and not given:
         return f"strategy {strategy.name!r} has no predictor here, and its counts by token are kept on the host"
+    known = strategy.predicted or given or strategy.needs_future
+    if not known and type(strategy.make_forecast(Setting(layers=1, experts=1))) not in (NoForecast, LayerOrder):
+        return f"the forecast of strategy {strategy.name!r} is made on the host"
     return None
 
 
