@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.bench.measure import measure
 from expertflow.bench.presets import PRESETS, Settings, make_settings
@@ -40,6 +39,7 @@ from expertflow.cache.policy import Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.cli.main import app
 from expertflow.errors import BudgetError, ConfigError, ExpertFlowError, PromptError, ResultError
+from helpers import MakeCheckpoint
 
 STATES = 3
 

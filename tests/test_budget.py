@@ -6,11 +6,11 @@ import weakref
 import pytest
 import torch
 
-from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.prepare import prepare
 from expertflow.errors import ClosedError, ConfigError
 from expertflow.models.families import FAMILIES
+from helpers import MakeCheckpoint, load_resident
 
 LENGTH, BATCH, CHUNK = 48, 3, 60
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig
 from expertflow.engine.prepare import prepare
 from expertflow.errors import (
@@ -24,6 +23,7 @@ from expertflow.errors import (
 )
 from expertflow.models.files import checkpoint
 from expertflow.models.files.checkpoint import INDEX_NAME, SINGLE_NAME, walk
+from helpers import MakeCheckpoint
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cli.main import app
 from expertflow.engine.llm import shipped_model
@@ -20,7 +19,7 @@ from expertflow.errors import ExpertFlowError, PromptError, TraceError
 from expertflow.models.families import FAMILIES
 from expertflow.prompts import read_prompts
 from expertflow.units import format_bytes
-from test_commands import commands
+from helpers import EXCERPT, MakeCheckpoint, commands
 
 HANGS = 900
 """Seconds after which a process is taken to wait for ever, on the slowest machine."""
@@ -270,7 +269,7 @@ def test_the_shipped_model_writes_english_within_a_quarter_of_its_size() -> None
 
 def test_simulate_refuses_a_trace_of_another_model(make_checkpoint: MakeCheckpoint) -> None:
     """Stating the model checks the trace against it."""
-    trace = Path(__file__).parent / "data" / "gpt_oss_20b_excerpt" / "routing.trace"
+    trace = EXCERPT
     with pytest.raises(TraceError, match=r"\(24, 32, 4\), not \(3, 8, 4\)"):
         invoke("simulate", trace, "--model", make_checkpoint("gpt_oss"))
 

@@ -12,9 +12,7 @@ import pytest
 
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.models.families import FAMILIES
-
-ROOT = Path(__file__).parents[1]
-
+from helpers import ROOT
 
 DOCUMENTS = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 

@@ -26,16 +26,10 @@ from expertflow.sim.clock import Cost
 from expertflow.sim.predicted import PredictedRows, RowScores
 from expertflow.sim.replay import Outcome, replay
 from expertflow.sim.workload import Workload, live_sequences
-from expertflow.trace.format import Trace, load_trace
+from expertflow.trace.format import Trace
 from expertflow.types import HORIZONS
-from test_trace import EXCERPT
 
 Scores = np.ndarray
-
-
-@pytest.fixture(scope="module")
-def real() -> Trace:
-    return load_trace(EXCERPT).without("repetition")
 
 
 @pytest.fixture(scope="module")

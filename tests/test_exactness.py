@@ -8,19 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from conftest import MakeCheckpoint, load_resident, random_future
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.models.experts import Binding, ExpertWeights, run_experts
 from expertflow.models.families import FAMILIES
+from helpers import DEVICES, MakeCheckpoint, load_resident, random_future
 
 DTYPES = ("float32", "bfloat16")
 NEW_TOKENS = 6
-
-
-def _devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def _slot_counts(config: object) -> list[int]:
@@ -35,7 +31,7 @@ def _some(turn: int) -> list[tuple[str, Strategy]]:
     return [row for place, row in enumerate(STRATEGIES.items()) if place % 3 == turn % 3]
 
 
-@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_logits_equal_the_stock_model(
@@ -150,7 +146,7 @@ class _Backwards:
             yield expert, {"w": self._weights[expert]}
 
 
-@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("width", [16, 20, 33])

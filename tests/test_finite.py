@@ -7,18 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cli.run import main as run
 from expertflow.config import SamplingParams as Params
 from expertflow.errors import NonFiniteError
 from expertflow.execution.sampler import NO_TOKEN, choose_all, make_generator
 from expertflow.models.families import FAMILIES
+from helpers import DEVICES, MakeCheckpoint
 
 BAD = 50
 GOOD = [[5, 17, 33, 62], [9, 8, 7, 21, 30, 44, 41]]
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 KINDS = [
     ("qwen3_moe", "host"),
     ("gpt_oss", "graph"),

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
@@ -23,8 +22,8 @@ from expertflow.formats.records import ALIGNMENT, RecordLayout, StoreLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 from four_bit import GROUP, LINEAR, STACKED, TABLE, FourBit, numbers
+from helpers import DEVICES, MakeCheckpoint
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [10, 11], [12, 13, 14]]
 CASES = {"qwen3_moe": LINEAR, "gpt_oss": STACKED}
 

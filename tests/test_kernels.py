@@ -29,13 +29,13 @@ from expertflow.live.batch import PredictorBatch, PredictorInputs
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.models.families import FAMILIES
+from helpers import DEVICE
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts, fetch
 from expertflow.kernels.residency import driver
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 1e-2}
 HIDDEN, WIDTH, EXPERTS = 72, 40, 6  # no multiples of any block
 SWITCH = {"wi": (WIDTH, HIDDEN), "wo": (HIDDEN, WIDTH)}

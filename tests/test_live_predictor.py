@@ -1,6 +1,6 @@
 """The predictor at work in the engine: whose tokens, which rows, and what happens when it is wrong, foreign or broken."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import Step
 from expertflow.cache.horizon import unite
@@ -26,7 +25,7 @@ from expertflow.live.prompts import group_by_row
 from expertflow.memory.meter import CpuMeter
 from expertflow.models.files.checkpoint import walk
 from expertflow.models.files.fingerprint import fingerprint
-from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
+from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.counts import SOURCES, remember
 from expertflow.predict.dataset import Shape, passages
 from expertflow.predict.evaluation.score import score
@@ -36,38 +35,9 @@ from expertflow.predict.online import OnlinePredictor, Prediction
 from expertflow.trace.format import DECODE, load_trace
 from expertflow.trace.owners import NOBODY, BatchOwners, NextBatch
 from expertflow.types import HORIZONS
+from helpers import MakeCheckpoint, MakePredictor
 
-MakePredictor = Callable[..., Path]
 PROMPTS = [[5, 9, 17, 30, 8, 21], [40, 41, 42], [7, 7, 7, 7, 7, 7, 7, 7, 12]]
-
-
-@pytest.fixture(scope="module")
-def make_predictor(tmp_path_factory: pytest.TempPathFactory) -> MakePredictor:
-    """A predictor with random weights for a checkpoint."""
-
-    def build(model: Path, **changes: object) -> Path:
-        prepared = prepare(model, EngineConfig(device="cpu", predictor="none"))
-        shape = prepared.plan.shape
-        torch.manual_seed(0)
-        config = PredictorConfig(
-            layers=shape.layers, experts=shape.experts, top_k=prepared.skeleton.top_k, vocabulary=shape.vocabulary,
-            width=16, embedding=8, window=32,
-        )  # fmt: skip
-        network = make(config).eval()
-        for weight in network.parameters():
-            torch.nn.init.normal_(weight, std=0.3)
-        network.vocabulary.learn(torch.arange(shape.vocabulary))
-        size = Shape(shape.layers, shape.experts, prepared.skeleton.top_k)
-        artifact = Artifact(
-            model=network, memory=remember((), size, shape.vocabulary, 0),
-            calibration=torch.ones(2 + SOURCES, OUTPUTS, shape.layers, 1),
-            **{"fingerprint": prepared.fingerprint, "made_for": "tiny", **changes},
-        )  # fmt: skip
-        folder = tmp_path_factory.mktemp("predictor")
-        save_artifact(artifact, folder)
-        return folder
-
-    return build
 
 
 def heard(llm: LLM) -> list[npt.NDArray[np.float64]]:

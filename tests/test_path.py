@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.engine import build
 from expertflow.memory.meter import CpuMeter
@@ -21,16 +20,13 @@ from expertflow.predict.dataset import Shape
 from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor, Prediction
 from expertflow.predict.state import Pieces, State
-from test_live_predictor import MakePredictor, make_predictor
-from test_predictor import random_artifact
+from helpers import DEVICE, MakeCheckpoint, MakePredictor, random_artifact
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.predict.kernels import path
 from expertflow.predict.kernels.take_in import recall
 
-__all__ = ["make_predictor"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = {"layers": 2, "heads": 2, "matches": 2, "window": 5, "key": 3, "embedding": 6, "width": 12}
 VOCABULARY = 20
 

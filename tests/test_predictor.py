@@ -26,45 +26,14 @@ from expertflow.predict.state import Pieces
 from expertflow.predict.train import Epoch, labels, train
 from expertflow.trace.format import Header, Rows, Trace, load_trace
 from expertflow.types import HORIZONS
-from test_trace import EXCERPT, make_trace
+from helpers import EXCERPT, PREDICTOR_SIZES, make_trace, random_artifact, random_predictor
 
-SMALL = {"layers": 3, "experts": 8, "top_k": 2, "vocabulary": 20, "embedding": 8, "width": 16, "matches": 4, "key": 4}
 CPU = torch.device("cpu")
-
-
-def random_predictor(kind: str = "path", seed: int = 0, **sizes: int) -> torch.nn.Module:
-    """Random weights everywhere, the gates of the sources included."""
-    torch.manual_seed(seed)
-    model = make(PredictorConfig(kind=kind, **{**SMALL, "window": 256 if kind == "t5" else 16, **sizes})).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    model.vocabulary.learn(torch.arange(sizes.get("vocabulary", 20) - 3))  # three ids were never seen
-    return model
-
-
-def random_artifact(kind: str = "path", **sizes: int) -> Artifact:
-    model = random_predictor(kind, **sizes)
-    torch.manual_seed(1)
-    weights = torch.randn(2 + SOURCES, OUTPUTS, model.config.layers, 1) * 0.5
-    weights[0] += 1
-    return Artifact(
-        model=model, memory=random_memory(model.config), calibration=weights, fingerprint="feed", made_for="made up"
-    )
-
-
-def random_memory(config: PredictorConfig) -> Memory:
-    """Of a text in which every token is followed by the next number."""
-    random = np.random.default_rng(0)
-    tokens = np.arange(200) % config.vocabulary
-    every = np.tile(np.arange(config.experts), (200, config.layers, 1))
-    routes = random.permuted(every, axis=2)[..., : config.top_k]
-    shape = Shape(config.layers, config.experts, config.top_k)
-    return remember([Passage(tokens, routes, np.arange(200), {})], shape, config.vocabulary, 3000)
 
 
 def random_text(length: int, seed: int = 0, batch: int = 1, **sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`[B, T]` tokens, some unknown, and `[B, T, L, K]` routes."""
-    given_sizes = {**SMALL, **sizes}
+    given_sizes = {**PREDICTOR_SIZES, **sizes}
     random = np.random.default_rng(seed)
     tokens = random.integers(-1, given_sizes["vocabulary"], (batch, length))
     every = np.tile(np.arange(given_sizes["experts"]), (batch, length, given_sizes["layers"], 1))

@@ -13,11 +13,10 @@ import typer
 from transformers import BatchEncoding
 from typer.testing import CliRunner
 
-from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.cli.main import app
+from helpers import ROOT, MakeCheckpoint
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/how-it-works.md", "docs/benchmarks.md")
 """Where users find commands, in the order of reading."""
 SETUP = {".", "source", "cd", "git", "export", "pip", "python", "python3"}

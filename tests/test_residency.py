@@ -33,8 +33,8 @@ from expertflow.kernels.residency.state import (
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import replay, replay_events, setting_of
 from expertflow.sim.workload import Workload, live_sequences
-from expertflow.trace.format import Trace, load_trace
-from test_trace import EXCERPT, make_trace
+from expertflow.trace.format import Trace
+from helpers import make_trace
 
 ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row, given=row.predicted) is None]
 MAKERS = {"reference": reference.Residency, "kernels": driver.Residency}
@@ -43,11 +43,6 @@ Make = Callable[[CacheState], Any]
 
 def _device(maker: str) -> str:
     return "cuda" if maker == "kernels" and torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(scope="module")
-def real() -> Trace:
-    return load_trace(EXCERPT).without("repetition")
 
 
 def run(

@@ -16,7 +16,7 @@ from expertflow.sim.replay import replay
 from expertflow.sim.sweep import Grid, run_grid
 from expertflow.sim.workload import live_sequences, regrouped
 from expertflow.trace.format import load_trace
-from test_trace import EXCERPT
+from helpers import EXCERPT
 
 
 def draw(seed: int, count: int, layers: int = 3, experts: int = 30, share: float = 0.2) -> Paths:

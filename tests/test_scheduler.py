@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.errors import CancelledError, ConfigError
 from expertflow.execution.kv_rows import DecodeInput
@@ -33,9 +32,8 @@ from expertflow.schedule.cost import (
     price,
 )
 from expertflow.schedule.scheduler import Decode, Part, Prefill, Scheduler
-from test_live_predictor import MakePredictor, make_predictor  # noqa: F401 - a fixture
+from helpers import DEVICES, MakeCheckpoint, MakePredictor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_ROWS = list(FAMILIES)
 RATES = StepPrices(slots=4, load=1.0, step=0.1, expert=0.01)
 
@@ -434,7 +432,7 @@ COUNTS = (7, 3, 9, 5, 1, 8)
 @lru_cache
 def alone(folder: Path) -> list[tuple[int, ...]]:
     """Each request by itself."""
-    with LLM(folder, device=DEVICE, max_batch=1, max_length=48) as llm:
+    with LLM(folder, device=DEVICES[-1], max_batch=1, max_length=48) as llm:
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
         return [llm.generate(p, s)[0].token_ids for p, s in zip(PROMPTS, params, strict=True)]
 
@@ -449,7 +447,7 @@ def test_company_changes_no_token(model_type: str, make_checkpoint: MakeCheckpoi
         if execution == "graph" and FAMILIES[model_type].no_graph:
             continue
         options = {"max_batch": 2, "max_live": live, "max_length": 48, "slots": 6, "prefill_chunk": 9}
-        with LLM(folder, device=DEVICE, execution=execution, schedule="fifo", **options) as llm:
+        with LLM(folder, device=DEVICES[-1], execution=execution, schedule="fifo", **options) as llm:
             assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
 
 
@@ -457,7 +455,7 @@ def test_company_changes_no_token(model_type: str, make_checkpoint: MakeCheckpoi
 @pytest.mark.parametrize("execution", ["host", "graph"])
 def test_arrivals_cancellations_and_regroupings_change_no_token(
     make_checkpoint: MakeCheckpoint,
-    make_predictor: MakePredictor,  # noqa: F811 - the fixture
+    make_predictor: MakePredictor,
     execution: str,
     seed: int,
 ) -> None:
@@ -469,7 +467,7 @@ def test_arrivals_cancellations_and_regroupings_change_no_token(
         "max_batch": batch, "max_live": batch + draw.randint(0, 3), "max_length": 48, "slots": draw.choice([1, 6, 20]),
         "prefill_chunk": draw.choice([1, 5, 64]), "schedule": ("fifo", "group", "auto")[seed],
     }  # fmt: skip
-    with LLM(folder, device=DEVICE, execution=execution, predictor=str(make_predictor(folder)), **options) as llm:
+    with LLM(folder, device=DEVICES[-1], execution=execution, predictor=str(make_predictor(folder)), **options) as llm:
         engine, which, got, over = llm.engine, {}, {}, set()
         to_come = [draw.randrange(len(PROMPTS)) for _ in range(14)]
         while to_come or engine.unfinished:
@@ -497,7 +495,7 @@ def test_streams_and_single_requests_share_the_engine(make_checkpoint: MakeCheck
     """Tokens go to whoever asked: a stream's to the stream, though somebody else steps; others' to who steps, though a stream does."""
     folder = make_checkpoint("qwen3_moe")
     expected = alone(folder)
-    with LLM(folder, device=DEVICE, max_batch=3, max_length=48, slots=6) as llm:
+    with LLM(folder, device=DEVICES[-1], max_batch=3, max_length=48, slots=6) as llm:
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
         own = llm.engine.add(llm.request(PROMPTS[0], params[0]))
         stream = llm.stream(PROMPTS[2], params[2])
@@ -561,7 +559,7 @@ def test_takers_and_choices_that_fail_harm_nobody_else(
     """A taker that raises loses its own request; a choice that fails uses up no random number; others get their tokens."""
     folder = make_checkpoint("qwen3_moe")
     params = [SamplingParams(max_tokens=6, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 1.0, 1.0)]
-    with LLM(folder, device=DEVICE, max_batch=3, max_length=48) as llm:
+    with LLM(folder, device=DEVICES[-1], max_batch=3, max_length=48) as llm:
         expected = [output.token_ids for output in llm.generate(PROMPTS[:3], params)]
         engine, got = llm.engine, {}
 
@@ -589,7 +587,7 @@ def test_a_broken_cohort_is_given_up(make_checkpoint: MakeCheckpoint, monkeypatc
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
              "max_position_embeddings": 128, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32}  # fmt: skip
     no_row = make_checkpoint("flex_olmo", "float32", **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    with LLM(no_row, device=DEVICE, max_batch=2, max_length=48, slots=3) as llm:
+    with LLM(no_row, device=DEVICES[-1], max_batch=2, max_length=48, slots=3) as llm:
         assert not llm.engine._executor.joins
         params = SamplingParams(max_tokens=5, ignore_eos=True)
         expected = [output.token_ids for output in llm.generate(PROMPTS[:4], params)]
@@ -676,7 +674,7 @@ def test_padding_uses_no_expert(make_checkpoint: MakeCheckpoint) -> None:
             if layer == 0:
                 seen.append(routes)
 
-    with LLM(make_checkpoint("qwen3_moe"), device=DEVICE, max_batch=2, max_length=48) as llm:
+    with LLM(make_checkpoint("qwen3_moe"), device=DEVICES[-1], max_batch=2, max_length=48) as llm:
         llm._offloaded.watch(Watch())
         executor = llm.engine._executor
         executor.prefill([PromptChunk(0, PROMPTS[0], 0, 0), PromptChunk(1, PROMPTS[1], 1, 0)])

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import CountsByToken, Forecast, NoForecast, Recorded, Step, blur, next_uses
 from expertflow.cache.policy import Outlook
@@ -22,15 +21,10 @@ from expertflow.sim.replay import Outcome, replay, replay_events, setting_of
 from expertflow.sim.sweep import Grid, run_grid
 from expertflow.sim.workload import Workload, as_recorded, live_sequences
 from expertflow.trace.format import Trace, load_trace, save_trace
-from test_trace import EXCERPT, make_trace
+from helpers import EXCERPT, ROOT, MakeCheckpoint, make_trace
 
 pytestmark = pytest.mark.xdist_group("simulator")  # its fixtures take long: one worker makes them
-DOCS = Path(__file__).parents[1] / "docs"
-
-
-@pytest.fixture(scope="module")
-def real() -> Trace:
-    return load_trace(EXCERPT).without("repetition")
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.events import CacheCounters, Event
+from helpers import DEVICES, MakeCheckpoint
 
 PROMPT, TOKENS = [5, 6, 7, 8, 9, 10, 11], 7
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def open_llm(folder: Path, execution: str, device: str = "cpu", **options: object) -> LLM:

@@ -18,12 +18,12 @@ from switch.model import build, export, grouped, loss_of
 from switch.optim import Factored, round_to
 from switch.train import Text, prepare_text, train
 
-from conftest import load_resident
 from expertflow import LLM, SamplingParams
 from expertflow.bench.workload import OPENINGS
 from expertflow.engine.llm import shipped_model
 from expertflow.predict.artifact import load_artifact
 from expertflow.predict.online import OnlinePredictor
+from helpers import load_resident
 
 RECIPE = replace(Recipe(), raw=60, batch=4, prompts=6, training_prompts=6, prompt_lengths=(16, 24), capacity=4.0)
 SHAPE: Shape = replace(TINY, experts=4)
