@@ -59,7 +59,7 @@ def load_resident(folder: Path) -> PreTrainedModel:
 
 
 def random_future(folder: Path) -> np.ndarray:
-    """A recording of some other run: whatever a strategy foresees, the output must not change."""
+    """A recording of some other run: whatever a strategy predicts, the output must not change."""
     skeleton = build_skeleton(folder, "auto")
     return np.random.default_rng(0).random((40, len(skeleton.expert_modules), skeleton.experts)) < 0.3
 

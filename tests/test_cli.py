@@ -60,7 +60,7 @@ def test_run_prints_text_and_summary(make_checkpoint: MakeCheckpoint) -> None:
 
 
 def test_run_as_json_accounts_for_everything(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """Many prompts from a file: outputs in order, peak within budget, bytes moved = loads x row (law 4)."""
+    """Many prompts from a file: outputs in order, peak within budget, bytes moved = loads x record bytes (law 4)."""
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": "p" * n}) for n in range(1, 12)))
     folder = make_checkpoint("mixtral")
     report = json.loads(
@@ -70,8 +70,8 @@ def test_run_as_json_accounts_for_everything(make_checkpoint: MakeCheckpoint, tm
     assert [output["prompt"] for output in report["outputs"]] == ["p" * n for n in range(1, 12)]
     assert report["peak_bytes"] <= report["planned_bytes"] <= report["budget_bytes"]
     assert (report["slots"], report["experts"]) == (6, 24)
-    row = json.loads(invoke("plan", folder, "--json", "--device", "cpu"))["row"]
-    assert report["bytes_moved"] == report["loads"] * row
+    record = json.loads(invoke("plan", folder, "--json", "--device", "cpu"))["row"]
+    assert report["bytes_moved"] == report["loads"] * record
     assert report["tokens"] == sum(len(output["token_ids"]) for output in report["outputs"])
 
 
@@ -115,9 +115,9 @@ def test_plan_needs_no_weights_and_says_what_the_budget_buys(make_checkpoint: Ma
 
 
 def test_models_lists_the_live_table() -> None:
-    """Every family row is listed."""
-    assert {row["model_type"] for row in json.loads(invoke("models", "--json"))} == set(FAMILIES)
-    assert all(row.title in invoke("models") for row in FAMILIES.values())
+    """Every entry of the table of families is listed."""
+    assert {entry["model_type"] for entry in json.loads(invoke("models", "--json"))} == set(FAMILIES)
+    assert all(entry.title in invoke("models") for entry in FAMILIES.values())
 
 
 @pytest.mark.parametrize(

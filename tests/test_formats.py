@@ -228,7 +228,7 @@ def test_a_tile_loader_reads_what_its_format_decodes(kind: str, dtype: str) -> N
 
 
 def test_records_of_different_layers_have_one_size() -> None:
-    """Any slot holds any record: the largest layer's size is everybody's, and layers alike share a layout."""
+    """Any slot holds any record: every slot has the largest layer's size, and layers alike share a layout."""
     small, large = [plain("w", (3, 5), "float32")], [plain("w", (300, 5), "float32")]
     layout = StoreLayout.of([small, large, small])
     assert layout.record_bytes == RecordLayout.of(large).record_bytes

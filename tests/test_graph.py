@@ -29,7 +29,7 @@ from expertflow.units import format_bytes
 from helpers import DEVICES, MakeCheckpoint
 
 GRAPHS = [name for name, family in FAMILIES.items() if not family.no_graph]
-ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None and not row.needs_future]
+ON_DEVICE = [name for name, entry in STRATEGIES.items() if refusal(entry) is None and not entry.needs_future]
 OTHER_ATTENTION = ("deepseek_v2", "deepseek_v3")
 """Families whose attention is of a form the kernel does not know."""
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [10, 11], [12, 13, 14]]
@@ -238,7 +238,7 @@ def test_streams_side_by_side_do_not_disturb_one_another(make_checkpoint: MakeCh
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_callers_forecast_is_told_to_captured_steps(
+def test_a_callers_forecast_reaches_captured_steps(
     device: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     """A gate that is always right, one that falls silent, one that is wrong about everything: the same tokens, ever more misses."""

@@ -69,9 +69,9 @@ def command_of(line: list[str]) -> list[str] | None:
 
 
 def needs_gpu(words: list[str]) -> bool:
-    """Whether a command asks for one."""
-    asked = set(pairwise(words))
-    return bool(asked & {("--device", "cuda"), ("--execution", "graph")}) and not torch.cuda.is_available()
+    """Whether a command needs one."""
+    options = set(pairwise(words))
+    return bool(options & {("--device", "cuda"), ("--execution", "graph")}) and not torch.cuda.is_available()
 
 
 def parse(words: list[str]) -> None:

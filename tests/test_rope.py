@@ -1,4 +1,4 @@
-"""A sequence's rotary table depends on its own length only, whoever steps beside it and however its prompt is cut."""
+"""A sequence's rotary table depends on its own length only, whatever steps beside it and however its prompt is cut."""
 
 import pytest
 import torch

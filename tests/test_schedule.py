@@ -111,5 +111,5 @@ def test_real_routes_overlap() -> None:
     needed = {method: workload.needed.sum() / arrival.needed.sum() for method, workload in found.items()}
     assert needed["swaps"] <= needed["similar"] < 1
     assert needed["swaps"] < 0.93
-    row, cost = STRATEGIES["next-use"], Cost()
-    assert replay(found["swaps"], row, 192, cost).loads < replay(arrival, row, 192, cost).loads
+    strategy, cost = STRATEGIES["next-use"], Cost()
+    assert replay(found["swaps"], strategy, 192, cost).loads < replay(arrival, strategy, 192, cost).loads
