@@ -368,5 +368,5 @@ def test_too_few_slots_are_refused(make_checkpoint: MakeCheckpoint) -> None:
 
 
 def test_strategies_of_the_presets_are_in_the_table() -> None:
-    """A renamed row is noticed."""
+    """A renamed entry is noticed."""
     assert {name for preset in PRESETS.values() for name in preset.strategies} <= set(STRATEGIES)

@@ -226,12 +226,12 @@ def test_an_index_of_no_expert_adds_nothing(module: SimpleNamespace) -> None:
 @given(data=st.data())
 def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
     """Rows of entries within the bounds arrive in their slots; every other slot stays as it was, also the second time."""
-    row_bytes = 256 * data.draw(st.integers(1, 300))
+    record_bytes = 256 * data.draw(st.integers(1, 300))
     slots, entries = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     entries = min(entries, slots)
-    host = torch.randint(0, 256, (9, row_bytes), dtype=torch.uint8)
+    host = torch.randint(0, 256, (9, record_bytes), dtype=torch.uint8)
     host = host.pin_memory() if DEVICE.type == "cuda" else host
-    before = torch.randint(0, 256, (slots, row_bytes), dtype=torch.uint8, device=DEVICE)
+    before = torch.randint(0, 256, (slots, record_bytes), dtype=torch.uint8, device=DEVICE)
     src = torch.randint(0, 9, (entries,), dtype=torch.int32, device=DEVICE)
     dst = torch.randperm(slots, device=DEVICE)[:entries].to(torch.int32)
     todo = torch.cat([src[:1], torch.randperm(entries, device=DEVICE).to(torch.int32)])[1:]  # lists start anywhere
@@ -296,7 +296,7 @@ def test_what_is_expected_of_single_sequences_is_united(groups: list[list[int]])
     assert state.take_tally()[BLIND] == 0
 
 
-def test_a_row_that_is_no_mlp_is_refused() -> None:
+def test_a_record_that_is_no_mlp_is_refused() -> None:
     """A tensor or an activation the kernels do not know is an error, not a guess."""
     specs = make("gated-silu")[0].layers[0].specs
     with pytest.raises(ValueError, match="activation 'mish'"):
@@ -364,7 +364,7 @@ def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("tokens", [4, 64])
-def test_full_size_rows_are_exact_on_the_device(cuda: torch.device, tokens: int) -> None:
+def test_full_size_records_are_exact_on_the_device(cuda: torch.device, tokens: int) -> None:
     """At real sizes a token's result in a batch is, to the bit, its result alone."""
     hidden, width, number, top_k = 2048, 768, 32, 8
     shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}

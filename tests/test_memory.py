@@ -38,7 +38,7 @@ LAYOUT = StoreLayout.uniform([plain("w", (5, 7), "float32")], layers=8)
 
 
 @given(specs=spec_lists)
-def test_a_row_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> None:
+def test_a_record_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> None:
     """Tensors written into a record through views are read back unchanged, aligned and without overlap."""
     layout = StoreLayout.uniform(specs)
     store = HostStore(layout, 2, pin=False)
@@ -231,7 +231,7 @@ def _check_values(provider: CachedExperts, rounds: Sequence[list[int]], delay: i
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 16])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_plain_transfer_brings_the_right_rows(slots: int, strategy: str) -> None:
+def test_plain_transfer_brings_the_right_records(slots: int, strategy: str) -> None:
     """Every lent record holds its own expert's values, in waves and with reuse."""
     store, pool = _filled_store(pin=False), SlotPool(LAYOUT, slots, torch.device("cpu"))
     provider = _provider(slots, PlainTransfer(store, pool), pool, strategy)
@@ -241,7 +241,7 @@ def test_plain_transfer_brings_the_right_rows(slots: int, strategy: str) -> None
 @pytest.mark.cuda
 @pytest.mark.parametrize("slots", [1, 2, 5, 16])
 @pytest.mark.parametrize("delay", [0, 2_000_000])
-def test_stream_transfer_brings_the_right_rows(slots: int, delay: int, cuda: torch.device) -> None:
+def test_stream_transfer_brings_the_right_records(slots: int, delay: int, cuda: torch.device) -> None:
     """On CUDA the same holds when computation lags far behind the host and copies could overtake it."""
     store, pool = _filled_store(pin=True), SlotPool(LAYOUT, slots, cuda)
     provider = _provider(slots, StreamTransfer(store, pool), pool)

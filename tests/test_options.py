@@ -99,8 +99,8 @@ def test_an_unknown_strategy_names_the_nearest() -> None:
         find_strategy("lru-globl")
 
 
-def test_every_row_is_found_by_its_name() -> None:
-    """The table's keys are the rows' own names."""
+def test_every_entry_is_found_by_its_name() -> None:
+    """The table's keys are the entries' own names."""
     assert all(find_strategy(name).name == name for name in STRATEGIES)
 
 

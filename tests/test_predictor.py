@@ -179,7 +179,7 @@ def test_a_new_sequence_knows_nothing_of_the_one_before() -> None:
 
 
 def test_a_large_vocabulary_is_hashed() -> None:
-    """Tokens beyond the table's rows still have embeddings of their own, and unknown ones share one."""
+    """Tokens beyond the table's entries still have embeddings of their own, and unknown ones share one."""
     table = TokenTable(5000, 256, 8)
     table.vocabulary.learn(torch.arange(4990))
     found = table(torch.arange(4990))
@@ -318,7 +318,7 @@ def test_calibration_finds_the_true_chances() -> None:
 
 
 def test_the_memory_counts() -> None:
-    """A token's row is the log odds of what it used, a pair's those beyond the token's; the rest has rows of zeros."""
+    """A token's entry is the log odds of what it used, a pair's those beyond the token's; all other entries are zeros."""
     shape = Shape(1, 4, 1)
     tokens = np.array([1, 2, 1, 2, 3, 2, 1, 2, 9])
     routes = np.array([0, 1, 0, 1, 2, 3, 0, 1, 0])[:, None, None]
