@@ -8,21 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.engine.lock import FairLock
 from expertflow.errors import CancelledError, ClosedError
+from helpers import DEVICES, GUARD, MakeCheckpoint
 
 THREADS = 8
 PROMPTS = [[3 + (5 * i * j + i) % 90 for j in range(3 + i)] for i in range(THREADS)]
 PARAMS = [
     SamplingParams(max_tokens=4 + i % 3, ignore_eos=True, temperature=0.9 * (i % 2), seed=i) for i in range(THREADS)
 ]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-GUARD = 120
-"""Seconds after which something hangs."""
 
 
 @pytest.fixture(params=DEVICES)

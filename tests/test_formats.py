@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
@@ -25,8 +24,8 @@ from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.models import mapping
 from expertflow.models.sources import RandomWeights
 from four_bit import GROUP, LINEAR, STACKED, TABLE, FourBit, numbers
+from helpers import DEVICES, MakeCheckpoint
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [10, 11], [12, 13, 14]]
 CASES = {"qwen3_moe": LINEAR, "gpt_oss": STACKED}
 
@@ -231,7 +230,7 @@ def test_a_tile_loader_reads_what_its_format_decodes(kind: str, dtype: str) -> N
 
 
 def test_records_of_different_layers_have_one_size() -> None:
-    """Any slot holds any record: the largest layer's size is everybody's, and layers alike share a layout."""
+    """Any slot holds any record: every slot has the largest layer's size, and layers alike share a layout."""
     small, large = [plain("w", (3, 5), "float32")], [plain("w", (300, 5), "float32")]
     layout = StoreLayout.of([small, large, small])
     assert layout.record_bytes == RecordLayout.of(large).record_bytes

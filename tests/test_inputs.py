@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.inputs import PromptReader, split_prompts
 from expertflow.engine.offline import Results
@@ -20,6 +19,7 @@ from expertflow.engine.request import TextStream
 from expertflow.engine.text import stop_tokens
 from expertflow.errors import ConfigError, PromptError, ResultsError
 from expertflow.prompts import read_prompts
+from helpers import MakeCheckpoint
 
 IDS = list(range(20, 30))
 TURN = "<|turn|>"

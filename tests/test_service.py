@@ -9,7 +9,6 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cli.main import app
 from expertflow.config import EngineConfig
@@ -18,12 +17,11 @@ from expertflow.engine.engine import Engine
 from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.errors import ConfigError
+from helpers import GUARD, MakeCheckpoint
 
 PROMPTS = ["hello there", "good", "the sea was calm", "a", "it was night", "the end"]
 PARAMS = [SamplingParams(max_tokens=3 + n, ignore_eos=True, temperature=n % 2, seed=n) for n in range(len(PROMPTS))]
 OPTIONS = {"device": "cpu", "slots": 6, "max_batch": 2, "max_live": 3, "max_length": 48}
-GUARD = 120
-"""Seconds after which something hangs."""
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.events import CacheCounters, Event
+from helpers import DEVICES, MakeCheckpoint
 
 PROMPT, TOKENS = [5, 6, 7, 8, 9, 10, 11], 7
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def open_llm(folder: Path, execution: str, device: str = "cpu", **options: object) -> LLM:
@@ -60,11 +59,11 @@ def test_a_reader_captures_nothing_and_a_subscriber_does(make_checkpoint: MakeCh
         stream, offloaded = llm.stream([PROMPT], up_to(TOKENS)), llm._offloaded
         next(stream)
         next(stream)
-        decoder, told = offloaded.handover.decoder, int(offloaded.counters.loads)
+        decoder, counted = offloaded.handover.decoder, int(offloaded.counters.loads)
         for _ in range(3):
             assert offloaded.totals() == offloaded.totals() == llm.stats.cache
             assert np.array_equal(offloaded.residency(), offloaded.residency())
-            assert offloaded.counters.loads == told, "the steps' totals are on the device still"
+            assert offloaded.counters.loads == counted, "the steps' totals are on the device still"
             next(stream)
             assert offloaded.handover.decoder is decoder
         happened: list[Event] = []
@@ -82,7 +81,7 @@ def test_a_reader_captures_nothing_and_a_subscriber_does(make_checkpoint: MakeCh
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
 def test_readers_in_other_threads_change_nothing(execution: str, make_checkpoint: MakeCheckpoint) -> None:
-    """While a thread reads on and on, tokens, totals and residency are those of a run nobody looks at; totals only grow."""
+    """While a thread reads on and on, tokens, totals and residency are those of a run that is not read; totals only grow."""
     folder, answers = make_checkpoint("qwen3_moe"), []
     prompts = [PROMPT, [10, 11], [12, 13, 14]]
     for watched in (False, True):

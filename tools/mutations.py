@@ -78,7 +78,7 @@ MUTATIONS = (
     Mutation("a token uses the experts of the one before", "execution/replay.py", "now.rows[:, None], now.columns]", "now.rows[:, None], now.columns - 1]", ("test_replay.py", "-k", "what_was_recorded")),
     Mutation("recorded routes of another KV row", "execution/replay.py", "now.rows[:, None], now.columns]", "now.rows.flip(0)[:, None], now.columns]", ("test_replay.py", "-k", "what_was_recorded")),
     Mutation("static batches are joined", "schedule/admission.py", "> 0 and not now.live", "> 0", ("test_scheduler.py", "-k", "rules")),
-    Mutation("a request waits for longer than passes take", "schedule/admission.py", "self._waited < LONGEST_WAIT * costs.pass_", "self._waited < 2 * LONGEST_WAIT * costs.pass_", ("test_scheduler.py", "-k", "nobody_waits_longer")),
+    Mutation("a request waits for longer than passes take", "schedule/admission.py", "self._waited < LONGEST_WAIT * costs.pass_", "self._waited < 2 * LONGEST_WAIT * costs.pass_", ("test_scheduler.py", "-k", "no_request_waits_longer")),
     Mutation("experts of another seed", "models/sources.py", "manual_seed(self.seed + 1)", "manual_seed(1)", ("test_sources.py", "-k", "seed_decides")),
 )  # fmt: skip
 
