@@ -1,6 +1,6 @@
 """Files that are whole or not there, and pictures that say what they are of.
 
-A command that fails or is interrupted while it writes leaves the old file, or none. It must not know what is written.
+A command that fails or is interrupted while it writes leaves the old file, or none. Must not know what is written.
 """
 
 import os

@@ -1,8 +1,8 @@
 """How many processors and how much memory this process may use: limits of its own, of its control group and of all above.
 
-Reads `/proc` and `/sys`; knows nothing of threads and torch.
-Sources: kernel documents admin-guide/cgroup-v2 (`cpu.max`, `memory.max`), scheduler/sched-bwc (`cpu.cfs_quota_us`) and
-admin-guide/cgroup-v1/memory (`memory.limit_in_bytes`); setrlimit(2).
+Reads `/proc` and `/sys`. Must not know threads and torch. Sources: kernel documents admin-guide/cgroup-v2 (`cpu.max`,
+`memory.max`), scheduler/sched-bwc (`cpu.cfs_quota_us`) and admin-guide/cgroup-v1/memory (`memory.limit_in_bytes`);
+setrlimit(2).
 """
 
 import errno

@@ -1,7 +1,7 @@
 """Reads what other programs wrote, within bounds: bytes of a file, JSON, members of a zip archive, columns of numbers.
 
 Everything malformed is a ValueError here; the caller makes its own error of it, with file and remedy. Nothing is built
-from the content before its size, nesting and digits are checked. Knows no format of ours.
+from the content before its size, nesting and digits are checked. Must not know our own formats.
 """
 
 import errno

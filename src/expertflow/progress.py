@@ -1,6 +1,6 @@
 """Shows how far long work is: a bar on a terminal, a line at every tenth into a file or pipe. Always on stderr.
 
-Every command and the loading of weights use it. It must not know what the work is.
+Every command and the loading of weights use it. Must not know what the work is.
 """
 
 import threading

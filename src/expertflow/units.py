@@ -1,4 +1,4 @@
-"""Sizes and shares as users write them: `6GiB`, `500MB`, `25%`. Knows nothing else."""
+"""Sizes and shares as users write them: `6GiB`, `500MB`, `25%`. Must not know what is measured."""
 
 import math
 import re

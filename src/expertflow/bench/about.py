@@ -1,4 +1,4 @@
-"""The circumstances of a measurement: date, commit, machine and versions. Knows the machine; must not know what was measured."""
+"""The circumstances of a measurement: date, commit, machine and versions. Must not know what was measured."""
 
 import os
 import platform

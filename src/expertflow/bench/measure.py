@@ -1,9 +1,9 @@
 """The measurement: every strategy on the same prompts, tokens and weights, alternating, beside its bounds.
 
-For each number of slots all contenders are made; each is run once with an empty cache (cold) and once for every batch size to warm
-up; then the timed runs alternate, forwards and backwards, so that a machine that slows down slows all of them. Every run's
-greedy tokens are compared with those of the model with all experts in slots. Knows what is measured and in which order;
-must not know how a contender works and how results are shown.
+For each number of slots all contenders are made; each is run once with an empty cache (cold) and once for every batch
+size to warm up; then the timed runs alternate, forwards and backwards, so that a machine that slows down slows all of
+them. Every run's greedy tokens are compared with those of the model with all experts in slots. Must not know how a
+contender works and how results are shown.
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """What a run measures: settings, and the presets that fill in what the user leaves open.
 
-Knows names and numbers; must not know models and devices.
+Must not know models and devices.
 """
 
 from collections.abc import Mapping

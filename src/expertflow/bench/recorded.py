@@ -1,8 +1,8 @@
 """The routing of the very runs that are measured, recorded once: what Belady could have done with it, and a gate.
 
-Belady's loads are counted by the engine's own decision core, step by step, and need no model. The gate of `pregated` reads
-hidden states that a model of another make would have to be trained for; here it answers from the recording, with its
-published share of mistakes. Knows recordings; must not know how they are made.
+Belady's loads are counted by the engine's own decision core, step by step, and need no model. The gate of `pregated`
+reads hidden states that a model of another make would have to be trained for; here it answers from the recording, with
+its published share of mistakes. Must not know how recordings are made.
 """
 
 from dataclasses import dataclass

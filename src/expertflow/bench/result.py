@@ -1,7 +1,7 @@
 """The one schema of measurements: what was run, on what, and every number beside its bound.
 
-A result is a JSON file with `format` ("expertflow-bench") and `version` (1) beside the fields below. Knows how a result
-is written and read back; must not know how anything is measured or shown.
+A result is a JSON file with `format` ("expertflow-bench") and `version` (1) beside the fields below. Must not know how
+anything is measured or shown.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A study of a predictor: its predictions and those of free baselines, measured and replayed on the same sequences.
 
-The simulator replays `plec` with each source of predictions at equal slots, beside `next-use` (no forecast), the step's true
-path, and Belady. Knows predictors, traces and the simulator. Must not know the command line and the engine.
+The simulator replays `plec` with each source of predictions at equal slots, beside `next-use` (no forecast), the step's
+true path, and Belady. Must not know the command line and the engine.
 """
 
 import os

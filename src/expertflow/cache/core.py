@@ -1,7 +1,7 @@
 """Decide which slot an expert gets, which expert is evicted, and what is prefetched, over flat arrays.
 
-The engine calls these functions through `CacheController`, the simulator compiles them (`cache.shared`), and the
-device kernels are their twins. They take facts and write log entries; they know no clock, no copies and no torch.
+The engine calls these functions through `CacheController`, the simulator compiles them (`cache.shared`), and the device
+kernels are their twins. They take facts and write log entries. Must not know clocks, copies and torch.
 
 Every expert has a rank. The expert with the smallest rank is evicted, the lowest expert number among equals.
 An expert that may not leave now (its layer is running, or the plan still needs it) has an infinite rank.

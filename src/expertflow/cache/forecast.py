@@ -1,7 +1,7 @@
 """Forecast which experts the coming steps use, one class a source, from nothing to the recorded truth.
 
 `outlook` is called once at the start of a step, `learn` once at its end. An `Outlook` is demand `[H, L, E]` for this
-step and further ones, and expected next uses beyond them. Knows no slots.
+step and further ones, and expected next uses beyond them. Must not know slots.
 """
 
 from typing import NamedTuple, Protocol

@@ -1,6 +1,6 @@
 """Passes of an offloaded model: each begins a step of the expert cache, and two never run at once.
 
-Wraps the `forward` of the modules whose call is a pass. Knows autograd and the compiler; must not know the cache.
+Wraps the `forward` of the modules whose call is a pass. Must not know the cache.
 """
 
 import inspect

@@ -5,7 +5,8 @@ one of a layer that needs the record now. A layer waits only for blocks that a r
 waits for a kernel that has not begun. A load whose expert was evicted again is called off: no more of its blocks are
 taken, and the slot's next load waits for the blocks under way.
 
-`kernels.residency` writes the entries, `kernels.fetch` carries them out. Knows numbers only.
+`kernels.residency` writes the entries, `kernels.fetch` carries them out. Must not know experts beyond their numbers,
+and records beyond their blocks.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What a captured step needs to know of the predictor's state rows: one copy to fixed buffers before each step.
 
-Knows rows and tokens. Must not know sequences, networks and slots.
+Must not know sequences, networks and slots.
 """
 
 from itertools import accumulate

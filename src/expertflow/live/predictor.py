@@ -1,11 +1,11 @@
 """The live predictor: predicts the experts of the coming steps of live sequences, and takes in what the steps used.
 
-It is a forecast (`cache.forecast.Forecast`) on top of `predict.online`. `live.pacing` decides whether a step predicts it,
-`live.tokens` which tokens its state lacks, `live.state_rows` where each sequence's state is. A sequence's newest token is
-taken in before its own next step, or in an earlier step of other sequences. So where groups take turns, the paths of all
-groups are known while one of them computes. In a captured step `predict` runs on the device, and kernels write the true
-routing to `routes`. If the predictor raises, it is switched off with a warning event and generation goes on: a forecast can
-cost bytes, never a token. Knows sequences. Must not know slots.
+It is a forecast (`cache.forecast.Forecast`) on top of `predict.online`. `live.pacing` decides whether a step predicts
+it, `live.tokens` which tokens its state lacks, `live.state_rows` where each sequence's state is. A sequence's newest
+token is taken in before its own next step, or in an earlier step of other sequences. So where groups take turns, the
+paths of all groups are known while one of them computes. In a captured step `predict` runs on the device, and kernels
+write the true routing to `routes`. If the predictor raises, it is switched off with a warning event and generation goes
+on: a forecast can cost bytes, never a token. Must not know slots.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """What the predictor takes in behind a pass over prompts: its tokens and their true routing, grouped by state row.
 
-Knows state rows and tensors. Must not know sequences, and when the predictor is asked.
+Must not know sequences, and when the predictor predicts.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """The expert store: the records of all experts of a model in host memory, page-locked for a GPU.
 
 Ordinary anonymous memory is registered with the driver instead of allocated by it. That is five times faster and does
-not round up to powers of two. Records have flat numbers, `layer * E + expert`; the store knows no checkpoint.
+not round up to powers of two. Records have flat numbers, `layer * E + expert`. Must not know checkpoints.
 """
 
 import mmap

@@ -1,7 +1,7 @@
 """What a config may say, checked before anything is built from it: a list of 10^9 layers would never end.
 
-Only sizes and switches that this program cannot work with. Whether a config fits its weights is checked on their headers,
-and the rest by transformers itself. Knows keys of configs; must not know families.
+Only sizes and switches that this program cannot work with. Whether a config fits its weights is checked on their
+headers, and the rest by transformers itself. Must not know families.
 """
 
 import math

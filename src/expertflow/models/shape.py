@@ -1,6 +1,6 @@
 """The numbers a planner needs of a model: layers, experts, dense bytes, KV bytes, sizes that drive the workspace.
 
-Pure figures, taken from a skeleton; refuses to know budgets and devices.
+Pure figures, taken from a skeleton. Must not know budgets and devices.
 """
 
 from collections.abc import Sequence

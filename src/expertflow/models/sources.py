@@ -1,7 +1,7 @@
 """Where a model's weights come from: the files of a checkpoint, another model's store, or random numbers.
 
-A source finds the weights without loading them, loads the dense part, and fills an expert store or shares one. It knows files and
-records; it must not know plans, slots and caches.
+A source finds the weights without loading them, loads the dense part, and fills an expert store or shares one. Must not
+know plans, slots and caches.
 """
 
 import hashlib

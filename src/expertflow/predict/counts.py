@@ -1,9 +1,9 @@
 """What frequent tokens and pairs of tokens used, by plain counting: a memory beside the network.
 
-An embedding of a few dozen numbers cannot hold what a token that was seen a thousand times does in every layer; an entry of
-its own can. Tokens and pairs get entries in the order of their frequency, as far as the room goes. An entry holds log odds
-against what is expected otherwise, in eight bits. Its weight beside the network's logit is fitted on passages that were not
-counted (`calibration.calibrate`). Knows tokens and routes. Must not know networks.
+An embedding of a few dozen numbers cannot hold what a token that was seen a thousand times does in every layer; an
+entry of its own can. Tokens and pairs get entries in the order of their frequency, as far as the room goes. An entry
+holds log odds against what is expected otherwise, in eight bits. Its weight beside the network's logit is fitted on
+passages that were not counted (`calibration.calibrate`). Must not know networks.
 """
 
 from collections.abc import Sequence

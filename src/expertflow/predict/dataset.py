@@ -1,7 +1,7 @@
 """From a routing trace to what a predictor learns from: passages, their split, and windows of equal length.
 
 A passage is one sequence's tokens and routes in order. Splits go by passage, never by token, so that no test token has
-a neighbour in the training set. Knows the trace format. Must not know models of any kind.
+a neighbour in the training set. Must not know models of any kind.
 """
 
 import hashlib

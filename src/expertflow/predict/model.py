@@ -8,9 +8,9 @@ For every token and expert it gives a logit for use in this step, and one for us
 * retrieval: the past positions of this sequence whose token and predecessor are most alike, and the experts they used;
 * what came right behind those positions: the likely next step, although its token is not sampled yet.
 
-The paper's predictor (arXiv 2410.17954, section 3.2) sees tokens only; that one is `t5.py`. Knows tensors. Must not know
-traces, files and engines. Shapes: B sequences, T tokens, L layers, E experts, K experts a token, O outputs, A heads, M matches,
-S sources.
+The paper's predictor (arXiv 2410.17954, section 3.2) sees tokens only; that one is `t5.py`. Must not know traces, files
+and engines. Shapes: B sequences, T tokens, L layers, E experts, K experts a token, O outputs, A heads, M matches, S
+sources.
 """
 
 import math

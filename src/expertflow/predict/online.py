@@ -1,10 +1,10 @@
 """The predictor while serving: what it remembers of live sequences, and what it predicts before each step.
 
-A sequence has a state row, whose number the caller chooses. `observe` takes a prompt's true routing in. `step` takes the
-just-sampled tokens and the last step's true routing in, and gives the demand of all layers; `update` only takes them in. Rows
-come in any order and any subset, so regrouping moves nothing; `free` forgets a sequence. A step has static shapes, no
-synchronisation and no branch on data, so it can be captured in a CUDA graph. Knows artifacts and networks. Must not know
-batches, requests and caches.
+A sequence has a state row, whose number the caller chooses. `observe` takes a prompt's true routing in. `step` takes
+the just-sampled tokens and the last step's true routing in, and gives the demand of all layers; `update` only takes
+them in. Rows come in any order and any subset, so regrouping moves nothing; `free` forgets a sequence. A step has
+static shapes, no synchronisation and no branch on data, so it can be captured in a CUDA graph. Must not know batches,
+requests and caches.
 """
 
 from collections.abc import Callable, Sequence

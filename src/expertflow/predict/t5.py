@@ -2,8 +2,8 @@
 
 arXiv 2410.17954, section 3.2: d_model 32, d_ff 2048, one head of E logits for each MoE layer on the decoder's output,
 binary cross-entropy. The paper predicts for encoder-decoder models; for a decoder-only model, whose tokens come one by
-one, the encoder here reads the last full block of `BLOCK` tokens and the decoder, causally, the running one. Knows
-tensors. Must not know traces, files and engines. Shape letters as in `network.py`.
+one, the encoder here reads the last full block of `BLOCK` tokens and the decoder, causally, the running one. Must not
+know traces, files and engines. Shape letters as in `network.py`.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Training: passages in, a calibrated predictor out; seeded, resumable, the same on every resumption.
 
 Binary cross-entropy on recorded routing (paper section 3.2), weights averaged over the last steps, the epoch with the
-lowest validation loss kept; then network and counts are weighed and calibrated, layer by layer. Every epoch draws
-from a generator of its own and ends with a checkpoint, so a resumed run ends with the same bits as an uninterrupted one.
-Knows passages and networks. Must not know artifacts and engines.
+lowest validation loss kept; then network and counts are weighed and calibrated, layer by layer. Every epoch draws from
+a generator of its own and ends with a checkpoint, so a resumed run ends with the same bits as an uninterrupted one.
+Must not know artifacts and engines.
 """
 
 import json

@@ -1,7 +1,7 @@
 """When waiting requests get free KV rows: one entry a rule in one table.
 
-A pass over prompts needs nearly every expert, however few its tokens. So it can pay to let requests wait until several share a pass.
-Knows counts of sequences and seconds; must not know requests, tokens and models.
+A pass over prompts needs nearly every expert, however few its tokens. So it can pay to let requests wait until several
+share a pass. Must not know requests, tokens and models.
 """
 
 from collections.abc import Callable, Mapping

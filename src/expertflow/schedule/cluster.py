@@ -1,10 +1,10 @@
 """Groups of sequences whose routing paths overlap, so that each group activates few experts.
 
 A path is a binary `[L, E]`; a group activates the union of its sequences' paths, and what is minimised is the sum over
-groups of distinct experts (ExpertFlow, arXiv 2410.17954, section 3.3, Eq. 2). Two methods behind one signature: the paper's,
-K-means-style on Hamming similarity, as the reference, and ours, farthest seeds, greedy growth and swaps. Paths are packed
-into 64-bit words, so that a union is an `or` and its size a count of bits.
-Deterministic; never worse than the order of arrival by its own count. Knows paths; must not know requests and caches.
+groups of distinct experts (ExpertFlow, arXiv 2410.17954, section 3.3, Eq. 2). Two methods behind one signature: the
+paper's, K-means-style on Hamming similarity, as the reference, and ours, farthest seeds, greedy growth and swaps. Paths
+are packed into 64-bit words, so that a union is an `or` and its size a count of bits. Deterministic; never worse than
+the order of arrival by its own count. Must not know requests and caches.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,9 @@
 """What a round costs: the model that says which live sequences step together.
 
-A round gives every live sequence one token, in one step or several. Bytes decide: an expert that is kept costs nothing, any
-other one a load for every step that uses it. Which ones are kept is taken to be settled by use, as a cache that expects
-well does: those that most steps of the round use, as many as there are slots. `benchmarks/grouping.py` holds the model
-against the simulator. Knows chances; must not know requests and where chances come from.
+A round gives every live sequence one token, in one step or several. Bytes decide: an expert that is kept costs nothing,
+any other one a load for every step that uses it. Which ones are kept is taken to be settled by use, as a cache that
+expects well does: those that most steps of the round use, as many as there are slots. `benchmarks/grouping.py` holds
+the model against the simulator. Must not know requests and where chances come from.
 """
 
 from collections import deque

@@ -13,7 +13,7 @@ A trace is a zip archive:
 * `footer.json`, written last: `rows`, `chunks` (rows of each), `sequences` (a list of objects, one a sequence, free
   keys beside `sequence`), `vocabulary` (token texts by id, may be empty).
 
-Rows are written as they come, a chunk at a time, and read chunk by chunk. Knows no model and no cache.
+Rows are written as they come, a chunk at a time, and read chunk by chunk. Must not know models and caches.
 """
 
 import json

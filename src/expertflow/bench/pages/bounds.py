@@ -1,6 +1,6 @@
 """Why a measured speed can stand above its bound: the bound is made of measurements too, and each has a spread.
 
-Reads rows and says it in words. It must not know how anything was measured or is shown.
+Turns rows of a result into sentences. Must not know how anything was measured or is shown.
 """
 
 from expertflow.bench.result import DECODE, MOVED, RESIDENT, Figure, Result, Row

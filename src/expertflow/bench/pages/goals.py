@@ -1,7 +1,7 @@
 """What the paper reports and this project set itself to reach, as rows of one table; met or missed, from measured rows only.
 
-Every goal is looked up in the rows of a result of its model. Where one is missed its verdict has the figure, the bound and
-what stands in between. Knows targets; must not know how anything is measured.
+Every goal is looked up in the rows of a result of its model. Where one is missed its verdict has the figure, the bound
+and what stands in between. Must not know how anything is measured.
 """
 
 from collections.abc import Callable, Sequence

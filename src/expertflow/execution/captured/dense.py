@@ -1,8 +1,8 @@
 """The dense part of a captured step: the model's own modules, with attention and norms as single kernels.
 
 What a module computes stays what its class says; only how many launches it takes changes. A module of a form that the
-kernels know reads from the pass's context whether they run; in every other pass it does what its class says.
-Knows modules by their attributes; must not know families.
+kernels know reads from the pass's context whether they run; in every other pass it does what its class says. Must not
+know families.
 """
 
 import weakref

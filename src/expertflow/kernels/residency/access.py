@@ -1,7 +1,7 @@
 """The device twin of `cache.core`: a layer's routing in; the slot of every pair and the layer's loads out.
 
-One program decides a layer: a hit costs no loop, a load one iteration of a loop with a few reductions. It knows slots,
-but no records and no weights.
+One program decides a layer: a hit costs no loop, a load one iteration of a loop with a few reductions. Must not know
+records and weights.
 """
 
 import triton

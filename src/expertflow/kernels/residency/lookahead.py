@@ -1,8 +1,8 @@
 """The device twin of `cache.prefetch`: which experts to load ahead, into which slots, and after which layer.
 
 One program sweeps through the coming layers with every expert's rank in its registers: a planned load costs a few
-reductions over all of them. Then the loads whose slots are free after layer `now` are bound and enter the ledger.
-It knows slots, but no records and no weights.
+reductions over all of them. Then the loads whose slots are free after layer `now` are bound and enter the ledger. Must
+not know records and weights.
 """
 
 import triton

@@ -1,7 +1,7 @@
 """The device twin of `cache.policy` and `cache.horizon`: usage and demand in, ranks out.
 
 One program a layer. Ranks are float64 and bit-equal to NumPy's, so nothing may be fused into multiply-adds; logarithms
-are rounded on both sides (`policy.GRAIN`). Twin of `kernels.residency.reference`. It knows no slots.
+are rounded on both sides (`policy.GRAIN`). Twin of `kernels.residency.reference`. Must not know slots.
 """
 
 import math

@@ -1,8 +1,7 @@
 """The cache's tables and usage as tensors on the device: the mirror of `core.Tables` and `policy.Usage`.
 
-Either the host controller or the device twin decides. `CacheState.copy_from` takes the controller's tables,
-`copy_to` gives them back, so residents stay resident at a switch. It knows the layout and the bound on phases, and
-decides nothing.
+Either the host controller or the device twin decides. `CacheState.copy_from` takes the controller's tables, `copy_to`
+gives them back, so residents stay resident at a switch. Must not decide anything.
 
 A layer runs in *phases*. Within a phase no slot is used twice, so its records are fetched together and its experts
 computed together. A graph has a fixed number of phases, `phase_bound`; the twin fills as many as it needs. Experts that

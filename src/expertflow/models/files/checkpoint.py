@@ -1,6 +1,6 @@
 """A safetensors checkpoint folder as a list of tensors and where their bytes are.
 
-Reads headers only. Refuses pickles, damaged shards and shards that are not there. Knows no model family.
+Reads headers only. Refuses pickles, damaged shards and shards that are not there. Must not know model families.
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
 

@@ -1,7 +1,7 @@
 """The later launches of a predictor's step: sum copies up, read, two residual blocks, judge, decide.
 
-A program holds a tile of weights in registers and goes through rows one by one, so a row's bits depend on no other row. `turn`
-is the number of rows a program goes through. Knows tensors. Must not know files and sequences. Shapes as in `predict.model`.
+A program holds a tile of weights in registers and goes through rows one by one, so a row's bits depend on no other row.
+`turn` is the number of rows a program goes through. Must not know files and sequences. Shapes as in `predict.model`.
 """
 
 import triton

@@ -1,8 +1,9 @@
 """A step of the routing path predictor in nine launches: the device twin of `predict.model` and of its calibration.
 
-In torch a step is some 130 small tensor operations whose launches take longer than their work. Here each stage is one launch:
-take tokens and routes in and look back (`take_in`), then sum copies up, read, two residual blocks, judge, decide (`network`).
-Weights are read where they are. Knows tensors. Must not know files, sequences and training. Shapes as in `predict.model`.
+In torch a step is some 130 small tensor operations whose launches take longer than their work. Here each stage is one
+launch: take tokens and routes in and look back (`take_in`), then sum copies up, read, two residual blocks, judge,
+decide (`network`). Weights are read where they are. Must not know files, sequences and training. Shapes as in
+`predict.model`.
 """
 
 from typing import cast
