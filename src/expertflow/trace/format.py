@@ -167,7 +167,7 @@ class TraceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the file, or leave the unfinished part if the block failed."""
+        """Finish the file, or keep the unfinished part if the block failed."""
         if kind is not None:
             with suppress(OSError):  # the block's own error is the one to show
                 self._zip.close()
