@@ -102,7 +102,7 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
             tl.store(owner + slot, flat)
             tl.store(per_layer + flat // experts, tl.load(per_layer + flat // experts) + 1)
             tl.store(fresh + flat, tl.full([], 1, tl.uint8))
-            if load < entries - layers * experts:  # the rest is for what the layers need
+            if load < entries - layers * experts:  # the other entries are for what the layers need
                 tl.store(ledger + _SRC * entries + load, flat)
                 tl.store(ledger + _DST * entries + load, slot)
                 tl.store(ledger + _PRIOR * entries + load, prior)
@@ -201,7 +201,7 @@ def look_ahead(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: 
                         todo -= 1
             if ROLLING:
                 going = served
-            if (place < layers) & (going > 0):  # after the layer its experts may leave, ranked by their next use
+            if (place < layers) & (going > 0):  # after the layer its experts may be evicted, ranked by their next use
                 here = mine & (at >= 0)
                 then = tl.load(unused + cell, mask=mine, other=0.0)
                 then = tl.where(want, tl.load(used + cell, mask=mine, other=0.0), then)
