@@ -137,14 +137,14 @@ class OffloadedModel(Uncopied):
         plan, model, skeleton = self.plan, self.model, self.skeleton
         transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
         provider = CachedExperts(self.controller, transfer, pool)
-        held = SharedParts(
+        shared = SharedParts(
             controller=self.controller, store=self.store, pool=pool, transfer=transfer, counters=self.counters,
             live_predictor=self.live_predictor, forecast=forecast,
         )  # fmt: skip
         self._context = ForwardContext()
         bind_experts(model, skeleton, provider, self._context)
         self.handover = Handover(
-            held, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
+            shared, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
             reason=plan.graph_unavailable_reason, measured=self.meter.watch,
         )  # fmt: skip
         self.passes = Passes(self.handover.begin_pass, self.handover.end_pass)

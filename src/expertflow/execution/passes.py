@@ -33,7 +33,7 @@ class Passes:
     """
 
     def __init__(self, begin: Begin, end: Callable[[], None]) -> None:
-        """No pass is running."""
+        """Start with no pass running."""
         self._begin = torch.compiler.disable(begin, reason="the host begins a step of the expert cache")
         self._end = torch.compiler.disable(end, reason="the host ends a step of the expert cache")
         self.lock = RLock()
@@ -109,7 +109,7 @@ def refuse_tracing() -> None:
 
 
 class _NoBackward(torch.autograd.Function):
-    """Gives its input on; a backward pass that arrives here is refused."""
+    """Returns its input; refuses a backward pass that arrives here."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, _: Tensor) -> Tensor:
