@@ -65,7 +65,7 @@ class Row:
     """One strategy under one condition.
 
     Attributes:
-        strategy: row of the strategy table, or `resident`.
+        strategy: entry of the strategy table, or `resident`.
         slots: expert slots.
         share: slots over experts.
         batch: sequences together.
@@ -73,7 +73,7 @@ class Row:
         execution: host, graph, or replay (decisions only, nothing generated).
         exact: whether every token equals the reference's; None where nothing was generated.
         figures: the numbers by name.
-        note: what a reader has to know.
+        note: remark for a reader.
     """
 
     strategy: str
@@ -118,7 +118,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Everything a run says.
+    """The result of a run.
 
     Attributes:
         preset: what kind of run.
@@ -132,7 +132,7 @@ class Result:
         model: which model.
         link_gbps: copies of one expert's size back to back, 10^9 bytes a second.
         rows: the measurements.
-        complete: whether everything asked for was measured.
+        complete: whether everything in the settings was measured.
         left_out: what was not, and why.
         seconds: the whole run, loading included.
     """

@@ -1,4 +1,4 @@
-"""What is generated from: short openings of our own, or a file's prompts, and who runs together in which repeat.
+"""Prompts of a measurement: short openings of our own, or a file's prompts, and which run together in which repeat.
 
 Must not know models beyond their tokenizer.
 """
