@@ -129,7 +129,7 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
 
     Args:
         model: checkpoint folder, or a Hugging Face id.
-        config: the wish.
+        config: the options.
         forecast: the caller's own; it replaces the predictor.
         weights: where the weights come from; None: the folder's files.
         routing: recorded routing that is replayed; None: the router decides.
@@ -168,7 +168,7 @@ def choose(
     """Choose device, strategy, predictor, and whether decode steps can be graphs; reads no file.
 
     Args:
-        config: the wish.
+        config: the options.
         skeleton: the model.
         shape: the model's figures.
         found: the predictor that was named or is the model's own, or None.
