@@ -1,8 +1,8 @@
 """What a forward pass carries beside the arguments of the model's forward, for the modules that were replaced.
 
-A loaded model has one `ForwardContext`. Whoever runs a pass enters `carry`; experts, KV rows, attention, norms, rotary
-embeddings and position biases read `now`. Between passes `now` is `NOTHING`, and every module does what its class says.
-Must not know who sets it and what for.
+A loaded model has one `ForwardContext`. The code that runs a pass enters `carry`; experts, KV rows, attention, norms,
+rotary embeddings and position biases read `now`. Between passes `now` is `NOTHING`, and every module runs its class's
+own forward. Must not know which code sets it, and what for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +57,7 @@ class Carried:
         distances: int64 `[B, C, N]`, of columns from tokens, for position biases; None: the module's own.
         padding: bool `[T]`, tokens of no sequence, which use no expert; None: there are none.
         observe: called with each layer's routing; None: not called.
-        experts: computes each layer's experts, and the host does not learn the routing; None: the host decides.
+        experts: computes each layer's experts, and the host never gets the routing; None: the host decides.
         dense: computes attention and norms; None: the modules do.
     """
 

@@ -83,7 +83,7 @@ class WeightsSource(Protocol):
             convert: whether weights may be of another float dtype than the model runs in.
 
         Raises:
-            CheckpointError: if a weight is missing, or of another shape or dtype than the config says.
+            CheckpointError: if a weight is missing, or of another shape or dtype than in the config.
         """
 
     def stamps(self, located: Located) -> Stamps:

@@ -1,4 +1,4 @@
-"""Which model exactly is this: a hash of every byte its answers depend on.
+"""The identity of a model: a hash of every byte its answers depend on.
 
 Decides what may share experts in host memory and what a results file may be continued with. It covers each tensor by key,
 so that the same weights in other shards have the same identity, and the files of config, generation config and tokenizer.
