@@ -53,7 +53,7 @@ _READ_ELSEWHERE = ("stop", "stop_token_ids", "device", "dtype")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Say which known word is meant, or list them all: the remedy of an unknown name."""
+    """Name the nearest known word, or list them all: the remedy of an unknown name."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."

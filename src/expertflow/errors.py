@@ -1,4 +1,4 @@
-"""The one error tree. Every message says what went wrong, with which value, and what to do about it.
+"""The one error tree. Every message states what went wrong, with which value, and what to do about it.
 
 Must not know the rest of the package, so that every module may raise from it.
 """
@@ -100,7 +100,7 @@ class ResultsError(ExpertFlowError):
 
 
 class TraceError(ExpertFlowError):
-    """A routing trace is truncated, foreign, empty, of another model than stated, or lacks what is asked of it."""
+    """A routing trace is truncated, foreign, empty, of another model than stated, or lacks what is needed."""
 
 
 class PredictorError(ExpertFlowError):

@@ -79,7 +79,7 @@ def read_bytes(path: Path, most: int = LARGE, *, stream: bool = False) -> bytes:
     Args:
         path: of the file.
         most: bytes it may have; of a pipe or a device at most 64 MiB.
-        stream: read a pipe or a device as well, however long it lets us wait.
+        stream: read a pipe or a device as well, however long that takes.
 
     Raises:
         OSError: if it cannot be read, or is no regular file.

@@ -35,7 +35,7 @@ class Progress:
 
     Args:
         what: what is done, such as `recording`.
-        total: steps of the work, or bytes; None: the first `update` says it.
+        total: steps of the work, or bytes; None: the first `update` gives it.
         size: whether the steps are bytes.
         show: False keeps it silent.
     """

@@ -81,10 +81,10 @@ def _unbound_forward(module: nn.Module) -> Callable[..., Any]:
     """A module's forward, which does not keep the module alive if it is the one of its class."""
     if "forward" in vars(module):
         return module.forward
-    kind, held = type(module).forward, weakref.ref(module)
+    kind, owner = type(module).forward, weakref.ref(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return kind(held(), *args, **kwargs)
+        return kind(owner(), *args, **kwargs)
 
     return forward
 

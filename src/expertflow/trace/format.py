@@ -378,10 +378,10 @@ def check_sizes(header: Header, where: Path) -> None:
     for name, (least, most) in _SIZES.items():
         value = getattr(header, name)
         if not outside.whole(value, least, most):
-            raise TraceError(f"{where}: the header says {name}={str(value)[:80]}, {least} to {most} can be", _FOREIGN)
+            raise TraceError(f"{where}: the header states {name}={str(value)[:80]}, {least} to {most} can be", _FOREIGN)
     if header.top_k > header.experts or header.layers * header.experts > _MOST_EXPERTS:
         raise TraceError(
-            f"{where}: the header says {header.layers} x {header.experts} experts, top-{header.top_k}", _FOREIGN
+            f"{where}: the header states {header.layers} x {header.experts} experts, top-{header.top_k}", _FOREIGN
         )
 
 
