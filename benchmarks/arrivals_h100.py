@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
                 for mode, runs in found.items()
             ]  # fmt: skip
             rows += done
-            write(options, rows)  # a plan at a time: a run that is cut off has lost nothing
+            write(options, rows)  # a plan at a time: a run that is cut off keeps its results
             show(done, options.budget or BUDGET[shape])
 
 

@@ -66,7 +66,7 @@ class Model(Protocol):
         """What runs passes and steps."""
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
 
 
 def find(path: str) -> Any:
@@ -433,7 +433,7 @@ def show(line: dict[str, Any]) -> str:
 
 
 def drive(options: argparse.Namespace) -> None:
-    """All runs in turn, with the file written behind each."""
+    """All runs one after another; the file is written after each."""
     began, rows = time.perf_counter(), []
     about = find("expertflow.bench.about.about")(device())._asdict()
 

@@ -2,8 +2,9 @@
 
 Shape Q: Qwen3-MoE, 12 layers x 128 experts top-8, hidden 2048, expert width 768. Shape G: gpt-oss-20b, 24 layers x 32
 experts top-4, hidden 2880, expert width 2880. Random bf16 weights and routing, all experts resident; a step's expert
-layers are captured in one CUDA graph and replayed. Floors: bytes of the distinct experts of the step over 3.0 TB/s
-(a device copy, read and written, measured on this machine), bytes of the rows over the copy engine's speed.
+layers are captured in one CUDA graph and replayed. There are two floors. One is the bytes of the step's distinct
+experts over 3.0 TB/s (a device copy, read and written, measured on this machine). The other is the bytes of the records
+over the copy engine's speed.
 
 Usage: python benchmarks/kernels_h100.py [--out benchmarks/results/kernels_h100.json]
 """
@@ -180,10 +181,10 @@ def filled_store(row_bytes: int) -> HostStore:
 
 
 class FetchBench:
-    """Copies of randomly chosen rows of a store into randomly chosen slots."""
+    """Copies of randomly chosen records of a store into randomly chosen slots."""
 
     def __init__(self, store: HostStore) -> None:
-        """Take rows of the store."""
+        """Choose records of the store."""
         self.store = store  # which unlocks its memory when it goes
         self.host = store.buffer
         rows, self.row_bytes = self.host.shape
@@ -191,7 +192,7 @@ class FetchBench:
         self.src, self.dst = (torch.randperm(rows, device=CUDA).to(torch.int32) for _ in range(2))
 
     def copy(self, rows: int, programs: int) -> Callable[[], None]:
-        """A fetch of the first rows of the list."""
+        """A fetch of the first records of the list."""
         bounds = torch.tensor([0, rows], dtype=torch.int32, device=CUDA)
         ledger, order = Ledger.of(self.src, self.dst), torch.arange(len(self.src), dtype=torch.int32, device=CUDA)
 
@@ -218,7 +219,7 @@ class FetchBench:
         return torch.equal(self.pool[self.dst[:rows].long()].cpu(), self.host[self.src[:rows].long().cpu()])
 
     def measure(self) -> list[dict[str, Any]]:
-        """Time every number of rows and programs."""
+        """Time every number of records and programs."""
         rows = []
         for number in (n for n in FETCH_ROWS if n <= len(self.host)):
             moved = number * self.row_bytes / 1e6

@@ -1,8 +1,9 @@
 """Ten thousand decode steps with budgets, strategies and batches drawn at random: every logit the all-resident run's.
 
-Through `LLM` and its engine. A small Qwen3-MoE with random bf16 weights and a predictor with random weights (the worst there is: it may cost loads,
-never a bit). Each draw opens the model anew inside a budget, feeds in the tokens of the all-resident run, and compares the
-logits of every step bit for bit and the measured peak with the budget. Halfway, some draws lose sequences.
+Through `LLM` and its engine. A small Qwen3-MoE with random bf16 weights, and a predictor with random weights, the worst
+there is: it may cost loads, never a bit. Each draw opens the model anew inside a budget and feeds in the tokens of the
+all-resident run. The logits of every step are compared bit for bit, and the measured peak with the budget. Halfway,
+some draws lose sequences.
 
 Usage: python benchmarks/soak.py [--steps 10000] [--out FILE]
 """
@@ -50,7 +51,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_predictor(model: Path, folder: Path) -> None:
-    """A predictor that knows nothing."""
+    """A predictor that was not trained."""
     prepared = prepare(model, EngineConfig(device="cpu", predictor="none"))
     network = make(
         PredictorConfig(layers=LAYERS, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, width=32, embedding=16)
