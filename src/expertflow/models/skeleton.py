@@ -181,7 +181,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     except CheckpointError as error:
         if "auto_map" in raw:
             raise UnsupportedModelError(
-                f"{folder} needs code of its own (auto_map), which is never run",
+                f"{folder} would run code of its own (auto_map), which is never done",
                 "Use a checkpoint of a family that transformers itself knows.",
             ) from error
         if "model_type" not in raw or "does not recognize this architecture" in str(error):
