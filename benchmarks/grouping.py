@@ -1,8 +1,8 @@
 """What grouping by route gives on a recorded trace: experts activated, loads in the simulator, the cost model, time of a division.
 
-Sequences step together in groups that take turns. They are divided anew before every round: by the paths they are going
-to take, or by the best guesses (top-k a layer) of a predictor that was not trained on them. Beside it the paper's
-method, and one merged batch. Loads are of `next-use` on the simulator's tables, groups in turn. Then all sequences with
+Sequences step together in groups that take turns. Before every round they are divided by the paths they are going to
+take or by the best guesses (top-k a layer) of a predictor that was not trained on them. Beside it are the paper's
+method and one merged batch. Loads are of `next-use` on the simulator's tables, groups in turn. Then all sequences with
 a cache: `plec` with the predictor, with the coming groups known or not (blind), beside `next-use` and Belady. Beside
 them is the cost that `schedule.cost` expects from the predictor's chances of each round alone.
 

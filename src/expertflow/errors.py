@@ -86,7 +86,7 @@ class NonFiniteError(ExpertFlowError):
     """
 
     def __init__(self, index: int, token: int) -> None:
-        """Of the same call nothing has finished yet."""
+        """Start without finished requests."""
         super().__init__(
             f"request {index} has no token {token}: its logits are not finite (NaN or infinity)",
             "Look for such numbers in the weights; if activations overflow float16, run with dtype bfloat16 or float32.",

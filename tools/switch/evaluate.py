@@ -2,13 +2,13 @@
 
 Run: ``PYTHONPATH=tools:src python -m switch.evaluate --text FILE.xz --out DIR --scratch DIR --deadline 560``
 
-For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`), `switch_N_training.json`,
-`switch_N_predictor.json` (its guesses on the bench's prompts, which it has not seen, beside the free ones; with
-`--other NAME=FILE` also `switch_N_predictor_NAME.json`, on text of another domain) and `switch_N_schedule.json` (the
-token scheduler with and without); with `--control` also `switch_N_control.json` (`plec` with a predictor with its
-chances on wrong experts). `--judge-elsewhere` leaves predictor and traces in place of the guesses, for `expertflow
-eval-predictor`, which needs no GPU. The bench gets an equal share of the time that the rest leaves; what does not fit
-is named in the result.
+For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`) and `switch_N_training.json`.
+`switch_N_predictor.json` has the predictor's guesses on the bench's prompts, which it was not trained on, beside the
+free ones. With `--other NAME=FILE` `switch_N_predictor_NAME.json` has them on text of another domain.
+`switch_N_schedule.json` is of the token scheduler, with and without. With `--control` `switch_N_control.json` is of
+`plec` with the predictor's chances on wrong experts. `--judge-elsewhere` writes predictor and traces in place of the
+guesses, for `expertflow eval-predictor`, which needs no GPU. The bench gets an equal share of the time that remains;
+what does not fit is named in the result.
 """
 
 from __future__ import annotations

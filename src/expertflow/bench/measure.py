@@ -33,7 +33,7 @@ Report = Callable[[str, int, int], None]
 
 
 def measure(settings: Settings, command: str, report: Report, weights: WeightsSource | None = None) -> Result:
-    """Run everything the settings ask for.
+    """Run everything in the settings.
 
     Args:
         settings: the run.

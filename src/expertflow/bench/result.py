@@ -46,17 +46,17 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """Of the repeats."""
+        """Median of the repeats."""
         return statistics.median(self.values)
 
     @property
     def low(self) -> float:
-        """The smallest."""
+        """Smallest of the repeats."""
         return min(self.values)
 
     @property
     def high(self) -> float:
-        """The largest."""
+        """Largest of the repeats."""
         return max(self.values)
 
 

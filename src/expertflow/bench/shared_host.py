@@ -65,7 +65,7 @@ class Contender:
     """A loaded model with its slots and its strategy."""
 
     def __init__(self, llm: LLM, gate: RecordedForecast | None, others: int) -> None:
-        """Take a model that was just loaded.
+        """Wrap a model that was just loaded.
 
         Args:
             llm: the model.
@@ -168,7 +168,7 @@ class SharedHost:
 
     @property
     def fingerprint(self) -> str:
-        """Of the checkpoint."""
+        """Fingerprint of the checkpoint."""
         return self._owner.fingerprint
 
     def contender(self, strategy: str, slots: str, execution: str) -> Contender:

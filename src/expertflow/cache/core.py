@@ -264,7 +264,7 @@ def access(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDAr
 
     Args:
         t: changed in place. Log entries are LAYER (detail: experts needed), HIT (detail: 1 if prefetched and unused so
-            far) and MISS (detail: position in the schedule of the last access that uses the slot, or -1).
+            far) and MISS. The detail of MISS is the position in the schedule of the slot's last access, or -1.
         planes: ranks of this step.
         rules: the strategy's numbers.
         layer: MoE layer.
@@ -283,7 +283,7 @@ def take_hits(
     """Log the layer's hits and order its misses.
 
     Returns:
-        The missing experts in the order of their loads, highest rank last because the last ones stay; and bool `[E]`,
+        The missing experts in the order of their loads, highest rank last because the last ones stay. Then bool `[E]`,
         the residents that may not be evicted before the first wave of loads is over.
     """
     present = t.slot_of[layer] >= 0

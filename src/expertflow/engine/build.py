@@ -162,7 +162,7 @@ class OffloadedModel(Uncopied):
         )  # fmt: skip
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Inside, the model's device is the current one: every thread has one of its own."""
+        """Make the model's device the current one inside, because every thread has one of its own."""
         return entered(self.device)
 
     def check_open(self) -> None:
@@ -200,7 +200,7 @@ class OffloadedModel(Uncopied):
         return RowExecutor(rows, self.handover)
 
     def replay_routes(self) -> RouteTable:
-        """Let every layer use the experts that the table names. Its executor has to be made before."""
+        """Make every layer use the experts that the table names. The executor has to be made before."""
         plan = self.plan
         with self.meter.watch():
             table = RouteTable(plan.shape, self._context, plan.max_live, plan.max_length, self.device)

@@ -171,7 +171,7 @@ class Engine:
 
     @property
     def totals(self) -> Totals:
-        """What was done so far, as a copy. Reading it waits for no step and changes nothing."""
+        """Totals so far, as a copy. Reading them waits for no step and changes nothing."""
         return replace(self._totals)
 
     @property
@@ -418,7 +418,7 @@ class Engine:
         one.channel(output)
 
     def _read_anew(self, number: int, length: int) -> None:
-        """A sequence's rotary table changes at this length: its keys and values are computed again."""
+        """Queue a sequence to be read again from its beginning, because its rotary table changes at this length."""
         self._scheduler.reread(number, length)
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])

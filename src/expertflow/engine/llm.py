@@ -126,7 +126,7 @@ class LLM:
 
     @property
     def plan(self) -> Plan:
-        """What goes where."""
+        """The plan: what goes where, in bytes."""
         return self._offloaded.plan
 
     @property
@@ -146,7 +146,7 @@ class LLM:
 
     @property
     def events(self) -> EventStream:
-        """All that the expert cache does. While it is listened to, captured steps report single events and are slower."""
+        """Events of the expert cache. With a listener captured steps report single events and are slower."""
         return self._offloaded.events
 
     @property

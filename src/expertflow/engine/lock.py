@@ -73,10 +73,10 @@ class FairLock:
                 gate.release()
 
     def __enter__(self) -> Self:
-        """Take it."""
+        """Take the lock."""
         self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release it."""
+        """Release the lock."""
         self.release()

@@ -64,7 +64,7 @@ def check_default_device() -> None:
     if (default := torch.get_default_device().type) != "cpu":
         raise DeviceError(
             f"torch's default device is {default!r}, and a model is loaded through host memory",
-            "Load outside `with torch.device(...)`, or call `torch.set_default_device('cpu')`; `device=` says where it runs.",
+            "Load outside `with torch.device(...)`, or call `torch.set_default_device('cpu')`; `device=` states where it runs.",
         )
 
 
@@ -110,7 +110,7 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights, sampled."""
+        """Fingerprint of the weights, sampled."""
         return self.located.fingerprint
 
 

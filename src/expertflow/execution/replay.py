@@ -44,8 +44,8 @@ class Replay:
     """Recorded sequences. A request replays the recording that its `index` names: the i-th prompt of a call, the i-th recording.
 
     Args:
-        recorded: a trace, each sequence of which is a recording, in ascending order of their numbers; or arrays `[n, L, K]`, one a
-            sequence, of the experts of every position; or None, if only tokens are replayed.
+        recorded: a trace, whose sequences are recordings in ascending order of their numbers; or arrays `[n, L, K]` of
+            the experts of every position, one a sequence. None: only tokens are replayed.
         tokens: the token of every position, prompts included, one sequence of ids a recording; -1 where the model decides. None:
             those of the trace, or the model decides.
 

@@ -118,7 +118,7 @@ class LivePredictor:
         self._guarded(Step(-1), lambda: self._forget([number for number in sequences if number in self._rows]))
 
     def sampled(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
-        """Take note of the newest token of each sequence. This is the only way by which a sampled token gets here."""
+        """Take note of the newest token of each sequence. Sampled tokens come in by this method only."""
         known = self._rows.rows
         self._tokens.sampled(
             {number: token for number, token in zip(sequences, tokens, strict=True) if number in known}

@@ -55,7 +55,7 @@ def check_addresses(needed: int) -> None:
     if free is not None and needed + _ROOM > free:
         raise HostMemoryError(
             f"the run needs {format_bytes(needed + _ROOM)} of address space, the limit leaves {format_bytes(free)}",
-            "Raise the limit (ulimit -v; clusters set it from the memory a job asks for), or state fewer slots.",
+            "Raise the limit (ulimit -v; clusters set it from the memory that a job requests), or state fewer slots.",
         )
 
 

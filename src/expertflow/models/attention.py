@@ -90,7 +90,7 @@ def _masks_at(decoder: Any, config: PreTrainedConfig, position: int) -> list[Ten
 
 @contextmanager
 def _stand_ins(decoder: Any, config: PreTrainedConfig, masks: list[Tensor | None]) -> Iterator[None]:
-    """Inside, layers only note their mask, and the decoder's other parts hand on what they get."""
+    """Make layers only record their mask inside, and the decoder's other parts return what they get."""
 
     def hand_on(states: Tensor, *_: Any, **__: Any) -> Tensor:
         return states

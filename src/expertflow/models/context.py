@@ -31,7 +31,7 @@ class DenseKernels(Protocol):
 
     @property
     def attends(self) -> bool:
-        """As above."""
+        """Whether attention is computed here too."""
 
     def norm(self, module: Any, states: Tensor) -> Tensor:
         """What the norm's own forward computes, `[..., H]`."""
@@ -88,16 +88,16 @@ class ForwardContext:
     """What the running pass of one loaded model carries.
 
     Attributes:
-        now: that; `NOTHING` between passes.
+        now: what the running pass carries; `NOTHING` between passes.
     """
 
     def __init__(self) -> None:
-        """No pass is running."""
+        """Start with no pass running."""
         self.now = NOTHING
 
     @contextmanager
     def carry(self, **facts: Any) -> Iterator[None]:
-        """Inside, the pass carries these facts too.
+        """Make the pass carry these facts too, inside.
 
         Args:
             facts: fields of `Carried`.

@@ -153,7 +153,7 @@ def run_experts(
 
 
 class _Weakly(Uncopied):
-    """Gives a module without keeping it alive."""
+    """Returns a module without keeping it alive."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
@@ -163,7 +163,7 @@ class _Weakly(Uncopied):
 
 
 def offload(module: nn.Module) -> None:
-    """Let an experts module run offloaded: `offloaded_forward` in place of the family's own forward."""
+    """Make an experts module run offloaded: `offloaded_forward` in place of the family's own forward."""
     # not a bound method: the module must not keep itself, and with it the expert store, alive
     module.forward = partial(offloaded_forward, _Weakly(module))
 

@@ -31,7 +31,7 @@ _STD = 0.02
 """Standard deviation of random weights."""
 
 Stamps = tuple[tuple[str | int, ...], ...]
-"""What is known of weights without reading them: while it stays, so do they."""
+"""Stamps of weights, known without reading them: while they stay, so do the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class WeightsSource(Protocol):
 
     @property
     def shared(self) -> bool:
-        """See the class."""
+        """Whether the store belongs to another model."""
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
         """Find all weights and check them against the model. Reads no more than headers.
@@ -87,7 +87,7 @@ class WeightsSource(Protocol):
         """
 
     def stamps(self, located: Located) -> Stamps:
-        """What is known of the weights without reading them."""
+        """Stamps of the weights, known without reading them."""
 
     def identity(self, located: Located) -> str:
         """Hash of all that the model's answers depend on. Reads every weight that lies in a file.
@@ -256,7 +256,7 @@ class RandomWeights:
         return False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
-        """Nothing has to be found."""
+        """Locate nothing, because no file is read."""
         mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
         return Located(skeleton=skeleton, fingerprint=mark, layers=(skeleton.specs,) * len(skeleton.expert_modules))
 

@@ -1,8 +1,8 @@
 """A trained predictor as a folder: `predictor.json` (what it is, of which model) and `predictor.safetensors` (weights).
 
-Large matrices are kept as int8 with a float32 scale a line, the rest as float16, so that a predictor is a few
-megabytes. The JSON holds a checksum of the weights and the fingerprint of the model the predictor was made for: a
-damaged artifact is refused with the reason, and so is one of another model. Must not know how weights were found.
+Large matrices are kept as int8 with a float32 scale a line, all others as float16, so that a predictor is a few
+megabytes. The JSON holds a checksum of the weights and the fingerprint of the model the predictor was made for. So a
+damaged artifact, or one of another model, is refused with the reason. Must not know how weights were found.
 """
 
 import hashlib

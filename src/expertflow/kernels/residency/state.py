@@ -27,7 +27,7 @@ POLICIES: dict[Policy, int] = {lru: 0, lfu: 1, next_use: 2, belady: 3, discounte
 """Policies with a device twin, and their numbers in the kernels."""
 HITS, LOADS, EVICTIONS, PHASES, BROKEN, AHEAD, FRESH, WASTES, BLIND, BLOCKS = range(10)
 """Indexes into `CacheState.tally`. FRESH counts hits that a load ahead brought, BLIND steps whose forecast had a NaN,
-BLOCKS the blocks carried of all loads; a load that was called off is not carried whole."""
+BLOCKS the blocks carried of all loads. A load that was called off is not carried whole."""
 UNKNOWN, RECORDED, CONSTANT, GIVEN = range(4)
 """The source of a step's demand: none, a recording, a recording of one step for all, or a caller that writes
 `CacheState.demand`."""

@@ -67,7 +67,7 @@ class Recent:
         self._rate = ((hits + shape.top_k / shape.experts) / (seen + 1)).astype(np.float32)
 
     def scores(self, passage: Passage) -> Scores:
-        """Before the first token nothing is recent."""
+        """Chances from recent uses; before the first token there are none."""
         shape = self._frequency.shape
         among = self._among(used(passage.routes, shape.experts))
         rate = self._rate[np.arange(shape.layers)[None, :, None], among]
@@ -103,7 +103,7 @@ class PreviousLayer:
         self._given = (pairs + self._frequency.rate[1:, None]) / (seen + 1)
 
     def scores(self, passage: Passage) -> Scores:
-        """With this step's truth of the layer below."""
+        """Chances from this step's truth of the layer below."""
         shape = self._frequency.shape
         marks = used(passage.routes, shape.experts).astype(np.float32)
         found = self._frequency.scores(passage)
@@ -158,7 +158,7 @@ class TokenCounts:
         self._counts = Counts(tokens, marks, self.PRIOR)
 
     def scores(self, passage: Passage) -> Scores:
-        """By token id."""
+        """Chances by token id."""
         return self._counts.given(passage.tokens, self._frequency.scores(passage))
 
 
@@ -178,7 +178,7 @@ class Mix:
     SHARE, MOST = 0.2, 6000
 
     def __init__(self, *, context: bool) -> None:
-        """With or without the passage's own past."""
+        """Choose whether to use the passage's own past."""
         self._context = context
 
     def fit(self, passages: Sequence[Passage], shape: Shape) -> None:
