@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     with StandIn(config, embedding=WIDE) as stand_in:
         for tokens in (64, 512):
             for name in ("next-use", "lru"):
-                wish = {"max_batch": BATCH, "max_length": 520, "prefill_chunk": 512, "execution": "host"}
-                with stand_in.open(strategy=name, slots="25%", **wish) as opened:
+                settings = {"max_batch": BATCH, "max_length": 520, "prefill_chunk": 512, "execution": "host"}
+                with stand_in.open(strategy=name, slots="25%", **settings) as opened:
                     rows.append(row := measure(opened.llm, config.vocab_size, tokens))
                 ms, loads, kept, floor = (statistics.median(row[k]) for k in ("ms", "loads", "kept", "floor_ms"))
                 print(f"{tokens:4d} tokens {name:9s}: {ms:7.1f} ms ({min(row['ms']):.1f}-{max(row['ms']):.1f}), copies alone {floor:7.1f} ms, {loads:5.0f} loads, "

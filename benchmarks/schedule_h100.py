@@ -154,12 +154,12 @@ def main(argv: list[str] | None = None) -> None:
     parts = parts_of(as_top1(trace) if options.shape == "s" else trace, lengths)
     names, rows = options.schedules.split(","), []
     shares = [float(text) for text in options.shares.split(",")] if options.shares else SHARES[options.shape]
-    wish = {"max_batch": options.batch, "max_live": options.live, "max_length": LENGTH, "prefill_chunk": options.batch * PROMPT,
+    settings = {"max_batch": options.batch, "max_live": options.live, "max_length": LENGTH, "prefill_chunk": options.batch * PROMPT,
             "execution": "graph"}  # fmt: skip
     strategy = "next-use" if options.predictor is None else "plec"
     with StandIn(make_config(options.shape, tiny=options.tiny), predictor=options.predictor) as stand_in:
         for share in shares:
-            chosen = {"slots": f"{share:.4%}", "strategy": strategy, "routing": parts.replay, **wish}
+            chosen = {"slots": f"{share:.4%}", "strategy": strategy, "routing": parts.replay, **settings}
             with stand_in.open(predicted=options.predictor is not None, **chosen) as opened:
                 found = measure(opened, parts, names, options)
                 peak, plan = opened.peak, opened.llm.plan

@@ -184,7 +184,7 @@ class _Checked:
 @_documented
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(_Checked):
-    """How to run a model. `engine.prepare` turns these wishes into choices and numbers, or refuses them."""
+    """How to run a model. `engine.prepare` turns these options into choices and numbers, or refuses them."""
 
     gpu_memory: str | int | None = doc("Device memory for everything, such as 6GiB.", default=None, none="no limit")
     slots: str | int | None = doc(
