@@ -339,8 +339,8 @@ def write_folder(shape: str, folder: Path, trace: Path, *, tiny: bool) -> None:
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
     skeleton = find("expertflow.models.skeleton.build_skeleton")(folder, "bfloat16")
-    located = find("expertflow.models.sources.Located")(skeleton=skeleton, fingerprint="")
     source = find("expertflow.models.sources.RandomWeights")(seed=SEED, embedding=SHAPES[shape][1])
+    located = source.locate(skeleton, convert=False)
     state = source.load_dense(located, torch.device(device())).state_dict()
     find("safetensors.torch.save_file")(
         {key: value.cpu().contiguous() for key, value in state.items()}, folder / "model.safetensors", {"format": "pt"}

@@ -9,6 +9,7 @@ import gc
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,7 +22,7 @@ from expertflow import LLM
 from expertflow.bench.shared_host import library_bytes, release
 from expertflow.execution.replay import Replay
 from expertflow.models.sources import RandomWeights
-from expertflow.predict.artifact import load_artifact
+from expertflow.predict.artifact import load_artifact, save_artifact
 from expertflow.trace.format import Trace
 
 SEED = 11
@@ -30,6 +31,10 @@ WIDE = 60.0
 """Times the deviation of other weights that shape q's embeddings have: routing is then spread, and the cache is measured."""
 SPECIAL = 3
 """Random tokens are drawn from here on: the first ones pad, begin and end."""
+
+
+STAND_IN = "stand-in"
+"""Fingerprint of these models where a predictor names none."""
 
 
 def device() -> str:
@@ -145,10 +150,13 @@ class StandIn:
         folder = Path(self._scratch.name)
         config.save_pretrained(folder)
         self._library = library_bytes(device())
-        mark = "" if predictor is None else load_artifact(predictor).fingerprint
-        if predictor is not None and not mark:
-            raise SystemExit(f"{predictor} names no model: train it with `expertflow train-predictor --model`")
-        self.folder, self._predictor = folder, "none" if predictor is None else str(predictor)
+        mark, self.folder, self._predictor = "", folder, "none"
+        if predictor is not None:
+            artifact = load_artifact(predictor)
+            mark, self._predictor = artifact.fingerprint, str(predictor)
+            if not mark:  # it was trained from a recording whose model is unknown: this model stands in for that one
+                mark, self._predictor = STAND_IN, str(folder / "stand_in_predictor")
+                save_artifact(replace(artifact, fingerprint=STAND_IN), Path(self._predictor))
         self._options = {"dtype": "bfloat16", "device": device(), **options}
         weights = RandomWeights(seed=SEED, embedding=embedding, fingerprint=mark)
         small = {**self._options, "max_batch": 1, "max_live": 1, "max_length": 8}

@@ -28,7 +28,7 @@ from expertflow.execution.kv_rows import RowModel
 from expertflow.execution.observe import StepObserver
 from expertflow.execution.passes import Passes
 from expertflow.execution.provider import CachedExperts
-from expertflow.execution.replay import RouteTable
+from expertflow.execution.replay import Playback, Replay, RouteTable
 from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, Executor, RowExecutor
 from expertflow.formats.records import ExpertStore
 from expertflow.formats.table import FORMATS, Formats
@@ -199,14 +199,16 @@ class OffloadedModel(Uncopied):
             return EncoderDecoderExecutor(rows, self.handover)
         return RowExecutor(rows, self.handover)
 
-    def replay_routes(self) -> RouteTable:
-        """Make every layer use the experts that the table names. The executor has to be made before."""
+    def playback(self, replay: Replay) -> Playback:
+        """Make every layer use recorded experts, if the replay has some. The executor has to be made before."""
+        if not replay.has_routes:
+            return Playback(replay, None)
         plan = self.plan
         with self.meter.watch():
             table = RouteTable(plan.shape, self._context, plan.max_live, plan.max_length, self.device)
         for path in self.skeleton.expert_modules:
             self.model.get_submodule(path).expertflow.replay = table.choose
-        return table
+        return Playback(replay, table)
 
     def measure(self) -> int:
         """The peak of device memory so far, bytes: what was in use at most, and what captured steps keep."""

@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from expertflow.config import SCHEDULES, nearest
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.lock import FairLock
 from expertflow.engine.plan import rates
@@ -41,7 +40,7 @@ from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
 from expertflow.schedule.admission import make_admission
 from expertflow.schedule.cost import Durations
-from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
+from expertflow.schedule.scheduler import Decode, Prefill, Scheduler, check_schedule
 from expertflow.trace.owners import NextBatch
 from expertflow.trace.recorder import Recorder
 
@@ -103,8 +102,7 @@ class Engine:
         """Create an engine without requests."""
         self._offloaded, plan = offloaded, offloaded.plan
         self._executor = offloaded.executor()
-        self._replay, replays = routing, routing is not None and routing.has_routes
-        self._routes = offloaded.replay_routes() if replays else None
+        self._playback = None if routing is None else offloaded.playback(routing)
         self._watcher: Callable[[Sequence[int], Tensor], None] | None = None
         self.threads = Threads(plan.record_bytes)
         self._begin(plan.schedule, admission)
@@ -149,13 +147,7 @@ class Engine:
         with self.lock:
             if self.unfinished:
                 raise ConfigError(f"{self.unfinished} requests are in the engine", "Change its rules when it is idle.")
-            if schedule not in SCHEDULES:
-                raise ConfigError(f"schedule={schedule!r} is unknown", nearest(schedule, SCHEDULES))
-            if schedule == "group" and self._offloaded.live_predictor is None:
-                raise ConfigError(
-                    "schedule='group' divides sequences by predicted route, and there is no predictor here",
-                    "Use schedule='auto' or 'fifo'.",
-                )
+            check_schedule(schedule, predicted=self._offloaded.live_predictor is not None)
             self._begin(schedule, admission)
 
     @property
@@ -203,8 +195,8 @@ class Engine:
         Raises:
             ConfigError: if it has no recording to replay, or runs beyond its end.
         """
-        if self._replay is not None:
-            self._replay.check_request(request.index, len(request.prompt_token_ids) + request.limit - 1)
+        if self._playback is not None:
+            self._playback.check(request.index, len(request.prompt_token_ids) + request.limit - 1)
         with self.lock:
             number, self._next = self._next, self._next + 1
             channel = channel or partial(_keep, self._outbox, number)
@@ -311,12 +303,11 @@ class Engine:
     def _prefill(self, task: Prefill) -> int:
         chunks = []
         for part in task.parts:
-            tokens, row = self._running[part.sequence].request.read_ids, self._scheduler.row(part.sequence)
+            request, row = self._running[part.sequence].request, self._scheduler.row(part.sequence)
+            tokens = request.read_ids
             read = tokens[part.begin : part.end]
-            if self._routes is not None and self._replay is not None and part.begin == 0:
-                routes = self._replay.recordings[self._running[part.sequence].request.index].routes
-                assert routes is not None
-                self._routes.write(row, routes)
+            if self._playback is not None and part.begin == 0:
+                self._playback.begin(request.index, row)
             chunks.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.begin - len(read)))
         self._announce(
             NextBatch(
@@ -361,15 +352,11 @@ class Engine:
             for generator, state in before:
                 generator.set_state(state)
             raise
-        if self._replay is None:
+        if self._playback is None:
             return chosen
-        return [self._recorded(request, token) for request, token in zip(requests, chosen, strict=True)]
-
-    def _recorded(self, request: Request, chosen: int) -> int:
-        """The next token of a request's recording, in place of the model's."""
-        assert self._replay is not None
-        position = len(request.prompt_token_ids) + len(request.token_ids)
-        return chosen if chosen == NO_TOKEN else self._replay.token(request.index, position, chosen)
+        positions = [len(one.prompt_token_ids) + len(one.token_ids) for one in requests]
+        places = zip(requests, positions, chosen, strict=True)
+        return [self._playback.token(one.index, position, token) for one, position, token in places]
 
     def _pick(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
         generators = [request.generator for request in requests]

@@ -27,6 +27,7 @@ from expertflow.predict.dataset import Shape
 from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
 from expertflow.predict.options import ABOUT_NAME
+from expertflow.schedule.scheduler import check_schedule
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predictor"
@@ -182,11 +183,7 @@ def choose(
     if not strategy.predicted:
         _refuse_unused(found, config, strategy)
         found = None
-    if config.schedule == "group" and found is None:
-        raise ConfigError(
-            "schedule='group' divides sequences by predicted route, and there is no predictor here",
-            "Train one (`expertflow train-predictor`), or use schedule='auto' or 'fifo'.",
-        )
+    check_schedule(config.schedule, predicted=found is not None)
     device = resolve_device(config.device)
     no_graph = graph_refusal(
         skeleton,

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from expertflow.errors import ConfigError
+from expertflow.execution.sampler import NO_TOKEN
 from expertflow.models.context import ForwardContext
 from expertflow.models.shape import KvLayer, ModelShape
 from expertflow.trace.format import Trace
@@ -155,6 +156,33 @@ class Replay:
 
 def _dtype(shape: ModelShape) -> torch.dtype:
     return torch.uint8 if shape.experts <= 256 else torch.int16
+
+
+class Playback:
+    """What an engine replays: the recordings, and the table of their routes on the device.
+
+    Args:
+        replay: the recordings.
+        table: routes of the live sequences; None: the router decides.
+    """
+
+    def __init__(self, replay: Replay, table: "RouteTable | None") -> None:
+        """Start with no sequence."""
+        self._replay, self._table = replay, table
+
+    def check(self, index: int, positions: int) -> None:
+        """Refuse a request that its recording does not cover. See `Replay.check_request`."""
+        self._replay.check_request(index, positions)
+
+    def begin(self, index: int, row: int) -> None:
+        """Let a sequence replay recording `index` in a KV row, from its beginning."""
+        routes = self._replay.recordings[index].routes
+        if self._table is not None and routes is not None:
+            self._table.write(row, routes)
+
+    def token(self, index: int, position: int, chosen: int) -> int:
+        """The token at a position of a recording; `chosen` where none was recorded, or where there is none at all."""
+        return chosen if chosen == NO_TOKEN else self._replay.token(index, position, chosen)
 
 
 class RouteTable:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from expertflow.config import SCHEDULES, nearest
 from expertflow.errors import ConfigError
 from expertflow.schedule.admission import Admission, AtOnce, Moment
 from expertflow.schedule.cluster import group, in_order
@@ -26,6 +27,25 @@ _CANDIDATES = 16
 """Waiting requests that are compared when some are to be admitted by route."""
 _LONGEST_PAUSE = 32
 """Rounds that `auto` steps by arrival before it looks at routes again, at most: 1 when that was cheaper, then 2, 4, ..."""
+
+
+def check_schedule(name: str, *, predicted: bool) -> None:
+    """Refuse a schedule that is unknown, or that needs a predictor where there is none.
+
+    Args:
+        name: how live sequences are divided into groups.
+        predicted: whether there is a predictor.
+
+    Raises:
+        ConfigError: then.
+    """
+    if name not in SCHEDULES:
+        raise ConfigError(f"schedule={name!r} is unknown", nearest(name, SCHEDULES))
+    if name == "group" and not predicted:
+        raise ConfigError(
+            "schedule='group' divides sequences by predicted route, and there is no predictor here",
+            "Train one (`expertflow train-predictor`), or use schedule='auto' or 'fifo'.",
+        )
 
 
 class Part(NamedTuple):
