@@ -33,7 +33,7 @@ from expertflow.predict.kinds import KINDS, make
 from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.predict.online import OnlinePredictor, Prediction
 from expertflow.trace.format import DECODE, load_trace
-from expertflow.trace.owners import NOBODY, BatchOwners, NextBatch
+from expertflow.trace.owners import NO_SEQUENCE, BatchOwners, NextBatch
 from expertflow.types import HORIZONS
 from helpers import MakeCheckpoint, MakePredictor
 
@@ -417,13 +417,13 @@ def test_more_sequences_than_the_predictor_has_rows(
 @pytest.mark.parametrize(("room", "parts"), [(100, [[0, 2, 5]]), (4, [[0, 2], [5]]), (1, [[0], [2], [5]])])
 def test_prompts_are_taken_in_parts_that_fit(room: int, parts: list[list[int]]) -> None:
     """Whole rows, each token once and in its order; as many together as there is room for, one at least."""
-    owners = np.array([5, 0, NOBODY, 2, 5, 2, NOBODY, 5, 0])
+    owners = np.array([5, 0, NO_SEQUENCE, 2, 5, 2, NO_SEQUENCE, 5, 0])
     found = list(group_by_row(owners, room))
     assert [rows.tolist() for _, rows, _ in found] == parts
     for order, rows, counts in found:
         assert owners[order].tolist() == np.repeat(rows, counts).tolist()
     assert np.concatenate([order for order, _, _ in found]).tolist() == [1, 8, 3, 5, 0, 4, 7]
-    assert not list(group_by_row(np.full(3, NOBODY), room))
+    assert not list(group_by_row(np.full(3, NO_SEQUENCE), room))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -622,12 +622,12 @@ def test_owners_of_rows() -> None:
     """Left and right padding, passes of a prompt, decoding, and the decoder's first token behind an encoder."""
     owners = BatchOwners()
     owners.expect(NextBatch([4, 9], [2, 5]))
-    assert owners.take(6).tolist() == [NOBODY, NOBODY, NOBODY, 9, 9, 9]
+    assert owners.take(6).tolist() == [NO_SEQUENCE, NO_SEQUENCE, NO_SEQUENCE, 9, 9, 9]
     assert owners.take(4).tolist() == [4, 4, 9, 9]
     owners.expect(NextBatch([9]))
     assert owners.take(1).tolist() == [9]
     owners.expect(NextBatch([1, 2], [3, 1], padded_left=False))
-    assert owners.take(6).tolist() == [1, 1, 1, 2, NOBODY, NOBODY]
+    assert owners.take(6).tolist() == [1, 1, 1, 2, NO_SEQUENCE, NO_SEQUENCE]
     assert owners.take(2).tolist() == [1, 2]
 
 

@@ -1,4 +1,4 @@
-"""The circumstances of a measurement: date, commit, machine and versions. Knows the machine; must not know what was measured."""
+"""The circumstances of a measurement: date, commit, machine and versions. Must not know what was measured."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ _LIBRARIES = ("torch", "transformers", "triton", "numpy")
 
 
 class About(NamedTuple):
-    """What a result says of its circumstances; `_asdict` has the keys of every result file.
+    """The circumstances in a result; `_asdict` has the keys of every result file.
 
     Attributes:
         date: of the measurement, `YYYY-MM-DD`.

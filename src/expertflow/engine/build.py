@@ -54,7 +54,7 @@ from expertflow.units import format_bytes, parse_bytes
 
 
 def on_chosen_device(load: Callable[..., None]) -> Callable[..., None]:
-    """Make the device that was chosen the current one while a model is loaded."""
+    """Make the chosen device the current one while a model is loaded."""
 
     @wraps(load)
     def entering(model: Any, prepared: Prepared, *args: Any, **kwargs: Any) -> None:
@@ -137,14 +137,14 @@ class OffloadedModel(Uncopied):
         plan, model, skeleton = self.plan, self.model, self.skeleton
         transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
         provider = CachedExperts(self.controller, transfer, pool)
-        held = SharedParts(
+        shared = SharedParts(
             controller=self.controller, store=self.store, pool=pool, transfer=transfer, counters=self.counters,
             live_predictor=self.live_predictor, forecast=forecast,
         )  # fmt: skip
         self._context = ForwardContext()
         bind_experts(model, skeleton, provider, self._context)
         self.handover = Handover(
-            held, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
+            shared, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
             reason=plan.graph_unavailable_reason, measured=self.meter.watch,
         )  # fmt: skip
         self.passes = Passes(self.handover.begin_pass, self.handover.end_pass)
@@ -162,11 +162,11 @@ class OffloadedModel(Uncopied):
         )  # fmt: skip
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Inside, the model's device is the current one: every thread has one of its own."""
+        """Make the model's device the current one inside, because every thread has one of its own."""
         return entered(self.device)
 
     def check_open(self) -> None:
-        """Refuse to go on with a model that was closed.
+        """Refuse to run a closed model.
 
         Raises:
             ClosedError: then.
@@ -174,7 +174,7 @@ class OffloadedModel(Uncopied):
         self.handover.check_open()
 
     def settle(self) -> None:
-        """Between two steps: let the host know what the GPU decided and counted."""
+        """Give the host what the GPU decided and counted; called between two steps."""
         self.handover.settle()
 
     def totals(self) -> CacheCounters:
@@ -186,7 +186,7 @@ class OffloadedModel(Uncopied):
         return self.handover.residency()
 
     def executor(self) -> Executor:
-        """What runs the model's passes and steps. One at a time: it owns the rows of keys and values."""
+        """What runs the model's passes and steps. Use one at a time, because it owns the KV rows."""
         _give_logits_alone(self.model)
         plan = self.plan
         if not plan.shape.in_rows:
@@ -200,7 +200,7 @@ class OffloadedModel(Uncopied):
         return RowExecutor(rows, self.handover)
 
     def playback(self, replay: Replay) -> Playback:
-        """Let every layer use recorded experts, if the replay has some. The executor has to be made before."""
+        """Make every layer use recorded experts, if the replay has some. The executor has to be made before."""
         if not replay.has_routes:
             return Playback(replay, None)
         plan = self.plan
@@ -216,19 +216,19 @@ class OffloadedModel(Uncopied):
 
     @property
     def observers(self) -> list[StepObserver]:
-        """What sees every pass's tokens and every layer's routing."""
+        """Observers of every pass's tokens and every layer's routing."""
         return self.handover.observers
 
     def watch(self, *observers: StepObserver) -> None:
-        """From now on also show `observers` every pass's tokens and every layer's routing."""
+        """Show `observers` every later pass's tokens and every layer's routing."""
         self.handover.watch(*observers)
 
     def unwatch(self, observer: StepObserver) -> None:
-        """Show an observer nothing more."""
+        """Stop showing passes to an observer."""
         self.handover.unwatch(observer)
 
     def close(self) -> None:
-        """Wait for passes and copies under way, give store and slots back.
+        """Wait for passes and copies under way, then free store and slots.
 
         The model cannot run afterwards; closing twice is fine.
         """
@@ -247,7 +247,7 @@ class OffloadedModel(Uncopied):
 
 
 def _give_logits_alone(model: PreTrainedModel) -> None:
-    """No more than what a step needs, whatever the config says: a router's loss cannot be had from masks of a batch."""
+    """Turn off outputs that no step needs; a router's loss cannot be made from masks of a batch."""
     for config in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(config, name, False):
@@ -271,7 +271,7 @@ def load_model(
 
     Args:
         model: checkpoint folder, or a Hugging Face id.
-        config: the wish.
+        config: the options.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
         weights: where the weights come from; None: the folder's files.
         formats: how weights may be stored.
@@ -283,7 +283,7 @@ def load_model(
 
 
 def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.device) -> None:
-    """Refuse before loading what the host or the device cannot hold.
+    """Refuse, before loading, a plan too large for the host or the device.
 
     Args:
         plan: what will be allocated.

@@ -10,8 +10,8 @@ A request's life:
 7. The last `StreamOutput` carries the finished request; the KV row is free again.
 8. `cancel` ends a request earlier.
 
-A step that raises gives no token: its sequences step again later, except those of a cohort, which are cancelled.
-Must not know how scheduler, executor and predictor work.
+A step that raises gives no token: its sequences step again later, except those of a cohort, which are cancelled. Must
+not know how scheduler, executor and predictor work.
 """
 
 import time
@@ -93,9 +93,9 @@ class Engine:
         routing: recorded sequences that requests replay, by their `index`; None: the router decides, and tokens are the model's.
 
     Attributes:
-        lock: held during a step or an addition; threads get it in the order in which they came.
+        lock: taken during a step or an addition; threads get it in the order in which they came.
         threads: how many the steps use.
-        recorder: is given the tokens of every step; None: no trace is recorded.
+        recorder: gets the tokens of every step; None: no trace is recorded.
     """
 
     def __init__(self, offloaded: OffloadedModel, admission: str = "pays", routing: Replay | None = None) -> None:
@@ -117,7 +117,7 @@ class Engine:
         self.recorder: Recorder | None = None
 
     def _begin(self, schedule: str, admission: str) -> None:
-        """Make a scheduler; what passes and steps take is not known yet."""
+        """Make a scheduler; durations of passes and steps are not known yet."""
         plan, predicts = self._offloaded.plan, self._offloaded.live_predictor is not None and schedule != "fifo"
         self._durations = Durations()
         self._scheduler = Scheduler(
@@ -135,7 +135,7 @@ class Engine:
         )
 
     def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:
-        """Begin anew with other rules, while no request waits or runs. The cache keeps what it holds.
+        """Begin anew with other rules, while no request waits or runs. The cache keeps its residents.
 
         Args:
             schedule: how live sequences are grouped, as in `EngineConfig`.
@@ -164,7 +164,7 @@ class Engine:
 
     @property
     def totals(self) -> Totals:
-        """What was done so far, as a copy. Reading it waits for no step and changes nothing."""
+        """Totals so far, as a copy. Reading them waits for no step and changes nothing."""
         return replace(self._totals)
 
     @property
@@ -221,7 +221,7 @@ class Engine:
         return True
 
     def _drop_cancelled(self) -> None:
-        """Remove what was cancelled, unless a step runs: that does it at its end."""
+        """Remove cancelled requests, unless a step runs: it removes them at its end."""
         while self._to_cancel and self.lock.acquire(wait=False):
             try:
                 if self._stepping:
@@ -242,7 +242,7 @@ class Engine:
             self._offloaded.settle()  # without requests, totals and tables are the host's again
 
     def step(self) -> list[tuple[int, StreamOutput]]:
-        """Carry out what comes next.
+        """Run the next pass or step.
 
         Returns:
             New outputs of requests that were added without a channel, with their numbers; also those that came while another
@@ -257,7 +257,7 @@ class Engine:
         return outputs
 
     def advance(self) -> int:
-        """Carry out what comes next, one thread at a time, and send the tokens to their channels.
+        """Run the next pass or step, one thread at a time, and send the tokens to their channels.
 
         Returns:
             How many tokens there were.
@@ -286,7 +286,7 @@ class Engine:
             with memory_reported(), self._offloaded.meter.watch(), self.threads.step():
                 count = self._prefill(task) if isinstance(task, Prefill) else self._decode(task)
         except BaseException:
-            if not self._executor.joins:  # a cohort's cache may hold half of the step
+            if not self._executor.joins:  # a cohort's cache may contain half of the step
                 self._to_cancel += task.sequences
             raise
         finally:
@@ -408,7 +408,7 @@ class Engine:
         one.channel(output)
 
     def _read_anew(self, number: int, length: int) -> None:
-        """A sequence's rotary table changes at this length: its keys and values are computed again."""
+        """Queue a sequence to be read again from its beginning, because its rotary table changes at this length."""
         self._scheduler.reread(number, length)
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])

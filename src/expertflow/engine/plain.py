@@ -1,7 +1,7 @@
 """`from_pretrained`: an offloaded model as an ordinary transformers model, and what programs may do with it.
 
-Refused at the call: everything that would leave dense weights and experts in disagreement, or fail in a later pass.
-Must not know plans, caches and copies.
+A call is refused if dense weights and experts would disagree after it, or if a later pass would fail. Must not know
+plans, caches and copies.
 """
 
 import warnings
@@ -41,9 +41,9 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """The ordinary transformers model, its experts offloaded; `.generate()` and everything else work as usual.
 
-    Its logits are those of the stock model with `experts_implementation="eager"`, bit for bit. Plain transformers
-    takes grouped experts where that is left out; their sums differ in the last bits.
-    Memory of keys, values and activations is then the caller's: `max_batch` and `max_length` say what to leave room for.
+    Its logits are those of the stock model with `experts_implementation="eager"`, bit for bit. Plain transformers takes
+    grouped experts where that is left out; their sums differ in the last bits. Memory of keys, values and activations
+    is then the caller's: `max_batch` and `max_length` state what to keep room for.
     Several threads may call the model: passes run one after the other.
 
     Args:
@@ -229,7 +229,7 @@ def _apply_checked(
         wanted, same = str(error).splitlines()[0], False
     if not same:
         _refuse(
-            f"converted or moved: its experts are {offloaded.skeleton.dtype} on {device}, asked for: {wanted}",
+            f"converted or moved: its experts are {offloaded.skeleton.dtype} on {device}, wanted: {wanted}",
             "Call `from_pretrained` again with `dtype=` and `device=`; `model.expertflow.close()` gives memory back.",
         )
     return apply(change, **options)

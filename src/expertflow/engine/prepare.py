@@ -44,7 +44,7 @@ def check_default_device() -> None:
     if (default := torch.get_default_device().type) != "cpu":
         raise DeviceError(
             f"torch's default device is {default!r}, and a model is loaded through host memory",
-            "Load outside `with torch.device(...)`, or call `torch.set_default_device('cpu')`; `device=` says where it runs.",
+            "Load outside `with torch.device(...)`, or call `torch.set_default_device('cpu')`; `device=` states where it runs.",
         )
 
 
@@ -90,7 +90,7 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights, sampled."""
+        """Fingerprint of the weights, sampled."""
         return self.located.fingerprint
 
 
@@ -109,7 +109,7 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
 
     Args:
         model: checkpoint folder, or a Hugging Face id.
-        config: the wish.
+        config: the options.
         forecast: the caller's own; it replaces the predictor.
         weights: where the weights come from; None: the folder's files.
         routing: recorded routing that is replayed; None: the router decides.
@@ -148,7 +148,7 @@ def choose(
     """Choose device, strategy, predictor, and whether decode steps can be graphs; reads no file.
 
     Args:
-        config: the wish.
+        config: the options.
         skeleton: the model.
         shape: the model's figures.
         found: the predictor that was named or is the model's own, or None.

@@ -1,4 +1,4 @@
-"""Use one device of several: enter it, and read its free memory. Knows no plan and no model."""
+"""Use one device of several: enter it, and read its free memory. Must not know plans and models."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

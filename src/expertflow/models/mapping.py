@@ -1,4 +1,4 @@
-"""Which checkpoint bytes are which expert's: keys, resolved through transformers' own conversion table.
+"""Which checkpoint bytes belong to which expert: keys, resolved through transformers' own conversion table.
 
 Handles experts stored one tensor each, in several to be joined (gate and up), or stacked over all experts; each in any format.
 Reads no data. Must not know where the bytes will go beyond tensor, part and offset.
@@ -81,7 +81,7 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
         convert: whether expert tensors may be of another float dtype than the model runs in.
 
     Raises:
-        CheckpointError: if a tensor is missing, is there twice, or has another shape or dtype than the config says.
+        CheckpointError: if a tensor is missing, is there twice, or has another shape or dtype than in the config.
         UnsupportedModelError: if the family stores experts in a way that has to be computed.
     """
     found = _collect(skeleton, tensors)
@@ -115,10 +115,10 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
 
 
 def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, convert: bool) -> None:
-    """Hold every tensor that is no expert's against the model, from headers alone.
+    """Check every tensor that is no expert's against the model, from headers alone.
 
     Tensors that transformers computes from several others are left to its own checks on loading. float32 is accepted
-    for any dtype, as transformers does: checkpoints keep some router biases in it.
+        for any dtype, as in transformers: checkpoints keep some router biases in it.
 
     Args:
         skeleton: the model.
@@ -126,7 +126,7 @@ def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
         convert: whether tensors may be of another float dtype than the model runs in.
 
     Raises:
-        CheckpointError: if a tensor has another shape or dtype than the config says.
+        CheckpointError: if a tensor has another shape or dtype than in the config.
         UnsupportedModelError: if weights are stored as integers.
     """
     wanted = dict([*skeleton.model.named_parameters(), *skeleton.model.named_buffers()])

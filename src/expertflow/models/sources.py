@@ -1,7 +1,7 @@
 """Where a model's weights come from: the files of a checkpoint, another model's store, or random numbers.
 
-A source finds the weights without loading them, loads the dense part, and fills an expert store or shares one. It knows files and
-records; it must not know plans, slots and caches.
+A source finds the weights without loading them, loads the dense part, and fills an expert store or shares one. Must not
+know plans, slots and caches.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _STD = 0.02
 """Standard deviation of random weights."""
 
 Stamps = tuple[tuple[str | int, ...], ...]
-"""What is known of weights without reading them: while it stays, so do they."""
+"""Stamps of weights, known without reading them: while they stay, so do the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class WeightsSource(Protocol):
 
     @property
     def shared(self) -> bool:
-        """See the class."""
+        """Whether the store belongs to another model."""
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
         """Find all weights and check them against the model. Reads no more than headers.
@@ -83,11 +83,11 @@ class WeightsSource(Protocol):
             convert: whether weights may be of another float dtype than the model runs in.
 
         Raises:
-            CheckpointError: if a weight is missing, or of another shape or dtype than the config says.
+            CheckpointError: if a weight is missing, or of another shape or dtype than in the config.
         """
 
     def stamps(self, located: Located) -> Stamps:
-        """What is known of the weights without reading them."""
+        """Stamps of the weights, known without reading them."""
 
     def identity(self, located: Located) -> str:
         """Hash of all that the model's answers depend on. Reads every weight that lies in a file.
@@ -259,7 +259,7 @@ class RandomWeights:
         return False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
-        """Nothing has to be found.
+        """Locate nothing, because no file is read.
 
         Raises:
             UnsupportedModelError: if the config says that experts are packed: random ones are plain.

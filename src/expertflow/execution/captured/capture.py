@@ -33,7 +33,7 @@ def capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
         with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(line.device_index), capture_error_mode=mode):
             run()
     finally:
-        torch.cuda.set_stream(line)  # a capture that fails leaves its own behind
+        torch.cuda.set_stream(line)  # after a failed capture its own stream would stay current
         torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
     return graph
 
