@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from expertflow import LLM, SamplingParams
 from expertflow.engine.lock import FairLock

@@ -33,7 +33,11 @@ SMALLEST = {
               "--long-prompt", "0"],
 }  # fmt: skip
 """Options that are put behind each command's own; the last one given counts."""
-NUMBERS = {r"max_tokens=\d+": "max_tokens=2", r"max_length=\d+": "max_length=64"}
+NUMBERS = {
+    r"max_tokens=\d+": "max_tokens=2",
+    r"max_new_tokens=\d+": "max_new_tokens=2",
+    r"max_length=\d+": "max_length=64",
+}
 
 
 def blocks() -> list[tuple[str, str]]:

@@ -126,7 +126,7 @@ class DeviceTables:
             return self._shared.controller.table.slot_of.copy()
         self._wait()
         if self.broken:
-            return np.full_like(self._held.controller.table.slot_of, -1)
+            return np.full_like(self._shared.controller.table.slot_of, -1)
         found: npt.NDArray[np.int32] = self._experts.state.slot_of.cpu().numpy().copy()
         return found
 
