@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertflow import LLM, SamplingParams
+from expertflow import LLM, SamplingParams, from_pretrained
+from expertflow.errors import ClosedError
 from expertflow.events import CacheCounters, Event
 from helpers import DEVICES, MakeCheckpoint
 
@@ -191,6 +192,27 @@ def test_a_dropped_model_frees_its_memory_at_once(
         del offloaded
         del llm
         assert {name for name, part in parts.items() if part() is not None} == set()
+    finally:
+        gc.enable()
+
+
+def test_a_dropped_transformers_model_frees_its_memory_at_once(make_checkpoint: MakeCheckpoint) -> None:
+    """`del model` of `from_pretrained` does as `del llm`; what is left of it closes without an error."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = from_pretrained(make_checkpoint("mixtral"), slots=5, device="cpu")
+        with torch.inference_mode():
+            model(torch.tensor([PROMPT]))
+        handle = model.expertflow
+        parts = [weakref.ref(model), weakref.ref(handle.store), weakref.ref(handle.store.buffer.untyped_storage())]
+        del model
+        assert parts[0]() is None
+        with pytest.raises(ClosedError, match="deleted"):
+            handle.model  # noqa: B018 - reading it is what is tested
+        handle.close()
+        del handle
+        assert [part() for part in parts] == [None] * 3
     finally:
         gc.enable()
 

@@ -1,5 +1,6 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
-from expertflow.errors import BudgetError
+from expertflow.errors import BudgetError, ClosedError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.captured.experts import SharedParts
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
@@ -68,7 +69,6 @@ class OffloadedModel(Uncopied):
     """A transformers model whose experts come through the slot cache, and everything that serves it.
 
     Attributes:
-        model: the ordinary transformers model.
         plan: what it was built from.
         store: every expert's record in host memory.
         events: everything the cache does.
@@ -100,7 +100,8 @@ class OffloadedModel(Uncopied):
         _check_memory(planned, config, located.mapped, self.device)
         measured = CudaMeter(self.device) if self.device.type == "cuda" else None  # before anything is loaded
         self.stamps = self._weights.stamps(located)
-        self.model: PreTrainedModel = self._weights.load_dense(located, self.device)
+        self._model: PreTrainedModel | None = self._weights.load_dense(located, self.device)
+        self._model_now = weakref.ref(self._model)
 
         def allocate() -> HostStore:
             return HostStore(plan.shape.records, plan.shape.total_experts, pin=self.device.type == "cuda")
@@ -152,6 +153,22 @@ class OffloadedModel(Uncopied):
         self.passes.guard(model)
         if skeleton.encoder_decoder:  # it is called on its own, too
             self.passes.guard(model.get_encoder(), begins=True)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The ordinary transformers model.
+
+        Raises:
+            ClosedError: if it was deleted.
+        """
+        model = self._model_now()
+        if model is None:
+            raise ClosedError("this model was deleted", "Load it again.")
+        return model
+
+    def let_go_of_model(self) -> None:
+        """Let the model live as long as its user holds it, and with it all of this: it refers to this object itself."""
+        self._model = None
 
     @property
     def shared_weights(self) -> SharedWeights:
@@ -239,7 +256,8 @@ class OffloadedModel(Uncopied):
         rows = self.handover.rows
         if not self.handover.close():
             return
-        unbind_experts(self.model, self.skeleton)
+        if (model := self._model_now()) is not None:
+            unbind_experts(model, self.skeleton)
         if rows is not None:
             rows.drop()
         if not self._weights.shared:

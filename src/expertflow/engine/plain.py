@@ -5,6 +5,7 @@ plans, caches and copies.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -114,9 +115,21 @@ def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
         if inside:
             if isinstance(module, PreTrainedModel):
                 _change_class(module, offloaded)
-            module._apply = partial(_apply_checked, module._apply, offloaded)  # noqa: SLF001 - what `to` and the like call
-            module.load_state_dict = partial(_load_checked, module.load_state_dict, inside)
+            # not bound methods: a module must not keep itself, and with it the expert store, alive
+            module._apply = partial(_apply_checked, _weakly(module, "_apply"), offloaded)  # noqa: SLF001 - what `to` and the like call
+            module.load_state_dict = partial(_load_checked, _weakly(module, "load_state_dict"), inside)
+    offloaded.let_go_of_model()
     return model
+
+
+def _weakly(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A method of a module's class that does not keep the module alive."""
+    method, found = getattr(type(module), name), weakref.ref(module)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(found(), *args, **kwargs)
+
+    return call
 
 
 def _change_class(module: PreTrainedModel, offloaded: OffloadedModel) -> None:
