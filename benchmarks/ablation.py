@@ -25,7 +25,7 @@ KEEP_ONLY = replace(STRATEGIES["plec"], prefetch="none")
 
 
 class Stage(NamedTuple):
-    """A row: what it is called, how it caches, whether it knows the coming groups, and how those are made."""
+    """A row: its name, how it caches, whether the coming groups are known, and how those are made."""
 
     name: str
     strategy: Strategy
@@ -47,7 +47,7 @@ STAGES = (
 
 
 def measure(trace: Trace, scores: RowScores, batch: int, groups: int) -> list[dict[str, Any]]:
-    """One case, every stage; those of turns only where there are some."""
+    """One case, every stage; stages of groups only where there are groups."""
     arrival = live_sequences(trace, batch, groups, SEED)
     arrival = replace(arrival, members=arrival.members[: STEPS * groups])
     divided = regrouped(arrival, "swaps", guesses(trace, scores)) if groups > 1 else arrival

@@ -1,11 +1,12 @@
 """Outside the family: Hugging Face accelerate's CPU offload on the same checkpoint, prompts and tokens, at the same peak memory.
 
-accelerate keeps on the GPU what its device map puts there and moves every other module in before each of its forwards. The map is
-ours, `dense_first`: `device_map="auto"` places whole layers and keeps room for the largest, so where the peak is less than a layer
-with all its experts it puts the model on the CPU and hooks nothing. Greedy `generate`, batch by batch, the prompts of
-`expertflow bench` with the same seed; prefill is timed apart by generating one token first. Behind the clock the engine answers the
-last repeat's prompts, and the result says how many answers are the same, token by token: in bfloat16 two logits may tie, so not all have to be.
-Needs a GPU, and accelerate (`pip install accelerate`), which the package itself does not use.
+accelerate keeps on the GPU what its device map puts there and moves every other module in before each of its forwards.
+The map is ours, `dense_first`. `device_map="auto"` places whole layers and keeps room for the largest. So where the
+peak is less than a layer with all its experts, it puts the model on the CPU and hooks nothing. Greedy `generate`, batch
+by batch, the prompts of `expertflow bench` with the same seed; prefill is timed apart by generating one token first.
+Behind the clock the engine answers the last repeat's prompts, and the result counts equal answers, token by token. Not
+all have to be equal, because in bfloat16 two logits may tie. Needs a GPU, and accelerate (`pip install accelerate`),
+which the package itself does not use.
 
 Usage: python benchmarks/accelerate_offload.py --model FOLDER --like RESULT.json --strategy plec --slots 48 --out FILE
        --like is a result of `expertflow bench` on the same model: peak, batches, tokens and prompts are taken from it.
@@ -178,7 +179,7 @@ def main() -> None:
         "config": {"like": options.like.name, "room": options.room, "tokens": result.config["tokens"], "repeats": result.config["repeats"]},
         "versions": {**where.versions, "accelerate": version("accelerate")}, "rows": found,
     }  # fmt: skip
-    options.out.write_text(json.dumps(written, indent=1) + "\n")  # the timings are safe, whatever comes
+    options.out.write_text(json.dumps(written, indent=1) + "\n")  # the timings are kept, even if the comparison fails
     del model
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,11 +1,11 @@
 """When waiting requests should be let in, on a virtual clock: the engine's scheduler, passes and steps of given cost.
 
-With experts in host memory a pass over prompts costs nearly the same however few tokens it has, since few tokens need most experts
-already. How a step grows with its sequences depends on the slots: where loads rule, half-empty steps are cheap, and little is lost
-by waiting for a batch to end. Machines, seconds: `few slots`, as measured on gpt-oss-20b's shape with half of the experts in
-slots; `most slots`, an assumption: a fifth of the loads; `resident`, an assumption: none. Arrivals of `azure_conv_256.json`, lengths
-a sixteenth or as they were, more than can be served; and as they were at a tenth of their pace, which leaves
-rows empty now and then but on the slowest machine.
+With experts in host memory a pass over prompts costs nearly the same however few tokens it has, since few tokens need
+most experts already. How a step grows with its sequences depends on the slots: where loads rule, half-empty steps are
+cheap, and little is lost by waiting for a batch to end. Machines, seconds: `few slots`, as measured on gpt-oss-20b's
+shape with half of the experts in slots; `most slots`, an assumption: a fifth of the loads; `resident`, an assumption:
+none. Arrivals of `azure_conv_256.json`, with lengths as they were or a sixteenth of that: more than can be served. Then
+the same at a tenth of their pace: now and then rows are empty, except on the slowest machine.
 
 Usage: python benchmarks/admission.py [--out FILE]
 """
@@ -26,7 +26,7 @@ MACHINES = {"few slots": (0.42, 0.004, 0.012), "most slots": (0.11, 0.004, 0.002
 """Seconds of a pass, of a step, and of each of its sequences."""
 ROWS, CHUNK = 8, 2048
 LOADS = ((16, 16.0), (1, 16.0), (1, 0.1))
-"""How much shorter requests are, and how much faster they come, than they were: more than can be served, and now and then nothing to do."""
+"""Factors by which requests are shorter and come faster: more than can be served, and now and then none to serve."""
 MODES = {"static batches": "static", "at once": "at once", "when it pays": "pays"}
 """Names of the rows, and of the rules of admission."""
 
@@ -52,20 +52,20 @@ def serve(machine: str, mode: str, shorter: int, faster: float, count: int = 256
         while number < count and coming[number][0] <= clock:
             scheduler.add(number, coming[number][1])
             number += 1
-        turn = scheduler.next()
-        if turn is None:
+        work = scheduler.next()
+        if work is None:
             clock = max(clock, coming[number][0])
             continue
-        if isinstance(turn, Prefill):
+        if isinstance(work, Prefill):
             passes += 1
             clock += a_pass
-            scheduler.done(turn)
-            sampled = [part.sequence for part in turn.parts if part.last]
+            scheduler.done(work)
+            sampled = [part.sequence for part in work.parts if part.last]
         else:
             steps += 1
-            lasted.append((len(turn.sequences), step + member * len(turn.sequences)))
+            lasted.append((len(work.sequences), step + member * len(work.sequences)))
             clock += lasted[-1][1]
-            sampled = list(turn.sequences)
+            sampled = list(work.sequences)
         for one in sampled:
             got[one] += 1
             first.setdefault(one, clock)

@@ -181,9 +181,9 @@ def main(argv: list[str] | None = None) -> None:
             modes = [mode for mode in MODES[plan] if options.skip not in mode]
             batch, live = int(plan.split("x")[0]), int(plan.split("x")[-1])
             schedule = SCHEDULE[shape] if live > batch else "fifo"
-            wish = {"max_batch": batch, "max_live": live, "max_length": length, "prefill_chunk": options.prefill_chunk,
+            settings = {"max_batch": batch, "max_live": live, "max_length": length, "prefill_chunk": options.prefill_chunk,
                     "execution": "graph", "strategy": strategy, "routing": routing, **memory}  # fmt: skip
-            with stand_in.open(predicted=options.predictor is not None, **wish) as opened:
+            with stand_in.open(predicted=options.predictor is not None, **settings) as opened:
                 found, made = measure_plan(opened.llm, modes, options, schedule, arrivals), opened.llm.plan
                 peak = opened.peak
             done = [
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
                 for mode, runs in found.items()
             ]  # fmt: skip
             rows += done
-            write(options, rows)  # a plan at a time: a run that is cut off has lost nothing
+            write(options, rows)  # a plan at a time: a run that is cut off keeps its results
             show(done, options.budget or BUDGET[shape])
 
 

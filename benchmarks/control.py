@@ -1,8 +1,8 @@
-"""Is it the predictor's knowledge, or its loads? `plec` with the trained predictor beside one that says the same of wrong experts.
+"""The predictor's knowledge apart from its loads: `plec` with the trained predictor, and with its chances on wrong experts.
 
-The control's chances are the trained predictor's, dealt to other experts of the same layer by a fixed draw: as many loads ahead, as
-sure of themselves, as many bytes of predictor, and nothing known. Recorded routing in the simulator; sequences that the predictor
-has not seen. `next-use` needs no predictor, Belady knows everything.
+The control's chances are the trained predictor's, moved to other experts of the same layer by a fixed draw. So loads
+ahead, certainty and bytes of the predictor are the same, and its knowledge is gone. Recorded routing in the simulator;
+sequences that the predictor has not seen. `next-use` needs no predictor; Belady has the whole recording.
 
 Usage: python benchmarks/control.py TEST.trace --predictor FOLDER [--out FILE]
 """
@@ -60,7 +60,7 @@ def measure(trace: Trace, scores: dict[str, RowScores], batch: int, groups: int)
 
 
 def study(benchmark: str, about: str | None, cases: Callable[[Trace, RowScores], list[dict[str, Any]]]) -> None:
-    """Read the command line, the trace and what the predictor says of it; measure, write."""
+    """Read the command line and the trace, predict it; measure, write."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--predictor", type=Path, required=True)

@@ -66,7 +66,7 @@ class Model(Protocol):
         """What runs passes and steps."""
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
 
 
 def find(path: str) -> Any:
@@ -253,7 +253,7 @@ class Bench:
         return (time.perf_counter() - began) / steps * 1e3
 
 
-def wish(shape: str, strategy: str) -> dict[str, Any]:
+def settings(shape: str, strategy: str) -> dict[str, Any]:
     """Fields of `EngineConfig`, the same in both trees."""
     batch = max(BATCHES)
     return {
@@ -271,7 +271,7 @@ def probe_tree(tree: str, shape: str, folder: Path, *, tiny: bool) -> Iterator[d
     """Every strategy and batch on one tree; the store is drawn once."""
     recorded, owner = Recorded.read(folder / "recorded.npz"), None
     for strategy in STRATEGIES[shape]:
-        config = find("expertflow.config.EngineConfig")(**wish(shape, strategy))
+        config = find("expertflow.config.EngineConfig")(**settings(shape, strategy))
         model = OPEN[tree](folder, config, owner)
         owner = owner or model
         bench = Bench(tree, model, recorded)
@@ -325,7 +325,7 @@ def probe_llm(shape: str, folder: Path, *, tiny: bool) -> Iterator[dict[str, Any
     routing = find("expertflow.execution.replay.Replay")(recorded.routes, recorded.tokens.tolist())
     for strategy in STRATEGIES[shape]:
         weights = DenseFiles() if owner is None else owner.shared_weights
-        llm = find("expertflow.LLM")(folder, weights=weights, routing=routing, **wish(shape, strategy))
+        llm = find("expertflow.LLM")(folder, weights=weights, routing=routing, **settings(shape, strategy))
         owner = owner or llm
         timed = Timed(llm, recorded)
         for batch in BATCHES:
@@ -433,7 +433,7 @@ def show(line: dict[str, Any]) -> str:
 
 
 def drive(options: argparse.Namespace) -> None:
-    """All runs in turn, with the file written behind each."""
+    """All runs one after another; the file is written after each."""
     began, rows = time.perf_counter(), []
     about = find("expertflow.bench.about.about")(device())._asdict()
 

@@ -4,10 +4,10 @@ Shape `q`: Qwen3-MoE, 12 layers x 128 experts top-8, hidden 2048, expert width 7
 routing is spread, random tokens fed in. Shape `g`: gpt-oss-20b, 24 layers x 32 experts top-4, hidden 2880; random weights, tokens and
 routing replayed from a recorded trace.
 
-For each batch the all-resident model runs first. Every strategy then reads the same prompts and is fed the same tokens. Each row:
-milliseconds a step (3 windows, every step waited for, as `LLM` does), loads, loads ahead and wasted, GB/s over the link, beside the
-link's time for the bytes and the all-resident step. Checked in every row: the logits of some steps before the windows and of one
-behind them, bit for bit, and the measured peak against the plan.
+For each batch the all-resident model runs first. Every strategy then reads the same prompts and is fed the same tokens.
+Each row has milliseconds a step (3 windows, every step waited for, as `LLM` does), loads, loads ahead and wasted, and
+GB/s over the link. Beside them are the link's time for the bytes and the all-resident step. Checked in every row: the
+logits of some steps before the windows and of one behind them, bit for bit, and the measured peak against the plan.
 
 Usage: python benchmarks/engine_h100.py --shape q --out FILE
        python benchmarks/engine_h100.py --shape g --trace TEST.trace --predictor FOLDER --out FILE

@@ -1,10 +1,10 @@
 """What grouping by route gives on a recorded trace: experts activated, loads in the simulator, the cost model, time of a division.
 
-Sequences step together in groups that take turns and are divided anew before every round: by the paths they are going to
-take, or by the best guesses of a predictor that has not seen them (its top-k a layer). Beside it the paper's method, and
-one merged batch. Loads are of `next-use` on the simulator's tables, groups in turn. Then, on all sequences, what the cache makes
-of it: `plec` with the predictor, with the coming groups known or not (blind), beside `next-use`, Belady, and what
-`schedule.cost` expects from the predictor's chances of each round alone.
+Sequences step together in groups that take turns. Before every round they are divided by the paths they are going to
+take or by the best guesses (top-k a layer) of a predictor that was not trained on them. Beside it are the paper's
+method and one merged batch. Loads are of `next-use` on the simulator's tables, groups in turn. Then all sequences with
+a cache: `plec` with the predictor, with the coming groups known or not (blind), beside `next-use` and Belady. Beside
+them is the cost that `schedule.cost` expects from the predictor's chances of each round alone.
 
 Usage: python benchmarks/grouping.py TRACE [--predictor FOLDER] [--out FILE]
 """
@@ -39,14 +39,14 @@ ROUNDS, SHARES, SEED = 150, (0.25, 0.5), 0
 
 
 def predict(trace: Trace, predictor: Path) -> RowScores:
-    """What the predictor says of every row."""
+    """The predictor's chances for every row."""
     artifact, items = load_artifact(predictor), passages(trace)
     parts = [part.astype(np.float16) for part in score(artifact, items)]
     return RowScores(rows=np.concatenate([item.rows for item in items]), probabilities=np.concatenate(parts))
 
 
 def guesses(trace: Trace, scores: RowScores) -> npt.NDArray[np.bool_]:
-    """`[rows, L, E]`, the predictor's top-k a layer of every row it can say something of."""
+    """`[rows, L, E]`, the predictor's top-k a layer of every row that it can predict."""
     found = np.zeros((len(trace), trace.header.layers, trace.header.experts), dtype=np.bool_)
     found[scores.rows] = best_guesses(scores.probabilities[:, 0].astype(np.float32), trace.header.top_k)
     return found

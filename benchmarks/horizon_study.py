@@ -1,8 +1,8 @@
-"""How far must the future be known, and how well? Retention with perfect and with imperfect knowledge.
+"""How far and how well the future must be known: retention with perfect and with imperfect knowledge.
 
-Replays a trace with the default policy (`next-use`, no prefetch) and hands it this step's true path and further steps:
-perfectly (0, 1, 2, 4, 8 steps, all of them: Belady), or the next step only, each expert known with probability q and
-false alarms at the same rate. Merged batches and two groups taking turns.
+Replays a trace with the default policy (`next-use`, no prefetch), which gets this step's true path and further steps.
+These are perfect (0, 1, 2, 4, 8 steps, all of them: Belady), or the next step only. Then each expert is known with
+probability q, with false alarms at the same rate. Merged batches and two groups taking turns.
 
 usage: horizon_study.py TRACE RESULT.json [--steps N]
 """

@@ -1,9 +1,9 @@
 """Host execution at full size: a Qwen1.5-MoE-A2.7B shape, random bf16 weights, made here, against all-resident.
 
-Makes a checkpoint folder (24 layers x 60 experts, 28.6 GB) in a scratch folder, loads it through the ordinary path, and
-measures: loading (speed, peak host memory), peak device memory, decode tokens/s at batch 1 and 8 for each strategy at
-25 % and 50 % of the experts, the link's GB/s, and whether logits equal the all-resident model's bit for bit.
-On a machine without CUDA it runs a small shape on the CPU, which says nothing about speed on a GPU.
+Makes a checkpoint folder (24 layers x 60 experts, 28.6 GB) in a scratch folder and loads it through the ordinary path.
+Measured are loading (speed, peak host memory), peak device memory, and the link's GB/s. Decode tokens/s are measured at
+batch 1 and 8 for each strategy at 25 % and 50 % of the experts. Logits are compared with the all-resident model's, bit
+for bit. On a machine without CUDA it runs a small shape on the CPU, whose speed has no meaning for a GPU.
 
 Usage: python benchmarks/host_execution.py [--out benchmarks/results/host_execution.json] [--scratch DIR] [--layers N]
 """
@@ -161,7 +161,7 @@ def load_resident(folder: Path, device: str) -> PreTrainedModel:
 
 
 def drop_page_cache(folder: Path) -> bool:
-    """Make the next read come from the disk; says whether that was possible."""
+    """Make the next read come from the disk; return whether that was possible."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -213,7 +213,7 @@ def measure_loading(folder: Path, device: str) -> dict[str, Any]:
 
 
 def release() -> None:
-    """Give device memory back between models."""
+    """Free device memory between models."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -322,7 +322,7 @@ def measure(
 
 
 def link_speed(row_bytes: int) -> float:
-    """Bytes a second of back-to-back page-locked copies of one row's size: the roofline of loading."""
+    """Bytes a second of back-to-back page-locked copies of one record's size: the roofline of loading."""
     host = torch.empty(row_bytes, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(row_bytes, dtype=torch.uint8, device="cuda")
     for _ in range(5):

@@ -1,9 +1,9 @@
-"""How much a request's greedy tokens depend on who runs beside it: alone, and among others that come and go.
+"""How much a request's greedy tokens depend on other requests: alone, and among others that come and go.
 
-The shipped model (trained, bfloat16), its 40 opening lines with answers of different lengths. Alone: one sequence at a time. Among others: 8
-step together of 24 that live, by the default schedule, in two orders of arrival. In float32 every token has to be the same;
-in bfloat16 a row of a matrix product may round differently beside others, and where two tokens are nearly as likely, the
-answer goes another way from there on.
+The shipped model (trained, bfloat16), its 40 opening lines with answers of different lengths. Alone: one sequence at a
+time. Among others: 8 step together of 24 that live, by the default schedule, in two orders of arrival. In float32 every
+token has to be the same. In bfloat16 a row of a matrix product may round differently beside others. Where two tokens
+are nearly as likely, the answers then differ from there on.
 
 Usage: python benchmarks/invariance.py --out FILE
 """

@@ -2,8 +2,9 @@
 
 Shape Q: Qwen3-MoE, 12 layers x 128 experts top-8, hidden 2048, expert width 768. Shape G: gpt-oss-20b, 24 layers x 32
 experts top-4, hidden 2880, expert width 2880. Random bf16 weights and routing, all experts resident; a step's expert
-layers are captured in one CUDA graph and replayed. Floors: bytes of the distinct experts of the step over 3.0 TB/s
-(a device copy, read and written, measured on this machine), bytes of the rows over the copy engine's speed.
+layers are captured in one CUDA graph and replayed. There are two floors. One is the bytes of the step's distinct
+experts over 3.0 TB/s (a device copy, read and written, measured on this machine). The other is the bytes of the records
+over the copy engine's speed.
 
 Usage: python benchmarks/kernels_h100.py [--out benchmarks/results/kernels_h100.json]
 """
@@ -169,10 +170,10 @@ def measure_experts(name: str, shape: Shape) -> list[dict[str, Any]]:
     return rows
 
 
-def filled_store(row_bytes: int) -> HostStore:
+def filled_store(record_bytes: int) -> HostStore:
     """A page-locked store whose words are all different."""
-    layout = StoreLayout.uniform([plain("words", (row_bytes // 4,), "float32")])
-    store = HostStore(layout, STORE_BYTES // row_bytes, pin=True)
+    layout = StoreLayout.uniform([plain("words", (record_bytes // 4,), "float32")])
+    store = HostStore(layout, STORE_BYTES // record_bytes, pin=True)
     words = store.buffer.view(torch.int64)
     words.copy_(torch.arange(words.shape[1])[None] * 2654435761 + torch.arange(len(words))[:, None])
     store.lock()
@@ -180,19 +181,19 @@ def filled_store(row_bytes: int) -> HostStore:
 
 
 class FetchBench:
-    """Copies of randomly chosen rows of a store into randomly chosen slots."""
+    """Copies of randomly chosen records of a store into randomly chosen slots."""
 
     def __init__(self, store: HostStore) -> None:
-        """Take rows of the store."""
+        """Choose records of the store."""
         self.store = store  # which unlocks its memory when it goes
         self.host = store.buffer
-        rows, self.row_bytes = self.host.shape
-        self.pool = torch.zeros(rows, self.row_bytes, dtype=torch.uint8, device=CUDA)
-        self.src, self.dst = (torch.randperm(rows, device=CUDA).to(torch.int32) for _ in range(2))
+        records, self.record_bytes = self.host.shape
+        self.pool = torch.zeros(records, self.record_bytes, dtype=torch.uint8, device=CUDA)
+        self.src, self.dst = (torch.randperm(records, device=CUDA).to(torch.int32) for _ in range(2))
 
-    def copy(self, rows: int, programs: int) -> Callable[[], None]:
-        """A fetch of the first rows of the list."""
-        bounds = torch.tensor([0, rows], dtype=torch.int32, device=CUDA)
+    def copy(self, records: int, programs: int) -> Callable[[], None]:
+        """A fetch of the first records of the list."""
+        bounds = torch.tensor([0, records], dtype=torch.int32, device=CUDA)
         ledger, order = Ledger.of(self.src, self.dst), torch.arange(len(self.src), dtype=torch.int32, device=CUDA)
 
         def copies() -> None:
@@ -201,9 +202,9 @@ class FetchBench:
 
         return copies
 
-    def engine(self, rows: int) -> Callable[[], None]:
+    def engine(self, records: int) -> Callable[[], None]:
         """The same through the copy engine."""
-        chosen = list(zip(self.src[:rows].tolist(), self.dst[:rows].tolist(), strict=True))
+        chosen = list(zip(self.src[:records].tolist(), self.dst[:records].tolist(), strict=True))
 
         def copies() -> None:
             for source, slot in chosen:
@@ -211,22 +212,22 @@ class FetchBench:
 
         return copies
 
-    def correct(self, rows: int) -> bool:
+    def correct(self, records: int) -> bool:
         """Whether a fetch into a wiped pool brings every byte."""
         self.pool.zero_()
-        self.copy(rows, 8)()
-        return torch.equal(self.pool[self.dst[:rows].long()].cpu(), self.host[self.src[:rows].long().cpu()])
+        self.copy(records, 8)()
+        return torch.equal(self.pool[self.dst[:records].long()].cpu(), self.host[self.src[:records].long().cpu()])
 
     def measure(self) -> list[dict[str, Any]]:
-        """Time every number of rows and programs."""
+        """Time every number of records and programs."""
         rows = []
         for number in (n for n in FETCH_ROWS if n <= len(self.host)):
-            moved = number * self.row_bytes / 1e6
+            moved = number * self.record_bytes / 1e6
             engine = [moved / ms for ms in timed(self.engine(number), 7)]
             for programs in PROGRAMS:
                 speeds = [moved / ms for ms in timed(self.copy(number, programs), 7)]
                 rows.append({
-                    "row_bytes": self.row_bytes, "rows": number, "programs": programs, "gb_per_second": speeds,
+                    "row_bytes": self.record_bytes, "rows": number, "programs": programs, "gb_per_second": speeds,
                     "copy_engine_gb_per_second": engine,
                 })  # fmt: skip
         return rows
@@ -245,7 +246,7 @@ def measure_beside(bench: FetchBench, tokens: int) -> dict[str, Any]:
             step.whole()
 
     alone = timed(compute)
-    copy = bench.copy(min(len(bench.host), int(statistics.median(alone) * 50e6 / bench.row_bytes)), 8)
+    copy = bench.copy(min(len(bench.host), int(statistics.median(alone) * 50e6 / bench.record_bytes)), 8)
 
     def both() -> None:
         side.wait_stream(torch.cuda.current_stream())
@@ -291,7 +292,9 @@ def show(result: dict[str, Any]) -> None:
          f"{statistics.median(row['copy_engine_gb_per_second']):.1f}"]
         for row in result["fetch"]
     ]  # fmt: skip
-    console.print(table(f"fetch, correct: {result['fetch_correct']}", "row MB|rows|programs|GB/s|copy engine", rows))
+    console.print(
+        table(f"fetch, correct: {result['fetch_correct']}", "record MB|records|programs|GB/s|copy engine", rows)
+    )
     rows = [
         [str(row["batch"]), *(spread(row[f"{k}_ms"], 3) for k in ("compute", "fetch", "both"))]
         for row in result["beside"]

@@ -101,8 +101,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder), options.shape)
         load(trees[0], Path(folder))  # what is compiled at the first use
-        for turn in range(options.repeats):
-            for place in [*seconds] if turn % 2 == 0 else [*seconds][::-1]:
+        for repeat in range(options.repeats):
+            for place in [*seconds] if repeat % 2 == 0 else [*seconds][::-1]:
                 seconds[place].append(load(trees[place], Path(folder)))
                 print(f"tree {place}: {seconds[place][-1]:.2f} s", flush=True)
     result = {

@@ -1,7 +1,7 @@
-"""Is the default policy fitted to the part of the trace it was tuned on? `next-use` and `lru` on two halves of it.
+"""Whether the default policy is fitted to the part of the trace it was tuned on: `next-use` and `lru` on two halves of it.
 
-Sequences of even and of odd number are replayed apart; the share kept should be the same on both, up to what the
-sequences themselves differ by, which a policy without constants (`lru`, an equal share a layer) shows.
+Sequences of even and of odd number are replayed apart. The share kept should be the same on both, except for
+differences of the sequences themselves. A policy without constants (`lru`, an equal share a layer) shows these.
 
 usage: next_use_halves.py TRACE RESULT.json
 """

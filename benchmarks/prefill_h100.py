@@ -1,9 +1,9 @@
-"""Prompts at full size, through `LLM`: time to the first token when experts are streamed, and what the decode set loses by it.
+"""Prompts at full size, through `LLM`: time to the first token when experts are streamed, and what is evicted by it.
 
-Shape Q of `stand_ins.py` (12 layers x 128 experts, random weights). Four sequences decode for a while, so that the cache holds what
-decoding needs; then a prompt of random tokens is read by the host execution: every expert it needs, double buffered on a GPU. Beside
-it the copy engine's time for the bytes, and how many of the experts that most decode steps used, and that were resident, are still
-there afterwards.
+Shape Q of `stand_ins.py` (12 layers x 128 experts, random weights). Four sequences decode for a while, so that the
+cache has the experts that decoding needs. Then the host execution reads a prompt of random tokens: every expert it
+needs, double buffered on a GPU. Beside it the copy engine's time for the bytes, and how many of the experts that most
+decode steps used, and that were resident, are still there afterwards.
 
 Usage: python benchmarks/prefill_h100.py [--out FILE]
        --tiny: small widths, for a CPU
@@ -33,7 +33,7 @@ class Residents:
     """Follows events: which experts are in slots, and how many steps used each."""
 
     def __init__(self) -> None:
-        """Nothing is in a slot."""
+        """Start with empty slots."""
         self.now: set[tuple[int, int]] = set()
         self.used = Counter[tuple[int, int]]()
 
@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     with StandIn(config, embedding=WIDE) as stand_in:
         for tokens in (64, 512):
             for name in ("next-use", "lru"):
-                wish = {"max_batch": BATCH, "max_length": 520, "prefill_chunk": 512, "execution": "host"}
-                with stand_in.open(strategy=name, slots="25%", **wish) as opened:
+                settings = {"max_batch": BATCH, "max_length": 520, "prefill_chunk": 512, "execution": "host"}
+                with stand_in.open(strategy=name, slots="25%", **settings) as opened:
                     rows.append(row := measure(opened.llm, config.vocab_size, tokens))
                 ms, loads, kept, floor = (statistics.median(row[k]) for k in ("ms", "loads", "kept", "floor_ms"))
                 print(f"{tokens:4d} tokens {name:9s}: {ms:7.1f} ms ({min(row['ms']):.1f}-{max(row['ms']):.1f}), copies alone {floor:7.1f} ms, {loads:5.0f} loads, "

@@ -1,8 +1,9 @@
 """The scheduler at full size, through `LLM`: live sequences in groups by arrival or by predicted route, on recorded routing.
 
-Shape `g`: gpt-oss-20b (24 layers x 32 experts top-4, 49.8 MB an expert). Shape `s`: the dimensions of Switch-128 (12 MoE layers x
-128 experts top-1, 9.4 MB an expert, in the blocks of a decoder-only model), routed as gpt-oss-20b's best experts say, two of
-its layers to one. Weights are random, tokens and routing a recorded trace's, the predictor trained on other sequences of it.
+Shape `g`: gpt-oss-20b (24 layers x 32 experts top-4, 49.8 MB an expert). Shape `s`: the dimensions of Switch-128 (12
+MoE layers x 128 experts top-1, 9.4 MB an expert) in the blocks of a decoder-only model. It is routed by gpt-oss-20b's
+best experts, two of its layers to one. Weights are random, tokens and routing a recorded trace's, the predictor trained
+on other sequences of it.
 
 32 requests live, 8 step together. Each repeat runs other parts of 32 sequences, once by each schedule, in an order that changes.
 Figures are of the decode steps: tokens a second, time per token of single requests, loads a token.
@@ -153,19 +154,19 @@ def main(argv: list[str] | None = None) -> None:
     parts = parts_of(as_top1(trace) if options.shape == "s" else trace, lengths)
     names, rows = options.schedules.split(","), []
     shares = [float(text) for text in options.shares.split(",")] if options.shares else SHARES[options.shape]
-    wish = {"max_batch": options.batch, "max_live": options.live, "max_length": LENGTH, "prefill_chunk": options.batch * PROMPT,
+    settings = {"max_batch": options.batch, "max_live": options.live, "max_length": LENGTH, "prefill_chunk": options.batch * PROMPT,
             "execution": "graph"}  # fmt: skip
     strategy = "next-use" if options.predictor is None else "plec"
     with StandIn(make_config(options.shape, tiny=options.tiny), predictor=options.predictor) as stand_in:
         for share in shares:
-            chosen = {"slots": f"{share:.4%}", "strategy": strategy, "routing": parts.replay, **wish}
+            chosen = {"slots": f"{share:.4%}", "strategy": strategy, "routing": parts.replay, **settings}
             with stand_in.open(predicted=options.predictor is not None, **chosen) as opened:
                 found = measure(opened, parts, names, options)
                 peak, plan = opened.peak, opened.llm.plan
             for name, answers in found.items():
                 print(f"{time.perf_counter() - began:4.0f} s  {show(share, name, answers, names[0], found[names[0]])}", flush=True)  # fmt: skip
                 rows.append({"share": share, "slots": plan.slots, "schedule": name, "runs": answers, "peak_bytes": peak, "budget_bytes": plan.total})  # fmt: skip
-            write(options, rows, parts.known)  # a share at a time: a run that is cut off has lost nothing
+            write(options, rows, parts.known)  # a share at a time: a run that is cut off keeps its results
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """`expertflow bench` at full size without a checkpoint: published shapes, every weight drawn at random.
 
-The measurement is the bench's own (`bench/measure.py`): the strategies take turns beside the all-resident model, Belady and
-the plan. Only where weights come from differs: a folder holds nothing but a config, dense weights are drawn on the device,
-and experts are drawn there, row by row, into page-locked host memory, which holds them once and nothing else.
+The measurement is the bench's own (`bench/measure.py`): the strategies take turns beside the all-resident model, Belady
+and the plan. Only where weights come from differs: a folder has nothing but a config, and dense weights are drawn on
+the device. Experts are drawn there too, record by record, into page-locked host memory, once for all models.
 
 - `mixtral`: Mixtral-8x7B, 32 layers x 8 experts top-2, 352 MB an expert in bf16, 90 GB of experts.
 - `qwen`: Qwen1.5-MoE-A2.7B, 24 layers x 60 experts top-4 and a shared one, 17 MB an expert, 25 GB.
@@ -10,18 +10,18 @@ and experts are drawn there, row by row, into page-locked host memory, which hol
   stands in for DeepSeek-MoE-16B, whose experts have the same size but whose attention is plain multi-head: the family
   `deepseek_v2` has latent attention only. Rotary scaling for long contexts is left out.
 
-What random weights can say: bytes, link, step times, memory against the plan. What they cannot: how text is routed, so hit
-ratios, loads and whatever follows from them are no statement about real models, and there is no predictor to train. With
-every matrix drawn alike, attention's average over the prompt would soon drown the token that is read: greedy sequences
-repeat one token, and consecutive steps share nine experts of ten. Embeddings are therefore drawn wide (`SPREAD`), which makes
-routing close to even, and a step's experts about as new as chance has it: the hard case for every cache. It also makes
-the next token depend mostly on the last one, so that equal tokens say that no strategy computes with wrong rows at
-large; bit for bit is what the tests hold.
+Random weights show bytes, link, step times, and memory against the plan. They do not show how text is routed: hit
+ratios, loads and what follows from them are no statement about real models, and there is no predictor to train. With
+every matrix drawn alike, attention's average over the prompt would soon hide the token that is read. Then greedy
+sequences repeat one token, and consecutive steps share nine experts of ten. Embeddings are therefore drawn wide
+(`SPREAD`), which makes routing close to even, and a step's experts about as new as chance has it: the hard case for
+every cache. It also makes the next token depend mostly on the last one. So equal tokens only show that no strategy uses
+many wrong records; the tests compare bit for bit.
 
-All contenders of one number of slots are on the device at once. Where they do not fit beside the all-resident model, that one goes;
-where they still do not fit, the strategies named last are left out, and the result says so: name the ones that matter first.
-Where no model with all experts fits, as of Mixtral on 80 GB, rows of captured steps have nothing to be compared with (`exact` is
-null); those of the host execution are compared with on-demand loading.
+All contenders of one number of slots are on the device at once. Where they do not fit beside the all-resident model, it
+is closed. Where they still do not fit, the strategies named last are left out, and the result lists them: name the
+important ones first. On some machines no model with all experts fits, such as Mixtral on 80 GB. Then rows of captured
+steps are compared with nothing (`exact` is null), and those of the host execution with on-demand loading.
 
 Usage: python benchmarks/shapes_h100.py --shape mixtral,qwen,deepseek --out FOLDER
        python benchmarks/shapes_h100.py --shape qwen --tiny --out FOLDER      (small models of the families, for a CPU)
@@ -71,7 +71,7 @@ class Shape:
         family: its `model_type`.
         sizes: what differs from the defaults of transformers' config.
         small: what differs from the family's small model, with `--tiny`.
-        slots: measured unasked.
+        slots: measured by default.
     """
 
     title: str
@@ -81,7 +81,7 @@ class Shape:
     small: dict[str, Any] = field(default_factory=dict)
 
     def name(self, *, tiny: bool) -> str:
-        """What the result calls the model."""
+        """The model's name in the result."""
         return f"{self.title}-{'tiny-' if tiny else ''}random"
 
     def config(self, *, tiny: bool) -> PreTrainedConfig:
@@ -108,7 +108,7 @@ SHAPES = {
 TINY_SLOTS = "2/layer,4/layer"
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line with the time."""
     print(f"{time.perf_counter() - STARTED:5.0f} s  {text}", flush=True)
 
@@ -132,7 +132,7 @@ def command_of(shape: str, options: argparse.Namespace) -> str:
 
 
 def slots_of(shape: str, options: argparse.Namespace) -> str:
-    """Asked for, or the shape's own."""
+    """The stated slots, or the shape's own."""
     return str(options.slots or (TINY_SLOTS if options.tiny else SHAPES[shape].slots))
 
 
@@ -141,10 +141,10 @@ def measure_shape(shape: str, options: argparse.Namespace) -> Result:
     sizes, last = SHAPES[shape], [0.0]
     name, config = sizes.name(tiny=options.tiny), sizes.config(tiny=options.tiny)
 
-    def tell(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         if time.perf_counter() - last[0] > QUIET:
             last[0] = time.perf_counter()
-            say(f"{shape}: run {done + 1} of about {total}: {what}")
+            log(f"{shape}: run {done + 1} of about {total}: {what}")
 
     with tempfile.TemporaryDirectory() as scratch:
         folder, prompts = Path(scratch) / name, Path(scratch) / "random_tokens.jsonl"
@@ -156,7 +156,7 @@ def measure_shape(shape: str, options: argparse.Namespace) -> Result:
             "tokens": options.tokens, "repeats": options.repeats, "deadline": options.deadline,
             "long_prompt": options.long_prompt, "executions": names(options.executions),
         }  # fmt: skip
-        result = measure(make_settings("paper", given), command_of(shape, options), tell, WEIGHTS)
+        result = measure(make_settings("paper", given), command_of(shape, options), report, WEIGHTS)
     release()
     own = {"prompts_file": prompts.name, "weights": f"random, seed {SEED}"}  # the scratch folder is gone
     return replace(result, config={**result.config, **own})
@@ -200,14 +200,14 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     options.out.mkdir(parents=True, exist_ok=True)
     for shape in options.shape:
-        say(f"{shape}: {SHAPES[shape].name(tiny=options.tiny)}")
+        log(f"{shape}: {SHAPES[shape].name(tiny=options.tiny)}")
         result = measure_shape(shape, options)
         path = options.out / f"shape_{shape}.json"
         write_result(result, path)
         show(result)
         bad = broken(result)
         wrong += len(bad)
-        say(f"{path}: {len(result.rows)} rows, {len(bad)} of them not exact or over their plan")
+        log(f"{path}: {len(result.rows)} rows, {len(bad)} of them not exact or over their plan")
     if wrong:
         raise SystemExit(f"{wrong} rows are not exact, or over their plan")
 

@@ -1,8 +1,9 @@
 """Ten thousand decode steps with budgets, strategies and batches drawn at random: every logit the all-resident run's.
 
-Through `LLM` and its engine. A small Qwen3-MoE with random bf16 weights and a predictor with random weights (the worst there is: it may cost loads,
-never a bit). Each draw opens the model anew inside a budget, feeds in the tokens of the all-resident run, and compares the
-logits of every step bit for bit and the measured peak with the budget. Halfway, some draws lose sequences.
+Through `LLM` and its engine. A small Qwen3-MoE with random bf16 weights, and a predictor with random weights, the worst
+there is: it may cost loads, never a bit. Each draw opens the model anew inside a budget and feeds in the tokens of the
+all-resident run. The logits of every step are compared bit for bit, and the measured peak with the budget. Halfway,
+some draws lose sequences.
 
 Usage: python benchmarks/soak.py [--steps 10000] [--out FILE]
 """
@@ -50,7 +51,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_predictor(model: Path, folder: Path) -> None:
-    """A predictor that knows nothing."""
+    """A predictor that was not trained."""
     prepared = prepare(model, EngineConfig(device="cpu", predictor="none"))
     network = make(
         PredictorConfig(layers=LAYERS, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, width=32, embedding=16)
@@ -98,9 +99,9 @@ def main() -> None:
         model, predictor = Path(place) / "model", Path(place) / "predictor"
         make_model(model)
         make_predictor(model, predictor)
-        wish = {"device": device, "execution": "graph", "max_length": 512, "max_batch": 4, "prefill_chunk": 32}
+        settings = {"device": device, "execution": "graph", "max_length": 512, "max_batch": 4, "prefill_chunk": 32}
         truth = {}
-        with LLM(model, predictor="none", **wish) as llm:
+        with LLM(model, predictor="none", **settings) as llm:
             for count in BATCHES:
                 prompts = random.integers(3, VOCABULARY, (count, PROMPT)).tolist()
                 truth[count] = prompts, *run(llm, prompts, 0)
@@ -109,11 +110,11 @@ def main() -> None:
             name, count = str(random.choice(NAMES)), int(random.choice(BATCHES))
             prompts, tokens, logits = truth[count]
             chosen = {"strategy": name, "predictor": str(predictor) if name == "plec" else "none"}
-            least = prepare(model, EngineConfig(**wish, **chosen, slots=1)).plan
+            least = prepare(model, EngineConfig(**settings, **chosen, slots=1)).plan
             most = least.fixed + LAYERS * EXPERTS * least.record_bytes
             budget = int(random.integers(least.total, most + 1)) if random.random() < 0.8 else least.total
             fed = Replay(tokens=[[*prompt, *more] for prompt, more in zip(prompts, tokens, strict=True)])
-            with LLM(model, gpu_memory=budget, routing=fed, **wish, **chosen) as llm:
+            with LLM(model, gpu_memory=budget, routing=fed, **settings, **chosen) as llm:
                 keep = TOKENS // 2 if random.random() < 0.5 else 0
                 _, found = run(llm, prompts, keep)
                 for mine, theirs in zip(found, logits, strict=True):

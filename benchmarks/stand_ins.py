@@ -1,7 +1,8 @@
 """Models of published sizes with random weights, opened through `LLM`: what the full-size benchmarks run on.
 
-Experts lie in page-locked host memory once; models with other slots and strategies are opened beside the first. Recorded sequences of a
-trace stand in for text: random weights route every token alike, and a recording says how a trained model does.
+Experts lie in page-locked host memory once; models with other slots and strategies are opened beside the first.
+Recorded sequences of a trace stand in for text: random weights route every token alike, and a recording has the routes
+of a trained model.
 """
 
 import gc
@@ -97,7 +98,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(trace: Trace, lengths: Sequence[int]) -> Parts:
-    """A part of so many positions for each length: sequences take turns, each goes on where its last part ended, over and over.
+    """A part of so many positions for each length: sequences alternate, and each goes on where its last part ended, over and over.
 
     Sequences whose tokens are known come first.
     """
@@ -187,7 +188,7 @@ class StandIn:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.owner.close()
         self._scratch.cleanup()
         gc.collect()

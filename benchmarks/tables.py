@@ -268,7 +268,7 @@ def engine_q_whole() -> str:
 
 
 def schedule() -> str:
-    """Live sequences in turns on a GPU: by arrival, by route, as the cost model says."""
+    """Live sequences in groups on a GPU: by arrival, by route, by the cost model."""
     files = [json.loads((RESULTS / f"schedule_g_30{part}_h100.json").read_text()) for part in ("_25", "")]
     result, config = files[0], files[0]["config"]
     assert all(found["config"] == config for found in files)
@@ -302,7 +302,7 @@ def schedule() -> str:
 
 
 def turns() -> str:
-    """Loads a token of groups in turn in the simulator, and what the cost model expects."""
+    """Loads a token of alternating groups in the simulator, and what the cost model expects."""
     rows = json.loads((RESULTS / "grouping_gpt_oss_20b.json").read_text())["turns"]
     cell = {(r["groups"], r["size"], r["share"], r["way"], r["strategy"], r["known"]): r for r in rows}
     heads = (
@@ -377,7 +377,7 @@ def _times(run: dict[str, Any]) -> str:
 
 
 def control() -> str:
-    """The trained predictor beside one that says the same of wrong experts, in tokens a second."""
+    """The trained predictor beside one with its chances on wrong experts, in tokens a second."""
     result = json.loads((RESULTS / "control_gpt_oss_20b.json").read_text())
     sources = {
         "none": "`next-use`, no predictor",
@@ -406,7 +406,7 @@ SHOWN = {
     "+ told of the turns that come": "+ the forecast covers the groups that come",
     "+ the predictor says what to keep": "+ the predictor decides what is kept",
 }
-"""Names of stages in the result file that the table shows in other words."""
+"""Names of stages in the result file that the table shows under other names."""
 
 
 def ablation() -> str:

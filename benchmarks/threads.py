@@ -1,7 +1,7 @@
 """Eight threads on one `LLM` for a minute: every request has to get the tokens it gets alone.
 
 They generate, stream, drop streams and cancel, at random, over 24 requests of which half are sampled. In float32, where
-tokens do not depend on who steps beside.
+tokens do not depend on other sequences.
 
 Usage: python benchmarks/threads.py --device cpu --out FILE
 """

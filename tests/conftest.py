@@ -1,9 +1,8 @@
-"""Small random checkpoints of every family, made once a session; tensor shapes are checked in every test."""
+"""Fixtures of several test modules; the environment of a test run; tensor shapes are checked in every test."""
 
 import json
 import os
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ if os.environ.get("EXPERTFLOW_CHECK_SHAPES", "1") == "1":
     WITH_SHAPES = ["models.experts", "models.switch", "execution.runner", "execution.sampler"]
     install_import_hook([f"expertflow.{name}" for name in WITH_SHAPES], "beartype.beartype")
 
-import numpy as np
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -26,42 +24,25 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors; read when they are imported
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from expertflow.config import EngineConfig
+from expertflow.engine.prepare import prepare
 from expertflow.models.families import FAMILIES
-from expertflow.models.skeleton import build_skeleton
+from expertflow.predict.artifact import Artifact, save_artifact
+from expertflow.predict.counts import SOURCES, remember
+from expertflow.predict.dataset import Shape
+from expertflow.predict.kinds import make as make_network
+from expertflow.predict.network import OUTPUTS, PredictorConfig
+from expertflow.trace.format import Trace, load_trace
+from helpers import EXCERPT, MakeCheckpoint, MakePredictor, model_class
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # how long an example takes is the machine's affair
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
-
-MakeCheckpoint = Callable[..., Path]
-
-
-def model_class(config: object) -> type[PreTrainedModel]:
-    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[type(config)]
-
-
-def load_resident(folder: Path) -> PreTrainedModel:
-    """The stock model with every expert in memory, running its family's own eager code."""
-    config = AutoConfig.from_pretrained(folder)
-    # Switch is outside the experts registry and has no other implementation than its own
-    options = {} if config.model_type == "switch_transformers" else {"experts_implementation": "eager"}
-    model = model_class(config).from_pretrained(folder, dtype="auto", **options).eval()
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # out of the memory map, whose alignment would change the bits of a GEMM
-    return model
-
-
-def random_future(folder: Path) -> np.ndarray:
-    """A recording of some other run: whatever a strategy foresees, the output must not change."""
-    skeleton = build_skeleton(folder, "auto")
-    return np.random.default_rng(0).random((40, len(skeleton.expert_modules), skeleton.experts)) < 0.3
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +87,41 @@ def _save_tokenizer(folder: Path, size: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def make_predictor(tmp_path_factory: pytest.TempPathFactory) -> MakePredictor:
+    """A predictor with random weights for a checkpoint."""
+
+    def build(model: Path, **changes: object) -> Path:
+        prepared = prepare(model, EngineConfig(device="cpu", predictor="none"))
+        shape = prepared.plan.shape
+        torch.manual_seed(0)
+        config = PredictorConfig(
+            layers=shape.layers, experts=shape.experts, top_k=prepared.skeleton.top_k, vocabulary=shape.vocabulary,
+            width=16, embedding=8, window=32,
+        )  # fmt: skip
+        network = make_network(config).eval()
+        for weight in network.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        network.vocabulary.learn(torch.arange(shape.vocabulary))
+        size = Shape(shape.layers, shape.experts, prepared.skeleton.top_k)
+        artifact = Artifact(
+            model=network, memory=remember((), size, shape.vocabulary, 0),
+            calibration=torch.ones(2 + SOURCES, OUTPUTS, shape.layers, 1),
+            **{"fingerprint": prepared.fingerprint, "made_for": "tiny", **changes},
+        )  # fmt: skip
+        folder = tmp_path_factory.mktemp("predictor")
+        save_artifact(artifact, folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def real() -> Trace:
+    """The recorded excerpt without the condition of repetition."""
+    return load_trace(EXCERPT).without("repetition")
 
 
 @pytest.fixture

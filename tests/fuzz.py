@@ -97,17 +97,6 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Inside, no file can grow beyond `size` bytes."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-
-
-@contextmanager
 def _guarded() -> Iterator[None]:
     def late(*_: object) -> None:
         raise AssertionError(f"longer than {_SECONDS} seconds")

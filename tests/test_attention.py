@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, DynamicCache
 
-from conftest import MakeCheckpoint, load_resident, model_class
 from expertflow import LLM, SamplingParams
 from expertflow.errors import CheckpointError, UnsupportedModelError
 from expertflow.execution.kv_rows import step_masks
 from expertflow.models.attention import attention_windows, cache_argument
 from expertflow.models.families import FAMILIES
+from helpers import MakeCheckpoint, load_resident, model_class
 
 WINDOW = 5
 DECODERS = [name for name in FAMILIES if name != "switch_transformers"]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.bench.measure import measure
 from expertflow.bench.presets import PRESETS, Settings, make_settings
@@ -40,6 +39,7 @@ from expertflow.cache.policy import Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.cli.main import app
 from expertflow.errors import BudgetError, ConfigError, ExpertFlowError, PromptError, ResultError
+from helpers import MakeCheckpoint
 
 STATES = 3
 
@@ -54,7 +54,7 @@ def small(folder: Path, **options: Any) -> Settings:
 
 
 def quiet(what: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Report no progress."""
     assert what
     assert 0 <= done <= total
 
@@ -191,7 +191,7 @@ def test_a_full_device_is_measured_without_the_whole_model(
 
 
 def test_a_recorded_gate_answers_captured_steps(make_checkpoint: MakeCheckpoint) -> None:
-    """A baseline that reads a recording gets captured steps like everybody, foresees what it is said to, and is exact."""
+    """A baseline that reads a recording runs in captured steps too, predicts the stated share of experts, and is exact."""
     settings = small(
         make_checkpoint("qwen3_moe"),
         strategies=("pregated", "lru"),
@@ -228,7 +228,7 @@ def test_encoder_decoders_are_measured(make_checkpoint: MakeCheckpoint) -> None:
     assert all(row.exact for row in rows)
     warm = [row for row in rows if row.state == WARM and row.batch == 1]
     gates = {row.execution: row.figures[HIT].median for row in warm if row.strategy == "pregated"}
-    assert gates["graph"] >= 0.6  # 85 % of what a layer uses is foreseen
+    assert gates["graph"] >= 0.6  # 85 % of what a layer uses is predicted
     assert gates["host"] >= 0.6
 
 
@@ -275,7 +275,7 @@ def test_a_recorded_gate_follows_its_run() -> None:
 
 
 def test_a_ring_goes_round_the_layers_of_the_half_that_runs() -> None:
-    """While the decoder's two layers run, all their experts are expected and nobody of the encoder's."""
+    """While the decoder's two layers run, all their experts are expected and none of the encoder's."""
     needed = np.zeros((2, 4, 3), dtype=bool)
     needed[0, :2, 1] = needed[1, 2:, 0] = True
     ring = RecordedLayers()
@@ -368,5 +368,5 @@ def test_too_few_slots_are_refused(make_checkpoint: MakeCheckpoint) -> None:
 
 
 def test_strategies_of_the_presets_are_in_the_table() -> None:
-    """A renamed row is noticed."""
+    """A renamed entry is noticed."""
     assert {name for preset in PRESETS.values() for name in preset.strategies} <= set(STRATEGIES)

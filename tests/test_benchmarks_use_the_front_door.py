@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 SCRIPTS = sorted(path for folder in ("benchmarks", "tools") for path in (ROOT / folder).rglob("*.py"))
 THIRD_PARTY = {"_grouped_mm", "_asdict", "_replace"}
 """Private names of others: torch's own operator, and the methods of every named tuple, which are public in spite of their names."""

@@ -6,11 +6,11 @@ import weakref
 import pytest
 import torch
 
-from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.prepare import prepare
 from expertflow.errors import ClosedError, ConfigError
 from expertflow.models.families import FAMILIES
+from helpers import MakeCheckpoint, load_resident
 
 LENGTH, BATCH, CHUNK = 48, 3, 60
 
@@ -90,7 +90,7 @@ def test_cuda_peak_is_within_the_budget(model_type: str, make_checkpoint: MakeCh
 
 
 def test_a_larger_budget_buys_more_slots(make_checkpoint: MakeCheckpoint) -> None:
-    """Slots grow with the budget, one row at a time, up to every expert."""
+    """Slots grow with the budget, one record at a time, up to every expert."""
     folder = make_checkpoint("mixtral")
     options = {"device": "cpu", "max_length": 32, "max_batch": 1}
     one = prepare(folder, EngineConfig(**options, slots=1)).plan

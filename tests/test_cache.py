@@ -133,7 +133,7 @@ def test_events_tell_the_whole_story(strategy: str, slots: int, steps: list[list
 @given(steps=routing, slots=slot_counts)
 @settings(max_examples=30)
 def test_every_prefetched_expert_ends_as_used_or_wasted(strategy: str, slots: int, steps: list[list[set[int]]]) -> None:
-    """After the run, loads ahead = first uses of them + wasted ones, and bytes moved = loads x row bytes."""
+    """After the run, loads ahead = first uses of them + wasted ones, and bytes moved = loads x record bytes."""
     controller, _, counters = make(strategy, slots, steps)
     for step in steps:
         controller.begin_step()
@@ -145,7 +145,7 @@ def test_every_prefetched_expert_ends_as_used_or_wasted(strategy: str, slots: in
     assert counters.bytes_moved == (counters.loads + counters.prefetched) * ROW
 
 
-@pytest.mark.parametrize("strategy", [name for name, row in STRATEGIES.items() if row.prefetch == "step"])
+@pytest.mark.parametrize("strategy", [name for name, entry in STRATEGIES.items() if entry.prefetch == "step"])
 @given(steps=routing, guessed=routing, slots=slot_counts)
 def test_what_the_plan_needs_is_not_evicted(
     strategy: str, slots: int, steps: list[list[set[int]]], guessed: list[list[set[int]]]
@@ -177,7 +177,7 @@ def total_loads(strategy: str, slots: int, steps: list[list[set[int]]]) -> int:
 @given(steps=routing, slots=slot_counts)
 @settings(max_examples=60)
 def test_belady_never_loads_more(strategy: str, slots: int, steps: list[list[set[int]]]) -> None:
-    """With all later uses known, no strategy of the table moves fewer rows, also when layers run in waves."""
+    """With all later uses known, no strategy of the table moves fewer records, also when layers run in waves."""
     assert total_loads("oracle", slots, steps) <= total_loads(strategy, slots, steps)
 
 
@@ -311,7 +311,7 @@ visits = st.lists(
     st.tuples(
         st.integers(1, 2),  # how often a step is begun: a model and its encoder both tell of it
         st.dictionaries(st.integers(0, LAYERS - 1), st.sets(st.integers(0, EXPERTS - 1), min_size=1)),
-        st.booleans(),  # whether experts are asked for one by one, as the universal fallback does
+        st.booleans(),  # whether experts are requested one by one, as the universal fallback does
     ),
     min_size=1,
     max_size=12,

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig
 from expertflow.engine.prepare import prepare
 from expertflow.errors import (
@@ -24,6 +23,7 @@ from expertflow.errors import (
 )
 from expertflow.models.files import checkpoint
 from expertflow.models.files.checkpoint import INDEX_NAME, SINGLE_NAME, walk
+from helpers import MakeCheckpoint
 
 
 @pytest.fixture
@@ -133,18 +133,18 @@ def test_no_such_folder(tmp_path: Path) -> None:
 
 def test_an_id_is_fetched_without_pickles(monkeypatch: pytest.MonkeyPatch, make_checkpoint: MakeCheckpoint) -> None:
     """A Hugging Face id is fetched: weights as safetensors, configs and tokenizer, and nothing else."""
-    asked: list[tuple] = []
+    calls: list[tuple] = []
 
     def fetch(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
         assert not local_files_only
-        asked.append((name, allow_patterns, ignore_patterns))
+        calls.append((name, allow_patterns, ignore_patterns))
         return str(make_checkpoint("qwen3_moe"))
 
     monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
     assert checkpoint.resolve("someone/some-model") == make_checkpoint("qwen3_moe")
-    assert asked[0][0] == "someone/some-model"
-    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in asked[0][1])
-    assert any(fnmatch("consolidated.00.safetensors", pattern) for pattern in asked[0][2])
+    assert calls[0][0] == "someone/some-model"
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in calls[0][1])
+    assert any(fnmatch("consolidated.00.safetensors", pattern) for pattern in calls[0][2])
 
 
 def _edit_config(folder: Path, **changes: object) -> None:
@@ -166,7 +166,7 @@ def test_missing_or_broken_config(folder: Path) -> None:
     [
         ({"model_type": "llama"}, "no experts: it is no Mixture-of-Experts model.*expertflow models"),
         ({"model_type": "bert"}, "no(t a text-generating model| experts)"),
-        ({"model_type": "nobody_knows_this"}, "unknown to transformers"),
+        ({"model_type": "no_such_model"}, "unknown to transformers"),
         ({"model_type": None}, "unknown to transformers"),
         ({"model_type": "custom", "auto_map": {"AutoConfig": "code.Config"}}, "run code of its own.*never done"),
     ],

@@ -12,7 +12,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cli.main import app
 from expertflow.engine.llm import shipped_model
@@ -20,7 +19,7 @@ from expertflow.errors import ExpertFlowError, PromptError, TraceError
 from expertflow.models.families import FAMILIES
 from expertflow.prompts import read_prompts
 from expertflow.units import format_bytes
-from test_commands import commands
+from helpers import EXCERPT, MakeCheckpoint, commands
 
 HANGS = 900
 """Seconds after which a process is taken to wait for ever, on the slowest machine."""
@@ -61,7 +60,7 @@ def test_run_prints_text_and_summary(make_checkpoint: MakeCheckpoint) -> None:
 
 
 def test_run_as_json_accounts_for_everything(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """Many prompts from a file: outputs in order, peak within budget, bytes moved = loads x row (law 4)."""
+    """Many prompts from a file: outputs in order, peak within budget, bytes moved = loads x record bytes (law 4)."""
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": "p" * n}) for n in range(1, 12)))
     folder = make_checkpoint("mixtral")
     report = json.loads(
@@ -71,8 +70,8 @@ def test_run_as_json_accounts_for_everything(make_checkpoint: MakeCheckpoint, tm
     assert [output["prompt"] for output in report["outputs"]] == ["p" * n for n in range(1, 12)]
     assert report["peak_bytes"] <= report["planned_bytes"] <= report["budget_bytes"]
     assert (report["slots"], report["experts"]) == (6, 24)
-    row = json.loads(invoke("plan", folder, "--json", "--device", "cpu"))["row"]
-    assert report["bytes_moved"] == report["loads"] * row
+    record = json.loads(invoke("plan", folder, "--json", "--device", "cpu"))["row"]
+    assert report["bytes_moved"] == report["loads"] * record
     assert report["tokens"] == sum(len(output["token_ids"]) for output in report["outputs"])
 
 
@@ -116,9 +115,9 @@ def test_plan_needs_no_weights_and_says_what_the_budget_buys(make_checkpoint: Ma
 
 
 def test_models_lists_the_live_table() -> None:
-    """Every family row is listed."""
-    assert {row["model_type"] for row in json.loads(invoke("models", "--json"))} == set(FAMILIES)
-    assert all(row.title in invoke("models") for row in FAMILIES.values())
+    """Every entry of the table of families is listed."""
+    assert {entry["model_type"] for entry in json.loads(invoke("models", "--json"))} == set(FAMILIES)
+    assert all(entry.title in invoke("models") for entry in FAMILIES.values())
 
 
 @pytest.mark.parametrize(
@@ -270,7 +269,7 @@ def test_the_shipped_model_writes_english_within_a_quarter_of_its_size() -> None
 
 def test_simulate_refuses_a_trace_of_another_model(make_checkpoint: MakeCheckpoint) -> None:
     """Stating the model checks the trace against it."""
-    trace = Path(__file__).parent / "data" / "gpt_oss_20b_excerpt" / "routing.trace"
+    trace = EXCERPT
     with pytest.raises(TraceError, match=r"\(24, 32, 4\), not \(3, 8, 4\)"):
         invoke("simulate", trace, "--model", make_checkpoint("gpt_oss"))
 

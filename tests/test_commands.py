@@ -4,15 +4,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import typer
 from rich.cells import cell_len
-from typer.testing import CliRunner
 
-from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.cli.main import app
 from expertflow.errors import ConfigError, ExpertFlowError, TraceError
@@ -20,24 +17,10 @@ from expertflow.files import whole_file, write_whole
 from expertflow.models import sources
 from expertflow.progress import Progress
 from expertflow.trace.format import load_trace, save_trace
-from test_trace import EXCERPT
+from helpers import EXCERPT, Done, MakeCheckpoint, commands, run
 
 pytestmark = pytest.mark.xdist_group("commands")  # its fixtures take long: one worker makes them
 SMALL_RUN = ("--device", "cpu", "--max-tokens", 4, "--max-batch", 4, "--max-length", 32)
-
-
-class Done(NamedTuple):
-    """What a command wrote."""
-
-    stdout: str
-    stderr: str
-
-
-def run(*words: object) -> Done:
-    """Run a command in this process; its error, if any, is raised."""
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return Done(result.stdout, result.stderr)
 
 
 def strict(text: str) -> dict:
@@ -97,12 +80,6 @@ def chain(place: Path, columns: None) -> dict[str, Done]:  # noqa: ARG001 - sets
                      "--repeats", 1, "--device", "cpu", "--predictor", "none", "--out", place / "bench.json"),
     }  # fmt: skip
     return done | {"report": run("report", place / "bench.json", "-o", place / "report")}
-
-
-def commands(group: Any, before: str = "") -> Iterator[str]:
-    """Names of all commands, those of groups after the group's."""
-    for name, command in group.commands.items():
-        yield from commands(command, f"{before}{name} ") if hasattr(command, "commands") else [before + name]
 
 
 def test_every_command_ran(chain: dict[str, Done]) -> None:

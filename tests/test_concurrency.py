@@ -10,19 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.engine.lock import FairLock
 from expertflow.errors import CancelledError, ClosedError
+from helpers import DEVICES, GUARD, MakeCheckpoint
 
 THREADS = 8
 PROMPTS = [[3 + (5 * i * j + i) % 90 for j in range(3 + i)] for i in range(THREADS)]
 PARAMS = [
     SamplingParams(max_tokens=4 + i % 3, ignore_eos=True, temperature=0.9 * (i % 2), seed=i) for i in range(THREADS)
 ]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-GUARD = 120
-"""Seconds after which something hangs."""
 
 
 @pytest.fixture(params=DEVICES)
@@ -177,3 +174,32 @@ def test_the_lock_is_handed_on_in_order() -> None:
             job.result(GUARD)
     assert order == list(range(5))
     assert lock._owner is None
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_the_model_itself_may_be_called_beside_the_engine(folder: tuple[Path, str], execution: str) -> None:
+    """A thread that calls `llm.model` waits for the engine's step, and gets the logits it gets alone; so does the engine."""
+    options = {"device": folder[1], "slots": 9, "max_length": 48, "max_batch": 3, "execution": execution}
+    ids, over, found = torch.tensor([[5, 6, 7, 8, 9, 10]], device=folder[1]), threading.Event(), []
+
+    def logits(llm: LLM) -> torch.Tensor:
+        with torch.inference_mode():
+            return llm.model(input_ids=ids, use_cache=False).logits.clone()
+
+    with LLM(folder[0], **options) as llm:
+        expected, alone = [one.token_ids for one in llm.generate(PROMPTS, PARAMS)], logits(llm)
+
+        def call() -> None:
+            while not over.is_set():
+                found.append(torch.equal(logits(llm), alone))
+
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(call)
+            try:
+                for _ in range(3):
+                    assert [one.token_ids for one in llm.generate(PROMPTS, PARAMS)] == expected
+            finally:
+                over.set()
+            other.result(GUARD)
+    assert found
+    assert all(found)

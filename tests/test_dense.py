@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from expertflow.kernels import dense, dense_reference
+from helpers import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 

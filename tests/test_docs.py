@@ -12,9 +12,7 @@ import pytest
 
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.models.families import FAMILIES
-
-ROOT = Path(__file__).parents[1]
-
+from helpers import ROOT
 
 DOCUMENTS = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
@@ -100,7 +98,7 @@ def test_numbers_in_sentences_come_from_result_files() -> None:
     added = sorted(
         statistics.median(cell["llm_waited_ms"]) - statistics.median(cell["new_waited_ms"]) for cell in alone
     )
-    said = {
+    claims = {
         "README.md": [f"{record / 1e6:.1f} MB an expert", f"{experts * record / 1e9:.0f} GB"],
         "docs/decisions.md": [
             f"{found('host_execution_h100', 'loading', 'cold', 'host_peak_over_store'):.4f} times the store",
@@ -114,7 +112,7 @@ def test_numbers_in_sentences_come_from_result_files() -> None:
         ],
         "docs/benchmarks.md": [f"{found('engine_q_h100', 'row_bytes') / 1e6:.1f} MB an expert"],
     }
-    for document, sentences in said.items():
+    for document, sentences in claims.items():
         text = " ".join((ROOT / document).read_text().split())
         assert [sentence for sentence in sentences if sentence not in text] == []
 
@@ -136,10 +134,10 @@ def test_lab_notes_carry_verdict_and_date() -> None:
 
 
 def test_every_family_has_an_example_and_a_small_config() -> None:
-    """A family row says what people know it by, and how to make a small one."""
-    assert all(row.examples and row.tiny for row in FAMILIES.values())
+    """A family's entry says which checkpoints it is known by, and how to make a small one."""
+    assert all(entry.examples and entry.tiny for entry in FAMILIES.values())
 
 
 def test_every_strategy_says_what_it_does() -> None:
-    """A strategy row has a summary for tables and documents."""
-    assert all(len(row.summary) > 20 for row in STRATEGIES.values())
+    """A strategy's entry has a summary for tables and documents."""
+    assert all(len(entry.summary) > 20 for entry in STRATEGIES.values())

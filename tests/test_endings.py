@@ -2,10 +2,13 @@
 
 import errno
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,18 @@ from expertflow.engine.request import RequestOutput
 from expertflow.errors import ConfigError, ResultsError, TraceError, UnreadWarning
 from expertflow.files import write_whole
 from expertflow.trace.format import load_trace, save_trace
-from fuzz import full_disk
-from test_trace import make_trace
+from helpers import make_trace
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Inside, no file can grow beyond `size` bytes."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 @pytest.mark.parametrize(

@@ -26,16 +26,10 @@ from expertflow.sim.clock import Cost
 from expertflow.sim.predicted import PredictedRows, RowScores
 from expertflow.sim.replay import Outcome, replay
 from expertflow.sim.workload import Workload, live_sequences
-from expertflow.trace.format import Trace, load_trace
+from expertflow.trace.format import Trace
 from expertflow.types import HORIZONS
-from test_trace import EXCERPT
 
 Scores = np.ndarray
-
-
-@pytest.fixture(scope="module")
-def real() -> Trace:
-    return load_trace(EXCERPT).without("repetition")
 
 
 @pytest.fixture(scope="module")
@@ -277,14 +271,14 @@ def test_predicting_the_truth_is_knowing_it(batch: int, real: Trace) -> None:
     for number in range(0, len(workload) - 10, 7):
         if np.any((ends >= number) & (ends < number + 8)):
             continue
-        said, true = forecast.outlook(Step(number)), known.outlook(Step(number))
-        assert said is not None
+        predicted, true = forecast.outlook(Step(number)), known.outlook(Step(number))
+        assert predicted is not None
         assert true is not None
-        assert said.demand.shape[0] == 9
-        np.testing.assert_array_equal(said.demand[:2], true.demand[:2])
+        assert predicted.demand.shape[0] == 9
+        np.testing.assert_array_equal(predicted.demand[:2], true.demand[:2])
         new = true.demand[1] == 0
-        np.testing.assert_array_equal(said.demand[2][new], true.demand[2][new])
-        within = (said.demand[1:] > 0.5).any(axis=0)
+        np.testing.assert_array_equal(predicted.demand[2][new], true.demand[2][new])
+        within = (predicted.demand[1:] > 0.5).any(axis=0)
         np.testing.assert_array_equal(within, workload.needed[number + 1 : number + 9].any(axis=0))
         compared += 1
     assert compared > 5
@@ -293,10 +287,10 @@ def test_predicting_the_truth_is_knowing_it(batch: int, real: Trace) -> None:
 def test_the_truth_as_prediction_keeps_what_the_recording_keeps(real: Trace) -> None:
     """For one sequence, retention with the true horizon lies within a point of that with 8 recorded steps."""
     workload = live_sequences(real, 1)
-    row = replace(STRATEGIES["next-use"], policy=discounted_use)
-    said = replay(workload, row, 192, Cost(), forecast=PredictedRows(workload, recorded_scores(real)))
-    known = replay(workload, row, 192, Cost(), forecast=Recorded(workload.needed, 8))
-    assert said.kept_ratio == pytest.approx(known.kept_ratio, abs=0.01)
+    strategy = replace(STRATEGIES["next-use"], policy=discounted_use)
+    predicted = replay(workload, strategy, 192, Cost(), forecast=PredictedRows(workload, recorded_scores(real)))
+    known = replay(workload, strategy, 192, Cost(), forecast=Recorded(workload.needed, 8))
+    assert predicted.kept_ratio == pytest.approx(known.kept_ratio, abs=0.01)
 
 
 @pytest.mark.parametrize("groups", [2, 3])
@@ -311,7 +305,7 @@ def test_groups_know_each_others_next_step(groups: int, real: Trace) -> None:
         np.testing.assert_array_equal(outlook.demand[ahead] > 0.5, workload.needed[12 + ahead], err_msg=str(ahead))
     last = forecast.outlook(Step(len(workload) - 1))
     assert last is not None
-    assert last.demand.shape[0] == 9  # nobody's turn comes after
+    assert last.demand.shape[0] == 9  # no turn comes after
     assert forecast.outlook(Step(len(workload))) is None
     planes = take_turns([np.full((2, 1, 1), 1.0), np.full((2, 1, 1), 2.0)])
     assert planes.ravel().tolist() == [1, 2, 1, 2]
@@ -366,7 +360,7 @@ def test_a_load_ahead_pays_only_above_its_victims_worth() -> None:
     assert (limit <= before).all()
     assert DISCOUNT ** -limit[0] == pytest.approx(HIDDEN)
     assert DISCOUNT ** -limit[1] == pytest.approx(0.9 * HIDDEN - 0.1)
-    assert (limit[2:] < -40).all()  # worth nothing: nobody leaves for it
+    assert (limit[2:] < -40).all()  # worth nothing: no expert leaves for it
 
 
 def test_a_horizon_moves_fewer_bytes(real: Trace) -> None:

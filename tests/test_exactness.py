@@ -8,19 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from conftest import MakeCheckpoint, load_resident, random_future
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES, Strategy
 from expertflow.models.experts import Binding, ExpertWeights, run_experts
 from expertflow.models.families import FAMILIES
+from helpers import DEVICES, MakeCheckpoint, load_resident, random_future
 
 DTYPES = ("float32", "bfloat16")
 NEW_TOKENS = 6
-
-
-def _devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def _slot_counts(config: object) -> list[int]:
@@ -32,10 +28,10 @@ def _slot_counts(config: object) -> list[int]:
 
 def _some(turn: int) -> list[tuple[str, Strategy]]:
     """A third of the strategies, another one every turn: all of them are met by every family."""
-    return [row for place, row in enumerate(STRATEGIES.items()) if place % 3 == turn % 3]
+    return [entry for place, entry in enumerate(STRATEGIES.items()) if place % 3 == turn % 3]
 
 
-@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_logits_equal_the_stock_model(
@@ -50,8 +46,8 @@ def test_logits_equal_the_stock_model(
         expected = resident(ids, **extra).logits
         tokens = resident.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
     for place, slots in enumerate(_slot_counts(resident.config)):
-        for strategy, row in _some(place + DTYPES.index(dtype) + list(FAMILIES).index(model_type)):
-            wrong = Recorded(random_future(folder)) if row.needs_future else None
+        for strategy, entry in _some(place + DTYPES.index(dtype) + list(FAMILIES).index(model_type)):
+            wrong = Recorded(random_future(folder)) if entry.needs_future else None
             model = from_pretrained(folder, slots=slots, strategy=strategy, device=device, forecast=wrong)
             with torch.inference_mode():
                 assert torch.equal(model(ids, **extra).logits, expected), (slots, strategy)
@@ -110,7 +106,7 @@ FALLBACK = {
 def test_other_registry_families_run_by_their_own_forward(
     model_type: str, dtype: str, make_checkpoint: MakeCheckpoint
 ) -> None:
-    """A registry family without a row of its own is bit-equal through the universal fallback, with one slot."""
+    """A registry family without an entry of its own is bit-equal through the universal fallback, with one slot."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
              "vocab_size": 96, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     folder = make_checkpoint(model_type, dtype, **{**sizes, **FALLBACK[model_type]})
@@ -150,7 +146,7 @@ class _Backwards:
             yield expert, {"w": self._weights[expert]}
 
 
-@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("width", [16, 20, 33])
@@ -163,8 +159,8 @@ def test_a_layer_is_the_stock_sum_at_any_width(width: int, dtype: str, device: s
     index = torch.stack([torch.randperm(experts + 1, generator=random)[:top_k] for _ in range(tokens)]).to(device)
     share = torch.rand(tokens, top_k, generator=random).to(device)
 
-    def mlp(x: Tensor, row: ExpertWeights) -> Tensor:
-        return functional.linear(x, row["w"]).to(torch.float32 if wide else kind) * 1.001
+    def mlp(x: Tensor, weights: ExpertWeights) -> Tensor:
+        return functional.linear(x, weights["w"]).to(torch.float32 if wide else kind) * 1.001
 
     expected = torch.zeros_like(hidden)
     for expert in range(experts):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, SamplingParams
 from expertflow.models.families import FAMILIES
+from helpers import MakeCheckpoint, load_resident
 
 TOKENS = 8
 PROMPT = [5, 9, 17, 33, 4, 61, 8]

@@ -7,18 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cli.run import main as run
 from expertflow.config import SamplingParams as Params
 from expertflow.errors import NonFiniteError
 from expertflow.execution.sampler import NO_TOKEN, choose_all, make_generator
 from expertflow.models.families import FAMILIES
+from helpers import DEVICES, MakeCheckpoint
 
 BAD = 50
 GOOD = [[5, 17, 33, 62], [9, 8, 7, 21, 30, 44, 41]]
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 KINDS = [
     ("qwen3_moe", "host"),
     ("gpt_oss", "graph"),
@@ -29,7 +28,7 @@ KINDS = [
 
 
 def broken(make: MakeCheckpoint, tmp_path: Path, family: str, dtype: str = "float32", token: int = BAD) -> Path:
-    """A checkpoint in which one token's embedding is NaN: whoever reads it has no next token, all others are well."""
+    """A checkpoint in which one token's embedding is NaN: a sequence that reads it has no next token, all others are well."""
     sizes = FAMILIES["olmoe"].tiny if family == "flex_olmo" else {}
     made = make(family, dtype, spread=0.3, **sizes, tie_word_embeddings=False)
     folder = tmp_path / family
@@ -138,12 +137,12 @@ def test_the_command_shows_what_finished_and_fails(
     with pytest.raises(NonFiniteError):
         run(model=str(folder), prompts=["ab", f"c{letter}"], engine=engine, sampling={"max_tokens": 3},
             results=None, as_json=True)  # fmt: skip
-    told = json.loads(capsys.readouterr().out)
-    assert [output["index"] for output in told["outputs"]] == [0]
-    assert "request 1" in told["error"]
+    printed = json.loads(capsys.readouterr().out)
+    assert [output["index"] for output in printed["outputs"]] == [0]
+    assert "request 1" in printed["error"]
     options = {"model": str(folder), "prompts": ["ab", "de", f"c{letter}"], "engine": engine, "as_json": True}
     for finished in ([0, 1], []):  # the second time only the broken one is left
         with pytest.raises(NonFiniteError, match="request 2 has no token 1"):
             run(**options, sampling={"max_tokens": 3}, results=tmp_path / "results")
-        told = json.loads(capsys.readouterr().out)
-        assert [output["index"] for output in told["outputs"]] == finished
+        printed = json.loads(capsys.readouterr().out)
+        assert [output["index"] for output in printed["outputs"]] == finished

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
-from expertflow.errors import CheckpointError, UnsupportedModelError
+from expertflow.errors import CheckpointError, ConfigError, UnsupportedModelError
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.formats.format import TensorSpec
@@ -22,9 +21,11 @@ from expertflow.formats.plain import plain
 from expertflow.formats.records import ALIGNMENT, RecordLayout, StoreLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
+from expertflow.models import mapping
+from expertflow.models.sources import RandomWeights
 from four_bit import GROUP, LINEAR, STACKED, TABLE, FourBit, numbers
+from helpers import DEVICES, MakeCheckpoint
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [10, 11], [12, 13, 14]]
 CASES = {"qwen3_moe": LINEAR, "gpt_oss": STACKED}
 
@@ -229,9 +230,53 @@ def test_a_tile_loader_reads_what_its_format_decodes(kind: str, dtype: str) -> N
 
 
 def test_records_of_different_layers_have_one_size() -> None:
-    """Any slot holds any record: the largest layer's size is everybody's, and layers alike share a layout."""
+    """Any slot holds any record: every slot has the largest layer's size, and layers alike share a layout."""
     small, large = [plain("w", (3, 5), "float32")], [plain("w", (300, 5), "float32")]
     layout = StoreLayout.of([small, large, small])
     assert layout.record_bytes == RecordLayout.of(large).record_bytes
     assert {one.record_bytes for one in layout.layers} == {layout.record_bytes}
     assert layout.layers[0] is layout.layers[2] is not layout.layers[1]
+
+
+def test_a_store_is_shared_with_the_same_formats_only(make_twins: Twins) -> None:
+    """Records of another format are other bytes: a model that is planned for plain ones refuses packed ones."""
+    packed, decoded = make_twins("qwen3_moe", "float32")
+    with LLM(packed, slots=5, device="cpu", max_length=32, formats=TABLE) as first:
+        with LLM(packed, slots=3, device="cpu", max_length=32, formats=TABLE, beside=first) as second:
+            assert second._offloaded.store is first._offloaded.store
+        with pytest.raises(ConfigError, match="cannot share"):
+            LLM(decoded, slots=5, device="cpu", max_length=32, formats=TABLE, beside=first)
+
+
+def test_random_weights_stand_in_for_plain_experts_only(make_twins: Twins) -> None:
+    """A stand-in for a packed model would have records of the wrong size."""
+    packed, _ = make_twins("qwen3_moe", "float32")
+    with pytest.raises(UnsupportedModelError, match="four-bit"):
+        prepare(packed, EngineConfig(device="cpu"), weights=RandomWeights(), formats=TABLE)
+
+
+def test_a_part_that_a_format_does_not_decode_is_refused(make_twins: Twins, tmp_path: Path) -> None:
+    """Zero points that a format knows nothing of would change the numbers."""
+
+    class WithZeros(FourBit):
+        def split_key(self, key: str) -> tuple[str, str] | None:
+            zero = key.removesuffix("_zero")
+            return (zero, "zeros") if zero != key else super().split_key(key)
+
+    packed, _ = make_twins("qwen3_moe", "float32")
+    state = load_file(packed / "model.safetensors")
+    state["model.layers.1.mlp.experts.3.up_proj.weight_zero"] = torch.zeros(4, dtype=torch.uint8)
+    (tmp_path / "config.json").write_bytes((packed / "config.json").read_bytes())
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    table = {**FORMATS, LINEAR.name: WithZeros(LINEAR.name, {"_packed": "codes", "_scale": "scales"}, blocks=False)}
+    with pytest.raises(UnsupportedModelError, match="'zeros'"):
+        prepare(tmp_path, EngineConfig(device="cpu"), formats=table)
+
+
+def test_packed_keys_are_resolved_together(make_twins: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers' conversion table is made a few times a checkpoint, not once a tensor: there are ten thousands of those."""
+    calls = []
+    stock = mapping.get_model_conversion_mapping
+    monkeypatch.setattr(mapping, "get_model_conversion_mapping", lambda model: calls.append(1) or stock(model))
+    prepare(make_twins("qwen3_moe", "float32")[0], EngineConfig(device="cpu"), formats=TABLE)
+    assert len(calls) <= 3

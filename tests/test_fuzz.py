@@ -20,7 +20,6 @@ import pytest
 import torch
 import typer
 
-from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.bench.result import read_result
 from expertflow.bench.workload import read_prompt_set
@@ -35,10 +34,10 @@ from expertflow.prompts import read_prompts
 from expertflow.sim.workload import as_recorded, live_sequences
 from expertflow.trace.format import DECODE, Header, Rows, Trace, load_trace, save_trace
 from fuzz import MANY, VALUES, hostile, outcome, spoilt, with_header
-from test_predictor import random_artifact
+from helpers import ROOT, MakeCheckpoint, load_resident, random_artifact
 
 PARSER = (typer.BadParameter.__mro__[2], typer.Abort)  # whatever the parser of options says of a value
-RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "bench_quick_cpu.json"
+RESULT = ROOT / "benchmarks" / "results" / "bench_quick_cpu.json"
 PROMPTS = [[5, 6, 7], [8, 9]]
 GREEDY = SamplingParams(max_tokens=3, ignore_eos=True)
 

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from transformers import OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from conftest import MakeCheckpoint, random_future
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.cache.forecast import Recorded
 from expertflow.cache.strategy import STRATEGIES
@@ -22,6 +21,7 @@ from expertflow.engine.text import decoder_of, load_tokenizer
 from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
 from expertflow.execution.sampler import choose, choose_all, make_generator
 from expertflow.models import experts
+from helpers import MakeCheckpoint, random_future
 
 GREEDY = SamplingParams(max_tokens=6, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, top_k=20, top_p=0.95, seed=4)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import CountsByToken, NextGate, Recorded
 from expertflow.cache.strategy import STRATEGIES
@@ -27,16 +26,13 @@ from expertflow.schedule.admission import AtOnce
 from expertflow.sim.workload import as_recorded
 from expertflow.trace.format import load_trace
 from expertflow.units import format_bytes
+from helpers import DEVICES, MakeCheckpoint
 
 GRAPHS = [name for name, family in FAMILIES.items() if not family.no_graph]
-ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row) is None and not row.needs_future]
+ON_DEVICE = [name for name, entry in STRATEGIES.items() if refusal(entry) is None and not entry.needs_future]
 OTHER_ATTENTION = ("deepseek_v2", "deepseek_v3")
 """Families whose attention is of a form the kernel does not know."""
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [10, 11], [12, 13, 14]]
-
-
-def _devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def open_llm(folder: Path, device: str = "cpu", **options: object) -> LLM:
@@ -59,7 +55,7 @@ def logits_of(llm: LLM, steps: int = 4, order: tuple[int, ...] = (2, 0, 3)) -> l
     return found
 
 
-@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model_type", GRAPHS)
 def test_logits_do_not_depend_on_what_is_resident(
@@ -83,7 +79,7 @@ def test_logits_do_not_depend_on_what_is_resident(
                     assert torch.equal(mine, theirs), (slots, strategy, step)
 
 
-@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("device", DEVICES)
 def test_all_resident_needs_no_decisions(device: str, make_checkpoint: MakeCheckpoint) -> None:
     """Once every expert is resident slots are looked up, and the logits are still those of a run that decides."""
     folder = make_checkpoint("qwen3_moe", "bfloat16")
@@ -110,7 +106,7 @@ def test_graph_tokens_are_the_hosts(model_type: str, make_checkpoint: MakeCheckp
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model_type", GRAPHS)
 def test_dense_kernels_compute_what_the_modules_do(
     model_type: str, device: str, make_checkpoint: MakeCheckpoint
@@ -141,7 +137,7 @@ def test_dense_kernels_compute_what_the_modules_do(
     assert (attended == 0) == (model_type in OTHER_ATTENTION)
 
 
-@pytest.mark.parametrize("device", _devices())
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model_type", GRAPHS)
 def test_peak_is_within_the_plan(model_type: str, device: str, make_checkpoint: MakeCheckpoint) -> None:
     """Law 3: graphs, static rows and tables are planned; a run to the plan's limits stays within the budget."""
@@ -241,8 +237,8 @@ def test_streams_side_by_side_do_not_disturb_one_another(make_checkpoint: MakeCh
         assert sum(event.kind is EventKind.STEP for event in happened) < 14
 
 
-@pytest.mark.parametrize("device", _devices())
-def test_a_callers_forecast_is_told_to_captured_steps(
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_callers_forecast_reaches_captured_steps(
     device: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     """A gate that is always right, one that falls silent, one that is wrong about everything: the same tokens, ever more misses."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, SamplingParams
 from expertflow.config import EngineConfig
 from expertflow.engine.offline import Results
@@ -17,6 +16,7 @@ from expertflow.engine.prepare import prepare
 from expertflow.errors import CheckpointError, ConfigError, ResultsError
 from expertflow.models.files.checkpoint import INDEX_NAME, SINGLE_NAME, walk
 from expertflow.models.files.fingerprint import fingerprint
+from helpers import MakeCheckpoint, load_resident
 
 PROMPT = [5, 17, 33, 62]
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)

@@ -1,5 +1,6 @@
 """Prompts, options and text of every kind that callers bring: read rightly, or refused by name."""
 
+import random
 from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.inputs import PromptReader, split_prompts
 from expertflow.engine.offline import Results
@@ -19,6 +19,7 @@ from expertflow.engine.request import TextStream
 from expertflow.engine.text import stop_tokens
 from expertflow.errors import ConfigError, PromptError, ResultsError
 from expertflow.prompts import read_prompts
+from helpers import MakeCheckpoint
 
 IDS = list(range(20, 30))
 TURN = "<|turn|>"
@@ -258,3 +259,17 @@ def test_a_line_of_prompts_ends_at_a_line_feed_only(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes('\ufeff{"prompt": "one\u2028two"}\r\n{"prompt": "three"}'.encode())
     assert read_prompts(path) == ["one\u2028two", "three"]
+
+
+def test_text_goes_on_where_the_librarys_stream_gives_up() -> None:
+    """Byte-fallback decoders change earlier text at some ids, which the library's stream refuses; later text still comes."""
+    vocabulary = {"a": 1, **{f"<0x{byte:02X}>": 2 + byte for byte in range(256)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    draw, gave_up = random.Random(4), 0
+    for _ in range(300):
+        ids = [draw.choice((1, *range(2, 258))) for _ in range(12)]
+        stream = TextStream(tokenizer, [], skip_special=False)
+        assert "".join(pieces(stream, [*ids, 1, 1, 1])).endswith("aaa")
+        gave_up += stream._library is None
+    assert gave_up

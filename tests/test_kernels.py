@@ -29,13 +29,13 @@ from expertflow.live.batch import PredictorBatch, PredictorInputs
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore
 from expertflow.models.families import FAMILIES
+from helpers import DEVICE
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts, fetch
 from expertflow.kernels.residency import driver
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 1e-2}
 HIDDEN, WIDTH, EXPERTS = 72, 40, 6  # no multiples of any block
 SWITCH = {"wi": (WIDTH, HIDDEN), "wo": (HIDDEN, WIDTH)}
@@ -116,7 +116,7 @@ def test_pairs_and_their_sum_equal_float64(kind: str, dtype: str) -> None:
     reference.expert_pairs(mlp, hidden, slots, pool.buffer, expected)
     assert torch.equal(work.parts.isnan().any(dim=2), slots < 0)
     assert distance(work.parts[slots >= 0], expected.parts[slots >= 0]) < TOLERANCE[dtype]
-    index[slots < 0] = EXPERTS  # nobody's expert
+    index[slots < 0] = EXPERTS  # no expert
     out = torch.full((5, HIDDEN), torch.nan, dtype=getattr(torch, dtype), device=DEVICE)
     total = torch.empty(5, HIDDEN, dtype=torch.float64, device=DEVICE)
     experts.combine(work.parts, index, weights, EXPERTS, out)
@@ -156,7 +156,7 @@ def test_the_reference_is_what_transformers_computes(family: str) -> None:
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_slots_waves_and_company_change_no_bit(data: st.DataObject) -> None:
-    """A pair's result is the same in any slot, in any wave, and whoever else is in the batch."""
+    """A pair's result is the same in any slot, in any wave, and with any other tokens in the batch."""
     kind = data.draw(st.sampled_from(["gated-silu", "gpt-oss", "plain-relu"]))
     dtype = data.draw(st.sampled_from(sorted(RUN_DTYPES)))
     tokens, top_k = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
@@ -213,7 +213,7 @@ def test_the_sum_does_not_depend_on_the_routers_order(module: SimpleNamespace) -
 
 
 @pytest.mark.parametrize("module", [reference, experts])
-def test_an_index_of_nobody_adds_nothing(module: SimpleNamespace) -> None:
+def test_an_index_of_no_expert_adds_nothing(module: SimpleNamespace) -> None:
     """A token with no expert at all gets zeros, whatever lies in the buffer."""
     parts = torch.full((2, 2, HIDDEN), torch.nan, device=DEVICE)
     out = torch.full((2, HIDDEN), torch.nan, device=DEVICE)
@@ -226,12 +226,12 @@ def test_an_index_of_nobody_adds_nothing(module: SimpleNamespace) -> None:
 @given(data=st.data())
 def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
     """Rows of entries within the bounds arrive in their slots; every other slot stays as it was, also the second time."""
-    row_bytes = 256 * data.draw(st.integers(1, 300))
+    record_bytes = 256 * data.draw(st.integers(1, 300))
     slots, entries = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     entries = min(entries, slots)
-    host = torch.randint(0, 256, (9, row_bytes), dtype=torch.uint8)
+    host = torch.randint(0, 256, (9, record_bytes), dtype=torch.uint8)
     host = host.pin_memory() if DEVICE.type == "cuda" else host
-    before = torch.randint(0, 256, (slots, row_bytes), dtype=torch.uint8, device=DEVICE)
+    before = torch.randint(0, 256, (slots, record_bytes), dtype=torch.uint8, device=DEVICE)
     src = torch.randint(0, 9, (entries,), dtype=torch.int32, device=DEVICE)
     dst = torch.randperm(slots, device=DEVICE)[:entries].to(torch.int32)
     todo = torch.cat([src[:1], torch.randperm(entries, device=DEVICE).to(torch.int32)])[1:]  # lists start anywhere
@@ -241,8 +241,8 @@ def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
     pools = before.clone(), before.clone()
     for module, pool in zip((fetch, reference), pools, strict=True):
         ledger = Ledger.of(src, dst)
-        if gone >= 0:  # called off before anybody took it
-            ledger.table[TAKEN, gone], ledger.table[DONE, gone] = CALLED_OFF, 1 << 20  # so that nobody waits for it
+        if gone >= 0:  # called off before a program took it
+            ledger.table[TAKEN, gone], ledger.table[DONE, gone] = CALLED_OFF, 1 << 20  # so that no program waits for it
         module.fetch_records(host, pool, ledger, todo, bounds, data.draw(st.integers(1, 5)))
         once = pool.clone()
         module.fetch_records(host, pool, ledger, todo, bounds)
@@ -254,7 +254,7 @@ def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
 
 
 def test_a_load_finishes_what_another_began() -> None:
-    """Blocks that somebody else has carried are not carried again, and those that nobody took are."""
+    """Blocks that another program carried are not carried again, and those that none took are."""
     blocks, block = 5, BLOCK_BYTES
     host = torch.randint(1, 256, (1, blocks * block), dtype=torch.uint8)
     host = host.pin_memory() if DEVICE.type == "cuda" else host
@@ -271,32 +271,32 @@ def test_a_load_finishes_what_another_began() -> None:
 @pytest.mark.parametrize("groups", [[[2, 0, 3]], [[1], [4, 0], [2, 3]], [[0, 3], [4]]])
 def test_what_is_expected_of_single_sequences_is_united(groups: list[list[int]]) -> None:
     """The demand of a step is `unite`, `hazards` and `take_turns` of its groups; a chance that is no number leaves none."""
-    row = STRATEGIES["plec"]
-    state = CacheState.allocate(row, make_tables(3, 7, 5, divided=False), DEVICE)
+    strategy = STRATEGIES["plec"]
+    state = CacheState.allocate(strategy, make_tables(3, 7, 5, divided=False), DEVICE)
     twin = driver.Residency(state)
-    said = torch.rand(6, 5, 3, 7, device=DEVICE)
-    said[0, 2:, 0], said[3, 1, 1] = 0.0, 1.0
-    slip = PredictorInputs(5, 5, 5, DEVICE)
-    slip.write([0], PredictorBatch([], [], groups))
-    twin.expect(said, slip.members, slip.turns)
-    expected = take_turns([hazards(unite(said[group].cpu().numpy())) for group in groups])
+    chances = torch.rand(6, 5, 3, 7, device=DEVICE)
+    chances[0, 2:, 0], chances[3, 1, 1] = 0.0, 1.0
+    inputs = PredictorInputs(5, 5, 5, DEVICE)
+    inputs.write([0], PredictorBatch([], [], groups))
+    twin.expect(chances, inputs.members, inputs.turns)
+    expected = take_turns([hazards(unite(chances[group].cpu().numpy())) for group in groups])
     assert state.demand.shape == expected.shape
     np.testing.assert_allclose(state.demand.cpu().numpy(), expected, atol=1e-7)
     assert int(state.known) == len(expected)
-    said[groups[-1][-1], 4, 2, 6] = torch.nan
-    twin.expect(said, slip.members, slip.turns)
+    chances[groups[-1][-1], 4, 2, 6] = torch.nan
+    twin.expect(chances, inputs.members, inputs.turns)
     assert int(state.known) == 0
     assert state.take_tally()[BLIND] == 1
-    said[groups[-1][-1]], said[5] = 0.5, torch.nan  # the spare row is nobody's
-    twin.expect(said, slip.members, slip.turns)
+    chances[groups[-1][-1]], chances[5] = 0.5, torch.nan  # the spare row is no sequence's
+    twin.expect(chances, inputs.members, inputs.turns)
     assert int(state.known) == len(expected)
-    slip.write([0], None)
-    twin.expect(said, slip.members, slip.turns)
+    inputs.write([0], None)
+    twin.expect(chances, inputs.members, inputs.turns)
     assert int(state.known) == 0
     assert state.take_tally()[BLIND] == 0
 
 
-def test_a_row_that_is_no_mlp_is_refused() -> None:
+def test_a_record_that_is_no_mlp_is_refused() -> None:
     """A tensor or an activation the kernels do not know is an error, not a guess."""
     specs = make("gated-silu")[0].layers[0].specs
     with pytest.raises(ValueError, match="activation 'mish'"):
@@ -314,11 +314,11 @@ def test_the_workspace_takes_what_it_says() -> None:
 
 @pytest.mark.cuda
 def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
-    """A replayed graph fetches other rows and computes with other slots when the tensors it reads change."""
+    """A replayed graph fetches other records and computes with other slots when the tensors it reads change."""
     layout, mlp = make("gpt-oss", "bfloat16")
     store = HostStore(layout, 12, pin=True)
-    for row in range(12):
-        for view in layout.layers[0].weights(store.record(row)).values():
+    for record in range(12):
+        for view in layout.layers[0].weights(store.record(record)).values():
             view.copy_(torch.randn(view.shape))
     store.lock()
     pool = SlotPool(layout, 4, cuda)
@@ -345,18 +345,18 @@ def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
     with torch.cuda.graph(graph):
         layer()
     for _ in range(5):
-        rows, places = torch.randperm(12)[:4], torch.randperm(4)
+        records, places = torch.randperm(12)[:4], torch.randperm(4)
         which = routing(2, 2, 4).cpu()
-        ledger.table[SRC] = rows.to(cuda)
+        ledger.table[SRC] = records.to(cuda)
         ledger.table[DST] = places.to(cuda)
         bounds.copy_(torch.tensor([0, 4]))
         slots.copy_(places[which])
-        index.copy_(rows[which])
+        index.copy_(records[which])
         graph.replay()
         expected, total = poisoned(mlp, 2, 2, exact=True), torch.empty(2, HIDDEN, dtype=torch.float64)
         expected = Workspace(expected.inner.cpu(), expected.parts.cpu())
-        reference.expert_pairs(mlp, hidden.cpu(), rows[which].to(torch.int32), store.buffer, expected)
-        reference.combine(expected.parts, rows[which], weights.cpu(), 12, total)
+        reference.expert_pairs(mlp, hidden.cpu(), records[which].to(torch.int32), store.buffer, expected)
+        reference.combine(expected.parts, records[which], weights.cpu(), 12, total)
         assert distance(out.cpu(), total) < 2 * TOLERANCE["bfloat16"]
     torch.cuda.synchronize()
     store.close()
@@ -364,7 +364,7 @@ def test_a_captured_layer_follows_its_inputs(cuda: torch.device) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("tokens", [4, 64])
-def test_full_size_rows_are_exact_on_the_device(cuda: torch.device, tokens: int) -> None:
+def test_full_size_records_are_exact_on_the_device(cuda: torch.device, tokens: int) -> None:
     """At real sizes a token's result in a batch is, to the bit, its result alone."""
     hidden, width, number, top_k = 2048, 768, 32, 8
     shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}

@@ -5,7 +5,7 @@ import pytest
 from expertflow.live.pacing import FIRST_BACKOFF, IDLE_STEPS, JUDGED_PREFETCHES, LONGEST_BACKOFF, NEEDED_SHARE, Pacing
 from expertflow.live.state_rows import StateRows
 from expertflow.live.tokens import NewestTokens
-from expertflow.trace.owners import NOBODY
+from expertflow.trace.owners import NO_SEQUENCE
 
 
 def test_steps_without_a_load_pause_it_until_the_next_load() -> None:
@@ -65,7 +65,7 @@ def test_a_token_is_taken_in_once() -> None:
 def test_a_row_is_cleared_when_its_next_sequence_comes() -> None:
     """Not for its first sequence, not for one that has it already, and once."""
     rows = StateRows(4)
-    assert rows.add([10, 11, NOBODY], [2, 0, 1]) == []
+    assert rows.add([10, 11, NO_SEQUENCE], [2, 0, 1]) == []
     assert rows.add([11, 10], [0, 2]) == []
     assert rows.of([11, 12, 10]) == [0, rows.spare, 2]
     assert rows.remove(10) == 2

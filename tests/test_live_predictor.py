@@ -1,6 +1,6 @@
 """The predictor at work in the engine: whose tokens, which rows, and what happens when it is wrong, foreign or broken."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import Step
 from expertflow.cache.horizon import unite
@@ -26,7 +25,7 @@ from expertflow.live.prompts import group_by_row
 from expertflow.memory.meter import CpuMeter
 from expertflow.models.files.checkpoint import walk
 from expertflow.models.files.fingerprint import fingerprint
-from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
+from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.counts import SOURCES, remember
 from expertflow.predict.dataset import Shape, passages
 from expertflow.predict.evaluation.score import score
@@ -34,56 +33,27 @@ from expertflow.predict.kinds import KINDS, make
 from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.predict.online import OnlinePredictor, Prediction
 from expertflow.trace.format import DECODE, load_trace
-from expertflow.trace.owners import NOBODY, BatchOwners, NextBatch
+from expertflow.trace.owners import NO_SEQUENCE, BatchOwners, NextBatch
 from expertflow.types import HORIZONS
+from helpers import MakeCheckpoint, MakePredictor
 
-MakePredictor = Callable[..., Path]
 PROMPTS = [[5, 9, 17, 30, 8, 21], [40, 41, 42], [7, 7, 7, 7, 7, 7, 7, 7, 12]]
 
 
-@pytest.fixture(scope="module")
-def make_predictor(tmp_path_factory: pytest.TempPathFactory) -> MakePredictor:
-    """A predictor with random weights for a checkpoint."""
-
-    def build(model: Path, **changes: object) -> Path:
-        prepared = prepare(model, EngineConfig(device="cpu", predictor="none"))
-        shape = prepared.plan.shape
-        torch.manual_seed(0)
-        config = PredictorConfig(
-            layers=shape.layers, experts=shape.experts, top_k=prepared.skeleton.top_k, vocabulary=shape.vocabulary,
-            width=16, embedding=8, window=32,
-        )  # fmt: skip
-        network = make(config).eval()
-        for weight in network.parameters():
-            torch.nn.init.normal_(weight, std=0.3)
-        network.vocabulary.learn(torch.arange(shape.vocabulary))
-        size = Shape(shape.layers, shape.experts, prepared.skeleton.top_k)
-        artifact = Artifact(
-            model=network, memory=remember((), size, shape.vocabulary, 0),
-            calibration=torch.ones(2 + SOURCES, OUTPUTS, shape.layers, 1),
-            **{"fingerprint": prepared.fingerprint, "made_for": "tiny", **changes},
-        )  # fmt: skip
-        folder = tmp_path_factory.mktemp("predictor")
-        save_artifact(artifact, folder)
-        return folder
-
-    return build
-
-
-def heard(llm: LLM) -> list[npt.NDArray[np.float64]]:
-    """The demand of every decode step that the host is told, as they run."""
-    said: list[npt.NDArray[np.float64]] = []
+def host_demands(llm: LLM) -> list[npt.NDArray[np.float64]]:
+    """Collect the demand that the predictor gives the host, decode step by decode step, as they run."""
+    demands: list[npt.NDArray[np.float64]] = []
     live_predictor = llm._offloaded.live_predictor
-    ask = live_predictor.outlook
+    predict = live_predictor.outlook
 
     def outlook(step: Step) -> object:
-        answer = ask(step)
+        answer = predict(step)
         if answer is not None and len(answer.demand) > 1:
-            said.append(answer.demand)
+            demands.append(answer.demand)
         return answer
 
     live_predictor.outlook = outlook
-    return said
+    return demands
 
 
 def generate(model: Path, **options: object) -> list[tuple[int, ...]]:
@@ -107,7 +77,7 @@ def test_what_is_said_is_what_the_recording_gives(
     with LLM(
         model, device="cpu", max_batch=4, max_length=48, slots=6, predictor=str(predictor), prefill_chunk=chunk
     ) as llm:
-        said = heard(llm)
+        demands = host_demands(llm)
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
         for _ in range(2):  # a second batch takes the rows of the first
             with llm.record(path):
@@ -119,8 +89,8 @@ def test_what_is_said_is_what_the_recording_gives(
     chances = {int(row): each for item, part in zip(items, score(artifact, items), strict=True)
                for row, each in zip(item.rows, part, strict=True)}  # fmt: skip
     steps = [np.flatnonzero(trace.rows.step == step) for step in np.unique(trace.rows.step[trace.rows.phase == DECODE])]
-    assert len(steps) == len(said) // 2
-    for rows, demand in zip(steps, said[-len(steps) :], strict=True):
+    assert len(steps) == len(demands) // 2
+    for rows, demand in zip(steps, demands[-len(steps) :], strict=True):
         expected = unite(np.stack([chances[row] for row in rows]).astype(np.float64))
         np.testing.assert_allclose(demand[0], expected[0], atol=5e-3)
         within = 1 - np.cumprod(1 - demand[1:], axis=0)[[horizon - 1 for horizon in HORIZONS]]
@@ -168,19 +138,19 @@ def test_predictions_change_no_token(
     assert wild == generate(model, slots="100%")
 
 
-def demands_of(llm: LLM) -> list[npt.NDArray[np.float64]]:
-    """What a graph's steps will expect, step by step, as they run."""
-    said: list[npt.NDArray[np.float64]] = []
+def graph_demands(llm: LLM) -> list[npt.NDArray[np.float64]]:
+    """Collect the demand that a graph's steps expect, step by step, as they run."""
+    demands: list[npt.NDArray[np.float64]] = []
     twin = llm._offloaded.handover.next_decoder().experts._twin
     expect = twin.expect
 
     def listen(*given: torch.Tensor) -> None:
         expect(*given)
         if int(twin.state.known):
-            said.append(twin.state.demand.cpu().numpy().copy())
+            demands.append(twin.state.demand.cpu().numpy().copy())
 
     twin.expect = listen
-    return said
+    return demands
 
 
 @pytest.mark.parametrize(
@@ -194,16 +164,16 @@ def test_a_graph_expects_what_the_host_expects(
     options = {"device": "cpu", "max_length": 48, "slots": 6, "predictor": str(make_predictor(model)), **turns}
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
     with LLM(model, **options, execution="host") as llm:
-        said = heard(llm)
+        demands = host_demands(llm)
         for _ in range(2):
             llm.generate(PROMPTS, params)
     with LLM(model, **options, execution="graph") as llm:
-        again = demands_of(llm)
+        again = graph_demands(llm)
         for _ in range(2):
             llm.generate(PROMPTS, params)
         assert llm.predictor_failure is None
-    assert len(said) == len(again) >= 22
-    for place, (mine, theirs) in enumerate(zip(again, said, strict=True)):
+    assert len(demands) == len(again) >= 22
+    for place, (mine, theirs) in enumerate(zip(again, demands, strict=True)):
         np.testing.assert_allclose(mine, theirs, atol=5e-5, err_msg=f"step {place}")
 
 
@@ -227,7 +197,7 @@ def test_a_pass_is_learned_when_it_is_queued(
         executor, live_predictor, seen = llm._engine._executor, llm._offloaded.live_predictor, []
         prefill, learn = executor.prefill, live_predictor.learn
 
-        def told(step: Step) -> None:
+        def learned(step: Step) -> None:
             seen.append(len(step.tokens))
             learn(step)
 
@@ -236,7 +206,7 @@ def test_a_pass_is_learned_when_it_is_queued(
             seen.append("queued")
             return logits
 
-        live_predictor.learn, executor.prefill = told, watched
+        live_predictor.learn, executor.prefill = learned, watched
         llm.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True))
         assert llm.predictor_failure is None
     width = len(PROMPTS) * max(map(len, PROMPTS))
@@ -254,40 +224,40 @@ def test_a_pause_forgets_nothing(
     options = {"device": "cpu", "max_length": 48, "slots": 6, "predictor": str(make_predictor(model)), **turns}
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
 
-    def run(rests: range) -> tuple[dict[int, npt.NDArray[np.float64]], object]:
+    def run(pauses: range) -> tuple[dict[int, npt.NDArray[np.float64]], object]:
         with LLM(model, **options, execution=execution) as llm:
             live_predictor, begins = llm._offloaded.live_predictor, [0]
-            said = heard(llm) if execution == "host" else demands_of(llm)
+            demands = host_demands(llm) if execution == "host" else graph_demands(llm)
 
             def loaded(*_: int) -> None:
-                live_predictor.pacing.idle_steps = IDLE_STEPS if len(begins) in rests else 0
-                begins.append(len(said))
+                live_predictor.pacing.idle_steps = IDLE_STEPS if len(begins) in pauses else 0
+                begins.append(len(demands))
 
             live_predictor.pacing.count = loaded
             tokens = [(output.index, output.token_id) for output in llm.stream(PROMPTS, params)]
             assert llm.predictor_failure is None
-        ends = [*begins[1:], len(said)]
+        ends = [*begins[1:], len(demands)]
         return {
-            step: said[begin] for step, (begin, end) in enumerate(zip(begins, ends, strict=True)) if end > begin
+            step: demands[begin] for step, (begin, end) in enumerate(zip(begins, ends, strict=True)) if end > begin
         }, tokens
 
     always, expected = run(range(0))
-    rested, tokens = run(range(3, 7))
+    paused, tokens = run(range(3, 7))
     assert tokens == expected
     lives = turns.get("max_live", 1)
-    assert set(always) - set(rested) == set(range(3, 6 + lives))  # whom it was told of at rest, it was not asked about
-    for step, demand in rested.items():
+    assert set(always) - set(paused) == set(range(3, 6 + lives))  # what came while paused is not predicted
+    for step, demand in paused.items():
         np.testing.assert_allclose(demand[0], always[step][0], atol=5e-5, err_msg=f"step {step}")
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
-def test_it_is_told_what_came_of_its_loads(
+def test_it_counts_what_came_of_its_loads(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch, execution: str
 ) -> None:
     """Loads, loads ahead and the needs those met, over all decode steps: what the events say."""
     monkeypatch.setattr("expertflow.live.pacing.IDLE_STEPS", 1 << 30)
     monkeypatch.setattr("expertflow.live.pacing.JUDGED_PREFETCHES", 1 << 30)
-    model, told, events = make_checkpoint("qwen3_moe"), [], []
+    model, counted, events = make_checkpoint("qwen3_moe"), [], []
     options = {"device": "cpu", "max_batch": 4, "max_length": 48, "slots": 12, "predictor": str(make_predictor(model))}
     with LLM(model, **options, execution=execution) as llm:
         live_predictor = llm._offloaded.live_predictor
@@ -299,15 +269,15 @@ def test_it_is_told_what_came_of_its_loads(
 
         monkeypatch.setattr(live_predictor._online, "step", sure)
         llm._offloaded.events.subscribe(events.append)
-        monkeypatch.setattr(live_predictor.pacing, "count", lambda *counts: told.append(counts))
+        monkeypatch.setattr(live_predictor.pacing, "count", lambda *counts: counted.append(counts))
         llm.generate(PROMPTS, SamplingParams(max_tokens=24, ignore_eos=True))
         llm._offloaded.settle()
         llm._offloaded.controller.end_step()
-    told = [counts for counts in told if len(counts) == 4]  # the device execution wakes it when it is made
+    counted = [counts for counts in counted if len(counts) == 4]  # the device execution resumes it when it is made
     decoding = [event for event in events if event.step > 0]
     ahead = sum(event.kind is EventKind.PREFETCH for event in decoding)
     assert ahead > 0
-    assert tuple(map(sum, zip(*told, strict=True))) == (
+    assert tuple(map(sum, zip(*counted, strict=True))) == (
         ahead + sum(event.kind is EventKind.MISS for event in decoding),
         23,
         ahead,
@@ -340,22 +310,22 @@ def test_a_predictor_whose_prefetches_are_not_needed_pauses(
                 assert not live_predictor.pacing.paused
 
 
-def test_new_captured_steps_begin_awake(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
-    """Somebody listens from now on, so their buffers are made anew: their first step is no resting one, which would leave kernels unmade."""
-    model, moods = make_checkpoint("qwen3_moe"), []
+def test_new_captured_steps_begin_unpaused(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
+    """A new listener makes captured steps anew: their first step is not a paused one, which would leave kernels uncompiled."""
+    model, pauses = make_checkpoint("qwen3_moe"), []
     options = {"device": "cpu", "execution": "graph", "max_length": 48, "predictor": str(make_predictor(model))}
     with LLM(model, slots=6, **options) as llm:
         for _ in range(2):
             llm.generate([5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))
-            moods.append(llm._offloaded.handover.decoder.experts.paused)
+            pauses.append(llm._offloaded.handover.decoder.experts.paused)
             llm._offloaded.live_predictor.pacing.backoff = FIRST_BACKOFF
             llm._offloaded.events.subscribe(lambda _: None)
-    assert moods == [False, False]
+    assert pauses == [False, False]
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
 def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execution: str) -> None:
-    """The shipped model's predictor, each layer's experts exchanged: it rests, and loads far less than if nobody noticed; unspoilt it never does."""
+    """The shipped model's predictor, each layer's experts exchanged: it is paused, and loads far less than if it were not; the right one never is."""
     loads: dict[str, int] = {}
     for name in ("unnoticed", "found out", "right"):
         with monkeypatch.context() as patched:
@@ -369,7 +339,7 @@ def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execut
                     patched.setattr(
                         live_predictor._online,
                         "step",
-                        lambda *args, step=step: type(said := step(*args))(*(part.flip(-1) for part in said)),
+                        lambda *args, step=step: type(right := step(*args))(*(part.flip(-1) for part in right)),
                     )
                 output = llm.generate("The old house stood at the end of the lane, and", SamplingParams(max_tokens=64))
                 loads[name] = llm.stats.cache.loads + llm.stats.cache.prefetched
@@ -382,22 +352,22 @@ def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execut
 def test_it_pauses_where_everything_is_resident(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str
 ) -> None:
-    """A few steps without a load, and nothing is asked until the next one; the scheduler goes by arrival."""
+    """A few steps without a load, and nothing is predicted until the next one; the scheduler goes by arrival."""
     model = make_checkpoint("qwen3_moe")
     options = {"max_batch": 2, "max_live": 4, "max_length": 48, "schedule": "group"}
     few, many = (
         LLM(model, device="cpu", slots=slots, predictor=str(make_predictor(model)), execution=execution, **options)
         for slots in (6, "95%")
     )
-    for llm, rests in ((few, False), (many, True)):
+    for llm, pauses in ((few, False), (many, True)):
         with llm:
-            said = heard(llm) if execution == "host" else demands_of(llm)
+            demands = host_demands(llm) if execution == "host" else graph_demands(llm)
             for _ in range(2):
-                asked = len(said)
+                before = len(demands)
                 llm.generate(PROMPTS[2:], SamplingParams(max_tokens=16, ignore_eos=True))
-            assert llm._offloaded.live_predictor.pacing.paused == rests
-            assert (len(said) - asked < 6) == rests
-            assert (llm._offloaded.live_predictor.paths([]) is None) == rests
+            assert llm._offloaded.live_predictor.pacing.paused == pauses
+            assert (len(demands) - before < 6) == pauses
+            assert (llm._offloaded.live_predictor.paths([]) is None) == pauses
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
@@ -408,14 +378,14 @@ def test_the_next_turns_are_known(
     model = make_checkpoint("qwen3_moe")
     options = {"device": "cpu", "max_batch": 1, "max_live": 3, "max_length": 48, "slots": 6, "schedule": "fifo"}
     with LLM(model, **options, predictor=str(make_predictor(model)), execution=execution) as llm:
-        said = heard(llm) if execution == "host" else demands_of(llm)
+        demands = host_demands(llm) if execution == "host" else graph_demands(llm)
         llm.generate(PROMPTS, SamplingParams(max_tokens=9, ignore_eos=True))
         assert llm.predictor_failure is None
-    assert len(said) == 24
+    assert len(demands) == 24
     for place in range(2, 20):  # two steps while the third prompt was read, one when it is alone
         for turn in (1, 2):
-            np.testing.assert_allclose(said[place][turn], said[place + turn][0], atol=1e-5)
-        assert np.abs(said[place][3] - said[place + 3][0]).max() > 1e-3  # its token is not known yet
+            np.testing.assert_allclose(demands[place][turn], demands[place + turn][0], atol=1e-5)
+        assert np.abs(demands[place][3] - demands[place + 3][0]).max() > 1e-3  # its token is not known yet
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -445,15 +415,15 @@ def test_more_sequences_than_the_predictor_has_rows(
 
 
 @pytest.mark.parametrize(("room", "parts"), [(100, [[0, 2, 5]]), (4, [[0, 2], [5]]), (1, [[0], [2], [5]])])
-def test_prompts_are_told_in_parts_that_fit(room: int, parts: list[list[int]]) -> None:
+def test_prompts_are_taken_in_parts_that_fit(room: int, parts: list[list[int]]) -> None:
     """Whole rows, each token once and in its order; as many together as there is room for, one at least."""
-    owners = np.array([5, 0, NOBODY, 2, 5, 2, NOBODY, 5, 0])
+    owners = np.array([5, 0, NO_SEQUENCE, 2, 5, 2, NO_SEQUENCE, 5, 0])
     found = list(group_by_row(owners, room))
     assert [rows.tolist() for _, rows, _ in found] == parts
     for order, rows, counts in found:
         assert owners[order].tolist() == np.repeat(rows, counts).tolist()
     assert np.concatenate([order for order, _, _ in found]).tolist() == [1, 8, 3, 5, 0, 4, 7]
-    assert not list(group_by_row(np.full(3, NOBODY), room))
+    assert not list(group_by_row(np.full(3, NO_SEQUENCE), room))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -525,7 +495,7 @@ def test_a_predictor_that_raises_is_switched_off(
             return real(*args, **options)
 
         if method == "update":
-            monkeypatch.setattr("expertflow.live.pacing.IDLE_STEPS", 0)  # it always rests
+            monkeypatch.setattr("expertflow.live.pacing.IDLE_STEPS", 0)  # it is always paused
         monkeypatch.setattr(online, method, broken)
         llm._offloaded.events.subscribe(events.append)
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (12, 5, 9)]
@@ -573,7 +543,7 @@ def test_nothing_is_loaded_ahead_in_passes_over_prompts(
 def test_a_predictor_of_another_model_is_refused(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, tmp_path: Path
 ) -> None:
-    """Other weights, other sizes, no fingerprint, a strategy without predictions, a folder that is none: said before loading."""
+    """Other weights, other sizes, no fingerprint, a strategy without predictions, a folder that is none: refused before loading."""
     model = make_checkpoint("qwen3_moe")
     cases = [
         (make_predictor(model, fingerprint="0" * 16), None, PredictorError, "was made for tiny with fingerprint 0000"),
@@ -590,7 +560,7 @@ def test_a_predictor_of_another_model_is_refused(
 def test_the_models_own_predictor_is_used(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, tmp_path: Path
 ) -> None:
-    """Found in the folder `predictor` of the checkpoint and used with plec, unless another strategy or none is asked for."""
+    """Found in the folder `predictor` of the checkpoint and used with plec, unless another strategy or no predictor is chosen."""
     model = make_checkpoint("qwen3_moe")
     own = tmp_path / "model"
     own.mkdir()
@@ -652,12 +622,12 @@ def test_owners_of_rows() -> None:
     """Left and right padding, passes of a prompt, decoding, and the decoder's first token behind an encoder."""
     owners = BatchOwners()
     owners.expect(NextBatch([4, 9], [2, 5]))
-    assert owners.take(6).tolist() == [NOBODY, NOBODY, NOBODY, 9, 9, 9]
+    assert owners.take(6).tolist() == [NO_SEQUENCE, NO_SEQUENCE, NO_SEQUENCE, 9, 9, 9]
     assert owners.take(4).tolist() == [4, 4, 9, 9]
     owners.expect(NextBatch([9]))
     assert owners.take(1).tolist() == [9]
     owners.expect(NextBatch([1, 2], [3, 1], padded_left=False))
-    assert owners.take(6).tolist() == [1, 1, 1, 2, NOBODY, NOBODY]
+    assert owners.take(6).tolist() == [1, 1, 1, 2, NO_SEQUENCE, NO_SEQUENCE]
     assert owners.take(2).tolist() == [1, 2]
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from expertflow.cache.controller import CacheController
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.engine.prepare import resolve_device
 from expertflow.errors import DeviceError, HostMemoryError
 from expertflow.events import EventStream
 from expertflow.execution.passes import Passes
@@ -23,7 +22,7 @@ from expertflow.formats.format import TensorSpec
 from expertflow.formats.plain import plain
 from expertflow.formats.records import ALIGNMENT, StoreLayout
 from expertflow.memory import store as store_module
-from expertflow.memory.devices import free_bytes
+from expertflow.memory.devices import free_bytes, resolve_device
 from expertflow.memory.meter import CpuMeter, CudaMeter
 from expertflow.memory.slots import SlotPool
 from expertflow.memory.store import HostStore, check_addresses, check_host_memory, memory_reported
@@ -38,8 +37,8 @@ LAYOUT = StoreLayout.uniform([plain("w", (5, 7), "float32")], layers=8)
 
 
 @given(specs=spec_lists)
-def test_a_row_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> None:
-    """Tensors written into a row through views are read back unchanged, aligned and without overlap."""
+def test_a_record_gives_back_what_was_written(specs: tuple[TensorSpec, ...]) -> None:
+    """Tensors written into a record through views are read back unchanged, aligned and without overlap."""
     layout = StoreLayout.uniform(specs)
     store = HostStore(layout, 2, pin=False)
     written = {spec.name: torch.randn(spec.shape).to(getattr(torch, spec.dtype)) for spec in specs}
@@ -75,9 +74,9 @@ class RecordingTransfer:
         self.log: list[tuple[str, int]] = []
         self.users: defaultdict[int, list[int]] = defaultdict(list)
 
-    def start(self, row: int, slot: int) -> None:
-        assert self.users[slot][:1] in ([], [row]), f"row {row} into slot {slot} of {self.users[slot]}"
-        self.log.append(("start", row))
+    def start(self, record: int, slot: int) -> None:
+        assert self.users[slot][:1] in ([], [record]), f"record {record} into slot {slot} of {self.users[slot]}"
+        self.log.append(("start", record))
 
     def wait(self, slot: int) -> None:
         self.log.append(("wait", slot))
@@ -134,10 +133,10 @@ def test_a_layer_given_up_is_forgotten_once() -> None:
     provider = _provider(4, transfer, SlotPool(LAYOUT, 4, torch.device("cpu")))
     start, kept = transfer.start, []
 
-    def fail(row: int, slot: int) -> None:
-        if row == 3:
+    def fail(record: int, slot: int) -> None:
+        if record == 3:
             raise RuntimeError("the link is gone")
-        start(row, slot)
+        start(record, slot)
 
     transfer.start = fail
     list(provider.stream(0, [0, 1]))
@@ -156,7 +155,7 @@ def test_a_layer_given_up_is_forgotten_once() -> None:
 def test_an_expert_whose_copy_cannot_be_waited_for_is_not_kept(
     needed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if it is the layer's last one: nobody may take it for one that is there."""
+    """Also if it is the layer's last one: it is not taken for one that is there."""
     transfer = RecordingTransfer()
     provider = _provider(4, transfer, SlotPool(LAYOUT, 4, torch.device("cpu")))
 
@@ -173,7 +172,7 @@ def test_an_expert_whose_copy_cannot_be_waited_for_is_not_kept(
     assert provider.controller.table.resident == 0
 
 
-def test_a_layer_that_nobody_uses_forgets_nothing() -> None:
+def test_an_unused_layer_forgets_nothing() -> None:
     """A pass of padding alone needs no expert; what the slots hold stays there."""
     provider = _provider(4, RecordingTransfer(), SlotPool(LAYOUT, 4, torch.device("cpu")))
     for needed in ([1, 3], [], [3, 1]):
@@ -222,17 +221,17 @@ def _check_values(provider: CachedExperts, rounds: Sequence[list[int]], delay: i
         provider.begin_step()
         for layer in range(2):
             seen = []
-            for expert, row in provider.stream(layer, needed):
+            for expert, weights in provider.stream(layer, needed):
                 if delay:
                     torch.cuda._sleep(delay)
-                seen.append((expert, row["w"].mean()))
+                seen.append((expert, weights["w"].mean()))
             assert {expert: float(value) for expert, value in seen} == {e: layer * 8 + e + 1.0 for e in needed}
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 16])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_plain_transfer_brings_the_right_rows(slots: int, strategy: str) -> None:
-    """Every lent row holds its own expert's values, in waves and with reuse."""
+def test_plain_transfer_brings_the_right_records(slots: int, strategy: str) -> None:
+    """Every lent record holds its own expert's values, in waves and with reuse."""
     store, pool = _filled_store(pin=False), SlotPool(LAYOUT, slots, torch.device("cpu"))
     provider = _provider(slots, PlainTransfer(store, pool), pool, strategy)
     _check_values(provider, [[0, 1, 2, 3, 4, 5, 6, 7], [2], [7, 1], [3, 4, 5], [2]])
@@ -241,7 +240,7 @@ def test_plain_transfer_brings_the_right_rows(slots: int, strategy: str) -> None
 @pytest.mark.cuda
 @pytest.mark.parametrize("slots", [1, 2, 5, 16])
 @pytest.mark.parametrize("delay", [0, 2_000_000])
-def test_stream_transfer_brings_the_right_rows(slots: int, delay: int, cuda: torch.device) -> None:
+def test_stream_transfer_brings_the_right_records(slots: int, delay: int, cuda: torch.device) -> None:
     """On CUDA the same holds when computation lags far behind the host and copies could overtake it."""
     store, pool = _filled_store(pin=True), SlotPool(LAYOUT, slots, cuda)
     provider = _provider(slots, StreamTransfer(store, pool), pool)
@@ -330,10 +329,10 @@ def test_a_device_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_queries_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Free memory and peaks are those of the stated device, not of the current one."""
-    device, asked = torch.device("cuda", 3), []
+    device, calls = torch.device("cuda", 3), []
 
     def answer(value: object) -> Callable[..., object]:
-        return lambda *where: (asked.append(where), value)[1]
+        return lambda *where: (calls.append(where), value)[1]
 
     for name, value in (("mem_get_info", (70, 100)), ("memory_reserved", 20), ("memory_allocated", 5)):
         monkeypatch.setattr(torch.cuda, name, answer(value))
@@ -341,7 +340,7 @@ def test_memory_queries_name_the_device(monkeypatch: pytest.MonkeyPatch) -> None
     for name, value in (("reset_peak_memory_stats", None), ("max_memory_allocated", 9)):
         monkeypatch.setattr(torch.cuda, name, answer(value))
     assert CudaMeter(device).peak_bytes == 9
-    assert asked == [(device,)] * 5
+    assert calls == [(device,)] * 5
 
 
 def test_a_pass_runs_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_offloaded_text_is_the_stock_text(resident: torch.nn.Module) -> None:
 
 
 def test_it_reads_plain_english_better_than_noise(resident: torch.nn.Module) -> None:
-    """Perplexity on a sentence nobody trained on is far below that of its words in random order."""
+    """Perplexity on a sentence outside the training text is far below that of its words in random order."""
     tokenizer = AutoTokenizer.from_pretrained(shipped_model())
 
     def loss(text: str) -> float:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.engine.offline import Results, finish
 from expertflow.errors import ResultsError
+from helpers import MakeCheckpoint
 
 PROMPTS = ["hello there", "good", "the sea", "a", "it was", "the end"]
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)

@@ -94,13 +94,13 @@ def test_values_out_of_range_are_refused(cls: type, options: dict) -> None:
 
 
 def test_an_unknown_strategy_names_the_nearest() -> None:
-    """A misspelt strategy is an error that says which row was meant."""
+    """A misspelt strategy is an error that says which entry was meant."""
     with pytest.raises(ConfigError, match=r"'lru-globl'.*'lru-global'"):
         find_strategy("lru-globl")
 
 
-def test_every_row_is_found_by_its_name() -> None:
-    """The table's keys are the rows' own names."""
+def test_every_entry_is_found_by_its_name() -> None:
+    """The table's keys are the entries' own names."""
     assert all(find_strategy(name).name == name for name in STRATEGIES)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.engine import build
 from expertflow.memory.meter import CpuMeter
@@ -21,22 +20,19 @@ from expertflow.predict.dataset import Shape
 from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor, Prediction
 from expertflow.predict.state import Pieces, State
-from test_live_predictor import MakePredictor, make_predictor
-from test_predictor import random_artifact
+from helpers import DEVICE, MakeCheckpoint, MakePredictor, random_artifact
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.predict.kernels import path
 from expertflow.predict.kernels.take_in import recall
 
-__all__ = ["make_predictor"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = {"layers": 2, "heads": 2, "matches": 2, "window": 5, "key": 3, "embedding": 6, "width": 12}
 VOCABULARY = 20
 
 
 def random_texts(steps: int, experts: int, layers: int = 2, seed: int = 3) -> tuple[Tensor, Tensor]:
-    """`[3, T]` tokens that repeat themselves, some unknown or out of range, and `[3, T, L, K]` routes, some of nobody."""
+    """`[3, T]` tokens that repeat themselves, some unknown or out of range, and `[3, T, L, K]` routes, some without experts."""
     random = np.random.default_rng(seed)
     tokens = random.integers(-1, VOCABULARY + 2, (3, steps))
     for place in range(2, steps):
@@ -123,7 +119,7 @@ def test_a_pair_is_found_among_many(pairs: int) -> None:
 
 
 def test_bits_of_a_row_are_its_own() -> None:
-    """Alone, or among others and padding that names the spare row three times: the same bits, and nobody else changes."""
+    """Alone, or among others and padding that names the spare row three times: the same bits, and no other sequence changes."""
     artifact = random_artifact(**{**SMALL, "experts": 20})
     alone, among = (OnlinePredictor(artifact, 4, DEVICE, path.path_step) for _ in range(2))
     tokens, routes = random_texts(8, 20)
@@ -132,19 +128,19 @@ def test_bits_of_a_row_are_its_own() -> None:
     bystander = [column[3].clone() for column in among.state]
     rows = torch.tensor([2, among.spare, among.spare, 0, among.spare, 1], device=DEVICE)
     text = torch.tensor([2, 0, 0, 0, 1, 1], device=DEVICE)
-    said = among.step(rows, tokens[text, 7], routes[text, 6])
+    predicted = among.step(rows, tokens[text, 7], routes[text, 6])
     for number in (0, 3, 5):
         one = slice(number, number + 1)
         own = alone.step(rows[one], tokens[text[one], 7], routes[text[one], 6])
-        assert torch.equal(own.demand, said.demand[one])
-        assert torch.equal(own.within, said.within[one])
+        assert torch.equal(own.demand, predicted.demand[one])
+        assert torch.equal(own.within, predicted.within[one])
     for mine, other, before in zip(among.state, alone.state, bystander, strict=True):
         assert torch.equal(mine[:3], other[:3])
         assert torch.equal(mine[3], before)
 
 
 def test_noting_is_a_step_without_an_answer() -> None:
-    """The same state, bit for bit, among others and padding; the spare row's is nobody's."""
+    """The same state, bit for bit, among others and padding; the spare row's is no sequence's."""
     artifact = random_artifact(**{**SMALL, "experts": 20})
     stepped, noted = (OnlinePredictor(artifact, 4, DEVICE, path.path_step) for _ in range(2))
     tokens, routes = random_texts(8, 20)
@@ -169,12 +165,12 @@ def test_prompts_are_taken_in_as_by_notes() -> None:
     done = [0, 0, 0]
     for rows, counts in ([2, 0], [3, 11]), ([1], [1]), ([0, 1, 2], [9, 5, 6]), ([1, 0], [17, 2]):
         spans = [slice(done[row], done[row] + count) for row, count in zip(rows, counts, strict=True)]
-        said = [
+        given = [
             torch.cat([part[row, span] for row, span in zip(rows, spans, strict=True)]) for part in (tokens, before)
         ]
         bystander = [column[3].clone() for column in twin.state]
         for online in (plain, twin):
-            online.observe(online.pieces(rows, counts), *said)
+            online.observe(online.pieces(rows, counts), *given)
         for row, span in zip(rows, spans, strict=True):
             for at in range(span.start, span.stop):
                 noted.update(torch.tensor([row], device=DEVICE), tokens[row, at : at + 1], before[row, at : at + 1])
@@ -206,11 +202,11 @@ def test_broken_weights_break_chances_alone() -> None:
     artifact.model.query.weight.data.fill_(torch.nan)
     artifact.model.base.data.fill_(torch.nan)
     online = OnlinePredictor(artifact, 1, DEVICE, path.path_step)
-    said = online.step(
+    predicted = online.step(
         torch.tensor([0], device=DEVICE), torch.tensor([3], device=DEVICE), torch.full((1, 1, 2), 8, device=DEVICE)
     )
-    assert said.demand.isnan().all()
-    assert said.within.isnan().all()
+    assert predicted.demand.isnan().all()
+    assert predicted.within.isnan().all()
 
 
 def test_what_is_not_served_steps_in_torch() -> None:
@@ -235,12 +231,12 @@ def test_what_is_not_served_steps_in_torch() -> None:
     assert_same(twin.step(*given), plain.step(*given))
 
 
-def test_the_engine_asks_for_the_kernels(
+def test_the_engine_uses_the_kernels(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loaded model's predictor steps through what the backend of its device gives; on a CPU there is nothing."""
     checkpoint = make_checkpoint()
-    asked, taken_in = [], []
+    predictions, taken_in = [], []
 
     class Plain:
         def __init__(self, artifact: Artifact) -> None:
@@ -251,7 +247,7 @@ def test_the_engine_asks_for_the_kernels(
             self._artifact.model.absorb(state, pieces, tokens, routes)
 
         def __call__(self, state: State, rows: Tensor, tokens: Tensor, routes: Tensor) -> Tensor:
-            asked.append(len(rows))
+            predictions.append(len(rows))
             before = state.tokens[rows, (state.taken[rows] - 1) % self._artifact.config.window]
             return self._artifact.probabilities(self._artifact.model.feed(state, rows, tokens, routes), tokens, before)
 
@@ -260,7 +256,7 @@ def test_the_engine_asks_for_the_kernels(
     with LLM(checkpoint, device="cpu", max_length=48, slots=6, predictor=str(make_predictor(checkpoint))) as llm:
         llm.generate([[5, 6, 7]])
         assert llm.predictor_failure is None
-    assert asked
+    assert predictions
     assert taken_in == [3]
 
 
@@ -278,11 +274,11 @@ def test_a_step_is_captured(cuda: torch.device) -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        said: Prediction = twin.step(rows, token, route)
+        predicted: Prediction = twin.step(rows, token, route)
     twin.free([0, 1, 2])
     for place in range(40):
         token.copy_(tokens[:, place])
         graph.replay()
-        assert_same(said, plain.step(rows, token, route))
+        assert_same(predicted, plain.step(rows, token, route))
         route.copy_(routes[:, place])
     assert_same(twin.state, plain.state)

@@ -7,7 +7,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 LINUX = {"platform_system": "Linux", "sys_platform": "linux", "python_version": "3.11", "extra": ""}
 FILES = ("constraints.txt", "constraints-newest.txt")
 TORCH = "2.13.0"

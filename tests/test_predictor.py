@@ -26,45 +26,14 @@ from expertflow.predict.state import Pieces
 from expertflow.predict.train import Epoch, labels, train
 from expertflow.trace.format import Header, Rows, Trace, load_trace
 from expertflow.types import HORIZONS
-from test_trace import EXCERPT, make_trace
+from helpers import EXCERPT, PREDICTOR_SIZES, make_trace, random_artifact, random_predictor
 
-SMALL = {"layers": 3, "experts": 8, "top_k": 2, "vocabulary": 20, "embedding": 8, "width": 16, "matches": 4, "key": 4}
 CPU = torch.device("cpu")
-
-
-def random_predictor(kind: str = "path", seed: int = 0, **sizes: int) -> torch.nn.Module:
-    """Random weights everywhere, the gates of the sources included."""
-    torch.manual_seed(seed)
-    model = make(PredictorConfig(kind=kind, **{**SMALL, "window": 256 if kind == "t5" else 16, **sizes})).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    model.vocabulary.learn(torch.arange(sizes.get("vocabulary", 20) - 3))  # three ids were never seen
-    return model
-
-
-def random_artifact(kind: str = "path", **sizes: int) -> Artifact:
-    model = random_predictor(kind, **sizes)
-    torch.manual_seed(1)
-    weights = torch.randn(2 + SOURCES, OUTPUTS, model.config.layers, 1) * 0.5
-    weights[0] += 1
-    return Artifact(
-        model=model, memory=random_memory(model.config), calibration=weights, fingerprint="feed", made_for="made up"
-    )
-
-
-def random_memory(config: PredictorConfig) -> Memory:
-    """Of a text in which every token is followed by the next number."""
-    random = np.random.default_rng(0)
-    tokens = np.arange(200) % config.vocabulary
-    every = np.tile(np.arange(config.experts), (200, config.layers, 1))
-    routes = random.permuted(every, axis=2)[..., : config.top_k]
-    shape = Shape(config.layers, config.experts, config.top_k)
-    return remember([Passage(tokens, routes, np.arange(200), {})], shape, config.vocabulary, 3000)
 
 
 def random_text(length: int, seed: int = 0, batch: int = 1, **sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`[B, T]` tokens, some unknown, and `[B, T, L, K]` routes."""
-    given_sizes = {**SMALL, **sizes}
+    given_sizes = {**PREDICTOR_SIZES, **sizes}
     random = np.random.default_rng(seed)
     tokens = random.integers(-1, given_sizes["vocabulary"], (batch, length))
     every = np.tile(np.arange(given_sizes["experts"]), (batch, length, given_sizes["layers"], 1))
@@ -83,8 +52,8 @@ def test_step_by_step_is_the_whole_sequence(kind: str, length: int, seed: int) -
         state, rows = model.fresh(5, CPU), torch.tensor([3, 1])
         before = torch.full_like(routes[:, 0], 8)
         for place in range(length):
-            said = model.feed(state, rows, tokens[:, place], before)
-            torch.testing.assert_close(said, whole[:, place], atol=2e-3, rtol=2e-3)
+            predicted = model.feed(state, rows, tokens[:, place], before)
+            torch.testing.assert_close(predicted, whole[:, place], atol=2e-3, rtol=2e-3)
             before = routes[:, place]
 
 
@@ -105,7 +74,7 @@ def test_noting_is_feeding_without_an_answer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_future_is_not_seen(kind: str) -> None:
-    """What a token's step uses, and everything later, changes nothing of what is said before it."""
+    """What a token's step uses, and everything later, changes nothing of what is predicted before it."""
     model = random_predictor(kind)
     tokens, routes = random_text(100)
     other_tokens, other_routes = random_text(100, seed=5)
@@ -132,8 +101,8 @@ def test_absorbing_is_many_steps(kind: str, cuts: tuple[int, ...]) -> None:
         for begin, end in zip((0, *cuts), cuts, strict=False):
             pieces = Pieces.of([1], [end - begin], many.tokens.shape[1], CPU)
             model.absorb(many, pieces, tokens[0, begin:end], before[begin:end])
-        said = [model.feed(state, torch.tensor([1]), tokens[0, :1], routes[0, -1:]) for state in (one, many)]
-    torch.testing.assert_close(*said)
+        predicted = [model.feed(state, torch.tensor([1]), tokens[0, :1], routes[0, -1:]) for state in (one, many)]
+    torch.testing.assert_close(*predicted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,14 +145,14 @@ def test_rows_go_in_any_order_and_company() -> None:
             online.free([1])
         order = random.permutation(3).tolist()
         for group in (order[:2], order[2:]):
-            said = online.step(
+            predicted = online.step(
                 torch.tensor([rows[n] for n in group]),
                 torch.cat([texts[n][0][:, place] for n in group]),
                 torch.cat([before(texts[n][1], place) for n in group]),
             )
             for number, name in enumerate(group):
-                torch.testing.assert_close(said.demand[number], alone[name][place].demand[0])
-                torch.testing.assert_close(said.within[number], alone[name][place].within[0])
+                torch.testing.assert_close(predicted.demand[number], alone[name][place].demand[0])
+                torch.testing.assert_close(predicted.within[number], alone[name][place].within[0])
 
 
 def before(routes: torch.Tensor, place: int) -> torch.Tensor:
@@ -210,7 +179,7 @@ def test_a_new_sequence_knows_nothing_of_the_one_before() -> None:
 
 
 def test_a_large_vocabulary_is_hashed() -> None:
-    """Tokens beyond the table's rows still have embeddings of their own, and unknown ones share one."""
+    """Tokens beyond the table's entries still have embeddings of their own, and unknown ones share one."""
     table = TokenTable(5000, 256, 8)
     table.vocabulary.learn(torch.arange(4990))
     found = table(torch.arange(4990))
@@ -282,7 +251,7 @@ def test_bad_artifacts_are_refused(tmp_path: Path) -> None:
         "window": (edit(config={**vars(artifact.config), "window": "a"}), "no usable predictor"),
         "matches": (edit(config={**vars(artifact.config), "matches": 1000}), "cannot be found"),
         "words": (edit(vocabulary=5), "no usable predictor"),
-        "told": (edit(about=[]), "no usable predictor"),
+        "about": (edit(about=[]), "no usable predictor"),
     }
     for name, (change, message) in cases.items():
         with pytest.raises(PredictorError, match=message):
@@ -333,13 +302,13 @@ def test_labels_say_what_comes() -> None:
 def test_calibration_finds_the_true_chances() -> None:
     """Scores that add up to the true log odds, each scaled and all shifted, are weighed so that they do again."""
     torch.manual_seed(0)
-    said, rows = torch.randn(6000, OUTPUTS, 2, 8) * 1.5, torch.randn(6000, SOURCES, 2, 8)
+    predicted, rows = torch.randn(6000, OUTPUTS, 2, 8) * 1.5, torch.randn(6000, SOURCES, 2, 8)
     rows[:, 1] *= torch.rand(6000, 1, 1) < 0.2  # mostly there is none
-    true = said + rows.sum(1, keepdim=True) - 1
+    true = predicted + rows.sum(1, keepdim=True) - 1
     truth = (torch.rand_like(true) < torch.sigmoid(true)).float()
     factor, shift = torch.rand(OUTPUTS, 2, 1) + 1.5, torch.randn(OUTPUTS, 2, 1)
     valid = torch.ones(6000, OUTPUTS, dtype=torch.bool)
-    piece = Scored(said * factor + shift, rows * 3, truth, valid)
+    piece = Scored(predicted * factor + shift, rows * 3, truth, valid)
     found = weigh(calibrate([piece]), piece.logits, piece.rows)
     assert (found - true).abs().mean() < 0.1
     halves = [Scored(*(column[part] for column in piece)) for part in (slice(0, 2000), slice(2000, None))]
@@ -349,7 +318,7 @@ def test_calibration_finds_the_true_chances() -> None:
 
 
 def test_the_memory_counts() -> None:
-    """A token's row is the log odds of what it used, a pair's those beyond the token's; the rest has rows of zeros."""
+    """A token's entry is the log odds of what it used, a pair's those beyond the token's; all other entries are zeros."""
     shape = Shape(1, 4, 1)
     tokens = np.array([1, 2, 1, 2, 3, 2, 1, 2, 9])
     routes = np.array([0, 1, 0, 1, 2, 3, 0, 1, 0])[:, None, None]
@@ -401,8 +370,8 @@ def test_training_learns_the_rule() -> None:
     artifact = Artifact(model=result.model, memory=result.memory, calibration=result.calibration)
     chances = score(artifact, held)
     assert result.recall > 0.95
-    for item, said in zip(held, chances, strict=True):
-        best = np.argsort(-said[2:, 0].astype(np.float32), axis=2)[..., :2]
+    for item, predicted in zip(held, chances, strict=True):
+        best = np.argsort(-predicted[2:, 0].astype(np.float32), axis=2)[..., :2]
         hits = (best[..., None] == item.routes[2:, :, None]).any(2).mean()
         assert hits > 0.95
 
@@ -450,13 +419,14 @@ def test_scores_are_those_of_single_steps() -> None:
     offline = score(artifact, [item])[0]
     online = OnlinePredictor(artifact, 1)
     for place in range(90):
-        said = online.step(torch.tensor([0]), tokens[:, place], before(routes, place))
-        both = torch.cat([said.demand[:, None], said.within], dim=1)[0].numpy()
+        predicted = online.step(torch.tensor([0]), tokens[:, place], before(routes, place))
+        both = torch.cat([predicted.demand[:, None], predicted.within], dim=1)[0].numpy()
         np.testing.assert_allclose(offline[place], both, atol=5e-3)
 
 
 @pytest.fixture(scope="module")
 def real() -> Trace:
+    """The whole recorded excerpt, the condition of repetition included."""
     return load_trace(EXCERPT)
 
 
@@ -523,13 +493,13 @@ def test_a_step_is_captured(cuda: torch.device) -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        said = online.step(rows, token, route)
+        predicted = online.step(rows, token, route)
     online.free([0, 1])
     for place in range(40):
         token.copy_(tokens[:, place])
         route.copy_(before_both(routes, place))
         graph.replay()
-        torch.testing.assert_close(said.demand.cpu(), expected[place].demand, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(predicted.demand.cpu(), expected[place].demand, atol=2e-3, rtol=2e-3)
     artifact.model.cpu()
 
 
@@ -589,7 +559,7 @@ def test_the_commands_refuse_before_they_work(tmp_path: Path) -> None:
 
 
 def test_training_keeps_what_is_not_its_own(tmp_path: Path) -> None:
-    """Files that somebody has in the output folder are still there afterwards."""
+    """Other files in the output folder are still there afterwards."""
     kept = tmp_path / ".unfinished-training" / "mine.txt"
     kept.parent.mkdir()
     kept.write_text("mine")

@@ -12,11 +12,10 @@ import typer
 from transformers import BatchEncoding
 from typer.testing import CliRunner
 
-from conftest import MakeCheckpoint
 from expertflow import LLM
 from expertflow.cli.main import app
+from helpers import ROOT, MakeCheckpoint
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/how-it-works.md", "docs/benchmarks.md")
 """Where users find commands, in the order of reading."""
 SETUP = {".", "source", "cd", "git", "export", "pip", "python", "python3"}
@@ -73,9 +72,9 @@ def command_of(line: list[str]) -> list[str] | None:
 
 
 def needs_gpu(words: list[str]) -> bool:
-    """Whether a command asks for one."""
-    asked = set(pairwise(words))
-    return bool(asked & {("--device", "cuda"), ("--execution", "graph")}) and not torch.cuda.is_available()
+    """Whether a command needs one."""
+    options = set(pairwise(words))
+    return bool(options & {("--device", "cuda"), ("--execution", "graph")}) and not torch.cuda.is_available()
 
 
 def parse(words: list[str]) -> None:

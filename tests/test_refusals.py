@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GptOssForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, EngineConfig, SamplingParams, from_pretrained
 from expertflow.cli.plan import as_dict
 from expertflow.engine.prepare import prepare
 from expertflow.errors import CheckpointError, ExpertFlowError, UnsupportedModelError
 from expertflow.models.files import checkpoint
 from expertflow.models.files.checkpoint import SINGLE_NAME
-from test_commands import run
+from helpers import MakeCheckpoint, load_resident, run
 
 PROMPT = [5, 9, 17, 33, 4, 61, 8]
 TOKENS = 6

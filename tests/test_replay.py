@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.errors import ConfigError
 from expertflow.execution.replay import Replay
 from expertflow.trace.format import load_trace
+from helpers import MakeCheckpoint
 
 PROMPTS = [[5, 9, 17, 30, 8], [40, 41, 42], [7, 7, 7, 7, 7, 7, 12]]
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)

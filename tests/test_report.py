@@ -113,8 +113,8 @@ def test_goals_are_met_or_missed_by_the_rows() -> None:
     assert "out of reach here" in text
 
 
-def test_a_missed_hit_ratio_names_belady_or_foresight() -> None:
-    """Beyond Belady nobody can go; below it, seeing further would help."""
+def test_a_missed_hit_ratio_names_belady_or_the_forecast() -> None:
+    """No strategy can do better than Belady; below it, a longer forecast would help."""
     beyond = made(row("lru", 192, 4, 9.0, kept=0.6), row("next-use", 192, 4, 10.0, kept=0.65, belady=0.7), experts=32)
     ratio, points = verdicts(beyond)
     assert not ratio.met
@@ -143,7 +143,7 @@ def test_other_models_have_no_goals() -> None:
 
 
 def test_what_is_wrong_is_in_the_page() -> None:
-    """Unequal tokens, a peak over the plan, an unfinished run: all said before the tables."""
+    """Unequal tokens, a peak over the plan, an unfinished run: all named before the tables."""
     bad = replace(row("ring", 48, 4, 10.0, peak=7e8), exact=False)
     result = replace(made(bad, row("plec", 48, 4, 30.0)), complete=False, left_out=("lru, slots 48: the deadline",))
     text = section("made.json", result)

@@ -33,10 +33,10 @@ from expertflow.kernels.residency.state import (
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import replay, replay_events, setting_of
 from expertflow.sim.workload import Workload, live_sequences
-from expertflow.trace.format import Trace, load_trace
-from test_trace import EXCERPT, make_trace
+from expertflow.trace.format import Trace
+from helpers import make_trace
 
-ON_DEVICE = [name for name, row in STRATEGIES.items() if refusal(row, given=row.predicted) is None]
+ON_DEVICE = [name for name, entry in STRATEGIES.items() if refusal(entry, given=entry.predicted) is None]
 MAKERS = {"reference": reference.Residency, "kernels": driver.Residency}
 Make = Callable[[CacheState], Any]
 
@@ -45,15 +45,10 @@ def _device(maker: str) -> str:
     return "cuda" if maker == "kernels" and torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(scope="module")
-def real() -> Trace:
-    return load_trace(EXCERPT).without("repetition")
-
-
 def run(
     maker: str, strategy: Strategy, slots: int, workload: Workload, tokens_known: Forecast | None = None
 ) -> tuple[list[Event], list]:
-    """The twin's events and schedules of a workload; what a predictor would say comes from `tokens_known`, which may be at rest."""
+    """The twin's events and schedules of a workload; a predictor's demand comes from `tokens_known`, which may give none."""
     routes, experts = routes_of(workload), workload.trace.header.experts
     _, tokens, layers, top_k = routes.shape
     tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
@@ -66,26 +61,26 @@ def run(
     twin = MAKERS[maker](state)
     events, schedules = [], []
     for number in range(len(workload)):
-        rests = False
+        paused = False
         if tokens_known is not None:
             outlook = tokens_known.outlook(workload.before(number))
-            rests = outlook is None
+            paused = outlook is None
             state.known.fill_(0 if outlook is None else len(outlook.demand))
             if outlook is not None:
                 state.demand[: len(outlook.demand)] = torch.from_numpy(outlook.demand)
         events.append(Event(EventKind.STEP, number))
-        twin.open_step(ahead=not rests)
+        twin.open_step(ahead=not paused)
         for layer in range(layers):
             ids = torch.from_numpy(routes[number, :, layer].astype(np.int64)).contiguous().to(device)
             twin.run_layer(layer, ids, schedule)
             check_schedule(schedule, state, ids, layer * experts)
             schedules.append((schedule.slots.tolist(), schedule.bounds.tolist()))
-            if not rests:
+            if not paused:
                 twin.bind(layer)
         twin.close_step()
         if tokens_known is not None:
             tokens_known.learn(workload.after(number))
-        events += [as_event(row, number, 1) for row in state.take_log()]
+        events += [as_event(entry, number, 1) for entry in state.take_log()]
     kinds = (EventKind.HIT, EventKind.MISS, EventKind.EVICT, EventKind.PREFETCH, EventKind.WASTED)
     made, tally = state.made.tolist(), state.take_tally()
     assert made == [tally[LOADS] + tally[AHEAD], len(workload), tally[AHEAD], tally[FRESH]]
@@ -121,25 +116,25 @@ def forecast_of(strategy: Strategy, workload: Workload) -> Forecast | None:
     return strategy.make_forecast(setting_of(workload)) if strategy.predicted else None
 
 
-class _Naps(NoForecast):
-    """A forecast that says nothing in every second pair of steps."""
+class _Pauses(NoForecast):
+    """A forecast that gives nothing in every second pair of steps."""
 
-    def __init__(self, awake: Forecast) -> None:
-        self.awake, self.per_token = awake, awake.per_token
+    def __init__(self, inner: Forecast) -> None:
+        self.inner, self.per_token = inner, inner.per_token
 
     def outlook(self, step: Step) -> Outlook | None:
-        return None if step.number % 4 in {2, 3} else self.awake.outlook(step)
+        return None if step.number % 4 in {2, 3} else self.inner.outlook(step)
 
     def learn(self, step: Step) -> None:
-        self.awake.learn(step)
+        self.inner.learn(step)
 
 
 def expected(workload: Workload, strategy: Strategy, slots: int, forecast: Forecast | None = None) -> list[Event]:
-    """What the compiled replay tells, without the end of the run."""
-    told = replay_events(workload, strategy, slots, forecast=forecast)
-    while told[-1].kind is EventKind.WASTED:
-        del told[-1]
-    return told
+    """Events of the compiled replay, without the end of the run."""
+    found = replay_events(workload, strategy, slots, forecast=forecast)
+    while found[-1].kind is EventKind.WASTED:
+        del found[-1]
+    return found
 
 
 def routes_of(workload: Workload) -> np.ndarray:
@@ -153,9 +148,9 @@ def steps_of(workload: Workload, steps: int) -> Workload:
 
 
 def variants(name: str) -> list[Strategy]:
-    """The row as the host runs it, as the device runs it, and with waves so small that layers need several."""
-    row = STRATEGIES[name]
-    return [row, row.on_device(), replace(row, wave=2, joint=True)]
+    """The strategy as the host runs it, as the device runs it, and with waves so small that layers need several."""
+    strategy = STRATEGIES[name]
+    return [strategy, strategy.on_device(), replace(strategy, wave=2, joint=True)]
 
 
 def random_workload(seed: int, steps: int = 6) -> Workload:
@@ -167,12 +162,12 @@ def random_workload(seed: int, steps: int = 6) -> Workload:
 
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("name", ["pregated", "oracle-step"])
-def test_a_forecast_told_step_by_step_decides_as_its_recording(name: str, maker: str) -> None:
-    """A gate's guesses with their mistakes, and the truth, a while with nothing said: as the replay, which asks the forecast itself."""
-    row, workload = STRATEGIES[name].on_device(), random_workload(3, 9)
+def test_a_forecast_given_step_by_step_decides_as_its_recording(name: str, maker: str) -> None:
+    """A gate's guesses with their mistakes, and the truth, with steps without a forecast: as the replay, which reads the forecast itself."""
+    strategy, workload = STRATEGIES[name].on_device(), random_workload(3, 9)
     gate = NextGate(workload.needed, recall=0.7) if name == "pregated" else Recorded(workload.needed)
-    events, _ = run(maker, row, 15, workload, _Naps(gate))
-    assert events == expected(workload, row, 15, _Naps(gate))
+    events, _ = run(maker, strategy, 15, workload, _Pauses(gate))
+    assert events == expected(workload, strategy, 15, _Pauses(gate))
     assert any(event.kind is EventKind.PREFETCH for event in events)
 
 
@@ -188,9 +183,9 @@ def test_twin_decides_as_the_replay_on_real_routing(name: str, maker: str, real:
     """On the excerpt, with slots for a tenth and a third of the experts, the twin tells the simulator's events."""
     batch, steps, slots = ((1, 2, 20), (2, 1, 40))[ON_DEVICE.index(name) % 2] if maker == "kernels" else (4, 8, 250)
     workload = steps_of(live_sequences(real, batch), steps)
-    row = STRATEGIES[name].on_device()
-    events, _ = run(maker, row, slots, workload, forecast_of(row, workload))
-    assert events == expected(workload, row, slots)
+    strategy = STRATEGIES[name].on_device()
+    events, _ = run(maker, strategy, slots, workload, forecast_of(strategy, workload))
+    assert events == expected(workload, strategy, slots)
 
 
 @pytest.mark.parametrize("name", ON_DEVICE)
@@ -199,10 +194,10 @@ def test_kernels_decide_as_the_replay_on_random_routing(name: str) -> None:
     place = ON_DEVICE.index(name)
     workload = random_workload(seed=place, steps=4)
     for turn, slots in enumerate(((2, 11), (5, 16))[place % 2]):
-        row = variants(name)[(place + turn) % 3]
-        events, schedules = run("kernels", row, slots, workload, forecast_of(row, workload))
-        again, cut = run("reference", row, slots, workload, forecast_of(row, workload))
-        assert events == again == expected(workload, row, slots), (slots, row.wave)
+        strategy = variants(name)[(place + turn) % 3]
+        events, schedules = run("kernels", strategy, slots, workload, forecast_of(strategy, workload))
+        again, cut = run("reference", strategy, slots, workload, forecast_of(strategy, workload))
+        assert events == again == expected(workload, strategy, slots), (slots, strategy.wave)
         assert schedules == cut
 
 
@@ -210,18 +205,18 @@ def test_kernels_decide_as_the_replay_on_random_routing(name: str) -> None:
 @settings(max_examples=40)
 def test_reference_decides_as_the_replay(seed: int, slots: int, name: str, variant: int) -> None:
     """The reference tells the replay's events, and the bound on phases holds, whatever comes."""
-    workload, row = random_workload(seed), variants(name)[variant]
-    events, schedules = run("reference", row, slots, workload, forecast_of(row, workload))
-    assert events == expected(workload, row, slots)
-    assert all(len(pairs) == 1 + phase_bound(row, 3, slots, 6) for pairs, _ in schedules)
+    workload, strategy = random_workload(seed), variants(name)[variant]
+    events, schedules = run("reference", strategy, slots, workload, forecast_of(strategy, workload))
+    assert events == expected(workload, strategy, slots)
+    assert all(len(pairs) == 1 + phase_bound(strategy, 3, slots, 6) for pairs, _ in schedules)
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_at_rest_nothing_is_planned(maker: str) -> None:
-    """Without plan and binding a twin at rest does what the cache does where nothing is known, and goes on from there."""
-    workload, row, slots = random_workload(seed=8, steps=6), STRATEGIES["plec"].on_device(), 16
-    events, _ = run(maker, row, slots, workload, _Naps(Recorded(workload.needed)))
-    assert events == expected(workload, row, slots, _Naps(Recorded(workload.needed)))
+def test_nothing_is_planned_without_a_forecast(maker: str) -> None:
+    """Without plan and binding a paused twin does what the cache does where nothing is known, and goes on from there."""
+    workload, strategy, slots = random_workload(seed=8, steps=6), STRATEGIES["plec"].on_device(), 16
+    events, _ = run(maker, strategy, slots, workload, _Pauses(Recorded(workload.needed)))
+    assert events == expected(workload, strategy, slots, _Pauses(Recorded(workload.needed)))
     begins = [place for place, event in enumerate(events) if event.kind is EventKind.STEP]
     ahead = [place for place, event in enumerate(events) if event.kind is EventKind.PREFETCH]
     assert any(place > begins[4] for place in ahead)
@@ -232,12 +227,12 @@ def test_at_rest_nothing_is_planned(maker: str) -> None:
 def test_nothing_is_lost_at_a_switch(maker: str) -> None:
     """Two steps on the host, two on the device, two on the host decide like six on the host."""
     workload = random_workload(seed=3)
-    row = STRATEGIES["next-use" if maker == "kernels" else "lru"].on_device()
+    strategy = STRATEGIES["next-use" if maker == "kernels" else "lru"].on_device()
     happened: list[Event] = []
     events = EventStream()
     events.subscribe(happened.append)
-    controller = CacheController(layers=3, experts=7, slots=8, strategy=row, record_bytes=1, events=events)
-    state = CacheState.allocate(row, controller.tables, torch.device(_device(maker)), log=True)
+    controller = CacheController(layers=3, experts=7, slots=8, strategy=strategy, record_bytes=1, events=events)
+    state = CacheState.allocate(strategy, controller.tables, torch.device(_device(maker)), log=True)
     schedule, twin = Schedule.allocate(state, 3, 2), MAKERS[maker](state)
     for number, routes in enumerate(routes_of(workload)):
         if number in {2, 3}:
@@ -255,7 +250,7 @@ def test_nothing_is_lost_at_a_switch(maker: str) -> None:
             for layer in range(3):
                 controller.access(layer, np.flatnonzero(workload.needed[number, layer]).tolist())
             controller.table.check_integrity()
-    assert happened == expected(workload, row, 8)
+    assert happened == expected(workload, strategy, 8)
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -263,24 +258,28 @@ def test_nothing_is_lost_at_a_switch(maker: str) -> None:
 def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
     """As a decoder's steps do with the encoder's layers: the twin's events are the host's, also for what was kept of those."""
     workload, layers, experts, slots = random_workload(seed=5, steps=5), 3, 7, 9
-    row, reached = STRATEGIES[name].on_device(), (False, True, True)
-    told: list[list[Event]] = [[], []]
+    strategy, reached = STRATEGIES[name].on_device(), (False, True, True)
+    logs: list[list[Event]] = [[], []]
     knows = workload.needed & np.array(reached)[None, :, None]
     knows[0] = workload.needed[0]
-    future = knows if row.needs_future else None
-    streams = [EventStream() for _ in told]
-    for stream, events in zip(streams, told, strict=True):
+    future = knows if strategy.needs_future else None
+    streams = [EventStream() for _ in logs]
+    for stream, events in zip(streams, logs, strict=True):
         stream.subscribe(events.append)
-    forecast = _OnlyReached(reached, sure=not row.predicted) if row.predicted or row.policy is layer_order else None
+    forecast = (
+        _OnlyReached(reached, sure=not strategy.predicted)
+        if strategy.predicted or strategy.policy is layer_order
+        else None
+    )
     host, device = (
         CacheController(
-            layers=layers, experts=experts, slots=slots, strategy=row, record_bytes=1, events=stream, future=future,
+            layers=layers, experts=experts, slots=slots, strategy=strategy, record_bytes=1, events=stream, future=future,
             forecast=forecast, reached=reached,
         )
         for stream in streams
     )  # fmt: skip
     on = torch.device(_device(maker))
-    state = CacheState.allocate(row, device.tables, on, log=True, future=future, reached=reached)
+    state = CacheState.allocate(strategy, device.tables, on, log=True, future=future, reached=reached)
     schedule, twin = Schedule.allocate(state, 3, 2), MAKERS[maker](state)
     for number, routes in enumerate(routes_of(workload)):
         for controller in (host, device) if number == 0 else (host,):
@@ -290,8 +289,8 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
         if number == 0:
             device.lend_tables(state.copy_from)
             continue
-        told[1].append(Event(EventKind.STEP, number))
-        if row.predicted:
+        logs[1].append(Event(EventKind.STEP, number))
+        if strategy.predicted:
             state.known.fill_(1)
             state.demand[:1] = torch.from_numpy(forecast.outlook(Step(number)).demand)
         twin.open_step()
@@ -299,9 +298,9 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
             twin.run_layer(layer, torch.from_numpy(routes[:, layer]).contiguous().to(on), schedule)
             twin.bind(layer)
         twin.close_step()
-        told[1] += [as_event(entry, number, 1) for entry in state.take_log()]
+        logs[1] += [as_event(entry, number, 1) for entry in state.take_log()]
     device.reclaim_tables(state.copy_to, steps=4)
-    assert told[0] == told[1]
+    assert logs[0] == logs[1]
     assert not device.tables.pinned[0].any()  # what was loaded ahead for that layer may leave
 
 
@@ -312,22 +311,22 @@ class _OnlyReached(NoForecast):
         self.reached, self.sure = reached, sure
 
     def outlook(self, step: Step) -> Outlook:
-        said = np.ones(3) if step.number == 0 else np.array(self.reached, dtype=np.float64)
+        known = np.ones(3) if step.number == 0 else np.array(self.reached, dtype=np.float64)
         chances = np.ones((1, 3, 7)) if self.sure else np.random.default_rng(step.number).random((1, 3, 7))
-        return Outlook(chances * said[:, None])
+        return Outlook(chances * known[:, None])
 
 
 def test_what_has_no_twin_says_why() -> None:
     """Every other strategy is refused with its name."""
-    for name, row in STRATEGIES.items():
-        assert (name in ON_DEVICE) or name in str(refusal(row))
+    for name, strategy in STRATEGIES.items():
+        assert (name in ON_DEVICE) or name in str(refusal(strategy))
 
 
 def test_a_bound_that_does_not_hold_is_seen() -> None:
     """If a layer took more phases than its schedule has, an expert would be skipped: the kernels say so."""
-    workload, row = random_workload(seed=1), replace(STRATEGIES["lru-global"], wave=2, joint=True)
+    workload, strategy = random_workload(seed=1), replace(STRATEGIES["lru-global"], wave=2, joint=True)
     tables = make_tables(3, 7, 2, divided=False)
-    state = CacheState.allocate(row, tables, torch.device(_device("kernels")))
+    state = CacheState.allocate(strategy, tables, torch.device(_device("kernels")))
     state.copy_from(tables, Usage(layers=3, experts=7))
     schedule = Schedule.allocate(state, 3, 2)
     short = replace(schedule, slots=schedule.slots[:2], bounds=schedule.bounds[:2])
@@ -341,11 +340,11 @@ def test_a_bound_that_does_not_hold_is_seen() -> None:
 @pytest.mark.parametrize("name", ["lru", "next-use"])
 def test_few_waves_cost_few_loads(name: str, real: Trace) -> None:
     """At 25 % slots on real routing, turns of two load at most 1 % more than turns of one, the device's waves at most 6 %."""
-    row = STRATEGIES[name]
+    strategy = STRATEGIES[name]
     for batch in (1, 4):
         turns, pairs, waves = (
             replay(live_sequences(real, batch), r, 192, Cost()).loads
-            for r in (row, row.double_buffered(), row.on_device())
+            for r in (strategy, strategy.double_buffered(), strategy.on_device())
         )
         assert turns <= 1.001 * pairs <= 1.01 * turns
         assert turns <= 1.001 * waves <= 1.06 * turns

@@ -1,4 +1,4 @@
-"""A sequence's rotary table depends on its own length only, whoever steps beside it and however its prompt is cut."""
+"""A sequence's rotary table depends on its own length only, whatever steps beside it and however its prompt is cut."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
-from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, SamplingParams
 from expertflow.execution.rope import use_own_lengths
 from expertflow.models.context import ForwardContext
 from expertflow.models.families import FAMILIES
+from helpers import MakeCheckpoint, load_resident
 
 ORIGINAL = 24
 LONG_ROPE = {

@@ -16,7 +16,7 @@ from expertflow.sim.replay import replay
 from expertflow.sim.sweep import Grid, run_grid
 from expertflow.sim.workload import live_sequences, regrouped
 from expertflow.trace.format import load_trace
-from test_trace import EXCERPT
+from helpers import EXCERPT
 
 
 def draw(seed: int, count: int, layers: int = 3, experts: int = 30, share: float = 0.2) -> Paths:
@@ -111,5 +111,5 @@ def test_real_routes_overlap() -> None:
     needed = {method: workload.needed.sum() / arrival.needed.sum() for method, workload in found.items()}
     assert needed["swaps"] <= needed["similar"] < 1
     assert needed["swaps"] < 0.93
-    row, cost = STRATEGIES["next-use"], Cost()
-    assert replay(found["swaps"], row, 192, cost).loads < replay(arrival, row, 192, cost).loads
+    strategy, cost = STRATEGIES["next-use"], Cost()
+    assert replay(found["swaps"], strategy, 192, cost).loads < replay(arrival, strategy, 192, cost).loads

@@ -1,4 +1,4 @@
-"""Who steps next: nobody is lost, passed over or served twice; and tokens do not depend on any of it."""
+"""Which sequences step next: none is lost, passed over or served twice; and tokens do not depend on any of it."""
 
 import random
 from collections import Counter
@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.errors import CancelledError, ConfigError
 from expertflow.execution.kv_rows import DecodeInput
@@ -33,9 +32,8 @@ from expertflow.schedule.cost import (
     price,
 )
 from expertflow.schedule.scheduler import Decode, Part, Prefill, Scheduler
-from test_live_predictor import MakePredictor, make_predictor  # noqa: F401 - a fixture
+from helpers import DEVICES, MakeCheckpoint, MakePredictor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_ROWS = list(FAMILIES)
 RATES = StepPrices(slots=4, load=1.0, step=0.1, expert=0.01)
 
@@ -79,8 +77,8 @@ def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int],
         else:
             assert isinstance(turn, Decode)
             assert 1 <= len(turn.sequences) <= scheduler.batch
-            everybody = [number for group in turn.groups for number in group]
-            assert len(set(everybody)) == len(everybody)
+            members = [number for group in turn.groups for number in group]
+            assert len(set(members)) == len(members)
             sampled = list(turn.sequences)
         for number in sampled:
             assert number not in cancelled
@@ -101,7 +99,7 @@ def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int],
     policy=st.sampled_from(["fifo", "group", "auto"]),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_nobody_is_lost_or_served_twice(rows: int, batch: int, chunk: int, seed: int, policy: str) -> None:
+def test_no_sequence_is_lost_or_served_twice(rows: int, batch: int, chunk: int, seed: int, policy: str) -> None:
     """Random arrivals, cancellations, lengths and limits: each request that is not cancelled gets its tokens, once."""
     scheduler = Scheduler(
         rows=rows,
@@ -168,7 +166,7 @@ def test_prompts_are_read_between_rounds() -> None:
             happened.append("".join(str(number) for number in turn.sequences))
         if happened == ["p0p1", "p2", "01"]:
             scheduler.add(3, 35)
-    assert happened[:4] == ["p0p1", "p2", "01", "2"]  # nobody stepped when the second pass was chosen
+    assert happened[:4] == ["p0p1", "p2", "01", "2"]  # no sequence stepped when the second pass was chosen
     assert happened[4:] == [*["p3", "01", "2"] * 3, "p3", "01", "23", "01", "23"]
 
 
@@ -204,23 +202,23 @@ def test_routes_decide_who_steps_together() -> None:
         assert sorted(turns) == [(0, 3, 6), (1, 4, 7), (2, 5, 8)]
 
 
-def test_auto_stops_asking_where_it_does_not_pay() -> None:
-    """If everything is resident, turns are by arrival, and routes are asked for only now and then."""
-    asked = []
+def test_auto_stops_predicting_where_it_does_not_pay() -> None:
+    """If everything is resident, turns are by arrival, and routes are predicted only now and then."""
+    calls = []
 
-    def ask(numbers: Sequence[int]) -> npt.NDArray[np.float64]:
-        asked.append(len(numbers))
+    def predict(numbers: Sequence[int]) -> npt.NDArray[np.float64]:
+        calls.append(len(numbers))
         return chances_of(numbers)
 
     rates = StepPrices(slots=100, load=1.0, step=0.1, expert=0.0, divide=0.1)
-    scheduler = Scheduler(rows=4, batch=2, chunk=100, policy="auto", rates=rates, top_k=2, expected=ask)
+    scheduler = Scheduler(rows=4, batch=2, chunk=100, policy="auto", rates=rates, top_k=2, expected=predict)
     for number in range(4):
         scheduler.add(number, 1)
     for _ in range(260):  # two turns a round
         turn = scheduler.next()
         if isinstance(turn, Prefill):
             scheduler.done(turn)
-    assert len(asked) == 8  # rounds 0, 2, 5, 10, 19, 36, 69, 102
+    assert len(calls) == 8  # rounds 0, 2, 5, 10, 19, 36, 69, 102
 
 
 def test_no_waiting_request_is_passed_over_for_ever() -> None:
@@ -247,7 +245,7 @@ def test_no_waiting_request_is_passed_over_for_ever() -> None:
 
 
 def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
-    """Three step, one waits: a pass that costs two rounds waits for eight, but for none where nobody steps."""
+    """Three step, one waits: a pass that costs two rounds waits for eight, but for none where no sequence steps."""
     scheduler = Scheduler(rows=4, batch=4, chunk=10, admission=WhenItPays(lambda: Costs(2.0, 1.0, 1.0)))
     for number in range(4):
         scheduler.add(number, 2)
@@ -267,7 +265,7 @@ def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
     assert [part.sequence for part in scheduler.next().parts] == [5]
 
 
-def test_nobody_waits_longer_than_a_few_passes_take() -> None:
+def test_no_request_waits_longer_than_a_few_passes_take() -> None:
     """Seven step and lose next to nothing by an empty row: the eighth is let in all the same once it waited four passes."""
     scheduler = Scheduler(rows=8, batch=8, chunk=100, admission=WhenItPays(lambda: Costs(3.0, 0.01, 1.0)))
     for number in range(7):
@@ -281,8 +279,8 @@ def test_nobody_waits_longer_than_a_few_passes_take() -> None:
     assert rounds == LONGEST_WAIT * 3 - 1
 
 
-def test_nobody_waits_beside_a_prompt_that_is_read() -> None:
-    """A long prompt is read chunk by chunk between rounds: whoever comes is let in with its next pass; what was lost for one who left is forgotten."""
+def test_no_request_waits_beside_a_prompt_that_is_read() -> None:
+    """A long prompt is read chunk by chunk between rounds: a new request is let in with its next pass; what was lost for one that left is forgotten."""
     scheduler = Scheduler(rows=4, batch=4, chunk=10, admission=WhenItPays(lambda: Costs(9.0, 0.01, 1.0)))
     scheduler.add(0, 2)
     scheduler.done(scheduler.next())
@@ -349,7 +347,7 @@ def test_an_idle_engine_takes_other_rules(make_checkpoint: MakeCheckpoint) -> No
                 engine.reschedule(**wrong)
 
 
-def test_a_slow_first_pass_holds_nobody_back(make_checkpoint: MakeCheckpoint) -> None:
+def test_a_slow_first_pass_holds_no_request_back(make_checkpoint: MakeCheckpoint) -> None:
     """What passes take is known from the second one on, and is then the faster one's: the first one compiles and warms up."""
     with LLM(make_checkpoint("qwen3_moe"), slots=5, device="cpu", max_length=32) as llm:
         engine = llm.engine
@@ -395,8 +393,8 @@ def test_long_prompts_do_not_crawl_beside_short_ones() -> None:
 
 @given(rows=st.integers(1, 5), seed=st.integers(0, 99), cost=st.floats(0, 30))
 @settings(max_examples=30)
-def test_economy_loses_nobody(rows: int, seed: int, cost: float) -> None:
-    """Whatever a pass costs, everybody is served in the end."""
+def test_economy_loses_no_request(rows: int, seed: int, cost: float) -> None:
+    """Whatever a pass costs, every request is served in the end."""
     drive(
         Scheduler(rows=rows, batch=2 if rows > 1 else 1, chunk=10, admission=WhenItPays(lambda: Costs(cost, 1.0, 1.0))),
         seed,
@@ -434,7 +432,7 @@ COUNTS = (7, 3, 9, 5, 1, 8)
 @lru_cache
 def alone(folder: Path) -> list[tuple[int, ...]]:
     """Each request by itself."""
-    with LLM(folder, device=DEVICE, max_batch=1, max_length=48) as llm:
+    with LLM(folder, device=DEVICES[-1], max_batch=1, max_length=48) as llm:
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
         return [llm.generate(p, s)[0].token_ids for p, s in zip(PROMPTS, params, strict=True)]
 
@@ -449,7 +447,7 @@ def test_company_changes_no_token(model_type: str, make_checkpoint: MakeCheckpoi
         if execution == "graph" and FAMILIES[model_type].no_graph:
             continue
         options = {"max_batch": 2, "max_live": live, "max_length": 48, "slots": 6, "prefill_chunk": 9}
-        with LLM(folder, device=DEVICE, execution=execution, schedule="fifo", **options) as llm:
+        with LLM(folder, device=DEVICES[-1], execution=execution, schedule="fifo", **options) as llm:
             assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
 
 
@@ -457,7 +455,7 @@ def test_company_changes_no_token(model_type: str, make_checkpoint: MakeCheckpoi
 @pytest.mark.parametrize("execution", ["host", "graph"])
 def test_arrivals_cancellations_and_regroupings_change_no_token(
     make_checkpoint: MakeCheckpoint,
-    make_predictor: MakePredictor,  # noqa: F811 - the fixture
+    make_predictor: MakePredictor,
     execution: str,
     seed: int,
 ) -> None:
@@ -469,7 +467,7 @@ def test_arrivals_cancellations_and_regroupings_change_no_token(
         "max_batch": batch, "max_live": batch + draw.randint(0, 3), "max_length": 48, "slots": draw.choice([1, 6, 20]),
         "prefill_chunk": draw.choice([1, 5, 64]), "schedule": ("fifo", "group", "auto")[seed],
     }  # fmt: skip
-    with LLM(folder, device=DEVICE, execution=execution, predictor=str(make_predictor(folder)), **options) as llm:
+    with LLM(folder, device=DEVICES[-1], execution=execution, predictor=str(make_predictor(folder)), **options) as llm:
         engine, which, got, over = llm.engine, {}, {}, set()
         to_come = [draw.randrange(len(PROMPTS)) for _ in range(14)]
         while to_come or engine.unfinished:
@@ -494,10 +492,10 @@ def test_arrivals_cancellations_and_regroupings_change_no_token(
 
 
 def test_streams_and_single_requests_share_the_engine(make_checkpoint: MakeCheckpoint) -> None:
-    """Tokens go to whoever asked: a stream's to the stream, though somebody else steps; others' to who steps, though a stream does."""
+    """A stream gets its own tokens, though `step` makes them; `step` gives the other requests' tokens, though a stream makes them."""
     folder = make_checkpoint("qwen3_moe")
     expected = alone(folder)
-    with LLM(folder, device=DEVICE, max_batch=3, max_length=48, slots=6) as llm:
+    with LLM(folder, device=DEVICES[-1], max_batch=3, max_length=48, slots=6) as llm:
         params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
         own = llm.engine.add(llm.request(PROMPTS[0], params[0]))
         stream = llm.stream(PROMPTS[2], params[2])
@@ -531,14 +529,14 @@ def failing_now_and_then(work: Callable[..., torch.Tensor], often: int) -> Calla
 
 
 def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes and steps that raise give nobody a token and lose nobody."""
+    """Passes and steps that raise give no token and lose no request."""
     folder = make_checkpoint("qwen3_moe")
     expected, params = alone(folder), [SamplingParams(max_tokens=count, ignore_eos=True) for count in COUNTS]
     for execution in ("host", "graph"):
         options = {"max_batch": 2, "max_live": 3, "max_length": 48, "slots": 6, "execution": execution}
         with LLM(folder, device="cpu", **options) as llm:
             engine, got, rows = llm.engine, {}, llm._offloaded.handover.rows
-            if execution == "graph":  # in the middle of a layer: slots are decided, and their rows do not come
+            if execution == "graph":  # in the middle of a layer: slots are decided, and their records do not come
                 experts = llm._offloaded.handover.make_decoder().experts
                 monkeypatch.setattr(experts._twin, "run_layer", failing_now_and_then(experts._twin.run_layer, 8))
             else:
@@ -555,13 +553,13 @@ def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch:
             assert [tuple(got[number]) for number in numbers] == expected
 
 
-def test_takers_and_choices_that_fail_harm_nobody_else(
+def test_takers_and_choices_that_fail_harm_no_other_request(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A taker that raises loses its own request; a choice that fails uses up no random number; others get their tokens."""
     folder = make_checkpoint("qwen3_moe")
     params = [SamplingParams(max_tokens=6, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 1.0, 1.0)]
-    with LLM(folder, device=DEVICE, max_batch=3, max_length=48) as llm:
+    with LLM(folder, device=DEVICES[-1], max_batch=3, max_length=48) as llm:
         expected = [output.token_ids for output in llm.generate(PROMPTS[:3], params)]
         engine, got = llm.engine, {}
 
@@ -589,7 +587,7 @@ def test_a_broken_cohort_is_given_up(make_checkpoint: MakeCheckpoint, monkeypatc
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
              "max_position_embeddings": 128, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32}  # fmt: skip
     no_row = make_checkpoint("flex_olmo", "float32", **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    with LLM(no_row, device=DEVICE, max_batch=2, max_length=48, slots=3) as llm:
+    with LLM(no_row, device=DEVICES[-1], max_batch=2, max_length=48, slots=3) as llm:
         assert not llm.engine._executor.joins
         params = SamplingParams(max_tokens=5, ignore_eos=True)
         expected = [output.token_ids for output in llm.generate(PROMPTS[:4], params)]
@@ -666,7 +664,7 @@ def merged(
 
 
 def test_padding_uses_no_expert(make_checkpoint: MakeCheckpoint) -> None:
-    """In a pass over prompts of unequal length whoever is nobody's is routed nowhere, and the others as alone."""
+    """In a pass over prompts of unequal length padding is routed nowhere, and tokens as alone."""
     seen: list[npt.NDArray[np.int64]] = []
 
     class Watch:
@@ -676,7 +674,7 @@ def test_padding_uses_no_expert(make_checkpoint: MakeCheckpoint) -> None:
             if layer == 0:
                 seen.append(routes)
 
-    with LLM(make_checkpoint("qwen3_moe"), device=DEVICE, max_batch=2, max_length=48) as llm:
+    with LLM(make_checkpoint("qwen3_moe"), device=DEVICES[-1], max_batch=2, max_length=48) as llm:
         llm._offloaded.watch(Watch())
         executor = llm.engine._executor
         executor.prefill([PromptChunk(0, PROMPTS[0], 0, 0), PromptChunk(1, PROMPTS[1], 1, 0)])
@@ -689,7 +687,7 @@ def test_padding_uses_no_expert(make_checkpoint: MakeCheckpoint) -> None:
 
 
 def test_two_thousand_requests(make_checkpoint: MakeCheckpoint) -> None:
-    """Overload: a long queue, random cancellations, one slot; everybody gets tokens or was cancelled, nothing is left."""
+    """Overload: a long queue, random cancellations, one slot; every request gets tokens or was cancelled, nothing is left."""
     folder, draw = make_checkpoint("mixtral"), random.Random(0)
     with LLM(folder, device="cpu", max_batch=16, max_live=40, max_length=16, slots=1, prefill_chunk=64) as llm:
         engine = llm.engine

@@ -9,7 +9,6 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cli.main import app
 from expertflow.config import EngineConfig
@@ -18,12 +17,11 @@ from expertflow.engine.engine import Engine
 from expertflow.engine.request import Request, StreamOutput
 from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.errors import ConfigError
+from helpers import GUARD, MakeCheckpoint
 
 PROMPTS = ["hello there", "good", "the sea was calm", "a", "it was night", "the end"]
 PARAMS = [SamplingParams(max_tokens=3 + n, ignore_eos=True, temperature=n % 2, seed=n) for n in range(len(PROMPTS))]
 OPTIONS = {"device": "cpu", "slots": 6, "max_batch": 2, "max_live": 3, "max_length": 48}
-GUARD = 120
-"""Seconds after which something hangs."""
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +123,31 @@ def test_text_of_another_folder_is_refused(folder: Path, make_checkpoint: MakeCh
     """A tokenizer that is not the model's would make `LLM.identity` untrue."""
     with pytest.raises(ConfigError, match="text is of"):
         LLM(folder, text=ModelText(make_checkpoint("mixtral")), **OPTIONS)
+
+
+class Box(list[StreamOutput]):
+    """A channel that is empty, and so false, at first."""
+
+    def __call__(self, output: StreamOutput) -> None:
+        self.append(output)
+
+
+def test_a_channel_may_be_an_empty_container(folder: Path) -> None:
+    """A channel is used because it was given, not because it is true."""
+    with LLM(folder, **OPTIONS) as llm:
+        box = Box()
+        llm.engine.add(llm.request("good", SamplingParams(max_tokens=3, ignore_eos=True)), box)
+        while llm.engine.unfinished:
+            assert llm.engine.step() == []
+    assert len(box) == 3
+
+
+def test_an_unknown_rule_leaves_the_engine_as_it_was(folder: Path) -> None:
+    """`reschedule` refuses before it changes anything: measured durations still reach the rule that admits."""
+    with LLM(folder, **OPTIONS) as llm:
+        llm.generate(PROMPTS, PARAMS)
+        durations = llm.engine._durations
+        with pytest.raises(ConfigError, match="admission='soon'"):
+            llm.engine.reschedule("fifo", "soon")
+        assert llm.engine._durations is durations
+        llm.generate(PROMPTS, PARAMS)

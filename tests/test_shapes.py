@@ -53,5 +53,5 @@ def test_full_sizes_are_the_published_ones(tmp_path: Path, shape: str, figures: 
     """MoE layers, experts, experts a token, and bytes of an expert in bf16."""
     shapes_h100.SHAPES[shape].config(tiny=False).save_pretrained(tmp_path)
     skeleton = build_skeleton(tmp_path, "auto")
-    row = sum(spec.nbytes for spec in skeleton.specs)
-    assert (len(skeleton.expert_modules), skeleton.experts, skeleton.top_k, row) == figures
+    record = sum(spec.nbytes for spec in skeleton.specs)
+    assert (len(skeleton.expert_modules), skeleton.experts, skeleton.top_k, record) == figures

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.cache.forecast import CountsByToken, Forecast, NoForecast, Recorded, Step, blur, next_uses
 from expertflow.cache.policy import Outlook
@@ -22,15 +21,10 @@ from expertflow.sim.replay import Outcome, replay, replay_events, setting_of
 from expertflow.sim.sweep import Grid, run_grid
 from expertflow.sim.workload import Workload, as_recorded, live_sequences
 from expertflow.trace.format import Trace, load_trace, save_trace
-from test_trace import EXCERPT, make_trace
+from helpers import EXCERPT, ROOT, MakeCheckpoint, make_trace
 
 pytestmark = pytest.mark.xdist_group("simulator")  # its fixtures take long: one worker makes them
-DOCS = Path(__file__).parents[1] / "docs"
-
-
-@pytest.fixture(scope="module")
-def real() -> Trace:
-    return load_trace(EXCERPT).without("repetition")
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +34,8 @@ def outcomes(real: Trace) -> dict[tuple[str, int, int], Outcome]:
     for batch in (1, 4):
         workload = live_sequences(real, batch)
         for slots in (192, 384):
-            for name, row in STRATEGIES.items():
-                found[name, batch, slots] = replay(workload, row, slots, Cost())
+            for name, strategy in STRATEGIES.items():
+                found[name, batch, slots] = replay(workload, strategy, slots, Cost())
     return found
 
 
@@ -55,14 +49,14 @@ def test_engine_and_simulator_tell_the_same_events(
     with LLM(folder, slots=slots, device="cpu", strategy="on-demand") as llm, llm.record(tmp_path / "t.trace"):
         llm.generate(prompts, params)
     workload = as_recorded(load_trace(tmp_path / "t.trace"))
-    for name, row in STRATEGIES.items():
+    for name, strategy in STRATEGIES.items():
         happened: list[Event] = []
-        forecast = row.make_forecast(setting_of(workload))
+        forecast = strategy.make_forecast(setting_of(workload))
         llm = LLM(folder, slots=slots, device="cpu", strategy=name, forecast=forecast)
         llm._offloaded.events.subscribe(happened.append)
         llm.generate(prompts, params)
         llm.close()
-        assert happened == replay_events(workload, row, slots, llm.plan.record_bytes), name
+        assert happened == replay_events(workload, strategy, slots, llm.plan.record_bytes), name
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -81,7 +75,7 @@ def _first_steps(workload: Workload, steps: int) -> Workload:
 
 
 def test_belady_loads_least_on_real_routing(outcomes: dict[tuple[str, int, int], Outcome]) -> None:
-    """No strategy moves fewer rows than the oracle, and every prefetched row was used or wasted."""
+    """No strategy moves fewer records than the oracle, and every prefetched record was used or wasted."""
     for (_, batch, slots), outcome in outcomes.items():
         assert outcomes["oracle", batch, slots].loads <= outcome.loads
         assert outcome.prefetched >= outcome.wasted
@@ -102,7 +96,7 @@ def test_global_lru_collapses_when_a_step_exceeds_the_slots(outcomes: dict[tuple
 
 
 def test_more_slots_load_less(outcomes: dict[tuple[str, int, int], Outcome]) -> None:
-    """On real routing every strategy but on-demand moves fewer rows with twice the slots."""
+    """On real routing every strategy but on-demand moves fewer records with twice the slots."""
     for name in STRATEGIES:
         for batch in (1, 4):
             few, many = outcomes[name, batch, 192].loads, outcomes[name, batch, 384].loads
@@ -129,8 +123,8 @@ def test_a_layer_in_waves_waits_for_the_slot() -> None:
     assert outcome.seconds * 1e6 > 4 * 100 + 30
 
 
-def test_a_foreseen_load_overlaps_and_a_late_one_is_counted() -> None:
-    """With the path known, layer 1's rows travel while layer 0 computes; what has not arrived is late, not missed."""
+def test_a_predicted_load_overlaps_and_a_late_one_is_counted() -> None:
+    """With the path known, layer 1's records travel while layer 0 computes; what has not arrived is late, not missed."""
     steps = [[[0], [number % 4]] for number in range(12)]
     slow = Cost(row_bytes=1_000_000, link_gbps=10.0, copy_us=0.0, layer_us=10.0, expert_us=10.0)
     fast = replace(slow, layer_us=500.0)
@@ -219,9 +213,9 @@ def test_a_predicted_path_is_any_function_of_the_step(real: Trace) -> None:
 def test_knowing_further_steps_helps_retention(real: Trace) -> None:
     """Perfect knowledge of 0, 1, 4 further steps keeps more and more, Belady most."""
     workload = live_sequences(real, 4)
-    row = STRATEGIES["next-use"]
+    strategy = STRATEGIES["next-use"]
     kept = [
-        replay(workload, row, 192, Cost(), forecast=Recorded(workload.needed, horizon)).kept_ratio
+        replay(workload, strategy, 192, Cost(), forecast=Recorded(workload.needed, horizon)).kept_ratio
         for horizon in (0, 1, 4)
     ]
     assert kept[0] < kept[1] <= kept[2] + 0.01

@@ -7,14 +7,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
-from expertflow.errors import ConfigError, ExpertFlowError, PredictorError
+from expertflow.errors import ClosedError, ConfigError, ExpertFlowError, PredictorError
 from expertflow.models.families import FAMILIES
 from expertflow.models.sources import FileWeights, RandomWeights
-from test_live_predictor import MakePredictor, make_predictor  # noqa: F401 - a fixture
+from helpers import MakeCheckpoint, MakePredictor
 
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
 OPTIONS = {"device": "cpu", "slots": 6, "max_length": 32, "execution": "host", "strategy": "lru", "predictor": "none"}
@@ -101,7 +100,7 @@ def test_a_folder_without_weights_needs_a_source(tmp_path: Path) -> None:
 def test_a_stand_in_takes_the_predictor_of_what_it_stands_for(
     tmp_path: Path,
     make_checkpoint: MakeCheckpoint,
-    make_predictor: MakePredictor,  # noqa: F811
+    make_predictor: MakePredictor,
 ) -> None:
     """A predictor is refused by random weights, unless they carry the fingerprint of the model it was made for."""
     real = make_checkpoint("qwen3_moe")
@@ -127,3 +126,12 @@ def test_weights_drawn_on_a_gpu_are_shared_and_planned(tmp_path: Path) -> None:
         with LLM(folder, beside=first, **options) as second:
             tokens.append(second.generate([[4, 7, 2, 9]], PARAMS)[0].token_ids)
     assert tokens[0] == tokens[1]
+
+
+def test_experts_of_a_closed_model_are_not_shared(tmp_path: Path) -> None:
+    """A source whose model was closed says so before anything is computed."""
+    folder = only_config("mixtral", tmp_path)
+    with LLM(folder, weights=RandomWeights(seed=3), **OPTIONS) as first:
+        source = first.shared_weights
+    with pytest.raises(ClosedError, match="closed"):
+        LLM(folder, weights=source, **OPTIONS)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import MakeCheckpoint
-from expertflow import LLM, SamplingParams
+from expertflow import LLM, SamplingParams, from_pretrained
+from expertflow.errors import ClosedError
 from expertflow.events import CacheCounters, Event
+from helpers import DEVICES, MakeCheckpoint
 
 PROMPT, TOKENS = [5, 6, 7, 8, 9, 10, 11], 7
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def open_llm(folder: Path, execution: str, device: str = "cpu", **options: object) -> LLM:
@@ -60,11 +60,11 @@ def test_a_reader_captures_nothing_and_a_subscriber_does(make_checkpoint: MakeCh
         stream, offloaded = llm.stream([PROMPT], up_to(TOKENS)), llm._offloaded
         next(stream)
         next(stream)
-        decoder, told = offloaded.handover.decoder, int(offloaded.counters.loads)
+        decoder, counted = offloaded.handover.decoder, int(offloaded.counters.loads)
         for _ in range(3):
             assert offloaded.totals() == offloaded.totals() == llm.stats.cache
             assert np.array_equal(offloaded.residency(), offloaded.residency())
-            assert offloaded.counters.loads == told, "the steps' totals are on the device still"
+            assert offloaded.counters.loads == counted, "the steps' totals are on the device still"
             next(stream)
             assert offloaded.handover.decoder is decoder
         happened: list[Event] = []
@@ -82,12 +82,12 @@ def test_a_reader_captures_nothing_and_a_subscriber_does(make_checkpoint: MakeCh
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
 def test_readers_in_other_threads_change_nothing(execution: str, make_checkpoint: MakeCheckpoint) -> None:
-    """While a thread reads on and on, tokens, totals and residency are those of a run nobody looks at; totals only grow."""
+    """While a thread reads on and on, tokens, totals and residency are those of a run that is not read; totals only grow."""
     folder, answers = make_checkpoint("qwen3_moe"), []
     prompts = [PROMPT, [10, 11], [12, 13, 14]]
     for watched in (False, True):
-        with open_llm(folder, execution, max_batch=3) as llm:
-            llm.engine._scheduler.costs = None  # who steps with whom does not depend on the clock
+        # requests are admitted at once, whatever the clock says
+        with open_llm(folder, execution, max_batch=3, admission="at once") as llm:
             read: list[CacheCounters] = []
             with _reading(llm, read) if watched else memoryview(b""):
                 tokens = [output.token_ids for output in llm.generate(prompts, up_to(20))]
@@ -194,3 +194,79 @@ def test_a_dropped_model_frees_its_memory_at_once(
         assert {name for name, part in parts.items() if part() is not None} == set()
     finally:
         gc.enable()
+
+
+def test_a_dropped_transformers_model_frees_its_memory_at_once(make_checkpoint: MakeCheckpoint) -> None:
+    """`del model` of `from_pretrained` does as `del llm`; what is left of it closes without an error."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = from_pretrained(make_checkpoint("mixtral"), slots=5, device="cpu")
+        with torch.inference_mode():
+            model(torch.tensor([PROMPT]))
+        handle = model.expertflow
+        parts = [weakref.ref(model), weakref.ref(handle.store), weakref.ref(handle.store.buffer.untyped_storage())]
+        del model
+        assert parts[0]() is None
+        with pytest.raises(ClosedError, match="deleted"):
+            handle.model  # noqa: B018 - reading it is what is tested
+        handle.close()
+        del handle
+        assert [part() for part in parts] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_every_prefetch_of_a_closed_model_ends_used_or_wasted(execution: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Law 4, for a model that is closed in the middle of a run, whichever side had the tables."""
+    llm = open_llm(make_checkpoint("mixtral"), execution, strategy="ring", slots=7)
+    llm.engine.add(llm.request(PROMPT, up_to(TOKENS)))
+    for _ in range(4):
+        llm.engine.step()
+    llm.close()
+    totals = llm.stats.cache
+    assert totals.prefetched > 0
+    assert totals.prefetched == totals.prefetch_hits + totals.wasted
+    llm.close()
+    assert llm.stats.cache == totals
+
+
+def test_nothing_is_resident_after_a_broken_step(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the slots hold is unknown then, and a reader learns that before the next step empties them."""
+    with open_llm(make_checkpoint("mixtral"), "graph") as llm:
+        stream = llm.stream([PROMPT], up_to(TOKENS))
+        next(stream)
+        next(stream)
+        assert llm._offloaded.residency().max() >= 0
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("cosmic ray")
+
+        monkeypatch.setattr(llm._offloaded.handover.decoder, "launch", fail)
+        with pytest.raises(RuntimeError, match="cosmic"):
+            next(stream)
+        assert llm._offloaded.residency().max() == -1
+
+
+def test_a_channel_sees_its_own_token_counted(make_checkpoint: MakeCheckpoint) -> None:
+    """While token n is handed out the totals have it, and a channel that raises takes none from the others."""
+    seen = []
+    with open_llm(make_checkpoint("mixtral"), "host", max_batch=2) as llm:
+
+        def count(_: object) -> None:
+            seen.append(llm.engine.totals.tokens)
+
+        def fail(_: object) -> None:
+            count(_)
+            raise ValueError("full")
+
+        llm.engine.add(llm.request(PROMPT, up_to(3)), fail)
+        llm.engine.add(llm.request(PROMPT, up_to(3)), count)
+        with pytest.raises(ValueError, match="full"):
+            llm.engine.step()
+        while llm.engine.unfinished:
+            llm.engine.step()
+    assert seen == [1, 2, 3, 4]

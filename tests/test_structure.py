@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "expertflow"
+from helpers import ROOT
+
+SOURCE = ROOT / "src" / "expertflow"
 FILES = sorted(SOURCE.rglob("*.py"))
 FOLDERS = sorted({file.parent for file in FILES})
 LONGEST_FILE, LONGEST_FUNCTION, MOST_MODULES, MOST_PARAMETERS = 450, 60, 12, 30

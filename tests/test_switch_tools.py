@@ -18,12 +18,12 @@ from switch.model import build, export, grouped, loss_of
 from switch.optim import Factored, round_to
 from switch.train import Text, prepare_text, train
 
-from conftest import load_resident
 from expertflow import LLM, SamplingParams
 from expertflow.bench.workload import OPENINGS
 from expertflow.engine.llm import shipped_model
 from expertflow.predict.artifact import load_artifact
 from expertflow.predict.online import OnlinePredictor
+from helpers import load_resident
 
 RECIPE = replace(Recipe(), raw=60, batch=4, prompts=6, training_prompts=6, prompt_lengths=(16, 24), capacity=4.0)
 SHAPE: Shape = replace(TINY, experts=4)
@@ -38,7 +38,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
 
 
 def test_corruption_can_be_undone() -> None:
-    """Putting each span of the written side in place of its sentinel gives the raw tokens back; the noise is as large as asked."""
+    """Putting each span of the written side in place of its sentinel gives the raw tokens back; the noise is as large as stated."""
     random = np.random.default_rng(3)
     raw = random.integers(3, 500, (5, 97))
     read, written = corrupt(raw, 600, RECIPE, random)
@@ -118,13 +118,13 @@ def test_a_misled_predictor_says_the_same_of_others() -> None:
     """Layer by layer the same chances, dealt to other experts; and the honest one is back behind it."""
     online = OnlinePredictor(load_artifact(Path(shipped_model()).parent / "novella_predictor"), 2)
     layers, _, top_k = online.artifact.shape
-    asked = torch.arange(2), torch.tensor([5, 9]), torch.zeros(2, layers, top_k, dtype=torch.long)
-    honest = online.step(*asked)
+    inputs = torch.arange(2), torch.tensor([5, 9]), torch.zeros(2, layers, top_k, dtype=torch.long)
+    honest = online.step(*inputs)
     online.free([0, 1])
     with misled():
-        wrong = online.step(*asked)
+        wrong = online.step(*inputs)
     online.free([0, 1])
-    for said, other in zip(honest, wrong, strict=True):
-        assert torch.equal(said.sort(-1).values, other.sort(-1).values)
-        assert (said.argmax(-1) != other.argmax(-1)).float().mean() > 0.8
-    assert torch.equal(online.step(*asked).demand, honest.demand)
+    for right, other in zip(honest, wrong, strict=True):
+        assert torch.equal(right.sort(-1).values, other.sort(-1).values)
+        assert (right.argmax(-1) != other.argmax(-1)).float().mean() > 0.8
+    assert torch.equal(online.step(*inputs).demand, honest.demand)

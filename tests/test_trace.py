@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import MakeCheckpoint
 from expertflow import LLM, SamplingParams
 from expertflow.errors import TraceError
 from expertflow.events import Event, EventKind
@@ -20,8 +19,6 @@ from expertflow.trace.format import (
     DECODE,
     PREFILL,
     Header,
-    Rows,
-    Trace,
     TraceWriter,
     check_model,
     load_trace,
@@ -29,28 +26,7 @@ from expertflow.trace.format import (
     save_trace,
 )
 from expertflow.trace.importer import import_folder
-
-EXCERPT = Path(__file__).parent / "data" / "gpt_oss_20b_excerpt" / "routing.trace"
-
-
-def make_trace(rows: int, layers: int = 2, experts: int = 8, top_k: int = 2, seed: int = 0) -> Trace:
-    random = np.random.default_rng(seed)
-    ids = random.permuted(np.tile(np.arange(experts), (rows, layers, 1)), axis=2)[..., :top_k]
-    columns = Rows(
-        ids.astype(np.uint8 if experts < 256 else np.uint16),
-        random.random((rows, layers, top_k)).astype(np.float16),
-        random.integers(-1, 50, rows).astype(np.int32),
-        np.full(rows, DECODE, dtype=np.uint8),
-        np.sort(random.integers(0, 4, rows)).astype(np.int32),
-        np.arange(rows, dtype=np.int32),
-    )
-    header = Header(layers=layers, experts=experts, top_k=top_k, model="made up")
-    return Trace(
-        header=header,
-        rows=columns,
-        sequences=tuple({"sequence": s} for s in range(4)),
-        vocabulary=tuple(map(str, range(50))),
-    )
+from helpers import EXCERPT, MakeCheckpoint, make_trace
 
 
 @given(rows=st.integers(1, 40), layers=st.integers(1, 3), experts=st.sampled_from([2, 8, 255, 256, 300]))

@@ -21,10 +21,10 @@ from transformers import (
     pipeline,
 )
 
-from conftest import MakeCheckpoint, load_resident
 from expertflow import LLM, EngineConfig, from_pretrained
 from expertflow.config import OF_OTHERS
 from expertflow.errors import ClosedError, ConfigError, DeviceError, UnsupportedModelError
+from helpers import MakeCheckpoint, load_resident
 
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(7))
 FLEX_OLMO = {

@@ -1,7 +1,7 @@
 """Run one tree's engine over a list of cases and write down all that it answers and does. Started by `compare_trees.py`.
 
-PYTHONPATH says which tree. The probe uses the public API and two names inside it: the event stream, and the functions that
-choose kernels for a device. It must not compare anything, because it knows one tree only.
+PYTHONPATH chooses the tree. The probe uses the public API and two names inside it: the event stream, and the functions
+that choose kernels for a device. It must not compare anything, because it sees one tree only.
 """
 
 import hashlib

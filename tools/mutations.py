@@ -65,7 +65,7 @@ MUTATIONS = (
     Mutation("uses of a step not counted", "cache/policy.py", "return Planes(usage.count, usage.count + 1,", "return Planes(usage.count, usage.count,", CACHE),
     Mutation("a first use counted again and again", "cache/core.py", "int(t.fresh[layer, expert]))\n        t.fresh[layer, expert] = False", "int(t.fresh[layer, expert]))", CACHE),
     Mutation("what is loaded ahead may leave at once", "cache/core.py", "t.fresh[layer, expert] = True\n", "t.fresh[layer, expert] = True\n        t.rank[layer, expert], t.lowest[layer] = -1e8, -1\n", CACHE),
-    Mutation("a copy starts one turn early", "execution/provider.py", "coming.after < done", "coming.after <= done", ("test_memory.py", "-k", "before_its_turn")),
+    Mutation("a copy starts one access early", "execution/provider.py", "coming.after < done", "coming.after <= done", ("test_memory.py", "-k", "before_its_turn")),
     Mutation("a layer given up is trusted", "execution/provider.py", "if ready or coming is not None:", "if False:", ("test_generation.py", "test_memory.py", "-k", "interrupted or given_up or waited_for")),
     Mutation("a slot is not given back", "execution/provider.py", "transfer.release(access.slot)", "pass", ("test_memory.py", "-k", "before_its_turn")),
     Mutation("a window one token too wide", "execution/kv_rows.py", "(distance < window)", "(distance <= window)", ("test_exactness.py", "-k", "stock_tokens and gpt_oss-float32")),
@@ -78,7 +78,7 @@ MUTATIONS = (
     Mutation("a token uses the experts of the one before", "execution/replay.py", "now.rows[:, None], now.columns]", "now.rows[:, None], now.columns - 1]", ("test_replay.py", "-k", "what_was_recorded")),
     Mutation("recorded routes of another KV row", "execution/replay.py", "now.rows[:, None], now.columns]", "now.rows.flip(0)[:, None], now.columns]", ("test_replay.py", "-k", "what_was_recorded")),
     Mutation("static batches are joined", "schedule/admission.py", "> 0 and not now.live", "> 0", ("test_scheduler.py", "-k", "rules")),
-    Mutation("a request waits for longer than passes take", "schedule/admission.py", "self._waited < LONGEST_WAIT * costs.pass_", "self._waited < 2 * LONGEST_WAIT * costs.pass_", ("test_scheduler.py", "-k", "nobody_waits_longer")),
+    Mutation("a request waits for longer than passes take", "schedule/admission.py", "self._waited < LONGEST_WAIT * costs.pass_", "self._waited < 2 * LONGEST_WAIT * costs.pass_", ("test_scheduler.py", "-k", "no_request_waits_longer")),
     Mutation("experts of another seed", "models/sources.py", "manual_seed(self.seed + 1)", "manual_seed(1)", ("test_sources.py", "-k", "seed_decides")),
 )  # fmt: skip
 

@@ -34,7 +34,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the heavy names when they are first asked for."""
+    """Import the heavy names at their first use."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'expertflow' has no attribute {name!r}")

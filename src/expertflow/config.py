@@ -24,19 +24,19 @@ EXECUTIONS = ("auto", "host", "graph")
 SCHEDULES = ("auto", "fifo", "group")
 _NO_CODE = "Leave it out: code that comes with a checkpoint is never run."
 _FETCH = "Fetch it first (`hf download ID --local-dir FOLDER` takes this option), and give the folder as the model."
-_PLACE = "Leave it out: `gpu_memory` or `slots` says how much of the model is on the device."
+_PLACE = "Leave it out: `gpu_memory` or `slots` states how much of the model is on the device."
 _WEIGHTS = "Leave it out: the checkpoint's weights run in `dtype`, float32, bfloat16 or float16."
 OF_OTHERS = MappingProxyType({
     "torch_dtype": "Use `dtype`.",
     "attn_implementation": "Only `from_pretrained` takes it: the captured steps of `LLM` have an attention kernel of their own.",
     "experts_implementation": "Leave it out: experts are offloaded, with the bits of `experts_implementation='eager'`.",
-    "device_map": "Use `device`; `gpu_memory` or `slots` says how much of the model is on it.",
+    "device_map": "Use `device`; `gpu_memory` or `slots` states how much of the model is on it.",
     "max_memory": "Use `gpu_memory` and `host_memory`.",
     "low_cpu_mem_usage": "Leave it out: every weight is read once, into its place.",
     "trust_remote_code": _NO_CODE,
     "code_revision": _NO_CODE,
     "use_safetensors": "Leave it out: only safetensors files are read.",
-    "config": "Leave it out: the model is what its folder's config.json says.",
+    "config": "Leave it out: the folder's config.json describes the model.",
     "generation_config": "Set `model.generation_config` once it is loaded.",
     "adapter_kwargs": "Add adapters once the model is loaded.",
     "output_loading_info": "Leave it out: a weight that is missing or of another shape is an error.",
@@ -53,7 +53,7 @@ _READ_ELSEWHERE = ("stop", "stop_token_ids", "device", "dtype")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Say which known word is meant, or list them all: the remedy of an unknown name."""
+    """Name the nearest known word, or list them all: the remedy of an unknown name."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."
@@ -86,6 +86,16 @@ class Option(NamedTuple):
     none: str
     off: tuple[str, str] | tuple[()]
     typed: bool
+
+
+def check_device(name: str) -> None:
+    """Refuse what names no device: `auto`, `cpu`, `cuda` and `cuda:N` do.
+
+    Raises:
+        ConfigError: then.
+    """
+    known = name in DEVICES or re.fullmatch(r"cuda:[0-9]{1,3}|cpu:0", name)
+    _require(bool(known), f"device={name!r} is unknown", nearest(name, DEVICES))
 
 
 def doc(text: str, *, default: Any, none: str = "", off: tuple[str, str] | tuple[()] = (), typed: bool = True) -> Any:
@@ -184,7 +194,7 @@ class _Checked:
 @_documented
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(_Checked):
-    """How to run a model. `engine.prepare` turns these wishes into choices and numbers, or refuses them."""
+    """How to run a model. `engine.prepare` turns these options into choices and numbers, or refuses them."""
 
     gpu_memory: str | int | None = doc("Device memory for everything, such as 6GiB.", default=None, none="no limit")
     slots: str | int | None = doc(
@@ -230,8 +240,7 @@ class EngineConfig(_Checked):
         _read_types(self)
         for name in ("device", "dtype"):  # torch's own objects, by the names that torch prints
             object.__setattr__(self, name, str(getattr(self, name)).removeprefix("torch."))
-        known = self.device in DEVICES or re.fullmatch(r"cuda:[0-9]{1,3}|cpu:0", self.device)
-        _require(bool(known), f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
+        check_device(self.device)
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} is unknown", nearest(self.dtype, DTYPES))
         _require(
             self.execution in EXECUTIONS,

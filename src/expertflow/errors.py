@@ -1,4 +1,4 @@
-"""The one error tree. Every message says what went wrong, with which value, and what to do about it.
+"""The one error tree. Every message states what went wrong, with which value, and what to do about it.
 
 Must not know the rest of the package, so that every module may raise from it.
 """
@@ -86,7 +86,7 @@ class NonFiniteError(ExpertFlowError):
     """
 
     def __init__(self, index: int, token: int) -> None:
-        """Of the same call nothing has finished yet."""
+        """Start without finished requests."""
         super().__init__(
             f"request {index} has no token {token}: its logits are not finite (NaN or infinity)",
             "Look for such numbers in the weights; if activations overflow float16, run with dtype bfloat16 or float32.",
@@ -100,7 +100,7 @@ class ResultsError(ExpertFlowError):
 
 
 class TraceError(ExpertFlowError):
-    """A routing trace is truncated, foreign, empty, of another model than stated, or lacks what is asked of it."""
+    """A routing trace is truncated, foreign, empty, of another model than stated, or lacks what is needed."""
 
 
 class PredictorError(ExpertFlowError):

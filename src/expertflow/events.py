@@ -1,6 +1,6 @@
 """One stream of events that counters, reports, recorders and tests subscribe to.
 
-It defines the kinds of events and knows nothing of its listeners. Without a listener an event costs one comparison.
+It defines the kinds of events. Without a listener an event costs one comparison. Must not know its listeners.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""Files that are whole or not there, and pictures that say what they are of.
+"""Files that are written whole or not at all, and pictures with a line about their data.
 
-A command that fails or is interrupted while it writes leaves the old file, or none. It must not know what is written.
+If a command fails or is interrupted while it writes, the old file stays, or none. Must not know what is written.
 """
 
 import os

@@ -1,8 +1,8 @@
 """How many processors and how much memory this process may use: limits of its own, of its control group and of all above.
 
-Reads `/proc` and `/sys`; knows nothing of threads and torch.
-Sources: kernel documents admin-guide/cgroup-v2 (`cpu.max`, `memory.max`), scheduler/sched-bwc (`cpu.cfs_quota_us`) and
-admin-guide/cgroup-v1/memory (`memory.limit_in_bytes`); setrlimit(2).
+Reads `/proc` and `/sys`. Must not know threads and torch. Sources: kernel documents admin-guide/cgroup-v2 (`cpu.max`,
+`memory.max`), scheduler/sched-bwc (`cpu.cfs_quota_us`) and admin-guide/cgroup-v1/memory (`memory.limit_in_bytes`);
+setrlimit(2).
 """
 
 import errno
@@ -25,7 +25,7 @@ _REFUSED = (
     "can't start new thread",
     "failed to map segment",
 )
-"""What torch, safetensors and Python say when the system gives them no memory."""
+"""Error texts of torch, safetensors and Python when the system gives them no memory."""
 
 
 def usable_cpus(root: Path = _ROOT) -> int:
@@ -90,7 +90,7 @@ def lockable_memory(root: Path = _ROOT) -> int | None:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error of a library says that an allocation or a mapping was refused."""
+    """Whether an error of a library means that an allocation or a mapping was refused."""
     short = isinstance(error, OSError) and error.errno == errno.ENOMEM
     return short or isinstance(error, MemoryError) or any(words in str(error) for words in _REFUSED)
 
@@ -111,7 +111,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _memory_left(root: Path) -> Iterator[int]:
-    """Bytes that every group which binds this process leaves; page cache is given back on demand, so it counts as free."""
+    """Bytes left within every group that binds this process; page cache is freed on demand, so it counts as free."""
     for folder, version in _own_groups(root, "memory"):
         names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         limit, used = (_text(folder / name) or "" for name in names)

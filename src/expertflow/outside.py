@@ -1,7 +1,7 @@
 """Reads what other programs wrote, within bounds: bytes of a file, JSON, members of a zip archive, columns of numbers.
 
 Everything malformed is a ValueError here; the caller makes its own error of it, with file and remedy. Nothing is built
-from the content before its size, nesting and digits are checked. Knows no format of ours.
+from the content before its size, nesting and digits are checked. Must not know our own formats.
 """
 
 import errno
@@ -79,7 +79,7 @@ def read_bytes(path: Path, most: int = LARGE, *, stream: bool = False) -> bytes:
     Args:
         path: of the file.
         most: bytes it may have; of a pipe or a device at most 64 MiB.
-        stream: read a pipe or a device as well, however long it lets us wait.
+        stream: read a pipe or a device as well, however long that takes.
 
     Raises:
         OSError: if it cannot be read, or is no regular file.

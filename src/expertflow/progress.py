@@ -1,6 +1,6 @@
 """Shows how far long work is: a bar on a terminal, a line at every tenth into a file or pipe. Always on stderr.
 
-Every command and the loading of weights use it. It must not know what the work is.
+Every command and the loading of weights use it. Must not know what the work is.
 """
 
 import threading
@@ -35,13 +35,13 @@ class Progress:
 
     Args:
         what: what is done, such as `recording`.
-        total: steps of the work, or bytes; None: the first `update` says it.
+        total: steps of the work, or bytes; None: the first `update` gives it.
         size: whether the steps are bytes.
         show: False keeps it silent.
     """
 
     def __init__(self, what: str, total: int | None = None, *, size: bool = False, show: bool = True) -> None:
-        """Nothing is done yet."""
+        """Start with nothing done."""
         self._what, self._total, self._size, self._show = what, total, size, show
         self._done, self._part, self._note = 0, 0, ""
         self._console = Console(stderr=True)
@@ -58,12 +58,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """So many steps more are done.
+        """Count further finished steps.
 
         Args:
             count: steps.
@@ -74,7 +74,7 @@ class Progress:
             self._tell(note)
 
     def update(self, done: int, total: int, note: str = "") -> None:
-        """So many steps of so many are done.
+        """Set the number of finished steps.
 
         Args:
             done: steps since the beginning.
@@ -109,7 +109,7 @@ class Progress:
         self._bar.update(self._bar.task_ids[0], completed=self._done, total=self._total, description=name)
 
     def _is_due(self) -> bool:
-        """Whether another tenth is done, or the last line is long ago."""
+        """Whether another tenth is done, or a line is due again."""
         part = _PARTS * self._done // max(self._total or 0, 1) if self._total else 0
         passed, self._part = part > self._part, max(part, self._part)
         return passed or time.monotonic() - self._last > _LONGEST_SILENCE

@@ -8,9 +8,6 @@ Stdlib only, so that cache, trace and simulator never need torch.
 
 from typing import NamedTuple
 
-HORIZONS = (1, 2, 4, 8)
-"""A prediction says what a sequence uses in its next step, and within so many further steps behind it."""
-
 
 class ExpertId(NamedTuple):
     """One expert: MoE layer (counted over MoE layers only, from 0) and index within it."""

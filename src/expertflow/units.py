@@ -1,4 +1,4 @@
-"""Sizes and shares as users write them: `6GiB`, `500MB`, `25%`. Knows nothing else."""
+"""Sizes and shares as users write them: `6GiB`, `500MB`, `25%`. Must not know what is measured."""
 
 import math
 import re
@@ -59,7 +59,7 @@ def format_bytes(size: float) -> str:
 
 
 def read_slots(text: str | int) -> tuple[Fraction, str]:
-    """What is asked for, before the model is known: a number, and its unit `%`, `/layer` or none.
+    """A number of slots, before the model is known: a number, and its unit `%`, `/layer` or none.
 
     Raises:
         ConfigError: if the text is no number of slots, or not more than zero.
@@ -74,7 +74,7 @@ def read_slots(text: str | int) -> tuple[Fraction, str]:
         )
     number = Fraction(digits)
     if number <= 0:
-        raise ConfigError(f"slots={text!r} is less than one slot", "Ask for at least one (1, or a larger share).")
+        raise ConfigError(f"slots={text!r} is less than one slot", "State at least one (1, or a larger share).")
     return number, unit
 
 
@@ -87,7 +87,7 @@ def parse_slots(text: str | int, layers: int, experts: int) -> int:
         experts: experts a layer.
 
     Raises:
-        ConfigError: if the text is none of these, or asks for less than one slot.
+        ConfigError: if the text is none of these, or means less than one slot.
     """
     number, unit = read_slots(text)
     total = layers * experts
@@ -96,6 +96,6 @@ def parse_slots(text: str | int, layers: int, experts: int) -> int:
     if slots < 1:
         raise ConfigError(
             f"slots={text!r} gives {slots} slots of {total} experts",
-            "Ask for at least one slot (1, or a larger share).",
+            "State at least one slot (1, or a larger share).",
         )
     return min(slots, total)

@@ -57,7 +57,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def architecture_section(report: Json) -> str:
-    """Say what the model is."""
+    """Describe the model."""
     moe = report["moe"]
     shape, size = moe["shape"], moe["parameters"]
     return f"""# Novella
@@ -84,7 +84,7 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 
 
 def data_section(index: Json) -> str:
-    """Say what it was trained on, under which licences."""
+    """Describe what it was trained on, under which licences."""
     rows = [
         [
             name,
@@ -185,7 +185,7 @@ def samples_section(report: Json) -> str:
 
 
 def limits_section(report: Json) -> str:
-    """Say what it is for and what it is not."""
+    """Describe what it is for and what it is not."""
     shape, length = report["moe"]["shape"], report["recipe"]["sequence"]
     return f"""## Intended use and limits
 

@@ -27,7 +27,7 @@ Shingles = NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the corpus builder may keep and how it tells two books apart."""
+    """What the corpus builder may keep, and when two books count as different."""
 
     seed: int = 20_251
     shingle_words: int = 8

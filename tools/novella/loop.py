@@ -195,7 +195,7 @@ def save_checkpoint(run: Run, out: Path, seconds: float) -> None:
 
 
 def resume(run: Run, out: Path) -> bool:
-    """Go on from this run's checkpoint; say whether there was one."""
+    """Go on from this run's checkpoint; return whether there was one."""
     path = checkpoint_path(out, run.name)
     if not path.is_file():
         return False

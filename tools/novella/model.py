@@ -1,8 +1,8 @@
 """A compact training twin of Qwen3-MoE (and dense Qwen3) whose state maps 1:1 to the stock model.
 
-The stock implementation is the reference (see tests): this one only adds speed. It sorts tokens by
-expert, multiplies all experts in one grouped GEMM, keeps fp32 weights and computes in bf16 on CUDA,
-and returns the load-balance and router z-losses with the language-model loss.
+The stock implementation is the reference (see tests): this one only adds speed. It sorts tokens by expert and
+multiplies all experts in one grouped GEMM. Weights are fp32, and it computes in bf16 on CUDA. It returns the
+load-balance and router z-losses with the language-model loss.
 """
 
 from __future__ import annotations

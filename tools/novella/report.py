@@ -177,6 +177,6 @@ def load_tokenizer(data: Path) -> Tokenizer:
 
 
 def shape_summary(shape: Shape) -> str:
-    """Say in a line what is trained."""
+    """Describe in a line what is trained."""
     kind = f"{shape.experts} experts, top-{shape.top_k}" if shape.moe else "dense"
     return f"{shape.layers} layers x {shape.hidden}, {kind}, vocabulary {shape.vocab}"

@@ -1,9 +1,9 @@
 """Novella's routing on text it did not write: the traces its predictor is trained and judged on.
 
-Run: ``python -m novella.routes texts --data DIR --prompts DIR --out texts.npz`` makes windows of token ids (books that
-Novella learned from, books it never saw, maths and chat prompts); ``python -m novella.routes record --texts texts.npz
---out DIR`` runs Novella over them, every token fed in as if it had just been sampled, and writes one trace a part.
-Needs PYTHONPATH=tools.
+Run: ``python -m novella.routes texts --data DIR --prompts DIR --out texts.npz`` makes windows of token ids. They are
+from books that Novella learned from, books it never saw, maths and chat prompts. Then ``python -m novella.routes record
+--texts texts.npz --out DIR`` runs Novella over them and writes one trace a part. Every token is fed in as if it had
+just been sampled. Needs PYTHONPATH=tools.
 """
 
 from __future__ import annotations

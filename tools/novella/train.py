@@ -63,7 +63,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan(options: argparse.Namespace) -> tuple[Shape, Recipe]:
-    """Return the MoE's shape and the recipe that the options ask for."""
+    """Return the MoE's shape and the recipe by the options."""
     shape, recipe = Shape(), Recipe()
     if options.tiny:
         shape = replace(shape, hidden=32, layers=2, heads=2, kv_heads=1, head_dim=16)
@@ -160,7 +160,7 @@ def plan_run(options: argparse.Namespace, corpus: Corpus, run: Run, *, beside: b
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """Say what the run ran on."""
+    """Describe the machine of the run."""
     cuda = options.device.startswith("cuda")
     found = about("cuda" if cuda else "cpu")
     return {**found.versions, "device": found.machine["device"], "gpus": torch.cuda.device_count() if cuda else 0}
@@ -195,7 +195,7 @@ def merge_child(child: subprocess.Popen[bytes], options: argparse.Namespace) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is asked for and write report.json after each model."""
+    """Train the chosen models and write report.json after each one."""
     options = arguments(argv)
     console = Console(width=120)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_all(options: argparse.Namespace, corpus: Corpus, console: Console, path: Path) -> None:
-    """Train the models asked for and put each one's part into the report when it is done."""
+    """Train the chosen models and put each one's part into the report when it is done."""
     steps, child = options.steps, None
     if options.which in ("moe", "both"):
         run, child = train_moe(options, corpus, console)

@@ -2,12 +2,13 @@
 
 Run: ``PYTHONPATH=tools:src python -m switch.evaluate --text FILE.xz --out DIR --scratch DIR --deadline 560``
 
-For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`), `switch_N_training.json`,
-`switch_N_predictor.json` (its guesses on the bench's prompts, which it has not seen, beside the free ones; with `--other NAME=FILE` also
-`switch_N_predictor_NAME.json`, on text of another domain) and `switch_N_schedule.json` (the token scheduler with and without); with
-`--control` also `switch_N_control.json` (`plec` with a predictor that says the same of wrong experts). `--judge-elsewhere` leaves predictor
-and traces in place of the guesses, for `expertflow eval-predictor`, which needs no GPU. The bench gets an equal share of the time that
-the rest leaves; what does not fit is named in the result.
+For every size it writes `switch_N.json` (the result of `expertflow bench --preset paper`) and `switch_N_training.json`.
+`switch_N_predictor.json` has the predictor's guesses on the bench's prompts, which it was not trained on, beside the
+free ones. With `--other NAME=FILE` `switch_N_predictor_NAME.json` has them on text of another domain.
+`switch_N_schedule.json` is of the token scheduler, with and without. With `--control` `switch_N_control.json` is of
+`plec` with the predictor's chances on wrong experts. `--judge-elsewhere` writes predictor and traces in place of the
+guesses, for `expertflow eval-predictor`, which needs no GPU. The bench gets an equal share of the time that remains;
+what does not fit is named in the result.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ STARTED = time.perf_counter()
 TRACE = "training.trace"
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line with the time."""
     print(f"[{time.perf_counter() - STARTED:5.0f} s] {text}", flush=True)
 
@@ -64,7 +65,7 @@ def record(folder: Path, tokens: int, device: str, source: str, trace: str) -> N
 
 
 def release() -> None:
-    """Let go of what nobody holds any more."""
+    """Free memory that no object uses any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -116,7 +117,7 @@ def schedules(folder: Path, out: Path, options: argparse.Namespace) -> bool:
     for row in rows:
         speeds = {name: [round(run["tokens_per_second"]) for run in runs] for name, runs in row["schedules"].items()}
         loads = {name: [round(run["loads_per_token"], 2) for run in runs] for name, runs in row["schedules"].items()}
-        say(
+        log(
             f"{row['slots']} slots, {row['live']} live in turns of {row['batch']}: tokens/s {speeds}, loads a token {loads}"
         )
     return all(row["tokens_equal"] for row in rows)
@@ -124,21 +125,21 @@ def schedules(folder: Path, out: Path, options: argparse.Namespace) -> bool:
 
 @contextmanager
 def misled(seed: int = 0) -> Iterator[None]:
-    """Predictors say of each layer's experts what they expect of others: as many loads ahead, as sure of themselves, nothing known.
+    """Give each layer's predictions to other experts: loads ahead and certainty stay, the knowledge is gone.
 
-    Nor is it noticed that their loads are in vain: the question is what knowing is worth.
+    The predictor is never paused for wasted loads, because the value of its knowledge is measured.
     """
     honest, orders = OnlinePredictor.step, {}
 
     def step(self: OnlinePredictor, rows: Tensor, tokens: Tensor, routes: Tensor) -> Prediction:
-        said = honest(self, rows, tokens, routes)
-        layers, experts = said.demand.shape[-2:]
+        given = honest(self, rows, tokens, routes)
+        layers, experts = given.demand.shape[-2:]
         if layers not in orders:
             random = torch.Generator().manual_seed(seed)
             order = torch.stack([torch.randperm(experts, generator=random) for _ in range(layers)])
-            orders[layers] = order.to(said.demand.device)
+            orders[layers] = order.to(given.demand.device)
         order = orders[layers]
-        return Prediction(said.demand.gather(-1, order.expand_as(said.demand)), said.within.gather(-1, order.expand_as(said.within)))  # fmt: skip
+        return Prediction(given.demand.gather(-1, order.expand_as(given.demand)), given.within.gather(-1, order.expand_as(given.within)))  # fmt: skip
 
     with patch.object(OnlinePredictor, "step", step), patch("expertflow.live.pacing.JUDGED_PREFETCHES", 1 << 62):
         yield
@@ -155,12 +156,12 @@ def bench(folder: Path, out: Path, seconds: float, options: argparse.Namespace) 
     }  # fmt: skip
     last = [0.0]
 
-    def tell(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         if time.perf_counter() - last[0] > 10:
             last[0] = time.perf_counter()
-            say(f"{done} of {total}: {what}")
+            log(f"{done} of {total}: {what}")
 
-    result = measure(make_settings("paper", given), command_of("paper", given, out), tell)
+    result = measure(make_settings("paper", given), command_of("paper", given, out), report)
     write_result(result, out)
     show(result)
     return all(row.exact is not False for row in result.rows)
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     seconds = [float(part) for part in options.train_seconds.split(",")]
     shape, recipe = sizes(counts[0], tiny=options.tiny, batch=options.batch)
     text = prepare_text(options.text, shape, recipe, options.characters)
-    say(f"{len(text.corpus.train)} tokens to train on")
+    log(f"{len(text.corpus.train)} tokens to train on")
     exact = True
     for number, (experts, time_box) in enumerate(zip(counts, seconds, strict=True)):
         folder = options.scratch / f"switch-{experts}"
@@ -221,22 +222,22 @@ def main(argv: list[str] | None = None) -> None:
         train(text, shape, recipe, torch.device(options.device), time_box, folder)
         shutil.copy(folder / REPORT_FILE, options.out / f"switch_{experts}_training.json")
         release()
-        say(f"Switch-{experts} is written")
+        log(f"Switch-{experts} is written")
         if options.epochs:
             record(folder, options.tokens, options.device, TRAINING_PROMPTS_FILE, TRACE)
             release()
-            say("its routing is recorded")
+            log("its routing is recorded")
             predictor(folder, options.epochs, options.device)
-            say("its predictor is trained")
+            log("its predictor is trained")
             judge(folder, PROMPTS_FILE, options.out / f"switch_{experts}_predictor.json", options)
             for name in other_prompts(text, options.other, recipe, folder):
                 judge(folder, f"{name}.jsonl", options.out / f"switch_{experts}_predictor_{name}.json", options)
             release()
-            say("it is judged")
+            log("it is judged")
         left = options.deadline - (time.perf_counter() - STARTED)
         after = options.after if options.epochs else 0.0
         share = (left - sum(seconds[number + 1 :])) / (len(counts) - number) - after - options.control
-        say(f"measuring for {share:.0f} s")
+        log(f"measuring for {share:.0f} s")
         exact &= bench(folder, options.out / f"switch_{experts}.json", max(share, 1.0), options)
         release()
         if options.control and options.epochs:
@@ -251,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
             release()
         if not options.keep:
             shutil.rmtree(folder)
-    say("done")
+    log("done")
     if not exact:
         raise SystemExit("tokens differ from the all-resident model's: see the result files")
 

@@ -54,12 +54,12 @@ class GroupedExperts(nn.Module):
         self.balance = self.experts * (self.load * chances.mean(dim=0)).sum()
         room = math.ceil(len(tokens) / self.experts * self.capacity)
         place = (hot.cumsum(dim=0) - 1).gather(1, expert[:, None])[:, 0]
-        seat = torch.where(place < room, expert * room + place, self.experts * room)
-        seats = tokens.new_zeros(self.experts * room + 1, tokens.shape[1]).index_copy(0, seat, tokens)
-        inner = functional.relu(torch.bmm(seats[:-1].view(self.experts, room, -1), self.wi.transpose(1, 2)))
+        target = torch.where(place < room, expert * room + place, self.experts * room)
+        padded = tokens.new_zeros(self.experts * room + 1, tokens.shape[1]).index_copy(0, target, tokens)
+        inner = functional.relu(torch.bmm(padded[:-1].view(self.experts, room, -1), self.wi.transpose(1, 2)))
         out = torch.bmm(inner, self.wo.transpose(1, 2)).reshape(self.experts * room, -1)
         out = torch.cat([out, out.new_zeros(1, out.shape[1])])
-        return (out[seat] * weight[:, None].to(out.dtype)).view_as(hidden)
+        return (out[target] * weight[:, None].to(out.dtype)).view_as(hidden)
 
 
 def build(

@@ -1,7 +1,7 @@
-"""The token scheduler with and without (the paper's Table 2): the same requests in turns, divided by arrival, by route, as it pays.
+"""The token scheduler with and without (the paper's Table 2): the same requests divided by arrival, by route, and as it pays.
 
-All models share one copy of the experts and take turns, forwards and backwards. The clock runs from the moment when every request
-has its first token; what asking the predictor and dividing cost is inside.
+All models share one copy of the experts and take turns, forwards and backwards. The clock runs from the moment when
+every request has its first token; the time of predicting and dividing is included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCHEDULES = ("fifo", "group", "auto")
 
 
 def run(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[dict[str, float], list[list[int]]]:
-    """All prompts at once, to the last token; figures behind everybody's first token, and the tokens."""
+    """All prompts at once, to the last token; figures after all first tokens, and the tokens."""
     out: list[list[int]] = [[] for _ in prompts]
     waiting, count, began, before = len(prompts), 0, 0.0, llm.stats.cache
     for item in llm.stream(list(prompts), SamplingParams(max_tokens=tokens, ignore_eos=True)):
@@ -49,7 +49,7 @@ def measure(
         folder: checkpoint with its predictor and prompts.
         slots: as for `LLM`.
         batch: sequences that step together.
-        live: sequences in turns.
+        live: sequences that take turns.
         tokens: new tokens of each.
         repeats: timed runs of each schedule, behind one that warms up.
         device: `cuda` or `cpu`.

@@ -1,4 +1,4 @@
-"""The circumstances of a measurement: date, commit, machine and versions. Knows the machine; must not know what was measured."""
+"""The circumstances of a measurement: date, commit, machine and versions. Must not know what was measured."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ _LIBRARIES = ("torch", "transformers", "triton", "numpy")
 
 
 class About(NamedTuple):
-    """What a result says of its circumstances; `_asdict` has the keys of every result file.
+    """The circumstances in a result; `_asdict` has the keys of every result file.
 
     Attributes:
         date: of the measurement, `YYYY-MM-DD`.
@@ -49,7 +49,7 @@ def about(device: str = "cpu") -> About:
         "host_bytes": int(psutil.virtual_memory().total),
     }
     if device == "cuda":
-        machine["device_bytes"] = torch.cuda.get_device_properties(0).total_memory
+        machine["device_bytes"] = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     versions = {"expertflow": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:

@@ -1,9 +1,9 @@
 """The measurement: every strategy on the same prompts, tokens and weights, alternating, beside its bounds.
 
-For each number of slots all contenders are made; each is run once with an empty cache (cold) and once for every batch size to warm
-up; then the timed runs alternate, forwards and backwards, so that a machine that slows down slows all of them. Every run's
-greedy tokens are compared with those of the model with all experts in slots. Knows what is measured and in which order;
-must not know how a contender works and how results are shown.
+For each number of slots all contenders are made. Each is run once with an empty cache (cold), and once for every batch
+size to warm up. Then the timed runs alternate, forwards and backwards, so that a machine that slows down slows all of
+them. Every run's greedy tokens are compared with those of the model with all experts in slots. Must not know how a
+contender works and how results are shown.
 """
 
 import tempfile
@@ -28,17 +28,17 @@ from expertflow.models.files.checkpoint import resolve
 from expertflow.models.sources import WeightsSource
 from expertflow.units import parse_slots
 
-Tell = Callable[[str, int, int], None]
+Report = Callable[[str, int, int], None]
 """Called with the progress: what is being done, runs done, runs in all."""
 
 
-def measure(settings: Settings, command: str, tell: Tell, weights: WeightsSource | None = None) -> Result:
-    """Run everything the settings ask for.
+def measure(settings: Settings, command: str, report: Report, weights: WeightsSource | None = None) -> Result:
+    """Run everything in the settings.
 
     Args:
         settings: the run.
         command: makes it again; for the result.
-        tell: called with the progress.
+        report: called with the progress.
         weights: where the weights come from; None: the folder's files.
 
     Raises:
@@ -52,7 +52,7 @@ def measure(settings: Settings, command: str, tell: Tell, weights: WeightsSource
     host = SharedHost(folder, settings, workload, weights)
     try:
         _check_slots(settings, host)
-        measuring = _Measuring(host, settings, workload, tell, began)
+        measuring = _Measuring(host, settings, workload, report, began)
         measuring.bounds()
         for slots in settings.slots:
             measuring.strategies(slots)
@@ -103,12 +103,12 @@ class _Whole(NamedTuple):
 class _Measuring:
     """Rows and references measured so far."""
 
-    def __init__(self, host: SharedHost, settings: Settings, workload: PromptSet, tell: Tell, began: float) -> None:
+    def __init__(self, host: SharedHost, settings: Settings, workload: PromptSet, report: Report, began: float) -> None:
         self.rows: list[Row] = []
         self.left_out: list[str] = []
         self.predictor_bytes = 0
         self._host, self._settings, self._workload = host, settings, workload
-        self._tell, self._began, self._done, self._besides = tell, began, 0, 0
+        self._report, self._began, self._done, self._besides = report, began, 0, 0
         self._batches = sorted(settings.batches)
         self._runs = settings.repeats + 1 + (1 if settings.long_prompt else 0)  # the first warms up
         self._recordings: dict[int, Recording] = {}
@@ -138,7 +138,7 @@ class _Measuring:
         self._whole[contender.plan.execution] = _Whole(contender, contender.peak, {})
 
     def _stand_in(self) -> None:
-        """Where the device cannot hold every expert, on-demand loading gives the tokens to compare with."""
+        """Compare with the tokens of on-demand loading, where the device cannot hold every expert."""
         self._find_truth(self._host.owner)
 
     def _find_truth(self, contender: Contender) -> None:
@@ -161,11 +161,11 @@ class _Measuring:
             self._recordings[batch] = read_recording(path)
 
     def close(self) -> None:
-        """Let the all-resident models go, their rows written."""
+        """Write the all-resident models' rows and close them."""
         for execution, (contender, peak, timed) in list(self._whole.items()):
             for batch in self._batches:
                 runs = timed.get(batch, [])
-                if not runs and not self._late():  # it has to go before its turns came
+                if not runs and not self._late():  # it is closed before it was timed
                     runs = [self._run(contender, batch, number) for number in range(1, self._settings.repeats + 1)]
                 if runs:
                     self.rows.append(resident_row(contender.plan, batch, runs, peak))
@@ -219,8 +219,8 @@ class _Measuring:
         """Strategy and execution of every contender."""
         for execution in self._settings.executions:
             for name in self._settings.strategies:
-                row = find_strategy(name)
-                if row.predicted and not self._has_predictor():
+                strategy = find_strategy(name)
+                if strategy.predicted and not self._has_predictor():
                     self._leave_out(f"{name}: the model has no predictor")
                 else:
                     yield name, execution
@@ -316,7 +316,7 @@ class _Measuring:
     def _run(self, contender: Contender, batch: int, number: int) -> Run:
         """One run; a simulated gate gets its recording."""
         name = f"{contender.plan.strategy}, {contender.plan.slots} slots, batch {batch}"
-        self._tell(name, self._done, self._total)
+        self._report(name, self._done, self._total)
         self._done += 1
         if contender.gate is not None:
             recording = self._recordings[batch]
@@ -325,7 +325,7 @@ class _Measuring:
 
     @property
     def _total(self) -> int:
-        """Runs in all, as far as one can say."""
+        """Estimated number of runs in all."""
         contenders = len(self._settings.slots) * len(self._settings.strategies) * len(self._settings.executions)
         whole = 1 + len(self._settings.slots) * len(self._settings.executions)
         return (whole + contenders) * len(self._batches) * self._runs + self._besides

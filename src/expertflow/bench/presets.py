@@ -1,6 +1,6 @@
-"""What a run measures: settings, and the presets that fill in what the user leaves open.
+"""What a run measures: settings, and the presets for those that the user does not state.
 
-Knows names and numbers; must not know models and devices.
+Must not know models and devices.
 """
 
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ class Settings:
     """A run.
 
     Attributes:
-        preset: where the rest comes from.
+        preset: where other values come from.
         model: checkpoint folder or id; None: the shipped model.
         predictor: folder, `auto` or `none`, as for `LLM`.
-        strategies: rows of the strategy table, in the order of the report.
+        strategies: entries of the strategy table, in the order of the report.
         slots: counts, shares or `N/layer`.
         batches: sequences together.
         tokens: new tokens of a sequence.

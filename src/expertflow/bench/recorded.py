@@ -1,8 +1,8 @@
-"""The routing of the very runs that are measured, recorded once: what Belady could have done with it, and a gate.
+"""Recorded routing of the runs that are measured: Belady's bound on it, and a simulated gate.
 
-Belady's loads are counted by the engine's own decision core, step by step, and need no model. The gate of `pregated` reads
-hidden states that a model of another make would have to be trained for; here it answers from the recording, with its
-published share of mistakes. Knows recordings; must not know how they are made.
+Belady's loads are counted by the engine's own decision core, step by step, and need no model. The gate of `pregated`
+reads hidden states of a model that is trained for it. Here the recording answers in its place, with the gate's
+published share of mistakes. Must not know how recordings are made.
 """
 
 from dataclasses import dataclass
@@ -77,8 +77,8 @@ class BeladyBound(NamedTuple):
 def belady(recording: Recording, slots: int, repeats: int) -> BeladyBound:
     """Belady's rule on runs 1 to `repeats`, as a bound.
 
-    Decoding steps are bounded run by run, as if prompts cost nothing and left the best slots behind; the whole is bounded over
-    all runs together, which any of them may have found in the slots.
+    Decoding steps are bounded run by run, as if prompts cost nothing and filled the slots in the best way. Whole runs
+    are bounded together, because a run may find an earlier one's experts in the slots.
 
     Args:
         recording: the runs, in order; the first warms up.
@@ -128,7 +128,7 @@ class RecordedForecast(NoForecast):
     """A forecast that reads the recording of the coming run; between runs it has none.
 
     Attributes:
-        note: what a reader of its rows has to know.
+        note: remark for a reader of its rows.
     """
 
     note = ""

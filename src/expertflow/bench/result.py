@@ -1,7 +1,7 @@
 """The one schema of measurements: what was run, on what, and every number beside its bound.
 
-A result is a JSON file with `format` ("expertflow-bench") and `version` (1) beside the fields below. Knows how a result
-is written and read back; must not know how anything is measured or shown.
+A result is a JSON file with `format` ("expertflow-bench") and `version` (1) beside the fields below. Must not know how
+anything is measured or shown.
 """
 
 import json
@@ -46,17 +46,17 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """Of the repeats."""
+        """Median of the repeats."""
         return statistics.median(self.values)
 
     @property
     def low(self) -> float:
-        """The smallest."""
+        """Smallest of the repeats."""
         return min(self.values)
 
     @property
     def high(self) -> float:
-        """The largest."""
+        """Largest of the repeats."""
         return max(self.values)
 
 
@@ -65,7 +65,7 @@ class Row:
     """One strategy under one condition.
 
     Attributes:
-        strategy: row of the strategy table, or `resident`.
+        strategy: entry of the strategy table, or `resident`.
         slots: expert slots.
         share: slots over experts.
         batch: sequences together.
@@ -73,7 +73,7 @@ class Row:
         execution: host, graph, or replay (decisions only, nothing generated).
         exact: whether every token equals the reference's; None where nothing was generated.
         figures: the numbers by name.
-        note: what a reader has to know.
+        note: remark for a reader.
     """
 
     strategy: str
@@ -118,7 +118,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Everything a run says.
+    """The result of a run.
 
     Attributes:
         preset: what kind of run.
@@ -132,7 +132,7 @@ class Result:
         model: which model.
         link_gbps: copies of one expert's size back to back, 10^9 bytes a second.
         rows: the measurements.
-        complete: whether everything asked for was measured.
+        complete: whether everything in the settings was measured.
         left_out: what was not, and why.
         seconds: the whole run, loading included.
     """

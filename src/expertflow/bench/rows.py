@@ -124,7 +124,7 @@ def strategy_row(  # noqa: PLR0913 - what a row is made of
 def _speed_bound(plan: Plan, batch: int, bounds: Bounds) -> tuple[float, str] | None:
     """No slower link and no computation saved: the all-resident step, or Belady's bytes over the link, whichever is longer.
 
-    Of what is known of the two; None if neither says anything.
+    If one is unknown, the other; None if both are.
     """
     step = 0.0 if bounds.resident is None else batch / bounds.resident.figures[DECODE].median
     link = 0.0 if bounds.least is None else bounds.least.loads * plan.record_bytes / bounds.link_gbps / 1e9

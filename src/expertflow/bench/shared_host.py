@@ -1,8 +1,8 @@
-"""One checkpoint's experts in host memory once, and the models that compute with them; a run of one, timed.
+"""One checkpoint's experts in host memory once, the models that compute with them, and timed runs.
 
-All contenders of a host have the same weights, dtype, batch and length, so that only slots, strategy and execution differ. On
-CUDA the allocator's peak is of the whole process: a contender's own is what it rose by since the contender was made, so a peak has to be
-read before the next contender is made.
+All contenders of a host have the same weights, dtype, batch and length, so that only slots, strategy and execution
+differ. On CUDA the allocator's peak is of the whole process. A contender's own peak is the rise since the contender was
+made, so read it before the next contender is made.
 """
 
 import gc
@@ -30,7 +30,7 @@ _LARGEST_PASS = 512
 
 
 class Run(NamedTuple):
-    """One timed run; counts are of its decoding steps, unless they say otherwise.
+    """One timed run; counts are of its decoding steps, unless stated otherwise.
 
     Attributes:
         tokens: what was generated, sequence by sequence.
@@ -65,7 +65,7 @@ class Contender:
     """A loaded model with its slots and its strategy."""
 
     def __init__(self, llm: LLM, gate: RecordedForecast | None, others: int) -> None:
-        """Take a model that was just loaded.
+        """Wrap a model that was just loaded.
 
         Args:
             llm: the model.
@@ -115,14 +115,14 @@ class Contender:
         return self.llm.record(path)
 
     def close(self) -> None:
-        """Give the device memory back."""
+        """Free the device memory."""
         self.llm.close()
         del self.llm
         release()
 
 
 def release() -> None:
-    """Give memory back that no object uses any more."""
+    """Free memory that no object uses any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -168,7 +168,7 @@ class SharedHost:
 
     @property
     def fingerprint(self) -> str:
-        """Of the checkpoint."""
+        """Fingerprint of the checkpoint."""
         return self._owner.fingerprint
 
     def contender(self, strategy: str, slots: str, execution: str) -> Contender:
@@ -179,17 +179,17 @@ class SharedHost:
         """
         release()
         others = torch.cuda.memory_allocated() - self._library if self.plan.device == "cuda" else 0
-        row = find_strategy(strategy)
+        entry = find_strategy(strategy)
         gate: RecordedForecast | None = None
-        if row.needs_future:
+        if entry.needs_future:
             gate = RecordedGate(self.settings.gate_recall, self.settings.seed)
-        predictor = self.settings.predictor if row.predicted else "none"
+        predictor = self.settings.predictor if entry.predicted else "none"
         options = {"strategy": strategy, "slots": slots, "execution": execution, "predictor": predictor, **self._common}
-        if row.policy is layer_order and self.plan.shape.encoder_decoder:
+        if entry.policy is layer_order and self.plan.shape.encoder_decoder:
             config = EngineConfig.from_mapping(options)
             if (
                 prepare(self.folder, config, weights=self._weights).plan.execution == "host"
-            ):  # a graph knows which layers its steps reach
+            ):  # a graph is made for the layers its steps reach
                 gate = RecordedLayers()
         return Contender(LLM(self.folder, forecast=gate, beside=self._owner, **options), gate, others)
 
@@ -204,22 +204,22 @@ class SharedHost:
         return 0 if artifact is None else sum(int(value.nbytes) for value in artifact.model.state_dict().values())
 
     def link_gbps(self) -> float:
-        """Copies of one row's size to the device, back to back, 10^9 bytes a second; the best of a few tries."""
+        """Copies of one record's size to the device, back to back, 10^9 bytes a second; the best of a few tries."""
         store = self._owner.shared_weights.store.buffer  # page-locked records, as the engine moves them
-        rows = max(1, min(len(store), _PROBE_BYTES // self.plan.record_bytes))
+        records = max(1, min(len(store), _PROBE_BYTES // self.plan.record_bytes))
         room = torch.empty(self.plan.record_bytes, dtype=torch.uint8, device=self.plan.device)
         best = 0.0
         for _ in range(_PROBES):
             _wait(self.plan.device)
             began = time.perf_counter()
-            for row in range(rows):
-                room.copy_(store[row], non_blocking=True)
+            for number in range(records):
+                room.copy_(store[number], non_blocking=True)
             _wait(self.plan.device)
-            best = max(best, rows * self.plan.record_bytes / (time.perf_counter() - began) / 1e9)
+            best = max(best, records * self.plan.record_bytes / (time.perf_counter() - began) / 1e9)
         return best
 
     def close(self) -> None:
-        """Give everything back; every contender has to be closed before."""
+        """Free everything; every contender has to be closed before."""
         self._owner.close()
         release()
 

@@ -1,7 +1,7 @@
 """A study of a predictor: its predictions and those of free baselines, measured and replayed on the same sequences.
 
-The simulator replays `plec` with each source of predictions at equal slots, beside `next-use` (no forecast), the step's true
-path, and Belady. Knows predictors, traces and the simulator. Must not know the command line and the engine.
+The simulator replays `plec` with each source of predictions at equal slots, beside `next-use` (no forecast), the step's
+true path, and Belady. Must not know the command line and the engine.
 """
 
 import os
@@ -62,8 +62,8 @@ class Study:
         predictor: measured.
         name: of the trace's file.
         trace: of the sequences.
-        held: passages to predict, none of which the predictor was trained on.
-        free: passages that the baselines learn from; None: each half of `held` from the other.
+        sequences: passages to predict, none of which the predictor was trained on.
+        free: passages that the baselines learn from; None: each half of `sequences` from the other.
         cases: replayed.
         trained_on: passages left out because the predictor was trained on them.
         too_large: numbers of live sequences that are not replayed, because there are fewer passages.
@@ -72,7 +72,7 @@ class Study:
     predictor: Artifact
     name: str
     trace: Trace
-    held: Sequence[Passage]
+    sequences: Sequence[Passage]
     free: Sequence[Passage] | None
     cases: Sequence[Case]
     trained_on: int
@@ -81,7 +81,7 @@ class Study:
     @property
     def tokens(self) -> int:
         """Tokens to predict."""
-        return sum(map(len, self.held))
+        return sum(map(len, self.sequences))
 
     @property
     def replays(self) -> int:
@@ -101,9 +101,9 @@ class Study:
             TraceError: if there are not.
         """
         least = 2 if self.free is not None else 4
-        if len(self.held) < least:
+        if len(self.sequences) < least:
             raise TraceError(
-                f"{self.name} has {len(self.held)} sequences to measure: with token ids the predictor knows, and not trained on",
+                f"{self.name} has {len(self.sequences)} sequences to measure: with token ids the predictor knows, and not trained on",
                 f"Give {least} at least"
                 + (
                     "."
@@ -118,7 +118,7 @@ class Study:
         Args:
             report: called with the number of tokens done since the last call.
         """
-        return score(self.predictor, self.held, report)
+        return score(self.predictor, self.sequences, report)
 
     def run(self, predicted: Sequence[npt.NDArray[np.float16]], cost: Cost, report: Callable[[], None]) -> Findings:
         """Measure every source, and replay every case with it.
@@ -133,11 +133,11 @@ class Study:
             for source, strategy in ENDS:
                 cells += _replay(workload, sizes, cost, source, strategy)
             report()
-        rows = np.concatenate([item.rows for item in self.held])
+        rows = np.concatenate([item.rows for item in self.sequences])
         evaluations = []
         for name in (PREDICTOR, *BASELINES):
             chances = list(predicted) if name == PREDICTOR else self._baseline(name)
-            evaluations.append(evaluate(name, chances, self.held, self.predictor.shape))
+            evaluations.append(evaluate(name, chances, self.sequences, self.predictor.shape))
             scores = RowScores(rows=rows, probabilities=np.concatenate(chances))
             for workload, sizes in self.cases:
                 if name not in _AFTER_THE_FACT:
@@ -149,16 +149,16 @@ class Study:
     def _baseline(self, name: str) -> list[npt.NDArray[Any]]:
         """A baseline's probabilities, `[n, 1, L, E]` a passage."""
         if self.free is not None:
-            return self._fitted(name, self.free, self.held)
-        chances: list[npt.NDArray[Any]] = [np.empty(0)] * len(self.held)
+            return self._fitted(name, self.free, self.sequences)
+        chances: list[npt.NDArray[Any]] = [np.empty(0)] * len(self.sequences)
         for half in (0, 1):
-            chances[half::2] = self._fitted(name, self.held[1 - half :: 2], self.held[half::2])
+            chances[half::2] = self._fitted(name, self.sequences[1 - half :: 2], self.sequences[half::2])
         return chances
 
-    def _fitted(self, name: str, items: Sequence[Passage], held: Sequence[Passage]) -> list[npt.NDArray[Any]]:
+    def _fitted(self, name: str, items: Sequence[Passage], chosen: Sequence[Passage]) -> list[npt.NDArray[Any]]:
         baseline = BASELINES[name]()
         baseline.fit(items, self.predictor.shape)
-        return [baseline.scores(item)[:, None].astype(np.float16) for item in held]
+        return [baseline.scores(item)[:, None].astype(np.float16) for item in chosen]
 
 
 def prepare_study(predictor: Artifact, options: StudyOptions) -> Study:
@@ -170,15 +170,15 @@ def prepare_study(predictor: Artifact, options: StudyOptions) -> Study:
     """
     trace, items = _load(options.trace, options, predictor)
     seen = set(predictor.about.get("seen", ()))
-    held = [item for item in items if mark(item) not in seen]
+    chosen = [item for item in items if mark(item) not in seen]
     free = None if options.free is None else _load(options.free, replace(options, only=""), predictor)[1]
     if free is not None and options.leave_out:
         free = leave_out(free, options.leave_out)[0]
     return Study(
-        predictor=predictor, name=options.trace.name, trace=trace, held=held, free=free,
-        cases=[_case(trace, held, case, options) for case in options.cases if case[0] <= len(held)],
-        trained_on=len(items) - len(held),
-        too_large=tuple(sorted({batch for batch, _ in options.cases if batch > len(held)})),
+        predictor=predictor, name=options.trace.name, trace=trace, sequences=chosen, free=free,
+        cases=[_case(trace, chosen, case, options) for case in options.cases if case[0] <= len(chosen)],
+        trained_on=len(items) - len(chosen),
+        too_large=tuple(sorted({batch for batch, _ in options.cases if batch > len(chosen)})),
     )  # fmt: skip
 
 
@@ -233,9 +233,9 @@ def _load(path: Path, options: StudyOptions, predictor: Artifact) -> tuple[Trace
     return trace, [item for item in items if np.any(item.tokens >= 0)]  # an engine always knows its tokens
 
 
-def _case(trace: Trace, held: Sequence[Passage], case: tuple[int, int], options: StudyOptions) -> Case:
+def _case(trace: Trace, chosen: Sequence[Passage], case: tuple[int, int], options: StudyOptions) -> Case:
     """The replay of a case, and its numbers of slots; rows keep their numbers in the trace."""
-    rows = np.sort(np.concatenate([item.rows for item in held]))
+    rows = np.sort(np.concatenate([item.rows for item in chosen]))
     part = Trace(header=trace.header, rows=trace.rows.take(rows))
     members = rows[live_sequences(part, *case).members[: options.steps]]
     sizes = sorted({parse_slots(text, trace.header.layers, trace.header.experts) for text in options.slots})

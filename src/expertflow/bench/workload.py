@@ -1,6 +1,6 @@
-"""What is generated from: short openings of our own, or a file's prompts, and who runs together in which repeat.
+"""Prompts of a measurement: short openings of our own, or a file's prompts, and which run together in which repeat.
 
-Knows prompts as token ids; must not know models beyond their tokenizer.
+Must not know models beyond their tokenizer.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Decide for the engine which slots are used: routing in, accesses and loads out, events emitted.
 
 The controller makes a step's ranks from policy and forecast, calls the functions that the simulator compiles (`core`,
-`prefetch`), and turns their log entries into events and commands. It knows no torch, no clock and no copies.
+`prefetch`), and turns their log entries into events and commands. Must not know torch, clocks and copies.
 """
 
 from collections.abc import Callable, Iterator, Sequence

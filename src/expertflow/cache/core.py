@@ -1,10 +1,10 @@
 """Decide which slot an expert gets, which expert is evicted, and what is prefetched, over flat arrays.
 
-The engine calls these functions through `CacheController`, the simulator compiles them (`cache.shared`), and the
-device kernels are their twins. They take facts and write log entries; they know no clock, no copies and no torch.
+The engine calls these functions through `CacheController`, the simulator compiles them (`cache.shared`), and the device
+kernels are their twins. They take facts and write log entries. Must not know clocks, copies and torch.
 
-Every expert has a rank. The expert with the smallest rank is evicted, the lowest expert number among equals.
-An expert that may not leave now (its layer is running, or the plan still needs it) has an infinite rank.
+Every expert has a rank. The expert with the smallest rank is evicted, the lowest expert number among equals. An expert
+that may not be evicted now (its layer is running, or the plan still needs it) has an infinite rank.
 """
 
 from typing import NamedTuple
@@ -29,11 +29,11 @@ class Tables(NamedTuple):
     Attributes:
         slot_of: `[L, E]` int32, the expert's slot or -1.
         owner: `[S]` int32, the flat expert number `layer * E + index` in the slot, or -1.
-        rank: `[L, E]` float64, the smallest is evicted; infinite if absent or not allowed to leave.
+        rank: `[L, E]` float64, the smallest is evicted; infinite if absent or not evictable now.
         pinned: `[L, E]` bool, experts the plan of this step still needs: resident, or promised a slot.
         fresh: `[L, E]` bool, prefetched and not used yet.
         per_layer: `[L]` int64, residents of each layer.
-        share: `[L]` int64, the most a layer may hold.
+        share: `[L]` int64, the most residents a layer may have.
         low: `[L]` float64, the smallest rank of each layer.
         lowest: `[L]` int64, the lowest expert number that has it; -1 if both have to be found anew.
         newer: `[S + 1]` int32, the next entry in the ring of empty slots, longest empty first; entry S joins its ends.
@@ -84,7 +84,7 @@ class Rules(NamedTuple):
         retain: whether experts stay after their layer.
         prefetch: whether the strategy loads experts ahead.
         threshold: the least demand for which an expert is prefetched.
-        reserve: slots the plan leaves to corrections.
+        reserve: slots the plan keeps free for corrections.
         ahead: layers a prefetch may run ahead of its layer.
         rolling: whether the plan is made anew after every layer, not once a step.
         wraps: whether a rolling plan continues into the next step's first layers.
@@ -187,7 +187,7 @@ def find_lowest(rank: npt.NDArray[np.float64], low: npt.NDArray[np.float64], low
 
 @shared
 def make_room(t: Tables, layer: int) -> int:
-    """Find a slot for the layer: the longest empty one, else that of the smallest rank; -1 if no expert may leave."""
+    """Find a slot for the layer: the longest empty one, else that of the smallest rank; -1 if none may be emptied."""
     slots = t.owner.shape[0]
     if t.cursor[RESIDENT] < slots and t.per_layer[layer] < t.share[layer]:
         return int(t.newer[slots])
@@ -205,7 +205,7 @@ def make_room(t: Tables, layer: int) -> int:
 
 @shared
 def rank_residents(t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_]) -> None:
-    """Rank a layer's residents by what is known after the layer has run; all of them may leave."""
+    """Rank a layer's residents by what is known after the layer has run; all of them may be evicted."""
     after = np.where(needed, planes.used[layer], planes.unused[layer])
     t.rank[layer] = np.where(t.slot_of[layer] >= 0, after, np.inf)
     t.lowest[layer] = -1
@@ -219,7 +219,7 @@ def end_wave(
     needed: npt.NDArray[np.bool_],
     over: npt.NDArray[np.int64],
 ) -> None:
-    """Let the running layer's experts `over`, which have been computed, leave; among equals the last one first.
+    """Make the running layer's experts `over`, which have been computed, evictable; among equals the last one first.
 
     So experts of low rank pass through few slots, and the other residents of the layer stay.
     """
@@ -254,17 +254,17 @@ def begin_step(t: Tables, planes: Planes) -> None:
 def access(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDArray[np.bool_]) -> None:
     """Decide the accesses of a layer whose routing is known.
 
-    Residents come first: they compute while the others are copied, and none of them leaves before it is computed. Then
-    come the loads, in waves of `rules.wave`. After a wave its experts and those before it may leave for the next one.
-    So a layer runs even if it needs more experts than there are slots, and an expert of low rank keeps a slot only
-    while it is computed.
+    Residents come first: they compute while the others are copied, and none of them is evicted before it is computed.
+    Then come the loads, in waves of `rules.wave`. After a wave its experts and those before it may be evicted for the
+    next one. So a layer runs even if it needs more experts than there are slots, and an expert of low rank keeps a slot
+    only while it is computed.
 
     The engine calls the parts instead, to carry out an access before the next one is decided: `take_hits`, `place_miss`
     for each load, `finish_layer`.
 
     Args:
         t: changed in place. Log entries are LAYER (detail: experts needed), HIT (detail: 1 if prefetched and unused so
-            far) and MISS (detail: position in the schedule of the last access that uses the slot, or -1).
+            far) and MISS. The detail of MISS is the position in the schedule of the slot's last access, or -1.
         planes: ranks of this step.
         rules: the strategy's numbers.
         layer: MoE layer.
@@ -283,8 +283,8 @@ def take_hits(
     """Log the layer's hits and order its misses.
 
     Returns:
-        The missing experts in the order of their loads, highest rank last because the last ones stay; and bool `[E]`,
-        the residents that may not leave before the first wave of loads is over.
+        The missing experts in the order of their loads, highest rank last because the last ones stay. Then bool `[E]`,
+        the residents that may not be evicted before the first wave of loads is over.
     """
     present = t.slot_of[layer] >= 0
     hits = np.flatnonzero(needed & present)

@@ -1,7 +1,7 @@
 """Forecast which experts the coming steps use, one class a source, from nothing to the recorded truth.
 
 `outlook` is called once at the start of a step, `learn` once at its end. An `Outlook` is demand `[H, L, E]` for this
-step and further ones, and expected next uses beyond them. Knows no slots.
+step and further ones, and expected next uses beyond them. Must not know slots.
 """
 
 from typing import NamedTuple, Protocol
@@ -25,7 +25,7 @@ class Step(NamedTuple):
         routes: `[T, L, K]` the experts of each token, E means none; None before it has run, or if not observed.
         loads: records it loaded, ahead or not; 0 before it has run, and where loads are not counted.
         ahead: of these, records loaded ahead.
-        found: needs that a record loaded ahead met, at its first use.
+        found: accesses whose record a prefetch had loaded, counted at its first use.
     """
 
     number: int

@@ -2,7 +2,7 @@
 
 A predictor gives for each sequence the chance that it uses an expert in its coming step, and within the next
 `types.HORIZONS` steps after it. A policy needs the chance that any of the sequences of a step uses the expert, in this
-step and in each further one if it was not used before. Knows no slots and no predictor.
+step and in each further one if it was not used before. Must not know slots and predictors.
 """
 
 import numpy as np

@@ -111,7 +111,7 @@ def plan(t: Tables, planes: Planes, demand: npt.NDArray[np.float64], rules: Rule
             served = plan_layer(t, sweep, rules, place, ordered, value)
             if rules.rolling and not served:
                 return
-        if place < layers:  # after the layer its experts may leave, ranked by their next use
+        if place < layers:  # after the layer its experts may be evicted, ranked by their next use
             after_use = np.where(wanted, planes.used[layer], planes.unused[layer])
             sweep.rank[layer] = np.where(sweep.slot_of[layer] >= 0, after_use, np.inf)
             sweep.lowest[layer] = -1

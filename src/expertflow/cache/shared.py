@@ -2,8 +2,8 @@
 
 A function marked `shared` stays an ordinary Python function over NumPy arrays. A function marked `compiled` may call
 it; both are compiled together at the first call. So the simulator decides with the source that the engine runs. Numba
-takes seconds to import and 200 MB on disk, so it is imported at that first call only.
-Knows nothing of what the functions do.
+takes seconds to import and 200 MB on disk, so it is imported at that first call only. Must not know what the functions
+do.
 """
 
 import hashlib

@@ -64,7 +64,7 @@ class Strategy:
         threshold: the least demand for which an expert is prefetched.
         ahead: layers a prefetch may run ahead.
         wraps: whether a rolling plan continues into the next step.
-        reserve: slots the plan leaves to corrections.
+        reserve: slots the plan keeps free for corrections.
         wave: loads of a layer after which its own slots may be used again within it.
         predicted: whether a trained predictor may replace its forecast.
         joint: whether a layer's hits are computed together with its first wave of loads.

@@ -1,6 +1,6 @@
 """Arguments of the commands that import torch, checked before they do: a wrong one is refused at once.
 
-What only the model or the machine can refuse is left to the command. Must not import torch.
+The command checks what depends on the model or the machine. Must not import torch.
 """
 
 from collections.abc import Iterable, Mapping

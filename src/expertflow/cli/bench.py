@@ -14,6 +14,7 @@ from expertflow.bench.presets import make_settings
 from expertflow.bench.result import BELADY, DECODE, HIT, KEPT, PEAK, RESIDENT, WARM, Result, Row, write_result
 from expertflow.cli.outputs import check_outputs
 from expertflow.cli.tables import figures_table
+from expertflow.memory.devices import entered, resolve_device
 from expertflow.progress import Progress
 from expertflow.units import format_bytes
 
@@ -23,7 +24,7 @@ def main(*, preset: str, options: Mapping[str, Any], out: Path | None) -> None:
     check_outputs(None, out)
     settings = make_settings(preset, options)
     transformers_logging.set_verbosity_error()
-    with Progress("runs") as bar:
+    with Progress("runs") as bar, entered(resolve_device(settings.device)):
         result = measure(
             settings, command_of(preset, options, out), lambda what, done, total: bar.update(done, total, what)
         )

@@ -21,7 +21,7 @@ from expertflow.errors import ExpertFlowError, UnreadWarning
 from expertflow.limits import lacks_memory
 
 WRONG, INTERNAL = 2, 70
-"""Exit codes: the user can do something about it; a mistake of ours (EX_SOFTWARE of sysexits.h)."""
+"""Exit codes: an error that the user can mend; a mistake of ours (EX_SOFTWARE of sysexits.h)."""
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
 
@@ -97,6 +97,6 @@ def _keep_traceback() -> str:
 
 
 def _drop_output() -> None:
-    """Send the rest of the output nowhere: Python writes it once more when it ends."""
+    """Discard the remaining output, because Python writes it once more when it ends."""
     with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:  # a program's own stream has no number
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -54,16 +54,16 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
             raise ConfigError(f"{json_file} cannot be written: {error.strerror}", "Choose another place.") from error
     if plot is not None:
         import_module("expertflow.predict.evaluation.report").draw(findings.evaluations, plot, study.subject)
-    console.print(f"{len(study.held)} sequences, {study.tokens} tokens, {seconds:.0f} s")
+    console.print(f"{len(study.sequences)} sequences, {study.tokens} tokens, {seconds:.0f} s")
 
 
 def _warn(console: Console, study: Study) -> None:
-    """Say which sequences and cases are left out."""
+    """Print which sequences and cases are left out."""
     if study.trained_on:
         console.print(f"[yellow]left out: {study.trained_on} sequences that the predictor was trained on[/]")
     if study.too_large:
         sizes = ", ".join(map(str, study.too_large))
-        console.print(f"[yellow]not replayed: {sizes} live sequences; there are {len(study.held)}[/]")
+        console.print(f"[yellow]not replayed: {sizes} live sequences; there are {len(study.sequences)}[/]")
 
 
 def show(evaluations: Sequence[Evaluation], cells: Sequence[dict[str, Any]], record: Record) -> None:

@@ -14,7 +14,7 @@ class Test(StudyOptions):
 
     Attributes:
         model: checkpoint of the trace, whose experts' bytes are used; None: not stated.
-        record_mb: bytes of an expert in 10^6, where no model is stated; None: what the trace says.
+        record_mb: bytes of an expert in 10^6, where no model is stated; None: from the trace.
     """
 
     model: str | None = None

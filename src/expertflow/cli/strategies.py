@@ -25,8 +25,8 @@ def main(*, markdown: bool) -> None:
         print(page(), end="")  # noqa: T201 - the output
         return
     console = Console()
-    for row in STRATEGIES.values():
-        name, *values, summary = _cells(row)
+    for entry in STRATEGIES.values():
+        name, *values, summary = _cells(entry)
         console.print(
             f"[bold]{name}[/]{' (the default)' if name == DEFAULT else ''}: {escape(summary)}", highlight=False
         )
@@ -38,13 +38,13 @@ def main(*, markdown: bool) -> None:
 
 def page() -> str:
     """Return the strategies as a Markdown page."""
-    return _INTRO + "".join(f"| {' | '.join(_cells(row))} |\n" for row in STRATEGIES.values())
+    return _INTRO + "".join(f"| {' | '.join(_cells(entry))} |\n" for entry in STRATEGIES.values())
 
 
-def _cells(row: Strategy) -> tuple[str, ...]:
-    slots = "an equal share a layer" if row.partition == "layer" else "one pool"
-    far = "any layer" if row.ahead == ALL_LAYERS else f"{row.ahead} layer{'s' if row.ahead > 1 else ''}"
-    ahead = "no" if row.prefetch == "none" else f"planned every {row.prefetch}, {far} ahead"
-    rule = (row.policy.__doc__ or "").splitlines()[0].rstrip(".").removeprefix("Evict ")
-    evicts = rule if row.retain else "every expert after its layer"
-    return row.name, slots, ahead, evicts, "yes" if row.needs_future else "no", row.summary
+def _cells(entry: Strategy) -> tuple[str, ...]:
+    slots = "an equal share a layer" if entry.partition == "layer" else "one pool"
+    far = "any layer" if entry.ahead == ALL_LAYERS else f"{entry.ahead} layer{'s' if entry.ahead > 1 else ''}"
+    ahead = "no" if entry.prefetch == "none" else f"planned every {entry.prefetch}, {far} ahead"
+    rule = (entry.policy.__doc__ or "").splitlines()[0].rstrip(".").removeprefix("Evict ")
+    evicts = rule if entry.retain else "every expert after its layer"
+    return entry.name, slots, ahead, evicts, "yes" if entry.needs_future else "no", entry.summary

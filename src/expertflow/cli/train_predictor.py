@@ -66,17 +66,17 @@ def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> No
     items = passages(trace)
     if source.leave_out:
         items, _ = leave_out(items, source.leave_out)
-    training, held = split(items, source.validation, settings.seed)
+    training, validation = split(items, source.validation, settings.seed)
     config = _sizes(trace, kind, _vocabulary(trace, prepared))
     console.print(
-        f"{sum(map(len, training))} tokens of {len(training)} sequences to learn from, {sum(map(len, held))} of "
-        f"{len(held)} to validate"
+        f"{sum(map(len, training))} tokens of {len(training)} sequences to learn from, {sum(map(len, validation))} of "
+        f"{len(validation)} to validate"
     )
     try:
         (out / _UNFINISHED).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PredictorError(f"{out} cannot be written: {error.strerror}", "Choose another place.") from error
-    result = _train(config, training, held, settings, out / _UNFINISHED)
+    result = _train(config, training, validation, settings, out / _UNFINISHED)
     best = min(result.curve, key=lambda epoch: epoch.validation)
     artifact = Artifact(
         model=result.model, memory=result.memory, calibration=result.calibration,
@@ -84,8 +84,8 @@ def main(*, source: Source, out: Path, kind: str, options: dict[str, Any]) -> No
         made_for=trace.header.model, vocabulary=() if prepared and trace.vocabulary else trace.vocabulary,
         about={
             "trace": source.trace.name, "source": trace.header.source, "licence": trace.header.licence,
-            "training_tokens": sum(map(len, training)), "seen": [mark(item) for item in (*training, *held)],
-            "validation_sequences": [_number(item) for item in held],
+            "training_tokens": sum(map(len, training)), "seen": [mark(item) for item in (*training, *validation)],
+            "validation_sequences": [_number(item) for item in validation],
             "left_out": source.leave_out, "options": options, "epoch": best.number, "recall": round(result.recall, 4),
             "next_recall": round(result.next_recall, 4), "torch": torch.__version__,
             "curve": [[round(value, 4) for value in epoch] for epoch in result.curve],
@@ -189,7 +189,11 @@ def _number(item: Passage) -> int:
 
 
 def _train(
-    config: PredictorConfig, training: Sequence[Passage], held: Sequence[Passage], settings: TrainConfig, folder: Path
+    config: PredictorConfig,
+    training: Sequence[Passage],
+    validation: Sequence[Passage],
+    settings: TrainConfig,
+    folder: Path,
 ) -> Trained:
     with Progress("epochs", settings.epochs) as bar:
 
@@ -197,4 +201,4 @@ def _train(
             losses = f"loss {epoch.loss:.3f}, validation {epoch.validation:.3f}, recall {epoch.recall:.3f}"
             bar.update(epoch.number, settings.epochs, losses)
 
-        return train(config, training, held, settings, folder, report)
+        return train(config, training, validation, settings, folder, report)

@@ -1,1 +1,1 @@
-"""From a wish to tokens: plan, build, run."""
+"""From options to tokens: plan, build, run."""

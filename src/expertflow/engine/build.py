@@ -1,5 +1,6 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
-from expertflow.errors import BudgetError
+from expertflow.errors import BudgetError, ClosedError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.captured.experts import SharedParts
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
@@ -54,7 +55,7 @@ from expertflow.units import format_bytes, parse_bytes
 
 
 def on_chosen_device(load: Callable[..., None]) -> Callable[..., None]:
-    """Make the device that was chosen the current one while a model is loaded."""
+    """Make the chosen device the current one while a model is loaded."""
 
     @wraps(load)
     def entering(model: Any, prepared: Prepared, *args: Any, **kwargs: Any) -> None:
@@ -68,7 +69,6 @@ class OffloadedModel(Uncopied):
     """A transformers model whose experts come through the slot cache, and everything that serves it.
 
     Attributes:
-        model: the ordinary transformers model.
         plan: what it was built from.
         store: every expert's record in host memory.
         events: everything the cache does.
@@ -100,7 +100,8 @@ class OffloadedModel(Uncopied):
         _check_memory(planned, config, located.mapped, self.device)
         measured = CudaMeter(self.device) if self.device.type == "cuda" else None  # before anything is loaded
         self.stamps = self._weights.stamps(located)
-        self.model: PreTrainedModel = self._weights.load_dense(located, self.device)
+        self._model: PreTrainedModel | None = self._weights.load_dense(located, self.device)
+        self._model_now = weakref.ref(self._model)
 
         def allocate() -> HostStore:
             return HostStore(plan.shape.records, plan.shape.total_experts, pin=self.device.type == "cuda")
@@ -137,14 +138,14 @@ class OffloadedModel(Uncopied):
         plan, model, skeleton = self.plan, self.model, self.skeleton
         transfer: Transfer = (StreamTransfer if self.device.type == "cuda" else PlainTransfer)(self.store, pool)
         provider = CachedExperts(self.controller, transfer, pool)
-        held = SharedParts(
+        shared = SharedParts(
             controller=self.controller, store=self.store, pool=pool, transfer=transfer, counters=self.counters,
             live_predictor=self.live_predictor, forecast=forecast,
         )  # fmt: skip
         self._context = ForwardContext()
         bind_experts(model, skeleton, provider, self._context)
         self.handover = Handover(
-            held, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
+            shared, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
             reason=plan.graph_unavailable_reason, measured=self.meter.watch,
         )  # fmt: skip
         self.passes = Passes(self.handover.begin_pass, self.handover.end_pass)
@@ -152,6 +153,22 @@ class OffloadedModel(Uncopied):
         self.passes.guard(model)
         if skeleton.encoder_decoder:  # it is called on its own, too
             self.passes.guard(model.get_encoder(), begins=True)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The ordinary transformers model.
+
+        Raises:
+            ClosedError: if it was deleted.
+        """
+        model = self._model_now()
+        if model is None:
+            raise ClosedError("this model was deleted", "Load it again.")
+        return model
+
+    def let_go_of_model(self) -> None:
+        """Let the model live as long as its user holds it, and with it all of this: it refers to this object itself."""
+        self._model = None
 
     @property
     def shared_weights(self) -> SharedWeights:
@@ -162,11 +179,11 @@ class OffloadedModel(Uncopied):
         )  # fmt: skip
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Inside, the model's device is the current one: every thread has one of its own."""
+        """Make the model's device the current one inside, because every thread has one of its own."""
         return entered(self.device)
 
     def check_open(self) -> None:
-        """Refuse to go on with a model that was closed.
+        """Refuse to run a closed model.
 
         Raises:
             ClosedError: then.
@@ -174,7 +191,7 @@ class OffloadedModel(Uncopied):
         self.handover.check_open()
 
     def settle(self) -> None:
-        """Between two steps: let the host know what the GPU decided and counted."""
+        """Give the host what the GPU decided and counted; called between two steps."""
         self.handover.settle()
 
     def totals(self) -> CacheCounters:
@@ -186,7 +203,7 @@ class OffloadedModel(Uncopied):
         return self.handover.residency()
 
     def executor(self) -> Executor:
-        """What runs the model's passes and steps. One at a time: it owns the rows of keys and values."""
+        """What runs the model's passes and steps. Use one at a time, because it owns the KV rows."""
         _give_logits_alone(self.model)
         plan = self.plan
         if not plan.shape.in_rows:
@@ -200,7 +217,7 @@ class OffloadedModel(Uncopied):
         return RowExecutor(rows, self.handover)
 
     def playback(self, replay: Replay) -> Playback:
-        """Let every layer use recorded experts, if the replay has some. The executor has to be made before."""
+        """Make every layer use recorded experts, if the replay has some. The executor has to be made before."""
         if not replay.has_routes:
             return Playback(replay, None)
         plan = self.plan
@@ -216,19 +233,19 @@ class OffloadedModel(Uncopied):
 
     @property
     def observers(self) -> list[StepObserver]:
-        """What sees every pass's tokens and every layer's routing."""
+        """Observers of every pass's tokens and every layer's routing."""
         return self.handover.observers
 
     def watch(self, *observers: StepObserver) -> None:
-        """From now on also show `observers` every pass's tokens and every layer's routing."""
+        """Show `observers` every later pass's tokens and every layer's routing."""
         self.handover.watch(*observers)
 
     def unwatch(self, observer: StepObserver) -> None:
-        """Show an observer nothing more."""
+        """Stop showing passes to an observer."""
         self.handover.unwatch(observer)
 
     def close(self) -> None:
-        """Wait for passes and copies under way, give store and slots back.
+        """Wait for passes and copies under way, then free store and slots.
 
         The model cannot run afterwards; closing twice is fine.
         """
@@ -239,7 +256,8 @@ class OffloadedModel(Uncopied):
         rows = self.handover.rows
         if not self.handover.close():
             return
-        unbind_experts(self.model, self.skeleton)
+        if (model := self._model_now()) is not None:
+            unbind_experts(model, self.skeleton)
         if rows is not None:
             rows.drop()
         if not self._weights.shared:
@@ -247,7 +265,7 @@ class OffloadedModel(Uncopied):
 
 
 def _give_logits_alone(model: PreTrainedModel) -> None:
-    """No more than what a step needs, whatever the config says: a router's loss cannot be had from masks of a batch."""
+    """Turn off outputs that no step needs; a router's loss cannot be made from masks of a batch."""
     for config in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
         for name in ("output_router_logits", "output_hidden_states", "output_attentions"):
             if getattr(config, name, False):
@@ -271,7 +289,7 @@ def load_model(
 
     Args:
         model: checkpoint folder, or a Hugging Face id.
-        config: the wish.
+        config: the options.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
         weights: where the weights come from; None: the folder's files.
         formats: how weights may be stored.
@@ -283,7 +301,7 @@ def load_model(
 
 
 def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.device) -> None:
-    """Refuse before loading what the host or the device cannot hold.
+    """Refuse, before loading, a plan too large for the host or the device.
 
     Args:
         plan: what will be allocated.

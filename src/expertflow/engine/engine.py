@@ -10,8 +10,8 @@ A request's life:
 7. The last `StreamOutput` carries the finished request; the KV row is free again.
 8. `cancel` ends a request earlier.
 
-A step that raises gives no token: its sequences step again later, except those of a cohort, which are cancelled.
-Must not know how scheduler, executor and predictor work.
+A step that raises gives no token: its sequences step again later, except those of a cohort, which are cancelled. Must
+not know how scheduler, executor and predictor work.
 """
 
 import time
@@ -38,7 +38,7 @@ from expertflow.execution.runner import PromptChunk
 from expertflow.execution.sampler import NO_TOKEN, choose_all
 from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
-from expertflow.schedule.admission import make_admission
+from expertflow.schedule.admission import check_admission, make_admission
 from expertflow.schedule.cost import Durations
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler, check_schedule
 from expertflow.trace.owners import NextBatch
@@ -93,9 +93,9 @@ class Engine:
         routing: recorded sequences that requests replay, by their `index`; None: the router decides, and tokens are the model's.
 
     Attributes:
-        lock: held during a step or an addition; threads get it in the order in which they came.
+        lock: taken during a step or an addition; threads get it in the order in which they came.
         threads: how many the steps use.
-        recorder: is given the tokens of every step; None: no trace is recorded.
+        recorder: gets the tokens of every step; None: no trace is recorded.
     """
 
     def __init__(self, offloaded: OffloadedModel, admission: str = "pays", routing: Replay | None = None) -> None:
@@ -117,7 +117,7 @@ class Engine:
         self.recorder: Recorder | None = None
 
     def _begin(self, schedule: str, admission: str) -> None:
-        """Make a scheduler; what passes and steps take is not known yet."""
+        """Make a scheduler; durations of passes and steps are not known yet."""
         plan, predicts = self._offloaded.plan, self._offloaded.live_predictor is not None and schedule != "fifo"
         self._durations = Durations()
         self._scheduler = Scheduler(
@@ -135,7 +135,7 @@ class Engine:
         )
 
     def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:
-        """Begin anew with other rules, while no request waits or runs. The cache keeps what it holds.
+        """Begin anew with other rules, while no request waits or runs. The cache keeps its residents.
 
         Args:
             schedule: how live sequences are grouped, as in `EngineConfig`.
@@ -148,6 +148,7 @@ class Engine:
             if self.unfinished:
                 raise ConfigError(f"{self.unfinished} requests are in the engine", "Change its rules when it is idle.")
             check_schedule(schedule, predicted=self._offloaded.live_predictor is not None)
+            check_admission(admission)
             self._begin(schedule, admission)
 
     @property
@@ -163,7 +164,7 @@ class Engine:
 
     @property
     def totals(self) -> Totals:
-        """What was done so far, as a copy. Reading it waits for no step and changes nothing."""
+        """Totals so far, as a copy. Reading them waits for no step and changes nothing."""
         return replace(self._totals)
 
     @property
@@ -199,7 +200,7 @@ class Engine:
             self._playback.check(request.index, len(request.prompt_token_ids) + request.limit - 1)
         with self.lock:
             number, self._next = self._next, self._next + 1
-            channel = channel or partial(_keep, self._outbox, number)
+            channel = partial(_keep, self._outbox, number) if channel is None else channel
             self._running[number] = _Running(request=request, added=time.perf_counter(), channel=channel)
             self._scheduler.add(number, len(request.prompt_token_ids))
             self._totals.prompt_tokens += len(request.prompt_token_ids)
@@ -220,7 +221,7 @@ class Engine:
         return True
 
     def _drop_cancelled(self) -> None:
-        """Remove what was cancelled, unless a step runs: that does it at its end."""
+        """Remove cancelled requests, unless a step runs: it removes them at its end."""
         while self._to_cancel and self.lock.acquire(wait=False):
             try:
                 if self._stepping:
@@ -241,7 +242,7 @@ class Engine:
             self._offloaded.settle()  # without requests, totals and tables are the host's again
 
     def step(self) -> list[tuple[int, StreamOutput]]:
-        """Carry out what comes next.
+        """Run the next pass or step.
 
         Returns:
             New outputs of requests that were added without a channel, with their numbers; also those that came while another
@@ -256,7 +257,7 @@ class Engine:
         return outputs
 
     def advance(self) -> int:
-        """Carry out what comes next, one thread at a time, and send the tokens to their channels.
+        """Run the next pass or step, one thread at a time, and send the tokens to their channels.
 
         Returns:
             How many tokens there were.
@@ -268,11 +269,9 @@ class Engine:
             with self.lock, self._offloaded.on_device():
                 began = time.perf_counter()
                 try:
-                    count = self._advance()
-                    self._totals.tokens += count
+                    return self._advance()
                 finally:
                     self._totals.seconds += time.perf_counter() - began
-                return count
         finally:
             self._drop_cancelled()
 
@@ -287,7 +286,7 @@ class Engine:
             with memory_reported(), self._offloaded.meter.watch(), self.threads.step():
                 count = self._prefill(task) if isinstance(task, Prefill) else self._decode(task)
         except BaseException:
-            if not self._executor.joins:  # a cohort's cache may hold half of the step
+            if not self._executor.joins:  # a cohort's cache may contain half of the step
                 self._to_cancel += task.sequences
             raise
         finally:
@@ -317,7 +316,8 @@ class Engine:
                 rows=[chunk.row for chunk in chunks],
             )
         )
-        logits = self._executor.prefill(chunks)
+        with self._offloaded.passes.lock:  # callers of the model itself wait
+            logits = self._executor.prefill(chunks)
         ended = [place for place, part in enumerate(task.parts) if part.last]
         numbers = [task.parts[place].sequence for place in ended]
         chosen = self._choose(numbers, logits[ended]) if ended else []
@@ -332,7 +332,9 @@ class Engine:
             position = before + len(request.token_ids) - 1
             inputs.append(DecodeInput(number, request.token_ids[-1], self._scheduler.row(number), position))
         self._announce(NextBatch(task.sequences, following=task.groups[1:], rows=[one.row for one in inputs]))
-        return self._send(task.sequences, self._choose(task.sequences, self._executor.decode(inputs)))
+        with self._offloaded.passes.lock:
+            logits = self._executor.decode(inputs)
+        return self._send(task.sequences, self._choose(task.sequences, logits))
 
     def _announce(self, batch: NextBatch) -> None:
         for listener in (self.recorder, self._offloaded.live_predictor):
@@ -395,6 +397,7 @@ class Engine:
             output = one.request.fail()
         else:
             output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
+            self._totals.tokens += 1
         if output.output is not None or output.error is not None:
             self._remove(number)
         elif len(one.request.read_ids) == self._reread:
@@ -405,7 +408,7 @@ class Engine:
         one.channel(output)
 
     def _read_anew(self, number: int, length: int) -> None:
-        """A sequence's rotary table changes at this length: its keys and values are computed again."""
+        """Queue a sequence to be read again from its beginning, because its rotary table changes at this length."""
         self._scheduler.reread(number, length)
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])
@@ -413,7 +416,8 @@ class Engine:
     def _paths(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
         """How likely the next token of live sequences uses each expert: float [sequences, layers, experts], or None."""
         assert self._offloaded.live_predictor is not None
-        self._offloaded.controller.end_step()  # the predictor is updated with the last host pass first
+        with self._offloaded.passes.lock:
+            self._offloaded.controller.end_step()  # the predictor is updated with the last host pass first
         return self._offloaded.live_predictor.paths(numbers)
 
     def _usual(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:

@@ -126,7 +126,7 @@ class LLM:
 
     @property
     def plan(self) -> Plan:
-        """What goes where."""
+        """The plan: what goes where, in bytes."""
         return self._offloaded.plan
 
     @property
@@ -146,7 +146,7 @@ class LLM:
 
     @property
     def events(self) -> EventStream:
-        """All that the expert cache does. While it is listened to, captured steps report single events and are slower."""
+        """Events of the expert cache. With a listener captured steps report single events and are slower."""
         return self._offloaded.events
 
     @property
@@ -216,8 +216,8 @@ class LLM:
         Args:
             prompts: one or many: text, token ids (lists, arrays, tensors), what a tokenizer returned, `{"prompt": ...}`, or
                 chat messages, which the model's chat template renders.
-            params: for all, or one a prompt; None: greedy, 128 tokens. The model's `generation_config.json` says where to
-                stop, not how to sample.
+            params: for all, or one a prompt; None: greedy, 128 tokens. The model's `generation_config.json` gives the
+                tokens that end a text, not how to sample.
             sampling_params: another name of `params`.
 
         Returns:
@@ -278,7 +278,7 @@ class LLM:
                 writer.sequences = [{"sequence": number} for number in range(first, self._engine.begun)]
 
     def close(self) -> None:
-        """Give the memory back, once the step that runs is over; other threads' requests end with `ClosedError`."""
+        """Free the memory, once the step that runs is over; other threads' requests end with `ClosedError`."""
         with self._engine.lock:
             self._offloaded.close()
 

@@ -21,7 +21,7 @@ class FairLock:
     def acquire(self, *, wait: bool = True) -> bool:
         """Take the lock.
 
-        An exception while waiting, such as Ctrl-C, leaves the queue in order.
+        After an exception while waiting, such as Ctrl-C, the queue is still in order.
 
         Args:
             wait: until it is free; else take it only if it is.
@@ -73,10 +73,10 @@ class FairLock:
                 gate.release()
 
     def __enter__(self) -> Self:
-        """Take it."""
+        """Take the lock."""
         self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release it."""
+        """Release the lock."""
         self.release()

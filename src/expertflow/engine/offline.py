@@ -166,7 +166,7 @@ class Results:
 
     @property
     def seed(self) -> int | None:
-        """Of the whole file; None if it is greedy."""
+        """Seed of the whole file; None if it is greedy."""
         seed: int | None = self._header["seed"]
         return seed
 

@@ -1,10 +1,11 @@
 """`from_pretrained`: an offloaded model as an ordinary transformers model, and what programs may do with it.
 
-Refused at the call: everything that would leave dense weights and experts in disagreement, or fail in a later pass.
-Must not know plans, caches and copies.
+A call is refused if dense weights and experts would disagree after it, or if a later pass would fail. Must not know
+plans, caches and copies.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from expertflow.engine.prepare import SHIPPED_MODEL
 from expertflow.errors import ConfigError, UnsupportedModelError
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.experts import Uncopied
+from expertflow.models.sources import WeightsSource
 
 ATTENTIONS = ("eager", "sdpa")
 """Attention implementations that were compared with the stock model of the same one."""
@@ -34,20 +36,22 @@ def from_pretrained(
     *,
     forecast: Forecast | None = None,
     attn_implementation: str | None = None,
+    weights: WeightsSource | None = None,
     formats: Formats = FORMATS,
     **options: Any,
 ) -> PreTrainedModel:
     """The ordinary transformers model, its experts offloaded; `.generate()` and everything else work as usual.
 
-    Its logits are those of the stock model with `experts_implementation="eager"`, bit for bit. Plain transformers
-    takes grouped experts where that is left out; their sums differ in the last bits.
-    Memory of keys, values and activations is then the caller's: `max_batch` and `max_length` say what to leave room for.
+    Its logits are those of the stock model with `experts_implementation="eager"`, bit for bit. Plain transformers takes
+    grouped experts where that is left out; their sums differ in the last bits. Memory of keys, values and activations
+    is then the caller's: `max_batch` and `max_length` state what to keep room for.
     Several threads may call the model: passes run one after the other.
 
     Args:
         model: checkpoint folder or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
         attn_implementation: `eager` or `sdpa`; None: the family's own, as in transformers.
+        weights: where the weights come from (`models.sources`); None: the folder's files.
         formats: how weights may be stored (`formats.table`).
         options: fields of `EngineConfig`.
 
@@ -64,7 +68,9 @@ def from_pretrained(
             f"attn_implementation={attn_implementation!r} was never compared with the stock model",
             nearest(str(attn_implementation), ATTENTIONS),
         )
-    offloaded = load_model(SHIPPED_MODEL if model is None else model, config, forecast, formats=formats)
+    offloaded = load_model(
+        SHIPPED_MODEL if model is None else model, config, forecast, weights=weights, formats=formats
+    )
     if attn_implementation is not None:
         try:
             offloaded.model.set_attn_implementation(attn_implementation)
@@ -109,9 +115,21 @@ def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
         if inside:
             if isinstance(module, PreTrainedModel):
                 _change_class(module, offloaded)
-            module._apply = partial(_apply_checked, module._apply, offloaded)  # noqa: SLF001 - what `to` and the like call
-            module.load_state_dict = partial(_load_checked, module.load_state_dict, inside)
+            # not bound methods: a module must not keep itself, and with it the expert store, alive
+            module._apply = partial(_apply_checked, _weakly(module, "_apply"), offloaded)  # noqa: SLF001 - what `to` and the like call
+            module.load_state_dict = partial(_load_checked, _weakly(module, "load_state_dict"), inside)
+    offloaded.let_go_of_model()
     return model
+
+
+def _weakly(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A method of a module's class that does not keep the module alive."""
+    method, found = getattr(type(module), name), weakref.ref(module)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(found(), *args, **kwargs)
+
+    return call
 
 
 def _change_class(module: PreTrainedModel, offloaded: OffloadedModel) -> None:
@@ -224,7 +242,7 @@ def _apply_checked(
         wanted, same = str(error).splitlines()[0], False
     if not same:
         _refuse(
-            f"converted or moved: its experts are {offloaded.skeleton.dtype} on {device}, asked for: {wanted}",
+            f"converted or moved: its experts are {offloaded.skeleton.dtype} on {device}, wanted: {wanted}",
             "Call `from_pretrained` again with `dtype=` and `device=`; `model.expertflow.close()` gives memory back.",
         )
     return apply(change, **options)

@@ -1,4 +1,4 @@
-"""Plan a run: a wish and a model's figures in, every number of the run out.
+"""Plan a run: options and a model's figures in, every number of the run out.
 
 It is pure: no weights, no device, nothing allocated. The engine builds from the plan, and `expertflow plan` prints it.
 The workspace is an upper bound from tensor sizes; tests compare it with measured peaks (law 3).
@@ -22,14 +22,14 @@ CUDA_LIBRARY_BYTES = 40 * 2**20
 GRAPH_POOL_BYTES = 64 * 2**20
 """The allocator takes a graph's memory in blocks of 2 and 20 MiB that it does not give back."""
 _WORTH = 0.5
-"""Share of the host execution's slots that captured steps have to leave, to be chosen by execution='auto'."""
+"""Share of the host execution's slots that must remain beside captured steps, for execution='auto' to choose them."""
 _SLACK = 1.1
 """Factor on counted temporaries: allocators round up, and operators are counted by name, not by trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every number of a run. Bytes unless said otherwise.
+    """Every number of a run. Bytes unless stated otherwise.
 
     Attributes:
         shape: the model's figures.
@@ -110,10 +110,10 @@ class Plan:
 def make_plan(
     config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str = "", *, predictor: int = 0
 ) -> Plan:
-    """Turn a wish into numbers.
+    """Turn options into numbers.
 
     Args:
-        config: the wish.
+        config: the options.
         shape: the model's figures.
         device: `cuda` or `cpu`, resolved.
         strategy: name of the strategy, resolved.
@@ -121,7 +121,7 @@ def make_plan(
         predictor: bytes a predictor takes where it works; in the host execution that is host memory.
 
     Raises:
-        BudgetError: if the budget cannot hold even one slot, or not the slots asked for; names the least that works.
+        BudgetError: if the budget cannot hold even one slot, or not the stated slots; names the least that works.
         ConfigError: if an option is impossible for this model.
     """
     if config.execution == "graph" and no_graph:
@@ -244,10 +244,10 @@ def _max_live(config: EngineConfig, shape: ModelShape) -> int:
 
 
 def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
-    """Return the tokens a sequence has room for: those asked for, or what most prompts and answers need.
+    """Return the tokens a sequence has room for: those stated, or what most prompts and answers need.
 
     Raises:
-        ConfigError: if the model's context is shorter than what was asked for.
+        ConfigError: if the model's context is shorter than stated.
     """
     if config.max_length is None:
         return min(shape.context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
@@ -261,10 +261,10 @@ def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
 
 def _slots(config: EngineConfig, shape: ModelShape, record_bytes: int, fixed: int, budget: int | None) -> int:
     total = shape.total_experts
-    asked = None if config.slots is None else parse_slots(config.slots, shape.layers, shape.experts)
-    least = fixed + SlotPool.nbytes(record_bytes, asked or 1)
+    stated = None if config.slots is None else parse_slots(config.slots, shape.layers, shape.experts)
+    least = fixed + SlotPool.nbytes(record_bytes, stated or 1)
     if budget is not None and budget < least:
-        need = f"{asked} slots" if asked else "a single slot"
+        need = f"{stated} slots" if stated else "a single slot"
         raise BudgetError(
             f"gpu_memory={format_bytes(budget)} is too small: dense weights, KV and workspace take "
             f"{format_bytes(fixed)}, and {need} of {format_bytes(record_bytes)} must fit beside them",
@@ -272,8 +272,8 @@ def _slots(config: EngineConfig, shape: ModelShape, record_bytes: int, fixed: in
             "prefill_chunk lowers it.",
             least,
         )
-    if asked is not None:
-        return asked
+    if stated is not None:
+        return stated
     if budget is None:
         return total
     return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes)

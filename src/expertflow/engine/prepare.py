@@ -16,6 +16,7 @@ from expertflow.errors import ConfigError, DeviceError
 from expertflow.execution.captured.capturable import graph_refusal
 from expertflow.execution.replay import Replay
 from expertflow.formats.table import FORMATS, Formats
+from expertflow.memory.devices import resolve_device
 from expertflow.memory.store import memory_reported
 from expertflow.models.bounds import describing
 from expertflow.models.files.checkpoint import resolve
@@ -34,28 +35,6 @@ SHIPPED_MODEL, SHIPPED_PREDICTOR = ASSETS / "novella", ASSETS / "novella_predict
 """Model and predictor that come with the package."""
 
 
-def resolve_device(device: str) -> torch.device:
-    """Find the torch device, with its index, for `auto`, `cpu`, `cuda` (torch's current device) or `cuda:N`.
-
-    Raises:
-        DeviceError: if torch does not see that CUDA device.
-    """
-    available, (kind, _, index) = torch.cuda.is_available(), device.partition(":")
-    if kind == "cpu" or (kind == "auto" and not available):
-        return torch.device("cpu")
-    if not available:
-        raise DeviceError(
-            f"device={device!r}, but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
-        )
-    number = int(index) if index else torch.cuda.current_device()
-    if number >= (count := torch.cuda.device_count()):
-        raise DeviceError(
-            f"device={device!r}, but the last CUDA device torch sees is 'cuda:{count - 1}'",
-            "Use a smaller number, or list more devices in CUDA_VISIBLE_DEVICES.",
-        )
-    return torch.device("cuda", number)
-
-
 def check_default_device() -> None:
     """Refuse to load where torch makes new tensors elsewhere than in host memory.
 
@@ -65,7 +44,7 @@ def check_default_device() -> None:
     if (default := torch.get_default_device().type) != "cpu":
         raise DeviceError(
             f"torch's default device is {default!r}, and a model is loaded through host memory",
-            "Load outside `with torch.device(...)`, or call `torch.set_default_device('cpu')`; `device=` says where it runs.",
+            "Load outside `with torch.device(...)`, or call `torch.set_default_device('cpu')`; `device=` states where it runs.",
         )
 
 
@@ -111,7 +90,7 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights, sampled."""
+        """Fingerprint of the weights, sampled."""
         return self.located.fingerprint
 
 
@@ -130,7 +109,7 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
 
     Args:
         model: checkpoint folder, or a Hugging Face id.
-        config: the wish.
+        config: the options.
         forecast: the caller's own; it replaces the predictor.
         weights: where the weights come from; None: the folder's files.
         routing: recorded routing that is replayed; None: the router decides.
@@ -169,7 +148,7 @@ def choose(
     """Choose device, strategy, predictor, and whether decode steps can be graphs; reads no file.
 
     Args:
-        config: the wish.
+        config: the options.
         skeleton: the model.
         shape: the model's figures.
         found: the predictor that was named or is the model's own, or None.

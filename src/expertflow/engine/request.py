@@ -1,7 +1,7 @@
 """One request while it runs: its tokens, its text so far, and when it is over.
 
-Text is decoded token by token, so it can be streamed: a token that ends inside a character, or text that may be the
-beginning of a stop text, is kept back until it is decided. Must not know models and batches.
+Text is decoded token by token, so it can be streamed. A token that ends inside a character is kept back until the
+character is complete, and text that may begin a stop text until that is decided. Must not know models and batches.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -83,7 +83,8 @@ class Decoder(Protocol):
 class TextStream:
     """Makes text of tokens as they come: by the tokenizers library's own stream where the decoder is one of its.
 
-    Any other decoder is called twice a token. No piece ends inside a character; `flush` gives what an unfinished last one leaves.
+    Any other decoder is called twice a token. No piece ends inside a character; `flush` gives the text of an unfinished
+    last one.
 
     Args:
         decoder: makes text of tokens.
@@ -124,7 +125,11 @@ class TextStream:
         self._ids.append(token)
         if self._library is None:
             return self._more(last=False)
-        piece = self._stream.step(self._library, token)
+        try:
+            piece = self._stream.step(self._library, token)
+        except Exception:  # noqa: BLE001 - the library raises plain Exception where an id changes earlier text
+            self._library = None  # the rest goes by two calls of `decode` a token
+            return self._more(last=False)
         if piece is None:
             return ""
         self._done, self._read = self._read, len(self._ids)
@@ -235,9 +240,9 @@ class Request:
         if not self.params.stop:
             return len(self.text)
         longest = max(len(stop) for stop in self.params.stop)
-        for held in range(min(longest - 1, len(self.text)), 0, -1):
-            if any(stop.startswith(self.text[-held:]) for stop in self.params.stop):
-                return len(self.text) - held
+        for size in range(min(longest - 1, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self.params.stop):
+                return len(self.text) - size
         return len(self.text)
 
     def _output(self, waited: float, lasted: float) -> RequestOutput | None:

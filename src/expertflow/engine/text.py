@@ -192,7 +192,7 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase | None) -> Decoder | None:
     if tokenizer is None:
         return None
     fast, own = PreTrainedTokenizerFast, type(tokenizer)
-    if getattr(own, "_decode", None) is not fast._decode or own.decode is not fast.decode:  # noqa: SLF001 - there is no public way to ask
+    if getattr(own, "_decode", None) is not fast._decode or own.decode is not fast.decode:  # noqa: SLF001 - there is no public name for it
         return tokenizer
     library = tokenizer.backend_tokenizer
     cleans = tokenizer.clean_up_tokenization_spaces and (
@@ -223,7 +223,7 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase | None, params: SamplingParam
 
 
 def end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
-    """Token ids that end a text, as the model's generation config says, else its config."""
+    """Token ids that end a text: from the model's generation config, else from its config."""
     generation = getattr(model, "generation_config", None)
     ends = getattr(generation, "eos_token_id", None)
     if ends is None:

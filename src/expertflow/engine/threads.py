@@ -32,13 +32,13 @@ class Threads:
 
     @property
     def number(self) -> int:
-        """Threads of a step, if it began now."""
+        """Threads of a step that begins now."""
         now = torch.get_num_threads()
         return 1 if self._small and now in self._replaceable else now
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """What runs inside uses that number; afterwards torch has its former one again."""
+        """Use that number inside; afterwards torch gets its former one again."""
         before, wanted = torch.get_num_threads(), self.number
         if wanted != before:
             torch.set_num_threads(wanted)

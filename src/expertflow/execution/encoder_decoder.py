@@ -1,9 +1,9 @@
 """An encoder-decoder model over rows: the decoder's own keys and values, and those of what the encoder has read.
 
-The same rows as a decoder-only model's (`execution.kv_rows`), twice: a sequence's first pass reads its whole prompt through the encoder
-and leaves what the decoder attends to in its row; from then on it steps in any company, eagerly or captured. Positions are each
-row's own, which the T5 relative position bias of transformers does not provide for: here it is computed row by row.
-Must not know requests, experts and graphs.
+There are two sets of rows like a decoder-only model's (`execution.kv_rows`). A sequence's first pass reads its whole
+prompt through the encoder, and writes what the decoder attends to into its row. From then on it steps beside any other
+sequences, eagerly or captured. Each row has its own positions. The T5 relative position bias of transformers does not
+allow that, so it is computed here row by row. Must not know requests, experts and graphs.
 """
 
 import weakref
@@ -71,7 +71,7 @@ class ReadLayer(RowLayer):
 
     @keys.setter
     def keys(self, value: Tensor) -> None:
-        """What transformers' constructor does is of no account."""
+        """Skip transformers' constructor."""
 
     @property
     def values(self) -> Tensor:
@@ -102,7 +102,7 @@ class EncoderDecoderRows:
     def __init__(
         self, model: PreTrainedModel, skeleton: Skeleton, rows: int, length: int, context: ForwardContext
     ) -> None:
-        """Empty rows."""
+        """Create empty rows."""
         self._model, self.skeleton, self.rows, self.nowhere = weakref.ref(model), skeleton, rows, length
         self.context = context
         layers = int(model.config.num_decoder_layers)
@@ -127,12 +127,12 @@ class EncoderDecoderRows:
         return model
 
     def clear(self, row: int) -> None:
-        """Let nothing of a row's former owner through, neither of what it wrote nor of what it had read."""
+        """Clear a row for a new sequence: what the former one wrote, and what its encoder had read."""
         self.cache.clear(row)
         self._read.clear(row)
 
     def drop(self) -> None:
-        """Give keys and values back; nothing can be run afterwards."""
+        """Free keys and values; nothing can be run afterwards."""
         self.cache.layers.clear()
         self._read.layers.clear()
 
@@ -149,7 +149,7 @@ class EncoderDecoderRows:
     def start(
         self, rows: Sequence[int], encoded: Float[Tensor, "B W H"], lengths: Sequence[int]
     ) -> Float[Tensor, "B V"]:
-        """Run the decoder's first token in these rows, whatever they held before; logits of the next.
+        """Run the decoder's first token in these rows, whatever they contained before; logits of the next.
 
         Args:
             rows: of the sequences.

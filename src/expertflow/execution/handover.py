@@ -1,10 +1,9 @@
-"""Who decides the next pass, host or GPU, and how the cache's tables change sides.
+"""Which side decides the next pass, host or GPU, and how the cache's tables change sides.
 
-Passes over prompts are always decided by the host: `CacheController` decides layer by layer. Decode steps are decided by
-the GPU if the plan says so and no observer needs the routing. Before the first captured step the controller lends its
-tables to the GPU (`DeviceTables.borrow`); before the host decides again they come back (`DeviceTables.give_back`).
-Totals and residency can be read at any time, from the side that has them.
-Must not know layers, kernels and requests.
+Passes over prompts are always decided by the host: `CacheController` decides layer by layer. Decode steps are decided
+by the GPU if the plan is `graph` and no observer needs the routing. Before the first captured step the controller lends
+its tables to the GPU (`DeviceTables.borrow`); before the host decides again they come back (`DeviceTables.give_back`).
+Totals and residency can be read at any time, from the side that has them. Must not know layers, kernels and requests.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,48 +30,48 @@ from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, EVICTIONS, 
 from expertflow.models.context import ForwardContext, Observer
 
 WATCHED = "somebody watches the routing, which only the host execution shows"
-"""Why the host decides although the plan says `graph`."""
+"""Why the host decides although the plan is `graph`."""
 
 
 class DeviceTables:
     """The cache's tables while the GPU decides: lent by the controller before a step, given back behind one.
 
     Args:
-        held: what host and GPU share.
+        shared: what host and GPU share.
         experts: what decides on the GPU.
 
     Attributes:
-        lent: the GPU has the tables, and not the controller.
-        broken: the last step raised half-way, so what the slots hold is unknown.
+        lent: whether the GPU has the tables.
+        broken: whether the last step raised half-way, so that the slots' contents are unknown.
     """
 
-    def __init__(self, held: SharedParts, experts: DeviceExperts) -> None:
-        """The controller has the tables."""
-        self._held, self._experts = held, experts
+    def __init__(self, shared: SharedParts, experts: DeviceExperts) -> None:
+        """Start with the tables at the controller."""
+        self._shared, self._experts = shared, experts
         self._steps = 0
         self._counted: tuple[int, ...] = (0, 0, 0, 0)
         self.lent = self.broken = False
 
     def begin(self, sequences: Sequence[int]) -> None:
-        """A step of these sequences comes: borrow the tables, unless they are here.
+        """Prepare a step of these sequences: borrow the tables, unless the GPU has them.
 
-        Their tokens, and which sequences step behind them, the predictor has learned before.
+        Before this call the predictor gets their tokens, and the sequences that step after them.
         """
         if self.broken:
-            self.give_back()  # this may be the broken step once more
+            self.give_back()  # the broken step may run again
         if not self.lent:
             self.borrow()
         experts = self._experts
         if experts.predicting and not experts.fixed:
             self._count_loads()
-        experts.begin(sequences, self._held.controller.step + self._steps + 1)
+        experts.begin(sequences, self._shared.controller.step + self._steps + 1)
 
     def stepped(self) -> None:
-        """A step was carried out; with a log, emit its events (this waits for the device)."""
+        """Count a finished step; with a log, emit its events, which waits for the device."""
         self._steps += 1
         if not self._experts.logs:
             return
-        controller, record_bytes = self._held.controller, self._held.store.layout.record_bytes
+        controller, record_bytes = self._shared.controller, self._shared.store.layout.record_bytes
         number = controller.step + self._steps
         controller.events.emit(Event(EventKind.STEP, number))
         for entry in self._experts.state.take_log():
@@ -80,10 +79,10 @@ class DeviceTables:
 
     def borrow(self) -> None:
         """Copy the controller's tables to the GPU, once no host copy is under way."""
-        self._held.transfer.settle()
-        self._held.controller.lend_tables(self._experts.state.copy_from)
+        self._shared.transfer.settle()
+        self._shared.controller.lend_tables(self._experts.state.copy_from)
         self._counted = tuple(self._experts.state.made.tolist())
-        self._steps, self.lent = 0, True  # last: a loan that is broken off has not been
+        self._steps, self.lent = 0, True  # last, so that an error before it leaves them at the controller
         self._experts.look_up_residents()
 
     def give_back(self) -> None:
@@ -98,17 +97,17 @@ class DeviceTables:
         if not self.lent:
             return
         try:
-            self._held.controller.reclaim_tables(self._experts.state.copy_to, self._steps)
+            self._shared.controller.reclaim_tables(self._experts.state.copy_to, self._steps)
         except BaseException:
-            self._abandon()  # the host may have half of it
+            self._abandon()  # the host may have half of the tables
             raise
         self.lent = False
         self._count_loads()
         tally = self._experts.state.take_tally()
         if not self._experts.logs:
-            self._held.counters.add(self._as_counters(tally))
-        if tally[BLIND] and self._held.live_predictor is not None:
-            self._held.live_predictor.switch_off(self._held.controller.step, "its chances are no numbers")
+            self._shared.counters.add(self._as_counters(tally))
+        if tally[BLIND] and self._shared.live_predictor is not None:
+            self._shared.live_predictor.switch_off(self._shared.controller.step, "its chances are no numbers")
         self._steps = 0
 
     def totals(self) -> CacheCounters:
@@ -122,10 +121,12 @@ class DeviceTables:
         return self._as_counters(self._experts.state.read_tally())
 
     def slot_of(self) -> npt.NDArray[np.int32]:
-        """`[L, E]`, the slot of each expert or -1, on whichever side the tables are. A copy."""
+        """`[L, E]`, the slot of each expert or -1, on whichever side the tables are; -1 for all after a broken step. A copy."""
         if not self.lent:
-            return self._held.controller.table.slot_of.copy()
+            return self._shared.controller.table.slot_of.copy()
         self._wait()
+        if self.broken:
+            return np.full_like(self._shared.controller.table.slot_of, -1)
         found: npt.NDArray[np.int32] = self._experts.state.slot_of.cpu().numpy().copy()
         return found
 
@@ -135,7 +136,7 @@ class DeviceTables:
             torch.cuda.synchronize(self._experts.live.device)
 
     def _as_counters(self, tally: Sequence[int]) -> CacheCounters:
-        record_bytes = self._held.store.layout.record_bytes
+        record_bytes = self._shared.store.layout.record_bytes
         return CacheCounters(
             steps=self._steps,
             hits=tally[HITS],
@@ -148,27 +149,27 @@ class DeviceTables:
         )
 
     def _count_loads(self) -> None:
-        """Give the predictor the number of loads of the steps that are over by now, and what came of those ahead.
+        """Give the predictor the loads of the steps that are over, and how many loads ahead were needed.
 
         The last step is over if its tokens were waited for.
         """
         counted, before = tuple(self._experts.state.made.tolist()), self._counted
-        if counted[1] > before[1] and self._held.live_predictor is not None:
+        if counted[1] > before[1] and self._shared.live_predictor is not None:
             if any(now < then for now, then in zip(counted, before, strict=True)):  # the tally was taken meanwhile
                 before = (0, before[1], 0, 0)
-            self._held.live_predictor.pacing.count(*(now - then for now, then in zip(counted, before, strict=True)))
+            self._shared.live_predictor.pacing.count(*(now - then for now, then in zip(counted, before, strict=True)))
             self._counted = counted
 
     def _abandon(self) -> None:
-        """A step was broken off: no slot can be trusted any more, once nothing is under way.
+        """Empty every slot after a step that was broken off, once no copy is under way.
 
-        What was counted stays, of the broken step too, as in a pass of the host that breaks.
+        What was counted stays, also of the broken step, as in a broken pass of the host.
         """
         counted = self.totals()
         self.lent = False
-        self._held.counters.add(counted)
+        self._shared.counters.add(counted)
         self._wait()
-        controller = self._held.controller
+        controller = self._shared.controller
         controller.reclaim_tables(lambda tables, usage: None, self._steps)  # noqa: ARG005 - the tables stay as they were
         controller.forget()
         self._experts.state.drop()
@@ -179,12 +180,12 @@ class Handover:
     """Decides for every pass of a loaded model whether host or GPU decides it, and hands the tables over in between.
 
     Args:
-        held: what host and GPU share.
+        shared: what host and GPU share.
         provider: brings experts to the host's passes.
         context: what the model's passes carry.
         batch: sequences of a captured step at most.
-        captured: the plan says that decode steps are captured.
-        reason: why they are not, if they might have been; else empty.
+        captured: whether decode steps are captured.
+        reason: why execution='auto' fell back to the host; else empty.
         measured: measures device memory while captured steps' buffers are made.
 
     Attributes:
@@ -196,7 +197,7 @@ class Handover:
 
     def __init__(  # noqa: PLR0913 - the last ones by keyword
         self,
-        held: SharedParts,
+        shared: SharedParts,
         provider: CachedExperts,
         context: ForwardContext,
         *,
@@ -205,23 +206,23 @@ class Handover:
         reason: str,
         measured: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """The host decides until a decode step comes."""
-        self._controller, self._counters, self._context = held.controller, held.counters, context
+        """Let the host decide until the first decode step."""
+        self._controller, self._counters, self._context = shared.controller, shared.counters, context
         self._batch, self._captured, self._reason, self._measured = batch, captured, reason, measured
-        self._held: SharedParts | None = held
+        self._shared: SharedParts | None = shared
         self.provider: CachedExperts | None = provider
         self.rows: RowModel | EncoderDecoderRows | None = None
         self.decoder: GraphDecoder | None = None
         self._tables: DeviceTables | None = None
         self._emitted = ""
         self._lock = RLock()
-        """Held while captured steps are queued and while the tables change sides, so that a reader sees whole steps."""
-        self.observers: list[StepObserver] = [held.controller] if held.controller.per_token else []
+        """Taken while captured steps are queued and while the tables change sides, so that a reader sees whole steps."""
+        self.observers: list[StepObserver] = [shared.controller] if shared.controller.per_token else []
         self._observe: Observer | None = None
         self.watch()
 
     def begin_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pass that the host decides begins.
+        """Begin a pass that the host decides.
 
         Args:
             args: of the model's forward.
@@ -242,12 +243,12 @@ class Handover:
         provider.begin_step(tokens)
 
     def end_pass(self) -> None:
-        """A pass that the host decided is over, or has failed."""
+        """End a pass that the host decided, also after an error."""
         if self._context.now.observe is not None:
             self._context.now = replace(self._context.now, observe=None)
 
     def pass_queued(self) -> None:
-        """A pass is queued. A predictor on the device learns from it now; one in host memory when the tokens are out."""
+        """Let a predictor on the device learn from a queued pass now; one in host memory learns with the tokens."""
         if self._captured:
             self._controller.end_step()
 
@@ -274,7 +275,7 @@ class Handover:
             return decoder
 
     def next_decoder(self) -> GraphDecoder | None:
-        """What runs the next decode step if the GPU decides it; else None, and one event that says why."""
+        """What runs the next decode step if the GPU decides it; else None, and one event with the reason."""
         reason = self._reason
         if self._captured:
             if all(observer is self._controller for observer in self.observers):
@@ -287,23 +288,23 @@ class Handover:
         return None
 
     def make_decoder(self) -> GraphDecoder:
-        """The captured steps' buffers: made when first needed, and anew once single events have a listener."""
+        """The captured steps: made when first needed, and again once single events have a listener."""
         log = self._controller.events.listeners > 1  # the counters alone need only totals
         if self.decoder is None or self.decoder.experts.logs != log:
-            rows, held, batch = self.rows, self._held, self._batch
+            rows, shared, batch = self.rows, self._shared, self._batch
             assert rows is not None
-            assert held is not None
+            assert shared is not None
             self.settle()
             self.decoder = self._tables = None
             skeleton = rows.skeleton
             with torch.inference_mode(), self._measured():
-                mlps = expert_mlps(skeleton, held.store.layout)
-                experts = DeviceExperts(mlps, held, batch, skeleton.top_k, log=log)
-                self._tables, self.decoder = DeviceTables(held, experts), GraphDecoder(rows, experts, batch)
+                mlps = expert_mlps(skeleton, shared.store.layout)
+                experts = DeviceExperts(mlps, shared, batch, skeleton.top_k, log=log)
+                self._tables, self.decoder = DeviceTables(shared, experts), GraphDecoder(rows, experts, batch)
         return self.decoder
 
     def settle(self) -> None:
-        """Between two steps: the controller gets the tables, and the counters what the GPU counted."""
+        """Give the controller the tables, and the counters what the GPU counted; called between two steps."""
         with self._lock:
             if self._tables is not None:
                 self._tables.give_back()
@@ -330,15 +331,16 @@ class Handover:
     @property
     def pool_bytes(self) -> int:
         """Device memory that captured steps keep for themselves, bytes."""
-        return 0 if self.decoder is None else self.decoder.pool_bytes
+        decoder = self.decoder  # another thread may take it away
+        return 0 if decoder is None else decoder.pool_bytes
 
     def watch(self, *observers: StepObserver) -> None:
-        """From now on also show `observers` every pass's tokens and every layer's routing."""
+        """Show `observers` every later pass's tokens and every layer's routing."""
         self.observers = [*self.observers, *observers]
         self._observe = observe_all(self.observers) if self.observers else None
 
     def unwatch(self, observer: StepObserver) -> None:
-        """Show an observer nothing more."""
+        """Stop showing passes to an observer."""
         self.observers.remove(observer)
         self.watch()
 
@@ -353,18 +355,17 @@ class Handover:
         return self.provider
 
     def close(self) -> bool:
-        """Wait for copies under way and let go of store and slots; False if that was done before.
+        """Wait for copies under way and release store and slots; False if that was done before.
 
         No pass can run afterwards; totals can be read.
         """
         with self._lock:
-            if self._held is None:
+            if self._shared is None:
                 return False
-            if self._tables is not None:
-                self._counters.add(self._tables.totals())
+            self.settle()
             self._controller.close()
-            self._held.transfer.settle()
-            if (device := self._held.pool.buffer.device).type == "cuda":
+            self._shared.transfer.settle()
+            if (device := self._shared.pool.buffer.device).type == "cuda":
                 torch.cuda.synchronize(device)
-            self._held = self.provider = self.decoder = self._tables = self.rows = None
+            self._shared = self.provider = self.decoder = self._tables = self.rows = None
             return True

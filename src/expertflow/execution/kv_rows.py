@@ -1,9 +1,9 @@
 """Keys and values of the live sequences in rows that never move, and the model's forward over any of them.
 
-One cache for the whole life of a model: `[rows, heads, length + 1, width]` a layer, whatever kind of attention the layer
-has; a sliding window is the mask's business. A pass names the rows it works on, in any order: regrouping sequences is
-another list of rows (the paper's Merge and Reindex, section 3.3, without the copies). The last column is of no token: what
-padding writes goes there. Must not know requests, experts and graphs.
+One cache for the whole life of a model: `[rows, heads, length + 1, width]` a layer, whatever kind of attention the
+layer has; sliding windows are applied by masks. A pass names the rows it works on, in any order: regrouping sequences
+is another list of rows (the paper's Merge and Reindex, section 3.3, without the copies). The last column is of no
+token: what padding writes goes there. Must not know requests, experts and graphs.
 """
 
 import weakref
@@ -108,11 +108,11 @@ class RowCache(Cache):
         super().__init__(layers=[kind(rows, length, context) for _ in range(layers)])
 
     def note(self, row: int, columns: int) -> None:
-        """A pass writes a row up to this many columns."""
+        """Record that a pass writes rows up to this many columns."""
         self._written[row] = max(self._written[row], columns)
 
     def clear(self, row: int) -> None:
-        """A row gets a new owner. What is masked must be finite: NaN, times a weight of zero, would still be NaN."""
+        """Clear a row for a new sequence. What is masked must be finite: NaN, times a weight of zero, would still be NaN."""
         for layer in self.layers:
             layer.clear(row, self._written[row])
         self._written[row] = 0
@@ -160,15 +160,15 @@ class RowModel:
         return model
 
     def clear(self, row: int) -> None:
-        """Let nothing of a row's former owner through."""
+        """Clear a row for a new sequence."""
         self.cache.clear(row)
 
     def drop(self) -> None:
-        """Give keys and values back; nothing can be run afterwards."""
+        """Free keys and values; nothing can be run afterwards."""
         self.cache.layers.clear()
 
     def reach(self, rows: Sequence[int]) -> int:  # noqa: ARG002 - as of rows behind an encoder
-        """Tokens an encoder has read: there is none."""
+        """Tokens an encoder has read: 0 without one."""
         return 0
 
     def forward(self, run: Callable[..., Any], given: ForwardInput) -> Float[Tensor, "B V"]:

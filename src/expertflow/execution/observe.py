@@ -1,7 +1,7 @@
 """Observers of passes and layers, which are given the routing as NumPy arrays.
 
-The seam between the running model and trace recorder or learning forecasts. Without an observer a layer pays one
-comparison; with one, it shows the routing that it has on the host anyway. Must not know who observes.
+Trace recorder and learning forecasts see the running model through these. Without an observer a layer pays one
+comparison; with one, it shows the routing that it has on the host anyway. Must not know any observer.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,6 @@
 """Passes of an offloaded model: each begins a step of the expert cache, and two never run at once.
 
-Wraps the `forward` of the modules whose call is a pass. Knows autograd and the compiler; must not know the cache.
+Wraps the `forward` of the modules whose call is a pass. Must not know the cache.
 """
 
 import inspect
@@ -33,7 +33,7 @@ class Passes:
     """
 
     def __init__(self, begin: Begin, end: Callable[[], None]) -> None:
-        """No pass is running."""
+        """Start with no pass running."""
         self._begin = torch.compiler.disable(begin, reason="the host begins a step of the expert cache")
         self._end = torch.compiler.disable(end, reason="the host ends a step of the expert cache")
         self.lock = RLock()
@@ -81,10 +81,10 @@ def _unbound_forward(module: nn.Module) -> Callable[..., Any]:
     """A module's forward, which does not keep the module alive if it is the one of its class."""
     if "forward" in vars(module):
         return module.forward
-    kind, held = type(module).forward, weakref.ref(module)
+    kind, owner = type(module).forward, weakref.ref(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return kind(held(), *args, **kwargs)
+        return kind(owner(), *args, **kwargs)
 
     return forward
 
@@ -109,7 +109,7 @@ def refuse_tracing() -> None:
 
 
 class _NoBackward(torch.autograd.Function):
-    """Gives its input on; a backward pass that arrives here is refused."""
+    """Returns its input; refuses a backward pass that arrives here."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, _: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class CachedExperts:
         self._transfer, self._pool = transfer, pool
 
     def begin_step(self, tokens: npt.NDArray[np.int32] | None = None) -> None:
-        """A forward pass starts: its plan's first copies start."""
+        """Start a forward pass and the first copies of its plan."""
         with self._or_forget():
             self.controller.begin_step(tokens)
             self._prefetch(self.controller.take_loads())
@@ -35,19 +35,19 @@ class CachedExperts:
     def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, ExpertWeights], None, None]:
         """Yield every needed expert once; its tensors are valid until the generator is resumed.
 
-        Turns are taken from the controller no sooner than their copies can start, so that it decides beside running copies.
+        A decision is taken from the controller once its copy can start, so that it decides beside running copies.
         """
         transfer, first = self._transfer, layer * self.controller.table.experts
-        turns, ready, done = self._turns(layer, experts), deque[Access](), 0
+        decisions, ready, done = self._decisions(layer, experts), deque[Access](), 0
         coming: Access | None = None
         try:
-            coming = next(turns, None)
+            coming = next(decisions, None)
             while ready or coming is not None:
                 while coming is not None and coming.after < done:
                     if coming.load:
                         transfer.start(first + coming.expert, coming.slot)
                     ready.append(coming)
-                    coming = next(turns, None)
+                    coming = next(decisions, None)
                 access = ready[0]
                 if access.load or access.fresh:
                     transfer.wait(access.slot)
@@ -58,7 +58,7 @@ class CachedExperts:
                 finally:
                     transfer.release(access.slot)
         finally:
-            turns.close()  # now, not when a traceback lets go of it: it forgets what was decided and not carried out
+            decisions.close()  # now, not when a traceback releases it: it forgets what was decided and not carried out
             # a consumer may close the stream at its last expert; before that, the layer was given up half-way
             with self._or_forget():
                 if ready or coming is not None:
@@ -66,14 +66,14 @@ class CachedExperts:
                 else:
                     self._prefetch(self.controller.take_loads())
 
-    def _turns(self, layer: int, experts: list[int]) -> Generator[Access, None, None]:
-        """The controller's, whose tables cannot be trusted if it fails half-way."""
+    def _decisions(self, layer: int, experts: list[int]) -> Generator[Access, None, None]:
+        """Yield the controller's accesses; if it fails half-way, its tables are not valid."""
         with self._or_forget():
             yield from self.controller.accesses(layer, experts)
 
     @contextmanager
     def _or_forget(self) -> Iterator[None]:
-        """If a decision may not have been carried out (an error, Ctrl-C), no slot is trusted any more."""
+        """Empty every slot if a decision may not have been carried out (an error, Ctrl-C)."""
         try:
             yield
         except BaseException:

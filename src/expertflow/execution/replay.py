@@ -1,9 +1,10 @@
 """Recorded routing in place of the router's choice, and recorded tokens in place of the model's.
 
-A replay is what measurements run on: it says which experts every token of a sequence uses, so that random weights are routed as
-text is. Routes of the live sequences lie in one device buffer, indexed by KV row and position, so captured steps read them too.
-The router still runs, and its weights are kept: rank by rank they go to the recorded experts. A trace lists experts by weight;
-where a family's router does not, other experts get the largest weights than did. Must not know requests.
+Measurements run on replays: a recording gives the experts of every token of a sequence, so that random weights are
+routed as text is. Routes of the live sequences lie in one device buffer, indexed by KV row and position, so captured
+steps read them too. The router still runs, and its weights are kept: rank by rank they go to the recorded experts. A
+trace lists experts by weight; where a family's router does not, the largest weights go to other experts than recorded.
+Must not know requests.
 """
 
 from collections.abc import Sequence
@@ -44,8 +45,8 @@ class Replay:
     """Recorded sequences. A request replays the recording that its `index` names: the i-th prompt of a call, the i-th recording.
 
     Args:
-        recorded: a trace, each sequence of which is a recording, in ascending order of their numbers; or arrays `[n, L, K]`, one a
-            sequence, of the experts of every position; or None, if only tokens are replayed.
+        recorded: a trace, whose sequences are recordings in ascending order of their numbers; or arrays `[n, L, K]` of
+            the experts of every position, one a sequence. None: only tokens are replayed.
         tokens: the token of every position, prompts included, one sequence of ids a recording; -1 where the model decides. None:
             those of the trace, or the model decides.
 
@@ -58,7 +59,7 @@ class Replay:
         recorded: Trace | npt.NDArray[np.integer] | Sequence[Routes] | None = None,
         tokens: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Take the recordings apart."""
+        """Split the recordings into sequences."""
         routes: list[Routes] | None = None
         if isinstance(recorded, Trace):
             rows = recorded.rows
@@ -204,7 +205,7 @@ class RouteTable:
         self._routes = torch.zeros(size, dtype=_dtype(shape), device=device)
 
     def write(self, row: int, routes: Routes) -> None:
-        """A sequence begins in a KV row, and uses these experts `[n, L, K]`; positions beyond the row are left out."""
+        """Write the experts `[n, L, K]` of a sequence that begins in a KV row; positions beyond the row are left out."""
         known = min(len(routes), self._routes.shape[2] - 1)
         by_layer = torch.from_numpy(np.ascontiguousarray(routes[:known].swapaxes(0, 1)).astype(np.int64))
         self._routes[:, row, :known] = by_layer.to(self._routes.dtype).to(self._routes.device)
@@ -212,5 +213,7 @@ class RouteTable:
     def choose(self, layer: int, index: Int[Tensor, "T K"]) -> Int[Tensor, "T K"]:
         """The recorded experts of the running pass's tokens, in place of the router's `index`."""
         now = self._context.now
+        if not len(now.rows):  # a caller's own pass over the model: there is no recording of it
+            return index
         found = self._routes[layer][now.rows[:, None], now.columns]
         return found.reshape(index.shape).to(index.dtype)

@@ -1,8 +1,9 @@
 """Rotary tables a sequence, for the scalings that choose one table by the longest position of a pass.
 
-With `longrope` and `dynamic` scaling transformers takes the table of the longest sequence for all that step together, so a
-token would depend on what steps beside it. Here every sequence gets the table it gets alone. While its prompt is read that is
-the whole prompt's, also in a pass over a part of it; then that of its own length. Must not know KV rows and experts.
+With `longrope` and `dynamic` scaling transformers takes the table of the longest sequence for all that step together,
+so a token would depend on the sequences beside it. Here every sequence gets the table it gets alone. While its prompt
+is read that is the whole prompt's, also in a pass over a part of it; then that of its own length. Must not know KV rows
+and experts.
 """
 
 import weakref
@@ -32,7 +33,7 @@ def use_own_lengths(model: nn.Module, context: ForwardContext) -> None:
 
     Args:
         model: loaded model; a module whose table does not depend on the length is left alone.
-        context: what its passes carry; without `lengths` a module does what its class says.
+        context: what its passes carry; without `lengths` a module runs its class's own forward.
     """
     for module in model.modules():
         if by_length(module):

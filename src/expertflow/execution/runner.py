@@ -1,8 +1,8 @@
 """Passes and steps over any of the live sequences: tensors in, logits out.
 
-Most models keep keys and values in rows (`execution.kv_rows`, `execution.encoder_decoder`), so sequences join, leave and step in any company, by the
-host execution or by graphs. Others run in cohorts: sequences that come together step together until the last one is over.
-Must not know text, sampling and which sequences step when.
+Most models keep keys and values in rows (`execution.kv_rows`, `execution.encoder_decoder`), so sequences may join or
+end at any step, in host or graph execution. Others run in cohorts: sequences that come together step together until the
+last one is over. Must not know text, sampling and schedules.
 """
 
 from collections.abc import Sequence
@@ -164,7 +164,7 @@ class EncoderDecoderExecutor(RowExecutor):
 
 
 class CohortExecutor:
-    """A decoder-only model whose sequences come together and step together; those that are over leave."""
+    """A decoder-only model whose sequences begin together and step together; finished ones are dropped."""
 
     joins = False
     whole = padded_left = True
@@ -184,7 +184,7 @@ class CohortExecutor:
         return self._batch.prefill()
 
     def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
-        """Run one token of each sequence that is left."""
+        """Run one token of each sequence that has not ended."""
         assert self._batch is not None
         wanted = [one.sequence for one in fed]
         if wanted != self._members:
@@ -213,7 +213,7 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device, *, left: boo
 
 
 def _cache_of(model: PreTrainedModel) -> DynamicCache:
-    """The model's own cache, every attention layer of which keeps all tokens: what a layer sees is its mask's business.
+    """The model's own cache, every attention layer of which keeps all tokens: masks limit what a layer sees.
 
     transformers drops tokens by the config's `sliding_window`, also where the model's code does not read that key.
     """
@@ -223,7 +223,7 @@ def _cache_of(model: PreTrainedModel) -> DynamicCache:
 
 
 def _unbounded(layer: Any) -> Any:
-    """A layer of the cache that keeps the same things, but of all tokens."""
+    """A layer of the cache that keeps the same tensors, but of all tokens."""
     if not isinstance(layer, DynamicSlidingWindowLayer):
         return layer
     if isinstance(layer, LinearAttentionLayer):  # it keeps a state beside keys and values

@@ -1,7 +1,7 @@
 """The next token of one sequence from its logits. Deterministic in (logits, parameters, uniform number).
 
-Inverse-CDF sampling over sorted probabilities: one uniform number a token, drawn from the request's own generator on
-the host, so that neither the device nor the rest of the batch changes what is drawn.
+Inverse-CDF sampling over sorted probabilities, with one uniform number a token. It is drawn from the request's own
+generator on the host, so that neither the device nor other sequences change what is drawn.
 """
 
 import secrets
@@ -39,7 +39,7 @@ def choose_all(
         logits: of all sequences.
         params: one a sequence.
         generators: one a sequence; see `choose`.
-        best: what `most_probable` says of them, if that is known already.
+        best: the result of `most_probable`, if it is known already.
     """
     first = (most_probable(logits) if best is None else best).tolist()
     return [

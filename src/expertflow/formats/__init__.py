@@ -1,6 +1,6 @@
 """How weights are stored, and how they become numbers.
 
-`dtypes` is the one table of number types, `format` says what a format is, `dense` is the format of plain numbers, `table` lists
-the formats there are, `records` lays an expert out. A format's Triton twin, its tile loader, is in `kernels/tiles.py`.
-Must not know models, devices and kernels.
+`dtypes` is the one table of number types. `format` defines a format, `plain` is the format of plain numbers, and
+`table` lists the formats there are. `records` lays an expert out. A format's Triton twin, its tile loader, is in
+`kernels/tiles.py`. Must not know models, devices and kernels.
 """

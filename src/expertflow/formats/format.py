@@ -75,7 +75,7 @@ class Format:
         return None
 
     def repack(self, part: str, stored: Tensor) -> Tensor:
-        """The numbers of a part as a record holds them.
+        """The numbers of a part as a record holds them: as many for each output as the checkpoint has.
 
         Args:
             part: its name.

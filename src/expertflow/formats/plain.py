@@ -25,7 +25,7 @@ class Plain(Format):
         return parts[VALUES]
 
     def decode_bytes(self, spec: TensorSpec) -> int:
-        """Nothing is made."""
+        """0, because nothing is made."""
         del spec
         return 0
 

@@ -1,4 +1,4 @@
-"""The formats that checkpoints are looked through for. A new format is one more entry."""
+"""The formats that a checkpoint may be stored in. A new format is one more entry."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""Which kernels a device gets: Triton's on CUDA, their torch references elsewhere. Same calls, same words."""
+"""Which kernels a device gets: Triton's on CUDA, their torch references elsewhere. Both have the same calls."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ if HAS_TRITON:
 class Backend:
     """One set of kernels; see `kernels.reference` and `kernels.residency.reference` for what each does.
 
-    `reads` says whether its expert kernels read a format.
+    `reads` is whether its expert kernels read a format.
     """
 
     expert_pairs: Callable[..., None]

@@ -1,8 +1,8 @@
-"""What the dense part of a decode step spends its time on, in one launch each: attention of one token, RMS norm.
+"""Attention of one token and RMS norm, one launch each: what the dense part of a decode step spends its time on.
 
 Attention reads keys and values where they lie (no repetition over grouped heads) and no further than a sequence is
 long. It is cut into spans of fixed size, so its bits depend neither on the columns a step is captured for nor on other
-sequences. Twins of `kernels.dense_reference`. Knows tensors; refuses to know models and caches.
+sequences. Twins of `kernels.dense_reference`. Must not know models and caches.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The references of `kernels.dense`, in plain torch: to read, to run on a CPU, and to test the kernels against."""
+"""The references of `kernels.dense`, in plain torch: for reading, for a CPU, and for tests of the kernels."""
 
 import torch
 from torch import Tensor

@@ -1,14 +1,15 @@
 """The expert MLP through slot ids, for the few tokens of a decode step.
 
 Twins of `expert_pairs` and `combine` in `kernels.reference`. What a pair (token, rank) gives depends on its token and
-its expert alone, to the bit: every expert's tokens go through the same tiles of tensor-core products, sixteen tokens
-wide however few there are, along H (then I) in steps of fixed size. Slots, residency, waves, the batch and who else
-uses the expert change which program computes a pair and in which column, and neither enters the arithmetic.
+its expert alone, to the bit: every expert's tokens go through the same tiles of tensor-core products. A tile is sixteen
+tokens wide, however few there are, and goes along H (then I) in steps of fixed size. Slots, residency, waves, the batch
+and other users of the expert change which program computes a pair and in which column, and neither enters the
+arithmetic.
 
-Each distinct expert is read once: program (n, p) computes outputs n of the expert of pair p for all pairs that share its
-slot, if p is the first of them (or the 17th, ...); otherwise it ends at once. So nothing needs to be sorted first.
-On Hopper the down projection and the sum are put on the device before their predecessor has ended, and wait there.
-Must not know layers and who decides.
+Each distinct expert is read once. Program (n, p) computes outputs n of the expert of pair p for all pairs that share
+its slot. It ends at once unless p is the first of these pairs (or the 17th, ...). So nothing needs to be sorted first.
+On Hopper the down projection and the sum are put on the device before their predecessor has ended, and wait there. Must
+not know layers, and which side decides.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Zero-copy fetch: a few programs read records from page-locked host memory by address and write them into slots.
 
 The host decides nothing: the device reads from the step's `kernels.ledger` how many records to copy, which ones and
-where to. Programs take blocks of records from it, so several calls on several streams may carry one list.
-Twin of `kernels.reference.fetch_records`. It knows bytes, but no experts, no layers and no former content of a slot.
+where to. Programs take blocks of records from it, so several calls on several streams may carry one list. Twin of
+`kernels.reference.fetch_records`. Must not know experts, layers and the former content of a slot.
 """
 
 import torch

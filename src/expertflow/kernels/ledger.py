@@ -5,7 +5,8 @@ one of a layer that needs the record now. A layer waits only for blocks that a r
 waits for a kernel that has not begun. A load whose expert was evicted again is called off: no more of its blocks are
 taken, and the slot's next load waits for the blocks under way.
 
-`kernels.residency` writes the entries, `kernels.fetch` carries them out. Knows numbers only.
+`kernels.residency` writes the entries, `kernels.fetch` carries them out. Must not know experts beyond their numbers,
+and records beyond their blocks.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 SRC, DST, TAKEN, DONE, PRIOR, CARRIED = range(6)
-"""Fields of an entry, the first index of `Ledger.table`: flat expert, slot, blocks taken, blocks done, the load into the
-same slot that was called off before (or -1), and how many blocks of this load were taken when it was called off."""
+"""Fields of an entry, the first index of `Ledger.table`: flat expert, slot, blocks taken, blocks done. Then the load into
+the same slot that was called off before, or -1. Last, how many blocks of this load were taken when it was called off."""
 CALLED_OFF = 1 << 28
 """Added to TAKEN to call a load off; more than the blocks of any record."""
 BLOCK_BYTES = 32768

@@ -1,6 +1,6 @@
 """What an expert's feed-forward block is to the kernels: where its projections are in a record, what lies between them.
 
-Must not know layers, slots and who decides.
+Must not know layers and slots, and which side decides.
 """
 
 from collections.abc import Callable, Mapping
@@ -93,7 +93,7 @@ class ExpertMlp:
             interleaved: as in the class.
 
         Raises:
-            ValueError: if the record is no such MLP. The caller decides what to do with a family that is not.
+            ValueError: if the record is no such MLP. The caller decides what to do with such a family.
         """
         at = {spec.name: (spec, offsets) for spec, offsets in zip(layout.specs, layout.offsets, strict=True)}
         up_name = next((name for name in UP_NAMES if name in at), None)

@@ -1,10 +1,10 @@
 """What the kernels compute, in plain torch.
 
-Every function here has a twin of the same name and signature in `kernels.fetch` or `kernels.experts`. These are the
-ones to read, to run without Triton, and to test the twins against. They compute pair by pair, in the dtype of the
-buffer they write to, so that a float64 buffer gives a float64 reference.
+Every function here has a twin of the same name and signature in `kernels.fetch` or `kernels.experts`. Read these first;
+they run without Triton, and tests compare the twins with them. They compute pair by pair, in the dtype of the buffer
+they write to, so that a float64 buffer gives a float64 reference.
 
-Must not know layers, residency and who decides.
+Must not know layers and residency, and which side decides.
 """
 
 import torch

@@ -40,7 +40,7 @@ def load_plain(
 
 
 TILE_LOADERS: Mapping[str, Any] = MappingProxyType({PLAIN.name: load_plain})
-"""By the format's name."""
+"""Tile loaders by the format's name."""
 
 
 def has_loader(format_: Format) -> bool:

@@ -1,1 +1,1 @@
-"""The predictor while the engine runs: when it is asked, where each sequence's state is, and what a captured step needs."""
+"""The predictor while the engine runs: when it predicts, where each sequence's state is, what a captured step needs."""

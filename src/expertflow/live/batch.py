@@ -1,6 +1,6 @@
-"""What a captured step needs to know of the predictor's state rows: one copy to fixed buffers before each step.
+"""The state rows that a captured step reads and updates: one copy to fixed buffers before each step.
 
-Knows rows and tokens. Must not know sequences, networks and slots.
+Must not know sequences, networks and slots.
 """
 
 from itertools import accumulate
@@ -56,7 +56,7 @@ class PredictorInputs:
         self._here = torch.zeros(sum(sizes), dtype=torch.long)
         self._parts = [part.numpy() for part in self._here.split(sizes)]
         self._rows: tuple[list[int], list[int], list[list[int]]] | None = None
-        """What all parts but the tokens hold; the same from step to step while the same sequences step."""
+        """The content of all parts but the tokens; it stays the same while the same sequences step."""
 
     def write(self, state_rows: list[int], batch: PredictorBatch | None) -> None:
         """Fill the buffers for the next step.

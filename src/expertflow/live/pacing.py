@@ -1,4 +1,4 @@
-"""When the predictor is asked: it pauses while nothing is loaded, and backs off after prefetches that nothing needed.
+"""When the predictor predicts: it pauses while nothing is loaded, and backs off after prefetches that nothing needed.
 
 Pure numbers. Must not know tensors, sequences and events.
 """
@@ -6,8 +6,8 @@ Pure numbers. Must not know tensors, sequences and events.
 import logging
 
 IDLE_STEPS = 4
-"""Decode steps without a load after which the predictor pauses; the next load resumes it. Measurements could not tell 1, 4
-and 16 apart (docs/lab-notes.md): asking costs little, and saves nothing where everything is resident."""
+"""Decode steps without a load after which the predictor pauses; the next load resumes it. Measurements with 1, 4 and 16
+gave equal results (docs/lab-notes.md): predicting costs little, and saves nothing where everything is resident."""
 JUDGED_PREFETCHES = 32
 """Prefetches after which the predictor is judged."""
 NEEDED_SHARE = 2 / 3
@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Pacing:
-    """Decides from counts of loads whether the next steps ask the predictor.
+    """Decides from counts of loads whether the predictor predicts the next steps.
 
     Attributes:
         idle_steps: decode steps since the last load.

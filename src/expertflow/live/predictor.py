@@ -1,11 +1,11 @@
 """The live predictor: predicts the experts of the coming steps of live sequences, and takes in what the steps used.
 
-It is a forecast (`cache.forecast.Forecast`) on top of `predict.online`. `live.pacing` decides whether a step predicts it,
-`live.tokens` which tokens its state lacks, `live.state_rows` where each sequence's state is. A sequence's newest token is
-taken in before its own next step, or in an earlier step of other sequences. So where groups take turns, the paths of all
-groups are known while one of them computes. In a captured step `predict` runs on the device, and kernels write the true
-routing to `routes`. If the predictor raises, it is switched off with a warning event and generation goes on: a forecast can
-cost bytes, never a token. Knows sequences. Must not know slots.
+It is a forecast (`cache.forecast.Forecast`) on top of `predict.online`. `live.pacing` decides whether a step predicts
+it, `live.tokens` which tokens its state lacks, `live.state_rows` where each sequence's state is. A sequence's newest
+token is taken in before its own next step, or in an earlier step of other sequences. So where groups take turns, the
+paths of all groups are known while one of them computes. In a captured step `predict` runs on the device, and kernels
+write the true routing to `routes`. If the predictor raises, it is switched off with a warning event and generation goes
+on: a forecast can cost bytes, never a token. Must not know slots.
 """
 
 import logging
@@ -30,7 +30,7 @@ from expertflow.live.tokens import NewestTokens
 from expertflow.predict.network import OUTPUTS
 from expertflow.predict.online import OnlinePredictor
 from expertflow.predict.state import to_device
-from expertflow.trace.owners import NOBODY, BatchOwners, NextBatch
+from expertflow.trace.owners import NO_SEQUENCE, BatchOwners, NextBatch
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -118,7 +118,7 @@ class LivePredictor:
         self._guarded(Step(-1), lambda: self._forget([number for number in sequences if number in self._rows]))
 
     def sampled(self, sequences: Sequence[int], tokens: Sequence[int]) -> None:
-        """Take note of the newest token of each sequence. This is the only way by which a sampled token gets here."""
+        """Take note of the newest token of each sequence. Sampled tokens come in by this method only."""
         known = self._rows.rows
         self._tokens.sampled(
             {number: token for number, token in zip(sequences, tokens, strict=True) if number in known}
@@ -142,7 +142,7 @@ class LivePredictor:
         return self._guarded(Step(-1), lambda: self._online.usual(self._tensor(given)).cpu().numpy())
 
     def next_batch(self, room: int) -> PredictorBatch | None:
-        """What the announced step has to know; None without a forecast, because the predictor does not know all its sequences.
+        """State rows and tokens for the expected step; None if the predictor does not know all its sequences.
 
         The caller passes `updated` and `tokens` to `predict` before it reads `probabilities` of the groups, or to `update`
         while the predictor is paused.
@@ -153,7 +153,7 @@ class LivePredictor:
         return self._guarded(Step(-1), lambda: self._next_batch(room))
 
     def predict(self, rows: Tensor, tokens: Tensor) -> bool:
-        """Take newest tokens in, and write what the steps will use that feed them in to `probabilities`.
+        """Take newest tokens in, and write what their steps will use to `probabilities`.
 
         Args:
             rows: int64 `[B]`, state rows, each once, but for the spare one.
@@ -165,11 +165,11 @@ class LivePredictor:
         return self._guarded(Step(-1), lambda: self._predict(rows, tokens)) is not None
 
     def update(self, rows: Tensor, tokens: Tensor) -> None:
-        """Take newest tokens in as `predict` does, and leave `probabilities` as they are."""
+        """Take newest tokens in as `predict` does; `probabilities` stay as they are."""
         self._guarded(Step(-1), lambda: self._online.update(rows, tokens, self.routes[rows]))
 
     def switch_off(self, step: int, reason: str) -> None:
-        """Stop using the predictor, and say why in a warning and an event."""
+        """Stop using the predictor, and give the reason in a warning and an event."""
         self.failure = reason
         _LOG.warning("the predictor failed in step %d and is switched off: %s", step, reason)
         self._events.emit(Event(EventKind.PREDICTOR_OFF, step, reason=reason))
@@ -241,8 +241,8 @@ class LivePredictor:
         rows = [self._rows.remove(number) for number in sequences]
         for number in sequences:
             self._tokens.forget(number)
-        # the pass that is not learned from yet may have been theirs
-        self._pass.rows[np.isin(self._pass.rows, rows)] = NOBODY
+        # the pass that is not learned from yet may have had their tokens
+        self._pass.rows[np.isin(self._pass.rows, rows)] = NO_SEQUENCE
 
     def _clear(self, rows: list[int]) -> None:
         if rows:
@@ -254,7 +254,7 @@ class LivePredictor:
         if step.tokens is None:
             return None
         rows = self._rows.of_tokens(self._owners.take(len(step.tokens)))
-        if not np.any(rows != NOBODY):
+        if not np.any(rows != NO_SEQUENCE):
             return None
         self._pass = _Pass(rows, decoding=self._owners.coming.lengths is None)
         if not self._pass.decoding:  # prompts use most experts: for them, counts keep what a forecast would keep
@@ -277,7 +277,7 @@ class LivePredictor:
             routes = np.full((len(step.tokens), self._layers, self._top_k), self._experts, dtype=np.uint16)
         if self._pass.decoding:
             self.pacing.count(step.loads, 1, step.ahead, step.found)
-            live = np.flatnonzero(rows != NOBODY)
+            live = np.flatnonzero(rows != NO_SEQUENCE)
             self.routes[self._tensor(rows[live])] = self._tensor(routes[live]).int()
         else:
             prompts.take_in(self._online, self.routes, rows, step.tokens, routes, self._room)

@@ -1,6 +1,6 @@
 """What the predictor takes in behind a pass over prompts: its tokens and their true routing, grouped by state row.
 
-Knows state rows and tensors. Must not know sequences, and when the predictor is asked.
+Must not know sequences, and when the predictor predicts.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertflow.predict.online import OnlinePredictor
 from expertflow.predict.state import to_device
-from expertflow.trace.owners import NOBODY
+from expertflow.trace.owners import NO_SEQUENCE
 
 Rows = npt.NDArray[np.int64]
 
@@ -29,19 +29,19 @@ def take_in(
     Args:
         online: the predictor.
         last: integer `[C + 1, L, K]` on its device, each row's experts in its last step; overwritten for these rows.
-        rows: `[T]`, state row of each token, `NOBODY` for padding.
+        rows: `[T]`, state row of each token, `NO_SEQUENCE` for padding.
         tokens: `[T]`, ids.
         routes: `[T, L, K]`, their experts; E for none.
         room: tokens taken in at once, if they are not all of one row.
     """
     device = online.device
-    count = np.bincount(rows[rows != NOBODY], minlength=online.rows)
+    count = np.bincount(rows[rows != NO_SEQUENCE], minlength=online.rows)
     single = count[rows] == 1  # such as a decoder's first tokens: one update of all rows together
-    for order, present, _ in group_by_row(np.where(single, rows, NOBODY), online.rows):
+    for order, present, _ in group_by_row(np.where(single, rows, NO_SEQUENCE), online.rows):
         state_rows = to_device(present, device)
         online.update(state_rows, to_device(tokens[order], device), last[state_rows])
         last[state_rows] = to_device(routes[order], device).int()
-    for order, present, counts in group_by_row(np.where(single, NOBODY, rows), room):
+    for order, present, counts in group_by_row(np.where(single, NO_SEQUENCE, rows), room):
         pieces = online.pieces(present, counts)
         used = to_device(routes[order], device, np.int32)
         before = pieces.shifted(used, last[pieces.rows])
@@ -53,14 +53,14 @@ def group_by_row(rows: Rows, room: int) -> Iterator[tuple[Rows, Rows, Rows]]:
     """Group tokens by state row, in ascending order of rows, each row's in their order, without padding.
 
     Args:
-        rows: `[T]`, state row of each token, `NOBODY` for padding.
+        rows: `[T]`, state row of each token, `NO_SEQUENCE` for padding.
         room: tokens of a group at most; a row with more is a group of its own.
 
     Yields:
         Places of the group's tokens among the T, its rows, and the number of tokens of each.
     """
     order = np.argsort(rows, kind="stable")
-    order = order[rows[order] != NOBODY]
+    order = order[rows[order] != NO_SEQUENCE]
     present, counts = np.unique(rows[order], return_counts=True)
     ends, first = np.cumsum(counts), 0
     while first < len(present):

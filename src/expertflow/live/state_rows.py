@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.trace.owners import NOBODY
+from expertflow.trace.owners import NO_SEQUENCE
 
 
 class StateRows:
@@ -25,7 +25,7 @@ class StateRows:
         self.spare = rows
         self.rows: dict[int, int] = {}
         self._used: set[int] = set()
-        """Rows that hold the state of a sequence that has left."""
+        """Rows with the state of a sequence that was removed."""
 
     def __contains__(self, sequence: int) -> bool:
         """Whether the sequence has a row."""
@@ -39,7 +39,7 @@ class StateRows:
             rows: KV row of each.
 
         Returns:
-            Rows that hold the state of an earlier sequence, in ascending order; the caller clears them.
+            Rows with the state of an earlier sequence, in ascending order; the caller clears them.
 
         Raises:
             ValueError: if there are not as many rows as sequences, or there is no such state row.
@@ -47,7 +47,7 @@ class StateRows:
         new = {
             number: row
             for number, row in zip(sequences, rows, strict=True)
-            if number != NOBODY and number not in self.rows
+            if number != NO_SEQUENCE and number not in self.rows
         }
         if any(not 0 <= row < self.spare for row in new.values()):
             raise ValueError(f"rows {sorted(new.values())} are not among the {self.spare} state rows")
@@ -67,12 +67,12 @@ class StateRows:
         return [self.rows.get(number, self.spare) for number in sequences]
 
     def of_tokens(self, owners: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """Row of each token's sequence, `[T]`; `NOBODY` for padding and for sequences without a row.
+        """Row of each token's sequence, `[T]`; `NO_SEQUENCE` for padding and for sequences without a row.
 
         Args:
-            owners: sequence of each token, `[T]`, `NOBODY` for padding.
+            owners: sequence of each token, `[T]`, `NO_SEQUENCE` for padding.
         """
         numbers, place = np.unique(owners, return_inverse=True)
-        rows = np.array([self.rows.get(number, NOBODY) for number in numbers.tolist()], dtype=np.int64)
+        rows = np.array([self.rows.get(number, NO_SEQUENCE) for number in numbers.tolist()], dtype=np.int64)
         found: npt.NDArray[np.int64] = rows[place]
         return found

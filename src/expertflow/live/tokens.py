@@ -48,7 +48,7 @@ class NewestTokens:
         return numbers, tokens
 
     def take_only(self, sequences: Sequence[int], *, predicted: bool) -> tuple[list[int], list[int]]:
-        """As `take`, but leave the tokens of other sequences pending."""
+        """As `take`, but tokens of other sequences stay pending."""
         numbers = [number for number in sequences if number in self.pending]
         return numbers, self._take(numbers, predicted=predicted)
 

@@ -1,9 +1,11 @@
-"""Use one device of several: enter it, and read its free memory. Knows no plan and no model."""
+"""Use one device of several: enter it, and read its free memory. Must not know plans and models."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+from expertflow.errors import DeviceError
 
 
 def entered(device: torch.device) -> AbstractContextManager[Any]:
@@ -23,3 +25,25 @@ def free_bytes(device: torch.device) -> int:
     """
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Find the torch device, with its index, for `auto`, `cpu`, `cuda` (torch's current device) or `cuda:N`.
+
+    Raises:
+        DeviceError: if torch does not see that CUDA device.
+    """
+    available, (kind, _, index) = torch.cuda.is_available(), device.partition(":")
+    if kind == "cpu" or (kind == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise DeviceError(
+            f"device={device!r}, but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch."
+        )
+    number = int(index) if index else torch.cuda.current_device()
+    if number >= (count := torch.cuda.device_count()):
+        raise DeviceError(
+            f"device={device!r}, but the last CUDA device torch sees is 'cuda:{count - 1}'",
+            "Use a smaller number, or list more devices in CUDA_VISIBLE_DEVICES.",
+        )
+    return torch.device("cuda", number)

@@ -2,7 +2,7 @@
 
 On CUDA the allocator counts. On a CPU "device memory" means what a GPU would hold. There a dispatch mode counts every
 tensor that operators create until its storage is freed. It misses temporaries inside one operator, which a GPU's
-allocator counts. Knows no plan and no budget.
+allocator counts. Must not know plans and budgets.
 """
 
 import weakref

@@ -1,7 +1,7 @@
 """The expert store: the records of all experts of a model in host memory, page-locked for a GPU.
 
 Ordinary anonymous memory is registered with the driver instead of allocated by it. That is five times faster and does
-not round up to powers of two. Records have flat numbers, `layer * E + expert`; the store knows no checkpoint.
+not round up to powers of two. Records have flat numbers, `layer * E + expert`. Must not know checkpoints.
 """
 
 import mmap
@@ -55,7 +55,7 @@ def check_addresses(needed: int) -> None:
     if free is not None and needed + _ROOM > free:
         raise HostMemoryError(
             f"the run needs {format_bytes(needed + _ROOM)} of address space, the limit leaves {format_bytes(free)}",
-            "Raise the limit (ulimit -v; clusters set it from the memory a job asks for), or state fewer slots.",
+            "Raise the limit (ulimit -v; clusters set it from the memory that a job requests), or state fewer slots.",
         )
 
 

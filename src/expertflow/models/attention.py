@@ -1,8 +1,8 @@
 """Which earlier positions each attention layer of a decoder sees, read off the model's own forward.
 
-Config keys do not say it: families carry a `sliding_window` that their code ignores, or read it for some layers only. So the
-decoder's forward runs with everything but its masks replaced by stand-ins, and the masks that its layers get are looked at.
-Must not know KV rows, steps and devices.
+Config keys do not show it: some families carry a `sliding_window` that their code ignores, or reads for some layers
+only. So the decoder's forward runs with everything but its masks replaced by stand-ins, and the masks that its layers
+get are looked at. Must not know KV rows, steps and devices.
 """
 
 import inspect
@@ -90,7 +90,7 @@ def _masks_at(decoder: Any, config: PreTrainedConfig, position: int) -> list[Ten
 
 @contextmanager
 def _stand_ins(decoder: Any, config: PreTrainedConfig, masks: list[Tensor | None]) -> Iterator[None]:
-    """Inside, layers only note their mask, and the decoder's other parts hand on what they get."""
+    """Make layers only record their mask inside, and the decoder's other parts return what they get."""
 
     def hand_on(states: Tensor, *_: Any, **__: Any) -> Tensor:
         return states
@@ -124,10 +124,10 @@ class _Past(CacheLayerMixin):
         self._length = length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Nothing is kept."""
+        """Keep nothing."""
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

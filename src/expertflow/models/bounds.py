@@ -1,7 +1,7 @@
-"""What a config may say, checked before anything is built from it: a list of 10^9 layers would never end.
+"""Check a config before a model is built from it: building 10^9 layers would never end.
 
-Only sizes and switches that this program cannot work with. Whether a config fits its weights is checked on their headers,
-and the rest by transformers itself. Knows keys of configs; must not know families.
+Checked are only sizes and switches that this program cannot work with. Whether a config fits its weights is checked on
+their headers, and everything else by transformers itself. Must not know families.
 """
 
 import math
@@ -46,7 +46,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     for key, value in _entries(config):
         if fault := _fault(key, value):
             raise CheckpointError(
-                f"{path} says {key}={str(value)[:80]}, {fault}", "Correct it, or fetch the config again."
+                f"{path} has {key}={str(value)[:80]}, {fault}", "Correct it, or fetch the config again."
             )
 
 
@@ -91,7 +91,7 @@ def _out_of_bounds(key: str, value: Any) -> str:
 
 @contextmanager
 def describing(path: Path, what: str) -> Iterator[None]:
-    """Inside, library code works on what a file of the checkpoint says: whatever it raises is the file's fault.
+    """Turn what library code raises inside into an error about a file of the checkpoint.
 
     Args:
         path: the file.

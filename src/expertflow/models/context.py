@@ -1,8 +1,8 @@
 """What a forward pass carries beside the arguments of the model's forward, for the modules that were replaced.
 
-A loaded model has one `ForwardContext`. Whoever runs a pass enters `carry`; experts, KV rows, attention, norms, rotary
-embeddings and position biases read `now`. Between passes `now` is `NOTHING`, and every module does what its class says.
-Must not know who sets it and what for.
+A loaded model has one `ForwardContext`. The code that runs a pass enters `carry`; experts, KV rows, attention, norms,
+rotary embeddings and position biases read `now`. Between passes `now` is `NOTHING`, and every module runs its class's
+own forward. Must not know which code sets it, and what for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ class DenseKernels(Protocol):
 
     @property
     def attends(self) -> bool:
-        """As above."""
+        """Whether attention is computed here too."""
 
     def norm(self, module: Any, states: Tensor) -> Tensor:
         """What the norm's own forward computes, `[..., H]`."""
@@ -57,7 +57,7 @@ class Carried:
         distances: int64 `[B, C, N]`, of columns from tokens, for position biases; None: the module's own.
         padding: bool `[T]`, tokens of no sequence, which use no expert; None: there are none.
         observe: called with each layer's routing; None: not called.
-        experts: computes each layer's experts, and the host does not learn the routing; None: the host decides.
+        experts: computes each layer's experts, and the host never gets the routing; None: the host decides.
         dense: computes attention and norms; None: the modules do.
     """
 
@@ -88,16 +88,16 @@ class ForwardContext:
     """What the running pass of one loaded model carries.
 
     Attributes:
-        now: that; `NOTHING` between passes.
+        now: what the running pass carries; `NOTHING` between passes.
     """
 
     def __init__(self) -> None:
-        """No pass is running."""
+        """Start with no pass running."""
         self.now = NOTHING
 
     @contextmanager
     def carry(self, **facts: Any) -> Iterator[None]:
-        """Inside, the pass carries these facts too.
+        """Make the pass carry these facts too, inside.
 
         Args:
             facts: fields of `Carried`.

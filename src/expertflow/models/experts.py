@@ -1,9 +1,8 @@
 """The hook: transformers' experts call, computed with weights that a provider brings one expert at a time.
 
-Stands as the `forward` of each experts module, so an unmodified model calls it. Results are
-bit-equal to the family's eager code: the same linear calls over the same token order, and each token's
-contributions added in ascending order of expert, whatever the order in which experts were computed.
-Must not know slots, copies and families.
+Stands as the `forward` of each experts module, so an unmodified model calls it. Results are bit-equal to the family's
+eager code: the linear calls and their token order are the same. Each token's contributions are added in ascending order
+of expert, whatever the order in which experts were computed. Must not know slots, copies and families.
 """
 
 import weakref
@@ -44,10 +43,10 @@ Chosen = Callable[[int, Tensor], Tensor]
 
 
 class Uncopied:
-    """Refuses to be copied and pickled, and with it everything that refers to it."""
+    """Cannot be copied or pickled, and neither can anything that refers to it."""
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
-        """The experts' memory would have to come along.
+        """Refuse, because the experts' memory would have to be copied too.
 
         Raises:
             UnsupportedModelError: always.
@@ -85,14 +84,14 @@ def is_registry_experts(module: nn.Module) -> bool:
 
 
 def refuse_gradients(*inputs: Tensor) -> None:
-    """A backward pass would need expert weights that have left their slots by then.
+    """Refuse gradients: a backward pass would need expert weights that were evicted by then.
 
     Raises:
         UnsupportedModelError: if autograd records this call.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         raise UnsupportedModelError(
-            "a gradient was asked for through offloaded experts, which only run forward",
+            "a gradient was requested through offloaded experts, which only run forward",
             "Run the model under `torch.no_grad()`, or train the stock model.",
         )
 
@@ -142,6 +141,7 @@ def run_experts(
                 out = out * share[:, None]
                 share.fill_(1)
             mine.copy_(out)
+            del tensors  # decoded ones would live beside the next expert's
     parts.mul_(weight_of[:, None])
     parts[ends[experts - 1] :] = 0  # pairs without an expert
     position = torch.empty_like(order)
@@ -154,7 +154,7 @@ def run_experts(
 
 
 class _Weakly(Uncopied):
-    """Gives a module without keeping it alive."""
+    """Returns a module without keeping it alive."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
@@ -164,7 +164,7 @@ class _Weakly(Uncopied):
 
 
 def offload(module: nn.Module) -> None:
-    """Let an experts module run offloaded: `offloaded_forward` in place of the family's own forward."""
+    """Make an experts module run offloaded: `offloaded_forward` in place of the family's own forward."""
     # not a bound method: the module must not keep itself, and with it the expert store, alive
     module.forward = partial(offloaded_forward, _Weakly(module))
 
@@ -221,7 +221,7 @@ class _Weights:
 
 
 class _Current:
-    """The expert whose weights are lent out; asking for another one gives it back first."""
+    """The expert whose weights are lent out; lending another one gives it back first."""
 
     def __init__(self, binding: Binding) -> None:
         self._binding = binding

@@ -49,11 +49,11 @@ class Family:
         title: name in messages and tables.
         examples: well-known checkpoints.
         tiny: config values of a small model of the family, for tests and demos.
-        activation: of the experts, by the name the kernels know it by; empty: the config's `hidden_act`.
+        activation: of the experts, by the kernels' name for it; empty: the config's `hidden_act`.
         no_graph: why its decode step cannot be captured; empty if it can.
         rereads_beyond: config key of the length beyond which a sequence has another rotary table and is read anew; empty: none.
-        expert_key: pattern of expert tensors in checkpoints, where transformers' conversion table does not say it;
-            groups `module`, `expert` and `tensor`.
+        expert_key: pattern of expert tensors in checkpoints, where transformers' conversion table lacks it; groups
+            `module`, `expert` and `tensor`.
     """
 
     model_type: str

@@ -41,7 +41,7 @@ def load_dense(skeleton: Skeleton, dense: Mapping[str, StoredTensor], device: to
         device: where the weights go.
 
     Raises:
-        CheckpointError: if a dense weight is missing, has another shape than the config says, or cannot be read.
+        CheckpointError: if a dense weight is missing, has another shape than in the config, or cannot be read.
     """
     dtype = getattr(torch, skeleton.dtype)
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Which checkpoint bytes are which expert's: keys, resolved through transformers' own conversion table.
+"""Which checkpoint bytes belong to which expert: keys, resolved through transformers' own conversion table.
 
 Handles experts stored one tensor each, in several to be joined (gate and up), or stacked over all experts; each in any format.
 Reads no data. Must not know where the bytes will go beyond tensor, part and offset.
@@ -81,7 +81,7 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
         convert: whether expert tensors may be of another float dtype than the model runs in.
 
     Raises:
-        CheckpointError: if a tensor is missing, is there twice, or has another shape or dtype than the config says.
+        CheckpointError: if a tensor is missing, is there twice, or has another shape or dtype than in the config.
         UnsupportedModelError: if the family stores experts in a way that has to be computed.
     """
     found = _collect(skeleton, tensors)
@@ -100,6 +100,11 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
                 )
             spec = replace(plain_spec, format=stored.format)
             specs.append(spec)
+            if unknown := sorted(stored.parts.keys() - {part.name for part in spec.parts}):
+                raise UnsupportedModelError(
+                    f"{plain_spec.name} of {module} has a part {unknown[0]!r} that the format {stored.format.name} does not decode",
+                    "Fetch the model in another format.",
+                )
             for part in spec.parts:
                 pieces += _pieces(skeleton, layer, spec, part, stored.parts.get(part.name, {}))
         layers.append(tuple(specs))
@@ -110,10 +115,10 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
 
 
 def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, convert: bool) -> None:
-    """Hold every tensor that is no expert's against the model, from headers alone.
+    """Check every tensor that is no expert's against the model, from headers alone.
 
     Tensors that transformers computes from several others are left to its own checks on loading. float32 is accepted
-    for any dtype, as transformers does: checkpoints keep some router biases in it.
+        for any dtype, as in transformers: checkpoints keep some router biases in it.
 
     Args:
         skeleton: the model.
@@ -121,16 +126,17 @@ def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
         convert: whether tensors may be of another float dtype than the model runs in.
 
     Raises:
-        CheckpointError: if a tensor has another shape or dtype than the config says.
+        CheckpointError: if a tensor has another shape or dtype than in the config.
         UnsupportedModelError: if weights are stored as integers.
     """
     wanted = dict([*skeleton.model.named_parameters(), *skeleton.model.named_buffers()])
     transforms = get_model_conversion_mapping(skeleton.model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    packed = {key for key in tensors if _format_of(skeleton, key)[0] is not PLAIN}
+    _refuse_packed_dense(skeleton, packed)
     for key, tensor in tensors.items():
-        if _format_of(skeleton, key)[0] is not PLAIN:
-            _refuse_packed_dense(skeleton, key)
+        if key in packed:
             continue
         renamed, pattern = rename_source_key(key, renamings, converters)
         named = renamed if renamed in wanted else f"{skeleton.model.base_model_prefix}.{renamed}"
@@ -186,16 +192,20 @@ def _collect(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[tu
     return found
 
 
-def _refuse_packed_dense(skeleton: Skeleton, key: str) -> None:
+def _refuse_packed_dense(skeleton: Skeleton, keys: Iterable[str]) -> None:
     """Only experts may be packed.
 
     Raises:
         UnsupportedModelError: if a packed tensor is no expert's.
     """
-    stored_as, plain_key, _ = _format_of(skeleton, key)
-    if not any(module in skeleton.expert_modules for _, module, _, _ in _resolve(skeleton, [plain_key])):
+    by_plain_key = {_format_of(skeleton, key)[1]: key for key in keys}
+    modules = set(skeleton.expert_modules)
+    of_experts = {key for key, module, _, _ in _resolve(skeleton, by_plain_key) if module in modules}
+    if others := sorted(by_plain_key.keys() - of_experts):
+        key = by_plain_key[others[0]]
         raise UnsupportedModelError(
-            f"{key!r} is stored as {stored_as.name} and is no expert's", "Only experts may be stored so."
+            f"{key!r} is stored as {_format_of(skeleton, key)[0].name} and is no expert's",
+            "Only experts may be stored so.",
         )
 
 

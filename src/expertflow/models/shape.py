@@ -1,6 +1,6 @@
 """The numbers a planner needs of a model: layers, experts, dense bytes, KV bytes, sizes that drive the workspace.
 
-Pure figures, taken from a skeleton; refuses to know budgets and devices.
+Pure figures, taken from a skeleton. Must not know budgets and devices.
 """
 
 from collections.abc import Sequence
@@ -59,9 +59,9 @@ class ModelShape:
         scores: whether attention keeps scores in memory (eager attention).
         unplanned: kinds of layers whose state and workspace the planner cannot foresee, such as state-space layers.
         unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
-        in_rows: whether keys and values can be kept in KV rows, so that sequences may join and leave at any step.
+        in_rows: whether keys and values can be kept in KV rows, so that sequences may join or end at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
-        notes: what a user should know about how it runs, one sentence each.
+        notes: remarks for the user on how it runs, one sentence each.
     """
 
     model_type: str
@@ -138,7 +138,7 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         in_rows=in_rows,
         windows=windows or (),
         notes=(*skeleton.notes, *_notes(skeleton, unplanned, in_rows=in_rows)),
-        scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - the only place transformers says it
+        scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - transformers has no other attribute for it
     )
 
 

@@ -49,8 +49,8 @@ class Skeleton:
         specs: the tensors of one expert as the module computes with them, plain numbers of `dtype`.
         dtype: dtype the model will run in.
         dtype_source: where that comes from, as the beginning of a sentence.
-        packed: the format that the config says some of its weights are stored in, or None.
-        notes: what a user should know about how it runs, one sentence each.
+        packed: the format of its packed weights by the config, or None.
+        notes: remarks for the user on how it runs, one sentence each.
     """
 
     folder: Path
@@ -181,7 +181,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     except CheckpointError as error:
         if "auto_map" in raw:
             raise UnsupportedModelError(
-                f"{folder} asks to run code of its own (auto_map), which is never done",
+                f"{folder} would run code of its own (auto_map), which is never done",
                 "Use a checkpoint of a family that transformers itself knows.",
             ) from error
         if "model_type" not in raw or "does not recognize this architecture" in str(error):
@@ -192,7 +192,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _packed_format(folder: Path, configs: tuple[PreTrainedConfig, ...], formats: Formats) -> Format | None:
-    """The format of a quantised checkpoint, whose config then says no more of it: the model is built as if it were decoded.
+    """The format of a quantised checkpoint. Deletes the configs' entry for it, so the model is built as if decoded.
 
     Raises:
         UnsupportedModelError: if no format of the table claims it.
@@ -211,7 +211,7 @@ def _packed_format(folder: Path, configs: tuple[PreTrainedConfig, ...], formats:
 
 
 def _quantization(folder: Path, configs: tuple[PreTrainedConfig, ...]) -> Any:
-    """What a checkpoint says of its quantisation, in a config or in a file of its own; empty if nothing."""
+    """A checkpoint's description of its quantisation, in a config or in a file of its own; empty if none."""
     found = [getattr(config, "quantization_config", None) for config in configs]
     own_file = "modelopt" if (folder / "hf_quant_config.json").is_file() else None
     return next((about for about in (*found, own_file) if about), None)
@@ -242,7 +242,7 @@ def _text_part(
 
 
 def _stored_dtype(tensors: Mapping[str, StoredTensor]) -> str:
-    """The float dtype of most expert elements of a checkpoint; of all elements if no name says expert."""
+    """The float dtype of most expert elements of a checkpoint; of all elements if no name contains `expert`."""
     floats = {key: tensor for key, tensor in tensors.items() if run_dtype(tensor.dtype)}
     chosen = {key: tensor for key, tensor in floats.items() if ".experts." in key} or floats
     elements = Counter[str]()

@@ -1,7 +1,7 @@
 """Where a model's weights come from: the files of a checkpoint, another model's store, or random numbers.
 
-A source finds the weights without loading them, loads the dense part, and fills an expert store or shares one. It knows files and
-records; it must not know plans, slots and caches.
+A source finds the weights without loading them, loads the dense part, and fills an expert store or shares one. Must not
+know plans, slots and caches.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from expertflow.errors import ConfigError
+from expertflow.errors import ClosedError, ConfigError, UnsupportedModelError
 from expertflow.formats.format import TensorSpec
-from expertflow.formats.records import ExpertStore
+from expertflow.formats.records import ExpertStore, StoreLayout
 from expertflow.models.files.checkpoint import StoredTensor, walk
 from expertflow.models.files.fingerprint import fingerprint
 from expertflow.models.files.identity import ContentHash, spans_of, stamps
@@ -31,7 +31,7 @@ _STD = 0.02
 """Standard deviation of random weights."""
 
 Stamps = tuple[tuple[str | int, ...], ...]
-"""What is known of weights without reading them: while it stays, so do they."""
+"""Stamps of weights, known without reading them: while they stay, so do the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class WeightsSource(Protocol):
 
     @property
     def shared(self) -> bool:
-        """See the class."""
+        """Whether the store belongs to another model."""
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
         """Find all weights and check them against the model. Reads no more than headers.
@@ -83,11 +83,11 @@ class WeightsSource(Protocol):
             convert: whether weights may be of another float dtype than the model runs in.
 
         Raises:
-            CheckpointError: if a weight is missing, or of another shape or dtype than the config says.
+            CheckpointError: if a weight is missing, or of another shape or dtype than in the config.
         """
 
     def stamps(self, located: Located) -> Stamps:
-        """What is known of the weights without reading them."""
+        """Stamps of the weights, known without reading them."""
 
     def identity(self, located: Located) -> str:
         """Hash of all that the model's answers depend on. Reads every weight that lies in a file.
@@ -225,7 +225,10 @@ class SharedWeights:
             ConfigError: if checkpoint, dtype or device differ.
         """
         mine, theirs = located.skeleton, self.skeleton
-        if (mine.specs, device) != (theirs.specs, self.device) or self.identity(located) != self.known_identity:
+        if not self.store.nbytes:
+            raise ClosedError(f"the model of {theirs.folder} whose experts are shared was closed", "Load it again.")
+        same_records = StoreLayout.of(located.layers) == self.store.layout
+        if not same_records or device != self.device or self.identity(located) != self.known_identity:
             raise ConfigError(
                 f"{mine.folder} cannot share the experts of {theirs.folder}: checkpoint, dtype or device differ",
                 "Load it by itself.",
@@ -256,7 +259,16 @@ class RandomWeights:
         return False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
-        """Nothing has to be found."""
+        """Locate nothing, because no file is read.
+
+        Raises:
+            UnsupportedModelError: if the config says that experts are packed: random ones are plain.
+        """
+        if skeleton.packed is not None:
+            raise UnsupportedModelError(
+                f"{skeleton.folder} has experts stored as {skeleton.packed.name}, and random weights are plain numbers",
+                "Take `quantization_config` out of config.json.",
+            )
         mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
         return Located(skeleton=skeleton, fingerprint=mark, layers=(skeleton.specs,) * len(skeleton.expert_modules))
 

@@ -56,7 +56,7 @@ class SwitchExperts(nn.Module):
 
 @contextmanager
 def swapped_switch_experts() -> Iterator[None]:
-    """Inside, Switch models are made with our experts class: the stock one makes four modules an expert to be thrown away."""
+    """Make Switch models inside with our experts class, because the stock one makes four useless modules an expert."""
     theirs = stock.SwitchTransformersExperts
     stock.SwitchTransformersExperts = SwitchExperts
     try:

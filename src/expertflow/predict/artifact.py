@@ -1,8 +1,8 @@
 """A trained predictor as a folder: `predictor.json` (what it is, of which model) and `predictor.safetensors` (weights).
 
-Large matrices are kept as int8 with a float32 scale a line, the rest as float16, so that a predictor is a few megabytes.
-The JSON holds a checksum of the weights and the fingerprint of the model the predictor was made for: a damaged
-artifact, or one of another model, is refused with the reason. Knows files. Must not know how weights were found.
+Large matrices are kept as int8 with a float32 scale a line, all others as float16, so that a predictor is a few
+megabytes. The JSON holds a checksum of the weights and the fingerprint of the model the predictor was made for. So a
+damaged artifact, or one of another model, is refused with the reason. Must not know how weights were found.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ class Artifact:
         return torch.sigmoid(weigh(self.calibration, logits, self.memory(tokens, before)))
 
     def to(self, device: torch.device) -> "Artifact":
-        """Move everything to a device; the network itself moves, the rest is copied."""
+        """Move everything to a device; the network itself moves, all else is copied."""
         return replace(
             self, model=self.model.to(device), memory=self.memory.to(device), calibration=self.calibration.to(device)
         )
@@ -216,10 +216,10 @@ def _check_room(config: PredictorConfig, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _memory(config: PredictorConfig, tensors: Mapping[str, Tensor]) -> Memory:
-    rows = len(tensors["token_odds"]) - 1, len(tensors["pair_odds"]) - 1
-    memory = Memory(Shape(config.layers, config.experts, config.top_k), config.vocabulary, *rows)
+    entries = len(tensors["token_odds"]) - 1, len(tensors["pair_odds"]) - 1
+    memory = Memory(Shape(config.layers, config.experts, config.top_k), config.vocabulary, *entries)
     memory.load_state_dict(dict(tensors))
-    if memory.token_row.min() < 0 or memory.token_row.max() > rows[0] or bool((memory.pair_key.diff() < 0).any()):
+    if memory.token_row.min() < 0 or memory.token_row.max() > entries[0] or bool((memory.pair_key.diff() < 0).any()):
         raise ValueError("the counts name an entry that is missing, or their pairs are out of order")
     return memory
 

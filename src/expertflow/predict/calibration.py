@@ -1,6 +1,6 @@
 """Weighs network and counts against each other, so that probabilities are true: logistic regression, layer by layer.
 
-This is Platt scaling with more than one score. Knows scores and what was true. Must not know where they come from.
+This is Platt scaling with more than one score. Must not know where scores come from.
 """
 
 from collections.abc import Sequence

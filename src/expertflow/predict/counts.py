@@ -1,9 +1,9 @@
 """What frequent tokens and pairs of tokens used, by plain counting: a memory beside the network.
 
-An embedding of a few dozen numbers cannot hold what a token that was seen a thousand times does in every layer; an entry of
-its own can. Tokens and pairs get entries in the order of their frequency, as far as the room goes. An entry holds log odds
-against what is expected otherwise, in eight bits. Its weight beside the network's logit is fitted on passages that were not
-counted (`calibration.calibrate`). Knows tokens and routes. Must not know networks.
+An embedding of a few dozen numbers cannot hold what a token that was seen a thousand times does in every layer; an
+entry of its own can. Tokens and pairs get entries in the order of their frequency, as far as there is room. An entry
+holds log odds against what is expected otherwise, in eight bits. Its weight beside the network's logit is fitted on
+passages that were not counted (`calibration.calibrate`). Must not know networks.
 """
 
 from collections.abc import Sequence
@@ -62,8 +62,8 @@ class Memory(nn.Module):
         place = torch.searchsorted(self.pair_key, key)
         last = self.pair_key.shape[0] - 1
         pair = torch.where(self.pair_key[place.clamp(max=last)] == key, place, last)
-        rows = torch.stack([self.token_odds[self.token_row[inside].long()], self.pair_odds[pair]], dim=-3)
-        return rows.float() * (LARGEST_ODDS / 127)
+        odds = torch.stack([self.token_odds[self.token_row[inside].long()], self.pair_odds[pair]], dim=-3)
+        return odds.float() * (LARGEST_ODDS / 127)
 
 
 def remember(items: Sequence[Passage], shape: Shape, vocabulary: int, room: int) -> Memory:
@@ -75,21 +75,21 @@ def remember(items: Sequence[Passage], shape: Shape, vocabulary: int, room: int)
         vocabulary: token ids.
         room: bytes of all entries, one a layer and expert; too few for two entries: none.
     """
-    rows = room // (shape.layers * shape.experts)
-    if rows < 2:
+    entries = room // (shape.layers * shape.experts)
+    if entries < 2:
         return Memory(shape, vocabulary, 0, 0)
     tokens = np.concatenate([item.tokens for item in items])
     pairs = np.concatenate([_pairs(item.tokens, vocabulary) for item in items])
     marks = np.concatenate([used(item.routes, shape.experts) for item in items])
-    ids, counts = _most_used(tokens, rows // 2)
-    keys, pair_counts = _most_used(pairs, rows - len(ids))
+    ids, counts = _most_used(tokens, entries // 2)
+    keys, pair_counts = _most_used(pairs, entries - len(ids))
     memory = Memory(shape, vocabulary, len(ids), len(keys))
     base = (marks.mean(axis=0, dtype=np.float64) * len(marks) + shape.top_k / shape.experts) / (len(marks) + 1)
     likely = (_sums(tokens, ids, marks) + _PRIOR * base) / (counts + _PRIOR)[:, None, None]
     memory.token_row[torch.from_numpy(ids)] = torch.arange(len(ids), dtype=torch.int32)
     memory.token_odds[:-1] = _packed(_odds(likely) - _odds(base))
-    row = memory.token_row[torch.from_numpy(keys % vocabulary)].numpy()
-    otherwise = np.concatenate([likely, base[None]])[row]
+    entry = memory.token_row[torch.from_numpy(keys % vocabulary)].numpy()
+    otherwise = np.concatenate([likely, base[None]])[entry]
     paired = (_sums(pairs, keys, marks) + _PRIOR * otherwise) / (pair_counts + _PRIOR)[:, None, None]
     memory.pair_key[:-1] = torch.from_numpy(keys)
     memory.pair_odds[:-1] = _packed(_odds(paired) - _odds(otherwise))
@@ -102,10 +102,10 @@ def _pairs(tokens: npt.NDArray[np.int64], vocabulary: int) -> npt.NDArray[np.int
     return np.where((tokens >= 0) & (before >= 0), before * vocabulary + tokens, -1)
 
 
-def _most_used(keys: npt.NDArray[np.int64], rows: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _most_used(keys: npt.NDArray[np.int64], entries: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The most frequent keys, in ascending order, and how often each occurs."""
     found, counts = np.unique(keys[keys >= 0], return_counts=True)
-    chosen = np.argsort(-counts, kind="stable")[:rows]
+    chosen = np.argsort(-counts, kind="stable")[:entries]
     chosen = np.sort(chosen[counts[chosen] >= _LEAST])
     return found[chosen], counts[chosen]
 

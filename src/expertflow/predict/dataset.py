@@ -1,7 +1,7 @@
 """From a routing trace to what a predictor learns from: passages, their split, and windows of equal length.
 
 A passage is one sequence's tokens and routes in order. Splits go by passage, never by token, so that no test token has
-a neighbour in the training set. Knows the trace format. Must not know models of any kind.
+a neighbour in the training set. Must not know models of any kind.
 """
 
 import hashlib
@@ -100,7 +100,7 @@ def _translate(trace: Trace, tokens: npt.NDArray[np.int64], vocabulary: Sequence
 
 
 def mark(item: Passage) -> str:
-    """Eight hexadecimal digits that tell a passage from others, by its tokens' routes."""
+    """Eight hexadecimal digits that identify a passage by its tokens' routes."""
     return hashlib.sha256(item.routes.astype(np.uint16).tobytes()).hexdigest()[:8]
 
 
@@ -121,9 +121,9 @@ def split(items: Sequence[Passage], share: float, seed: int) -> tuple[list[Passa
         )
     order = np.random.default_rng(seed).permutation(len(items))
     count = min(max(1, round(share * len(items))), len(items) - 1)
-    held = set(order[:count].tolist())
-    kept = [item for number, item in enumerate(items) if number not in held]
-    return kept, [items[number] for number in sorted(held)]
+    chosen = set(order[:count].tolist())
+    kept = [item for number, item in enumerate(items) if number not in chosen]
+    return kept, [items[number] for number in sorted(chosen)]
 
 
 def read_condition(condition: str) -> tuple[str, str]:
@@ -146,7 +146,7 @@ def leave_out(items: Sequence[Passage], condition: str) -> tuple[list[Passage], 
         condition: `key=text`: fulfilled where `key` contains `text`, such as `category=physics`.
 
     Raises:
-        TraceError: if the condition is malformed, or leaves one side empty.
+        TraceError: if the condition is malformed, or one side is empty.
     """
     key, text = read_condition(condition)
     chosen = [text in str(item.about.get(key, "")) for item in items]
@@ -154,7 +154,7 @@ def leave_out(items: Sequence[Passage], condition: str) -> tuple[list[Passage], 
         keys = sorted({name for item in items for name in item.about})
         raise TraceError(
             f"{condition!r} fits {sum(chosen)} of {len(items)} sequences",
-            f"Sequences say: {', '.join(keys) or 'nothing'}.",
+            f"Sequences have: {', '.join(keys) or 'nothing'}.",
         )
     others = [item for item, fits in zip(items, chosen, strict=True) if not fits]
     return others, [item for item, fits in zip(items, chosen, strict=True) if fits]

@@ -8,9 +8,9 @@ For every token and expert it gives a logit for use in this step, and one for us
 * retrieval: the past positions of this sequence whose token and predecessor are most alike, and the experts they used;
 * what came right behind those positions: the likely next step, although its token is not sampled yet.
 
-The paper's predictor (arXiv 2410.17954, section 3.2) sees tokens only; that one is `t5.py`. Knows tensors. Must not know
-traces, files and engines. Shapes: B sequences, T tokens, L layers, E experts, K experts a token, O outputs, A heads, M matches,
-S sources.
+The paper's predictor (arXiv 2410.17954, section 3.2) sees tokens only; that one is `t5.py`. Must not know traces, files
+and engines. Shapes: B sequences, T tokens, L layers, E experts, K experts a token, O outputs, A heads, M matches, S
+sources.
 """
 
 import math
@@ -36,8 +36,8 @@ _BLOCK = 64
 class TokenTable(nn.Module):
     """Embeddings of token ids in a table of fixed size; -1 (unknown) has an entry of its own.
 
-    A vocabulary larger than the table is hashed: a token is the sum of two entries, so that two tokens are alike only if
-    both entries are the same (hash embeddings, Svenstrup et al. 2017).
+    A vocabulary larger than the table is hashed: a token is the sum of two entries. So two tokens are alike only if
+        both entries are the same (hash embeddings, Svenstrup et al. 2017).
     """
 
     def __init__(self, vocabulary: int, entries: int, width: int) -> None:
@@ -308,6 +308,6 @@ def fade_all(used: Float[Tensor, "B T C"], decays: tuple[float, ...]) -> Float[T
 
 
 def multi_hot(routes: Int[Tensor, "*B L K"], experts: int) -> Float[Tensor, "*B L E"]:
-    """1 where a token uses an expert; routes of E (none) leave no mark."""
+    """1 where a token uses an expert; routes of E (none) set no mark."""
     marks = torch.zeros(*routes.shape[:-1], experts + 1, device=routes.device)
     return marks.scatter_(-1, routes.long(), 1.0)[..., :experts]

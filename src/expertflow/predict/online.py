@@ -1,10 +1,10 @@
-"""The predictor while serving: what it remembers of live sequences, and what it predicts before each step.
+"""The predictor while serving: its state of live sequences, and its predictions before each step.
 
-A sequence has a state row, whose number the caller chooses. `observe` takes a prompt's true routing in. `step` takes the
-just-sampled tokens and the last step's true routing in, and gives the demand of all layers; `update` only takes them in. Rows
-come in any order and any subset, so regrouping moves nothing; `free` forgets a sequence. A step has static shapes, no
-synchronisation and no branch on data, so it can be captured in a CUDA graph. Knows artifacts and networks. Must not know
-batches, requests and caches.
+A sequence has a state row, whose number the caller chooses. `observe` takes a prompt's true routing in. `step` takes
+the just-sampled tokens and the last step's true routing in, and gives the demand of all layers; `update` only takes
+them in. Rows come in any order and any subset, so regrouping moves nothing; `free` forgets a sequence. A step has
+static shapes, no synchronisation and no branch on data, so it can be captured in a CUDA graph. Must not know batches,
+requests and caches.
 """
 
 from collections.abc import Callable, Sequence
@@ -93,8 +93,8 @@ class OnlinePredictor:
             twin: whether kernels take those tokens in, which need memory for their inputs only.
         """
         config, network = artifact.config, cast("Predictor", artifact.model)
-        held = [*artifact.model.state_dict().values(), *artifact.memory.state_dict().values(), artifact.calibration]
-        tensors: list[Tensor] = [*held, *empty_state(config, rows + 1, torch.device("meta"))]
+        weights = [*artifact.model.state_dict().values(), *artifact.memory.state_dict().values(), artifact.calibration]
+        tensors: list[Tensor] = [*weights, *empty_state(config, rows + 1, torch.device("meta"))]
         # a captured step keeps its memory while a prompt, or another step, takes as much again
         inputs = chunk * (config.layers * config.top_k * _INPUT_ROUTE + _INPUT_TOKEN)
         prompt = inputs + network.prompt_bytes(PREVIEW) if twin else network.prompt_bytes(chunk)

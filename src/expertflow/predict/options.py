@@ -5,7 +5,7 @@ Must not know networks.
 
 from dataclasses import dataclass
 
-from expertflow.config import DEVICES, nearest
+from expertflow.config import check_device, nearest
 from expertflow.errors import ConfigError
 
 ABOUT_NAME = "predictor.json"
@@ -39,7 +39,7 @@ class TrainConfig:
         later: weight of each horizon output beside this step's.
         average: share of the averaged weights that a step keeps.
         seed: of everything random.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
 
     epochs: int = 100
@@ -69,5 +69,4 @@ class TrainConfig:
             raise ConfigError(f"seed={self.seed} is out of range", "Use 0 to 4294967295.")
         if not self.rate > 0:
             raise ConfigError(f"rate={self.rate} is no learning rate", "Use one above 0, such as 0.002.")
-        if self.device not in DEVICES:
-            raise ConfigError(f"device={self.device!r} is unknown", nearest(self.device, DEVICES))
+        check_device(self.device)

@@ -1,9 +1,9 @@
 """The paper's predictor, as the reference: a T5-style encoder-decoder that reads tokens and no routing.
 
 arXiv 2410.17954, section 3.2: d_model 32, d_ff 2048, one head of E logits for each MoE layer on the decoder's output,
-binary cross-entropy. The paper predicts for encoder-decoder models; for a decoder-only model, whose tokens come one by
-one, the encoder here reads the last full block of `BLOCK` tokens and the decoder, causally, the running one. Knows
-tensors. Must not know traces, files and engines. Shape letters as in `network.py`.
+binary cross-entropy. The paper predicts for encoder-decoder models. A decoder-only model's tokens come one by one. So
+the encoder here reads the last full block of `BLOCK` tokens and the decoder, causally, the running one. Must not know
+traces, files and engines. Shape letters as in `network.py`.
 """
 
 import torch
@@ -36,7 +36,7 @@ class T5Predictor(nn.Module):
         self.heads = nn.Linear(32, OUTPUTS * c.layers * c.experts)
 
     def step_bytes(self, rows: int) -> int:
-        """Upper bound on the working memory of a step, in bytes: two whole blocks a row, and the logits of one of them."""
+        """Upper bound on the bytes that a step works in: two whole blocks a sequence, and the logits of one of them."""
         return self.prompt_bytes(rows * BLOCK)
 
     def prompt_bytes(self, tokens: int) -> int:

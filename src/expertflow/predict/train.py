@@ -1,9 +1,9 @@
 """Training: passages in, a calibrated predictor out; seeded, resumable, the same on every resumption.
 
-Binary cross-entropy on recorded routing (paper section 3.2), weights averaged over the last steps, the epoch with the
-lowest validation loss kept; then network and counts are weighed and calibrated, layer by layer. Every epoch draws
-from a generator of its own and ends with a checkpoint, so a resumed run ends with the same bits as an uninterrupted one.
-Knows passages and networks. Must not know artifacts and engines.
+Binary cross-entropy on recorded routing (paper section 3.2). Weights are averaged over the last steps, and the epoch
+with the lowest validation loss is kept. Then network and counts are weighed and calibrated, layer by layer. Every epoch
+draws from a generator of its own and ends with a checkpoint, so a resumed run ends with the same bits as an
+uninterrupted one. Must not know artifacts and engines.
 """
 
 import json
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from expertflow import outside
-from expertflow.errors import DeviceError, PredictorError
+from expertflow.errors import PredictorError
+from expertflow.memory.devices import resolve_device
 from expertflow.predict.calibration import Scored, calibrate, recalled, weigh
 from expertflow.predict.counts import Memory, remember
 from expertflow.predict.dataset import Passage, Shape, Windows, windows
@@ -123,10 +124,7 @@ class _Run:
         self, config: PredictorConfig, options: TrainConfig, training: Sequence[Passage], validation: Sequence[Passage]
     ) -> None:
         self.config, self.options = config, options
-        name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and not torch.cuda.is_available():
-            raise DeviceError("device='cuda', but torch sees no CUDA device", "Use --device cpu.")
-        self.device = torch.device(name)
+        self.device = resolve_device(options.device)
         longest = max(len(item) for item in (*training, *validation))
         length = min(options.length, -(-longest // 64) * 64)
         self.data = self._move(windows(training, length, config.experts))
@@ -134,7 +132,7 @@ class _Run:
         self.nothing = remember((), Shape(config.layers, config.experts, config.top_k), config.vocabulary, 0).to(
             self.device
         )
-        self.held = self._move(windows(validation, length, config.experts))
+        self.validation = self._move(windows(validation, length, config.experts))
         torch.manual_seed(options.seed)
         self.model = make(config).to(self.device)
         self.model.vocabulary.learn(self.data.tokens.flatten())  # type: ignore[union-attr,operator]  # every kind has one
@@ -173,9 +171,9 @@ class _Run:
         self.average.load_state_dict(self.best.state_dict())
         c = self.config
         memory = remember(self.training, Shape(c.layers, c.experts, c.top_k), c.vocabulary, c.memory).to(self.device)
-        weights = calibrate(list(islice(self._held_scores(memory), -(-_FITTED // self._part_tokens()))))
+        weights = calibrate(list(islice(self._validation_scores(memory), -(-_FITTED // self._part_tokens()))))
         found, counted = torch.zeros(2, device=self.device), torch.zeros(2, device=self.device)
-        for part in self._held_scores(memory):
+        for part in self._validation_scores(memory):
             scores = weigh(weights, part.logits[:, :2], part.rows)
             hits, total = recalled(scores, part.truth[:, :2], part.valid[:, :2], c.top_k)
             found, counted = found + hits, counted + total
@@ -227,7 +225,7 @@ class _Run:
             self._resume_optimizer(tensors)
             self.step, self.curve = about["step"], [Epoch(*entry) for entry in about["curve"]]
             if not outside.whole(self.step, len(self.curve), 2**53):
-                raise ValueError(f"it says step {self.step} behind {len(self.curve)} epochs")  # noqa: TRY301 - as above
+                raise ValueError(f"it is at step {self.step} behind {len(self.curve)} epochs")  # noqa: TRY301 - as above
             if not all(isinstance(value, int | float) for epoch in self.curve for value in epoch):
                 raise TypeError("its curve holds something else than numbers")  # noqa: TRY301 - as above
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -243,7 +241,7 @@ class _Run:
 
     def _identity(self) -> dict[str, object]:
         """What two runs have in common if one may resume the other."""
-        seen = [int(self.data.counts.sum()), int(self.held.counts.sum()), int(self.data.tokens.sum())]
+        seen = [int(self.data.counts.sum()), int(self.validation.counts.sum()), int(self.data.tokens.sum())]
         return {"config": asdict(self.config), "options": asdict(self.options), "data": seen}
 
     def _move(self, cut: Windows) -> _Batch:
@@ -299,13 +297,13 @@ class _Run:
 
     def _part_tokens(self) -> int:
         """Tokens of a part of the validation windows."""
-        return self.options.batch * self.held.tokens.shape[1]
+        return self.options.batch * self.validation.tokens.shape[1]
 
-    def _held_scores(self, memory: Memory) -> Iterator[Scored]:
+    def _validation_scores(self, memory: Memory) -> Iterator[Scored]:
         """Scores of network and counts for the validation windows, shuffled once."""
-        order = torch.randperm(len(self.held.tokens), generator=torch.Generator().manual_seed(self.options.seed))
+        order = torch.randperm(len(self.validation.tokens), generator=torch.Generator().manual_seed(self.options.seed))
         for chosen in order.to(self.device).split(self.options.batch):
-            for part in self._parts(_Batch(*(column[chosen] for column in self.held))):
+            for part in self._parts(_Batch(*(column[chosen] for column in self.validation))):
                 with torch.no_grad():
                     logits = self.average(part.tokens, part.routes)[part.counts]
                     before = functional.pad(part.tokens, (1, 0), value=-1)[:, :-1]
@@ -319,7 +317,7 @@ class _Run:
         found = torch.zeros(2, dtype=torch.float64)
         counted = torch.zeros(2, dtype=torch.float64)
         weight = torch.tensor([1.0] + [self.options.later] * (OUTPUTS - 1), device=self.device)
-        for logits, _, truth, valid in self._held_scores(self.nothing):
+        for logits, _, truth, valid in self._validation_scores(self.nothing):
             each = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(-1).mean(-1)
             loss += float((each * valid * weight).sum())
             tokens += len(logits)
@@ -338,7 +336,7 @@ def labels(routes: Tensor, counts: Tensor, experts: int) -> tuple[Tensor, Tensor
         experts: E.
 
     Returns:
-        `[B, T, O, L, E]` float32, 1 where used in this step, and within each horizon behind it; `[B, T, O]` bool,
+        `[B, T, O, L, E]` float32, 1 where used in this step, and within each horizon behind it. Then `[B, T, O]` bool,
         whether that is known: a horizon that runs behind the window's last token is not.
     """
     used = multi_hot(routes, experts)

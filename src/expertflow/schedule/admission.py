@@ -1,7 +1,7 @@
 """When waiting requests get free KV rows: one entry a rule in one table.
 
-A pass over prompts needs nearly every expert, however few its tokens. So it can pay to let requests wait until several share a pass.
-Knows counts of sequences and seconds; must not know requests, tokens and models.
+A pass over prompts needs nearly every expert, however few its tokens. So it can pay to keep requests waiting until
+several share a pass. Must not know requests, tokens and models.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,14 +31,14 @@ class Moment(NamedTuple):
 
 
 class Admission(Protocol):
-    """Decides when waiting requests are let in."""
+    """Decides when waiting requests are admitted."""
 
     def admits(self, now: Moment) -> bool:
         """Whether free rows are given to waiting requests now. Called once a round, or once a pass where no sequence steps."""
 
 
 class AtOnce:
-    """Lets a request in as soon as there is a free row."""
+    """Admits a request as soon as there is a free row."""
 
     def admits(self, now: Moment) -> bool:
         """Whether a request waits and a row is free."""
@@ -46,7 +46,7 @@ class AtOnce:
 
 
 class StaticBatches:
-    """Lets requests in when the last sequence of the batch before has ended."""
+    """Admits requests when the last sequence of the batch before has ended."""
 
     def admits(self, now: Moment) -> bool:
         """Whether no sequence lives."""
@@ -54,11 +54,12 @@ class StaticBatches:
 
 
 class WhenItPays:
-    """Lets requests in once the rows that stood empty have cost as much as a pass.
+    """Admits requests once the rows that stood empty have cost as much as a pass.
 
-    Let in one by one, each request pays for a pass; let in together, rows stand empty for the first ones. The sum is least
-    where both are equal. What a round with empty rows costs is its fixed part, times the share that the waiting requests
-    would have had of it. A request is also let in once the rounds beside free rows took `LONGEST_WAIT` passes.
+    Admitted one by one, each request pays for a pass; admitted together, rows stand empty for the first ones. The sum
+    is least where both are equal. What a round with empty rows costs is its fixed part, times the share that the
+    waiting requests would have had of it. A request is also admitted once the rounds beside free rows took
+    `LONGEST_WAIT` passes.
 
     Args:
         costs: what passes and rounds take at the moment, seconds.
@@ -97,7 +98,7 @@ ADMISSIONS: Mapping[str, Callable[[Callable[[], Costs]], Admission]] = {
 
 
 def check_admission(name: str) -> None:
-    """Refuse a name that is no rule's.
+    """Refuse an unknown rule.
 
     Raises:
         ConfigError: then.

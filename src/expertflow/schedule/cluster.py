@@ -1,10 +1,10 @@
 """Groups of sequences whose routing paths overlap, so that each group activates few experts.
 
-A path is a binary `[L, E]`; a group activates the union of its sequences' paths, and what is minimised is the sum over
-groups of distinct experts (ExpertFlow, arXiv 2410.17954, section 3.3, Eq. 2). Two methods behind one signature: the paper's,
-K-means-style on Hamming similarity, as the reference, and ours, farthest seeds, greedy growth and swaps. Paths are packed
-into 64-bit words, so that a union is an `or` and its size a count of bits.
-Deterministic; never worse than the order of arrival by its own count. Knows paths; must not know requests and caches.
+A path is a binary `[L, E]`, and a group activates the union of its sequences' paths. The sum over groups of distinct
+experts is minimised (ExpertFlow, arXiv 2410.17954, section 3.3, Eq. 2). Two methods behind one signature: the paper's,
+K-means-style on Hamming similarity, as the reference, and ours, farthest seeds, greedy growth and swaps. Paths are
+packed into 64-bit words, so that a union is an `or` and its size a count of bits. Deterministic; never worse than the
+order of arrival by its own count. Must not know requests and caches.
 """
 
 from collections.abc import Callable, Mapping
@@ -88,8 +88,8 @@ def activated(words: Words, found: Groups, groups: int) -> int:
 def similar(words: Words, groups: int) -> Groups:
     """The paper's method: K-means on Hamming similarity, balanced; the best round by the number of activated experts.
 
-    A round: every group's centre has the bits that most of its sequences have; then sequences join the centre they are
-    most alike, those with most to lose first, as long as there is room.
+    In a round every group's centre gets the bits that most of its sequences have. Then each sequence joins the most
+    similar centre that has room, those with most to lose first.
     """
     count, room = len(words), sizes(len(words), groups)
     bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").astype(np.int64)
@@ -183,7 +183,7 @@ def _grow(words: Words, room: npt.NDArray[np.int64], found: Groups) -> None:
 
 @compiled
 def _swap(words: Words, groups: int, passes: int, found: Groups) -> None:
-    """Swap pairs of sequences as long as one saves experts: for each sequence in turn the best partner."""
+    """Swap pairs of sequences as long as one saves experts: for one sequence after the other the best partner."""
     count, width = words.shape
     any_, twice = np.zeros((groups, width), dtype=np.uint64), np.zeros((groups, width), dtype=np.uint64)
     for number in range(groups):

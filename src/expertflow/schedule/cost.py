@@ -1,9 +1,9 @@
-"""What a round costs: the model that says which live sequences step together.
+"""What a round costs: the model that decides which live sequences step together.
 
-A round gives every live sequence one token, in one step or several. Bytes decide: an expert that is kept costs nothing, any
-other one a load for every step that uses it. Which ones are kept is taken to be settled by use, as a cache that expects
-well does: those that most steps of the round use, as many as there are slots. `benchmarks/grouping.py` holds the model
-against the simulator. Knows chances; must not know requests and where chances come from.
+A round gives every live sequence one token, in one step or several. Bytes decide: an expert that is kept costs nothing,
+any other one a load for every step that uses it. The experts that most steps of the round use are taken to be kept, as
+many as there are slots, as if the forecast were right. `benchmarks/grouping.py` compares the model with the simulator.
+Must not know requests and where chances come from.
 """
 
 from collections import deque
@@ -82,8 +82,8 @@ def price(chances: Chances, groups: Groups, count: int, rates: StepPrices) -> Di
 def cheapest(chances: Chances, batch: int, rates: StepPrices, top_k: int) -> Division:
     """The cheaper division into as few groups as the batch size allows: by arrival, or by route.
 
-    More groups are never cheaper: whatever divides one of two groups adds to what the steps of a round use, expert by expert,
-    and so to every term of the price.
+    More groups are never cheaper. To divide a group adds, expert by expert, to what the steps of a round use, and so to
+    every term of the price.
 
     Args:
         chances: `[N, L, E]`, how likely each sequence's next token uses an expert.
@@ -111,7 +111,7 @@ def best_guesses(chances: Chances, top_k: int) -> npt.NDArray[np.bool_]:
 
 
 class Costs(NamedTuple):
-    """What letting requests in is weighed by, in seconds.
+    """Durations by which admissions are weighed, seconds.
 
     Attributes:
         pass_: a pass over prompts.
@@ -168,7 +168,7 @@ class Durations:
     """How long the last prefill passes and decode steps took."""
 
     def __init__(self) -> None:
-        """Nothing has run."""
+        """Start with no durations."""
         self._passes: deque[float] = deque(maxlen=_PASSES)
         self._steps: deque[tuple[int, float]] = deque(maxlen=_STEPS)
         self._steps_a_round = 1

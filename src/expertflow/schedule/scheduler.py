@@ -1,10 +1,10 @@
 """What runs next: waiting and live sequences in, one pass over prompts or one decode step at a time out.
 
-A sequence waits, gets a KV row, has its prompt read in passes of at most `chunk` tokens, then takes part in every *round*.
-In a round each live sequence steps once, in groups of at most `batch`. Between two rounds one pass over prompts may run, so a
-long prompt does not hold the others up, and a waiting request does not wait for the others to end. Groups are made by arrival,
-by predicted route, or as the cost model says. When waiting requests get rows is an `admission` rule's business.
-Pure: numbers in, numbers out, no clock, no tensors. Must not know tokens, models and caches.
+A sequence waits, gets a KV row, has its prompt read in passes of at most `chunk` tokens, then takes part in every
+*round*. In a round each live sequence steps once, in groups of at most `batch`. Between two rounds one pass over
+prompts may run. So a long prompt does not delay the others, and a waiting request does not wait for the others to end.
+Groups are made by arrival, by predicted route, or by the cost model. An `admission` rule decides when waiting requests
+get rows. Pure: numbers in, numbers out, no clock, no tensors. Must not know tokens, models and caches.
 """
 
 from collections.abc import Callable, Sequence
@@ -154,7 +154,7 @@ class Scheduler:
         return len(self._live)
 
     def add(self, sequence: int, prompt: int) -> None:
-        """Let a request wait: its number, never used before, and the tokens of its prompt."""
+        """Queue a request: its number, never used before, and the tokens of its prompt."""
         assert sequence not in self._waiting
         assert sequence not in self._live
         self._waiting[sequence] = _Sequence(prompt=prompt)

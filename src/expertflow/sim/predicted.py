@@ -1,7 +1,7 @@
 """Use a trained predictor's output for every row of a trace as the forecast of a replay.
 
 Predictions are made beforehand, row by row, each from the steps before that row. So a replay of any batch only has to
-unite them. Knows no predictor.
+unite them. Must not know predictors.
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """Draw steps from a trace: which tokens step together.
 
-A step is the union of the experts of some tokens. The simulator knows nothing else of a model.
+A step is the union of the experts of some tokens. The simulator has no other facts of a model.
 """
 
 from dataclasses import dataclass, field

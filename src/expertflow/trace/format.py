@@ -13,7 +13,7 @@ A trace is a zip archive:
 * `footer.json`, written last: `rows`, `chunks` (rows of each), `sequences` (a list of objects, one a sequence, free
   keys beside `sequence`), `vocabulary` (token texts by id, may be empty).
 
-Rows are written as they come, a chunk at a time, and read chunk by chunk. Knows no model and no cache.
+Rows are written as they come, a chunk at a time, and read chunk by chunk. Must not know models and caches.
 """
 
 import json
@@ -167,7 +167,7 @@ class TraceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish the file, or leave the unfinished part if the block failed."""
+        """Finish the file, or keep the unfinished part if the block failed."""
         if kind is not None:
             with suppress(OSError):  # the block's own error is the one to show
                 self._zip.close()
@@ -378,10 +378,10 @@ def check_sizes(header: Header, where: Path) -> None:
     for name, (least, most) in _SIZES.items():
         value = getattr(header, name)
         if not outside.whole(value, least, most):
-            raise TraceError(f"{where}: the header says {name}={str(value)[:80]}, {least} to {most} can be", _FOREIGN)
+            raise TraceError(f"{where}: the header states {name}={str(value)[:80]}, {least} to {most} can be", _FOREIGN)
     if header.top_k > header.experts or header.layers * header.experts > _MOST_EXPERTS:
         raise TraceError(
-            f"{where}: the header says {header.layers} x {header.experts} experts, top-{header.top_k}", _FOREIGN
+            f"{where}: the header states {header.layers} x {header.experts} experts, top-{header.top_k}", _FOREIGN
         )
 
 

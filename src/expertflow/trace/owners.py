@@ -1,4 +1,4 @@
-"""Name the sequence of every token of a forward pass, which the routing does not tell.
+"""Name the sequence of every token of a forward pass, because the routing does not contain it.
 
 The code that runs a batch states before each step which sequences its rows belong to. Trace recorder and predictor
 both need it. NumPy only.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-NOBODY = -1
+NO_SEQUENCE = -1
 """Sequence number of padding: computed and routed like a token, but of no sequence."""
 
 
@@ -37,7 +37,7 @@ class BatchOwners:
 
     def __init__(self) -> None:
         """Start with padding only."""
-        self.coming = NextBatch((NOBODY,))
+        self.coming = NextBatch((NO_SEQUENCE,))
         self._done = 0
 
     def expect(self, coming: NextBatch) -> None:
@@ -45,7 +45,7 @@ class BatchOwners:
         self.coming, self._done = coming, 0
 
     def take(self, count: int) -> npt.NDArray[np.int32]:
-        """Return int32 `[count]`, the sequence of each token of the next pass, `NOBODY` for padding."""
+        """Return int32 `[count]`, the sequence of each token of the next pass, `NO_SEQUENCE` for padding."""
         sequences, lengths, left = self.coming[:3]
         columns = count // len(sequences)
         owner = np.repeat(np.asarray(sequences, dtype=np.int32), columns)
@@ -57,4 +57,4 @@ class BatchOwners:
         real = place >= width - length if left else place < length
         # the pass after an encoder's is the decoder's first: one start token a sequence
         real = np.where(place < width, real, True)
-        return np.where(real.reshape(-1), owner, NOBODY).astype(np.int32)
+        return np.where(real.reshape(-1), owner, NO_SEQUENCE).astype(np.int32)

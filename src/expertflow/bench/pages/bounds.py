@@ -1,6 +1,6 @@
 """Why a measured speed can stand above its bound: the bound is made of measurements too, and each has a spread.
 
-Reads rows and says it in words. It must not know how anything was measured or is shown.
+Turns rows of a result into sentences. Must not know how anything was measured or is shown.
 """
 
 from expertflow.bench.result import DECODE, MOVED, RESIDENT, Figure, Result, Row
@@ -25,7 +25,7 @@ def over_bounds(result: Result) -> list[str]:
 
 
 def _why(row: Row, speed: Figure, whole: Figure | None, link_gbps: float) -> str:
-    """The measurement behind the bound that this row's runs are beyond of."""
+    """The measurement behind the bound that this row's runs exceed."""
     if whole is not None and speed.bound_is == "all experts resident":
         spread = (
             f"the bound is measured too: the all-resident model ran at {whole.low:.1f} to {whole.high:.1f} tokens/s"

@@ -1,7 +1,7 @@
-"""What the paper reports and this project set itself to reach, as rows of one table; met or missed, from measured rows only.
+"""Targets from the paper and of this project as entries of one table; met or missed, from measured rows only.
 
-Every goal is looked up in the rows of a result of its model. Where one is missed its verdict has the figure, the bound and
-what stands in between. Knows targets; must not know how anything is measured.
+Every goal is looked up in the rows of a result of its model. Where one is missed its verdict has the figure, the bound
+and the reason. Must not know how anything is measured.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ OURS = ("plec", "next-use")
 
 
 class Verdict(NamedTuple):
-    """A goal held against rows.
+    """A goal compared with rows.
 
     Attributes:
         goal: in words, with the target.
@@ -41,7 +41,7 @@ class Goal:
         model_type: family of the checkpoint.
         experts: experts a layer.
         layers: MoE layers.
-        judge: rows to verdicts; nothing if no row speaks of it.
+        judge: rows to verdicts; empty if no row has its figures.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Goal:
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """Every goal that the result's rows speak of."""
+    """A verdict for every goal that the result's rows have figures for."""
     warm = [row for row in result.rows if row.state == WARM]
     return [verdict for goal in GOALS if goal.fits(result) for verdict in goal.judge(warm, result.model.layers)]
 
@@ -88,7 +88,7 @@ def times_faster(baseline: str, target: float, per_layer: int | None = None) -> 
     """Decoding speed over a baseline's, each with its fastest execution, at the best batch.
 
     Args:
-        baseline: row of the strategy table.
+        baseline: entry of the strategy table.
         target: how many times.
         per_layer: slots a layer; None: whatever was measured.
     """

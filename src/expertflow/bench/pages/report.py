@@ -1,6 +1,6 @@
 """Result files in, a page of Markdown with pictures out. Every table is headed by the command that makes its numbers again.
 
-Shows what a result says and nothing else: no number comes from anywhere but the files.
+Every number on the page comes from the files.
 """
 
 from collections.abc import Iterable, Sequence

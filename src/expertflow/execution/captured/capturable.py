@@ -23,14 +23,14 @@ def expert_mlps(skeleton: Skeleton, records: StoreLayout) -> tuple[ExpertMlp, ..
     """The kernels' description of the experts of each MoE layer.
 
     Raises:
-        ValueError: if they are no MLP the kernels know.
+        ValueError: if they are no MLP that the kernels support.
     """
     assert skeleton.family is not None
     module = skeleton.model.get_submodule(skeleton.expert_modules[0])
     config = skeleton.config.get_text_config(decoder=True)
     name = str(getattr(config, "hidden_act", None) or getattr(config, "dense_act_fn", ""))
     activation = skeleton.family.activation or _ACTIVATIONS.get(name, name)
-    transposed = bool(getattr(module, "is_transposed", False))  # the registry's word; Switch's experts have none
+    transposed = bool(getattr(module, "is_transposed", False))  # the registry's attribute; Switch's experts have none
     interleaved = not getattr(module, "is_concatenated", True)
     made = {
         key: ExpertMlp.of(layout, activation, transposed=transposed, interleaved=interleaved)
@@ -67,7 +67,7 @@ def graph_refusal(  # noqa: PLR0913 - the last ones by keyword
         return f"there is no tile loader for experts stored as {unread}"
     if rows * skeleton.top_k > MAX_PAIRS:
         return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
-    # a caller's class may be older than the word
+    # a caller's class may not have this attribute
     if forecast is not None and not getattr(forecast, "foreknown", False):
         return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
     given = predicted or forecast is not None

@@ -29,10 +29,11 @@ def capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     graph, line = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001 - as torch's own graph trees do; there is no public way
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(line.device_index)):
+        mode = "thread_local"  # other threads may read totals of other models meanwhile, which waits for the device
+        with torch.cuda.graph(graph, pool=pool, stream=_capture_stream(line.device_index), capture_error_mode=mode):
             run()
     finally:
-        torch.cuda.set_stream(line)  # a capture that fails leaves its own behind
+        torch.cuda.set_stream(line)  # after a failed capture its own stream would stay current
         torch._C._cuda_clearCublasWorkspaces()  # noqa: SLF001
     return graph
 

@@ -1,8 +1,7 @@
 """The dense part of a captured step: the model's own modules, with attention and norms as single kernels.
 
-What a module computes stays what its class says; only how many launches it takes changes. A module of a form that the
-kernels know reads from the pass's context whether they run; in every other pass it does what its class says.
-Knows modules by their attributes; must not know families.
+A module computes what its class computes, in fewer launches. A module of a form that the kernels support reads from the
+pass's context whether they run; in every other pass its class's own forward runs. Must not know families.
 """
 
 import weakref
@@ -63,14 +62,14 @@ class DenseParts:
     ) -> Tensor:
         """`[B, Q, 1, D]` over keys and values of all KV rows to `[B, 1, Q, D]`; `bias` is `[1, Q, 1, M]`, by distance."""
         now = self._context.now
-        asked, attend = query[:, :, 0].contiguous(), self._kernels.decode_attention
-        if not module.is_causal:  # over what the encoder has read, all of it alike
+        queries, attend = query[:, :, 0].contiguous(), self._kernels.decode_attention
+        if not module.is_causal:  # over what the encoder has read, all of it
             assert now.lasts is not None
-            return attend(asked, keys, values, (now.rows, now.lasts), scale)[:, None]
+            return attend(queries, keys, values, (now.rows, now.lasts), scale)[:, None]
         window, sinks = self._windows[module.layer_idx], getattr(module, "sinks", None)
         by_distance = None if bias is None else bias[0, :, 0]
         where = now.rows, now.positions[:, 0]
-        return attend(asked, keys, values, where, scale, window, sinks, by_distance)[:, None]
+        return attend(queries, keys, values, where, scale, window, sinks, by_distance)[:, None]
 
 
 class AttentionConfig(Uncopied):
@@ -123,7 +122,7 @@ def _is_attention(module: Any) -> bool:
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **more: Any
 ) -> tuple[Tensor, None]:
-    """The attention implementation `expertflow_decode`; the mask says nothing that positions and windows do not."""
+    """The attention implementation `expertflow_decode`; the mask is not read, because positions and windows imply it."""
     del attention_mask
     dense = module.config.context.now.dense
     return dense.attend(module, query, key, value, scaling, more.get("position_bias")), None

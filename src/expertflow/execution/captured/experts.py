@@ -1,10 +1,10 @@
-"""The experts of a decode step, decided, fetched and computed on the device: no answer of the host is waited for.
+"""The experts of a decode step, decided, fetched and computed on the device, without waiting for the host.
 
 Stands in for provider and transfer while decode steps run as graphs. Before the first layer the predictor forecasts and
-the step is planned; loads ahead begin on a lane of their own. A layer: the router's choice goes to the residency kernel;
-what is resident is computed while what is missing is fetched; then, phase by phase, the others; then all pairs are added
-in ascending order of expert. Loads whose slots the layer gave free follow behind it.
-Must not know attention, requests, and when the tables change sides (`execution.handover`).
+the step is planned; loads ahead begin on a lane of their own. In a layer the router's choice goes to the residency
+kernel. Resident experts are computed while missing ones are fetched; these are computed next, phase by phase. Then all
+pairs are added in ascending order of expert. Loads whose slots the layer freed follow behind it. Must not know
+attention, requests, and when the tables change sides (`execution.handover`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,7 +48,7 @@ class DeviceExperts:
 
     Args:
         mlps: what a record of each layer holds.
-        held: what is shared with the host execution.
+        shared: what is shared with the host execution.
         batch: sequences at most.
         top_k: experts a token uses a layer.
         log: keep single events, for listeners; else only totals.
@@ -56,23 +56,23 @@ class DeviceExperts:
     Attributes:
         state: what the device remembers.
         live: int32 `[1]`, sequences that count; those behind are padding.
-        asked: sequences of the coming step whose token is new to the predictor.
+        updated: sequences whose newest token the coming step gives to the predictor.
         logs: as above.
         paused: the coming step gives the predictor its tokens, but takes no forecast and loads nothing ahead.
         fixed: every expert is resident and stays: nothing is decided, slots are looked up. Known from `look_up_residents` on.
     """
 
-    def __init__(self, mlps: tuple[ExpertMlp, ...], held: SharedParts, batch: int, top_k: int, *, log: bool) -> None:
+    def __init__(self, mlps: tuple[ExpertMlp, ...], shared: SharedParts, batch: int, top_k: int, *, log: bool) -> None:
         """Allocate everything a step needs but what the model itself allocates."""
-        device = held.pool.buffer.device
-        self._mlps, self._held, self._top_k = mlps, held, top_k
-        controller, strategy = held.controller, held.controller.strategy.on_device()
+        device = shared.pool.buffer.device
+        self._mlps, self._shared, self._top_k = mlps, shared, top_k
+        controller, strategy = shared.controller, shared.controller.strategy.on_device()
         self.state = CacheState.allocate(
             strategy, controller.tables, device, log=log, future=controller.future, reached=controller.reached,
-            given=held.forecast is not None,
+            given=shared.forecast is not None,
         )  # fmt: skip
         self._kernels = backend(device)
-        live_predictor = held.live_predictor
+        live_predictor = shared.live_predictor
         self._inputs = (
             None
             if live_predictor is None
@@ -81,7 +81,7 @@ class DeviceExperts:
         routing = None
         if live_predictor is not None and self._inputs is not None:
             routing = RoutingOutput(routes=live_predictor.routes, state_rows=self._inputs.state_rows)
-            live_predictor.pacing.resume()  # what is captured first must have run, and a paused step runs fewer kernels
+            live_predictor.pacing.resume()  # kernels must run before they are captured, and a paused step runs fewer
         self._twin = self._kernels.residency(self.state, routing)
         self._work = Workspace.allocate(mlps[0], batch, top_k, device)
         self._work.parts.zero_()  # padding reads what was never written: it has to be finite
@@ -91,7 +91,7 @@ class DeviceExperts:
         self._schedule: Schedule | None = None
         self.logs = log
         self.fixed = self.paused = False
-        self.asked = 0
+        self.updated = 0
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._padding = torch.zeros(0)
         self._prefetches = strategy.prefetch != "none"
@@ -104,26 +104,26 @@ class DeviceExperts:
     @property
     def predicting(self) -> bool:
         """Whether there is a predictor that works, paused or not."""
-        return self._held.live_predictor is not None and self._held.live_predictor.failure is None
+        return self._shared.live_predictor is not None and self._shared.live_predictor.failure is None
 
     def begin(self, sequences: Sequence[int], number: int) -> None:
-        """A step of these sequences comes, and the tables are here. `number` is the step's.
+        """Prepare step `number` of these sequences; the GPU has the tables.
 
-        Their tokens, and which sequences step behind them, the predictor has learned before.
+        Before this call the predictor gets their tokens, and the sequences that step after them.
         """
         if len(sequences) != self._count:
             self._count = len(sequences)
             self.live.fill_(self._count)
-        self.asked, self.paused = 0, False
-        if self._held.forecast is not None and not self.fixed:
-            self._foretell(self._held.forecast, number)
-        live_predictor, inputs = self._held.live_predictor, self._inputs
+        self.updated, self.paused = 0, False
+        if self._shared.forecast is not None and not self.fixed:
+            self._foretell(self._shared.forecast, number)
+        live_predictor, inputs = self._shared.live_predictor, self._inputs
         if inputs is None or live_predictor is None or self.fixed or not self.predicting:
             return
         self.paused = live_predictor.pacing.paused
         batch = live_predictor.next_batch(inputs.room)
         inputs.write(live_predictor.state_rows(sequences), batch)
-        self.asked = 0 if batch is None else len(batch.updated)
+        self.updated = 0 if batch is None else len(batch.updated)
 
     def _foretell(self, forecast: Forecast, number: int) -> None:
         """Copy the caller's own forecast of the coming step to the device, as far as a step looks ahead."""
@@ -134,7 +134,7 @@ class DeviceExperts:
         state.known.fill_(known)
 
     def look_up_residents(self) -> None:
-        """The tables came from the host: see whether every expert is resident and stays, so that nothing has to be decided."""
+        """Look up, in tables just borrowed, whether every expert is resident and stays: then nothing has to be decided."""
         state = self.state
         self.fixed = state.strategy.retain and int(state.resident) == state.slots == state.layers * state.experts
         if self.fixed:
@@ -145,7 +145,7 @@ class DeviceExperts:
         return self._kernels.blocks_of(record_bytes)
 
     def capture_variants(self) -> Iterator[None]:
-        """Yield once as the coming step is; with a predictor once more with `paused` the other way round."""
+        """Yield once for the coming step as it is; with a predictor once more with `paused` inverted."""
         yield
         if self.predicting and not self.fixed:
             self.paused = not self.paused
@@ -155,21 +155,21 @@ class DeviceExperts:
                 self.paused = not self.paused
 
     def prepare(self, batch: int) -> None:
-        """Have the buffers for steps of `batch` sequences: they must not be allocated while a graph is captured."""
+        """Allocate buffers for steps of `batch` sequences, because none may be allocated while a graph is captured."""
         if batch not in self._schedules:
             self._schedules[batch] = replace(Schedule.allocate(self.state, batch, self._top_k), live=self.live)
-            if self.predicting and self._held.live_predictor is not None:  # what has never run is not captured
-                spare = torch.full((batch,), self._held.live_predictor.spare, device=self.live.device)
-                self._held.live_predictor.update(spare, torch.zeros_like(spare))
+            if self.predicting and self._shared.live_predictor is not None:  # kernels run before a capture
+                spare = torch.full((batch,), self._shared.live_predictor.spare, device=self.live.device)
+                self._shared.live_predictor.update(spare, torch.zeros_like(spare))
 
     def open_step(self, batch: int) -> None:
-        """A step of so many sequences begins, of which `live` count: forecast, plan, begin to load."""
+        """Begin a step of `batch` sequences, of which `live` count: forecast, plan, begin to load."""
         self._schedule = self._schedules[batch]
         if self.fixed:
             self._padding = torch.arange(batch, device=self.live.device)[:, None] >= self.live
             return
         with self._plans.work():  # beside the first layer's attention
-            live_predictor, inputs = self._held.live_predictor, self._inputs
+            live_predictor, inputs = self._shared.live_predictor, self._inputs
             if live_predictor is not None and inputs is not None:
                 updated = inputs.updated_rows[:batch], inputs.updated_tokens[:batch]
                 if self.paused:
@@ -182,10 +182,10 @@ class DeviceExperts:
             self._load_ahead(0)
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """A layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
+        """Compute a layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
         schedule, kernels, mlp = self._schedule, self._kernels, self._mlps[layer]
         assert schedule is not None
-        hidden, index, pool = hidden.contiguous(), index.contiguous(), self._held.pool.buffer
+        hidden, index, pool = hidden.contiguous(), index.contiguous(), self._shared.pool.buffer
         if self.fixed:
             slots = torch.take(self._places[layer], index).masked_fill_(self._padding, -1)
             kernels.expert_pairs(mlp, hidden, slots, pool, self._work)
@@ -201,9 +201,9 @@ class DeviceExperts:
         return out
 
     def _by_phases(self, layer: int, hidden: Tensor, schedule: Schedule) -> None:
-        """Fetch and compute what `run_layer` decided; plan on beside it."""
-        kernels, mlp, pool = self._kernels, self._mlps[layer], self._held.pool.buffer
-        loads = self._held.store.buffer, pool, self.state.ledger, schedule.todo
+        """Fetch and compute what `run_layer` decided; plan further loads meanwhile."""
+        kernels, mlp, pool = self._kernels, self._mlps[layer], self._shared.pool.buffer
+        loads = self._shared.store.buffer, pool, self.state.ledger, schedule.todo
         with self._corrections.work():
             kernels.fetch_records(*loads, schedule.bounds[:2])
         if self._looks_ahead:
@@ -223,8 +223,8 @@ class DeviceExperts:
         state = self.state
         with self._ahead.work():
             self._kernels.fetch_records(
-                self._held.store.buffer,
-                self._held.pool.buffer,
+                self._shared.store.buffer,
+                self._shared.pool.buffer,
                 state.ledger,
                 state.order,
                 state.ahead[place],
@@ -232,7 +232,7 @@ class DeviceExperts:
             )
 
     def close_step(self) -> None:
-        """The step is over."""
+        """Finish the step."""
         if self.fixed:
             return
         if self._looks_ahead:
@@ -240,6 +240,6 @@ class DeviceExperts:
         self._twin.close_step()
 
     def break_off(self) -> None:
-        """A step raised: nothing may stay apart from the main line, or what captures it cannot end."""
+        """Join all lanes after an error in a step, because a capture cannot end with an open one."""
         for lane in (self._corrections, self._plans, self._ahead):
             lane.join()

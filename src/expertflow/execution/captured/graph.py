@@ -1,10 +1,11 @@
 """Decode steps as graphs: the whole step, routing included, is captured once a shape and replayed.
 
-A step reads tokens, rows and positions from fixed buffers and leaves logits and the most probable tokens in others; the
-predictor, the plan and the loads of the experts are part of it (`execution.captured.experts`); keys and values are in rows that never move
-(`execution.kv_rows`). Captured once for each number of sequences and of columns looked at, both rounded up to a few sizes, and once more
-for a predictor that is paused; the first step of a shape runs eagerly and is captured behind. On a CPU every step runs eagerly: the same code without the capture.
-Must not know requests, and which side decides (`execution.handover`).
+A step reads tokens, rows and positions from fixed buffers, and writes logits and the most probable tokens to others.
+The predictor, the plan and the loads of the experts are part of it (`execution.captured.experts`). Keys and values are
+in rows that never move (`execution.kv_rows`). A step is captured once for each number of sequences and of columns
+looked at, both rounded up to a few sizes. It is captured once more for a predictor that is paused. The first step of a
+shape runs eagerly and is captured afterwards. On a CPU every step runs eagerly: the same code without the capture. Must
+not know requests, and which side decides (`execution.handover`).
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class GraphDecoder:
         rows: the model over its rows of keys and values.
         experts: of the steps.
         batch: sequences of a step at most.
-        dense: run attention and norms by our kernels where a module is of a form they know; else by the model's own.
+        dense: run attention and norms by our kernels where they support a module's form; else by the model's own.
 
     Attributes:
         inputs: int64 `[4, batch]` on the device, what the next step is fed: tokens, rows, positions, columns.
@@ -73,11 +74,11 @@ class GraphDecoder:
     def step(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Feed one token a sequence; logits of the next, valid until the next step.
 
-        The experts have to have begun this step (`DeviceExperts.begin`).
+        Call `DeviceExperts.begin` for this step first.
         """
         count, length = len(fed), self.rows.nowhere
         _, tokens, rows, positions = map(list, zip(*fed, strict=True))
-        need = max(count, self.experts.asked)
+        need = max(count, self.experts.updated)
         batch = round_up(need, 1, self._batch)
         columns, reach = round_up(max(positions) + 1, min(LEAST_COLUMNS, length), length), self.rows.reach(rows)
         self._reach = round_up(reach, min(LEAST_COLUMNS, length), length) if reach else 0
@@ -129,7 +130,7 @@ class GraphDecoder:
         self.best[:batch].copy_(most_probable(self.logits[:batch]))
 
     def drop(self) -> None:
-        """Give the captured steps' memory back."""
+        """Free the captured steps' memory."""
         self._graphs.clear()
 
     @property

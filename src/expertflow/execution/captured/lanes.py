@@ -10,14 +10,14 @@ class Lane:
     """A line of work beside the main one: a CUDA stream; on a CPU there is only one line, and it is kept in order."""
 
     def __init__(self, device: torch.device) -> None:
-        """Nothing queued."""
+        """Create a lane with nothing queued."""
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._apart = False
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """What is queued inside runs behind all that the current line was given, and beside what it is given next."""
+        """Queue what runs inside behind all work of the current line so far, and beside its later work."""
         if self._stream is None:
             yield
             return
@@ -27,7 +27,7 @@ class Lane:
             yield
 
     def join(self) -> None:
-        """The current line goes on behind what is queued here, if anything was since the last time."""
+        """Make the current line wait for what was queued here since the last call, if anything was."""
         if self._stream is not None and self._apart:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._apart = False

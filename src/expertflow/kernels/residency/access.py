@@ -1,7 +1,7 @@
 """The device twin of `cache.core`: a layer's routing in; the slot of every pair and the layer's loads out.
 
-One program decides a layer: a hit costs no loop, a load one iteration of a loop with a few reductions. It knows slots,
-but no records and no weights.
+One program decides a layer: a hit costs no loop, a load one iteration of a loop with a few reductions. Must not know
+records and weights.
 """
 
 import triton
@@ -146,7 +146,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                     own = tl.min(ranks, 0)
                     lows = tl.where(other == layer, own, lows)
                     if tl.where(allowed < slots, own, tl.min(lows, 0)) == float("inf"):
-                        broken = 1  # cannot happen: the plan leaves slots to corrections
+                        broken = 1  # cannot happen: the plan keeps slots free for corrections
                 victim_layer = tl.where(allowed < slots, layer, tl.argmin(lows, 0).to(tl.int32))
                 was_fresh = 0
                 if victim_layer == layer:
@@ -210,7 +210,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         tl.debug_barrier()
     ends = phase + 1 + tl.arange(0, NP)
     tl.store(bounds + ends, tl.zeros([NP], tl.int32) + awaited + loads, mask=ends <= PHASES)
-    # after the layer all residents may leave
+    # after the layer all residents may be evicted
     if RETAIN:
         ranks = tl.where(slot >= 0, after, infinite)
     else:

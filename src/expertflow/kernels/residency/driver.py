@@ -3,7 +3,7 @@
 The router's choice never leaves the device. Every call only launches: `kernels.residency.ranks` ranks the experts,
 `kernels.residency.lookahead` plans loads ahead, `kernels.residency.access` finds the slots of a layer's experts.
 
-Twin of `kernels.residency.reference`, which calls `cache.core` itself. It knows slots, but no records and no weights.
+Twin of `kernels.residency.reference`, which calls `cache.core` itself. Must not know records and weights.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """The device twin of `cache.prefetch`: which experts to load ahead, into which slots, and after which layer.
 
 One program sweeps through the coming layers with every expert's rank in its registers: a planned load costs a few
-reductions over all of them. Then the loads whose slots are free after layer `now` are bound and enter the ledger.
-It knows slots, but no records and no weights.
+reductions over all of them. Then the loads whose slots are free after layer `now` are bound and enter the ledger. Must
+not know records and weights.
 """
 
 import triton
@@ -102,7 +102,7 @@ def _bind(  # noqa: PLR0915 - as `look_ahead`
             tl.store(owner + slot, flat)
             tl.store(per_layer + flat // experts, tl.load(per_layer + flat // experts) + 1)
             tl.store(fresh + flat, tl.full([], 1, tl.uint8))
-            if load < entries - layers * experts:  # the rest is for what the layers need
+            if load < entries - layers * experts:  # the other entries are for what the layers need
                 tl.store(ledger + _SRC * entries + load, flat)
                 tl.store(ledger + _DST * entries + load, slot)
                 tl.store(ledger + _PRIOR * entries + load, prior)
@@ -201,7 +201,7 @@ def look_ahead(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: 
                         todo -= 1
             if ROLLING:
                 going = served
-            if (place < layers) & (going > 0):  # after the layer its experts may leave, ranked by their next use
+            if (place < layers) & (going > 0):  # after the layer its experts may be evicted, ranked by their next use
                 here = mine & (at >= 0)
                 then = tl.load(unused + cell, mask=mine, other=0.0)
                 then = tl.where(want, tl.load(used + cell, mask=mine, other=0.0), then)

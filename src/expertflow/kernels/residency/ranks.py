@@ -1,7 +1,7 @@
 """The device twin of `cache.policy` and `cache.horizon`: usage and demand in, ranks out.
 
 One program a layer. Ranks are float64 and bit-equal to NumPy's, so nothing may be fused into multiply-adds; logarithms
-are rounded on both sides (`policy.GRAIN`). Twin of `kernels.residency.reference`. It knows no slots.
+are rounded on both sides (`policy.GRAIN`). Twin of `kernels.residency.reference`. Must not know slots.
 """
 
 import math
@@ -221,7 +221,7 @@ def close_step(
     layers, experts,
     EP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """`Usage.learn`; writes for the host how many loads were made, how many ahead, and how many of these met a need."""
+    """`Usage.learn`; writes for the host the numbers of loads, of loads ahead, and of those that were needed."""
     layer = tl.program_id(0)
     step = tl.load(clock)
     if layer == 0:
@@ -263,7 +263,8 @@ def expect(
 ):  # fmt: skip
     """`horizon.unite`, `hazards` and `take_turns` of each group's probabilities, float32 `[C, 5, L, E]`.
 
-    A NaN among them leaves the step without a forecast, and is counted. No group leaves it so, uncounted.
+    With a NaN among them the step gets no forecast, and the NaN is counted. Without groups it gets none either,
+    uncounted.
     """
     layer = tl.program_id(0)
     column = tl.arange(0, EP)

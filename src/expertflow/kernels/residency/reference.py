@@ -1,6 +1,6 @@
 """The reference of `kernels.residency`: the same calls, computed by `cache` itself over the state's own memory.
 
-The device execution uses it on a CPU, and tests compare the kernels with it. It knows no Triton.
+The device execution uses it on a CPU, and tests compare the kernels with it. Must not know Triton.
 """
 
 import numpy as np

@@ -1,8 +1,7 @@
 """The cache's tables and usage as tensors on the device: the mirror of `core.Tables` and `policy.Usage`.
 
-Either the host controller or the device twin decides. `CacheState.copy_from` takes the controller's tables,
-`copy_to` gives them back, so residents stay resident at a switch. It knows the layout and the bound on phases, and
-decides nothing.
+Either the host controller or the device twin decides. `CacheState.copy_from` takes the controller's tables, `copy_to`
+gives them back, so residents stay resident at a switch. Must not decide anything.
 
 A layer runs in *phases*. Within a phase no slot is used twice, so its records are fetched together and its experts
 computed together. A graph has a fixed number of phases, `phase_bound`; the twin fills as many as it needs. Experts that
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expertflow.cache.core import LOG, PENDING, RESIDENT, Tables
-from expertflow.cache.forecast import LayerOrder, Recorded, Step, next_uses
+from expertflow.cache.forecast import LayerOrder, NoForecast, Recorded, Step, next_uses
 from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.policy import DISCOUNT, Policy, Usage, belady, discounted_use, layer_order, lfu, lru, next_use
 from expertflow.cache.strategy import Setting, Strategy
@@ -27,8 +26,8 @@ from expertflow.kernels.ledger import DONE, Ledger
 POLICIES: dict[Policy, int] = {lru: 0, lfu: 1, next_use: 2, belady: 3, discounted_use: 4, layer_order: 5}
 """Policies with a device twin, and their numbers in the kernels."""
 HITS, LOADS, EVICTIONS, PHASES, BROKEN, AHEAD, FRESH, WASTES, BLIND, BLOCKS = range(10)
-"""Indexes into `CacheState.tally`. FRESH are hits that a load ahead brought, BLIND steps whose forecast had a NaN, BLOCKS
-the blocks carried of all loads (a load that was called off is not carried whole)."""
+"""Indexes into `CacheState.tally`. FRESH counts hits that a load ahead brought, BLIND steps whose forecast had a NaN,
+BLOCKS the blocks carried of all loads. A load that was called off is not carried whole."""
 UNKNOWN, RECORDED, CONSTANT, GIVEN = range(4)
 """The source of a step's demand: none, a recording, a recording of one step for all, or a caller that writes
 `CacheState.demand`."""
@@ -47,6 +46,9 @@ def refusal(strategy: Strategy, *, given: bool = False) -> str | None:
         return f"strategy {strategy.name!r} ranks by every later use, and a step on the device knows those of {STEPS_KNOWN} steps"
     if strategy.predicted and not given:
         return f"strategy {strategy.name!r} has no predictor here, and its counts by token are kept on the host"
+    known = strategy.predicted or given or strategy.needs_future
+    if not known and type(strategy.make_forecast(Setting(layers=1, experts=1))) not in (NoForecast, LayerOrder):
+        return f"the forecast of strategy {strategy.name!r} is made on the host"
     return None
 
 
@@ -73,7 +75,7 @@ def phase_bound(strategy: Strategy, layers: int, slots: int, needed: int) -> int
     """Return the most phases that a layer with `needed` needed experts can take.
 
     A phase ends with each wave of loads. One more phase ends if hits and loads fill the layer's share of the slots, or
-    the slots that the plan leaves, before the first wave is over.
+    the slots that the plan keeps free, before the first wave is over.
     """
     rules = strategy.rules(layers, slots)
     if rules.joint and needed <= rules.wave:
@@ -171,8 +173,8 @@ class CacheState:
         ahead: int32 `[L + 1, 2]`, entries of the ledger that were bound after layer l - 1: the first, and one past the last.
         order: int32 `[N]`, 0, 1, 2, ...: all entries of the ledger in order.
         tally: int64 `[10]`, totals since the last `take_tally`, and whether a layer took more phases than its bound.
-        made: int64 `[4]`, when the last step ended: loads in `tally`, `clock`, loads ahead, and loads ahead that met a
-            need. In page-locked host memory, which the host reads without waiting.
+        made: int64 `[4]`, when the last step ended: loads in `tally`, `clock`, loads ahead, and loads ahead that were
+            needed. In page-locked host memory, which the host reads without waiting.
         log: int32 `[R, 5]`, log entries as `core.write_log` writes them; R = 0 keeps none.
         log_count: int32 `[1]`, log entries written.
         future: uint8 `[N, L, E]`, the recording that demand is read from.

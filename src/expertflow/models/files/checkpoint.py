@@ -1,6 +1,6 @@
 """A safetensors checkpoint folder as a list of tensors and where their bytes are.
 
-Reads headers only. Refuses pickles, damaged shards and shards that are not there. Knows no model family.
+Reads headers only. Refuses pickles, damaged shards and shards that are not there. Must not know model families.
 Format: https://huggingface.co/docs/safetensors (8-byte little-endian header length, JSON header, data).
 """
 
@@ -168,7 +168,7 @@ def _named_files(folder: Path, named: Any) -> tuple[dict[str, str], list[str]]:
     """What the config's `transformers_weights` names."""
     if not _inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
         raise CheckpointError(
-            f"{folder / 'config.json'} says transformers_weights={named!r}, which is no safetensors file in the folder",
+            f"{folder / 'config.json'} names transformers_weights={named!r}, which is no safetensors file in the folder",
             "Correct the config, or fetch it again.",
         )
     return _indexed_files(folder / named) if named.endswith(".index.json") else ({}, [named])

@@ -1,4 +1,4 @@
-"""Which weights is this: a short name of a checkpoint's content, cheap to take.
+"""The fingerprint of a checkpoint's weights: a short name of their content, cheap to compute.
 
 Traces and predictors carry it, so that what was learned from one model is not used on another. Hashes tensor names,
 dtypes, shapes and a sample of bytes; the same weights in other shards have the same fingerprint.

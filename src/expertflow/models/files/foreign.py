@@ -1,6 +1,6 @@
 """Places that hold no model in transformers' format: what they hold, and how to make one of it.
 
-Looks at names of files only. Refuses to import torch, so that a command can refuse such a place at once.
+Looks at names of files only. Must not import torch, so that a command can refuse such a place at once.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which model exactly is this: a hash of every byte its answers depend on.
+"""The identity of a model: a hash of every byte its answers depend on.
 
 Decides what may share experts in host memory and what a results file may be continued with. It covers each tensor by key,
 so that the same weights in other shards have the same identity, and the files of config, generation config and tokenizer.
@@ -38,7 +38,7 @@ class ContentHash:
     """Collects the hashes of a checkpoint's spans, in any order and from several threads."""
 
     def __init__(self) -> None:
-        """Nothing read yet."""
+        """Start with no span read."""
         self._digests: dict[tuple[str, int], bytes] = {}
 
     def take(self, span: Span, data: Iterable[bytes | memoryview]) -> None:
@@ -105,7 +105,7 @@ def setting_files(folder: Path) -> list[Path]:
 
 
 def stamps(tensors: Mapping[str, StoredTensor], folder: Path) -> tuple[tuple[str | int, ...], ...]:
-    """What the system knows of every file that an identity covers: while it stays, so does the identity.
+    """Size and times of every file that an identity covers: while they stay, so does the identity.
 
     Raises:
         CheckpointError: if a file is gone.

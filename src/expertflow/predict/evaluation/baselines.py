@@ -1,8 +1,9 @@
-"""What a trained predictor has to beat: guesses that cost no training, one class a source.
+"""Guesses that cost no training, one class a source; a trained predictor is compared with them.
 
-Each gives, for every token t of a passage, the probability that it uses each expert, from what is known before its step:
-tokens up to t and the true routes before t. Counting and a regression of a few weights; NumPy only. The paper's third
-rival, the next layer's gate applied early, is missing because it needs hidden states, which a trace has not.
+For every token t of a passage each gives the probability that it uses each expert. It uses what is known before the
+step of t: tokens up to t and the true routes before t. Counting and a regression of a few weights; NumPy only. The
+paper's third rival, the next layer's gate applied early, is missing because it needs hidden states, which a trace has
+not.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ class Recent:
         self._rate = ((hits + shape.top_k / shape.experts) / (seen + 1)).astype(np.float32)
 
     def scores(self, passage: Passage) -> Scores:
-        """Before the first token nothing is recent."""
+        """Chances from recent uses; before the first token there are none."""
         shape = self._frequency.shape
         among = self._among(used(passage.routes, shape.experts))
         rate = self._rate[np.arange(shape.layers)[None, :, None], among]
@@ -102,7 +103,7 @@ class PreviousLayer:
         self._given = (pairs + self._frequency.rate[1:, None]) / (seen + 1)
 
     def scores(self, passage: Passage) -> Scores:
-        """With this step's truth of the layer below."""
+        """Chances from this step's truth of the layer below."""
         shape = self._frequency.shape
         marks = used(passage.routes, shape.experts).astype(np.float32)
         found = self._frequency.scores(passage)
@@ -121,7 +122,7 @@ class Counts:
         self._keys, place = np.unique(keys[known], return_inverse=True)
         self._seen = np.bincount(place, minlength=len(self._keys) + 1).astype(np.float32)
         kind = np.uint16 if self._seen.max() < 1 << 16 else np.uint32
-        self._uses = np.zeros((len(self._keys) + 1, *marks.shape[1:]), dtype=kind)  # the last row: never seen
+        self._uses = np.zeros((len(self._keys) + 1, *marks.shape[1:]), dtype=kind)  # the last entry: never seen
         order = np.argsort(place, kind="stable")
         starts = np.searchsorted(place[order], np.arange(len(self._keys)))
         if len(starts):
@@ -130,10 +131,10 @@ class Counts:
 
     def given(self, keys: npt.NDArray[np.int64], otherwise: Scores) -> Scores:
         """`[n, L, E]` chances given the keys, `otherwise` where a key was never seen."""
-        row = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
-        row = np.where(self._keys[row] == keys, row, len(self._keys)) if len(self._keys) else row
-        seen = self._seen[row][:, None, None]
-        chances: Scores = (self._uses[row] + self._prior * otherwise) / (seen + self._prior)
+        entry = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
+        entry = np.where(self._keys[entry] == keys, entry, len(self._keys)) if len(self._keys) else entry
+        seen = self._seen[entry][:, None, None]
+        chances: Scores = (self._uses[entry] + self._prior * otherwise) / (seen + self._prior)
         return chances
 
 
@@ -157,15 +158,16 @@ class TokenCounts:
         self._counts = Counts(tokens, marks, self.PRIOR)
 
     def scores(self, passage: Passage) -> Scores:
-        """By token id."""
+        """Chances by token id."""
         return self._counts.given(passage.tokens, self._frequency.scores(passage))
 
 
 class Mix:
     """Counts by token and by token pair, and recent usage.
 
-    Each source is a feature `log(p + FLOOR)`; one logistic regression a layer weighs them, fitted on a fifth of the
-    training passages with counts of the others; then the counts are made of all. With `context` there are two sources
+    Each source is a feature `log(p + FLOOR)`. One logistic regression a layer weighs them; it is fitted on a fifth of
+    the training passages with counts of the others. Then the counts are made of all. With `context` there are two
+    sources
     more: what the same token, and the same pair, used last in this very passage. The strongest guess we know that
     trains no network.
     """
@@ -176,15 +178,15 @@ class Mix:
     SHARE, MOST = 0.2, 6000
 
     def __init__(self, *, context: bool) -> None:
-        """With or without the passage's own past."""
+        """Choose whether to use the passage's own past."""
         self._context = context
 
     def fit(self, passages: Sequence[Passage], shape: Shape) -> None:
         """Weigh, then count everything."""
-        counted, held = split(passages, self.SHARE, seed=0)
+        counted, weighed = split(passages, self.SHARE, seed=0)
         self._count(counted, shape)
         kept, tokens = [], 0
-        for item in held:
+        for item in weighed:
             if tokens < self.MOST:
                 kept.append(item)
                 tokens += len(item)

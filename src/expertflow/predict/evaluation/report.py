@@ -1,6 +1,6 @@
 """The picture of an evaluation: recall layer by layer, and precision against recall of batch unions, a line a source.
 
-Needs matplotlib, which is optional: import this module where a picture is asked for.
+Needs matplotlib, which is optional: import this module only where a picture is drawn.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """How a routing path predictor takes prompts in: many tokens of several sequences, in two kernels.
 
-In torch these are some seventy small operations, whose launches delay a pass over prompts, and memory for every token's marks.
-Here one program per piece and layer goes through the piece's tokens, as steps would; one per token and head makes its key.
-Knows tensors. Must not know files and sequences. Shapes as in `predict.state`: B pieces, N tokens.
+In torch these are some seventy small operations, whose launches delay a pass over prompts, and memory for every token's
+marks. Here one program per piece and layer goes through the piece's tokens, as steps would; one per token and head
+makes its key. Must not know files and sequences. Shapes as in `predict.state`: B pieces, N tokens.
 """
 
 import torch

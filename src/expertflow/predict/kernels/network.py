@@ -1,7 +1,7 @@
 """The later launches of a predictor's step: sum copies up, read, two residual blocks, judge, decide.
 
-A program holds a tile of weights in registers and goes through rows one by one, so a row's bits depend on no other row. `turn`
-is the number of rows a program goes through. Knows tensors. Must not know files and sequences. Shapes as in `predict.model`.
+A program holds a tile of weights in registers and goes through rows one by one, so a row's bits depend on no other row.
+`each` is the number of rows a program goes through. Must not know files and sequences. Shapes as in `predict.model`.
 """
 
 import triton
@@ -63,9 +63,9 @@ def _matvec(weight, x, line, n: tl.constexpr, k: tl.constexpr, copies: tl.conste
     return tl.sum(acc, axis=1)
 
 
-@triton.jit(do_not_specialize=["count", "turn"])
+@triton.jit(do_not_specialize=["count", "each"])
 def read(
-    embedded, used, sources, tokens_weight, tokens_bias, last_weight, slow_weight, copied_weight, parts, count, turn,
+    embedded, used, sources, tokens_weight, tokens_bias, last_weight, slow_weight, copied_weight, parts, count, each,
     flat: tl.constexpr, decays: tl.constexpr, heads: tl.constexpr, slow: tl.constexpr, emb: tl.constexpr,
     width: tl.constexpr, block: tl.constexpr, block_emb: tl.constexpr, block_flat: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
@@ -74,8 +74,8 @@ def read(
     line = tl.program_id(1) * block + tl.arange(0, block)
     bias = tl.load(tokens_bias + line, mask=line < width, other=0.0)
     _begin(early)
-    b = tl.program_id(0) * turn
-    end = tl.minimum(b + turn, count)
+    b = tl.program_id(0) * each
+    end = tl.minimum(b + each, count)
     while b < end:
         source = sources + b * (decays + 2 * heads) * flat
         if part == 0:
@@ -113,9 +113,9 @@ def _norm(x, scale, shift, cell, width: tl.constexpr, eps: tl.constexpr):
     return away * tl.rsqrt(tl.sum(away * away, 0) / width + eps) * scale + shift
 
 
-@triton.jit(do_not_specialize=["count", "turn"])
+@triton.jit(do_not_specialize=["count", "each"])
 def up(
-    x, scale, shift, weight, bias, inner, count, turn,
+    x, scale, shift, weight, bias, inner, count, each,
     parts: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, block: tl.constexpr, eps: tl.constexpr,
     early: tl.constexpr,
 ):  # fmt: skip
@@ -127,8 +127,8 @@ def up(
     scales = tl.load(scale + cell, mask=cell < width, other=0.0)
     shifts = tl.load(shift + cell, mask=cell < width, other=0.0)
     _begin(early)
-    b = tl.program_id(0) * turn
-    end = tl.minimum(b + turn, count)
+    b = tl.program_id(0) * each
+    end = tl.minimum(b + each, count)
     while b < end:
         z = _norm(_total(x + b * parts * width, cell, parts, width), scales, shifts, cell, width, eps)
         out = tl.sum(tile * z[None, :], axis=1) + plus
@@ -137,9 +137,9 @@ def up(
         b += 1
 
 
-@triton.jit(do_not_specialize=["count", "turn"])
+@triton.jit(do_not_specialize=["count", "each"])
 def down(
-    x, inner, weight, bias, out, count, turn,
+    x, inner, weight, bias, out, count, each,
     parts: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, block: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Second half: linear, added to the block's input."""
@@ -148,8 +148,8 @@ def down(
     tile = _tile(weight, line, cell, width, 2 * width)
     plus = tl.load(bias + line, mask=line < width, other=0.0)
     _begin(early)
-    b = tl.program_id(0) * turn
-    end = tl.minimum(b + turn, count)
+    b = tl.program_id(0) * each
+    end = tl.minimum(b + each, count)
     while b < end:
         value = tl.load(inner + b * (2 * width) + cell, mask=cell < 2 * width, other=0.0)
         change = tl.sum(tile * value[None, :], axis=1) + plus
@@ -160,7 +160,7 @@ def down(
 
 @triton.jit
 def _apply(
-    z, scales, shifts, weight, bias, out, block_number, count, turn,
+    z, scales, shifts, weight, bias, out, block_number, count, each,
     n: tl.constexpr, biased: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, block: tl.constexpr,
     eps: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
@@ -172,17 +172,17 @@ def _apply(
     if biased:
         plus += tl.load(bias + line, mask=line < n, other=0.0)
     _begin(early)
-    b = tl.program_id(0) * turn
-    end = tl.minimum(b + turn, count)
+    b = tl.program_id(0) * each
+    end = tl.minimum(b + each, count)
     while b < end:
         value = _norm(_total(z + b * width, cell, 1, width), scales, shifts, cell, width, eps)
         tl.store(out + b * n + line, tl.sum(tile * value[None, :], axis=1) + plus, mask=line < n)
         b += 1
 
 
-@triton.jit(do_not_specialize=["count", "turn"])
+@triton.jit(do_not_specialize=["count", "each"])
 def judge(
-    z, scale, shift, trust_weight, trust_bias, now_weight, later_weight, later_bias, trust, now, later, count, turn,
+    z, scale, shift, trust_weight, trust_bias, now_weight, later_weight, later_bias, trust, now, later, count, each,
     trusts: tl.constexpr, flat: tl.constexpr, laters: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
     block: tl.constexpr, eps: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
@@ -195,25 +195,25 @@ def judge(
     second: tl.constexpr = first + (flat + block - 1) // block
     if number < first:
         _apply(
-            z, scales, shifts, trust_weight, trust_bias, trust, number, count, turn,
+            z, scales, shifts, trust_weight, trust_bias, trust, number, count, each,
             trusts, True, width, padded, block, eps, early,
         )  # fmt: skip
     elif number < second:
         _apply(
-            z, scales, shifts, now_weight, now_weight, now, number - first, count, turn,
+            z, scales, shifts, now_weight, now_weight, now, number - first, count, each,
             flat, False, width, padded, block, eps, early,
         )  # fmt: skip
     else:
         _apply(
-            z, scales, shifts, later_weight, later_bias, later, number - second, count, turn,
+            z, scales, shifts, later_weight, later_bias, later, number - second, count, each,
             laters, True, width, padded, block, eps, early,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count", "turn"], do_not_specialize_on_alignment=["rows"])
+@triton.jit(do_not_specialize=["count", "each"], do_not_specialize_on_alignment=["rows"])
 def decide(
     rows, taken, sources, trust, now, later, recalled, habit, base, spread, calibration, token_odds, pair_odds, out,
-    count, turn,
+    count, each,
     layers: tl.constexpr, experts: tl.constexpr, block: tl.constexpr, outputs: tl.constexpr, many: tl.constexpr,
     many_padded: tl.constexpr, depth: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
@@ -233,8 +233,8 @@ def decide(
     own, by_token = tl.load(weights), tl.load(weights + outputs * layers)
     by_pair, plus = tl.load(weights + 2 * outputs * layers), tl.load(weights + 3 * outputs * layers)
     _begin(early)
-    b = tl.program_id(0) * turn
-    end = tl.minimum(b + turn, count)
+    b = tl.program_id(0) * each
+    end = tl.minimum(b + each, count)
     while b < end:
         summary = tl.load(later + (b * (outputs - 1) + output - 1) * depth + deep, mask=output > 0, other=0.0)
         own_logit = tl.load(now + b * flat + at, mask=mask & (output == 0), other=0.0) + tl.sum(

@@ -1,6 +1,6 @@
 """Parts of kernels that several stages share: embeddings, products with two of them, faded averages.
 
-Knows tensors. Must not know files and sequences.
+Must not know files and sequences.
 """
 
 import triton

@@ -1,6 +1,6 @@
 """The first launch of a predictor's step: tokens and routes go to the state, and each head looks back at past positions.
 
-Knows tensors. Must not know files and sequences. Shapes as in `predict.model`, with B state rows and R decays.
+Must not know files and sequences. Shapes as in `predict.model`, with B state rows and R decays.
 """
 
 from typing import NamedTuple
