@@ -285,7 +285,7 @@ def test_what_cannot_be_a_graph_says_why(make_checkpoint: MakeCheckpoint, tmp_pa
         with llm.record(tmp_path / "t.trace"):
             llm.generate([3, 4], SamplingParams(max_tokens=2, ignore_eos=True))
         assert [e.reason for e in happened if e.kind is EventKind.HOST] == [
-            "somebody watches the routing, which only the host execution shows"
+            "the routing is observed, which only the host execution shows"
         ]
 
 

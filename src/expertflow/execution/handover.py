@@ -29,7 +29,7 @@ from expertflow.execution.provider import CachedExperts
 from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, EVICTIONS, FRESH, HITS, LOADS, WASTES
 from expertflow.models.context import ForwardContext, Observer
 
-WATCHED = "somebody watches the routing, which only the host execution shows"
+WATCHED = "the routing is observed, which only the host execution shows"
 """Why the host decides although the plan is `graph`."""
 
 
