@@ -19,6 +19,7 @@ GROUP = 32
 class FourBit(Format):
     """Per projection `<name>_packed` and `<name>_scale`; or, stacked, `<name>_blocks` `[E, N, K / 32, 16]` and `<name>_scales`."""
 
+    ignored = ("_shape",)
     repacked = frozenset({"codes"})
 
     def __init__(self, name: str, suffixes: Mapping[str, str], *, blocks: bool) -> None:
@@ -43,10 +44,11 @@ class FourBit(Format):
         n, k = _sizes(spec)
         return n * k * 10  # codes, and two copies in float32
 
-    def claims(self, quantization: Mapping[str, Any]) -> bool:
-        return quantization.get("quant_method") == self.name
+    def claim(self, quantization: Mapping[str, Any]) -> tuple[Format, ...]:
+        return (self,) if quantization.get("quant_method") == self.name else ()
 
-    def split_key(self, key: str) -> tuple[str, str] | None:
+    def split_key(self, key: str, stored: str) -> tuple[str, str] | None:
+        del stored  # the names say enough
         found = next((suffix for suffix in self._suffixes if key.endswith(suffix)), None)
         return None if found is None else (key.removesuffix(found), self._suffixes[found])
 

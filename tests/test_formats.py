@@ -13,7 +13,7 @@ from torch import Tensor
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
-from expertflow.errors import CheckpointError, ConfigError, UnsupportedModelError
+from expertflow.errors import CheckpointError, ConfigError, UnreadWarning, UnsupportedModelError
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.formats.format import TensorSpec
@@ -85,7 +85,13 @@ def draw(key: str, value: Tensor, format_: FourBit, generator: torch.Generator) 
     pairs = codes[..., ::2] | codes[..., 1::2] << 4  # adjacent codes in a byte
     if stacked:
         return {f"{key}_blocks": pairs, f"{key}_scales": scales, key: decoded}
-    return {f"{key}_packed": pairs[0].reshape(n, k // 2), f"{key}_scale": scales[0], key: decoded[0]}
+    shape_of = torch.tensor([n, k])  # which no decoder needs
+    return {
+        f"{key}_packed": pairs[0].reshape(n, k // 2),
+        f"{key}_scale": scales[0],
+        f"{key}_shape": shape_of,
+        key: decoded[0],
+    }
 
 
 def logits_of(llm: LLM) -> Iterator[Tensor]:
@@ -259,9 +265,9 @@ def test_a_part_that_a_format_does_not_decode_is_refused(make_twins: Twins, tmp_
     """Zero points that a format knows nothing of would change the numbers."""
 
     class WithZeros(FourBit):
-        def split_key(self, key: str) -> tuple[str, str] | None:
+        def split_key(self, key: str, stored: str) -> tuple[str, str] | None:
             zero = key.removesuffix("_zero")
-            return (zero, "zeros") if zero != key else super().split_key(key)
+            return (zero, "zeros") if zero != key else super().split_key(key, stored)
 
     packed, _ = make_twins("qwen3_moe", "float32")
     state = load_file(packed / "model.safetensors")
@@ -271,6 +277,18 @@ def test_a_part_that_a_format_does_not_decode_is_refused(make_twins: Twins, tmp_
     table = {**FORMATS, LINEAR.name: WithZeros(LINEAR.name, {"_packed": "codes", "_scale": "scales"}, blocks=False)}
     with pytest.raises(UnsupportedModelError, match="'zeros'"):
         prepare(tmp_path, EngineConfig(device="cpu"), formats=table)
+
+
+def test_packed_experts_beyond_the_config_are_left_out(make_twins: Twins, tmp_path: Path) -> None:
+    """Layers that the config does not have, such as those of multi-token prediction, may be packed too."""
+    packed, _ = make_twins("qwen3_moe", "float32")
+    state, key = load_file(packed / "model.safetensors"), "model.layers.1.mlp.experts.3.up_proj.weight_packed"
+    state[key.replace("layers.1", "layers.7")] = state[key].clone()
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_bytes((packed / name).read_bytes())
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UnreadWarning, match="layers.7"):
+        from_pretrained(tmp_path, slots=5, device="cpu", formats=TABLE).expertflow.close()
 
 
 def test_packed_keys_are_resolved_together(make_twins: Twins, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from expertflow.cache.strategy import STRATEGIES
 from expertflow.formats.dtypes import RUN_DTYPES
 from expertflow.formats.plain import plain
 from expertflow.formats.records import RecordLayout, StoreLayout
+from expertflow.kernels import mlp as mlp_module
 from expertflow.kernels import reference
 from expertflow.kernels.ledger import BLOCK_BYTES, CALLED_OFF, DONE, DST, SRC, TAKEN, Ledger
 from expertflow.kernels.mlp import ACTIVATIONS, CLAMPED_SWIGLU, ExpertMlp, Workspace
@@ -378,3 +379,14 @@ def test_full_size_records_are_exact_on_the_device(cuda: torch.device, tokens: i
     for token in range(0, tokens, 3):
         experts.expert_pairs(mlp, x[token : token + 1], slots[token : token + 1], pool.buffer, single)
         assert torch.equal(single.parts[0], work.parts[token])
+
+
+def test_an_activation_without_a_branch_is_no_relu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry in the table of activations that the kernels have no branch for is an error, not another function."""
+    monkeypatch.setattr(mlp_module, "ACTIVATIONS", {**ACTIVATIONS, "tanh": torch.tanh})
+    layout, known = make("gated-silu")
+    mlp = ExpertMlp.of(layout.layers[0], "tanh")
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    hidden = torch.randn(1, HIDDEN, device=DEVICE)
+    with pytest.raises(Exception, match="no branch here"):
+        experts.expert_pairs(mlp, hidden, slots, filled_pool(layout).buffer, poisoned(known, 1, 1))

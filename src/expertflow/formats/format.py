@@ -19,8 +19,8 @@ class Part:
 
     Attributes:
         name: within the format, such as `codes`.
-        shape: in the record. The first dimension counts outputs, so that tensors which are joined from several (gate and up)
-            are joined part by part.
+        shape: in the record. Tensors that are joined from several (gate and up) are joined along the first dimension, part by
+            part: it counts outputs, or blocks of them.
         dtype: a key of `DTYPES`.
         stored: shape in the checkpoint, for one expert; it has the same numbers in the same order, unless the format repacks them.
     """
@@ -41,11 +41,13 @@ class Format:
 
     Attributes:
         name: of the format; `kernels/tiles.py` finds the tile loader by it.
+        ignored: how keys end that hold nothing `decode` needs, such as shapes.
         repacked: names of the parts whose stored numbers `repack` rearranges; the others are read straight into the record.
         tile_loader: the Triton twin of `decode`, if it is not in `kernels/tiles.py`.
     """
 
     name: str = ""
+    ignored: tuple[str, ...] = ()
     repacked: frozenset[str] = frozenset()
     tile_loader: Any = None
 
@@ -64,14 +66,22 @@ class Format:
         """Bytes that `decode` takes at most, the result and what it is made from."""
         raise NotImplementedError
 
-    def claims(self, quantization: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint whose config has this `quantization_config` is stored in this format."""
-        del quantization
-        return False
+    def claim(self, quantization: Mapping[str, Any]) -> "tuple[Format, ...]":
+        """The formats that a checkpoint with this `quantization_config` is stored in; empty if it is of another kind.
 
-    def split_key(self, key: str) -> tuple[str, str] | None:
-        """The key that an unpacked checkpoint has for a tensor, and the part that this key holds; None: not this format's."""
-        del key
+        What the config states, such as a group size, is a field of what is returned: the same object for the same values.
+        """
+        del quantization
+        return ()
+
+    def split_key(self, key: str, stored: str) -> tuple[str, str] | None:
+        """The key that an unpacked checkpoint has for a tensor, and the part that this key holds; None: not this format's.
+
+        Args:
+            key: in the checkpoint.
+            stored: number type of the tensor, as safetensors names it.
+        """
+        del key, stored
         return None
 
     def repack(self, part: str, stored: Tensor) -> Tensor:

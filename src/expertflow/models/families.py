@@ -67,7 +67,7 @@ class Family:
 
 
 def _family(model_type: str, title: str, examples: str, **tiny: Any) -> Family:
-    own = {name: tiny.pop(name) for name in ("activation", "no_graph", "rereads_beyond") if name in tiny}
+    own = {name: tiny.pop(name) for name in ("activation", "no_graph", "rereads_beyond", "expert_key") if name in tiny}
     return Family(
         model_type=model_type, title=title, examples=examples, tiny=MappingProxyType({**_BASE, **tiny}), **own
     )

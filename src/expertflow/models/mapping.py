@@ -133,17 +133,19 @@ def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
     transforms = get_model_conversion_mapping(skeleton.model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    packed = {key for key in tensors if _format_of(skeleton, key)[0] is not PLAIN}
-    _refuse_packed_dense(skeleton, packed)
     for key, tensor in tensors.items():
-        if key in packed:
-            continue
-        renamed, pattern = rename_source_key(key, renamings, converters)
+        stored_as, plain_key, _ = _format_of(skeleton, tensor)
+        renamed, pattern = rename_source_key(plain_key, renamings, converters)
         named = renamed if renamed in wanted else f"{skeleton.model.base_model_prefix}.{renamed}"
-        if pattern is None and named in wanted:
-            _check_shape(tensor, tuple(wanted[named].shape))
-            if wanted[named].is_floating_point():
-                _check_dtype(tensor, skeleton, convert=convert or tensor.dtype == "F32")
+        if pattern is not None or named not in wanted:
+            continue
+        if stored_as is not PLAIN:
+            raise UnsupportedModelError(
+                f"{key!r} is stored as {stored_as.name} and is no expert's", "Only experts may be stored so."
+            )
+        _check_shape(tensor, tuple(wanted[named].shape))
+        if wanted[named].is_floating_point():
+            _check_dtype(tensor, skeleton, convert=convert or tensor.dtype == "F32")
 
 
 _Stored = dict[tuple[int, int], StoredTensor]
@@ -158,30 +160,38 @@ class _Found:
     parts: dict[str, _Stored] = field(default_factory=dict)
 
 
-def _format_of(skeleton: Skeleton, key: str) -> tuple[Format, str, str]:
+def _format_of(skeleton: Skeleton, tensor: StoredTensor) -> tuple[Format, str, str]:
     """The format of a checkpoint tensor, the key it would have if it were plain, and the part it holds."""
-    split = None if skeleton.packed is None else skeleton.packed.split_key(key)
-    return (PLAIN, key, VALUES) if skeleton.packed is None or split is None else (skeleton.packed, *split)
+    for format_ in skeleton.packed:
+        if (split := format_.split_key(tensor.key, tensor.dtype)) is not None:
+            return (format_, *split)
+    return PLAIN, tensor.key, VALUES
+
+
+def needed(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The checkpoint without what its formats need nothing of, such as the shapes of packed tensors."""
+    ends = tuple(end for format_ in skeleton.packed for end in format_.ignored)
+    return {key: tensor for key, tensor in tensors.items() if not (ends and key.endswith(ends))}
 
 
 def _collect(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[tuple[str, str], _Found]:
     targets = {(path, spec.name) for path in skeleton.expert_modules for spec in skeleton.specs}
     found: dict[tuple[str, str], _Found] = {}
     by_plain_key: dict[str, list[tuple[str, Format, str]]] = {}
-    for key in tensors:
-        stored_as, plain_key, part = _format_of(skeleton, key)
+    for key, tensor in tensors.items():
+        stored_as, plain_key, part = _format_of(skeleton, tensor)
         by_plain_key.setdefault(plain_key, []).append((key, stored_as, part))
     for plain_key, module, name, where in _resolve(skeleton, by_plain_key):
         if (module, name) not in targets:
             continue
         for key, stored_as, part in by_plain_key[plain_key]:
-            tensor = found.setdefault((module, name), _Found(stored_as))
-            if tensor.format is not stored_as:
+            entry = found.setdefault((module, name), _Found(stored_as))
+            if entry.format is not stored_as:
                 raise CheckpointError(
-                    f"{name} of {module} is stored as {tensor.format.name} and, in {key!r}, as {stored_as.name}",
+                    f"{name} of {module} is stored as {entry.format.name} and, in {key!r}, as {stored_as.name}",
                     "All experts of a layer must be stored alike: fetch the checkpoint again.",
                 )
-            stored = tensor.parts.setdefault(part, {})
+            stored = entry.parts.setdefault(part, {})
             same = next((place for place in stored if place == where or -1 in (place[0], where[0])), None)
             if same is not None:
                 raise CheckpointError(
@@ -190,23 +200,6 @@ def _collect(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[tu
                 )
             stored[where] = tensors[key]
     return found
-
-
-def _refuse_packed_dense(skeleton: Skeleton, keys: Iterable[str]) -> None:
-    """Only experts may be packed.
-
-    Raises:
-        UnsupportedModelError: if a packed tensor is no expert's.
-    """
-    by_plain_key = {_format_of(skeleton, key)[1]: key for key in keys}
-    modules = set(skeleton.expert_modules)
-    of_experts = {key for key, module, _, _ in _resolve(skeleton, by_plain_key) if module in modules}
-    if others := sorted(by_plain_key.keys() - of_experts):
-        key = by_plain_key[others[0]]
-        raise UnsupportedModelError(
-            f"{key!r} is stored as {_format_of(skeleton, key)[0].name} and is no expert's",
-            "Only experts may be stored so.",
-        )
 
 
 def _resolve(skeleton: Skeleton, keys: Iterable[str]) -> Iterable[tuple[str, str, str, tuple[int, int]]]:
@@ -295,10 +288,16 @@ def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored
     return pieces
 
 
+def _widened(piece: ExpertPiece) -> bool:
+    """Whether a float part is stored in fewer bytes than a record holds it in, which loses nothing."""
+    stored = run_dtype(piece.source.dtype)
+    return stored is not None and piece.part.dtype == "float32"
+
+
 def _check_piece(piece: ExpertPiece, skeleton: Skeleton, *, convert: bool) -> None:
     if piece.spec.format is PLAIN:
         _check_dtype(piece.source, skeleton, convert=convert)
-    elif piece.source.dtype != DTYPES[piece.part.dtype].stored:
+    elif piece.source.dtype != DTYPES[piece.part.dtype].stored and not _widened(piece):
         raise CheckpointError(
             f"{piece.source.key!r} is stored as {piece.source.dtype}, the format {piece.spec.format.name} has "
             f"{DTYPES[piece.part.dtype].stored} there",

@@ -49,7 +49,7 @@ class Skeleton:
         specs: the tensors of one expert as the module computes with them, plain numbers of `dtype`.
         dtype: dtype the model will run in.
         dtype_source: where that comes from, as the beginning of a sentence.
-        packed: the format of its packed weights by the config, or None.
+        packed: the formats that some of its weights are stored in, as its config states.
         notes: remarks for the user on how it runs, one sentence each.
     """
 
@@ -64,7 +64,7 @@ class Skeleton:
     specs: tuple[TensorSpec, ...]
     dtype: str
     dtype_source: str = "the config says"
-    packed: Format | None = None
+    packed: tuple[Format, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -101,7 +101,7 @@ def build_skeleton(folder: Path, dtype: str, formats: Formats = FORMATS) -> Skel
     whole = _read_config(folder)
     base_class = _model_class(folder, whole)
     config, notes = _text_part(whole, base_class)
-    packed = _packed_format(folder, (whole, config), formats)
+    packed = _packed_formats(folder, (whole, config), formats)
     model_class = _emptied_class(base_class)
     with describing(folder / "config.json", "describes no model that can be built"), torch.device("meta"):
         model = model_class(config)
@@ -113,7 +113,7 @@ def build_skeleton(folder: Path, dtype: str, formats: Formats = FORMATS) -> Skel
     stated = config.dtype or whole.dtype
     runs_in = str(stated).removeprefix("torch.") if dtype == "auto" else dtype
     if dtype == "auto" and stated is None:
-        runs_in = _stored_dtype(walk(folder))
+        runs_in = _stored_dtype(walk(folder), packed)
         notes = (*notes, f"config.json states no dtype: it runs in {runs_in}, the dtype of most expert weights")
     return Skeleton(
         folder=folder,
@@ -191,18 +191,18 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise
 
 
-def _packed_format(folder: Path, configs: tuple[PreTrainedConfig, ...], formats: Formats) -> Format | None:
-    """The format of a quantised checkpoint. Deletes the configs' entry for it, so the model is built as if decoded.
+def _packed_formats(folder: Path, configs: tuple[PreTrainedConfig, ...], formats: Formats) -> tuple[Format, ...]:
+    """The formats of a quantised checkpoint. Deletes the configs' entry for them, so the model is built as if decoded.
 
     Raises:
         UnsupportedModelError: if no format of the table claims it.
     """
     quantization = _quantization(folder, configs)
     if not quantization:
-        return None
+        return ()
     about = quantization if isinstance(quantization, Mapping) else {}
-    found = next((one for one in formats.values() if one.claims(about)), None)
-    if found is None:
+    found = next((claimed for one in formats.values() if (claimed := one.claim(about))), ())
+    if not found:
         refuse_quantised(folder, quantization, walk(folder))
     for config in configs:
         if hasattr(config, "quantization_config"):
@@ -241,9 +241,15 @@ def _text_part(
     return config.get_text_config(), (note,)
 
 
-def _stored_dtype(tensors: Mapping[str, StoredTensor]) -> str:
-    """The float dtype of most expert elements of a checkpoint; of all elements if no name contains `expert`."""
-    floats = {key: tensor for key, tensor in tensors.items() if run_dtype(tensor.dtype)}
+def _stored_dtype(tensors: Mapping[str, StoredTensor], packed: tuple[Format, ...]) -> str:
+    """The float dtype of most expert elements of a checkpoint; of all elements if no name contains `expert`.
+
+    Parts of packed tensors, such as scales, do not count.
+    """
+    plain_ones = {
+        key: tensor for key, tensor in tensors.items() if not any(one.split_key(key, tensor.dtype) for one in packed)
+    }
+    floats = {key: tensor for key, tensor in plain_ones.items() if run_dtype(tensor.dtype)}
     chosen = {key: tensor for key, tensor in floats.items() if ".experts." in key} or floats
     elements = Counter[str]()
     for tensor in chosen.values():

@@ -21,7 +21,7 @@ from expertflow.models.files.checkpoint import StoredTensor, walk
 from expertflow.models.files.fingerprint import fingerprint
 from expertflow.models.files.identity import ContentHash, spans_of, stamps
 from expertflow.models.load import fill_records, load_dense
-from expertflow.models.mapping import ExpertPiece, check_dense, map_experts
+from expertflow.models.mapping import ExpertPiece, check_dense, map_experts, needed
 from expertflow.models.skeleton import Skeleton
 from expertflow.progress import Progress
 
@@ -127,7 +127,7 @@ class FileWeights:
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
         """Walk the folder's shards. See `WeightsSource`."""
-        tensors = walk(skeleton.folder)
+        tensors = needed(skeleton, walk(skeleton.folder))
         found = map_experts(skeleton, tensors, convert=convert)
         check_dense(skeleton, tensors, convert=convert)
         return Located(
@@ -264,9 +264,9 @@ class RandomWeights:
         Raises:
             UnsupportedModelError: if the config says that experts are packed: random ones are plain.
         """
-        if skeleton.packed is not None:
+        if skeleton.packed:
             raise UnsupportedModelError(
-                f"{skeleton.folder} has experts stored as {skeleton.packed.name}, and random weights are plain numbers",
+                f"{skeleton.folder} has experts stored as {skeleton.packed[0].name}, and random weights are plain numbers",
                 "Take `quantization_config` out of config.json.",
             )
         mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
