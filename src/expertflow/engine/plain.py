@@ -5,7 +5,6 @@ plans, caches and copies.
 """
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from expertflow.config import EngineConfig, nearest
 from expertflow.engine.build import OffloadedModel, load_model
 from expertflow.engine.prepare import SHIPPED_MODEL
 from expertflow.errors import ConfigError, UnsupportedModelError
+from expertflow.execution.passes import unbound
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.experts import Uncopied
 from expertflow.models.sources import WeightsSource
@@ -116,20 +116,10 @@ def make_plain(offloaded: OffloadedModel) -> PreTrainedModel:
             if isinstance(module, PreTrainedModel):
                 _change_class(module, offloaded)
             # not bound methods: a module must not keep itself, and with it the expert store, alive
-            module._apply = partial(_apply_checked, _weakly(module, "_apply"), offloaded)  # noqa: SLF001 - what `to` and the like call
-            module.load_state_dict = partial(_load_checked, _weakly(module, "load_state_dict"), inside)
+            module._apply = partial(_apply_checked, unbound(module, "_apply"), offloaded)  # noqa: SLF001 - what `to` and the like call
+            module.load_state_dict = partial(_load_checked, unbound(module, "load_state_dict"), inside)
     offloaded.let_go_of_model()
     return model
-
-
-def _weakly(module: nn.Module, name: str) -> Callable[..., Any]:
-    """A method of a module's class that does not keep the module alive."""
-    method, found = getattr(type(module), name), weakref.ref(module)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return method(found(), *args, **kwargs)
-
-    return call
 
 
 def _change_class(module: PreTrainedModel, offloaded: OffloadedModel) -> None:

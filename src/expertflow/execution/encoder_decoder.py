@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import EncoderDecoderCache, PreTrainedModel
 
-from expertflow.execution.kv_rows import ForwardInput, RowCache, RowLayer, step_masks
+from expertflow.execution.kv_rows import ForwardInput, OfModel, RowCache, RowLayer, step_masks
 from expertflow.models.attention import cache_argument
 from expertflow.models.context import ForwardContext
 from expertflow.models.skeleton import Skeleton
@@ -83,7 +83,7 @@ class ReadLayer(RowLayer):
         """As `keys`."""
 
 
-class EncoderDecoderRows:
+class EncoderDecoderRows(OfModel):
     """An encoder-decoder model's forward over rows.
 
     Args:
@@ -118,13 +118,6 @@ class EncoderDecoderRows:
             if getattr(module, "has_relative_attention_bias", False):
                 module.compute_bias = _row_bias(module, context)
         self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The loaded model; not kept alive, because its passes refer to what refers to these rows."""
-        model = self._model()
-        assert model is not None, "the rows of a model that is gone"
-        return model
 
     def clear(self, row: int) -> None:
         """Clear a row for a new sequence: what the former one wrote, and what its encoder had read."""

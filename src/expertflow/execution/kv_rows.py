@@ -118,7 +118,20 @@ class RowCache(Cache):
         self._written[row] = 0
 
 
-class RowModel:
+class OfModel:
+    """Refers to the loaded model without keeping it alive, because the model's passes refer to its KV rows."""
+
+    _model: Callable[[], PreTrainedModel | None]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The loaded model."""
+        model = self._model()
+        assert model is not None, "the rows of a model that is gone"
+        return model
+
+
+class RowModel(OfModel):
     """A decoder-only model's forward over rows of one cache.
 
     Args:
@@ -151,13 +164,6 @@ class RowModel:
         self._dtype = getattr(torch, skeleton.dtype)
         self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
         self.cache = RowCache(len(windows), rows, length, context)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The loaded model; not kept alive, because its passes refer to what refers to these rows."""
-        model = self._model()
-        assert model is not None, "the rows of a model that is gone"
-        return model
 
     def clear(self, row: int) -> None:
         """Clear a row for a new sequence."""

@@ -48,7 +48,7 @@ class Passes:
             module: a module that calls experts: the model, its decoder, its encoder.
             begins: whether the call begins a step inside another pass too, as an encoder's does.
         """
-        own = _unbound_forward(module)
+        own = unbound(module, "forward")
 
         @torch.compiler.disable(recursive=False, reason="passes run one at a time")
         def locked(*args: Any, **kwargs: Any) -> Any:
@@ -77,16 +77,17 @@ class Passes:
         module.forward = forward
 
 
-def _unbound_forward(module: nn.Module) -> Callable[..., Any]:
-    """A module's forward, which does not keep the module alive if it is the one of its class."""
-    if "forward" in vars(module):
-        return module.forward
-    kind, owner = type(module).forward, weakref.ref(module)
+def unbound(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A module's method, which does not keep the module alive if it is the one of its class."""
+    if name in vars(module):
+        own: Callable[..., Any] = vars(module)[name]
+        return own
+    method, owner = getattr(type(module), name), weakref.ref(module)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return kind(owner(), *args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(owner(), *args, **kwargs)
 
-    return forward
+    return call
 
 
 def stock_forward(module: nn.Module) -> Callable[..., Any]:

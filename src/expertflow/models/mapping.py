@@ -288,16 +288,10 @@ def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored
     return pieces
 
 
-def _widened(piece: ExpertPiece) -> bool:
-    """Whether a float part is stored in fewer bytes than a record holds it in, which loses nothing."""
-    stored = run_dtype(piece.source.dtype)
-    return stored is not None and piece.part.dtype == "float32"
-
-
 def _check_piece(piece: ExpertPiece, skeleton: Skeleton, *, convert: bool) -> None:
     if piece.spec.format is PLAIN:
         _check_dtype(piece.source, skeleton, convert=convert)
-    elif piece.source.dtype != DTYPES[piece.part.dtype].stored and not _widened(piece):
+    elif piece.source.dtype != DTYPES[piece.part.dtype].stored:
         raise CheckpointError(
             f"{piece.source.key!r} is stored as {piece.source.dtype}, the format {piece.spec.format.name} has "
             f"{DTYPES[piece.part.dtype].stored} there",

@@ -5,6 +5,7 @@ several share a pass. Must not know requests, tokens and models.
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from expertflow.errors import ConfigError
@@ -89,11 +90,9 @@ class WhenItPays:
         return True
 
 
-ADMISSIONS: Mapping[str, Callable[[Callable[[], Costs]], Admission]] = {
-    "pays": WhenItPays,
-    "at once": lambda _: AtOnce(),
-    "static": lambda _: StaticBatches(),
-}
+ADMISSIONS: Mapping[str, Callable[[Callable[[], Costs]], Admission]] = MappingProxyType(
+    {"pays": WhenItPays, "at once": lambda _: AtOnce(), "static": lambda _: StaticBatches()}
+)
 """Rules by name; each entry makes a rule from a function that returns what passes and rounds take."""
 
 
