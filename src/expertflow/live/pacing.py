@@ -6,8 +6,8 @@ Pure numbers. Must not know tensors, sequences and events.
 import logging
 
 IDLE_STEPS = 4
-"""Decode steps without a load after which the predictor pauses; the next load resumes it. Measurements with 1, 4 and 16
-gave equal results (docs/lab-notes.md): predicting costs little, and saves nothing where everything is resident."""
+"""Decode steps without a load after which the predictor pauses; the next load resumes it. Measurements did not tell
+1, 4 and 16 apart (docs/lab-notes.md): predicting costs little, and saves nothing where everything is resident."""
 JUDGED_PREFETCHES = 32
 """Prefetches after which the predictor is judged."""
 NEEDED_SHARE = 2 / 3
