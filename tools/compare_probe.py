@@ -192,13 +192,13 @@ def triton_kernels() -> Iterator[Counter[str]]:
     patches.append(mock.patch.object(interpreter.GridExecutor, "__call__", count))
     if len(patches) == 1:
         raise RuntimeError(f"no function named {' or '.join(CHOOSERS)} chooses kernels: name it in CHOOSERS")
-    for patch in patches:
-        patch.start()
+    for each in patches:
+        each.start()
     try:
         yield ran
     finally:
-        for patch in patches:
-            patch.stop()
+        for each in patches:
+            each.stop()
     if not ran:
         raise RuntimeError("no Triton kernel ran")
 
