@@ -101,14 +101,14 @@ class DenseFiles:
 
     def __init__(self) -> None:
         """Read files as a checkpoint's."""
-        self._files = find("expertflow.models.sources.FileWeights")()
+        self._files = find("expertflow.models.weights.sources.FileWeights")()
 
     def locate(self, skeleton: Any, *, convert: bool) -> Any:
         """The folder's tensors, none of which is an expert's."""
         del convert
         tensors = find("expertflow.models.files.checkpoint.walk")(skeleton.folder)
         layers = (skeleton.specs,) * len(skeleton.expert_modules)
-        return find("expertflow.models.sources.Located")(
+        return find("expertflow.models.weights.sources.Located")(
             skeleton=skeleton, fingerprint="", layers=layers, tensors=tensors
         )
 
@@ -339,7 +339,7 @@ def write_folder(shape: str, folder: Path, trace: Path, *, tiny: bool) -> None:
     config.dtype = "bfloat16"
     config.save_pretrained(folder)
     skeleton = find("expertflow.models.skeleton.build_skeleton")(folder, "bfloat16")
-    source = find("expertflow.models.sources.RandomWeights")(seed=SEED, embedding=SHAPES[shape][1])
+    source = find("expertflow.models.weights.sources.RandomWeights")(seed=SEED, embedding=SHAPES[shape][1])
     located = source.locate(skeleton, convert=False)
     state = source.load_dense(located, torch.device(device())).state_dict()
     find("safetensors.torch.save_file")(

@@ -48,7 +48,7 @@ from expertflow.bench.result import PEAK, Result, Row, write_result
 from expertflow.bench.shared_host import release
 from expertflow.cli.bench import show
 from expertflow.models.families import FAMILIES
-from expertflow.models.sources import RandomWeights
+from expertflow.models.weights.sources import RandomWeights
 
 STARTED = time.perf_counter()
 PROMPTS, SHORTEST, LONGEST = 64, 32, 64

@@ -21,7 +21,7 @@ from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 from expertflow import LLM
 from expertflow.bench.shared_host import library_bytes, release
 from expertflow.execution.replay import Replay
-from expertflow.models.sources import RandomWeights
+from expertflow.models.weights.sources import RandomWeights
 from expertflow.predict.artifact import load_artifact, save_artifact
 from expertflow.trace.format import Trace
 

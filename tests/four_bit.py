@@ -27,22 +27,31 @@ class FourBit(Format):
         self.tile_loader = tile_loader()
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
-        n, k = _sizes(spec)
+        n, k = spec.outputs, spec.inputs
         stored = (n, k // GROUP, GROUP // 2) if self._blocks else (n, k // 2)
         return (
             Part(name="codes", shape=(n, k // 2), dtype="uint8", stored=stored),
             Part(name="scales", shape=(n, k // GROUP), dtype="uint8", stored=(n, k // GROUP)),
         )
 
-    def decode(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
-        n, k = _sizes(spec)
+    decode_bytes_each = 10  # codes, and two copies in float32
+
+    def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
+        n, k = spec.shape
         codes = parts["codes"].view(n, k // GROUP, 1, GROUP // 2)
         both = torch.cat([codes & 15, codes >> 4], dim=2).view(n, k // GROUP, GROUP)
-        return numbers(both, parts["scales"], spec)
+        return numbers(both, parts["scales"], spec.dtype)
 
-    def decode_bytes(self, spec: TensorSpec) -> int:
-        n, k = _sizes(spec)
-        return n * k * 10  # codes, and two copies in float32
+    def logical_shape(self, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        return stored["scales"][0], stored["scales"][1] * GROUP
+
+    def draw(self, spec: TensorSpec, generator: torch.Generator, std: float) -> dict[str, Tensor]:
+        del std  # about .02, whatever is asked for
+        codes, scales = (
+            torch.randint(low, high, part.shape, generator=generator, dtype=torch.uint8, device=generator.device)
+            for part, (low, high) in zip(self.parts(spec), ((0, 256), (119, 121)), strict=True)
+        )
+        return {"codes": codes, "scales": scales}
 
     def claim(self, quantization: Mapping[str, Any]) -> tuple[Format, ...]:
         return (self,) if quantization.get("quant_method") == self.name else ()
@@ -52,24 +61,18 @@ class FourBit(Format):
         found = next((suffix for suffix in self._suffixes if key.endswith(suffix)), None)
         return None if found is None else (key.removesuffix(found), self._suffixes[found])
 
-    def repack(self, part: str, stored: Tensor) -> Tensor:
+    def repack(self, spec: TensorSpec, part: str, stored: Tensor) -> Tensor:
+        del spec
         assert part == "codes"
         pairs = stored.view(stored.shape[0], -1, GROUP // 2, 1)
         in_order = torch.cat([pairs & 15, pairs >> 4], dim=3).view(*pairs.shape[:2], GROUP)
         return (in_order[..., : GROUP // 2] | in_order[..., GROUP // 2 :] << 4).view(stored.shape[0], -1)
 
 
-def _sizes(spec: TensorSpec) -> tuple[int, int]:
-    """Outputs and inputs."""
-    n, k = spec.shape[::-1] if spec.transposed else spec.shape
-    return n, k
-
-
-def numbers(codes: Tensor, scales: Tensor, spec: TensorSpec) -> Tensor:
-    """The weight of codes `[N, K / 32, 32]` and scales `[N, K / 32]`."""
-    values = torch.ldexp(codes.float() - 8, scales.int()[..., None] - 127).to(getattr(torch, spec.dtype))
-    values = values.view(codes.shape[0], -1)
-    return values.t().contiguous() if spec.transposed else values
+def numbers(codes: Tensor, scales: Tensor, dtype: str) -> Tensor:
+    """The weight `[N, K]` of codes `[N, K / 32, 32]` and scales `[N, K / 32]`."""
+    values = torch.ldexp(codes.float() - 8, scales.int()[..., None] - 127).to(getattr(torch, dtype))
+    return values.view(codes.shape[0], -1)
 
 
 def tile_loader() -> Any:

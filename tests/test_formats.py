@@ -21,8 +21,8 @@ from expertflow.formats.plain import plain
 from expertflow.formats.records import ALIGNMENT, RecordLayout, StoreLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
-from expertflow.models import mapping
-from expertflow.models.sources import RandomWeights
+from expertflow.models.weights import mapping
+from expertflow.models.weights.sources import RandomWeights
 from four_bit import GROUP, LINEAR, STACKED, TABLE, FourBit, numbers
 from helpers import DEVICES, MakeCheckpoint
 
@@ -78,10 +78,9 @@ def draw(key: str, value: Tensor, format_: FourBit, generator: torch.Generator) 
     n, k = shape[::-1] if stacked else shape
     codes = torch.randint(0, 16, (len(whole), n, k // GROUP, GROUP), generator=generator, dtype=torch.uint8)
     scales = torch.randint(120, 126, (len(whole), n, k // GROUP), generator=generator, dtype=torch.uint8)
-    spec = TensorSpec(
-        name=key, shape=tuple(shape), dtype=str(value.dtype).removeprefix("torch."), format=format_, transposed=stacked
-    )
-    decoded = torch.stack([numbers(one, scale, spec) for one, scale in zip(codes, scales, strict=True)])
+    dtype = str(value.dtype).removeprefix("torch.")
+    decoded = torch.stack([numbers(one, scale, dtype) for one, scale in zip(codes, scales, strict=True)])
+    decoded = decoded.mT.contiguous() if stacked else decoded
     pairs = codes[..., ::2] | codes[..., 1::2] << 4  # adjacent codes in a byte
     if stacked:
         return {f"{key}_blocks": pairs, f"{key}_scales": scales, key: decoded}
@@ -177,7 +176,7 @@ def test_what_a_packed_checkpoint_lacks_is_named(make_twins: Twins, tmp_path: Pa
         "should be": {key: value for key, value in state.items() if key != f"{name}_scale"},
         "has U8 there": {**state, f"{name}_scale": state[f"{name}_scale"].float()},
         "must be stored alike": {**state, name: torch.zeros(1)},
-        "no expert's": {**state, "model.layers.0.self_attn.q_proj.weight_packed": torch.zeros(1, dtype=torch.uint8)},
+        "plain numbers": {**state, "model.layers.0.self_attn.q_proj.weight_packed": torch.zeros(1, dtype=torch.uint8)},
     }
     for number, (message, tensors) in enumerate(spoilt.items()):
         folder = tmp_path / str(number)
@@ -254,11 +253,15 @@ def test_a_store_is_shared_with_the_same_formats_only(make_twins: Twins) -> None
             LLM(decoded, slots=5, device="cpu", max_length=32, formats=TABLE, beside=first)
 
 
-def test_random_weights_stand_in_for_plain_experts_only(make_twins: Twins) -> None:
-    """A stand-in for a packed model would have records of the wrong size."""
+def test_random_weights_are_packed_where_the_config_says_so(make_twins: Twins) -> None:
+    """A stand-in for a packed model has records of its size, and answers."""
     packed, _ = make_twins("qwen3_moe", "float32")
-    with pytest.raises(UnsupportedModelError, match="four-bit"):
-        prepare(packed, EngineConfig(device="cpu"), weights=RandomWeights(), formats=TABLE)
+    plans = [
+        prepare(packed, EngineConfig(device="cpu"), weights=one, formats=TABLE).plan for one in (None, RandomWeights())
+    ]
+    assert plans[0].record_bytes == plans[1].record_bytes
+    with LLM(packed, device="cpu", slots=5, max_length=32, weights=RandomWeights(), formats=TABLE) as llm:
+        assert len(llm.generate(PROMPTS[0], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
 
 
 def test_a_part_that_a_format_does_not_decode_is_refused(make_twins: Twins, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
 from expertflow.errors import ClosedError, ConfigError, ExpertFlowError, PredictorError
 from expertflow.models.families import FAMILIES
-from expertflow.models.sources import FileWeights, RandomWeights
+from expertflow.models.weights.sources import FileWeights, RandomWeights
 from helpers import MakeCheckpoint, MakePredictor
 
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)

@@ -73,13 +73,13 @@ MUTATIONS = (
     Mutation("padding is routed to experts", "execution/runner.py", "self._padding(mask == 0), [piece", "self._padding(mask < 0), [piece", ("test_scheduler.py", "-k", "padding_uses")),
     Mutation("a sequence steps at the position before", "execution/runner.py", "positions[:, None]\n", "positions[:, None] - 1\n", TOKENS),
     Mutation("a chunk of a prompt begins at zero", "execution/runner.py", "torch.arange(piece.begin, piece.begin + len(piece.tokens))", "torch.arange(len(piece.tokens))", ("test_attention.py", "-k", "size_of_a_pass and qwen3_moe")),
-    Mutation("gate and up exchanged", "models/mapping.py", "for place in sorted(stored) if place[0] == expert", "for place in sorted(stored, reverse=True) if place[0] == expert", TOKENS),
+    Mutation("gate and up exchanged", "models/weights/mapping.py", "for place in sorted(stored) if place[0] == expert", "for place in sorted(stored, reverse=True) if place[0] == expert", TOKENS),
     # recorded routing, rules of admission, sources of weights
     Mutation("a token uses the experts of the one before", "execution/replay.py", "now.rows[:, None], now.columns]", "now.rows[:, None], now.columns - 1]", ("test_replay.py", "-k", "what_was_recorded")),
     Mutation("recorded routes of another KV row", "execution/replay.py", "now.rows[:, None], now.columns]", "now.rows.flip(0)[:, None], now.columns]", ("test_replay.py", "-k", "what_was_recorded")),
     Mutation("static batches are joined", "schedule/admission.py", "> 0 and not now.live", "> 0", ("test_scheduler.py", "-k", "rules")),
     Mutation("a request waits for longer than passes take", "schedule/admission.py", "self._waited < LONGEST_WAIT * costs.pass_", "self._waited < 2 * LONGEST_WAIT * costs.pass_", ("test_scheduler.py", "-k", "no_request_waits_longer")),
-    Mutation("experts of another seed", "models/sources.py", "manual_seed(self.seed + 1)", "manual_seed(1)", ("test_sources.py", "-k", "seed_decides")),
+    Mutation("experts of another seed", "models/weights/sources.py", "manual_seed(self.seed + 1)", "manual_seed(1)", ("test_sources.py", "-k", "seed_decides")),
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from expertflow.engine.llm import shipped_model
 from expertflow.engine.text import load_tokenizer
 from expertflow.errors import BudgetError, ConfigError, PredictorError
 from expertflow.models.files.checkpoint import resolve
-from expertflow.models.sources import WeightsSource
+from expertflow.models.weights.sources import WeightsSource
 from expertflow.units import parse_slots
 
 Report = Callable[[str, int, int], None]

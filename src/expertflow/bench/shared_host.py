@@ -23,7 +23,7 @@ from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.llm import LLM
 from expertflow.engine.prepare import prepare
 from expertflow.events import CacheCounters
-from expertflow.models.sources import WeightsSource
+from expertflow.models.weights.sources import WeightsSource
 
 _PROBES, _PROBE_BYTES = 5, 1 << 28
 _LARGEST_PASS = 512

@@ -47,8 +47,8 @@ from expertflow.memory.store import (
 from expertflow.memory.transfer import PlainTransfer, StreamTransfer, Transfer
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
-from expertflow.models.load import bind_experts, unbind_experts
-from expertflow.models.sources import SharedWeights, WeightsSource
+from expertflow.models.weights.load import bind_experts, unbind_experts
+from expertflow.models.weights.sources import SharedWeights, WeightsSource
 from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
 from expertflow.units import format_bytes, parse_bytes

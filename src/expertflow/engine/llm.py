@@ -26,7 +26,7 @@ from expertflow.errors import CancelledError, ConfigError, NonFiniteError, Unsup
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.replay import Replay
 from expertflow.formats.table import FORMATS, Formats
-from expertflow.models.sources import SharedWeights, WeightsSource
+from expertflow.models.weights.sources import SharedWeights, WeightsSource
 from expertflow.predict.artifact import Artifact
 from expertflow.progress import Progress
 from expertflow.schedule.admission import check_admission

@@ -24,7 +24,7 @@ from expertflow.errors import ConfigError, UnsupportedModelError
 from expertflow.execution.passes import unbound
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.experts import Uncopied
-from expertflow.models.sources import WeightsSource
+from expertflow.models.weights.sources import WeightsSource
 
 ATTENTIONS = ("eager", "sdpa")
 """Attention implementations that were compared with the stock model of the same one."""

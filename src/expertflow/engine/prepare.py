@@ -22,7 +22,7 @@ from expertflow.models.bounds import describing
 from expertflow.models.files.checkpoint import resolve
 from expertflow.models.shape import ModelShape, shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
-from expertflow.models.sources import FileWeights, Located, WeightsSource
+from expertflow.models.weights.sources import FileWeights, Located, WeightsSource
 from expertflow.predict.artifact import Artifact, load_artifact
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kernels import step_kernels

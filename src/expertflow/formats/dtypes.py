@@ -25,6 +25,10 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
         "bfloat16": Dtype(2, "BF16", runs=True),
         "float16": Dtype(2, "F16", runs=True),
         "uint8": Dtype(1, "U8"),
+        "int8": Dtype(1, "I8"),
+        "int32": Dtype(4, "I32"),
+        "float8_e4m3fn": Dtype(1, "F8_E4M3"),
+        "float8_e8m0fnu": Dtype(1, "F8_E8M0"),
     }
 )
 """By torch's name: `getattr(torch, name)` is the torch dtype."""

@@ -4,10 +4,11 @@ Must not know models and devices: a tensor is a name, a shape and a format here.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from expertflow.formats.dtypes import DTYPES
@@ -19,16 +20,20 @@ class Part:
 
     Attributes:
         name: within the format, such as `codes`.
-        shape: in the record. Tensors that are joined from several (gate and up) are joined along the first dimension, part by
-            part: it counts outputs, or blocks of them.
+        shape: in the record. Tensors that are joined from several (gate and up) hold those one after another: the first dimension
+            is a multiple of their number.
         dtype: a key of `DTYPES`.
-        stored: shape in the checkpoint, for one expert; it has the same numbers in the same order, unless the format repacks them.
+        stored: shape in the checkpoint, for one expert, of all joined tensors together.
+        joined: the dimension of `stored` along which joined tensors add up; None: each of them has the whole shape.
+        also: names, as in safetensors headers, of further number types that a checkpoint may hold and `dtype` holds exactly.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     stored: tuple[int, ...]
+    joined: int | None = 0
+    also: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -39,37 +44,61 @@ class Part:
 class Format:
     """A way to store a tensor. A new one is a subclass in a file of its own, an entry of `table.FORMATS`, and a tile loader.
 
+    Two formats of the same values are equal: a subclass with fields is a frozen dataclass.
+
     Attributes:
         name: of the format; `kernels/tiles.py` finds the tile loader by it.
         ignored: how keys end that hold nothing `decode` needs, such as shapes.
-        repacked: names of the parts whose stored numbers `repack` rearranges; the others are read straight into the record.
+        repacked: names of the parts whose stored numbers `repack` checks or rearranges; the others are read straight into the record.
         tile_loader: the Triton twin of `decode`, if it is not in `kernels/tiles.py`.
+        decode_bytes_each: bytes that decoding takes at most for each number, the result and what it is made from.
     """
 
     name: str = ""
     ignored: tuple[str, ...] = ()
     repacked: frozenset[str] = frozenset()
     tile_loader: Any = None
+    decode_bytes_each: int = 0
 
     def parts(self, spec: "TensorSpec") -> tuple[Part, ...]:
         """The arrays of a tensor."""
         raise NotImplementedError
 
-    def decode(self, spec: "TensorSpec", parts: Mapping[str, Tensor]) -> Tensor:
-        """The numbers, `spec.shape` in `spec.dtype`, on the device of the parts.
+    def numbers(self, spec: "TensorSpec", parts: Mapping[str, Tensor]) -> Tensor:
+        """The numbers of a tensor that is not joined, `[outputs, inputs]` in `spec.dtype`, on the device of the parts.
 
-        They are the format's own library's, rounded as that rounds. Where the parts are the numbers, no copy is made.
+        They are the format's own library's, rounded as that rounds.
         """
         raise NotImplementedError
 
+    def decode(self, spec: "TensorSpec", parts: Mapping[str, Tensor]) -> Tensor:
+        """The numbers, `spec.shape` in `spec.dtype`, contiguous, on the device of the parts.
+
+        Where the parts are the numbers, no copy is made.
+        """
+        each = [
+            self.numbers(
+                spec.one, {name: part.view(spec.joined, -1, *part.shape[1:])[place] for name, part in parts.items()}
+            )
+            for place in range(spec.joined)
+        ]
+        if spec.interleaved:
+            whole = torch.stack(each, dim=1).flatten(0, 1)
+        else:
+            whole = each[0] if len(each) == 1 else torch.cat(each)
+        return (whole.t() if spec.transposed else whole).contiguous()
+
     def decode_bytes(self, spec: "TensorSpec") -> int:
         """Bytes that `decode` takes at most, the result and what it is made from."""
-        raise NotImplementedError
+        return prod(spec.shape) * self.decode_bytes_each
 
     def claim(self, quantization: Mapping[str, Any]) -> "tuple[Format, ...]":
         """The formats that a checkpoint with this `quantization_config` is stored in; empty if it is of another kind.
 
-        What the config states, such as a group size, is a field of what is returned: the same object for the same values.
+        What the config states, such as a group size, is a field of what is returned.
+
+        Raises:
+            UnsupportedModelError: if it is of this kind, and of a variant that is not decoded.
         """
         del quantization
         return ()
@@ -84,15 +113,31 @@ class Format:
         del key, stored
         return None
 
-    def repack(self, part: str, stored: Tensor) -> Tensor:
-        """The numbers of a part as a record holds them: as many for each output as the checkpoint has.
+    def logical_shape(self, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """Outputs and inputs of a tensor whose parts have the given shapes in a checkpoint.
+
+        Raises:
+            KeyError: if the part that says so is missing.
+        """
+        raise NotImplementedError
+
+    def repack(self, spec: "TensorSpec", part: str, stored: Tensor) -> Tensor:
+        """The numbers of a part as a record holds them.
 
         Args:
+            spec: of the tensor; of one of them where several are joined.
             part: its name.
-            stored: `[outputs, *rest]`, as in the checkpoint; a part may be read in several pieces along its outputs.
+            stored: as in the checkpoint, in the shape and number type that it has there.
+
+        Raises:
+            ValueError: if they cannot be decoded; the message says why.
         """
-        del part
+        del spec, part
         return stored
+
+    def draw(self, spec: "TensorSpec", generator: torch.Generator, std: float) -> dict[str, Tensor]:
+        """Random parts of a tensor, in the shapes of the record, whose numbers have about the given standard deviation."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +150,8 @@ class TensorSpec:
         dtype: of the numbers, a name of `RUN_DTYPES`.
         format: how it is stored.
         transposed: whether the first dimension counts inputs instead of outputs.
+        joined: tensors of equal size that it consists of and that are packed each by itself, such as gate and up.
+        interleaved: whether outputs of the joined tensors alternate in `shape`; in a record they never do.
     """
 
     name: str
@@ -112,6 +159,25 @@ class TensorSpec:
     dtype: str
     format: Format
     transposed: bool = False
+    joined: int = 1
+    interleaved: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a weight, of all joined tensors together."""
+        return self.shape[-1] if self.transposed else self.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a weight."""
+        return self.shape[0] if self.transposed else self.shape[-1]
+
+    @property
+    def one(self) -> "TensorSpec":
+        """One of the joined tensors, `[outputs, inputs]`."""
+        return replace(
+            self, shape=(self.outputs // self.joined, self.inputs), transposed=False, joined=1, interleaved=False
+        )
 
     @property
     def parts(self) -> tuple[Part, ...]:

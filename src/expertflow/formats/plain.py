@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from expertflow.formats.format import Format, Part, TensorSpec
@@ -24,10 +25,10 @@ class Plain(Format):
         del spec
         return parts[VALUES]
 
-    def decode_bytes(self, spec: TensorSpec) -> int:
-        """0, because nothing is made."""
-        del spec
-        return 0
+    def draw(self, spec: TensorSpec, generator: torch.Generator, std: float) -> dict[str, Tensor]:
+        """Normally distributed numbers."""
+        values = torch.randn(spec.shape, device=generator.device, dtype=getattr(torch, spec.dtype), generator=generator)
+        return {VALUES: values * std}
 
 
 PLAIN = Plain()

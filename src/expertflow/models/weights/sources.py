@@ -6,23 +6,24 @@ know plans, slots and caches.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from expertflow.errors import ClosedError, ConfigError, UnsupportedModelError
+from expertflow.errors import ClosedError, ConfigError
 from expertflow.formats.format import TensorSpec
-from expertflow.formats.records import ExpertStore, StoreLayout
+from expertflow.formats.records import ExpertStore, RecordLayout, StoreLayout
 from expertflow.models.files.checkpoint import StoredTensor, walk
 from expertflow.models.files.fingerprint import fingerprint
 from expertflow.models.files.identity import ContentHash, spans_of, stamps
-from expertflow.models.load import fill_records, load_dense
-from expertflow.models.mapping import ExpertPiece, check_dense, map_experts, needed
 from expertflow.models.skeleton import Skeleton
+from expertflow.models.weights.dense import PackedTensor
+from expertflow.models.weights.load import fill_records, load_dense
+from expertflow.models.weights.mapping import ExpertPiece, check_dense, map_experts, needed
 from expertflow.progress import Progress
 
 _LONG_TO_LOAD = 1 << 30
@@ -44,6 +45,7 @@ class Located:
         layers: the tensors of one expert of each MoE layer, as they are stored.
         pieces: where the experts' bytes are; empty without files.
         tensors: the checkpoint, by key; empty without files.
+        packed: packed tensors that are no experts', by the key of an unpacked checkpoint.
     """
 
     skeleton: Skeleton
@@ -51,6 +53,7 @@ class Located:
     layers: tuple[tuple[TensorSpec, ...], ...]
     pieces: list[ExpertPiece] = field(default_factory=list)
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    packed: Mapping[str, PackedTensor] = field(default_factory=dict)
 
     @property
     def dense(self) -> dict[str, StoredTensor]:
@@ -129,13 +132,15 @@ class FileWeights:
         """Walk the folder's shards. See `WeightsSource`."""
         tensors = needed(skeleton, walk(skeleton.folder))
         found = map_experts(skeleton, tensors, convert=convert)
-        check_dense(skeleton, tensors, convert=convert)
+        experts = {piece.source.key for piece in found.pieces}
+        dense = {key: tensor for key, tensor in tensors.items() if key not in experts}
         return Located(
             skeleton=skeleton,
             fingerprint=fingerprint(tensors),
             layers=found.layers,
             pieces=found.pieces,
             tensors=tensors,
+            packed=check_dense(skeleton, dense, convert=convert),
         )
 
     def stamps(self, located: Located) -> Stamps:
@@ -150,7 +155,7 @@ class FileWeights:
 
     def load_dense(self, located: Located, device: torch.device) -> PreTrainedModel:
         """Load through transformers."""
-        return load_dense(located.skeleton, located.dense, device)
+        return load_dense(located.skeleton, located.dense, located.packed, device)
 
     def experts(
         self,
@@ -259,18 +264,19 @@ class RandomWeights:
         return False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
-        """Locate nothing, because no file is read.
-
-        Raises:
-            UnsupportedModelError: if the config says that experts are packed: random ones are plain.
-        """
-        if skeleton.packed:
-            raise UnsupportedModelError(
-                f"{skeleton.folder} has experts stored as {skeleton.packed[0].name}, and random weights are plain numbers",
-                "Take `quantization_config` out of config.json.",
-            )
+        """Locate nothing, because no file is read. Where the config says so, experts are packed; the dense part is plain."""
         mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
-        return Located(skeleton=skeleton, fingerprint=mark, layers=(skeleton.specs,) * len(skeleton.expert_modules))
+        specs = tuple(self._stored(skeleton, spec) for spec in skeleton.specs)
+        return Located(skeleton=skeleton, fingerprint=mark, layers=(specs,) * len(skeleton.expert_modules))
+
+    @staticmethod
+    def _stored(skeleton: Skeleton, spec: TensorSpec) -> TensorSpec:
+        """A tensor of an expert as checkpoints of its format have it: weights are packed, biases are not."""
+        if not skeleton.packed or len(spec.shape) == 1:
+            return spec
+        format_ = skeleton.packed[0]
+        joined = 2 if spec.name == "gate_up_proj" and not spec.transposed else 1
+        return replace(spec, format=format_, joined=joined)
 
     def stamps(self, located: Located) -> Stamps:
         """Seed and scale, and sizes and times of the setting files."""
@@ -315,9 +321,21 @@ class RandomWeights:
         store.lock()
         random = torch.Generator(device).manual_seed(self.seed + 1)
         count, size = store.buffer.shape
+        drawn = torch.zeros(size, dtype=torch.uint8, device=device)
         with Progress("drawing experts", store.nbytes, size=True, show=show and store.nbytes >= _LONG_TO_LOAD) as bar:
             for number in range(count):
-                values = torch.randn(size // dtype.itemsize, device=device, dtype=dtype, generator=random) * _STD
-                store.record(number).copy_(values.view(torch.uint8))
+                layout = store.layout.layers[number // located.skeleton.experts]
+                if layout.is_plain:
+                    drawn = torch.randn(size // dtype.itemsize, device=device, dtype=dtype, generator=random) * _STD
+                else:
+                    _draw(layout, drawn, random)
+                store.record(number).copy_(drawn.view(torch.uint8))
                 bar.advance(size)
         return store, self.identity(located)
+
+
+def _draw(layout: RecordLayout, record: Tensor, random: torch.Generator) -> None:
+    """Fill a record with random numbers, each tensor in its format."""
+    for spec in layout.specs:
+        for name, part in spec.format.draw(spec, random, _STD).items():
+            layout.part(record, spec.name, name).copy_(part.view(layout.part(record, spec.name, name).shape))

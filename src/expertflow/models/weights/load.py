@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,20 +25,27 @@ from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Binding, ExpertProvider
 from expertflow.models.files.checkpoint import StoredTensor, read_json
 from expertflow.models.files.identity import ContentHash, Span, in_threads
-from expertflow.models.mapping import ExpertPiece
 from expertflow.models.skeleton import Skeleton
+from expertflow.models.weights.dense import DecodedOnRead, PackedTensor, pack_part
+from expertflow.models.weights.mapping import ExpertPiece
 
 _NAMED = 5
 """Tensors that a warning names."""
 _Advance = Callable[[int], None]
 
 
-def load_dense(skeleton: Skeleton, dense: Mapping[str, StoredTensor], device: torch.device) -> PreTrainedModel:
+def load_dense(
+    skeleton: Skeleton,
+    dense: Mapping[str, StoredTensor],
+    packed: Mapping[str, PackedTensor],
+    device: torch.device,
+) -> PreTrainedModel:
     """Load everything but the experts through transformers, then move it to the device.
 
     Args:
         skeleton: the model.
         dense: the checkpoint's tensors without its experts, by key.
+        packed: those that are packed, by the key of an unpacked checkpoint.
         device: where the weights go.
 
     Raises:
@@ -49,11 +57,7 @@ def load_dense(skeleton: Skeleton, dense: Mapping[str, StoredTensor], device: to
     transformers_logging.disable_progress_bar()
     try:
         with ExitStack() as files:
-            opened = {
-                path: files.enter_context(safe_open(path, framework="pt"))
-                for path in {tensor.file for tensor in dense.values()}
-            }
-            state = {key: opened[tensor.file].get_slice(key) for key, tensor in dense.items()}
+            state = _dense_state(files, dense, packed)
             model, report = skeleton.model_class.from_pretrained(
                 None, config=skeleton.config, state_dict=state, dtype=dtype, output_loading_info=True
             )
@@ -84,6 +88,24 @@ def load_dense(skeleton: Skeleton, dense: Mapping[str, StoredTensor], device: to
         # out of the file's memory map: there it is 16-byte aligned only, and results depend on alignment
         tensor.data = tensor.data.to(device) if device.type != "cpu" else tensor.data.clone()
     return model
+
+
+def _dense_state(
+    files: ExitStack, dense: Mapping[str, StoredTensor], packed: Mapping[str, PackedTensor]
+) -> dict[str, Any]:
+    """What transformers reads in place of files: slices of them, and packed tensors that are decoded when they are read."""
+    paths = {tensor.file for tensor in dense.values()}
+    opened = {path: files.enter_context(safe_open(path, framework="pt")) for path in paths}
+
+    def read(tensor: StoredTensor) -> Tensor:
+        whole: Tensor = opened[tensor.file].get_tensor(tensor.key)
+        return whole
+
+    parts = {tensor.key for one in packed.values() for tensor in one.parts.values()}
+    state: dict[str, Any] = {
+        key: opened[tensor.file].get_slice(key) for key, tensor in dense.items() if key not in parts
+    }
+    return state | {key: DecodedOnRead(one, read) for key, one in packed.items()}
 
 
 def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
@@ -129,20 +151,18 @@ def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: C
 
 
 def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash) -> None:
-    source, part, format_ = piece.source, piece.part, piece.spec.format
+    source, part, spec = piece.source, piece.part, piece.spec
     stored = getattr(torch, BY_STORED_NAME[source.dtype])
-    count = piece.nbytes // stored.itemsize
-    target = records.layout.layers[piece.layer].part(records.record(piece.record), piece.spec.name, part.name).view(-1)
-    target = target[piece.begin : piece.begin + count]
-    direct = target.dtype == stored and part.name not in format_.repacked
-    landing = target if direct else torch.empty(count, dtype=stored)
+    target = records.layout.layers[piece.layer].part(records.record(piece.record), spec.name, part.name).view(-1)
+    target = target[piece.begin : piece.begin + piece.count]
+    direct = target.dtype == stored and part.name not in spec.format.repacked
+    landing = target if direct else torch.empty(piece.nbytes // stored.itemsize, dtype=stored)
     read = landing.view(torch.uint8)
     _read_into(descriptor, read, source, piece.offset)
     content.take(piece.span, [memoryview(read.numpy().data)])
-    if part.name in format_.repacked:
-        landing = format_.repack(part.name, landing.view(-1, *part.stored[1:])).reshape(-1)
     if not direct:
-        target.copy_(landing)
+        one = spec.one if piece.joined else spec
+        target.copy_(pack_part(one, part, source, landing.view(piece.stored)))
 
 
 def _read_into(descriptor: int, target: Tensor, source: StoredTensor, offset: int) -> None:

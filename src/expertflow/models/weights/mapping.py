@@ -5,7 +5,7 @@ Reads no data. Must not know where the bytes will go beyond tensor, part and off
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -20,13 +20,14 @@ from transformers.core_model_loading import (
 )
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
-from expertflow.formats.dtypes import DTYPES, run_dtype
+from expertflow.formats.dtypes import run_dtype
 from expertflow.formats.format import Format, Part, TensorSpec
-from expertflow.formats.plain import PLAIN, VALUES
+from expertflow.formats.plain import PLAIN
 from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.files.identity import Span
 from expertflow.models.refusals import converted_experts, lost_experts
 from expertflow.models.skeleton import Skeleton
+from expertflow.models.weights.dense import PackedTensor, check_part_dtype, check_shape, find_packed, format_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,9 @@ class ExpertPiece:
         spec: tensor of the expert.
         part: the part of it.
         begin: first number within that part.
+        count: numbers in that part.
         source: the checkpoint tensor.
+        stored: shape that the bytes have in the checkpoint.
         offset: first byte within the checkpoint tensor.
         nbytes: bytes in the file.
     """
@@ -49,9 +52,16 @@ class ExpertPiece:
     spec: TensorSpec
     part: Part
     begin: int
+    count: int
     source: StoredTensor
+    stored: tuple[int, ...]
     offset: int
     nbytes: int
+
+    @property
+    def joined(self) -> bool:
+        """Whether it is one of several tensors that are joined."""
+        return self.spec.joined > 1
 
     @property
     def span(self) -> Span:
@@ -98,13 +108,9 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
                     f"the checkpoint holds no {plain_spec.name} for {module}",
                     "It does not match its config: fetch it again.",
                 )
-            spec = replace(plain_spec, format=stored.format)
+            spec = _packed_spec(skeleton, plain_spec, stored)
             specs.append(spec)
-            if unknown := sorted(stored.parts.keys() - {part.name for part in spec.parts}):
-                raise UnsupportedModelError(
-                    f"{plain_spec.name} of {module} has a part {unknown[0]!r} that the format {stored.format.name} does not decode",
-                    "Fetch the model in another format.",
-                )
+            check_parts(spec, f"{plain_spec.name} of {module}", stored.parts.keys())
             for part in spec.parts:
                 pieces += _pieces(skeleton, layer, spec, part, stored.parts.get(part.name, {}))
         layers.append(tuple(specs))
@@ -114,7 +120,30 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
     return ExpertMap(pieces=pieces, layers=tuple(layers))
 
 
-def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, convert: bool) -> None:
+def _packed_spec(skeleton: Skeleton, spec: TensorSpec, found: "_Found") -> TensorSpec:
+    """A tensor of an expert as the checkpoint stores it."""
+    if found.format is PLAIN:
+        return spec
+    joined = max(len({place for _, place in stored}) for stored in found.parts.values())
+    module = skeleton.model.get_submodule(skeleton.expert_modules[0])
+    interleaved = joined > 1 and not getattr(module, "is_concatenated", True)
+    return replace(spec, format=found.format, joined=joined, interleaved=interleaved)
+
+
+def check_parts(spec: TensorSpec, name: str, found: Collection[str]) -> None:
+    """Check that a checkpoint has no parts of a packed tensor that its format does not decode.
+
+    Raises:
+        UnsupportedModelError: if it has.
+    """
+    if unknown := sorted(set(found) - {part.name for part in spec.parts}):
+        raise UnsupportedModelError(
+            f"{name} has a part {unknown[0]!r} that the format {spec.format.name} does not decode",
+            "Fetch the model in another format.",
+        )
+
+
+def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, convert: bool) -> dict[str, PackedTensor]:
     """Check every tensor that is no expert's against the model, from headers alone.
 
     Tensors that transformers computes from several others are left to its own checks on loading. float32 is accepted
@@ -122,30 +151,35 @@ def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
 
     Args:
         skeleton: the model.
-        tensors: the checkpoint.
+        tensors: the checkpoint without its experts, by key.
         convert: whether tensors may be of another float dtype than the model runs in.
 
+    Returns:
+        The tensors that are packed, by the key that an unpacked checkpoint has for them.
+
     Raises:
-        CheckpointError: if a tensor has another shape or dtype than in the config.
-        UnsupportedModelError: if weights are stored as integers.
+        CheckpointError: if a tensor has another shape or dtype than in the config, or lacks a part.
+        UnsupportedModelError: if weights are stored as integers that no format reads.
     """
     wanted = dict([*skeleton.model.named_parameters(), *skeleton.model.named_buffers()])
     transforms = get_model_conversion_mapping(skeleton.model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    for key, tensor in tensors.items():
-        stored_as, plain_key, _ = _format_of(skeleton, tensor)
-        renamed, pattern = rename_source_key(plain_key, renamings, converters)
+    found, packed = find_packed(skeleton, tensors), {}
+    parts = {tensor.key for one in found.values() for tensor in one.parts.values()}
+    for key in (*found, *(key for key in tensors if key not in parts)):
+        renamed, pattern = rename_source_key(key, renamings, converters)
         named = renamed if renamed in wanted else f"{skeleton.model.base_model_prefix}.{renamed}"
-        if pattern is not None or named not in wanted:
+        if pattern is None and named not in wanted:
             continue
-        if stored_as is not PLAIN:
-            raise UnsupportedModelError(
-                f"{key!r} is stored as {stored_as.name} and is no expert's", "Only experts may be stored so."
-            )
-        _check_shape(tensor, tuple(wanted[named].shape))
-        if wanted[named].is_floating_point():
-            _check_dtype(tensor, skeleton, convert=convert or tensor.dtype == "F32")
+        if key in found:
+            packed[key] = found[key].tensor(key, skeleton.dtype)
+            packed[key].check(None if pattern is not None else tuple(wanted[named].shape))
+        elif pattern is None:
+            check_shape(tensors[key], tuple(wanted[named].shape))
+            if wanted[named].is_floating_point():
+                _check_dtype(tensors[key], skeleton, convert=convert or tensors[key].dtype == "F32")
+    return packed
 
 
 _Stored = dict[tuple[int, int], StoredTensor]
@@ -160,14 +194,6 @@ class _Found:
     parts: dict[str, _Stored] = field(default_factory=dict)
 
 
-def _format_of(skeleton: Skeleton, tensor: StoredTensor) -> tuple[Format, str, str]:
-    """The format of a checkpoint tensor, the key it would have if it were plain, and the part it holds."""
-    for format_ in skeleton.packed:
-        if (split := format_.split_key(tensor.key, tensor.dtype)) is not None:
-            return (format_, *split)
-    return PLAIN, tensor.key, VALUES
-
-
 def needed(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The checkpoint without what its formats need nothing of, such as the shapes of packed tensors."""
     ends = tuple(end for format_ in skeleton.packed for end in format_.ignored)
@@ -179,7 +205,7 @@ def _collect(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[tu
     found: dict[tuple[str, str], _Found] = {}
     by_plain_key: dict[str, list[tuple[str, Format, str]]] = {}
     for key, tensor in tensors.items():
-        stored_as, plain_key, part = _format_of(skeleton, tensor)
+        stored_as, plain_key, part = format_of(skeleton, tensor)
         by_plain_key.setdefault(plain_key, []).append((key, stored_as, part))
     for plain_key, module, name, where in _resolve(skeleton, by_plain_key):
         if (module, name) not in targets:
@@ -240,71 +266,66 @@ def _place(key: str, pattern: str, converters: list[Any]) -> tuple[int, int]:
 
 
 def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored: _Stored) -> list[ExpertPiece]:
-    """The pieces of one part of a layer's tensor: one an expert, or several that are joined along its first dimension."""
-    pieces = []
+    """The pieces of one part of a layer's tensor: one an expert, or several of equal size that are joined."""
+    pieces, total = [], prod(part.shape)
     for expert in range(skeleton.experts):
         record = layer * skeleton.experts + expert
         if (-1, 0) in stored:
             whole = stored[-1, 0]
-            _check_shape(whole, (skeleton.experts, *part.stored))
+            check_shape(whole, (skeleton.experts, *part.stored))
             size = whole.nbytes // skeleton.experts
-            pieces.append(
-                ExpertPiece(
-                    record=record,
-                    layer=layer,
-                    spec=spec,
-                    part=part,
-                    begin=0,
-                    source=whole,
-                    offset=expert * size,
-                    nbytes=size,
+            found = [(whole, part.stored, expert * size, size)]
+        else:
+            joined = [stored[place] for place in sorted(stored) if place[0] == expert]
+            wanted = _stored_shape(part, len(joined))
+            if len(joined) < spec.joined or wanted is None or any(len(one.shape) != len(wanted) for one in joined):
+                have = [f"{one.key} {list(one.shape)}" for one in joined]
+                raise CheckpointError(
+                    f"{spec.name} of expert {expert} in {skeleton.expert_modules[layer]} should be {list(part.stored)}, the "
+                    f"checkpoint has {have or 'nothing'}",
+                    "Checkpoint and config.json disagree: fetch both again.",
                 )
+            for one in joined:
+                check_shape(one, wanted)
+            found = [(one, wanted, 0, one.nbytes) for one in joined]
+        share = total // len(found)
+        pieces += [
+            ExpertPiece(
+                record=record,
+                layer=layer,
+                spec=spec,
+                part=part,
+                begin=number * share,
+                count=share,
+                source=source,
+                stored=shape,
+                offset=offset,
+                nbytes=nbytes,
             )
-            continue
-        joined = [stored[place] for place in sorted(stored) if place[0] == expert]
-        if not joined or sum(one.shape[0] for one in joined if one.shape) != part.stored[0]:
-            have = [f"{one.key} {list(one.shape)}" for one in joined]
-            raise CheckpointError(
-                f"{spec.name} of expert {expert} in {skeleton.expert_modules[layer]} should be {list(part.stored)}, the "
-                f"checkpoint has {have or 'nothing'}",
-                "Checkpoint and config.json disagree: fetch both again.",
-            )
-        begin = 0
-        for one in joined:
-            _check_shape(one, (one.shape[0], *part.stored[1:]))
-            pieces.append(
-                ExpertPiece(
-                    record=record,
-                    layer=layer,
-                    spec=spec,
-                    part=part,
-                    begin=begin,
-                    source=one,
-                    offset=0,
-                    nbytes=one.nbytes,
-                )
-            )
-            begin += prod(one.shape)
+            for number, (source, shape, offset, nbytes) in enumerate(found)
+        ]
     return pieces
+
+
+def _stored_shape(part: Part, joined: int) -> tuple[int, ...] | None:
+    """The shape of each of the tensors that a part is joined from; None if it cannot be divided among so many."""
+    if joined == 0:
+        return None
+    if part.joined is None or joined == 1:
+        return part.stored
+    whole = part.stored[part.joined]
+    return (
+        None
+        if whole % joined
+        else tuple(size // joined if place == part.joined else size for place, size in enumerate(part.stored))
+    )
 
 
 def _check_piece(piece: ExpertPiece, skeleton: Skeleton, *, convert: bool) -> None:
     if piece.spec.format is PLAIN:
         _check_dtype(piece.source, skeleton, convert=convert)
-    elif piece.source.dtype != DTYPES[piece.part.dtype].stored:
-        raise CheckpointError(
-            f"{piece.source.key!r} is stored as {piece.source.dtype}, the format {piece.spec.format.name} has "
-            f"{DTYPES[piece.part.dtype].stored} there",
-            "Checkpoint and config.json disagree: fetch both again.",
-        )
-
-
-def _check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"{tensor.key!r} is {list(tensor.shape)}, the config says {list(shape)}",
-            "Checkpoint and config.json disagree: fetch both again.",
-        )
+    else:
+        check_part_dtype(piece.source, piece.spec.format, piece.part)
 
 
 def _check_dtype(tensor: StoredTensor, skeleton: Skeleton, *, convert: bool) -> None:
