@@ -170,7 +170,7 @@ def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
     for key in (*found, *(key for key in tensors if key not in parts)):
         renamed, pattern = rename_source_key(key, renamings, converters)
         named = renamed if renamed in wanted else f"{skeleton.model.base_model_prefix}.{renamed}"
-        if pattern is None and named not in wanted:
+        if named not in wanted:
             continue
         if key in found:
             packed[key] = found[key].tensor(key, skeleton.dtype)
@@ -267,7 +267,7 @@ def _place(key: str, pattern: str, converters: list[Any]) -> tuple[int, int]:
 
 def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored: _Stored) -> list[ExpertPiece]:
     """The pieces of one part of a layer's tensor: one an expert, or several of equal size that are joined."""
-    pieces, total = [], prod(part.shape)
+    pieces, total, places = [], prod(part.shape), len({place for _, place in stored})
     for expert in range(skeleton.experts):
         record = layer * skeleton.experts + expert
         if (-1, 0) in stored:
@@ -278,7 +278,7 @@ def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored
         else:
             joined = [stored[place] for place in sorted(stored) if place[0] == expert]
             wanted = _stored_shape(part, len(joined))
-            if len(joined) < spec.joined or wanted is None or any(len(one.shape) != len(wanted) for one in joined):
+            if len(joined) < places or wanted is None or any(len(one.shape) != len(wanted) for one in joined):
                 have = [f"{one.key} {list(one.shape)}" for one in joined]
                 raise CheckpointError(
                     f"{spec.name} of expert {expert} in {skeleton.expert_modules[layer]} should be {list(part.stored)}, the "
