@@ -1,0 +1,142 @@
+"""What all formats of four bits have in common: records of 32-bit words, scales by step, and the numbers of both.
+
+A word holds eight codes of one output, of eight inputs side by side, arranged so that a kernel takes two out with few
+instructions. Scales lie by steps of 128 inputs: what a kernel needs for a step is contiguous. Must not know how checkpoints
+store any of this: a subclass gives codes and scales in plain order.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertflow.formats.format import Format, Part, TensorSpec
+
+STEP = 128
+"""Inputs whose scales lie side by side in a record."""
+PER_WORD = 8
+"""Codes of a word."""
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Numbers of the codes of the OCP format FP4: a sign, two bits of exponent, one of mantissa."""
+_PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
+    {
+        # where the four bits of the codes 0, 2, 4, 6 go in the lower half of a word, lowest bit first; 1, 3, 5, 7: in the upper half
+        "int4": tuple(tuple(range(4 * pair, 4 * pair + 4)) for pair in range(4)),
+        # shifted left by 0, 3 and 6, a code has its sign at 15 and its other bits at 6 to 8, where bfloat16 has them
+        "e2m1": ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14)),
+    }
+)
+"""Arrangements of codes in a word, by code map."""
+
+
+@cache
+def _table(code_map: str, upper: bool) -> npt.NDArray[np.int32]:  # noqa: FBT001 - half of the eight codes
+    """For each four codes in their usual order, 16 bits, what they are in a word: of the inputs 0 to 3, or `upper` 4 to 7."""
+    codes = np.arange(1 << 16, dtype=np.int64)
+    word = np.zeros_like(codes)
+    for nibble in range(4):
+        place = nibble + 4 * upper
+        half = 16 * (place % 2)
+        for bit, target in enumerate(_PLACES[code_map][place // 2]):
+            word |= (codes >> (4 * nibble + bit) & 1) << (half + target)
+    return word.astype(np.uint32).view(np.int32)
+
+
+def pack_words(pairs: Tensor, code_map: str) -> Tensor:
+    """Words of codes.
+
+    Args:
+        pairs: uint8 `[..., K / 2]`, two codes a byte, the earlier input in the lower half; K is a multiple of 8.
+        code_map: a key of the arrangements: `int4` or `e2m1`.
+
+    Returns:
+        int32 `[..., K / 8]`.
+    """
+    halves = pairs.contiguous().numpy().reshape(-1).view(np.uint16).reshape(-1, 2)
+    words = np.take(_table(code_map, False), halves[:, 0])
+    words |= np.take(_table(code_map, True), halves[:, 1])
+    return torch.from_numpy(words).view(*pairs.shape[:-1], pairs.shape[-1] // 4)
+
+
+def unpack_words(words: Tensor, code_map: str) -> Tensor:
+    """Codes of words: int32 `[..., K / 8]` to uint8 `[..., K]`, on the device of the words."""
+    codes = torch.empty(*words.shape, PER_WORD, dtype=torch.uint8, device=words.device)
+    for place in range(PER_WORD):
+        half = 16 * (place % 2)
+        code = torch.zeros_like(words)
+        for bit, source in enumerate(_PLACES[code_map][place // 2]):
+            code |= (words >> (half + source) & 1) << bit
+        codes[..., place] = code
+    return codes.flatten(-2)
+
+
+def by_steps(scales: Tensor, group: int) -> Tensor:
+    """Scales as a record holds them: `[N, groups]` to `[steps, N, groups of a step]`, the last ones zero if K ends within a step.
+
+    Groups that are longer than a step have their scale once for each step.
+    """
+    outputs, groups = scales.shape
+    if group >= STEP:
+        return scales.repeat_interleave(group // STEP, 1).t()[..., None].contiguous()
+    per = STEP // group
+    steps = -(-groups // per)
+    padded = torch.zeros(outputs, steps * per, dtype=scales.dtype)
+    padded.view(torch.uint8).view(outputs, -1)[:, : groups * scales.itemsize] = (
+        scales.contiguous().view(torch.uint8).view(outputs, -1)
+    )
+    return padded.view(outputs, steps, per).transpose(0, 1).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words(Format):
+    """A format of four bits. Its parts: `codes` and `scales`, and what a subclass adds.
+
+    Attributes:
+        code_map: `e2m1`, or `int4` for codes of 0 to 15.
+        group: inputs that share a scale: 16, 32, 64, or a multiple of 128.
+        scale_dtype: number type of the scales in a record, a key of `DTYPES`.
+        scales_also: further number types that a checkpoint may hold them in, as safetensors names them.
+    """
+
+    code_map: str = "e2m1"
+    group: int = 32
+    scale_dtype: str = "uint8"
+    scales_also: tuple[str, ...] = ()
+    decode_bytes_each = 20  # codes as int32 while they are taken out, uint8, and two copies in float32
+
+    def scales_shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        """Shape of the scales in a record: `[joined * steps, N of one, groups of a step]`."""
+        steps = -(-spec.inputs // STEP)
+        return (spec.joined * steps, spec.outputs // spec.joined, max(1, STEP // self.group))
+
+    def word_parts(self, spec: TensorSpec, codes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[Part, Part]:
+        """The parts `codes` and `scales`, stored in the given shapes, output-major."""
+        return (
+            Part(name="codes", shape=(spec.outputs, spec.inputs // PER_WORD), dtype="int32", stored=codes),
+            Part(
+                name="scales",
+                shape=self.scales_shape(spec),
+                dtype=self.scale_dtype,
+                stored=scales,
+                also=self.scales_also,
+            ),
+        )
+
+    def codes_of(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The codes of a tensor that is not joined: uint8 `[N, K]`."""
+        return unpack_words(parts["codes"], self.code_map)
+
+    def by_input(self, spec: TensorSpec, part: Tensor) -> Tensor:
+        """What a record holds by steps, such as scales, for each input of a tensor that is not joined: `[N, K]`."""
+        steps, outputs = part.shape[0], spec.outputs
+        in_order = part.view(steps, outputs, -1).transpose(0, 1).reshape(outputs, -1)
+        return in_order.repeat_interleave(STEP // (in_order.shape[1] // steps), 1)[:, : spec.inputs]
+
+    def logical_shape(self, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """Of codes stored output-major, eight in four bytes."""
+        raise NotImplementedError
