@@ -30,6 +30,7 @@ class Mxfp4(Words):
 
     name = "mxfp4"
     repacked = frozenset({"codes", "scales"})
+    codes_also: tuple[str, ...] = ("U8",)
     scales_also: tuple[str, ...] = ("F8_E8M0",)
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:

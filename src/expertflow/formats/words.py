@@ -21,6 +21,8 @@ STEP = 128
 """Inputs whose scales lie side by side in a record."""
 PER_WORD = 8
 """Codes of a word."""
+ROW = 1 << 30
+"""The group of a format that has one scale for an output, however many inputs there are; a multiple of a step."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Numbers of the codes of the OCP format FP4: a sign, two bits of exponent, one of mantissa."""
 _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
@@ -75,14 +77,26 @@ def unpack_words(words: Tensor, code_map: str) -> Tensor:
     return codes.flatten(-2)
 
 
-def by_steps(scales: Tensor, group: int) -> Tensor:
+def nibbles(words: Tensor) -> Tensor:
+    """The eight fields of four bits of each word, lowest bits first: int32 `[..., W]` to uint8 `[..., 8 * W]`."""
+    pairs = words.contiguous().view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
+
+
+def by_steps(scales: Tensor, group: int, steps: int | None = None) -> Tensor:
     """Scales as a record holds them: `[N, groups]` to `[steps, N, groups of a step]`, the last ones zero if K ends within a step.
 
     Groups that are longer than a step have their scale once for each step.
+
+    Args:
+        scales: of each output and group.
+        group: inputs of a group, or `ROW`.
+        steps: of K inputs; needed where the last group may be shorter than the others by a step or more.
     """
     outputs, groups = scales.shape
     if group >= STEP:
-        return scales.repeat_interleave(group // STEP, 1).t()[..., None].contiguous()
+        each = group // STEP if steps is None else min(group // STEP, steps)
+        return scales.repeat_interleave(each, 1)[:, :steps].t()[..., None].contiguous()
     per = STEP // group
     steps = -(-groups // per)
     padded = torch.zeros(outputs, steps * per, dtype=scales.dtype)
@@ -94,18 +108,22 @@ def by_steps(scales: Tensor, group: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Words(Format):
-    """A format of four bits. Its parts: `codes` and `scales`, and what a subclass adds.
+    """A format of four bits. Its parts: `codes`, `scales`, and what a subclass adds, `zeros` before all else.
 
     Attributes:
         code_map: `e2m1`, or `int4` for codes of 0 to 15.
-        group: inputs that share a scale: 16, 32, 64, or a multiple of 128.
+        group: inputs that share a scale: 16, 32, 64, a multiple of 128, or `ROW`.
+        zeros: whether each group has a code of its own that stands for zero: uint8, by steps like the scales.
         scale_dtype: number type of the scales in a record, a key of `DTYPES`.
-        scales_also: further number types that a checkpoint may hold them in, as safetensors names them.
+        codes_also: number types besides I32 that a checkpoint may hold codes in, as safetensors names them.
+        scales_also: further ones that it may hold scales in.
     """
 
     code_map: str = "e2m1"
     group: int = 32
+    zeros: bool = False
     scale_dtype: str = "uint8"
+    codes_also: tuple[str, ...] = ()
     scales_also: tuple[str, ...] = ()
     decode_bytes_each = 20  # codes as int32 while they are taken out, uint8, and two copies in float32
 
@@ -114,18 +132,41 @@ class Words(Format):
         steps = -(-spec.inputs // STEP)
         return (spec.joined * steps, spec.outputs // spec.joined, max(1, STEP // self.group))
 
-    def word_parts(self, spec: TensorSpec, codes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[Part, Part]:
-        """The parts `codes` and `scales`, stored in the given shapes, output-major."""
+    def groups_of(self, spec: TensorSpec) -> int:
+        """Groups of an output; the last one may be short."""
+        return -(-spec.inputs // self.group)
+
+    def word_parts(
+        self, spec: TensorSpec, codes: tuple[int, ...], scales: tuple[int, ...], joined: int = 0
+    ) -> tuple[Part, Part]:
+        """The parts `codes` and `scales`, stored in the given shapes, of which the dimension `joined` counts outputs."""
         return (
-            Part(name="codes", shape=(spec.outputs, spec.inputs // PER_WORD), dtype="int32", stored=codes),
+            Part(
+                name="codes",
+                shape=(spec.outputs, spec.inputs // PER_WORD),
+                dtype="int32",
+                stored=codes,
+                joined=joined,
+                also=self.codes_also,
+            ),
             Part(
                 name="scales",
                 shape=self.scales_shape(spec),
                 dtype=self.scale_dtype,
                 stored=scales,
+                joined=joined,
                 also=self.scales_also,
             ),
         )
+
+    def zero_part(self, spec: TensorSpec, stored: tuple[int, ...], joined: int) -> Part:
+        """The part `zeros`, stored in words; empty in a record if all are the same, so that they are only checked."""
+        shape = self.scales_shape(spec) if self.zeros else (spec.joined, 0)
+        return Part(name="zeros", shape=shape, dtype="uint8", stored=stored, joined=joined, also=("I32",))
+
+    def in_steps(self, spec: TensorSpec, each: Tensor) -> Tensor:
+        """Scales or zeros `[N, groups]` of a tensor that is not joined, as a record holds them."""
+        return by_steps(each, self.group, -(-spec.inputs // STEP))
 
     def codes_of(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes of a tensor that is not joined: uint8 `[N, K]`."""
