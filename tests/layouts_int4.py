@@ -85,12 +85,14 @@ def pack_gptq(
     return {f"{stem}.{name}": tensor for name, tensor in packed.items()}, decoded
 
 
-def pack_awq(
-    key: str, weight: Tensor, generator: torch.Generator, *, group: int
-) -> tuple[dict[str, Tensor], Tensor]:
+def pack_awq(key: str, weight: Tensor, generator: torch.Generator, *, group: int) -> tuple[dict[str, Tensor], Tensor]:
     """AWQ in the version of its GEMM kernels."""
     codes, scales, zero, decoded = draw(weight, group, torch.float16, generator, range(16))
-    packed = {"qweight": words(codes.t(), 1, AWQ_FIELDS), "scales": scales.t(), "qzeros": words(zero.t(), 1, AWQ_FIELDS)}
+    packed = {
+        "qweight": words(codes.t(), 1, AWQ_FIELDS),
+        "scales": scales.t(),
+        "qzeros": words(zero.t(), 1, AWQ_FIELDS),
+    }
     stem = key.removesuffix(".weight")
     return {f"{stem}.{name}": tensor for name, tensor in packed.items()}, decoded
 
@@ -104,7 +106,12 @@ def compressed(group: int, *, mixed: bool = False, **weights: object) -> dict:
     if mixed:
         scheme["format"] = "pack-quantized"
     top = "mixed-precision" if mixed else "pack-quantized"
-    return {"quant_method": "compressed-tensors", "format": top, "config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": top,
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+    }
 
 
 def gptq(group: int, **about: object) -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertflow.formats.format import Format, Part, TensorSpec
 from expertflow.formats.int4 import Int4, group_size, refuse
-from expertflow.formats.words import PER_WORD, nibbles
+from expertflow.formats.words import PER_WORD, as_bytes, nibbles
 
 FIELDS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output, of the eight of a word, in each field of four bits, lowest first."""
@@ -67,7 +67,7 @@ class Awq(Int4):
     def pairs(self, stored: Tensor) -> Tensor:
         """Of inputs side by side, output by output."""
         inputs, words = stored.shape
-        fields = stored.contiguous().view(torch.uint8).view(inputs, words, PER_WORD // 2)
+        fields = as_bytes(stored).view(inputs, words, PER_WORD // 2)
         made = torch.empty(words, PER_WORD, inputs // 2, dtype=torch.uint8)
         for byte in range(PER_WORD // 2):
             even, odd = fields[0::2, :, byte], fields[1::2, :, byte]

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from expertflow.formats.format import Format, Part, TensorSpec
 from expertflow.formats.int4 import MIDDLE, Int4, group_size, refuse
-from expertflow.formats.words import PER_WORD, nibbles
+from expertflow.formats.words import PER_WORD, as_bytes, nibbles
 
 _ENDINGS = {"qweight": "codes", "scales": "scales", "qzeros": "zeros", "g_idx": "g_idx"}
 _LARGEST = 15
@@ -79,7 +78,7 @@ class Gptq(Int4):
 
     def pairs(self, stored: Tensor) -> Tensor:
         """The bytes of each output's words."""
-        return stored.t().contiguous().view(torch.uint8)
+        return as_bytes(stored.t())
 
     def by_output(self, stored: Tensor) -> Tensor:
         """Turned round."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from expertflow.errors import UnsupportedModelError
 from expertflow.formats.dtypes import BY_STORED_NAME, RUN_DTYPES
 from expertflow.formats.format import Format, Part, TensorSpec
-from expertflow.formats.words import PER_WORD, ROW, STEP, Words, nibbles, pack_words
+from expertflow.formats.words import PER_WORD, ROW, STEP, Words, as_bytes, nibbles, pack_words
 
 MIDDLE = 8
 """The code of zero where all groups have the same."""
@@ -56,6 +56,7 @@ class Int4(Words):
     code_map: str = "int4"
     group: int = STEP
     scale_dtype: str = "bfloat16"
+    scaling: str = "number"
 
     def of_types(self, stored: Mapping[str, str]) -> Self:
         """With scales of the type they are stored in: the numbers are rounded to it."""
@@ -65,7 +66,7 @@ class Int4(Words):
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """`(code - zero) * scale` in the scale's number type, then in `spec.dtype`."""
         dtype = getattr(torch, self.scale_dtype)
-        values = self.codes_of(parts).to(dtype)
+        values = self.codes_of(spec, parts).to(dtype)
         values -= self.by_input(spec, parts["zeros"]).to(dtype) if self.zeros else MIDDLE
         values *= self.by_input(spec, parts["scales"])
         return values.to(getattr(torch, spec.dtype))
@@ -205,7 +206,7 @@ class PackedInt4(Int4):
 
     def pairs(self, stored: Tensor) -> Tensor:
         """The bytes of the words."""
-        return stored.view(torch.uint8)
+        return as_bytes(stored)
 
     def by_output(self, stored: Tensor) -> Tensor:
         """As they are stored."""

@@ -40,7 +40,7 @@ class Mxfp4(Words):
 
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """Codes times powers of two."""
-        values = torch.tensor(E2M1, device=parts["codes"].device)[self.codes_of(parts).int()]
+        values = torch.tensor(E2M1, device=parts["codes"].device)[self.codes_of(spec, parts).int()]
         values *= power_of_two(self.by_input(spec, parts["scales"]))
         return values.to(getattr(torch, spec.dtype))
 
