@@ -201,8 +201,9 @@ def measure(name: str, column: str, rate: float, *, search: bool) -> list[dict[s
     format_ = PLAIN if column == "bf16" else next(f[0] for one in FORMATS.values() if (f := one.claim(CONFIGS[column])))
     mlp = shape.build(format_)
     pool, rows = filled(mlp, shape.layers * shape.experts), []
-    equal, cuts = same_bits(shape, mlp, pool), experts.tilings(mlp)
+    equal = same_bits(shape, mlp, pool)
     for tokens in TOKENS:
+        cuts = experts.tilings(mlp, tokens * shape.top_k)
         step = Step(shape, mlp, pool, tokens)
         for number, projection in enumerate(("up", "down")):
             launch = (step.up, step.down)[number]
@@ -243,7 +244,7 @@ def main() -> None:
         for column in options.formats.split(","):
             rows += measure(name, column, rate, search=options.search)
             torch.cuda.empty_cache()
-    result = {**about("cuda"), "seed": SEED, "read_bytes_per_second": rate, "rows": rows}
+    result = {"about": about("cuda")._asdict(), "seed": SEED, "read_bytes_per_second": rate, "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
