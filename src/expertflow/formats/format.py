@@ -103,6 +103,14 @@ class Format:
         del quantization
         return ()
 
+    def of_types(self, stored: Mapping[str, str]) -> "Format":
+        """This format for a tensor whose parts have the given number types in a checkpoint, by part, as safetensors names them.
+
+        A format that keeps scales as they are stored, because its numbers depend on their type, says it here.
+        """
+        del stored
+        return self
+
     def split_key(self, key: str, stored: str) -> tuple[str, str] | None:
         """The key that an unpacked checkpoint has for a tensor, and the part that this key holds; None: not this format's.
 

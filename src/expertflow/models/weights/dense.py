@@ -17,6 +17,8 @@ from expertflow.formats.plain import PLAIN, VALUES
 from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.skeleton import Skeleton
 
+SINGLE = {(), (1,)}
+"""Shapes of a single number."""
 _DISAGREE = "Checkpoint and config.json disagree: fetch both again."
 
 
@@ -95,7 +97,8 @@ class FoundParts:
                 f"{key!r} is stored as {self.format.name}, and of its parts there is only {', '.join(sorted(self.parts))}",
                 "Fetch the checkpoint again.",
             ) from error
-        spec = TensorSpec(name=key, shape=shape, dtype=dtype, format=self.format)
+        format_ = self.format.of_types({name: tensor.dtype for name, tensor in self.parts.items()})
+        spec = TensorSpec(name=key, shape=shape, dtype=dtype, format=format_)
         return PackedTensor(key=key, spec=spec, parts=self.parts)
 
 
@@ -153,12 +156,12 @@ def pack_part(spec: TensorSpec, part: Part, source: StoredTensor, stored: Tensor
 
 
 def check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
-    """Check a tensor's shape.
+    """Check a tensor's shape. A single number may be stored as `[1]` or as `[]`.
 
     Raises:
         CheckpointError: if it is another one.
     """
-    if tensor.shape != shape:
+    if tensor.shape != shape and {tensor.shape, shape} != SINGLE:
         raise CheckpointError(f"{tensor.key!r} is {list(tensor.shape)}, the config says {list(shape)}", _DISAGREE)
 
 

@@ -127,7 +127,8 @@ def _packed_spec(skeleton: Skeleton, spec: TensorSpec, found: "_Found") -> Tenso
     joined = max(len({place for _, place in stored}) for stored in found.parts.values())
     module = skeleton.model.get_submodule(skeleton.expert_modules[0])
     interleaved = joined > 1 and not getattr(module, "is_concatenated", True)
-    return replace(spec, format=found.format, joined=joined, interleaved=interleaved)
+    types = {part: next(iter(stored.values())).dtype for part, stored in found.parts.items()}
+    return replace(spec, format=found.format.of_types(types), joined=joined, interleaved=interleaved)
 
 
 def check_parts(spec: TensorSpec, name: str, found: Collection[str]) -> None:
@@ -278,7 +279,7 @@ def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored
         else:
             joined = [stored[place] for place in sorted(stored) if place[0] == expert]
             wanted = _stored_shape(part, len(joined))
-            if len(joined) < places or wanted is None or any(len(one.shape) != len(wanted) for one in joined):
+            if len(joined) < places or wanted is None or any(len(one.shape or (1,)) != len(wanted) for one in joined):
                 have = [f"{one.key} {list(one.shape)}" for one in joined]
                 raise CheckpointError(
                     f"{spec.name} of expert {expert} in {skeleton.expert_modules[layer]} should be {list(part.stored)}, the "

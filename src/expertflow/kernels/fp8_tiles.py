@@ -1,0 +1,66 @@
+"""The tile loader of formats of one byte a weight: `formats.fp8` in Triton. See `kernels.tiles` for what a loader is."""
+
+import triton
+import triton.language as tl
+
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Triton's interpreter cuts float32 off where it makes bfloat16 of it."""
+
+
+@triton.jit
+def rounded(values, dtype: tl.constexpr):
+    """float32 to `dtype`, to the nearest, ties to even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return values.to(dtype)
+
+
+@triton.jit
+def widened(values):
+    """bfloat16 or float16 to float32, subnormal numbers too."""
+    if values.dtype == tl.bfloat16:
+        bits = values.to(tl.uint16, bitcast=True)
+        return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def load_bytes(
+    record, at: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr, transposed: tl.constexpr,  # noqa: ARG001
+    whole: tl.constexpr, about: tl.constexpr,
+):  # fmt: skip
+    """Codes `[N, K]` times scales; `about` is `constants` of the format."""
+    one: tl.constexpr = about[0]
+    block_rows: tl.constexpr = about[1]
+    block_cols: tl.constexpr = about[2]
+    grid_rows: tl.constexpr = about[3]
+    grid_cols: tl.constexpr = about[4]
+    joined: tl.constexpr = about[8]
+    start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
+    inside = (outs < n)[:, None] & (cols < k)[None, :]
+    rows = outs % joined * one + outs // joined if about[9] else outs
+    where = start + at[0] + rows[:, None] * k + cols[None, :]
+    codes = (tl.load(where) if whole else tl.load(where, mask=inside, other=0)).to(tl.int32)
+    if about[5]:
+        values = codes.to(tl.int8).to(tl.float32)
+    else:  # the sign to bit 31, the other bits to where float32 has exponent and mantissa; 127 - 7 is missing in the exponent
+        values = ((codes & 0x80) << 24 | (codes & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
+    of_row = rows // one * grid_rows + rows % one // block_rows if joined > 1 else rows // block_rows
+    if block_cols % cols.shape[0] == 0 or grid_cols == 1:  # a step of inputs lies in one block
+        col = tl.min(cols) // block_cols if grid_cols > 1 else 0
+        scale = tl.load(scales + of_row * grid_cols + col, mask=outs < n, other=0)[:, None]
+    else:
+        scale = tl.load(scales + of_row[:, None] * grid_cols + (cols // block_cols)[None, :], mask=inside, other=0)
+    values = values * widened(scale)
+    if about[7] and _dtype(about[6]) != tl.float32:
+        values = widened(rounded(values, _dtype(about[6])))
+    return rounded(values, record.dtype.element_ty)
+
+
+@triton.constexpr_function
+def _dtype(name):
+    """Triton's name of a number type."""
+    return {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16}[name]
