@@ -71,7 +71,9 @@ def test_every_code_is_torchs(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outputs", "inputs", "block"), [(192, 320, (128, 128)), (96, 160, (128, 128)), (100, 70, (32, 64))])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "block"), [(192, 320, (128, 128)), (96, 160, (128, 128)), (100, 70, (32, 64))]
+)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_joined_tensors_have_blocks_of_their_own(
     outputs: int, inputs: int, block: tuple[int, int], interleaved: bool, dtype: str
@@ -113,7 +115,9 @@ def test_numbers_are_those_of_compressed_tensors(kind: str, scale_dtype: str, st
     library = pytest.importorskip("compressed_tensors.quantization", reason="needs compressed-tensors")
     compressors = importlib.import_module("compressed_tensors.compressors")
     block, about, shape = LIBRARY[strategy]
-    scheme = library.QuantizationScheme(targets=["Linear"], weights=library.QuantizationArgs(num_bits=8, type=kind, **about))
+    scheme = library.QuantizationScheme(
+        targets=["Linear"], weights=library.QuantizationArgs(num_bits=8, type=kind, **about)
+    )
     scales = random_scales(*shape).to(getattr(torch, scale_dtype))
     codes = random_codes(192, 320).view(torch.int8)
     codes = codes if kind == "int" else codes.view(torch.float8_e4m3fn)
@@ -158,7 +162,9 @@ def test_codes_and_scales_that_are_no_numbers_are_refused(code: int) -> None:
 
 def test_what_configs_state() -> None:
     """Block sizes, and the kinds of the groups of compressed-tensors, whose format may stand in each group."""
-    assert claimed({"quant_method": "fp8", "weight_block_size": [128, 64], "scale_fmt": "ue8m0"}) == (Fp8(block=(128, 64)),)
+    assert claimed({"quant_method": "fp8", "weight_block_size": [128, 64], "scale_fmt": "ue8m0"}) == (
+        Fp8(block=(128, 64)),
+    )
     assert claimed(compressed("float-quantized", group())) == (FloatQuantized(block=(1, ALL)),)
     assert claimed(compressed("int-quantized", group("int"))) == (IntQuantized(block=(1, ALL)),)
     assert claimed(compressed("naive-quantized", group())) == (FloatQuantized(block=(1, ALL)),)
@@ -217,30 +223,29 @@ def test_drawn_numbers_have_the_deviation_asked_for(format_: Bytes) -> None:
     assert float(format_.decode(spec, drawn).float().std()) == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.parametrize(("hidden", "width"), [(96, 160), (288, 192)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "format_",
+    ("format_", "dtype"),
     [
-        FP8,
-        Fp8(block=(32, 16)),
-        Fp8(block=(ALL, ALL)),
-        FloatQuantized(block=(1, ALL)),
-        FloatQuantized(block=(1, ALL), scale_dtype="float16"),
-        IntQuantized(block=(1, ALL)),
+        (FP8, "float32"),
+        (FP8, "bfloat16"),
+        (Fp8(block=(32, 16)), "bfloat16"),
+        (Fp8(block=(ALL, ALL)), "bfloat16"),
+        (FloatQuantized(block=(1, ALL)), "float32"),
+        (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "bfloat16"),
+        (IntQuantized(block=(1, ALL)), "bfloat16"),
     ],
-    ids=lambda one: f"{one.name} {one.block} {one.scale_dtype}",
+    ids=str,
 )
-def test_a_tile_loader_reads_what_its_format_decodes(format_: Bytes, dtype: str, hidden: int, width: int) -> None:
+def test_a_tile_loader_reads_what_its_format_decodes(format_: Bytes, dtype: str) -> None:
     """The expert kernels give the same bits for packed records as for the same numbers in plain ones, at odd sizes too."""
     pytest.importorskip("triton", reason="kernels need triton")
     from expertflow.kernels import experts  # noqa: PLC0415
 
-    device = torch.device(DEVICES[-1])
+    device, hidden, width = torch.device(DEVICES[-1]), 96, 160
     shapes = {"gate_up_proj": ((2 * width, hidden), 2), "down_proj": ((hidden, width), 1)}
     packed = [TensorSpec(name=n, shape=s, dtype=dtype, format=format_, joined=j) for n, (s, j) in shapes.items()]
     layouts = [RecordLayout.of(packed), RecordLayout.of([plain(spec.name, spec.shape, dtype) for spec in packed])]
-    records = [torch.zeros(3, layout.record_bytes, dtype=torch.uint8) for layout in layouts]
+    records = [torch.zeros(2, layout.record_bytes, dtype=torch.uint8) for layout in layouts]
     for number, (ours, theirs) in enumerate(zip(*records, strict=True)):
         for spec in packed:
             codes, scales = (layouts[0].part(ours, spec.name, part.name) for part in spec.parts)
@@ -248,12 +253,12 @@ def test_a_tile_loader_reads_what_its_format_decodes(format_: Bytes, dtype: str,
             scales.copy_(random_scales(*scales.shape, seed=number))
         for name, value in layouts[0].weights(ours).items():
             layouts[1].tensor(theirs, name).copy_(value)
-    x = torch.randn(4, hidden, generator=torch.Generator().manual_seed(2)).to(device, getattr(torch, dtype))
-    slots = torch.tensor([[0, 2], [1, 0], [2, -1], [0, 1]], dtype=torch.int32, device=device)
+    x = torch.randn(2, hidden, generator=torch.Generator().manual_seed(2)).to(device, getattr(torch, dtype))
+    slots = torch.tensor([[0, 1], [1, -1]], dtype=torch.int32, device=device)
     found = []
     for layout, pool in zip(layouts, records, strict=True):
         mlp = ExpertMlp.of(layout, "silu")
-        work = Workspace.allocate(mlp, 4, 2, device)
+        work = Workspace.allocate(mlp, 2, 2, device)
         work.parts.zero_()
         experts.expert_pairs(mlp, x, slots, pool.to(device), work)
         found.append(work.parts)

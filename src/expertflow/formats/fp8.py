@@ -67,8 +67,9 @@ class Bytes(Format):
         ".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale", ".activation_scale", ".input_zero_point",
         ".k_zero_point", ".v_zero_point",
     )  # fmt: skip
+    tiles = "bytes"
     code_dtype = "uint8"
-    stored_codes: tuple[str, ...] = ("F8_E4M3",)
+    stored_codes = ("F8_E4M3",)
     block: tuple[int, int] = (128, 128)
     scale_dtype: str = "float32"
     scales_also: tuple[str, ...] = ()
@@ -94,12 +95,12 @@ class Bytes(Format):
         """For the tile loader: outputs of one tensor, outputs and inputs of a block, rows and columns of its scales.
 
         Behind them: whether codes are int8, the scales' number type, and whether numbers are rounded to it; joined tensors,
-        and whether their outputs alternate.
+        whether their outputs alternate; and the largest power of two that divides a block's inputs.
         """
         one, (rows, cols) = spec.outputs // spec.joined, self.block
         return (
             one, rows or one, cols or spec.inputs, *self.grid(spec), self.code_dtype == "int8", self.scale_dtype,
-            self.rounds, spec.joined, spec.interleaved,
+            self.rounds, spec.joined, spec.interleaved, cols & -cols,
         )  # fmt: skip
 
     def code_numbers(self, codes: Tensor) -> Tensor:
@@ -246,7 +247,7 @@ class IntQuantized(FloatQuantized):
     kind = "int"
     repacked = frozenset({"scales"})
     code_dtype = "int8"
-    stored_codes: tuple[str, ...] = ("I8",)
+    stored_codes = ("I8",)
 
     def code_numbers(self, codes: Tensor) -> Tensor:
         """Integers."""

@@ -6,7 +6,7 @@ Source: compressed-tensors' `nvfp4-pack-quantized`; modelopt's `NVFP4QTensor`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,33 +19,39 @@ from expertflow.formats.words import E2M1, Words, by_steps, pack_words
 
 GROUP = 16
 _MINUS_ZERO = 8
+_WORD_INPUTS = 32
+"""Inputs among which words are ordered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Nvfp4(Words):
-    """What both kinds have in common. Parts: `codes`, `scales`, and `factor`, one for each joined tensor.
+    """What both kinds have in common. Parts: `codes`, `scales`, and `globals`, one for each joined tensor.
 
     Attributes:
-        divides: whether scales are divided by the factor.
+        ends: how keys end that hold a part, the parts' names, and the number type they are stored in.
     """
 
-    repacked = frozenset({"codes", "scales", "factor"})
-    ends: tuple[tuple[str, str, str], ...] = ()
-    """How keys end that hold a part, the parts' names, and the number type they are stored in."""
+    repacked = frozenset({"codes", "scales", "globals"})
+    ends: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     group: int = GROUP
     scale_dtype: str = "float8_e4m3fn"
-    divides: bool = False
+    scaling: str = "e4m3*"
+
+    @property
+    def divides(self) -> bool:
+        """Whether scales are divided by the factor."""
+        return self.scaling == "e4m3/"
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """Codes, scales and the factor; its shape in a checkpoint is `[1]` or `[]`."""
         codes, scales = self.word_parts(
             spec, (spec.outputs, spec.inputs // 2), (spec.outputs, -(-spec.inputs // GROUP))
         )
-        return codes, scales, Part(name="factor", shape=(spec.joined,), dtype="float32", stored=(spec.joined,))
+        return codes, scales, Part(name="globals", shape=(spec.joined,), dtype="float32", stored=(spec.joined,))
 
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """Codes times what scale and factor give."""
-        scales, factor = e4m3_numbers(parts["scales"].view(torch.uint8)), parts["factor"]
+        scales, factor = e4m3_numbers(parts["scales"].view(torch.uint8)), parts["globals"]
         scales = scales / factor if self.divides else scales * factor
         values = torch.tensor(E2M1, device=scales.device)[self.codes_of(parts).int()]
         values *= self.by_input(spec, scales)
@@ -66,9 +72,11 @@ class _Nvfp4(Words):
         """Words of codes; scales by steps.
 
         Raises:
-            ValueError: if a scale or the factor is not finite, or scales are to be divided by 0.
+            ValueError: if a scale or the factor is not finite, scales are to be divided by 0, or a row ends within a word.
         """
         if part == "codes":
+            if spec.inputs % _WORD_INPUTS:
+                raise ValueError(f"it has {spec.inputs} inputs, which are no multiple of {_WORD_INPUTS}")
             return pack_words(self.pairs(stored.reshape(spec.outputs, -1)), self.code_map)
         if part == "scales":
             check_e4m3(stored)
@@ -91,7 +99,7 @@ class _Nvfp4(Words):
                 -(1 << 31), 1 << 31, codes.shape, dtype=torch.int32, device=device, generator=generator
             ),
             "scales": torch.ones(scales.shape, device=device).to(torch.float8_e4m3fn),
-            "factor": torch.full(factor.shape, 1 / unit if self.divides else unit, device=device),
+            "globals": torch.full(factor.shape, 1 / unit if self.divides else unit, device=device),
         }
 
 
@@ -101,12 +109,12 @@ class Nvfp4(_Nvfp4):
 
     name = "nvfp4-pack-quantized"
     ignored = (".input_global_scale", ".k_scale", ".v_scale", ".q_scale")
-    ends: tuple[tuple[str, str, str], ...] = (
+    ends = (
         (".weight_packed", "codes", "U8"),
         (".weight_scale", "scales", "F8_E4M3"),
-        (".weight_global_scale", "factor", "F32"),
+        (".weight_global_scale", "globals", "F32"),
     )
-    divides: bool = True
+    scaling: str = "e4m3/"
 
     def claim(self, quantization: Mapping[str, Any]) -> tuple[Format, ...]:
         """Of groups of its name.
@@ -126,10 +134,10 @@ class ModeloptNvfp4(_Nvfp4):
 
     name = "modelopt-nvfp4"
     ignored = (".input_scale", ".k_scale", ".v_scale", ".q_scale")
-    ends: tuple[tuple[str, str, str], ...] = (
+    ends = (
         (".weight", "codes", "U8"),
         (".weight_scale", "scales", "F8_E4M3"),
-        (".weight_scale_2", "factor", "F32"),
+        (".weight_scale_2", "globals", "F32"),
     )
 
     def claim(self, quantization: Mapping[str, Any]) -> tuple[Format, ...]:

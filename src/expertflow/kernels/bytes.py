@@ -3,18 +3,7 @@
 import triton
 import triton.language as tl
 
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Triton's interpreter cuts float32 off where it makes bfloat16 of it."""
-
-
-@triton.jit
-def rounded(values, dtype: tl.constexpr):
-    """float32 to `dtype`, to the nearest, ties to even."""
-    if _INTERPRETED and dtype == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return values.to(dtype)
+from expertflow.kernels.tiles import rounded
 
 
 @triton.jit
@@ -28,8 +17,8 @@ def widened(values):
 
 @triton.jit
 def load_bytes(
-    record, at: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr, transposed: tl.constexpr,  # noqa: ARG001
-    whole: tl.constexpr, about: tl.constexpr,
+    record, at: tl.constexpr, about: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr,
+    transposed: tl.constexpr, whole: tl.constexpr,  # noqa: ARG001
 ):  # fmt: skip
     """Codes `[N, K]` times scales; `about` is `constants` of the format."""
     one: tl.constexpr = about[0]
@@ -49,7 +38,7 @@ def load_bytes(
         values = ((codes & 0x80) << 24 | (codes & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
     scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
     of_row = rows // one * grid_rows + rows % one // block_rows if joined > 1 else rows // block_rows
-    if block_cols % cols.shape[0] == 0 or grid_cols == 1:  # a step of inputs lies in one block
+    if cols.shape[0] <= about[10] or grid_cols == 1:  # a step of inputs lies in one block
         col = tl.min(cols) // block_cols if grid_cols > 1 else 0
         scale = tl.load(scales + of_row * grid_cols + col, mask=outs < n, other=0)[:, None]
     else:
