@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from expertflow.formats.awq import AWQ
 from expertflow.formats.format import Format
 from expertflow.formats.fp8 import FLOAT_QUANTIZED, FP8, INT_QUANTIZED
+from expertflow.formats.gptq import GPTQ
+from expertflow.formats.int4 import INT4
 from expertflow.formats.mxfp4 import MXFP4
 from expertflow.formats.nvfp4 import MODELOPT_NVFP4, NVFP4
 from expertflow.formats.plain import PLAIN
@@ -12,5 +15,8 @@ from expertflow.formats.plain import PLAIN
 Formats = Mapping[str, Format]
 """Formats by name; `plain` is always one of them."""
 FORMATS: Formats = MappingProxyType(
-    {format_.name: format_ for format_ in (PLAIN, MXFP4, FP8, FLOAT_QUANTIZED, INT_QUANTIZED, NVFP4, MODELOPT_NVFP4)}
+    {
+        format_.name: format_
+        for format_ in (PLAIN, MXFP4, INT4, GPTQ, AWQ, FP8, FLOAT_QUANTIZED, INT_QUANTIZED, NVFP4, MODELOPT_NVFP4)
+    }
 )

@@ -54,6 +54,8 @@ class PackedTensor:
             raise CheckpointError(f"{self.key!r} is {list(self.spec.shape)}, the config says {list(shape)}", _DISAGREE)
         for part in self.spec.parts:
             if part.name not in self.parts:
+                if part.optional:
+                    continue
                 raise CheckpointError(
                     f"{self.key!r} is stored as {self.spec.format.name} and lacks its {part.name}",
                     "Fetch the checkpoint again.",
@@ -72,6 +74,8 @@ class PackedTensor:
         """
         parts = {}
         for part in self.spec.parts:
+            if part.name not in self.parts:
+                continue  # an optional one: `check` saw it
             source = self.parts[part.name]
             parts[part.name] = pack_part(self.spec, part, source, read(source).view(part.stored)).view(part.shape)
         return self.spec.format.decode(self.spec, parts)
