@@ -29,7 +29,7 @@ def pack_compressed(key: str, weight: Tensor, generator: torch.Generator) -> tup
     whole = (scales.float() / factor).repeat_interleave(16, 1)
     stem = key.removesuffix("weight")
     tensors = {f"{key}_packed": packed, f"{key}_scale": scales, f"{key}_global_scale": factor}
-    return {**tensors, f"{stem}input_global_scale": factor}, (numbers * whole).to(weight.dtype)
+    return {**tensors, f"{stem}input_global_scale": factor * 3}, (numbers * whole).to(weight.dtype)
 
 
 def pack_modelopt(key: str, weight: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
@@ -38,7 +38,7 @@ def pack_modelopt(key: str, weight: Tensor, generator: torch.Generator) -> tuple
     factor = torch.rand((), generator=generator) * 0.01 + 0.002
     whole = (scales.float() * factor).repeat_interleave(16, 1)
     stem = key.removesuffix("weight")
-    tensors = {key: packed, f"{key}_scale": scales, f"{key}_scale_2": factor, f"{stem}input_scale": factor}
+    tensors = {key: packed, f"{key}_scale": scales, f"{key}_scale_2": factor, f"{stem}input_scale": factor * 3}
     return tensors, (numbers * whole).to(weight.dtype)
 
 

@@ -15,12 +15,10 @@ from torch import Tensor
 from expertflow.formats.described import algorithms, require, weight_groups
 from expertflow.formats.format import Format, Part, TensorSpec
 from expertflow.formats.fp8 import check_e4m3, e4m3_numbers
-from expertflow.formats.words import E2M1, Words, by_steps, pack_words
+from expertflow.formats.words import E2M1, Words, pack_words
 
 GROUP = 16
 _MINUS_ZERO = 8
-_WORD_INPUTS = 32
-"""Inputs among which words are ordered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +33,7 @@ class _Nvfp4(Words):
     ends: ClassVar[tuple[tuple[str, str, str], ...]] = ()
     group: int = GROUP
     scale_dtype: str = "float8_e4m3fn"
+    codes_also: tuple[str, ...] = ("U8",)
     scaling: str = "e4m3*"
 
     @property
@@ -44,16 +43,14 @@ class _Nvfp4(Words):
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
         """Codes, scales and the factor; its shape in a checkpoint is `[1]` or `[]`."""
-        codes, scales = self.word_parts(
-            spec, (spec.outputs, spec.inputs // 2), (spec.outputs, -(-spec.inputs // GROUP))
-        )
+        codes, scales = self.word_parts(spec, (spec.outputs, spec.inputs // 2), (spec.outputs, self.groups_of(spec)))
         return codes, scales, Part(name="globals", shape=(spec.joined,), dtype="float32", stored=(spec.joined,))
 
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """Codes times what scale and factor give."""
         scales, factor = e4m3_numbers(parts["scales"].view(torch.uint8)), parts["globals"]
         scales = scales / factor if self.divides else scales * factor
-        values = torch.tensor(E2M1, device=scales.device)[self.codes_of(parts).int()]
+        values = torch.tensor(E2M1, device=scales.device)[self.codes_of(spec, parts).int()]
         values *= self.by_input(spec, scales)
         return values.to(getattr(torch, spec.dtype))
 
@@ -72,15 +69,13 @@ class _Nvfp4(Words):
         """Words of codes; scales by steps.
 
         Raises:
-            ValueError: if a scale or the factor is not finite, scales are to be divided by 0, or a row ends within a word.
+            ValueError: if a scale or the factor is not finite, or scales are to be divided by 0.
         """
         if part == "codes":
-            if spec.inputs % _WORD_INPUTS:
-                raise ValueError(f"it has {spec.inputs} inputs, which are no multiple of {_WORD_INPUTS}")
             return pack_words(self.pairs(stored.reshape(spec.outputs, -1)), self.code_map)
         if part == "scales":
             check_e4m3(stored)
-            return by_steps(stored.view(torch.uint8), GROUP).view(stored.dtype)
+            return self.in_steps(spec, stored.view(torch.uint8)).view(stored.dtype)
         if not bool(stored.isfinite().all()) or (self.divides and not bool(stored.all())):
             raise ValueError("the factor of its scales is 0 or not finite")
         return stored
