@@ -38,7 +38,7 @@ def compressed(stored_as: str, *groups: dict[str, Any], **more: object) -> dict[
 
 def decode(format_: Format, stored: list[dict[str, Tensor]], dtype: str, **how: bool) -> Tensor:
     """The numbers of tensors in the shapes and number types of a checkpoint, joined."""
-    outputs, inputs = stored[0]["codes"].shape
+    outputs, inputs = format_.logical_shape({name: tuple(part.shape) for name, part in stored[0].items()})
     shape = (outputs * len(stored), inputs)
     spec = TensorSpec(name="w", shape=shape, dtype=dtype, format=format_, joined=len(stored), **how)
     parts = {}
