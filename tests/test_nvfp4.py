@@ -99,10 +99,10 @@ def test_scales_and_factors_that_are_no_numbers_are_refused() -> None:
 def test_what_configs_state() -> None:
     """The format of each group, the algorithm of each layer."""
     assert claimed(compressed("nvfp4-pack-quantized", "float", **GROUP)) == (NVFP4,)
-    assert claimed(mixed()) == (FloatQuantized(block=(1, ALL)), NVFP4)
+    assert claimed(mixed()) == (NVFP4, FloatQuantized(block=(1, ALL)))
     layers = {"a": {"quant_algo": "NVFP4"}, "b": {"quant_algo": "FP8"}}
     about = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
-    assert claimed(about) == (Fp8(block=(ALL, ALL)), MODELOPT_NVFP4)
+    assert claimed(about) == (MODELOPT_NVFP4, Fp8(block=(ALL, ALL)))
     assert claimed({"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4"}}) == (MODELOPT_NVFP4,)
     assert claimed({"quant_method": "modelopt"}) == ()
 

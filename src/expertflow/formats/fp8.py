@@ -200,34 +200,29 @@ class FloatQuantized(Bytes):
     name = "float-quantized"
     kind = "float"
     scale_dtype: str = "bfloat16"
-    scales_also: tuple[str, ...] = ()
+    scales_also: tuple[str, ...] = ("F32", "F16")
     rounds: bool = True
 
     def claim(self, quantization: Mapping[str, Any]) -> tuple[Format, ...]:
         """Of groups of its name, or of the older one `naive-quantized`.
 
         Raises:
-            UnsupportedModelError: if weights of a group are stored in a way that is not decoded, or groups differ in blocks.
+            UnsupportedModelError: if weights of a group are stored in a way that is not decoded, or groups differ.
         """
-        groups = weight_groups(quantization, {self.name, "naive-quantized"})
-        blocks = {self._block(weights) for weights in groups if weights.get("type", "int") == self.kind}
-        if len(blocks) > 1:
+        groups = list(weight_groups(quantization, {"float-quantized", "int-quantized", "naive-quantized"}))
+        found = {(weights.get("type", "int"), self._block(weights)) for weights in groups}
+        if len(found) > 1:
             raise UnsupportedModelError(
-                f"groups of {self.name} weights in quantization_config differ in the blocks that share a scale",
+                "groups of weights of one byte in quantization_config differ in their type or in what shares a scale: "
+                + ", ".join(f"{kind} {block}" for kind, block in sorted(found)),
                 ELSEWHERE,
             )
-        return tuple(replace(self, block=block) for block in blocks)
+        return tuple(replace(self, block=block) for kind, block in found if kind == self.kind)
 
     def of_types(self, stored: Mapping[str, str]) -> Format:
         """Scales are kept in the number type that they are stored in."""
-        found = BY_STORED_NAME.get(stored.get("scales", ""))
-        return self if found is None else replace(self, scale_dtype=found)
-
-    def split_key(self, key: str, stored: str) -> tuple[str, str] | None:
-        """Scales may be of any number type that models run in."""
-        named = super().split_key(key, stored)
-        scales = _SCALE.fullmatch(key) if named is None and stored in {"F32", "F16"} else None
-        return (scales["key"], "scales") if scales else named
+        found = BY_STORED_NAME.get(stored.get("scales", ""), self.scale_dtype)
+        return replace(self, scale_dtype=found, scales_also=())
 
     @staticmethod
     def _block(weights: Mapping[str, Any]) -> tuple[int, int]:

@@ -17,6 +17,6 @@ Formats = Mapping[str, Format]
 FORMATS: Formats = MappingProxyType(
     {
         format_.name: format_
-        for format_ in (PLAIN, MXFP4, INT4, GPTQ, AWQ, FP8, FLOAT_QUANTIZED, INT_QUANTIZED, NVFP4, MODELOPT_NVFP4)
+        for format_ in (PLAIN, MXFP4, INT4, GPTQ, AWQ, NVFP4, MODELOPT_NVFP4, FP8, FLOAT_QUANTIZED, INT_QUANTIZED)
     }
 )

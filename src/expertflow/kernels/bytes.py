@@ -27,22 +27,32 @@ def load_bytes(
     grid_rows: tl.constexpr = about[3]
     grid_cols: tl.constexpr = about[4]
     joined: tl.constexpr = about[8]
-    start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
+    step: tl.constexpr = cols.shape[0]
+    start = record.to(tl.pointer_type(tl.int8), bitcast=True)
     inside = (outs < n)[:, None] & (cols < k)[None, :]
     rows = outs % joined * one + outs // joined if about[9] else outs
     where = start + at[0] + rows[:, None] * k + cols[None, :]
     codes = (tl.load(where) if whole else tl.load(where, mask=inside, other=0)).to(tl.int32)
     if about[5]:
-        values = codes.to(tl.int8).to(tl.float32)
-    else:  # the sign to bit 31, the other bits to where float32 has exponent and mantissa; 127 - 7 is missing in the exponent
-        values = ((codes & 0x80) << 24 | (codes & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        values = codes.to(tl.float32)
+    else:  # the sign stays, the other bits go where float32 has exponent and mantissa; 127 - 7 is missing in the exponent
+        values = ((codes << 20) & -2014314496).to(tl.float32, bitcast=True) * 1.329227995784916e36
     scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
     of_row = rows // one * grid_rows + rows % one // block_rows if joined > 1 else rows // block_rows
-    if cols.shape[0] <= about[10] or grid_cols == 1:  # a step of inputs lies in one block
-        col = tl.min(cols) // block_cols if grid_cols > 1 else 0
-        scale = tl.load(scales + of_row * grid_cols + col, mask=outs < n, other=0)[:, None]
+    scales += of_row * grid_cols
+    if grid_cols == 1:
+        scale = tl.load(scales, mask=outs < n, other=0)[:, None]
+    elif step <= about[10]:  # a step of inputs lies in one block
+        scale = tl.load(scales + tl.min(cols) // block_cols, mask=outs < n, other=0)[:, None]
+    elif block_cols == about[10]:  # a step has whole blocks
+        of_col = tl.min(cols) // block_cols + tl.arange(0, step // block_cols)
+        scale = tl.load(
+            scales[:, None] + of_col[None, :], mask=(outs < n)[:, None] & (of_col < grid_cols)[None, :], other=0
+        )
+        scale = tl.broadcast_to(scale[:, :, None], [outs.shape[0], step // block_cols, block_cols])
+        scale = tl.reshape(scale, [outs.shape[0], step])
     else:
-        scale = tl.load(scales + of_row[:, None] * grid_cols + (cols // block_cols)[None, :], mask=inside, other=0)
+        scale = tl.load(scales[:, None] + (cols // block_cols)[None, :], mask=inside, other=0)
     values = values * widened(scale)
     if about[7] and _dtype(about[6]) != tl.float32:
         values = widened(rounded(values, _dtype(about[6])))
