@@ -26,7 +26,7 @@ class Layout:
             weight's shape and dtype, and decoded without our formats.
         dense: whether attention is packed, too.
         dtype: to run in.
-        sizes: of the model, where they are not the family's tiny ones.
+        sizes: of the model, where they are not the family's tiny ones with two layers.
         plain_layers: layers that are left as they are.
         files: further files of the folder, by name.
     """

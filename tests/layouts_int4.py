@@ -126,7 +126,7 @@ WIDE = 1 << 30
 LAYOUTS_INT4 = {
     "int4 g32": Layout(
         family="qwen3_moe", quantization=compressed(32), pack=partial(pack_compressed, group=32),
-        sizes={"moe_intermediate_size": 192}, plain_layers=(2,),
+        sizes={"moe_intermediate_size": 192}, plain_layers=(1,),
     ),
     "int4 g128 with attention": Layout(
         family="deepseek_v3", quantization=compressed(128, mixed=True, actorder="weight"), dense=True,

@@ -22,7 +22,7 @@ from layout import write_twins
 from layouts import LAYOUTS
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [10, 11], [12, 13, 14]]
-PARAMS = SamplingParams(max_tokens=5, temperature=0.8, seed=5, ignore_eos=True)
+PARAMS = SamplingParams(max_tokens=3, temperature=0.8, seed=5, ignore_eos=True)
 ALL = 1000
 EXPERTS = 8
 """Of a layer, in the tiny models."""
@@ -37,7 +37,8 @@ def twins(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFact
     @cache
     def make(name: str) -> tuple[Path, Path]:
         layout = LAYOUTS[name]
-        source = make_checkpoint(layout.family, layout.dtype, spread=0.3, **layout.sizes)
+        sizes = {"num_hidden_layers": 2, **layout.sizes}
+        source = make_checkpoint(layout.family, layout.dtype, spread=0.3, **sizes)
         return write_twins(source, tmp_path_factory.mktemp("twins"), layout)
 
     return make

@@ -7,7 +7,7 @@ scales in plain order.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from types import MappingProxyType
 from typing import Any
 
@@ -80,6 +80,16 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
     return torch.from_numpy(words)
 
 
+@cache
+def _runs(code_map: str, pair: int) -> tuple[tuple[int, int, int], ...]:
+    """The bits of a pair's first code, by runs that lie together: first bit in the code, place in the word, mask."""
+    places = _PLACES[code_map][pair]
+    begins = [bit for bit in range(4) if bit == 0 or places[bit] != places[bit - 1] + 1]
+    return tuple(
+        (begin, places[begin], (1 << (end - begin)) - 1) for begin, end in zip(begins, [*begins[1:], 4], strict=True)
+    )
+
+
 def unpack_words(words: Tensor, code_map: str) -> Tensor:
     """Codes of words: int32 `[N, K / 8]` to uint8 `[N, K]`, on the device of the words."""
     outputs, count = words.shape
@@ -89,10 +99,8 @@ def unpack_words(words: Tensor, code_map: str) -> Tensor:
         target = codes[:, begin : begin + 32 * wide].view(outputs, wide, 4, 4, 2)
         for place in range(PER_WORD):
             pair, half = place // 2, 16 * (place % 2)
-            code = torch.zeros_like(mine)
-            for bit, source in enumerate(_PLACES[code_map][pair]):
-                code |= (mine >> (half + source) & 1) << bit
-            target[:, :, pair, :, place % 2] = code.transpose(1, 2)
+            bits = [(mine >> (half + source) & mask) << bit for bit, source, mask in _runs(code_map, pair)]
+            target[:, :, pair, :, place % 2] = reduce(torch.bitwise_or, bits).transpose(1, 2)
     return codes
 
 

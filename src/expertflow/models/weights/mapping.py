@@ -5,6 +5,7 @@ Reads no data. Must not know where the bytes will go beyond tensor, part and off
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -127,7 +128,10 @@ def _packed_spec(skeleton: Skeleton, spec: TensorSpec, found: "_Found") -> Tenso
     joined = max(len({place for _, place in stored}) for stored in found.parts.values())
     module = skeleton.model.get_submodule(skeleton.expert_modules[0])
     interleaved = joined > 1 and not getattr(module, "is_concatenated", True)
-    types = {part: next(iter(stored.values())).dtype for part, stored in found.parts.items()}
+    types = {
+        part: Counter(tensor.dtype for tensor in stored.values()).most_common(1)[0][0]
+        for part, stored in found.parts.items()
+    }
     return replace(spec, format=found.format.of_types(types), joined=joined, interleaved=interleaved)
 
 
