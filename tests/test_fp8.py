@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from expertflow.errors import UnsupportedModelError
-from expertflow.formats.described import algorithms
 from expertflow.formats.format import Format, TensorSpec
-from expertflow.formats.fp8 import ALL, FLOAT_QUANTIZED, FP8, INT_QUANTIZED, Bytes, FloatQuantized, Fp8, IntQuantized
 from expertflow.formats.plain import plain
+from expertflow.formats.published.described import algorithms
+from expertflow.formats.published.fp8 import (
+    ALL,
+    FLOAT_QUANTIZED,
+    FP8,
+    INT_QUANTIZED,
+    Bytes,
+    FloatQuantized,
+    Fp8,
+    IntQuantized,
+)
 from expertflow.formats.records import RecordLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import ExpertMlp, Workspace

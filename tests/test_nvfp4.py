@@ -9,9 +9,9 @@ from torch import Tensor
 
 from expertflow.errors import UnsupportedModelError
 from expertflow.formats.format import TensorSpec
-from expertflow.formats.fp8 import ALL, FloatQuantized, Fp8
-from expertflow.formats.nvfp4 import MODELOPT_NVFP4, NVFP4
 from expertflow.formats.plain import plain
+from expertflow.formats.published.fp8 import ALL, FloatQuantized, Fp8
+from expertflow.formats.published.nvfp4 import MODELOPT_NVFP4, NVFP4
 from expertflow.formats.records import RecordLayout
 from expertflow.formats.words import Words
 from expertflow.kernels.mlp import ExpertMlp, Workspace

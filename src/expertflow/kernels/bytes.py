@@ -1,4 +1,4 @@
-"""The tile loader of formats of one byte a weight: `formats.fp8` in Triton. See `kernels.tiles` for what a loader is."""
+"""The tile loader of formats of one byte a weight: `formats.published.fp8` in Triton. See `kernels.tiles` for what a loader is."""
 
 import triton
 import triton.language as tl

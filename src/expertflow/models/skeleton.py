@@ -206,7 +206,7 @@ def _packed_formats(folder: Path, configs: tuple[PreTrainedConfig, ...], formats
     about = quantization if isinstance(quantization, Mapping) else {}
     found = tuple(format_ for one in formats.values() for format_ in one.claim(about))
     if not found:
-        refuse_quantised(folder, quantization, walk(folder))
+        refuse_quantised(folder, quantization)
     for config in configs:
         if hasattr(config, "quantization_config"):
             del config.quantization_config

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertflow.formats.described import algorithms, require, weight_groups
 from expertflow.formats.format import Format, Part, TensorSpec
-from expertflow.formats.fp8 import check_e4m3, e4m3_numbers
+from expertflow.formats.published.described import algorithms, require, weight_groups
+from expertflow.formats.published.fp8 import check_e4m3, e4m3_numbers
 from expertflow.formats.words import E2M1, Words, pack_words
 
 GROUP = 16

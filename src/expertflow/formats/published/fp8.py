@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from expertflow.errors import UnsupportedModelError
-from expertflow.formats.described import ELSEWHERE, algorithms, require, weight_groups
 from expertflow.formats.dtypes import BY_STORED_NAME
 from expertflow.formats.format import Format, Part, TensorSpec
 from expertflow.formats.mxfp4 import power_of_two
+from expertflow.formats.published.described import ELSEWHERE, algorithms, require, weight_groups
 
 ALL = 0
 """In place of a block's size: all outputs, or all inputs, share a scale."""
