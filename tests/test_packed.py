@@ -134,6 +134,8 @@ def other_groups(quantization: Any) -> bool:
             changed |= other_groups(value)
         elif key == "group_size" and isinstance(value, int) and value > 0:
             quantization[key], changed = 64 if value == 32 else 32, True
+        elif key in {"weight_block_size", "block_structure"}:
+            quantization[key], changed = [48, 48], True
     return changed
 
 
