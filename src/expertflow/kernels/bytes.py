@@ -1,9 +1,12 @@
-"""The tile loader of formats of one byte a weight: `formats.published.fp8` in Triton. See `kernels.tiles` for what a loader is."""
+"""How the expert kernels read formats of one byte a weight: `formats.published.fp8` in Triton.
+
+`load_bytes` is the tile loader, see `kernels.tiles`; `multiply_bytes` is the product with it, where the first input of a step is known.
+"""
 
 import triton
 import triton.language as tl
 
-from expertflow.kernels.tiles import rounded
+from expertflow.kernels.tiles import add_product, load_tokens, rounded
 
 
 @triton.jit
@@ -16,11 +19,18 @@ def widened(values):
 
 
 @triton.jit
-def load_bytes(
-    record, at: tl.constexpr, about: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr,
-    transposed: tl.constexpr, whole: tl.constexpr,  # noqa: ARG001
-):  # fmt: skip
-    """Codes `[N, K]` times scales; `about` is `constants` of the format."""
+def _tile(
+    record,
+    at: tl.constexpr,
+    about: tl.constexpr,
+    outs,
+    cols,
+    first,
+    n: tl.constexpr,
+    k: tl.constexpr,
+    whole: tl.constexpr,
+):
+    """Codes `[N, K]` times scales; `about` is `constants` of the format, `first` the first of `cols`."""
     one: tl.constexpr = about[0]
     block_rows: tl.constexpr = about[1]
     block_cols: tl.constexpr = about[2]
@@ -43,9 +53,9 @@ def load_bytes(
     if grid_cols == 1:
         scale = tl.load(scales, mask=outs < n, other=0)[:, None]
     elif step <= about[10]:  # a step of inputs lies in one block
-        scale = tl.load(scales + tl.min(cols) // block_cols, mask=outs < n, other=0)[:, None]
+        scale = tl.load(scales + first // block_cols, mask=outs < n, other=0)[:, None]
     elif block_cols == about[10]:  # a step has whole blocks
-        of_col = tl.min(cols) // block_cols + tl.arange(0, step // block_cols)
+        of_col = first // block_cols + tl.arange(0, step // block_cols)
         scale = tl.load(
             scales[:, None] + of_col[None, :], mask=(outs < n)[:, None] & (of_col < grid_cols)[None, :], other=0
         )
@@ -57,6 +67,30 @@ def load_bytes(
     if about[7] and _dtype(about[6]) != tl.float32:
         values = widened(rounded(values, _dtype(about[6])))
     return rounded(values, record.dtype.element_ty)
+
+
+@triton.jit
+def load_bytes(
+    record, at: tl.constexpr, about: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr,
+    transposed: tl.constexpr, whole: tl.constexpr,  # noqa: ARG001
+):  # fmt: skip
+    """The tile loader of `formats.published.fp8.Bytes`."""
+    return _tile(record, at, about, outs, cols, tl.min(cols), n, k, whole)
+
+
+@triton.jit
+def multiply_bytes(
+    inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,  # noqa: ARG001
+    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,  # noqa: ARG001
+):  # fmt: skip
+    """As `multiply_tiles` with `load_bytes`, which would look for the first input in every step."""
+    acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+    for begin in range(0, k, block_k):
+        tokens = load_tokens(inputs, valid, begin, k, block_k)
+        cols = begin + tl.arange(0, block_k)
+        tile = _tile(record, at, about, outs, cols, begin, n, k, exact and k % block_k == 0)
+        acc = add_product(acc, tile, tokens)
+    return acc
 
 
 @triton.constexpr_function

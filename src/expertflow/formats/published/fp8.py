@@ -64,7 +64,7 @@ class Bytes(Format):
     repacked = frozenset({"codes", "scales"})
     decode_bytes_each = 12
     ignored = (
-        ".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale", ".activation_scale", ".input_zero_point",
+        ".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale", ".kv_scale", ".activation_scale", ".input_zero_point",
         ".k_zero_point", ".v_zero_point",
     )  # fmt: skip
     tiles = "bytes"
