@@ -111,6 +111,7 @@ def compressed(group: int, *, mixed: bool = False, **weights: object) -> dict:
         "format": top,
         "config_groups": {"group_0": scheme},
         "ignore": ["lm_head"],
+        "quantization_status": "compressed",  # else transformers leaves dense weights random
     }
 
 

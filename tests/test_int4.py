@@ -3,7 +3,9 @@
 GPTQModel cannot be installed beside this torch, and AutoAWQ neither: for GPTQ and AWQ the expectation follows their documents.
 """
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
-from expertflow import LLM
+from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
 from expertflow.errors import CheckpointError, ExpertFlowError, UnsupportedModelError
@@ -21,6 +24,8 @@ from expertflow.formats.format import Format, TensorSpec
 from expertflow.formats.gptq import GPTQ
 from expertflow.formats.int4 import INT4
 from expertflow.formats.words import ROW
+from expertflow.models.skeleton import build_skeleton
+from expertflow.models.weights.sources import RandomWeights
 from helpers import MakeCheckpoint
 from layout import write_twins
 from layouts import LAYOUTS
@@ -177,7 +182,7 @@ def test_order_of_activation_is_seen_in_the_groups() -> None:
 
 def mixed(*changes: dict) -> dict:
     """A config of compressed-tensors with groups that differ."""
-    groups = {f"group_{place}": {"format": "pack-quantized", "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, **change.pop("weights", {})}, **change}
+    groups = {f"group_{place}": {"format": "pack-quantized", "weights": {"num_bits": 4, "strategy": "group", "group_size": 32}, **change}
               for place, change in enumerate(changes)}  # fmt: skip
     return {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}
 
@@ -200,10 +205,11 @@ def mixed(*changes: dict) -> dict:
         (INT4, compressed(128, strategy="tensor"), "quantised by 'tensor'"),
         (INT4, compressed(48), "groups of 48"),
         (INT4, compressed(128) | {"config_groups": {"W4A16": ["Linear"]}}, "name no weights"),
+        (INT4, mixed({"weights": None}), "name no weights"),
         (INT4, compressed(128) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "also sparse"),
         (INT4, compressed(128) | {"transform_config": {"config_groups": {"u": {}}}}, "rotated"),
         (INT4, mixed({}, {"format": "float-quantized"}), "and as 'float-quantized'"),
-        (INT4, mixed({}, {"weights": {"group_size": 64}}), "2 ways"),
+        (INT4, mixed({}, {"weights": {"num_bits": 4, "group_size": 64}}), "2 ways"),
     ],
 )  # fmt: skip
 def test_what_is_not_decoded_is_refused_by_name(format_: Format, about: dict, cause: str) -> None:
@@ -286,3 +292,52 @@ def test_a_packed_checkpoint_states_its_format_in_its_text_part(
     (first, second) = plan.shape.records.layers[0].specs
     assert {first.format.scale_dtype, second.format.scale_dtype} == {"float16"}
     assert (first.joined, second.joined) == (2, 1)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_stock_decodes_the_same_where_it_is_right(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Transformers on the packed folder: symmetric weights of compressed-tensors. Asymmetric experts and short groups raise there."""
+    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("accelerate")
+    layout = replace(LAYOUTS["int4 g32"], plain_layers=(), dense=True)  # left plain: only what the config ignores
+    folder, _ = write_twins(make_checkpoint(layout.family, layout.dtype, spread=0.3, **layout.sizes), tmp_path, layout)
+    stock = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        quantization_config=CompressedTensorsConfig(dequantize=True),
+        experts_implementation="eager",
+    ).eval()
+    for tensor in (*stock.parameters(), *stock.buffers()):
+        tensor.data = tensor.data.clone()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.inference_mode():
+        expected = stock(ids).logits
+        model = from_pretrained(folder, slots=5, device="cpu")
+        assert torch.equal(model(ids).logits, expected)
+    model.expertflow.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["int4 g64 asymmetric, float16 scales", "gptq g32 in float16", "awq g64 with attention"]
+)
+def test_a_stand_in_has_records_of_its_format(name: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Random weights for a packed checkpoint: records of its size, and answers."""
+    layout = LAYOUTS[name]
+    folder, _ = write_twins(make_checkpoint(layout.family, layout.dtype, spread=0.3, **layout.sizes), tmp_path, layout)
+    real = prepare(folder, EngineConfig(device="cpu", slots=4)).plan
+    with LLM(folder, device="cpu", slots=4, max_length=32, weights=RandomWeights()) as llm:
+        assert llm.plan.record_bytes == real.record_bytes
+        assert len(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
+
+
+def test_a_config_may_state_its_format_in_its_text_part(tmp_path: Path) -> None:
+    """As Kimi's does, whose models of images and text have it there."""
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96,
+            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+            "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+    AutoConfig.for_model("qwen3_5_moe", text_config=text).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["quantization_config"] = compressed(32)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert build_skeleton(tmp_path, "bfloat16").packed == INT4.claim(compressed(32))

@@ -165,7 +165,9 @@ class PackedInt4(Int4):
             refuse(f"the checkpoint mixes weights stored as {_PACKED!r} and as {other!r}, which is not decoded")
         _check_plain_weights(quantization)
         found = {self._scheme(scheme["weights"]) for scheme in described if scheme.get("weights")}
-        if len(found) != 1:
+        if not found:
+            refuse(f"the `config_groups` of the quantisation config name no weights: {groups!r}")
+        if len(found) > 1:
             refuse(f"the groups of the quantisation config differ in how weights are packed ({len(found)} ways)")
         return (found.pop(),)
 
