@@ -1,12 +1,18 @@
 """Formats of one byte a weight: their numbers are torch's and the library's, and what cannot be decoded is refused."""
 
 import importlib
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
+from expertflow import LLM, SamplingParams, from_pretrained
+from expertflow.config import EngineConfig
+from expertflow.engine.prepare import prepare
 from expertflow.errors import UnsupportedModelError
 from expertflow.formats.format import Format, TensorSpec
 from expertflow.formats.plain import plain
@@ -24,7 +30,10 @@ from expertflow.formats.published.fp8 import (
 from expertflow.formats.records import RecordLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import ExpertMlp, Workspace
-from helpers import DEVICES
+from expertflow.models.weights.sources import RandomWeights
+from helpers import DEVICES, MakeCheckpoint
+from layout import write_twins
+from layouts import LAYOUTS
 
 DTYPES = ["float32", "bfloat16", "float16"]
 CODES = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8)
@@ -274,3 +283,36 @@ def test_a_tile_loader_reads_what_its_format_decodes(format_: Bytes, dtype: str)
         found.append(work.parts)
     assert found[0].abs().sum() > 0
     assert torch.equal(*found)
+
+
+def test_stock_decodes_the_same_where_it_is_right(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Transformers on a folder of FP8 in whole blocks, dequantised. Where blocks are not whole it raises, or divides rows evenly."""
+    pytest.importorskip("accelerate")
+    sizes = {"moe_intermediate_size": 256, "hidden_size": 128}
+    layout = replace(LAYOUTS["fp8 as Qwen3"], plain_layers=(), sizes=sizes)
+    folder, _ = write_twins(make_checkpoint(layout.family, layout.dtype, spread=0.3, **sizes), tmp_path, layout)
+    stock = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        quantization_config=FineGrainedFP8Config(dequantize=True),
+        experts_implementation="eager",
+    ).eval()
+    for tensor in (*stock.parameters(), *stock.buffers()):
+        tensor.data = tensor.data.clone()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.inference_mode():
+        expected = stock(ids).logits
+        model = from_pretrained(folder, slots=5, device="cpu")
+        assert torch.equal(model(ids).logits, expected)
+    model.expertflow.close()
+
+
+@pytest.mark.parametrize("name", ["fp8 as Qwen3", "int-quantized", "nvfp4 in float32, attention in fp8"])
+def test_a_stand_in_has_records_of_its_format(name: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Random weights for a packed checkpoint: records of its size, and answers."""
+    layout = replace(LAYOUTS[name], plain_layers=())
+    folder, _ = write_twins(make_checkpoint(layout.family, layout.dtype, spread=0.3, **layout.sizes), tmp_path, layout)
+    real = prepare(folder, EngineConfig(device="cpu", slots=4)).plan
+    with LLM(folder, device="cpu", slots=4, max_length=32, weights=RandomWeights()) as llm:
+        assert llm.plan.record_bytes == real.record_bytes
+        assert len(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
