@@ -6,6 +6,7 @@ instructions, for codes and scales that give bfloat16 numbers by bfloat16 arithm
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_warps
 
 from expertflow.kernels.tiles import INTERPRETED, add_product, load_tokens, multiply_tiles, rounded
 
@@ -201,6 +202,12 @@ def by_halves(about, dtype):
 
 
 @triton.constexpr_function
+def _warps(rows, warps):
+    """Warps among which the rows of a tile are divided, sixteen each."""
+    return min(warps, rows // 16)
+
+
+@triton.constexpr_function
 def _name(dtype):
     """A number type as torch names it."""
     return {"bf16": "bfloat16", "fp16": "float16"}.get(str(dtype), str(dtype))
@@ -228,14 +235,17 @@ def _unfold(one, two, three, four, dtype: tl.constexpr):
     odd = tl.join(tl.join(a1, c1), tl.join(b1, d1))
     rows: tl.constexpr = one.shape[0]
     words: tl.constexpr = one.shape[1] // 4
-    tile = tl.reshape(tl.join(even, odd), [rows // 64, 2, 4, 8, 4, words, 2, 2, 2])
+    warps: tl.constexpr = _warps(rows, num_warps())
+    tile = tl.reshape(tl.join(even, odd), [rows // (16 * warps), 2, warps, 8, 4, words, 2, 2, 2])
     return tl.reshape(tl.permute(tile, (0, 2, 1, 3, 5, 6, 7, 4, 8)), [rows, words * 32])
 
 
 @triton.jit
 def _by_threads(outs):
     """Outputs `[R]` in the order in which `_unfold` takes their rows."""
-    return tl.reshape(tl.permute(tl.reshape(outs, [outs.shape[0] // 64, 4, 2, 8]), (0, 2, 1, 3)), [outs.shape[0]])
+    rows: tl.constexpr = outs.shape[0]
+    warps: tl.constexpr = _warps(rows, num_warps())
+    return tl.reshape(tl.permute(tl.reshape(outs, [rows // (16 * warps), warps, 2, 8]), (0, 2, 1, 3)), [rows])
 
 
 @triton.jit
