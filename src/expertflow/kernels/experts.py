@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.readers import reader
+from expertflow.kernels.tiles import INTERPRETED
 
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
@@ -202,12 +203,21 @@ def _combine_kernel(
 
 
 def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
-    """How up and down projection are cut: a function of the MLP alone, never of the batch."""
+    """How up and down projection are cut: a function of the MLP alone, never of the batch.
+
+    `block_k` is the number format's alone in the interpreter, where it decides about bits; on a GPU it does not.
+    """
     if mlp.dtype == "float32":
-        return Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
-    if mlp.transposed:
-        return Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
-    return Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
+        up, down = Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
+    elif mlp.transposed:
+        up, down = Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
+    else:
+        up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
+    if mlp.dtype == "bfloat16" and not INTERPRETED.value:
+        outputs = 64 if mlp.gated else 128
+        up = Tiling(outputs // 2, 128, 4, 4) if mlp.up.spec.format.tiles == "words" else up
+        down = Tiling(64, 128, 4, 4) if mlp.down.spec.format.tiles == "words" else down
+    return up, down
 
 
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:

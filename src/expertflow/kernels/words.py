@@ -195,9 +195,13 @@ def multiply_words(
     transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     """As `multiply_tiles`, with the bits of `load_words`: by bfloat16 arithmetic where that gives them."""
-    halves: tl.constexpr = record.dtype.element_ty == tl.bfloat16 and not INTERPRETED and block_k == STEP and outs.shape[0] % 64 == 0
+    halves: tl.constexpr = (
+        record.dtype.element_ty == tl.bfloat16 and not INTERPRETED and block_k == STEP and outs.shape[0] % 64 == 0
+    )
     powers: tl.constexpr = about[2] == "e8m0" and about[0] == "e2m1" and about[1] == 32
-    numbers: tl.constexpr = about[2] == "number" and about[0] == "int4" and about[3] == "bfloat16" and about[1] % STEP == 0
+    numbers: tl.constexpr = (
+        about[2] == "number" and about[0] == "int4" and about[3] == "bfloat16" and about[1] % STEP == 0
+    )
     if halves and (powers or numbers):
         acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)
     else:
@@ -227,7 +231,9 @@ def _multiply_halves(
     if k % STEP != 0:
         last: tl.constexpr = k // STEP * STEP
         tokens = load_tokens(inputs, valid, last, k, STEP)
-        tile = _tile(start, words + last // 8, row + last // STEP * one, inside, at, powers, zeros, exact, k % STEP // 32)
+        tile = _tile(
+            start, words + last // 8, row + last // STEP * one, inside, at, powers, zeros, exact, k % STEP // 32
+        )
         acc = add_product(acc, tile, tokens)
     return acc
 
