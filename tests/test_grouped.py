@@ -86,9 +86,7 @@ def test_pairs_are_sorted_by_expert() -> None:
     """Places lie between the expert's bounds, in ascending order of pair; pairs without an expert come last."""
     index = torch.tensor([[3, 0], [6, 6], [0, 5], [3, 0]], device=DEVICE)
     pairs = sorted_pairs(index)
-    found = {
-        expert: pairs.order[pairs.bounds[expert] : pairs.bounds[expert + 1]].tolist() for expert in range(EXPERTS)
-    }
+    found = {expert: pairs.order[pairs.bounds[expert] : pairs.bounds[expert + 1]].tolist() for expert in range(EXPERTS)}
     assert found == {0: [1, 4, 7], 1: [], 2: [], 3: [0, 6], 4: [], 5: [5]}
     assert pairs.order[pairs.bounds[-1] :].tolist() == [2, 3]
     assert (pairs.needed, pairs.mean) == ([0, 3, 5], 2)
@@ -157,9 +155,11 @@ def test_packed_experts_have_the_bits_of_decoded_ones() -> None:
     """The grouped kernel reads a packed format by the product that a decode step uses."""
     grouped = pytest.importorskip("expertflow.kernels.grouped", reason="kernels need triton")
     shapes, plain_format = {"gate_up_proj": (64, 160), "down_proj": (160, 32)}, plain("x", (1,), "bfloat16").format
-    generator, layouts = torch.Generator().manual_seed(1), []
-    for format_ in (MXFP4, plain_format):
-        layouts.append(StoreLayout.uniform([_spec(name, shape, format_) for name, shape in shapes.items()]))
+    generator = torch.Generator().manual_seed(1)
+    layouts = [
+        StoreLayout.uniform([_spec(name, shape, format_) for name, shape in shapes.items()])
+        for format_ in (MXFP4, plain_format)
+    ]
     pools = [SlotPool(layout, EXPERTS, DEVICE) for layout in layouts]
     for slot in range(EXPERTS):
         for name in shapes:
@@ -289,8 +289,8 @@ def test_residents_come_together_and_arrivals_as_they_are_there() -> None:
             if not late:
                 link.settle()  # what is under way arrives while a group is computed
         assert link.log[:5] == ["group [11]", "start 12", "group [10]", "start 13", "group [8, 9]"]
-        alone = ["group [12]", "group [13]", "start 14", "start 15", "group [14]", "group [15]"]
-        assert link.log[5:] == (alone if late else ["group [12, 13]", "start 14", "start 15", "group [14, 15]"])
+        first = ["group [12]", "group [13]"] if late else ["group [12, 13]"]
+        assert link.log[5:] == [*first, "start 14", "start 15", "group [14]", "group [15]"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -284,7 +284,7 @@ def _slots(config: EngineConfig, shape: ModelShape, record_bytes: int, fixed: in
     return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes)
 
 
-def workspace_bytes(  # noqa: PLR0913 - the last ones by keyword
+def workspace_bytes(
     shape: ModelShape, batch: int, length: int, chunk: int, *, prompts: bool = True, grouped: bool = False
 ) -> int:
     """Return an upper bound on the temporary device memory of one step, bytes.

@@ -44,13 +44,16 @@ class PromptExperts:
         now, hidden = self._context.now, hidden.contiguous()
         if now.padding is not None:
             index = index.masked_fill(now.padding[:, None], self._experts)
+        tokens, top_k = index.shape
         copy, wait = on_host(index)
         order = sort_pairs(index)
-        work = Workspace.allocate(self._mlps[layer], *index.shape, hidden.device)
+        work = Workspace.allocate(self._mlps[layer], tokens, top_k, hidden.device)
         wait()  # the one host sync of a layer
         if now.observe is not None:
-            now.observe(layer, copy.clone(), weights)  # an observer may keep what it is given, and the copy is page-locked
-        pairs = SortedPairs(order=order, bounds=count_pairs(copy.numpy(), self._experts), top_k=index.shape[1])
+            now.observe(
+                layer, copy.clone(), weights
+            )  # an observer may keep what it is given, and the copy is page-locked
+        pairs = SortedPairs(order=order, bounds=count_pairs(copy.numpy(), self._experts), top_k=top_k)
         compute = self._grouped[layer]
         with closing(self._provider.groups(layer, pairs.needed)) as brought:
             for group in brought:

@@ -1,9 +1,10 @@
 """Which side decides the next pass, host or GPU, and how the cache's tables change sides.
 
-Passes over prompts are always decided by the host: `CacheController` decides layer by layer. If the plan is `graph`, kernels compute
-their experts (`execution.grouped`). Decode steps are decided by the GPU if the plan is `graph` and no observer needs the routing. Before the first captured step the controller lends
-its tables to the GPU (`DeviceTables.borrow`); before the host decides again they come back (`DeviceTables.give_back`).
-Totals and residency can be read at any time, from the side that has them. Must not know layers, kernels and requests.
+Passes over prompts are always decided by the host: `CacheController` decides layer by layer. If the plan is `graph`,
+kernels compute their experts (`execution.grouped`). Decode steps are decided by the GPU if the plan is `graph` and no
+observer needs the routing. Before the first captured step the controller lends its tables to the GPU
+(`DeviceTables.borrow`); before the host decides again they come back (`DeviceTables.give_back`). Totals and residency can
+be read at any time, from the side that has them. Must not know layers, kernels and requests.
 """
 
 from collections.abc import Callable, Sequence

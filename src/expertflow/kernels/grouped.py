@@ -101,7 +101,8 @@ class GroupedMlp:
         self._mlp = mlp
         self._room = _ROOM
         if device.type == "cuda":
-            self._room = int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+            properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the attribute
+            self._room = int(properties.shared_memory_per_block_optin)
         self._arguments: dict[int, tuple[_Launch, _Launch]] = {}
 
     def __call__(
@@ -134,7 +135,9 @@ class GroupedMlp:
             tiles, count = table.to(pool.device, non_blocking=True), len(table)
         where = tiles, begin, end, slot, listed
         records = pool.view(self._mlp.torch_dtype)
-        _up_kernel[up.blocks, count](hidden, pairs.order, records, work.inner, *where, top_k=pairs.top_k, **up.arguments)
+        _up_kernel[up.blocks, count](
+            hidden, pairs.order, records, work.inner, *where, top_k=pairs.top_k, **up.arguments
+        )
         _down_kernel[down.blocks, count](work.inner, pairs.order, records, work.parts, *where, **down.arguments)
 
 
@@ -197,7 +200,7 @@ def wider_tilings(mlp: ExpertMlp, tile: int, room: int) -> tuple[Tiling, Tiling]
 def _wider(cut: Tiling, outputs: int, tile: int, room: int) -> Tiling:
     """A tiling for more tokens; `outputs` of the weight make one of `block_n`."""
     rows = cut.block_n * outputs
-    if rows >= 64:  # noqa: PLR2004 - see `_OUTPUTS`
+    if rows >= 64:
         rows = _OUTPUTS if room > 2 * _ROOM or tile < TILES[-1] else 64
     step = (rows + tile) * cut.block_k * 2
     stages = max(1, min(cut.stages, room // step))
