@@ -23,7 +23,7 @@ from expertflow.formats.plain import plain
 from expertflow.formats.records import StoreLayout
 from expertflow.kernels import reference
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
-from expertflow.kernels.pairs import SortedPairs, count_pairs, sort_pairs
+from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, sort_pairs
 from expertflow.memory.slots import SlotPool
 from expertflow.trace.format import load_trace
 from expertflow.types import Access
@@ -99,7 +99,7 @@ def test_a_pair_has_the_bits_of_a_decode_step(kind: str, dtype: str) -> None:
     In Triton's interpreter NumPy multiplies, whose bits depend on the shape; there wider tiles are compared up to rounding.
     """
     experts = pytest.importorskip("expertflow.kernels.experts", reason="kernels need triton")
-    grouped = pytest.importorskip("expertflow.kernels.grouped")
+    grouped = pytest.importorskip("expertflow.kernels.prompts.grouped")
     tokens = 30
     mlp, pool = make(kind, dtype)
     hidden, index = torch.randn(tokens, HIDDEN).to(DEVICE, mlp.torch_dtype), routing(tokens)
@@ -123,7 +123,7 @@ def test_a_pair_has_the_bits_of_a_decode_step(kind: str, dtype: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_of_any_size_gives_a_token_the_same_bits(kind: str, dtype: str, cuda: torch.device) -> None:
     """A token alone, and among 3, 90 and 700 others."""
-    grouped = pytest.importorskip("expertflow.kernels.grouped")
+    grouped = pytest.importorskip("expertflow.kernels.prompts.grouped")
     mlp, pool = make(kind, dtype)
     run, most = grouped.GroupedMlp(mlp, cuda), 701
     hidden, index = torch.randn(most, HIDDEN, device=cuda).to(mlp.torch_dtype), routing(most)
@@ -153,7 +153,7 @@ def test_the_reference_does_not_depend_on_the_pass(kind: str) -> None:
 
 def test_packed_experts_have_the_bits_of_decoded_ones() -> None:
     """The grouped kernel reads a packed format by the product that a decode step uses."""
-    grouped = pytest.importorskip("expertflow.kernels.grouped", reason="kernels need triton")
+    grouped = pytest.importorskip("expertflow.kernels.prompts.grouped", reason="kernels need triton")
     shapes, plain_format = {"gate_up_proj": (64, 160), "down_proj": (160, 32)}, plain("x", (1,), "bfloat16").format
     generator = torch.Generator().manual_seed(1)
     layouts = [
@@ -190,11 +190,11 @@ def _spec(name: str, shape: tuple[int, ...], format_: Format) -> TensorSpec:
 def test_tiles_fit_into_shared_memory(room: int, dtype: str, transposed: bool) -> None:
     """On GPUs of every size, and along K in the steps of a decode step."""
     experts = pytest.importorskip("expertflow.kernels.experts", reason="kernels need triton")
-    grouped = pytest.importorskip("expertflow.kernels.grouped")
+    grouped = pytest.importorskip("expertflow.kernels.prompts.grouped")
     mlp = replace(make("gated", dtype)[0], transposed=transposed)
     for tile in grouped.TILES:
         cuts = grouped.wider_tilings(mlp, tile, room)
-        for cut, same, outputs in zip(cuts, experts.tilings(mlp), (2, 1), strict=True):
+        for cut, same, outputs in zip(cuts, experts.tilings(mlp, 1024), (2, 1), strict=True):
             assert cut.block_k == same.block_k
             if tile > grouped.TILES[0] and dtype != "float32":
                 assert cut.stages > 1

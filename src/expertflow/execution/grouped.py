@@ -15,7 +15,7 @@ from torch import Tensor
 from expertflow.execution.provider import CachedExperts
 from expertflow.kernels.backend import backend
 from expertflow.kernels.mlp import ExpertMlp, Workspace
-from expertflow.kernels.pairs import SortedPairs, count_pairs, on_host, sort_pairs
+from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, on_host, sort_pairs
 from expertflow.models.context import ForwardContext
 
 

@@ -219,7 +219,9 @@ def tilings(mlp: ExpertMlp, pairs: int) -> tuple[Tiling, Tiling]:
         up, down = Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
     else:
         up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
-    if mlp.dtype == "bfloat16" and not INTERPRETED.value:  # in the interpreter `block_k` decides about bits, on a GPU it does not
+    if (
+        mlp.dtype == "bfloat16" and not INTERPRETED.value
+    ):  # in the interpreter `block_k` decides about bits, on a GPU it does not
         few = pairs < FEW_PAIRS
         up = Tiling(64, 128, 4, 4) if mlp.up.spec.format.tiles == "words" else up
         down = Tiling(64 if few else 128, 128, 4, 4) if mlp.down.spec.format.tiles == "words" else down

@@ -1,6 +1,6 @@
 """What the kernels compute, in plain torch.
 
-Every function here has a twin of the same name and signature in `kernels.fetch`, `kernels.experts` or `kernels.grouped`. Read these first;
+Every function here has a twin of the same name and signature in `kernels.fetch`, `kernels.experts` or `kernels.prompts.grouped`. Read these first;
 they run without Triton, and tests compare the twins with them. They compute pair by pair, in the dtype of the buffer
 they write to, so that a float64 buffer gives a float64 reference.
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from expertflow.formats.format import Format
 from expertflow.kernels.ledger import DONE, SRC, TAKEN, Ledger
 from expertflow.kernels.mlp import ACTIVATIONS, CLAMPED_SWIGLU, ExpertMlp, Workspace
-from expertflow.kernels.pairs import SortedPairs
+from expertflow.kernels.prompts.pairs import SortedPairs
 
 
 def reads(format_: Format) -> bool:

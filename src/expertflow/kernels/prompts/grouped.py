@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from expertflow.kernels.experts import Tiling, activated, add_bias, read_arguments, tilings, up_outputs
-from expertflow.kernels.mlp import ExpertMlp, Projection, Workspace
-from expertflow.kernels.pairs import SortedPairs
+from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
+from expertflow.kernels.prompts.pairs import SortedPairs
 
 TILES = (16, 32, 64, 128)
 """Tokens of a tile."""
@@ -103,7 +103,7 @@ class GroupedMlp:
         if device.type == "cuda":
             properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the attribute
             self._room = int(properties.shared_memory_per_block_optin)
-        self._arguments: dict[int, tuple[_Launch, _Launch]] = {}
+        self._arguments: dict[tuple[int, tuple[Tiling, Tiling] | None], tuple[_Launch, _Launch]] = {}
 
     def __call__(
         self, hidden: Tensor, pairs: SortedPairs, group: Sequence[tuple[int, int]], pool: Tensor, work: Workspace
@@ -120,13 +120,15 @@ class GroupedMlp:
         work: Workspace,
         *,
         tile: int,
+        cuts: tuple[Tiling, Tiling] | None = None,
     ) -> None:
-        """Run the experts in tiles of `tile` tokens."""
+        """Run the experts in tiles of `tile` tokens; `cuts` are the tilings of up and down projection, None: `wider_tilings`."""
         assert hidden.is_contiguous()
         assert hidden.dtype == self._mlp.torch_dtype
-        if tile not in self._arguments:
-            self._arguments[tile] = _launches(self._mlp, tile, wider_tilings(self._mlp, tile, self._room))
-        up, down = self._arguments[tile]
+        if (tile, cuts) not in self._arguments:
+            chosen = cuts or wider_tilings(self._mlp, tile, self._room)
+            self._arguments[tile, cuts] = _launches(self._mlp, tile, chosen)
+        up, down = self._arguments[tile, cuts]
         expert, slot = group[0]
         begin, end = pairs.bounds[expert], pairs.bounds[expert + 1]
         listed, tiles, count = len(group) > 1, pairs.order, -(-(end - begin) // tile)
@@ -191,7 +193,7 @@ def wider_tilings(mlp: ExpertMlp, tile: int, room: int) -> tuple[Tiling, Tiling]
 
     `block_k` is the decode step's, so that the arithmetic is.
     """
-    up, down = tilings(mlp)
+    up, down = tilings(mlp, MAX_PAIRS)
     if tile == TILES[0] or mlp.dtype == "float32":
         return up, down
     return _wider(up, 2 if mlp.gated else 1, tile, room), _wider(down, 1, tile, room)
