@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from expertflow.formats.format import Format
 from expertflow.formats.plain import PLAIN
+from expertflow.kernels.bytes import load_bytes, multiply_bytes
 from expertflow.kernels.tiles import load_plain, multiply_tiles
 from expertflow.kernels.words import load_words, multiply_words
 
@@ -26,7 +27,11 @@ class Reader(NamedTuple):
 
 
 READERS: Mapping[str, Reader] = MappingProxyType(
-    {PLAIN.name: Reader(multiply_tiles, load_plain), "words": Reader(multiply_words, load_words)}
+    {
+        PLAIN.name: Reader(multiply_tiles, load_plain),
+        "words": Reader(multiply_words, load_words),
+        "bytes": Reader(multiply_bytes, load_bytes),
+    }
 )
 """By a format's `tiles`, or its name."""
 

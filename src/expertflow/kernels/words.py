@@ -200,7 +200,7 @@ def multiply_words(
     )
     powers: tl.constexpr = about[2] == "e8m0" and about[0] == "e2m1" and about[1] == 32
     numbers: tl.constexpr = (
-        about[2] == "number" and about[0] == "int4" and about[3] == "bfloat16" and about[1] % STEP == 0
+        about[2] == "number" and about[0] == "int4" and about[3] == "bfloat16" and about[1] % 128 == 0
     )
     if halves and (powers or numbers):
         acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)

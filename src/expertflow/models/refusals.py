@@ -15,85 +15,37 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from expertflow.errors import CheckpointError, ExpertFlowError, UnsupportedModelError
-from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.files.foreign import lines
 
 LISTED = "`expertflow models` lists the families that run."
 _ELSEWHERE = f"Run it with transformers itself, which keeps every expert in memory; {LISTED}"
-_DECODED = {"pack-quantized"}
-"""Formats of compressed-tensors whose experts transformers decodes rightly (tried with 5.17 and small checkpoints)."""
-_MAKES = {
-    "mxfp4": ("Mxfp4Config", ""),
-    "fp8": ("FineGrainedFP8Config", "accelerate"),
-    "compressed-tensors": ("CompressedTensorsConfig", "compressed-tensors"),
-}
-"""transformers' config class of each method it decodes, and the package it needs for that."""
 
 
-def refuse_quantised(folder: Path, quantization: Any, tensors: Mapping[str, StoredTensor]) -> NoReturn:
-    """Refuse a quantised checkpoint, with the lines that convert it where transformers decodes its experts rightly.
+def refuse_quantised(folder: Path, quantization: Any) -> NoReturn:
+    """Refuse a quantised checkpoint that no format claims.
 
     Args:
         folder: the checkpoint.
-        quantization: the config's `quantization_config`, or the name of a method.
-        tensors: the checkpoint, by key.
+        quantization: the config's `quantization_config`.
 
     Raises:
         UnsupportedModelError: always.
     """
     about = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
-    method = str(about.get("quant_method", "unknown"))
-    reason = "" if method in _MAKES else f"transformers does not decode experts of the method {method!r}"
-    if method == "compressed-tensors":
-        reason = _undecoded_groups(about)
-    if method == "fp8":
-        reason = _uneven_blocks(about, tensors)
-    what = f"{folder} holds a checkpoint quantised with {method!r}, and only float32, bfloat16 and float16 weights run"
-    if reason:
-        raise UnsupportedModelError(
-            f"{what}; no way to convert it with transformers is known: {reason}",
-            "Fetch the model in bfloat16, or decode it with its publisher's own tool and take `quantization_config` out of "
-            "config.json.",
-        )
-    raise UnsupportedModelError(what, conversion(folder, method))
-
-
-def conversion(folder: Path, method: str) -> str:
-    """How to convert a quantised checkpoint, as lines of Python."""
-    name, package = _MAKES[method]
-    needs = f" (pip install {package})" if package else ""
-    return f"Convert it to bfloat16{needs}, then give the new folder:\n" + lines(
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer, {name}",
-        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='bfloat16', "
-        f"quantization_config={name}(dequantize=True))",
-        "model.save_pretrained('converted', save_original_format=False)",
-        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained('converted')",
+    method, stored_as = str(about.get("quant_method", "unknown")), _first_format(about)
+    raise UnsupportedModelError(
+        f"{folder} holds a checkpoint quantised with {method!r}{stored_as and f' in the format {stored_as!r}'}, which is not "
+        "decoded here",
+        "Fetch the model in bfloat16 or in another format, or decode it with its publisher's own tool and take "
+        "`quantization_config` out of config.json.",
     )
 
 
-def _undecoded_groups(about: Mapping[str, Any]) -> str:
-    """What of a compressed-tensors config transformers decodes wrongly or not at all; empty: nothing."""
+def _first_format(about: Mapping[str, Any]) -> str:
+    """The format that a compressed-tensors config states, in a group or for all; empty: none."""
     groups = about.get("config_groups")
     listed = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    formats = {str(group.get("format") or about.get("format")) for group in listed} or {str(about.get("format"))}
-    if unknown := sorted(formats - _DECODED):
-        return f"it was never seen to decode experts of the format {unknown[0]!r}"
-    weights = [group.get("weights") for group in listed]
-    if any(isinstance(each, dict) and each.get("symmetric") is False for each in weights):
-        return "it does not decode experts with zero points"
-    return ""
-
-
-def _uneven_blocks(about: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
-    """What transformers would decode with wrong scales, since it divides rows evenly among blocks; empty: nothing."""
-    block = about.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        return "its weights have no block size"
-    for key, tensor in tensors.items():
-        uneven = any(size > side and size % side for size, side in zip(tensor.shape[-2:], block, strict=False))
-        if uneven and f"{key}_scale_inv" in tensors:
-            return f"{key!r} is {list(tensor.shape)}, which are no whole blocks of {block}"
-    return ""
+    return next((str(group["format"]) for group in listed if group.get("format")), str(about.get("format") or ""))
 
 
 def lost_experts(folder: Path, key: str) -> CheckpointError:

@@ -17,6 +17,8 @@ from expertflow.formats.plain import PLAIN, VALUES
 from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.skeleton import Skeleton
 
+SINGLE = {(), (1,)}
+"""Shapes of a single number."""
 _DISAGREE = "Checkpoint and config.json disagree: fetch both again."
 
 
@@ -52,6 +54,8 @@ class PackedTensor:
             raise CheckpointError(f"{self.key!r} is {list(self.spec.shape)}, the config says {list(shape)}", _DISAGREE)
         for part in self.spec.parts:
             if part.name not in self.parts:
+                if part.optional:
+                    continue
                 raise CheckpointError(
                     f"{self.key!r} is stored as {self.spec.format.name} and lacks its {part.name}",
                     "Fetch the checkpoint again.",
@@ -70,6 +74,8 @@ class PackedTensor:
         """
         parts = {}
         for part in self.spec.parts:
+            if part.name not in self.parts:
+                continue  # an optional one: `check` saw it
             source = self.parts[part.name]
             parts[part.name] = pack_part(self.spec, part, source, read(source).view(part.stored)).view(part.shape)
         return self.spec.format.decode(self.spec, parts)
@@ -95,7 +101,8 @@ class FoundParts:
                 f"{key!r} is stored as {self.format.name}, and of its parts there is only {', '.join(sorted(self.parts))}",
                 "Fetch the checkpoint again.",
             ) from error
-        spec = TensorSpec(name=key, shape=shape, dtype=dtype, format=self.format)
+        format_ = self.format.of_types({name: tensor.dtype for name, tensor in self.parts.items()})
+        spec = TensorSpec(name=key, shape=shape, dtype=dtype, format=format_)
         return PackedTensor(key=key, spec=spec, parts=self.parts)
 
 
@@ -153,12 +160,12 @@ def pack_part(spec: TensorSpec, part: Part, source: StoredTensor, stored: Tensor
 
 
 def check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
-    """Check a tensor's shape.
+    """Check a tensor's shape. A single number may be stored as `[1]` or as `[]`.
 
     Raises:
         CheckpointError: if it is another one.
     """
-    if tensor.shape != shape:
+    if tensor.shape != shape and {tensor.shape, shape} != SINGLE:
         raise CheckpointError(f"{tensor.key!r} is {list(tensor.shape)}, the config says {list(shape)}", _DISAGREE)
 
 

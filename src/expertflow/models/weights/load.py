@@ -96,15 +96,15 @@ def _dense_state(
     """What transformers reads in place of files: slices of them, and packed tensors that are decoded when they are read."""
     paths = {tensor.file for tensor in dense.values()}
     opened = {path: files.enter_context(safe_open(path, framework="pt")) for path in paths}
+    # threads of transformers read them: each its own slice, since a file cannot be asked by two at once
+    slices: dict[str, Any] = {key: opened[tensor.file].get_slice(key) for key, tensor in dense.items()}
 
     def read(tensor: StoredTensor) -> Tensor:
-        whole: Tensor = opened[tensor.file].get_tensor(tensor.key)
+        whole: Tensor = slices[tensor.key][...]
         return whole
 
     parts = {tensor.key for one in packed.values() for tensor in one.parts.values()}
-    state: dict[str, Any] = {
-        key: opened[tensor.file].get_slice(key) for key, tensor in dense.items() if key not in parts
-    }
+    state = {key: one for key, one in slices.items() if key not in parts}
     return state | {key: DecodedOnRead(one, read) for key, one in packed.items()}
 
 
