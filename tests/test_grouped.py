@@ -1,5 +1,9 @@
 """Prompts in graph execution: kernels compute all tokens of an expert at once, with the bits of a decode step."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +31,7 @@ from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, sort_pair
 from expertflow.memory.slots import SlotPool
 from expertflow.trace.format import load_trace
 from expertflow.types import Access
-from helpers import DEVICE, DEVICES, MakeCheckpoint
+from helpers import DEVICE, DEVICES, ROOT, MakeCheckpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
 HIDDEN, WIDTH, EXPERTS, TOP_K = 72, 40, 6, 2  # no multiples of any block
@@ -109,7 +113,7 @@ def test_a_pair_has_the_bits_of_a_decode_step(kind: str, dtype: str) -> None:
     moved = torch.empty_like(pool)
     moved[order] = pool
     run, pairs = grouped.GroupedMlp(mlp, DEVICE), sorted_pairs(index)
-    for tile in grouped.TILES if DEVICE.type == "cuda" else (16, 32):
+    for tile in grouped.TILES if DEVICE.type == "cuda" else (16, 64):
         found = empty(mlp, tokens)
         for group in ([4], [0, 3, 2], [1]):
             run.launch(hidden, pairs, [(expert, order[expert]) for expert in group], moved, found, tile=tile)
@@ -199,6 +203,20 @@ def test_tiles_fit_into_shared_memory(room: int, dtype: str, transposed: bool) -
             if tile > grouped.TILES[0] and dtype != "float32":
                 assert cut.stages > 1
                 assert cut.stages * (cut.block_n * outputs + tile) * cut.block_k * 2 <= room
+
+
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    """With the shared memory that each has, and Hopper's own instructions on Hopper."""
+    pytest.importorskip("triton", reason="kernels need triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "tests" / "compile_grouped.py"), "80", "86", "89", "90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert len(made) == 16
+    for arch, shared, room, hopper in made:
+        assert 0 < shared <= room
+        assert hopper == (arch >= 90)
 
 
 class Link:

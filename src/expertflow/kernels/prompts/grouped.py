@@ -19,10 +19,8 @@ from expertflow.kernels.experts import Tiling, activated, add_bias, read_argumen
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.prompts.pairs import SortedPairs
 
-TILES = (16, 32, 64, 128)
-"""Tokens of a tile."""
-_FEW = 32
-"""The widest tile in float32, which is multiplied without tensor cores, in registers."""
+TILES = (16, 64, 128)
+"""Tokens of a tile; the narrowest is the decode step's, and the only one in float32, which is multiplied without tensor cores."""
 _OUTPUTS = 128
 """Outputs of a tile at most. Fewer than 64 stay as they are, because Hopper multiplies them by other instructions."""
 _ROOM = 96 << 10
@@ -30,13 +28,13 @@ _ROOM = 96 << 10
 
 
 @triton.jit
-def _place(tiles, begin, end, slot, listed: tl.constexpr, tok: tl.constexpr):
+def _place(tiles, begin, end, slot, tok: tl.constexpr):
     """Places `[tok]` in the sorted order of this program's tile, where its tokens end, and its slot.
 
-    `listed`: from a list of tiles, each with its begin, end and slot. Else all tiles are of one expert.
+    All tiles are of the expert in `slot`; if that is negative, `tiles` lists begin, end and slot of each.
     """
     tile = tl.program_id(1)
-    if listed:
+    if slot < 0:
         begin = tl.load(tiles + 3 * tile)
         end = tl.load(tiles + 3 * tile + 1)
         slot = tl.load(tiles + 3 * tile + 2)
@@ -47,13 +45,13 @@ def _place(tiles, begin, end, slot, listed: tl.constexpr, tok: tl.constexpr):
 
 @triton.jit(do_not_specialize=["begin", "end", "slot"])
 def _up_kernel(
-    hidden, order, pool, inner, tiles, begin, end, slot, listed: tl.constexpr, tok: tl.constexpr, top_k: tl.constexpr,
+    hidden, order, pool, inner, tiles, begin, end, slot, tok: tl.constexpr, top_k: tl.constexpr,
     h: tl.constexpr, i: tl.constexpr, size: tl.constexpr, multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr,
     about: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr, transposed: tl.constexpr,
     activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     """`inner[place] = activation(up(hidden[order[place] // top_k]))`, a block of inner elements of a tile of tokens a program."""
-    place, end, slot = _place(tiles, begin, end, slot, listed, tok)
+    place, end, slot = _place(tiles, begin, end, slot, tok)
     valid = place < end
     inputs = hidden + (tl.load(order + place, mask=valid, other=0) // top_k) * h
     record = pool + slot * size
@@ -70,12 +68,12 @@ def _up_kernel(
 
 @triton.jit(do_not_specialize=["begin", "end", "slot"])
 def _down_kernel(
-    inner, order, pool, parts, tiles, begin, end, slot, listed: tl.constexpr, tok: tl.constexpr, h: tl.constexpr,
+    inner, order, pool, parts, tiles, begin, end, slot, tok: tl.constexpr, h: tl.constexpr,
     i: tl.constexpr, size: tl.constexpr, multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr,
     bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     """`parts[order[place]] = down(inner[place])`, a block of outputs of a tile of tokens a program."""
-    place, end, slot = _place(tiles, begin, end, slot, listed, tok)
+    place, end, slot = _place(tiles, begin, end, slot, tok)
     valid = place < end
     pairs = tl.load(order + place, mask=valid, other=0)
     record = pool + slot * size
@@ -84,6 +82,10 @@ def _down_kernel(
     out = multiply(inputs, valid, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k)
     out = add_bias(out, record, bias, outs, h)
     tl.store(parts + pairs[None, :] * h + outs[:, None], out, mask=valid[None, :] & (outs[:, None] < h))
+
+
+KERNELS = (_up_kernel, _down_kernel)
+"""What `launches` gives arguments for."""
 
 
 class GroupedMlp:
@@ -98,12 +100,12 @@ class GroupedMlp:
 
     def __init__(self, mlp: ExpertMlp, device: torch.device) -> None:
         """Launch nothing yet."""
-        self._mlp = mlp
-        self._room = _ROOM
+        self._mlp, self._room = mlp, _ROOM
+        self._unlisted = torch.zeros(3, dtype=torch.int32, device=device)
         if device.type == "cuda":
             properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack the attribute
             self._room = int(properties.shared_memory_per_block_optin)
-        self._arguments: dict[tuple[int, tuple[Tiling, Tiling] | None], tuple[_Launch, _Launch]] = {}
+        self._arguments: dict[tuple[int, tuple[Tiling, Tiling] | None], tuple[Launch, Launch]] = {}
 
     def __call__(
         self, hidden: Tensor, pairs: SortedPairs, group: Sequence[tuple[int, int]], pool: Tensor, work: Workspace
@@ -127,15 +129,15 @@ class GroupedMlp:
         assert hidden.dtype == self._mlp.torch_dtype
         if (tile, cuts) not in self._arguments:
             chosen = cuts or wider_tilings(self._mlp, tile, self._room)
-            self._arguments[tile, cuts] = _launches(self._mlp, tile, chosen)
+            self._arguments[tile, cuts] = launches(self._mlp, tile, chosen)
         up, down = self._arguments[tile, cuts]
-        expert, slot = group[0]
-        begin, end = pairs.bounds[expert], pairs.bounds[expert + 1]
-        listed, tiles, count = len(group) > 1, pairs.order, -(-(end - begin) // tile)
-        if listed:
+        if len(group) == 1:
+            ((expert, slot),) = group
+            begin, end = pairs.bounds[expert], pairs.bounds[expert + 1]
+            where, count = (self._unlisted, begin, end, slot), -(-(end - begin) // tile)
+        else:
             table = list_tiles(pairs, group, tile)
-            tiles, count = table.to(pool.device, non_blocking=True), len(table)
-        where = tiles, begin, end, slot, listed
+            where, count = (table.to(pool.device, non_blocking=True), 0, 0, -1), len(table)
         records = pool.view(self._mlp.torch_dtype)
         _up_kernel[up.blocks, count](
             hidden, pairs.order, records, work.inner, *where, top_k=pairs.top_k, **up.arguments
@@ -144,15 +146,15 @@ class GroupedMlp:
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
     """What is the same in every launch of a kernel: programs along the outputs, and arguments."""
 
     blocks: int
     arguments: dict[str, Any]
 
 
-def _launches(mlp: ExpertMlp, tile: int, cuts: tuple[Tiling, Tiling]) -> tuple[_Launch, _Launch]:
-    """Of the up and the down kernel."""
+def launches(mlp: ExpertMlp, tile: int, cuts: tuple[Tiling, Tiling]) -> tuple[Launch, Launch]:
+    """What is the same in every launch of the up and of the down kernel, but for `top_k` of the first."""
     size, (up, down) = mlp.torch_dtype.itemsize, cuts
 
     def both(projection: Projection, cut: Tiling) -> dict[str, Any]:
@@ -167,8 +169,8 @@ def _launches(mlp: ExpertMlp, tile: int, cuts: tuple[Tiling, Tiling]) -> tuple[_
         "limit": mlp.limit,
     }  # fmt: skip
     return (
-        _Launch(triton.cdiv(mlp.width, up.block_n), {**both(mlp.up, up), **between}),
-        _Launch(triton.cdiv(mlp.hidden, down.block_n), both(mlp.down, down)),
+        Launch(triton.cdiv(mlp.width, up.block_n), {**both(mlp.up, up), **between}),
+        Launch(triton.cdiv(mlp.hidden, down.block_n), both(mlp.down, down)),
     )
 
 
@@ -184,8 +186,9 @@ def list_tiles(pairs: SortedPairs, group: Sequence[tuple[int, int]], tile: int) 
 
 def tile_for(mlp: ExpertMlp, tokens: float) -> int:
     """Tokens of a tile, for experts of so many tokens on average. It does not enter the arithmetic."""
-    most = _FEW if mlp.dtype == "float32" else TILES[-1]
-    return next((size for size in TILES if size >= tokens and size <= most), most)
+    if mlp.dtype == "float32":
+        return TILES[0]
+    return next((size for size in TILES if size >= tokens), TILES[-1])
 
 
 def wider_tilings(mlp: ExpertMlp, tile: int, room: int) -> tuple[Tiling, Tiling]:
