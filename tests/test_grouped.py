@@ -311,6 +311,17 @@ def test_residents_come_together_and_arrivals_as_they_are_there() -> None:
         assert link.log[5:] == [*first, "start 14", "start 15", "group [14]", "group [15]"]
 
 
+def test_residents_do_not_wait_for_every_copy_to_start() -> None:
+    """With slots for all, the link gets two copies to do, then the residents are computed while the host starts the others."""
+    link = Link()
+    provider = make_provider(link, 16, "lru-global")
+    assert list(brought(provider, link, 0, [0, 1, 2, 3]))
+    link.log.clear()
+    assert list(brought(provider, link, 0, [0, 1, 2, 3, 4, 5, 6, 7]))
+    assert link.log[:5] == ["start 4", "start 5", "group [0, 1, 2, 3]", "start 6", "start 7"]
+    assert link.log[5:] == ["group [4]", "group [5]", "group [6]", "group [7]"]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_moe", "switch_transformers"])
 def test_observers_see_the_prompts_routing(
