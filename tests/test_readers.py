@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from expertflow.formats.format import Format, TensorSpec
-from expertflow.formats.mxfp4 import MXFP4
 from expertflow.formats.plain import plain
+from expertflow.formats.published.mxfp4 import MXFP4
 from expertflow.formats.records import RecordLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
@@ -16,6 +16,7 @@ from helpers import DEVICES
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts
+from expertflow.kernels.experts import Tiling
 from expertflow.kernels.readers import READERS, reads
 
 ON_GPU = DEVICES[-1] == "cuda"
@@ -39,6 +40,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "int4-g32": compressed(group_size=32),
     "int4-zeros": compressed(symmetric=False),
     "int4-channel": compressed(strategy="channel", group_size=None),
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "nvfp4": compressed(type="float", strategy="tensor_group", group_size=16) | {"format": "nvfp4-pack-quantized"},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
 }  # fmt: skip
 """Formats, by what a checkpoint says of itself."""
@@ -59,11 +62,10 @@ def of_scales(name: str, dtype: str) -> Format:
 
 def cases() -> list[Any]:
     """Every format, in the dtypes that models run in."""
-    found = []
+    found: list[Any] = []
     for name in CONFIGS:
         dtypes = ["bfloat16", "float16"] if name == "awq" else ["float32", "bfloat16"]
-        for dtype in dtypes:
-            found.append(pytest.param(name, dtype, id=f"{name}-{dtype}"))
+        found += [pytest.param(name, dtype, id=f"{name}-{dtype}") for dtype in dtypes]
     return found
 
 
@@ -76,9 +78,11 @@ def filled(layout: RecordLayout, generator: torch.Generator) -> torch.Tensor:
             for name, part in drawn.items():
                 target = layout.part(record, spec.name, name)
                 target.copy_(part.view(target.shape))
-                if name == "scales" and target.dtype == torch.uint8:
-                    target.add_(torch.randint(-4, 3, target.shape, generator=generator).to(torch.uint8))
-                elif name == "scales" and target.is_floating_point():
+                if name == "scales" and target.dtype.itemsize == 1:
+                    target.view(torch.uint8).add_(
+                        torch.randint(-4, 3, target.shape, generator=generator).to(torch.uint8)
+                    )
+                elif (name == "scales" and target.is_floating_point()) or name == "globals":
                     target.mul_(torch.rand(target.shape, generator=generator) + 0.5)
                 elif name == "zeros":
                     target.random_(0, 16, generator=generator)
@@ -116,11 +120,16 @@ def test_kernels_give_the_bits_of_the_decoded_weights(name: str, dtype: str, kin
         hidden_states = torch.randn(4, hidden, generator=generator).to(getattr(torch, dtype)).to(device)
         slots = torch.tensor([[0, 2], [1, 0], [2, -1], [0, 1]], dtype=torch.int32, device=device)
         parts = []
-        for layout, pool in zip(layouts, (packed, decoded), strict=True):
-            mlp = ExpertMlp.of(layout, CLAMPED_SWIGLU if stacked else "silu", interleaved=stacked)
+        for layout, pool, transposed in zip(layouts, (packed, decoded), (stacked, False), strict=True):
+            activation = CLAMPED_SWIGLU if stacked else "silu"
+            mlp = ExpertMlp.of(layout, activation, transposed=transposed, interleaved=stacked)
             work = Workspace.allocate(mlp, 4, 2, device)
             work.parts.zero_()
-            experts.expert_pairs(mlp, hidden_states, slots, pool.to(device), work)
+            if ON_GPU:
+                experts.expert_pairs(mlp, hidden_states, slots, pool.to(device), work)
+            else:  # the interpreter's sums go by the size of a step
+                experts.launch_up(mlp, hidden_states, slots, pool, work, Tiling(32, 64))
+                experts.launch_down(mlp, slots, pool, work, Tiling(32, 64))
             parts.append(work.parts)
         assert parts[0].abs().sum() > 0
         assert torch.equal(*parts), f"{hidden} x {width}"

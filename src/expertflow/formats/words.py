@@ -216,7 +216,7 @@ class Words(Format):
         return by_steps(each, self.group, -(-spec.inputs // STEP))
 
     def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
-        """Code map, group, scaling, number type of scales, whether there are zeros, joined tensors.
+        """Code map, group, scaling, number type of scales, whether there are zeros, joined tensors, whether they alternate.
 
         Raises:
             UnsupportedModelError: if a row's last words are not whole.
@@ -226,7 +226,15 @@ class Words(Format):
                 f"experts have {spec.inputs} inputs, and kernels read packed ones of a multiple of {RUN}",
                 'Run them with execution="host".',
             )
-        return self.code_map, self.group, self.scaling, self.scale_dtype, self.zeros, spec.joined
+        return (
+            self.code_map,
+            self.group,
+            self.scaling,
+            self.scale_dtype,
+            self.zeros,
+            spec.joined,
+            spec.interleaved,
+        )
 
     def codes_of(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes of a tensor that is not joined: uint8 `[N, K]`."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from expertflow.errors import UnsupportedModelError
 from expertflow.formats.dtypes import BY_STORED_NAME
 from expertflow.formats.format import Format, Part, TensorSpec
-from expertflow.formats.mxfp4 import power_of_two
 from expertflow.formats.published.described import ELSEWHERE, algorithms, require, weight_groups
+from expertflow.formats.published.mxfp4 import power_of_two
 
 ALL = 0
 """In place of a block's size: all outputs, or all inputs, share a scale."""
