@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expertflow.formats.format import Format, TensorSpec
-from expertflow.formats.mxfp4 import MXFP4
 from expertflow.formats.plain import PLAIN, plain
+from expertflow.formats.published.mxfp4 import MXFP4
 from expertflow.formats.records import RecordLayout
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp
 from expertflow.kernels.prompts import grouped
@@ -47,12 +47,12 @@ def compile_kernel(kernel: Any, given: dict[str, Any], arch: int) -> Any:
 def main() -> None:
     made = []
     for arch in map(int, sys.argv[1:]):
-        for format_ in (PLAIN, MXFP4):
+        for number, format_ in enumerate((MXFP4, PLAIN)):  # an up projection of the one, a down projection of the other
             mlp, tile = gpt_oss(format_), grouped.TILES[-1]
-            launches = grouped.launches(mlp, tile, grouped.wider_tilings(mlp, tile, ROOM[arch]))
-            for kernel, launch, more in zip(grouped.KERNELS, launches, ({"top_k": 4}, {}), strict=True):
-                program = compile_kernel(kernel, {**launch.arguments, **more}, arch)
-                made.append((arch, program.metadata.shared, ROOM[arch], "wgmma" in program.asm["ptx"]))
+            launch = grouped.launches(mlp, tile, grouped.wider_tilings(mlp, tile, ROOM[arch]))[number]
+            given = launch.arguments if number else {**launch.arguments, "top_k": 4}
+            program = compile_kernel(grouped.KERNELS[number], given, arch)
+            made.append((arch, program.metadata.shared, ROOM[arch], "wgmma" in program.asm["ptx"]))
     sys.stdout.write(json.dumps(made))
 
 

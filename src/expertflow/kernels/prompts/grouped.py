@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from expertflow.kernels.experts import Tiling, activated, add_bias, read_arguments, tilings, up_outputs
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
@@ -139,10 +140,8 @@ class GroupedMlp:
             table = list_tiles(pairs, group, tile)
             where, count = (table.to(pool.device, non_blocking=True), 0, 0, -1), len(table)
         records = pool.view(self._mlp.torch_dtype)
-        _up_kernel[up.blocks, count](
-            hidden, pairs.order, records, work.inner, *where, top_k=pairs.top_k, **up.arguments
-        )
-        _down_kernel[down.blocks, count](work.inner, pairs.order, records, work.parts, *where, **down.arguments)
+        up.run(_up_kernel, count, (hidden, pairs.order, records, work.inner, *where), top_k=pairs.top_k)
+        down.run(_down_kernel, count, (work.inner, pairs.order, records, work.parts, *where))
 
 
 @dataclass(frozen=True)
@@ -151,6 +150,18 @@ class Launch:
 
     blocks: int
     arguments: dict[str, Any]
+
+    def run(self, kernel: Any, tiles: int, given: tuple[Any, ...], **more: Any) -> None:
+        """Launch for some tiles of tokens, with fewer steps in flight from now on if the device has no room for as many."""
+        while True:
+            try:
+                kernel[self.blocks, tiles](*given, **more, **self.arguments)
+            except OutOfResources:  # what a format's loader keeps in shared memory is known to the compiler alone
+                if self.arguments["num_stages"] == 1:
+                    raise
+                self.arguments["num_stages"] -= 1
+            else:
+                return
 
 
 def launches(mlp: ExpertMlp, tile: int, cuts: tuple[Tiling, Tiling]) -> tuple[Launch, Launch]:
