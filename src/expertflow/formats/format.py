@@ -26,6 +26,7 @@ class Part:
         stored: shape in the checkpoint, for one expert, of all joined tensors together.
         joined: the dimension of `stored` along which joined tensors add up; None: each of them has the whole shape.
         also: names, as in safetensors headers, of further number types that a checkpoint may hold and `dtype` holds exactly.
+        source: the part whose stored tensor holds this one as well; empty: it has a stored tensor of its own.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Part:
     stored: tuple[int, ...]
     joined: int | None = 0
     also: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def nbytes(self) -> int:

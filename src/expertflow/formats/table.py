@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from expertflow.formats.format import Format
+from expertflow.formats.gguf import GGUF
 from expertflow.formats.mxfp4 import MXFP4
 from expertflow.formats.plain import PLAIN
 
 Formats = Mapping[str, Format]
 """Formats by name; `plain` is always one of them."""
-FORMATS: Formats = MappingProxyType({format_.name: format_ for format_ in (PLAIN, MXFP4)})
+FORMATS: Formats = MappingProxyType({format_.name: format_ for format_ in (PLAIN, MXFP4, *GGUF.values())})
