@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def load_four_bit(
-    record, at: tl.constexpr, rows, cols, n: tl.constexpr, k: tl.constexpr, transposed: tl.constexpr,  # noqa: ARG001
+    record, at: tl.constexpr, about: tl.constexpr, rows, cols, n: tl.constexpr, k: tl.constexpr, transposed: tl.constexpr,  # noqa: ARG001
     whole: tl.constexpr,  # noqa: ARG001
 ):  # fmt: skip
     """Bits of exponent and sign are put together: nothing is rounded."""

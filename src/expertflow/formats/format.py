@@ -49,14 +49,16 @@ class Format:
     Two formats of the same values are equal: a subclass with fields is a frozen dataclass.
 
     Attributes:
-        name: of the format; `kernels/tiles.py` finds the tile loader by it.
+        name: of the format; kernels find how to read it by it.
         ignored: how keys end that hold nothing `decode` needs, such as shapes.
         repacked: names of the parts whose stored numbers `repack` checks or rearranges; the others are read straight into the record.
-        tile_loader: the Triton twin of `decode`, if it is not in `kernels/tiles.py`.
+        tiles: the entry of `kernels/readers.py` by which kernels read it, if it is not `name`.
+        tile_loader: the Triton twin of `decode`, if it has no entry there.
         decode_bytes_each: bytes that decoding takes at most for each number, the result and what it is made from.
     """
 
     name: str = ""
+    tiles: str = ""
     ignored: tuple[str, ...] = ()
     repacked: frozenset[str] = frozenset()
     tile_loader: Any = None
@@ -122,6 +124,11 @@ class Format:
             KeyError: if the part that says so is missing.
         """
         raise NotImplementedError
+
+    def constants(self, spec: "TensorSpec") -> tuple[Any, ...]:
+        """What a tile loader has to know when it is compiled, such as the size of a group."""
+        del spec
+        return ()
 
     def repack(self, spec: "TensorSpec", part: str, stored: Tensor) -> Tensor:
         """The numbers of a part as a record holds them.

@@ -1,7 +1,6 @@
 """What all formats of four bits have in common: records of 32-bit words, scales by step, and the numbers of both.
 
-A word holds eight codes of one output, of eight inputs side by side, arranged so that a kernel takes two out with few
-instructions. Scales lie by steps of 128 inputs: what a kernel needs for a step is contiguous. Must not know how checkpoints
+A word holds eight codes of one output, arranged so that a kernel takes two out with few instructions. Scales lie by steps of 128 inputs: what a kernel needs for a step is contiguous. Must not know how checkpoints
 store any of this: a subclass gives codes and scales in plain order.
 """
 
@@ -9,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 """Numbers of the codes of the OCP format FP4: a sign, two bits of exponent, one of mantissa."""
 _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
     {
-        # where the four bits of the codes 0, 2, 4, 6 go in the lower half of a word, lowest bit first; 1, 3, 5, 7: in the upper half
+        # where the four bits of a pair's first code go in the lower half of a word, lowest bit first; of its second: in the upper half
         "int4": tuple(tuple(range(4 * pair, 4 * pair + 4)) for pair in range(4)),
         # shifted left by 0, 3 and 6, a code has its sign at 15 and its other bits at 6 to 8, where bfloat16 has them
         "e2m1": ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14)),
@@ -35,44 +35,65 @@ _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
 
 
 @cache
-def _table(code_map: str, upper: bool) -> npt.NDArray[np.int32]:  # noqa: FBT001 - half of the eight codes
-    """For each four codes in their usual order, 16 bits, what they are in a word: of the inputs 0 to 3, or `upper` 4 to 7."""
+def _table(code_map: str, second: bool) -> npt.NDArray[np.int32]:  # noqa: FBT001 - half of a word
+    """For each two bytes of two codes, 16 bits, what they are in a word: as its pairs 0 and 1, or `second` as 2 and 3."""
     codes = np.arange(1 << 16, dtype=np.int64)
     word = np.zeros_like(codes)
     for nibble in range(4):
-        place = nibble + 4 * upper
-        half = 16 * (place % 2)
-        for bit, target in enumerate(_PLACES[code_map][place // 2]):
+        pair, half = nibble // 2 + 2 * second, 16 * (nibble % 2)
+        for bit, target in enumerate(_PLACES[code_map][pair]):
             word |= (codes >> (4 * nibble + bit) & 1) << (half + target)
     return word.astype(np.uint32).view(np.int32)
 
 
 def pack_words(pairs: Tensor, code_map: str) -> Tensor:
-    """Words of codes.
+    """Words of codes, ordered as tensor cores take them: see `_steps`.
 
     Args:
-        pairs: uint8 `[..., K / 2]`, two codes a byte, the earlier input in the lower half; K is a multiple of 8.
+        pairs: uint8 `[N, K / 2]`, two codes a byte, the earlier input in the lower half; K is a multiple of 32.
         code_map: a key of the arrangements: `int4` or `e2m1`.
 
     Returns:
-        int32 `[..., K / 8]`.
+        int32 `[N, K / 8]`.
     """
-    halves = pairs.contiguous().numpy().reshape(-1).view(np.uint16).reshape(-1, 2)
-    words = np.take(_table(code_map, False), halves[:, 0])
-    words |= np.take(_table(code_map, True), halves[:, 1])
-    return torch.from_numpy(words).view(*pairs.shape[:-1], pairs.shape[-1] // 4)
+    outputs, count = pairs.shape
+    words = np.empty((outputs, count // 4), np.int32)
+    data = pairs.contiguous().numpy()
+    for begin, wide in _steps(2 * count):
+        part = data[:, begin // 2 : begin // 2 + 16 * wide].reshape(outputs, wide, 2, 2, 4)
+        halves = np.ascontiguousarray(part.transpose(0, 4, 1, 2, 3)).view(np.uint16)
+        target = words[:, begin // 8 : begin // 8 + 4 * wide]
+        np.bitwise_or(
+            np.take(_table(code_map, False), halves[..., 0, 0].reshape(target.shape)),
+            np.take(_table(code_map, True), halves[..., 1, 0].reshape(target.shape)),
+            out=target,
+        )
+    return torch.from_numpy(words)
 
 
 def unpack_words(words: Tensor, code_map: str) -> Tensor:
-    """Codes of words: int32 `[..., K / 8]` to uint8 `[..., K]`, on the device of the words."""
-    codes = torch.empty(*words.shape, PER_WORD, dtype=torch.uint8, device=words.device)
-    for place in range(PER_WORD):
-        half = 16 * (place % 2)
-        code = torch.zeros_like(words)
-        for bit, source in enumerate(_PLACES[code_map][place // 2]):
-            code |= (words >> (half + source) & 1) << bit
-        codes[..., place] = code
-    return codes.flatten(-2)
+    """Codes of words: int32 `[N, K / 8]` to uint8 `[N, K]`, on the device of the words."""
+    outputs, count = words.shape
+    codes = torch.empty(outputs, count * PER_WORD, dtype=torch.uint8, device=words.device)
+    for begin, wide in _steps(count * PER_WORD):
+        mine = words[:, begin // 8 : begin // 8 + 4 * wide].reshape(outputs, 4, wide)
+        target = codes[:, begin : begin + 32 * wide].view(outputs, wide, 4, 4, 2)
+        for place in range(PER_WORD):
+            pair, half = place // 2, 16 * (place % 2)
+            code = torch.zeros_like(mine)
+            for bit, source in enumerate(_PLACES[code_map][pair]):
+                code |= (mine >> (half + source) & 1) << bit
+            target[:, :, pair, :, place % 2] = code.transpose(1, 2)
+    return codes
+
+
+def _steps(inputs: int) -> list[tuple[int, int]]:
+    """First input and words for each thread of each step of 128 inputs; the last one may be shorter.
+
+    A tensor core takes from thread q of four, of 16 inputs, number 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. So a word holds these of 32
+    inputs, and the words of a step lie thread by thread: a thread reads its four words at once, and decodes in its registers.
+    """
+    return [(begin, min(STEP, inputs - begin) // 32) for begin in range(0, inputs, STEP)]
 
 
 def by_steps(scales: Tensor, group: int) -> Tensor:
@@ -94,12 +115,15 @@ def by_steps(scales: Tensor, group: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Words(Format):
-    """A format of four bits. Its parts: `codes` and `scales`, and what a subclass adds.
+    """A format of four bits. Its parts in a record, in this order: `codes`, `scales`, `zeros` and `globals`, the last two where it has them.
 
     Attributes:
         code_map: `e2m1`, or `int4` for codes of 0 to 15.
         group: inputs that share a scale: 16, 32, 64, or a multiple of 128.
         scale_dtype: number type of the scales in a record, a key of `DTYPES`.
+        scaling: how a scale is meant: `e8m0`, a power of two; `number`, the number itself; `e4m3*` or `e4m3/`, an FP8 number that is
+            multiplied with the tensor's part `globals`, float32 `[joined]`, or divided by it.
+        zeros: whether codes have a zero point for each group: uint8, by steps as the scales.
         scales_also: further number types that a checkpoint may hold them in, as safetensors names them.
     """
 
@@ -107,6 +131,9 @@ class Words(Format):
     group: int = 32
     scale_dtype: str = "uint8"
     scales_also: tuple[str, ...] = ()
+    scaling: str = "e8m0"
+    zeros: bool = False
+    tiles = "words"
     decode_bytes_each = 20  # codes as int32 while they are taken out, uint8, and two copies in float32
 
     def scales_shape(self, spec: TensorSpec) -> tuple[int, ...]:
@@ -126,6 +153,10 @@ class Words(Format):
                 also=self.scales_also,
             ),
         )
+
+    def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
+        """Code map, group, scaling, number type of scales, whether there are zeros, joined tensors."""
+        return self.code_map, self.group, self.scaling, self.scale_dtype, self.zeros, spec.joined
 
     def codes_of(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes of a tensor that is not joined: uint8 `[N, K]`."""

@@ -13,7 +13,7 @@ from expertflow.kernels.residency import reference as residency_reference
 from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
-    from expertflow.kernels import dense, experts, fetch, tiles
+    from expertflow.kernels import dense, experts, fetch, readers
     from expertflow.kernels.residency import driver
 
 
@@ -46,7 +46,7 @@ def backend(device: torch.device) -> Backend:
             driver.Residency,
             dense.decode_attention,
             dense.rms_norm,
-            tiles.has_loader,
+            readers.reads,
         )
     return Backend(
         reference.expert_pairs,

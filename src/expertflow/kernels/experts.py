@@ -13,6 +13,7 @@ not know layers, and which side decides.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,14 +21,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Workspace
-from expertflow.kernels.tiles import tile_loader
+from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
+from expertflow.kernels.readers import reader
+from expertflow.kernels.tiles import INTERPRETED
 
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
 COMBINE_BLOCK = 256
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Triton's interpreter multiplies the bit patterns of bfloat16; it has to be given float32, which is as exact."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +66,6 @@ def _members(same, ahead, padded: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    x, record, load: tl.constexpr, at: tl.constexpr, outs, members, n: tl.constexpr, k: tl.constexpr,
-    per: tl.constexpr, transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
-):  # fmt: skip
-    """Outputs `[R]` of a weight of `n` outputs and `k` inputs times the inputs of the members: `[R, TILE]` in float32.
-
-    The input of pair p is `x[p // per]`. `load` is a tile loader, see `kernels.tiles`. `exact`: outputs need no bounds check.
-    """
-    acc = tl.zeros([outs.shape[0], TILE], tl.float32)
-    inputs = x + (members // per)[:, None] * k
-    for begin in range(0, k, block_k):
-        cols = begin + tl.arange(0, block_k)
-        if k % block_k == 0:
-            tokens = tl.load(inputs + cols[None, :], mask=members[:, None] >= 0, other=0.0)
-        else:
-            tokens = tl.load(inputs + cols[None, :], mask=(members[:, None] >= 0) & (cols[None, :] < k), other=0.0)
-        tile = load(record, at, outs, cols, n, k, transposed, exact and k % block_k == 0)
-        if INTERPRETED:
-            tile, tokens = tile.to(tl.float32), tokens.to(tl.float32)
-        acc = tl.dot(tile, tl.trans(tokens), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
 def _activate(x, activation: tl.constexpr):
     if activation == "silu":
         x = x * tl.sigmoid(x)
@@ -108,7 +84,7 @@ def _activate(x, activation: tl.constexpr):
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _up_kernel(
     hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
-    size: tl.constexpr, load: tl.constexpr, at: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
+    size: tl.constexpr, multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
     transposed: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
     block_n: tl.constexpr, block_k: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +107,8 @@ def _up_kernel(
         outs = begin + both % block_n + (both // block_n) * i
     else:
         outs = begin + tl.arange(0, block_n)
-    out = _product(hidden, record, load, at, outs, members, n, h, top_k, transposed, exact, block_k)
+    inputs = hidden + (members // top_k) * h
+    out = multiply(inputs, members >= 0, record, load, at, about, outs, n, h, transposed, exact, block_k)
     if bias >= 0:
         out += tl.load(record + bias + outs, mask=outs < n, other=0.0).to(tl.float32)[:, None]
     if gated:
@@ -155,7 +132,8 @@ def _up_kernel(
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _down_kernel(
     inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, size: tl.constexpr,
-    load: tl.constexpr, at: tl.constexpr, bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, bias: tl.constexpr,
+    transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
     early: tl.constexpr,
 ):  # fmt: skip
     """`parts[p] = down(inner[p])`, a block of outputs of one expert a program."""
@@ -169,7 +147,8 @@ def _down_kernel(
     members = _members(same, ahead, padded)
     record = pool + tl.load(slots + first).to(tl.int64) * size
     outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    out = _product(inner, record, load, at, outs, members, h, i, 1, transposed, h % block_n == 0, block_k)
+    inputs = inner + members * i
+    out = multiply(inputs, members >= 0, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k)
     if bias >= 0:
         out += tl.load(record + bias + outs, mask=outs < h, other=0.0).to(tl.float32)[:, None]
     target = parts + members[None, :] * h + outs[:, None]
@@ -202,12 +181,21 @@ def _combine_kernel(
 
 
 def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
-    """How up and down projection are cut: a function of the MLP alone, never of the batch."""
+    """How up and down projection are cut: a function of the MLP alone, never of the batch.
+
+    `block_k` is the number format's alone in the interpreter, where it decides about bits; on a GPU it does not.
+    """
     if mlp.dtype == "float32":
-        return Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
-    if mlp.transposed:
-        return Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
-    return Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
+        up, down = Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
+    elif mlp.transposed:
+        up, down = Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
+    else:
+        up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
+    if mlp.dtype == "bfloat16" and not INTERPRETED.value:
+        outputs = 64 if mlp.gated else 128
+        up = Tiling(outputs // 2, 128, 4, 4) if mlp.up.spec.format.tiles == "words" else up
+        down = Tiling(64, 128, 4, 4) if mlp.down.spec.format.tiles == "words" else down
+    return up, down
 
 
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
@@ -230,7 +218,7 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
     pairs, top_k = slots.numel(), slots.shape[1]
     _up_kernel[(triton.cdiv(mlp.width, cut.block_n), pairs)](
         hidden, slots, pool.view(mlp.torch_dtype), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
-        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, load=tile_loader(mlp.up.spec.format), at=mlp.up.offsets,
+        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **_read(mlp.up),
         bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
@@ -243,11 +231,19 @@ def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cu
     pairs, early = slots.numel(), _early(pool)
     _down_kernel[(triton.cdiv(mlp.hidden, cut.block_n), pairs)](
         work.inner, slots, pool.view(mlp.torch_dtype), work.parts, pairs, padded=_padded(pairs),
-        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, load=tile_loader(mlp.down.spec.format), at=mlp.down.offsets,
+        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **_read(mlp.down),
         bias=-1 if mlp.down.bias is None else mlp.down.bias // size, transposed=mlp.transposed,
         block_n=cut.block_n, block_k=cut.block_k, early=early,
         num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,
     )  # fmt: skip
+
+
+def _read(projection: Projection) -> dict[str, Any]:
+    """Arguments by which a kernel reads a projection's weight."""
+    found = reader(projection.spec.format)
+    assert found is not None, "a model of such experts has no graph execution"
+    constants = projection.spec.format.constants(projection.spec)
+    return {"multiply": found.multiply, "load": found.load, "at": projection.offsets, "about": constants}
 
 
 def _padded(pairs: int) -> int:

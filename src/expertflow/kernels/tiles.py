@@ -1,9 +1,10 @@
-"""Tile loaders: how the expert kernels read a weight, by the name of its format.
+"""The product of a weight and some tokens, tile by tile, and the tile loader of plain numbers.
 
-A loader is a Triton function of
+A tile loader is a Triton function of
 
     record: pointer to the record's first byte, as a pointer to the model's dtype
     at: byte offsets of the format's parts in the record, `Part` by `Part`
+    about: the format's `constants`
     outs, cols: the outputs `[R]` and inputs `[C]` wanted
     n, k: outputs and inputs of the weight
     transposed: whether plain numbers are input-major
@@ -13,21 +14,17 @@ that gives the tile `[R, C]` in the model's dtype, zero outside, with the number
 from a tile is the same for every format, so packed weights give the bits of the decoded ones. Must not know experts and slots.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from expertflow.formats.format import Format
-from expertflow.formats.plain import PLAIN
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Triton's interpreter multiplies the bit patterns of bfloat16; it has to be given float32, which is as exact."""
 
 
 @triton.jit
 def load_plain(
-    record, at: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr, transposed: tl.constexpr,
-    whole: tl.constexpr,
+    record, at: tl.constexpr, about: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr,  # noqa: ARG001
+    transposed: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
     """Plain numbers."""
     weight = record + at[0] // (record.dtype.element_ty.primitive_bitwidth // 8)
@@ -39,19 +36,49 @@ def load_plain(
     return tl.trans(tile) if transposed else tile
 
 
-TILE_LOADERS: Mapping[str, Any] = MappingProxyType({PLAIN.name: load_plain})
-"""Tile loaders by the format's name."""
+@triton.jit
+def load_tokens(inputs, valid, begin, k: tl.constexpr, block_k: tl.constexpr):
+    """Inputs `begin` to `begin + block_k - 1` of the tokens whose numbers begin at `inputs`, `[TOK, block_k]`; 0 where there are none."""
+    cols = begin + tl.arange(0, block_k)
+    if k % block_k == 0:
+        tokens = tl.load(inputs[:, None] + cols[None, :], mask=valid[:, None], other=0.0)
+    else:
+        tokens = tl.load(inputs[:, None] + cols[None, :], mask=valid[:, None] & (cols[None, :] < k), other=0.0)
+    return tokens
 
 
-def has_loader(format_: Format) -> bool:
-    """Whether the expert kernels read a format."""
-    return format_.tile_loader is not None or format_.name in TILE_LOADERS
+@triton.jit
+def add_product(acc, tile, tokens):
+    """Add a tile `[R, C]` times tokens `[TOK, C]` to `[R, TOK]`, in float32."""
+    if INTERPRETED:
+        tile, tokens = tile.to(tl.float32), tokens.to(tl.float32)
+    return tl.dot(tile, tl.trans(tokens), acc, input_precision="ieee")
 
 
-def tile_loader(format_: Format) -> Any:
-    """The loader of a format: its own, else the table's.
+@triton.jit
+def multiply_tiles(
+    inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,
+    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
+):  # fmt: skip
+    """Outputs `[R]` of a weight of `n` outputs and `k` inputs times tokens: `[R, TOK]` in float32, `block_k` inputs a step.
 
-    Raises:
-        KeyError: if there is none.
+    `inputs` are pointers `[TOK]` to each token's first number, `valid` says where there is a token, others give 0. `exact`: no output
+    lies outside. The others are as a tile loader has them.
     """
-    return format_.tile_loader or TILE_LOADERS[format_.name]
+    acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+    for begin in range(0, k, block_k):
+        tokens = load_tokens(inputs, valid, begin, k, block_k)
+        cols = begin + tl.arange(0, block_k)
+        tile = load(record, at, about, outs, cols, n, k, transposed, exact and k % block_k == 0)
+        acc = add_product(acc, tile, tokens)
+    return acc
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 numbers rounded to nearest in `dtype`, ties to even; the interpreter cuts bfloat16 off by itself."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)

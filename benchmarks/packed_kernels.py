@@ -1,0 +1,251 @@
+"""Expert kernels by format: each projection's time beside the time that reading its bytes takes, and whether bits are the decoded weights'.
+
+The shapes of gpt-oss-20b and Qwen3-30B-A3B, random codes and routing, every expert resident. A launch a layer, all layers in one CUDA
+graph. The floor is the bytes of the distinct experts over the read rate of this run (a sum over 8 GB). With `--search` other
+tilings are tried too.
+
+Usage: python benchmarks/packed_kernels.py [--search] [--out benchmarks/results/packed_kernels_h200.json]
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from expertflow.bench.about import about
+from expertflow.formats.format import Format, TensorSpec
+from expertflow.formats.plain import PLAIN, plain
+from expertflow.formats.records import RecordLayout
+from expertflow.formats.table import FORMATS
+from expertflow.kernels import experts
+from expertflow.kernels.experts import Tiling
+from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
+
+SEED = 7
+TOKENS = (1, 4, 16, 64)
+REPLAYS = 11
+CUDA = torch.device("cuda")
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mxfp4": {"quant_method": "mxfp4"},
+    "int4": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}}},
+    },
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "nvfp4": {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}}},
+    },
+}  # fmt: skip
+"""`quantization_config` by the name of a column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One model's expert layers."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    width: int
+    gpt_oss: bool = False
+
+    def build(self, format_: Format) -> ExpertMlp:
+        """The record of one expert."""
+        shapes = {"gate_up_proj": (2 * self.width, self.hidden), "down_proj": (self.hidden, self.width)}
+        specs = []
+        for name, shape in shapes.items():
+            joined = 2 if name == "gate_up_proj" and not self.gpt_oss and format_ is not PLAIN else 1
+            specs.append(
+                TensorSpec(
+                    name=name, shape=shape[::-1] if self.gpt_oss else shape, dtype="bfloat16", format=format_, joined=joined,
+                    transposed=self.gpt_oss,
+                )
+            )  # fmt: skip
+            if self.gpt_oss:
+                specs.append(plain(f"{name}_bias", shape[:1], "bfloat16"))
+        activation = CLAMPED_SWIGLU if self.gpt_oss else "silu"
+        return ExpertMlp.of(RecordLayout.of(specs), activation, transposed=self.gpt_oss, interleaved=self.gpt_oss)
+
+
+SHAPES = {
+    "gpt-oss-20b": Shape(layers=24, experts=32, top_k=4, hidden=2880, width=2880, gpt_oss=True),
+    "qwen3-30b": Shape(layers=24, experts=128, top_k=8, hidden=2048, width=768),
+}
+
+
+def timed(work: Callable[[], None]) -> float:
+    """Microseconds of the captured work, the median of some replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    for _ in range(REPLAYS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def read_rate() -> float:
+    """Bytes a second of a sum over 8 GB."""
+    data = torch.ones(1 << 30, dtype=torch.int64, device=CUDA)
+    return data.nbytes / min(timed(data.sum), timed(data.amax)) * 1e6
+
+
+def filled(mlp: ExpertMlp, count: int) -> Tensor:
+    """Records of random numbers; four different ones, over and over."""
+    random = torch.Generator(CUDA).manual_seed(SEED)
+    pool = torch.zeros(count, mlp.record_bytes, dtype=torch.uint8, device=CUDA)
+    for record in pool[:4]:
+        for spec in mlp.layout.specs:
+            for name, part in spec.format.draw(spec, random, 0.02).items():
+                mlp.layout.part(record, spec.name, name).copy_(part)
+    pool[4:] = pool[:4].repeat(count // 4, 1)[: count - 4]
+    return pool
+
+
+@dataclass
+class Step:
+    """Routing, inputs and buffers of some tokens."""
+
+    shape: Shape
+    mlp: ExpertMlp
+    pool: Tensor
+    tokens: int
+    slots: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Draw routing and inputs."""
+        torch.manual_seed(SEED)
+        shape = self.shape
+        index = torch.rand(shape.layers, self.tokens, shape.experts, device=CUDA).topk(shape.top_k).indices
+        first = torch.arange(shape.layers, device=CUDA)[:, None, None] * shape.experts
+        self.slots = (index + first).to(torch.int32)
+        self.hidden = torch.randn(self.tokens, self.mlp.hidden, device=CUDA, dtype=torch.bfloat16)
+        self.work = Workspace.allocate(self.mlp, self.tokens, shape.top_k, CUDA)
+
+    @property
+    def distinct(self) -> int:
+        """Distinct experts over all layers."""
+        return sum(len(layer.unique()) for layer in self.slots)
+
+    def up(self, cut: Tiling) -> None:
+        """Every layer's up projection."""
+        for slots in self.slots:
+            experts.launch_up(self.mlp, self.hidden, slots, self.pool, self.work, cut)
+
+    def down(self, cut: Tiling) -> None:
+        """Every layer's down projection."""
+        for slots in self.slots:
+            experts.launch_down(self.mlp, slots, self.pool, self.work, cut)
+
+
+def weight_bytes(mlp: ExpertMlp) -> tuple[int, int]:
+    """Bytes of an expert's up and down projections."""
+    return mlp.up.spec.nbytes, mlp.down.spec.nbytes
+
+
+def candidates(chosen: Tiling, format_: Format, *, search: bool) -> Iterator[Tiling]:
+    """The tiling in use, and others to try."""
+    yield chosen
+    if search and format_ is not PLAIN:
+        for block_n in (32, 64, 128):
+            for warps in (4, 8):
+                for stages in (3, 4, 6):
+                    yield Tiling(block_n, 128, warps, stages)
+
+
+def same_bits(shape: Shape, mlp: ExpertMlp, pool: Tensor) -> bool:
+    """Whether packed records give what the same engine gives with the numbers they stand for."""
+    if mlp.layout.is_plain:
+        return True
+    plain_mlp = shape.build(PLAIN)
+    decoded = torch.zeros(4, plain_mlp.record_bytes, dtype=torch.uint8, device=CUDA)
+    for ours, theirs in zip(pool[:4], decoded, strict=True):
+        for name, value in mlp.layout.weights(ours).items():
+            plain_mlp.layout.tensor(theirs, name).copy_(value)
+    hidden = torch.randn(8, mlp.hidden, device=CUDA, dtype=torch.bfloat16)
+    slots = torch.tensor([[n % 4, (n + 1) % 4] for n in range(8)], dtype=torch.int32, device=CUDA)
+    found = []
+    for one, records in ((mlp, pool), (plain_mlp, decoded)):
+        work = Workspace.allocate(one, 8, 2, CUDA)
+        experts.expert_pairs(one, hidden, slots, records, work)
+        found.append(work.parts)
+    return torch.equal(*found)
+
+
+def measure(name: str, column: str, rate: float, *, search: bool) -> list[dict[str, Any]]:
+    """Time both projections of a shape in a format."""
+    shape = SHAPES[name]
+    format_ = PLAIN if column == "bf16" else next(f[0] for one in FORMATS.values() if (f := one.claim(CONFIGS[column])))
+    mlp = shape.build(format_)
+    pool, rows = filled(mlp, shape.layers * shape.experts), []
+    equal, cuts = same_bits(shape, mlp, pool), experts.tilings(mlp)
+    for tokens in TOKENS:
+        step = Step(shape, mlp, pool, tokens)
+        for number, projection in enumerate(("up", "down")):
+            launch = (step.up, step.down)[number]
+            floor = step.distinct * weight_bytes(mlp)[number] / rate * 1e6
+            tried = {}
+            for cut in candidates(cuts[number], format_, search=search):
+                try:
+                    tried[cut] = timed(partial(launch, cut))
+                except triton.runtime.errors.OutOfResources:
+                    continue
+            used, best = tried[cuts[number]], min(tried, key=tried.__getitem__)
+            rows.append({
+                "shape": name, "format": column, "projection": projection, "tokens": tokens, "experts": step.distinct / shape.layers,
+                "us": used / shape.layers, "share": floor / used, "same_bits": equal, "cut": str(cuts[number]),
+                "best_us": tried[best] / shape.layers, "best_share": floor / tried[best], "best_cut": str(best),
+            })  # fmt: skip
+            row = rows[-1]
+            print(
+                f"{name:12} {column:6} {projection:5} {tokens:3} {row['us']:7.1f} us {row['share']:.3f}  best {row['best_us']:7.1f} "
+                f"{row['best_share']:.3f} {best if search else ''} {'' if equal else 'OTHER BITS'}",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "packed_kernels.json")
+    parser.add_argument("--search", action="store_true", help="try other tilings")
+    parser.add_argument("--formats", default="bf16,mxfp4,int4,fp8,nvfp4")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    options = parser.parse_args()
+    rate = read_rate()
+    print(f"reads {rate / 1e12:.2f} TB/s")
+    rows = []
+    for name in options.shapes.split(","):
+        for column in options.formats.split(","):
+            rows += measure(name, column, rate, search=options.search)
+            torch.cuda.empty_cache()
+    result = {**about("cuda"), "seed": SEED, "read_bytes_per_second": rate, "rows": rows}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""How the expert kernels read a format: its product loop and its tile loader, by name. A new format's entry goes here.
+
+Must not know experts and slots.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from expertflow.formats.format import Format
+from expertflow.formats.plain import PLAIN
+from expertflow.kernels.tiles import load_plain, multiply_tiles
+from expertflow.kernels.words import load_words, multiply_words
+
+
+class Reader(NamedTuple):
+    """Triton functions that read a format.
+
+    Attributes:
+        multiply: the product of a weight and tokens, as `kernels.tiles.multiply_tiles`.
+        load: the tile loader that it is given.
+    """
+
+    multiply: Any
+    load: Any
+
+
+READERS: Mapping[str, Reader] = MappingProxyType(
+    {PLAIN.name: Reader(multiply_tiles, load_plain), "words": Reader(multiply_words, load_words)}
+)
+"""By a format's `tiles`, or its name."""
+
+
+def reader(format_: Format) -> Reader | None:
+    """How a format is read; None: kernels do not read it."""
+    if format_.tile_loader is not None:
+        return Reader(multiply_tiles, format_.tile_loader)
+    return READERS.get(format_.tiles or format_.name)
+
+
+def reads(format_: Format) -> bool:
+    """Whether the expert kernels read a format."""
+    return reader(format_) is not None

@@ -1,0 +1,282 @@
+"""How the expert kernels read the formats of four bits, see `formats.words`. Must not know experts and slots.
+
+`load_words` is the tile loader: any code map, scaling and dtype, in float32. `multiply_words` is the same product with fewer
+instructions, for codes and scales that give bfloat16 numbers by bfloat16 arithmetic: two numbers an instruction.
+"""
+
+import triton
+import triton.language as tl
+
+from expertflow.kernels.tiles import INTERPRETED, add_product, load_tokens, multiply_tiles, rounded
+
+STEP = tl.constexpr(128)
+"""Inputs whose scales lie side by side, as in `formats.words`."""
+
+
+@triton.jit
+def _code(word, pair, upper, e2m1: tl.constexpr):
+    """The code of a word's pair 0 to 3, in its lower or upper half: for `e2m1` its number, else 0 to 15; float32."""
+    half = upper * 16
+    if e2m1:
+        last = pair == 3
+        low = tl.where(
+            last,
+            ((word >> (half + 10)) & 3) | ((word >> (half + 13)) & 1) << 2,
+            (word >> (half + tl.maximum(6 - 3 * pair, 0))) & 7,
+        )
+        sign = (word >> (half + tl.where(last, 14, 15 - 3 * pair))) & 1
+        exponent, mantissa = low >> 1, low & 1
+        doubled = tl.where(exponent == 0, mantissa, (2 + mantissa) << tl.maximum(exponent - 1, 0))
+        size = doubled.to(tl.float32) * 0.5
+        return tl.where(sign == 1, -size, size)
+    return ((word >> (half + 4 * pair)) & 15).to(tl.float32)
+
+
+@triton.jit
+def e8m0(scale):
+    """The power of two of an E8M0 scale: integer to float32."""
+    return tl.where(scale == 0, 1 << 22, scale << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3(code):
+    """The number of an FP8 code (E4M3): integer 0 to 255 to float32; exact, NaN codes excepted."""
+    low = code & 0x7F
+    exponent, mantissa = low >> 3, low & 7
+    normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
+    size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
+    return tl.where(code >= 128, -size, size)
+
+
+@triton.jit
+def _by_group(start, outs, cols, n: tl.constexpr, k: tl.constexpr, group: tl.constexpr, joined: tl.constexpr):
+    """Where what lies by steps, such as scales, is for outputs `[R]` and inputs `[C]`: pointers `[R, C]`."""
+    per: tl.constexpr = STEP // group if group < STEP else 1
+    steps: tl.constexpr = (k + STEP - 1) // STEP
+    one: tl.constexpr = n // joined
+    step, place = cols // STEP, cols % STEP // (STEP // per)
+    row = (outs // one) * (steps * one) + outs % one
+    return start + (row[:, None] + (step * one)[None, :]) * per + place[None, :]
+
+
+@triton.jit
+def load_words(
+    record, at: tl.constexpr, about: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr,
+    transposed: tl.constexpr, whole: tl.constexpr,  # noqa: ARG001
+):  # fmt: skip
+    """The tile loader of `formats.words.Words`."""
+    code_map: tl.constexpr = about[0]
+    group: tl.constexpr = about[1]
+    scaling: tl.constexpr = about[2]
+    scale_dtype: tl.constexpr = about[3]
+    zeros: tl.constexpr = about[4]
+    joined: tl.constexpr = about[5]
+    inside = (outs < n)[:, None] & (cols < k)[None, :]
+    start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
+    words = (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True)
+    step, place = cols // STEP, cols % STEP
+    wide = tl.minimum(4, (k - step * STEP) // 32)  # words of a step for each of its four threads
+    where = step * (STEP // 8) + place // 2 % 4 * wide + place // 32
+    word = tl.load(words + outs[:, None] * (k // 8) + where[None, :], mask=inside, other=0)
+    code = _code(word, (place // 8 % 4)[None, :], (place % 2)[None, :], code_map == "e2m1")
+    if zeros:
+        zero = tl.load(_by_group(start + at[2], outs, cols, n, k, group, joined), mask=inside, other=0)
+        code -= zero.to(tl.float32)
+    elif code_map == "int4":
+        code -= 8.0
+    if scaling == "number":
+        kind: tl.constexpr = (
+            tl.bfloat16 if scale_dtype == "bfloat16" else tl.float16 if scale_dtype == "float16" else tl.float32
+        )
+        scales = (start + at[1]).to(tl.pointer_type(kind), bitcast=True)
+        scale = tl.load(_by_group(scales, outs, cols, n, k, group, joined), mask=inside, other=0.0).to(tl.float32)
+        value = rounded(code * scale, kind)
+        value = value.to(tl.float32)
+    else:
+        raw = tl.load(_by_group(start + at[1], outs, cols, n, k, group, joined), mask=inside, other=0).to(tl.int32)
+        if scaling == "e8m0":
+            value = code * e8m0(raw)
+        else:
+            whole_scales = (start + at[2]).to(tl.pointer_type(tl.float32), bitcast=True)
+            whole_scale = tl.load(whole_scales + outs // (n // joined), mask=outs < n, other=1.0)[:, None]
+            scale = e4m3(raw) * whole_scale if scaling == "e4m3*" else tl.div_rn(e4m3(raw), whole_scale)
+            value = code * scale
+    return rounded(tl.where(inside, value, 0.0), record.dtype.element_ty)
+
+
+_E2M1 = tl.constexpr("""{
+.reg .b32 t, u, k, z;
+mov.b32 k, 0x7E807E80;
+mov.b32 z, 0x80008000;
+and.b32 t, $4, 0x81C081C0;
+fma.rn.bf16x2 t, t, k, z;
+fma.rn.bf16x2 $0, t, $5, z;
+shl.b32 t, $4, 3;
+and.b32 t, t, 0x81C081C0;
+fma.rn.bf16x2 t, t, k, z;
+fma.rn.bf16x2 $1, t, $5, z;
+shl.b32 t, $4, 6;
+and.b32 t, t, 0x81C081C0;
+fma.rn.bf16x2 t, t, k, z;
+fma.rn.bf16x2 $2, t, $5, z;
+shr.b32 t, $4, 4;
+and.b32 t, t, 0x00C000C0;
+shr.b32 u, $4, 5;
+lop3.b32 t, u, 0x01000100, t, 0xEA;
+shl.b32 u, $4, 1;
+lop3.b32 t, u, z, t, 0xEA;
+fma.rn.bf16x2 t, t, k, z;
+fma.rn.bf16x2 $3, t, $5, z;
+}""")
+"""Eight E2M1 codes of a word times a scale: four times two bfloat16 numbers. The codes are numbers of 2 ** -126 as they lie there;
+adding -0 makes a product of a fused multiply-add, which devices before sm_90 have too."""
+
+_INT4 = tl.constexpr("""{
+.reg .b32 t, u, m, b, z;
+mov.b32 z, 0x80008000;
+mov.b32 m, 0x000F000F;
+mov.b32 b, 0x43004300;
+mov.b32 u, 0xBF80BF80;
+lop3.b32 t, $4, m, b, 0xEA;
+fma.rn.bf16x2 t, $6, u, t;
+fma.rn.bf16x2 $0, t, $5, z;
+shr.b32 t, $4, 4;
+lop3.b32 t, t, m, b, 0xEA;
+fma.rn.bf16x2 t, $6, u, t;
+fma.rn.bf16x2 $1, t, $5, z;
+shr.b32 t, $4, 8;
+lop3.b32 t, t, m, b, 0xEA;
+fma.rn.bf16x2 t, $6, u, t;
+fma.rn.bf16x2 $2, t, $5, z;
+shr.b32 t, $4, 12;
+lop3.b32 t, t, m, b, 0xEA;
+fma.rn.bf16x2 t, $6, u, t;
+fma.rn.bf16x2 $3, t, $5, z;
+}""")
+"""Eight codes of a word less 128 plus a zero point (`$6`), times a scale: `0x4300 | q` is 128 + q in bfloat16, and the difference is exact."""
+
+
+@triton.jit
+def _split(pairs):
+    """The two bfloat16 numbers that each int32 holds."""
+    return (pairs & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True), (pairs >> 16).to(tl.int16).to(
+        tl.bfloat16, bitcast=True
+    )
+
+
+@triton.jit
+def _unfold(one, two, three, four):
+    """Four times two numbers of each word `[R, W]` as a tile `[R, 8 W]`.
+
+    Rows come as `_by_threads` orders them, and words by threads. In both orders a thread has decoded just what a tensor core takes from
+    it, so that the tile stays in its registers.
+    """
+    a0, a1 = _split(one)
+    b0, b1 = _split(two)
+    c0, c1 = _split(three)
+    d0, d1 = _split(four)
+    even = tl.join(tl.join(a0, c0), tl.join(b0, d0))
+    odd = tl.join(tl.join(a1, c1), tl.join(b1, d1))
+    rows: tl.constexpr = one.shape[0]
+    words: tl.constexpr = one.shape[1] // 4
+    tile = tl.reshape(tl.join(even, odd), [rows // 64, 2, 4, 8, 4, words, 2, 2, 2])
+    return tl.reshape(tl.permute(tile, (0, 2, 1, 3, 5, 6, 7, 4, 8)), [rows, words * 32])
+
+
+@triton.jit
+def _by_threads(outs):
+    """Outputs `[R]` in the order in which `_unfold` takes their rows."""
+    return tl.reshape(tl.permute(tl.reshape(outs, [outs.shape[0] // 64, 4, 2, 8]), (0, 2, 1, 3)), [outs.shape[0]])
+
+
+@triton.jit
+def multiply_words(
+    inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,
+    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
+):  # fmt: skip
+    """As `multiply_tiles`, with the bits of `load_words`: by bfloat16 arithmetic where that gives them."""
+    halves: tl.constexpr = (
+        record.dtype.element_ty == tl.bfloat16 and not INTERPRETED and block_k == STEP and outs.shape[0] % 64 == 0
+    )
+    powers: tl.constexpr = about[2] == "e8m0" and about[0] == "e2m1" and about[1] == 32
+    numbers: tl.constexpr = (
+        about[2] == "number" and about[0] == "int4" and about[3] == "bfloat16" and about[1] % STEP == 0
+    )
+    if halves and (powers or numbers):
+        acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)
+    else:
+        acc = multiply_tiles(inputs, valid, record, load, at, about, outs, n, k, transposed, exact, block_k)
+    return acc
+
+
+@triton.jit
+def _multiply_halves(
+    inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
+):  # fmt: skip
+    powers: tl.constexpr = about[2] == "e8m0"
+    zeros: tl.constexpr = about[4]
+    joined: tl.constexpr = about[5]
+    one: tl.constexpr = n // joined
+    steps: tl.constexpr = (k + STEP - 1) // STEP
+    mine = _by_threads(outs)
+    start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
+    words = (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True) + mine * (k // 8)
+    row = (mine // one) * (steps * one) + mine % one if joined > 1 else mine
+    inside = mine < n
+    acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+    for begin in range(0, k // STEP * STEP, STEP):
+        tokens = load_tokens(inputs, valid, begin, k, STEP)
+        tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, at, powers, zeros, exact, 4)
+        acc = add_product(acc, tile, tokens)
+    if k % STEP != 0:
+        last: tl.constexpr = k // STEP * STEP
+        tokens = load_tokens(inputs, valid, last, k, STEP)
+        tile = _tile(
+            start, words + last // 8, row + last // STEP * one, inside, at, powers, zeros, exact, k % STEP // 32
+        )
+        acc = add_product(acc, tile, tokens)
+    return acc
+
+
+@triton.jit
+def _tile(
+    start, words, place, inside, at: tl.constexpr, powers: tl.constexpr, zeros: tl.constexpr, exact: tl.constexpr,
+    wide: tl.constexpr,
+):  # fmt: skip
+    """The tile `[R, 128]` of a step: `words` are pointers `[R]` to its first words, `place` `[R]` is where its scales are.
+
+    The step has `wide` words for each thread, the tile four: what is missing is 0.
+    """
+    i = tl.arange(0, 16)
+    where = words[:, None] + (i // 4 * wide + i % 4)[None, :]
+    if exact and wide == 4:
+        word = tl.load(words[:, None] + i[None, :])
+    else:
+        word = tl.load(where, mask=inside[:, None] & (i % 4 < wide)[None, :], other=0)
+    if powers:
+        four = _scales((start + at[1]).to(tl.pointer_type(tl.int32), bitcast=True) + place, inside, exact)
+        scale = (four[:, None] >> (i % 4 * 8)[None, :]) & 255
+        scale = tl.where(scale == 0, 0x00400040, scale * 0x00800080)
+        a, b, c, d = tl.inline_asm_elementwise(
+            _E2M1, "=&r,=&r,=&r,=&r,r,r", [word, scale], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+        )
+    else:
+        scale = _scales((start + at[1]).to(tl.pointer_type(tl.int16), bitcast=True) + place, inside, exact).to(tl.int32)
+        scale = ((scale & 0xFFFF) | (scale << 16))[:, None]
+        if zeros:
+            zero = _scales(start + at[2] + place, inside, exact).to(tl.int32)
+        else:
+            zero = tl.full(place.shape, 8, tl.int32)
+        zero = ((zero | 0x4300) | ((zero | 0x4300) << 16))[:, None]  # 128 + zero, in bfloat16
+        if not zeros and not (exact and wide == 4):
+            word = tl.where(inside[:, None] & (i % 4 < wide)[None, :], word, -2004318072)  # eight times 8
+        a, b, c, d = tl.inline_asm_elementwise(
+            _INT4, "=&r,=&r,=&r,=&r,r,r,r", [word, scale, zero], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+        )
+    return _unfold(a, b, c, d)
+
+
+@triton.jit
+def _scales(pointers, inside, exact: tl.constexpr):
+    """What lies by steps, `[R]`; 0 outside."""
+    return tl.load(pointers) if exact else tl.load(pointers, mask=inside, other=0)
