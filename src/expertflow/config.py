@@ -208,6 +208,9 @@ class EngineConfig(_Checked):
     predictor: str = doc(
         "Folder of a trained predictor, auto (the model's own, if it has one), or none.", default="auto"
     )
+    tokenizer: str | None = doc(
+        "Folder of the tokenizer and chat template.", default=None, none="the model's own, for a GGUF file the one beside it"
+    )
     max_batch: int = doc("Sequences computed together at most.", default=8)
     max_live: int | None = doc(
         "Sequences that have keys and values at once. If they are more than `max_batch`, they take turns.",

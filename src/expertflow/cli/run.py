@@ -38,7 +38,7 @@ def main(
     params = SamplingParams.from_mapping(sampling)
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
-    text = ModelText(resolve(shipped_model() if model is None else model))
+    text = ModelText(resolve(shipped_model() if model is None else model), engine.get("tokenizer"))
     read = text.read(prompts)
     wanted = {**text.room_for(read, params), **engine}
     with LLM(text.folder, text=text, progress=True, **wanted) as llm:
