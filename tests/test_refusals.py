@@ -243,9 +243,9 @@ def test_a_quantised_model_is_converted_only_where_that_is_right(
 @pytest.mark.parametrize(
     ("names", "place", "cause"),
     [
-        (["model-Q4_K.gguf"], "", "model-Q4_K.gguf is a GGUF file"),
-        (["model-Q4_K.gguf"], "model-Q4_K.gguf", "is a GGUF file"),
-        (["model.safetensors"], "model.safetensors", "is a file, and a checkpoint is a folder"),
+        (["model-Q4_K.gguf"], "", "Give the path of one of them, such as"),
+        (["model-Q4_K.gguf"], "model-Q4_K.gguf", "model-Q4_K.gguf is no whole GGUF file"),
+        (["model.safetensors"], "model.safetensors", "is a file, and a checkpoint is a folder or a GGUF file"),
         (["adapter_config.json", "adapter_model.safetensors"], "", "AutoPeftModelForCausalLM"),
     ],
 )

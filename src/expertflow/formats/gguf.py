@@ -115,6 +115,7 @@ class GgufBlocks(Format):
     scales: tuple[int, ...]
     values: Callable[[Tensor], Tensor]
     repacked = frozenset({BLOCKS})
+    tiles = "gguf"
     decode_bytes_each = 24  # blocks, codes, their parts, and copies in float32
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
@@ -126,6 +127,11 @@ class GgufBlocks(Format):
         """In float32, then rounded."""
         values = self.values(parts[BLOCKS].reshape(-1, self.size))
         return values.view(spec.outputs, spec.inputs).to(getattr(torch, spec.dtype))
+
+    def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
+        """Type, numbers and bytes of a block."""
+        del spec
+        return self.type, self.per, self.size
 
     def claim(self, quantization: Mapping[str, Any]) -> tuple[Format, ...]:
         """All formats of GGUF: a file may mix them."""
@@ -157,16 +163,18 @@ class GgufBlocks(Format):
         """Equally likely codes, scaled."""
         (part,) = self.parts(spec)
         device = generator.device
-        blocks = torch.randint(0, 256, part.shape, dtype=torch.uint8, device=device, generator=generator)
-        each = blocks.view(-1, self.size)
         if not self.scales:
             plain = torch.randn(spec.outputs * spec.inputs, device=device, generator=generator) * std
             return {BLOCKS: plain.to(_PLAIN[self.type]).view(torch.uint8).view(part.shape)}
-        for scale in (1.0, std):  # the second one is right by the spread that the first one gives
-            whole = scale if scale == 1.0 else std / float(self.values(each[:4096]).std())
-            for at in self.scales:
-                each[:, at : at + 2] = torch.tensor([whole], dtype=torch.float16).view(torch.uint8).to(device)
+        blocks = torch.randint(0, 256, part.shape, dtype=torch.uint8, device=device, generator=generator)
+        each = blocks.view(-1, self.size)
+        self._scale(each, 1.0)
+        self._scale(each, std / float(self.values(each[:4096]).std()))
         return {BLOCKS: blocks}
+
+    def _scale(self, blocks: Tensor, scale: float) -> None:
+        for at in self.scales:
+            blocks[:, at : at + 2] = torch.tensor([scale], dtype=torch.float16, device=blocks.device).view(torch.uint8)
 
 
 def _split(key: str, stored: str, type_: str, part: str) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from expertflow.formats.format import Format
 from expertflow.formats.plain import PLAIN
+from expertflow.kernels.gguf_tiles import load_gguf
 from expertflow.kernels.tiles import load_plain, multiply_tiles
 from expertflow.kernels.words import load_words, multiply_words
 
@@ -26,7 +27,11 @@ class Reader(NamedTuple):
 
 
 READERS: Mapping[str, Reader] = MappingProxyType(
-    {PLAIN.name: Reader(multiply_tiles, load_plain), "words": Reader(multiply_words, load_words)}
+    {
+        PLAIN.name: Reader(multiply_tiles, load_plain),
+        "words": Reader(multiply_words, load_words),
+        "gguf": Reader(multiply_tiles, load_gguf),
+    }
 )
 """By a format's `tiles`, or its name."""
 

@@ -69,7 +69,7 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
     name = str(model)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{name!r} is neither a folder nor a file", "Give a checkpoint folder, a GGUF file, or a Hugging Face id."
+            f"{name!r} is not a folder, and no GGUF file", "Give a checkpoint folder, a GGUF file, or a Hugging Face id."
         )
     try:
         fetched = Path(
