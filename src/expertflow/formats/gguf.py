@@ -7,9 +7,12 @@ alike. Source: ggml's `ggml-common.h` and `gguf/quants.py` (0.19.0). Must not kn
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +24,8 @@ METHOD = "gguf"
 """What the configs that are made for GGUF files state as `quant_method`."""
 BLOCKS = "blocks"
 _MXFP4_BYTES = 17
+_DECODED = 1 << 22
+"""Numbers that are decoded at a time."""
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -124,9 +129,13 @@ class GgufBlocks(Format):
         return (Part(name=BLOCKS, shape=shape, dtype="uint8", stored=shape),)
 
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
-        """In float32, then rounded."""
-        values = self.values(parts[BLOCKS].reshape(-1, self.size))
-        return values.view(spec.outputs, spec.inputs).to(getattr(torch, spec.dtype))
+        """In float32, then rounded; a part at a time, since vocabularies have hundreds of millions."""
+        blocks = parts[BLOCKS].reshape(-1, self.size)
+        found = torch.empty(len(blocks), self.per, dtype=getattr(torch, spec.dtype), device=blocks.device)
+        step = _DECODED // self.per
+        for begin in range(0, len(blocks), step):
+            found[begin : begin + step] = self.values(blocks[begin : begin + step])
+        return found.view(spec.outputs, spec.inputs)
 
     def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
         """Type, numbers and bytes of a block."""
@@ -182,6 +191,23 @@ def _split(key: str, stored: str, type_: str, part: str) -> tuple[str, str] | No
     return (plain, part) if stored == "U8" and plain != key else None
 
 
+@cache
+def _halves() -> npt.NDArray[np.uint8]:
+    """For each two bytes, 16 bits, one byte of their low halves and one of their high ones, without negative zeros: `[2, 65536]`."""
+    each = np.arange(1 << 16) >> np.array([[[0], [8]], [[4], [12]]]) & 15  # half, byte, two bytes
+    each[each == 8] = 0  # noqa: PLR2004 - the code of negative zero
+    return (each[:, 0] | each[:, 1] << 4).astype(np.uint8)
+
+
+def _pairs(codes: Tensor) -> Tensor:
+    """Adjacent codes in a byte, without negative zeros: uint8 `[N, 16 * groups]` from `[N, groups, 16]`, low halves first."""
+    two = codes.contiguous().numpy().reshape(-1).view(np.uint16)
+    pairs = np.empty((len(two) // 8, 2), np.uint64)  # eight bytes of low halves, and eight of high ones
+    for half in range(2):
+        pairs[:, half] = np.take(_halves()[half], two).view(np.uint64)
+    return torch.from_numpy(pairs.view(np.uint8)).view(len(codes), -1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GgufMxfp4(Mxfp4):
     """MXFP4 of GGUF files: blocks of a scale and 16 bytes, whose low halves are the inputs 0 to 15. Records are those of mxfp4.
@@ -222,10 +248,7 @@ class GgufMxfp4(Mxfp4):
         blocks = stored.reshape(spec.outputs, -1, _MXFP4_BYTES)
         if part == "scales":
             return super().repack(spec, part, blocks[..., 0].contiguous())
-        low, high = blocks[..., 1:] & 15, blocks[..., 1:] >> 4
-        in_order = torch.cat([low, high], dim=-1)
-        in_order[in_order == 8] = 0  # noqa: PLR2004 - the code of negative zero
-        return pack_words((in_order[..., ::2] | in_order[..., 1::2] << 4).flatten(1), self.code_map)
+        return pack_words(_pairs(blocks[..., 1:]), self.code_map)
 
 
 _PLAIN: Mapping[str, torch.dtype] = MappingProxyType(

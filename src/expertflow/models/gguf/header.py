@@ -10,9 +10,10 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 from expertflow import outside
 from expertflow.errors import CheckpointError, UnsupportedModelError
@@ -137,8 +138,8 @@ def _others(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
 def _read_file(path: Path) -> Header:
     try:
         outside.check_regular(path)
-        with path.open("rb") as file:
-            return _Reader(path, file, path.stat().st_size).header()
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            return _Reader(path, data).header()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing", "Fetch the missing part.") from error
     except OSError as error:
@@ -150,8 +151,9 @@ def _read_file(path: Path) -> Header:
 class _Reader:
     """Reads a header. Everything that cannot be is a ValueError."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
-        self._path, self._file, self._size = path, file, size
+    def __init__(self, path: Path, data: mmap) -> None:
+        self._path, self._data, self._size = path, data, len(data)
+        self._at = 0
 
     def header(self) -> Header:
         if self._bytes(4) != b"GGUF":
@@ -172,7 +174,7 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):  # noqa: PLR2004 - as the format says
             raise ValueError(f"its alignment is {alignment}")
-        return Header(metadata=metadata, tensors=self._placed(infos, -(-self._file.tell() // alignment) * alignment))
+        return Header(metadata=metadata, tensors=self._placed(infos, -(-self._at // alignment) * alignment))
 
     def _placed(self, infos: list[tuple[str, int, tuple[int, ...], int]], begin: int) -> dict[str, GgufTensor]:
         """The tensors, once it is known where their bytes begin."""
@@ -215,24 +217,32 @@ class _Reader:
             raise ValueError(f"it has metadata of the unknown type {type_}")
         of = self._number("I")
         if of == _STRING:
-            for _ in range(self._count(8)):
-                self._file.seek(self._checked(self._number("Q")), 1)
+            self._skip_strings(self._count(8))
             return None
         if of not in _SCALARS:
             raise ValueError(f"it has lists of the type {of}")
         size = struct.calcsize(_SCALARS[of])
         count = self._count(size)
         if count > _LONGEST:
-            self._file.seek(count * size, 1)
+            self._at += count * size
             return None
         return list(struct.unpack(f"<{count}{_SCALARS[of]}", self._bytes(count * size)))
 
     def _string(self) -> str:
         length = self._number("Q")
         if length > _LONGEST:  # such as a chat template with all its tools
-            self._file.seek(self._checked(length), 1)
+            self._at += self._checked(length)
             return ""
         return self._bytes(length).decode()
+
+    def _skip_strings(self, count: int) -> None:
+        """Pass over strings: vocabularies have hundreds of thousands."""
+        data, at, end, length = self._data, self._at, self._size - 8, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at > end:
+                raise ValueError("it ends within its header")
+            at += 8 + length(data, at)[0]
+        self._at += self._checked(at - self._at)
 
     def _count(self, least: int) -> int:
         """A number of things of at least so many bytes each."""
@@ -244,10 +254,11 @@ class _Reader:
         return struct.unpack(f"<{code}", self._bytes(struct.calcsize(code)))[0]
 
     def _bytes(self, count: int) -> bytes:
-        return self._file.read(self._checked(count))
+        self._at += self._checked(count)
+        return self._data[self._at - count : self._at]
 
     def _checked(self, count: int) -> int:
         """So many bytes, if they are left."""
-        if count > self._size - self._file.tell():
+        if count > self._size - self._at:
             raise ValueError("it ends within its header")
         return count

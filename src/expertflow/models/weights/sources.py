@@ -267,7 +267,16 @@ class RandomWeights:
         return False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
-        """Locate nothing, because no file is read. Where the config says so, experts are packed; the dense part is plain."""
+        """Locate nothing, because no file is read. Where the config says so, experts are packed; the dense part is plain.
+
+        Raises:
+            ConfigError: for a GGUF file, which has weights of its own.
+        """
+        if is_gguf(skeleton.folder):
+            raise ConfigError(
+                f"random weights were asked for, and {skeleton.folder} is a GGUF file",
+                "Give a folder with a config.json, or leave them out.",
+            )
         mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
         specs = tuple(self._stored(skeleton, spec) for spec in skeleton.specs)
         return Located(skeleton=skeleton, fingerprint=mark, layers=(specs,) * len(skeleton.expert_modules))
