@@ -102,9 +102,7 @@ def pack(data: np.ndarray, type_: str, random: np.random.Generator) -> np.ndarra
     return blocks.reshape(*data.shape[:-1], -1)
 
 
-def save(
-    path: Path, config: Any, written: Written, *, parts: int = 0, change: Mapping[str, Any] | None = None
-) -> Path:
+def save(path: Path, config: Any, written: Written, *, parts: int = 0, change: Mapping[str, Any] | None = None) -> Path:
     """Write the file, or so many parts; returns the file, or the first part. `change`: metadata to replace, None to leave out."""
     writer = gguf.GGUFWriter(
         None if parts else path,

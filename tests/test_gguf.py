@@ -30,21 +30,35 @@ from expertflow.models.skeleton import build_skeleton
 from helpers import DEVICES, MakeCheckpoint, load_resident, run
 
 gguf = pytest.importorskip("gguf")
-import gguf_files  # noqa: E402 - needs the package
-from gguf import GGMLQuantizationType as Type  # noqa: E402 - likewise
+from gguf import GGMLQuantizationType as Type  # noqa: E402 - needs the package
+
+import gguf_files  # noqa: E402 - likewise
 
 ROWS, COLUMNS = 24, 512
 """Of a weight of random blocks."""
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [10, 11], [12, 13, 14]]
-WIDE = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 2, "num_experts": 4, "moe_intermediate_size": 256, "intermediate_size": 256}
+WIDE = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 2, "num_experts": 4, "moe_intermediate_size": 256}
+FEW = {"num_hidden_layers": 2}
+
+
+def k_types(name: str) -> str:
+    """As in Q4_K_M: some tensors are wider."""
+    return "Q6_K" if "down_exps" in name or name == "output.weight" else "Q5_K" if "attn" in name else "Q4_K"
+
+
+def mx_types(name: str) -> str:
+    """As gpt-oss is published."""
+    return "MXFP4" if "exps" in name else "Q8_0" if "attn" in name else "BF16"
+
+
 CASES = {
-    "K": ("qwen3_moe", lambda name: "Q6_K" if "down_exps" in name or name == "output.weight" else "Q5_K" if "attn" in name else "Q4_K", WIDE, {}),
+    "K": ("qwen3_moe", k_types, WIDE, {}),
     "Q8_0": ("qwen2_moe", lambda _: "Q8_0", {}, {}),
-    "MXFP4": ("gpt_oss", lambda name: "MXFP4" if "exps" in name else "Q8_0" if "attn" in name else "BF16", {"num_hidden_layers": 2}, {}),
+    "MXFP4": ("gpt_oss", mx_types, FEW, {}),
     "Q4_0": ("mixtral", lambda _: "Q4_0", {}, {}),
     "split": ("mixtral", lambda name: "Q5_0" if "exps" in name else "Q5_1", {}, {"parts": 3}),
     "F16": ("mixtral", lambda _: "F16", {}, {}),
-    "reordered F16": ("gpt_oss", lambda _: "F16", {"num_hidden_layers": 2}, {}),
+    "reordered F16": ("gpt_oss", lambda _: "F16", FEW, {}),
 }
 """Family, types by name in the file, sizes, how it is written."""
 MakePair = Callable[..., tuple[Path, Path]]
@@ -198,10 +212,10 @@ def test_kernels_read_gate_and_up_of_an_interleaved_module(type_: str, dtype: st
     slots, parts = torch.tensor([[0, 1], [1, -1]], dtype=torch.int32, device=device), []
     for layout, pool in zip(layouts, records, strict=True):
         mlp = ExpertMlp.of(layout, CLAMPED_SWIGLU, transposed=True, interleaved=True)
-        for run in (experts.expert_pairs, reference.expert_pairs):
+        for compute in (experts.expert_pairs, reference.expert_pairs):
             work = Workspace.allocate(mlp, 2, 2, device)
             work.parts.zero_()
-            run(mlp, x, slots, pool.to(device), work)
+            compute(mlp, x, slots, pool.to(device), work)
             parts.append(work.parts)
     assert parts[0].abs().sum() > 0
     assert torch.equal(parts[1], parts[3])  # the references
@@ -342,7 +356,9 @@ def test_tensors_that_do_not_run_are_named(make_checkpoint: MakeCheckpoint, tmp_
 
     assert "stores 'a' as IQ4_NL, which is not decoded" in refusal("a", np.zeros((8, 36), np.uint8), "IQ4_NL")
     assert "stores 'a' as Q2_K" in refusal("a", np.zeros((8, 84), np.uint8), "Q2_K")
-    raw = gguf_files.save(tmp_path / "x.gguf", config, {"token_embd.weight": (row, Type.F32), "rope_freqs.weight": (row, Type.F32)})
+    raw = gguf_files.save(
+        tmp_path / "x.gguf", config, {"token_embd.weight": (row, Type.F32), "rope_freqs.weight": (row, Type.F32)}
+    )
     with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight"):
         prepare(raw, EngineConfig(device="cpu"))
     raw.write_bytes(raw.read_bytes().replace(b"llama", b"llamb"))
@@ -356,11 +372,10 @@ def test_tensors_that_do_not_run_are_named(make_checkpoint: MakeCheckpoint, tmp_
 
 def test_scales_that_are_no_numbers_are_refused() -> None:
     """Infinite and NaN scales, and the scale 255 of MXFP4."""
-    for type_, at, scale in (("Q4_K", 2, 0x7C00), ("Q8_0", 0, 0xFE01), ("Q6_K", 208, 0xFC00), ("MXFP4", 0, 0xFF)):
+    cases = (("Q4_K", 2, (0, 0x7C)), ("Q8_0", 0, (1, 0xFE)), ("Q6_K", 208, (0, 0xFC)), ("MXFP4", 0, (0xFF,)))
+    for type_, at, scale in cases:
         raw, _ = random_blocks(type_)
-        raw.reshape(-1, GGUF[type_].size)[3, at : at + (1 if type_ == "MXFP4" else 2)] = np.array(
-            [scale], "<u2"
-        ).view(np.uint8)[: 1 if type_ == "MXFP4" else 2]
+        raw.reshape(-1, GGUF[type_].size)[3, at : at + len(scale)] = scale
         with pytest.raises(ValueError, match="not a number"):
             decode(type_, raw, torch.float32)
 
@@ -375,10 +390,10 @@ def test_parts_of_a_file(make_pair: MakePair, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a later part of a GGUF file"):
         prepare(copies[1], EngineConfig(device="cpu"))
     copies[1].write_bytes(parts[2].read_bytes())
-    with pytest.raises(CheckpointError, match="parts of model-00001-of-00003.gguf disagree"):
+    with pytest.raises(CheckpointError, match=r"parts of model-00001-of-00003\.gguf disagree"):
         prepare(copies[0], EngineConfig(device="cpu"))
     copies[2].unlink()
-    with pytest.raises(CheckpointError, match="00003-of-00003.gguf is missing"):
+    with pytest.raises(CheckpointError, match=r"00003-of-00003\.gguf is missing"):
         prepare(copies[0], EngineConfig(device="cpu"))
 
 

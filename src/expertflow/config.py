@@ -210,7 +210,9 @@ class EngineConfig(_Checked):
         "Folder of a trained predictor, auto (the model's own, if it has one), or none.", default="auto"
     )
     tokenizer: str | None = doc(
-        "Folder of the tokenizer and chat template.", default=None, none="the model's own, for a GGUF file the one beside it"
+        "Folder of the tokenizer and chat template.",
+        default=None,
+        none="the model's own, for a GGUF file the one beside it",
     )
     max_batch: int = doc("Sequences computed together at most.", default=8)
     max_live: int | None = doc(

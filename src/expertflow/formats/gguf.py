@@ -195,8 +195,9 @@ def _split(key: str, stored: str, type_: str, part: str) -> tuple[str, str] | No
 def _halves() -> npt.NDArray[np.uint8]:
     """For each two bytes, 16 bits, one byte of their low halves and one of their high ones, without negative zeros: `[2, 65536]`."""
     each = np.arange(1 << 16) >> np.array([[[0], [8]], [[4], [12]]]) & 15  # half, byte, two bytes
-    each[each == 8] = 0  # noqa: PLR2004 - the code of negative zero
-    return (each[:, 0] | each[:, 1] << 4).astype(np.uint8)
+    each[each == 8] = 0  # the code of negative zero
+    halves: npt.NDArray[np.uint8] = (each[:, 0] | each[:, 1] << 4).astype(np.uint8)
+    return halves
 
 
 def _pairs(codes: Tensor) -> Tensor:
@@ -261,21 +262,17 @@ def _blocks(type_: str, per: int, size: int, scales: tuple[int, ...], values: Ca
     return GgufBlocks(name=f"gguf-{type_.lower()}", type=type_, per=per, size=size, scales=scales, values=values)
 
 
-GGUF: Mapping[str, GgufBlocks | GgufMxfp4] = MappingProxyType(
-    {
-        format_.type: format_
-        for format_ in (
-            _blocks("Q4_0", 32, 18, (0,), _q4_0),
-            _blocks("Q4_1", 32, 20, (0, 2), _q4_1),
-            _blocks("Q5_0", 32, 22, (0,), _q5_0),
-            _blocks("Q5_1", 32, 24, (0, 2), _q5_1),
-            _blocks("Q8_0", 32, 34, (0,), _q8_0),
-            _blocks("Q4_K", 256, 144, (0, 2), _q4_k),
-            _blocks("Q5_K", 256, 176, (0, 2), _q5_k),
-            _blocks("Q6_K", 256, 210, (208,), _q6_k),
-            GgufMxfp4(),
-            *(_blocks(type_, 1, dtype.itemsize, (), _as(dtype)) for type_, dtype in _PLAIN.items()),
-        )
-    }
+_ALL: tuple[GgufBlocks | GgufMxfp4, ...] = (
+    _blocks("Q4_0", 32, 18, (0,), _q4_0),
+    _blocks("Q4_1", 32, 20, (0, 2), _q4_1),
+    _blocks("Q5_0", 32, 22, (0,), _q5_0),
+    _blocks("Q5_1", 32, 24, (0, 2), _q5_1),
+    _blocks("Q8_0", 32, 34, (0,), _q8_0),
+    _blocks("Q4_K", 256, 144, (0, 2), _q4_k),
+    _blocks("Q5_K", 256, 176, (0, 2), _q5_k),
+    _blocks("Q6_K", 256, 210, (208,), _q6_k),
+    GgufMxfp4(),
+    *(_blocks(type_, 1, dtype.itemsize, (), _as(dtype)) for type_, dtype in _PLAIN.items()),
 )
+GGUF: Mapping[str, GgufBlocks | GgufMxfp4] = MappingProxyType({format_.type: format_ for format_ in _ALL})
 """The formats of GGUF, by type. Plain numbers are among them for experts whose module has them in another order."""

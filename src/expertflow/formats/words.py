@@ -144,7 +144,9 @@ class Words(Format):
     def word_parts(self, spec: TensorSpec, codes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[Part, Part]:
         """The parts `codes` and `scales`, stored in the given shapes, output-major."""
         return (
-            Part(name="codes", shape=(spec.outputs, spec.inputs // PER_WORD), dtype="int32", stored=codes, also=("U8",)),
+            Part(
+                name="codes", shape=(spec.outputs, spec.inputs // PER_WORD), dtype="int32", stored=codes, also=("U8",)
+            ),
             Part(
                 name="scales",
                 shape=self.scales_shape(spec),

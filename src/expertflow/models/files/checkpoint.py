@@ -69,7 +69,8 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
     name = str(model)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{name!r} is not a folder, and no GGUF file", "Give a checkpoint folder, a GGUF file, or a Hugging Face id."
+            f"{name!r} is not a folder, and no GGUF file",
+            "Give a checkpoint folder, a GGUF file, or a Hugging Face id.",
         )
     try:
         fetched = Path(
@@ -97,9 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = outside.read_json(path, most, finite=False)
     except FileNotFoundError as error:
-        remedy = (
-            "Fetch the checkpoint again; a repository of an adapter is none. Of one of GGUF files, fetch a file and give its path."
-        )
+        remedy = "Fetch the checkpoint again. Of a repository of GGUF files, fetch one file and give its path."
         raise CheckpointError(f"{path} is missing", remedy) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "Fetch the checkpoint again.") from error

@@ -87,6 +87,7 @@ class Architecture:
         stated: values that keys of metadata have if they are there.
         tensors: names of a block's tensors, as in the module.
         head_dim: whether the config states the width of a head; else it is hidden size over heads.
+        yarn: what files do not state of a rotary table that is scaled by yarn.
         permuted: whether rows of Q and K alternate between the halves of each head.
         reordered: whether the module has experts' weights in another order than the file, input-major or interleaved.
     """
@@ -98,6 +99,7 @@ class Architecture:
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     stated: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     head_dim: bool = True
+    yarn: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     permuted: bool = False
     reordered: bool = False
 
@@ -151,6 +153,7 @@ _ENTRIES = (
             "ffn_up_exps.bias": "mlp.experts.gate_up_proj_bias.1",
             "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
         }),
+        yarn=MappingProxyType({"truncate": False}),
         reordered=True,
     ),
     Architecture(
@@ -233,7 +236,7 @@ def _dense_layer(tensor: str) -> re.Match[str] | None:
 def _dtype(tensors: Mapping[str, GgufTensor]) -> str:
     """The dtype to run in: of the experts, if all are of one type that a model can run in."""
     types = {tensor.type for name, tensor in tensors.items() if name.endswith("_exps.weight")}
-    return {("F32",): "float32", ("F16",): "float16"}.get(tuple(types), "bfloat16")
+    return {"F32": "float32", "F16": "float16"}.get(types.pop(), "bfloat16") if len(types) == 1 else "bfloat16"
 
 
 class _Metadata:
@@ -284,11 +287,12 @@ class _Metadata:
         if wanted is None:
             raise UnsupportedModelError(f"{self._name} scales its rotary table by {kind!r}", _ANOTHER)
         if lacking := sorted(wanted - scaling.keys()):
-            raise CheckpointError(f"{self._name} scales its rotary table by {kind} and states no {lacking[0]}", _ANOTHER)
+            raise CheckpointError(
+                f"{self._name} scales its rotary table by {kind} and states no {lacking[0]}", _ANOTHER
+            )
         if kind == "linear":
             return {**found, "rope_type": kind, "factor": scaling["factor"]}
-        truncated = {"truncate": False} if self._architecture.model_type == "gpt_oss" else {}  # as its own config has it
-        return {**found, "rope_type": kind, "beta_fast": 32.0, "beta_slow": 1.0, **scaling, **truncated}
+        return {**found, "rope_type": kind, "beta_fast": 32.0, "beta_slow": 1.0, **scaling, **self._architecture.yarn}
 
     def tokens(self, vocabulary: int) -> dict[str, Any]:
         """Tokens that begin, end and fill a text."""

@@ -172,7 +172,7 @@ class _Reader:
             metadata[key] = self._value(self._number("I"))
         infos = [self._info() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):  # noqa: PLR2004 - as the format says
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {alignment}")
         return Header(metadata=metadata, tensors=self._placed(infos, -(-self._at // alignment) * alignment))
 
@@ -192,7 +192,9 @@ class _Reader:
                 raise ValueError(f"{name!r} of type {type_} has the dimensions {list(shape)}")
             tensor = GgufTensor(name=name, file=self._path, type=type_, shape=shape, start=begin + offset)
             if tensor.start < end or tensor.start % 8:
-                raise ValueError(f"{name!r} begins at byte {tensor.start}, within {before or 'the header'!r} or unaligned")
+                raise ValueError(
+                    f"{name!r} begins at byte {tensor.start}, within {before or 'the header'!r} or unaligned"
+                )
             end, before = tensor.start + prod(tensor.byte_shape), name
             if end > self._size:
                 raise ValueError(f"{name!r} ends at byte {end}, and the file has {self._size}")
