@@ -9,16 +9,21 @@ Each row has milliseconds a step (3 windows, every step waited for, as `LLM` doe
 GB/s over the link. Beside them are the link's time for the bytes and the all-resident step. Checked in every row: the
 logits of some steps before the windows and of one behind them, bit for bit, and the measured peak against the plan.
 
+Shapes `q30` and `g120` are Qwen3-30B-A3B and gpt-oss-120b: as `q`, with their layers and experts. With `--formats` experts are packed;
+the formats take turns at every row.
+
 Usage: python benchmarks/engine_h100.py --shape q --out FILE
        python benchmarks/engine_h100.py --shape g --trace TEST.trace --predictor FOLDER --out FILE
        --tiny: small widths and few steps, for a CPU
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +43,8 @@ LENGTH, BEGIN, WINDOWS = 512, 60, 3
 STEPS = {
     "q": {1: (60, 40), 4: (60, 30), 8: (40, 15), 16: (10, 4)},
     "g": {1: (20, 15), 4: (8, 5), 8: (5, 3), 16: (4, 2)},
+    "q30": {1: (20, 15), 4: (12, 8), 8: (8, 5), 16: (5, 3)},
+    "g120": {1: (20, 15), 4: (10, 6), 8: (6, 4), 16: (4, 2)},
 }
 """By shape and batch: steps before the windows, and steps of a window. The same for every strategy, and so the same tokens."""
 TINY_STEPS = 4, 2
@@ -50,7 +57,7 @@ PROBED = 8
 LINK, MEMORY = 50.6e9, 3.0e12
 """Bytes a second: zero-copy fetch and device memory at their best, from kernels_h100.json."""
 ORDER = "plec,lru-global,lru,next-use,on-demand,ring"
-SHARES = {"q": "0.5,0.25", "g": "0.25,0.5,0.125"}
+SHARES = {"q": "0.5,0.25", "g": "0.25,0.5,0.125", "q30": "8GiB,12GiB", "g120": "16GiB,24GiB"}
 
 
 @dataclass(kw_only=True)
@@ -61,6 +68,8 @@ class Row:
     strategy: str
     batch: int
     budget_bytes: int
+    record_bytes: int = 0
+    format: str = "bf16"
     peak_bytes: int = 0
     tokens_equal: bool = True
     logits_equal: bool = True
@@ -74,14 +83,15 @@ class Row:
     carried: list[float] = field(default_factory=list)
     probe_gbps: list[float] = field(default_factory=list)
 
-    def line(self, record_bytes: int) -> str:
+    def line(self) -> str:
         """As a line of a printed table."""
+        record_bytes = self.record_bytes
         ms, ahead, corrections = (statistics.median(numbers) for numbers in (self.ms, self.ahead, self.corrections))
         loads, probe = statistics.median(self.carried), statistics.median(self.probe_gbps)
         link = loads * record_bytes / LINK * 1e3
         idle = max(0.0, 1 - (self.resident_ms + link) / ms)
         return (
-            f"{self.slots:5d} {self.strategy:11s} B={self.batch:<2d} {self.batch / ms * 1e3:7.1f} tok/s {ms:7.2f} ms "
+            f"{self.format:5s} {self.slots:5d} {self.strategy:11s} B={self.batch:<2d} {self.batch / ms * 1e3:7.1f} tok/s {ms:7.2f} ms "
             f"({min(self.ms):.2f}-{max(self.ms):.2f}) loads {corrections:6.1f}+{ahead:5.1f} ahead, "
             f"{statistics.median(self.wasted):4.1f} vain, of {statistics.median(self.needed):6.1f}; "
             f"link {loads * record_bytes / ms / 1e6:4.1f} GB/s (probe {probe:.1f}); bounds: link {link:6.2f} resident {self.resident_ms:5.2f} ms; "
@@ -212,25 +222,30 @@ def run(opened: Opened, work: Work, row: Row) -> dict[int, Tensor]:
     return watcher.kept
 
 
-def measure(stand_in: StandIn, work: Work, name: str, slots: str) -> tuple[Row, dict[int, Tensor]]:
-    """One configuration."""
-    options = {"strategy": name, "slots": slots, "execution": "graph", "routing": work.replay, **work.options}
+def measure(stand_in: StandIn, work: Work, name: str, room: str, packed: str) -> tuple[Row, dict[int, Tensor]]:
+    """One configuration; `room` is a share of the experts, or a budget."""
+    size = {"gpu_memory": room} if room.endswith("B") else {"slots": f"{float(room):.2%}"}
+    options = {"strategy": name, "execution": "graph", "routing": work.replay, **size, **work.options}
     with stand_in.open(predicted=STRATEGIES[name].predicted, **options) as opened:
         plan = opened.llm.plan
-        row = Row(slots=plan.slots, strategy=name, batch=plan.max_batch, budget_bytes=plan.total)
+        row = Row(
+            slots=plan.slots, strategy=name, batch=plan.max_batch, budget_bytes=plan.budget or plan.total, record_bytes=plan.record_bytes,
+            format=packed,
+        )  # fmt: skip
         return row, run(opened, work, row)
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["q", "g"], default="q")
+    parser.add_argument("--shape", choices=["q", "g", "q30", "g120"], default="q")
     parser.add_argument("--out", type=Path, default=Path("engine.json"))
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--predictor", type=Path)
     parser.add_argument("--batches", default="1,4,8,16")
     parser.add_argument("--strategies", default=ORDER)
-    parser.add_argument("--shares", default="", help="slots as shares of all experts")
+    parser.add_argument("--shares", default="", help="slots as shares of all experts, or budgets such as 8GiB")
+    parser.add_argument("--formats", default="bf16", help="how experts are stored: bf16, mxfp4, int4, fp8, nvfp4")
     parser.add_argument(
         "--embedding", type=float, help=f"how wide embeddings are drawn; default: {WIDE} for shape q, 1 for g"
     )
@@ -239,7 +254,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.tiny |= device() == "cpu"
     options.shares = options.shares or SHARES[options.shape]
-    options.embedding = options.embedding or (WIDE if options.shape == "q" else 1.0)
+    options.embedding = options.embedding or (1.0 if options.shape == "g" else WIDE)
     return options
 
 
@@ -250,35 +265,41 @@ def main(argv: list[str] | None = None) -> None:
     chosen = options.strategies.split(",")
     names = [name for name in chosen if options.predictor is not None or not STRATEGIES[name].predicted]
     trace = None if options.trace is None else load_trace(options.trace).without("repetition")
-    config = make_config(options.shape, tiny=options.tiny)
-    rows: list[Row] = []
-    with StandIn(config, embedding=options.embedding, predictor=options.predictor) as stand_in:
-        plan, truths, resident, works, stopped = stand_in.owner.plan, {}, {}, {}, False
-        for batch in batches:
-            works[batch] = make_work(options.shape, batch, config.vocab_size, trace, tiny=options.tiny)
-            row, truths[batch] = measure(stand_in, works[batch], "next-use", "100%")
-            resident[batch] = row.ms
-            print(f"{time.perf_counter() - began:4.0f} s  resident B={batch:<2d}", [round(ms, 3) for ms in row.ms], flush=True)  # fmt: skip
-        for share in options.shares.split(","):
-            for batch in batches:
-                for name in names:
-                    if name in SOME and batch >= 8 and share != SOME_SHARE:
-                        continue
-                    if time.perf_counter() - began > options.deadline:
-                        stopped = True
-                        continue
-                    row, kept = measure(stand_in, works[batch], name, f"{float(share):.2%}")
-                    row.logits_equal = all(torch.equal(kept[step], truths[batch][step]) for step in truths[batch])
-                    row.tokens_equal = torch.equal(kept[-1].argmax(-1), truths[batch][-1].argmax(-1))
-                    row.resident_ms = statistics.median(resident[batch])
-                    rows.append(row)
-                    print(f"{time.perf_counter() - began:4.0f} s {row.line(plan.record_bytes)}", flush=True)
+    configs = {
+        packed: make_config(options.shape, tiny=options.tiny, packed=packed) for packed in options.formats.split(",")
+    }
+    vocabulary = next(iter(configs.values())).vocab_size
+    works = {batch: make_work(options.shape, batch, vocabulary, trace, tiny=options.tiny) for batch in batches}
+    rows, truths, resident, stopped = list[Row](), {}, {}, False
+    with ExitStack() as opened:
+        stand_ins = {
+            packed: opened.enter_context(StandIn(config, embedding=options.embedding, predictor=options.predictor))
+            for packed, config in configs.items()
+        }
+        plan = next(iter(stand_ins.values())).owner.plan
+        for batch, packed in itertools.product(batches, stand_ins):
+            row, truths[packed, batch] = measure(stand_ins[packed], works[batch], "next-use", "1.0", packed)
+            resident[packed, batch] = row.ms
+            print(f"{time.perf_counter() - began:4.0f} s  resident {packed} B={batch:<2d}", [round(ms, 3) for ms in row.ms], flush=True)  # fmt: skip
+        for share, batch, name, packed in itertools.product(options.shares.split(","), batches, names, stand_ins):
+            if name in SOME and batch >= 8 and share != SOME_SHARE:
+                continue
+            if time.perf_counter() - began > options.deadline:
+                stopped = True
+                continue
+            row, kept = measure(stand_ins[packed], works[batch], name, share, packed)
+            truth = truths[packed, batch]
+            row.logits_equal = all(torch.equal(kept[step], truth[step]) for step in truth)
+            row.tokens_equal = torch.equal(kept[-1].argmax(-1), truth[-1].argmax(-1))
+            row.resident_ms = statistics.median(resident[packed, batch])
+            rows.append(row)
+            print(f"{time.perf_counter() - began:4.0f} s {row.line()}", flush=True)
     result = {
         **about(device())._asdict(), "benchmark": "engine", "shape": options.shape, "seed": SEED,
         "config": {name: str(value) for name, value in vars(options).items() if name != "out"} | {"length": LENGTH, "begin": BEGIN},
-        "row_bytes": plan.record_bytes, "dense_bytes": plan.shape.dense_bytes, "experts": plan.shape.total_experts,
+        "dense_bytes": plan.shape.dense_bytes, "experts": plan.shape.total_experts,
         "bounds": {"link_bytes_per_second": LINK, "memory_bytes_per_second": MEMORY},
-        "resident_ms": {str(batch): ms for batch, ms in resident.items()}, "complete": not stopped,
+        "resident_ms": {f"{packed} {batch}": ms for (packed, batch), ms in resident.items()}, "complete": not stopped,
     }  # fmt: skip
     options.out.write_text(json.dumps({**result, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     bad = [r for r in rows if not (r.tokens_equal and r.logits_equal and r.peak_bytes <= r.budget_bytes)]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import triton
+from stand_ins import PACKED
 from torch import Tensor
 
 from expertflow.bench.about import about
@@ -34,21 +35,6 @@ SEED = 7
 TOKENS = (1, 4, 16, 64)
 REPLAYS = 11
 CUDA = torch.device("cuda")
-CONFIGS: dict[str, dict[str, Any]] = {
-    "mxfp4": {"quant_method": "mxfp4"},
-    "int4": {
-        "quant_method": "compressed-tensors", "format": "pack-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
-            "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}}},
-    },
-    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
-    "nvfp4": {
-        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
-            "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}}},
-    },
-}  # fmt: skip
-"""`quantization_config` by the name of a column."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +184,12 @@ def same_bits(shape: Shape, mlp: ExpertMlp, pool: Tensor) -> bool:
 def measure(name: str, column: str, rate: float, *, search: bool) -> list[dict[str, Any]]:
     """Time both projections of a shape in a format."""
     shape = SHAPES[name]
-    format_ = PLAIN if column == "bf16" else next(f[0] for one in FORMATS.values() if (f := one.claim(CONFIGS[column])))
+    format_ = PLAIN if column == "bf16" else next(f[0] for one in FORMATS.values() if (f := one.claim(PACKED[column])))
     mlp = shape.build(format_)
     pool, rows = filled(mlp, shape.layers * shape.experts), []
-    equal, cuts = same_bits(shape, mlp, pool), experts.tilings(mlp)
+    equal = same_bits(shape, mlp, pool)
     for tokens in TOKENS:
+        cuts = experts.tilings(mlp, tokens * shape.top_k)
         step = Step(shape, mlp, pool, tokens)
         for number, projection in enumerate(("up", "down")):
             launch = (step.up, step.down)[number]
@@ -243,7 +230,7 @@ def main() -> None:
         for column in options.formats.split(","):
             rows += measure(name, column, rate, search=options.search)
             torch.cuda.empty_cache()
-    result = {**about("cuda"), "seed": SEED, "read_bytes_per_second": rate, "rows": rows}
+    result = {"about": about("cuda")._asdict(), "seed": SEED, "read_bytes_per_second": rate, "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

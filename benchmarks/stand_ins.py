@@ -7,10 +7,11 @@ of a trained model.
 
 import gc
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -42,18 +43,45 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_config(shape: str, *, tiny: bool) -> PreTrainedConfig:
+PACKED: Mapping[str, dict[str, Any]] = MappingProxyType({
+    "mxfp4": {"quant_method": "mxfp4"},
+    "int4": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}}},
+    },
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "nvfp4": {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}}},
+    },
+})  # fmt: skip
+"""`quantization_config` of packed experts, by the name that results have for it; `bf16` has none."""
+
+
+def make_config(shape: str, *, tiny: bool, packed: str = "bf16") -> PreTrainedConfig:
     """The sizes of a model.
 
     Args:
-        shape: `q`: Qwen3-MoE, 12 layers x 128 experts top-8. `g`: gpt-oss-20b, 24 layers x 32 experts top-4. `s`: Switch-128's, 12 MoE
-            layers x 128 experts top-1, in the blocks of a decoder-only model.
+        shape: `q`: Qwen3-MoE, 12 layers x 128 experts top-8; `q30`: Qwen3-30B-A3B, 48 layers of them. `g`: gpt-oss-20b, 24 layers x 32
+            experts top-4; `g120`: gpt-oss-120b, 36 layers x 128. `s`: Switch-128's, 12 MoE layers x 128 experts top-1, in the blocks
+            of a decoder-only model.
         tiny: small widths, for a CPU; layers, experts and vocabulary stay where a recording or a predictor needs them.
+        packed: how experts are stored: `bf16` or a key of `PACKED`.
     """
-    if shape == "q":
+    config = _sizes(shape, tiny=tiny)
+    if packed != "bf16":
+        config.quantization_config = PACKED[packed]
+    return config
+
+
+def _sizes(shape: str, *, tiny: bool) -> PreTrainedConfig:
+    if shape in {"q", "q30"}:
         sizes = {"num_hidden_layers": 12, "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128,
                  "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 32000,
                  "intermediate_size": 6144}  # fmt: skip
+        sizes |= {"num_hidden_layers": 48, "vocab_size": 151936} if shape == "q30" else {}
         small = {**TINY, "moe_intermediate_size": 32, "num_experts": 16, "head_dim": 16}
         common = {"num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False}
         return Qwen3MoeConfig(max_position_embeddings=4096, **common, **(small if tiny else sizes))
@@ -69,8 +97,9 @@ def make_config(shape: str, *, tiny: bool) -> PreTrainedConfig:
     small = {**TINY, "intermediate_size": 32, "head_dim": 16, "vocab_size": 201088}
     sizes = {"hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8,
              "head_dim": 64, "vocab_size": 201088}  # fmt: skip
-    common = {"num_local_experts": 32, "num_experts_per_tok": 4, "pad_token_id": 0}
-    return GptOssConfig(**common, **{**(small if tiny else sizes), "num_hidden_layers": 24})
+    layers, experts = (36, 128) if shape == "g120" else (24, 32)
+    common = {"num_local_experts": experts, "num_experts_per_tok": 4, "pad_token_id": 0}
+    return GptOssConfig(**common, **{**(small if tiny else sizes), "num_hidden_layers": layers})
 
 
 def random_tokens(vocabulary: int, *shape: int) -> list[Any]:

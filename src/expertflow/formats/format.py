@@ -27,6 +27,7 @@ class Part:
         joined: the dimension of `stored` along which joined tensors add up; None: each of them has the whole shape.
         also: names, as in safetensors headers, of further number types that a checkpoint may hold and `dtype` holds exactly.
         source: the part whose stored tensor holds this one as well; empty: it has a stored tensor of its own.
+        optional: whether a checkpoint may lack it; the record has no bytes for it then.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Part:
     joined: int | None = 0
     also: tuple[str, ...] = ()
     source: str = ""
+    optional: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -80,11 +82,9 @@ class Format:
 
         Where the parts are the numbers, no copy is made.
         """
+        by_one = {name: part.view(spec.joined, -1, *part.shape[1:]) for name, part in parts.items() if part.numel()}
         each = [
-            self.numbers(
-                spec.one, {name: part.view(spec.joined, -1, *part.shape[1:])[place] for name, part in parts.items()}
-            )
-            for place in range(spec.joined)
+            self.numbers(spec.one, {name: part[place] for name, part in by_one.items()}) for place in range(spec.joined)
         ]
         if spec.interleaved:
             whole = torch.stack(each, dim=1).flatten(0, 1)
@@ -106,6 +106,14 @@ class Format:
         """
         del quantization
         return ()
+
+    def of_types(self, stored: Mapping[str, str]) -> "Format":
+        """This format for a tensor whose parts have the given number types in a checkpoint, by part, as safetensors names them.
+
+        A format that keeps scales as they are stored, because its numbers depend on their type, says it here.
+        """
+        del stored
+        return self
 
     def split_key(self, key: str, stored: str) -> tuple[str, str] | None:
         """The key that an unpacked checkpoint has for a tensor, and the part that this key holds; None: not this format's.

@@ -30,6 +30,7 @@ class Mxfp4(Words):
 
     name = "mxfp4"
     repacked = frozenset({"codes", "scales"})
+    codes_also: tuple[str, ...] = ("U8",)
     scales_also: tuple[str, ...] = ("F8_E8M0",)
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
@@ -39,7 +40,7 @@ class Mxfp4(Words):
 
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """Codes times powers of two."""
-        values = torch.tensor(E2M1, device=parts["codes"].device)[self.codes_of(parts).int()]
+        values = torch.tensor(E2M1, device=parts["codes"].device)[self.codes_of(spec, parts).int()]
         values *= power_of_two(self.by_input(spec, parts["scales"]))
         return values.to(getattr(torch, spec.dtype))
 

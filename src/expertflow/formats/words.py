@@ -1,12 +1,13 @@
 """What all formats of four bits have in common: records of 32-bit words, scales by step, and the numbers of both.
 
-A word holds eight codes of one output, arranged so that a kernel takes two out with few instructions. Scales lie by steps of 128 inputs: what a kernel needs for a step is contiguous. Must not know how checkpoints
-store any of this: a subclass gives codes and scales in plain order.
+A word holds eight codes of one output, arranged so that a kernel takes two out with few instructions. Scales lie by steps of 128
+inputs: what a kernel needs for a step is contiguous. Must not know how checkpoints store any of this: a subclass gives codes and
+scales in plain order.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from types import MappingProxyType
 from typing import Any
 
@@ -14,13 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from expertflow.errors import UnsupportedModelError
 from expertflow.formats.format import Format, Part, TensorSpec
 
 STEP = 128
 """Inputs whose scales lie side by side in a record."""
 PER_WORD = 8
 """Codes of a word."""
+RUN = 32
+"""Inputs that four words hold: a row of codes is padded to a multiple of them."""
+ROW = 1 << 30
+"""The group of a format that has one scale for an output, however many inputs there are; a multiple of a step."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Numbers of the codes of the OCP format FP4: a sign, two bits of exponent, one of mantissa."""
 _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
@@ -50,12 +57,14 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
     """Words of codes, ordered as tensor cores take them: see `_steps`.
 
     Args:
-        pairs: uint8 `[N, K / 2]`, two codes a byte, the earlier input in the lower half; K is a multiple of 32.
+        pairs: uint8 `[N, K / 2]`, two codes a byte, the earlier input in the lower half.
         code_map: a key of the arrangements: `int4` or `e2m1`.
 
     Returns:
-        int32 `[N, K / 8]`.
+        int32 `[N, K / 8]`, K rounded up to a multiple of 32, codes behind the last one being 0.
     """
+    if missing := -pairs.shape[1] % (RUN // 2):
+        pairs = functional.pad(pairs, (0, missing))
     outputs, count = pairs.shape
     words = np.empty((outputs, count // 4), np.int32)
     data = pairs.contiguous().numpy()
@@ -71,6 +80,16 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
     return torch.from_numpy(words)
 
 
+@cache
+def _runs(code_map: str, pair: int) -> tuple[tuple[int, int, int], ...]:
+    """The bits of a pair's first code, by runs that lie together: first bit in the code, place in the word, mask."""
+    places = _PLACES[code_map][pair]
+    begins = [bit for bit in range(4) if bit == 0 or places[bit] != places[bit - 1] + 1]
+    return tuple(
+        (begin, places[begin], (1 << (end - begin)) - 1) for begin, end in zip(begins, [*begins[1:], 4], strict=True)
+    )
+
+
 def unpack_words(words: Tensor, code_map: str) -> Tensor:
     """Codes of words: int32 `[N, K / 8]` to uint8 `[N, K]`, on the device of the words."""
     outputs, count = words.shape
@@ -80,10 +99,8 @@ def unpack_words(words: Tensor, code_map: str) -> Tensor:
         target = codes[:, begin : begin + 32 * wide].view(outputs, wide, 4, 4, 2)
         for place in range(PER_WORD):
             pair, half = place // 2, 16 * (place % 2)
-            code = torch.zeros_like(mine)
-            for bit, source in enumerate(_PLACES[code_map][pair]):
-                code |= (mine >> (half + source) & 1) << bit
-            target[:, :, pair, :, place % 2] = code.transpose(1, 2)
+            bits = [(mine >> (half + source) & mask) << bit for bit, source, mask in _runs(code_map, pair)]
+            target[:, :, pair, :, place % 2] = reduce(torch.bitwise_or, bits).transpose(1, 2)
     return codes
 
 
@@ -96,20 +113,36 @@ def _steps(inputs: int) -> list[tuple[int, int]]:
     return [(begin, min(STEP, inputs - begin) // 32) for begin in range(0, inputs, STEP)]
 
 
-def by_steps(scales: Tensor, group: int) -> Tensor:
+def as_bytes(numbers: Tensor) -> Tensor:
+    """The bytes of each row: `[..., W]` to uint8 `[..., W * size]`."""
+    # flat first: a dimension of one number may have any stride
+    return numbers.contiguous().view(-1).view(torch.uint8).view(*numbers.shape[:-1], -1)
+
+
+def nibbles(words: Tensor) -> Tensor:
+    """The eight fields of four bits of each word, lowest bits first: int32 `[..., W]` to uint8 `[..., 8 * W]`."""
+    pairs = as_bytes(words)
+    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
+
+
+def by_steps(scales: Tensor, group: int, steps: int | None = None) -> Tensor:
     """Scales as a record holds them: `[N, groups]` to `[steps, N, groups of a step]`, the last ones zero if K ends within a step.
 
     Groups that are longer than a step have their scale once for each step.
+
+    Args:
+        scales: of each output and group.
+        group: inputs of a group, or `ROW`.
+        steps: of K inputs; needed where the last group may be shorter than the others by a step or more.
     """
     outputs, groups = scales.shape
     if group >= STEP:
-        return scales.repeat_interleave(group // STEP, 1).t()[..., None].contiguous()
+        each = group // STEP if steps is None else min(group // STEP, steps)
+        return scales.repeat_interleave(each, 1)[:, :steps].t()[..., None].contiguous()
     per = STEP // group
     steps = -(-groups // per)
     padded = torch.zeros(outputs, steps * per, dtype=scales.dtype)
-    padded.view(torch.uint8).view(outputs, -1)[:, : groups * scales.itemsize] = (
-        scales.contiguous().view(torch.uint8).view(outputs, -1)
-    )
+    as_bytes(padded)[:, : groups * scales.itemsize] = as_bytes(scales)
     return padded.view(outputs, steps, per).transpose(0, 1).contiguous()
 
 
@@ -119,17 +152,19 @@ class Words(Format):
 
     Attributes:
         code_map: `e2m1`, or `int4` for codes of 0 to 15.
-        group: inputs that share a scale: 16, 32, 64, or a multiple of 128.
+        group: inputs that share a scale: 16, 32, 64, a multiple of 128, or `ROW`.
         scale_dtype: number type of the scales in a record, a key of `DTYPES`.
         scaling: how a scale is meant: `e8m0`, a power of two; `number`, the number itself; `e4m3*` or `e4m3/`, an FP8 number that is
             multiplied with the tensor's part `globals`, float32 `[joined]`, or divided by it.
         zeros: whether codes have a zero point for each group: uint8, by steps as the scales.
-        scales_also: further number types that a checkpoint may hold them in, as safetensors names them.
+        codes_also: number types besides I32 that a checkpoint may hold codes in, as safetensors names them.
+        scales_also: further ones that it may hold scales in.
     """
 
     code_map: str = "e2m1"
     group: int = 32
     scale_dtype: str = "uint8"
+    codes_also: tuple[str, ...] = ()
     scales_also: tuple[str, ...] = ()
     scaling: str = "e8m0"
     zeros: bool = False
@@ -141,28 +176,58 @@ class Words(Format):
         steps = -(-spec.inputs // STEP)
         return (spec.joined * steps, spec.outputs // spec.joined, max(1, STEP // self.group))
 
-    def word_parts(self, spec: TensorSpec, codes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[Part, Part]:
-        """The parts `codes` and `scales`, stored in the given shapes, output-major."""
+    def groups_of(self, spec: TensorSpec) -> int:
+        """Groups of an output; the last one may be short."""
+        return -(-spec.inputs // self.group)
+
+    def word_parts(
+        self, spec: TensorSpec, codes: tuple[int, ...], scales: tuple[int, ...], joined: int = 0
+    ) -> tuple[Part, Part]:
+        """The parts `codes` and `scales`, stored in the given shapes, of which the dimension `joined` counts outputs."""
         return (
             Part(
-                name="codes", shape=(spec.outputs, spec.inputs // PER_WORD), dtype="int32", stored=codes, also=("U8",)
+                name="codes",
+                shape=(spec.outputs, -(-spec.inputs // RUN) * (RUN // PER_WORD)),
+                dtype="int32",
+                stored=codes,
+                joined=joined,
+                also=self.codes_also,
             ),
             Part(
                 name="scales",
                 shape=self.scales_shape(spec),
                 dtype=self.scale_dtype,
                 stored=scales,
+                joined=joined,
                 also=self.scales_also,
             ),
         )
 
+    def zero_part(self, spec: TensorSpec, stored: tuple[int, ...], joined: int) -> Part:
+        """The part `zeros`, stored in words; empty in a record if all are the same, so that they are only checked."""
+        shape = self.scales_shape(spec) if self.zeros else (spec.joined, 0)
+        return Part(name="zeros", shape=shape, dtype="uint8", stored=stored, joined=joined, also=("I32",))
+
+    def in_steps(self, spec: TensorSpec, each: Tensor) -> Tensor:
+        """Scales or zeros `[N, groups]` of a tensor that is not joined, as a record holds them."""
+        return by_steps(each, self.group, -(-spec.inputs // STEP))
+
     def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
-        """Code map, group, scaling, number type of scales, whether there are zeros, joined tensors."""
+        """Code map, group, scaling, number type of scales, whether there are zeros, joined tensors.
+
+        Raises:
+            UnsupportedModelError: if a row's last words are not whole.
+        """
+        if spec.inputs % RUN:
+            raise UnsupportedModelError(
+                f"experts have {spec.inputs} inputs, and kernels read packed ones of a multiple of {RUN}",
+                'Run them with execution="host".',
+            )
         return self.code_map, self.group, self.scaling, self.scale_dtype, self.zeros, spec.joined
 
-    def codes_of(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def codes_of(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes of a tensor that is not joined: uint8 `[N, K]`."""
-        return unpack_words(parts["codes"], self.code_map)
+        return unpack_words(parts["codes"], self.code_map)[:, : spec.inputs]
 
     def by_input(self, spec: TensorSpec, part: Tensor) -> Tensor:
         """What a record holds by steps, such as scales, for each input of a tensor that is not joined: `[N, K]`."""

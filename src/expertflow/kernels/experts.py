@@ -28,6 +28,8 @@ from expertflow.kernels.tiles import INTERPRETED
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
 COMBINE_BLOCK = 256
+FEW_PAIRS = 16
+"""Pairs below which the programs of a projection do not fill a GPU."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,14 @@ def _combine_kernel(
     tl.store(out + token * h + cols, total.to(out.dtype.element_ty), mask=cols < h)
 
 
-def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
-    """How up and down projection are cut: a function of the MLP alone, never of the batch.
+def tilings(mlp: ExpertMlp, pairs: int) -> tuple[Tiling, Tiling]:
+    """How up and down projection are cut.
 
-    `block_k` is the number format's alone in the interpreter, where it decides about bits; on a GPU it does not.
+    What a pair gives must not depend on other pairs, so only what does not enter the arithmetic may depend on their number.
+
+    Args:
+        mlp: the experts.
+        pairs: (token, rank) pairs of the call.
     """
     if mlp.dtype == "float32":
         up, down = Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
@@ -191,10 +197,12 @@ def tilings(mlp: ExpertMlp) -> tuple[Tiling, Tiling]:
         up, down = Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
     else:
         up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
-    if mlp.dtype == "bfloat16" and not INTERPRETED.value:
-        outputs = 64 if mlp.gated else 128
-        up = Tiling(outputs // 2, 128, 4, 4) if mlp.up.spec.format.tiles == "words" else up
-        down = Tiling(64, 128, 4, 4) if mlp.down.spec.format.tiles == "words" else down
+    if (
+        mlp.dtype == "bfloat16" and not INTERPRETED.value
+    ):  # in the interpreter `block_k` decides about bits, on a GPU it does not
+        few = pairs < FEW_PAIRS
+        up = Tiling(64, 128, 4, 4) if mlp.up.spec.format.tiles == "words" else up
+        down = Tiling(64 if few else 128, 128, 4, 4) if mlp.down.spec.format.tiles == "words" else down
     return up, down
 
 
@@ -207,7 +215,7 @@ def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, wo
     assert slots.is_contiguous()
     assert hidden.dtype == mlp.torch_dtype
     assert slots.numel() <= MAX_PAIRS
-    up, down = tilings(mlp)
+    up, down = tilings(mlp, slots.numel())
     launch_up(mlp, hidden, slots, pool, work, up)
     launch_down(mlp, slots, pool, work, down)
 

@@ -20,13 +20,7 @@ from expertflow.models.files.foreign import lines
 
 LISTED = "`expertflow models` lists the families that run."
 _ELSEWHERE = f"Run it with transformers itself, which keeps every expert in memory; {LISTED}"
-_DECODED = {"pack-quantized"}
-"""Formats of compressed-tensors whose experts transformers decodes rightly (tried with 5.17 and small checkpoints)."""
-_MAKES = {
-    "mxfp4": ("Mxfp4Config", ""),
-    "fp8": ("FineGrainedFP8Config", "accelerate"),
-    "compressed-tensors": ("CompressedTensorsConfig", "compressed-tensors"),
-}
+_MAKES = {"fp8": ("FineGrainedFP8Config", "accelerate")}
 """transformers' config class of each method it decodes, and the package it needs for that."""
 
 
@@ -45,10 +39,10 @@ def refuse_quantised(folder: Path, quantization: Any, tensors: Mapping[str, Stor
     method = str(about.get("quant_method", "unknown"))
     reason = "" if method in _MAKES else f"transformers does not decode experts of the method {method!r}"
     if method == "compressed-tensors":
-        reason = _undecoded_groups(about)
+        reason = f"it was never seen to decode experts of the format {_first_format(about)!r}"
     if method == "fp8":
         reason = _uneven_blocks(about, tensors)
-    what = f"{folder} holds a checkpoint quantised with {method!r}, and only float32, bfloat16 and float16 weights run"
+    what = f"{folder} holds a checkpoint quantised with {method!r} in a way that is not decoded here"
     if reason:
         raise UnsupportedModelError(
             f"{what}; no way to convert it with transformers is known: {reason}",
@@ -71,17 +65,11 @@ def conversion(folder: Path, method: str) -> str:
     )
 
 
-def _undecoded_groups(about: Mapping[str, Any]) -> str:
-    """What of a compressed-tensors config transformers decodes wrongly or not at all; empty: nothing."""
+def _first_format(about: Mapping[str, Any]) -> str:
+    """The format that a compressed-tensors config states, in a group or for all."""
     groups = about.get("config_groups")
     listed = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    formats = {str(group.get("format") or about.get("format")) for group in listed} or {str(about.get("format"))}
-    if unknown := sorted(formats - _DECODED):
-        return f"it was never seen to decode experts of the format {unknown[0]!r}"
-    weights = [group.get("weights") for group in listed]
-    if any(isinstance(each, dict) and each.get("symmetric") is False for each in weights):
-        return "it does not decode experts with zero points"
-    return ""
+    return next((str(group["format"]) for group in listed if group.get("format")), str(about.get("format")))
 
 
 def _uneven_blocks(about: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:

@@ -53,6 +53,8 @@ class PackedTensor:
         for part in self.spec.parts:
             name = part.source or part.name
             if name not in self.parts:
+                if part.optional:
+                    continue
                 raise CheckpointError(
                     f"{self.key!r} is stored as {self.spec.format.name} and lacks its {name}",
                     "Fetch the checkpoint again.",
@@ -72,7 +74,10 @@ class PackedTensor:
         """
         parts = {}
         for part in self.spec.parts:
-            source = self.parts[part.source or part.name]
+            name = part.source or part.name
+            if name not in self.parts:
+                continue  # an optional one: `check` saw it
+            source = self.parts[name]
             parts[part.name] = pack_part(self.spec, part, source, read(source).view(part.stored)).view(part.shape)
         return self.spec.format.decode(self.spec, parts)
 
@@ -97,7 +102,8 @@ class FoundParts:
                 f"{key!r} is stored as {self.format.name}, and of its parts there is only {', '.join(sorted(self.parts))}",
                 "Fetch the checkpoint again.",
             ) from error
-        spec = TensorSpec(name=key, shape=shape, dtype=dtype, format=self.format)
+        format_ = self.format.of_types({name: tensor.dtype for name, tensor in self.parts.items()})
+        spec = TensorSpec(name=key, shape=shape, dtype=dtype, format=format_)
         return PackedTensor(key=key, spec=spec, parts=self.parts)
 
 

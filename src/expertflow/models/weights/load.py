@@ -101,19 +101,18 @@ def _dense_state(
     """What transformers reads in place of files: slices of them, and packed tensors that are decoded when they are read."""
     paths = {tensor.file for tensor in dense.values() if not isinstance(tensor, GgufStored)}
     opened = {path: files.enter_context(safe_open(path, framework="pt")) for path in paths}
+    # threads of transformers read them: each its own slice, since a file cannot be asked by two at once
+    slices: dict[str, Any] = {
+        key: tensor.read() if isinstance(tensor, GgufStored) else opened[tensor.file].get_slice(key)
+        for key, tensor in dense.items()
+    }
 
     def read(tensor: StoredTensor) -> Tensor:
-        if isinstance(tensor, GgufStored):
-            return tensor.read()
-        whole: Tensor = opened[tensor.file].get_tensor(tensor.key)
+        whole: Tensor = slices[tensor.key][...]
         return whole
 
     parts = {tensor.key for one in packed.values() for tensor in one.parts.values()}
-    state: dict[str, Any] = {
-        key: tensor.read() if isinstance(tensor, GgufStored) else opened[tensor.file].get_slice(key)
-        for key, tensor in dense.items()
-        if key not in parts
-    }
+    state = {key: one for key, one in slices.items() if key not in parts}
     return state | {key: DecodedOnRead(one, read) for key, one in packed.items()}
 
 
@@ -180,9 +179,11 @@ def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, conte
 
 def _target(records: ExpertStore, piece: ExpertPiece, part: Part) -> Tensor:
     """Where a piece goes within a part of its record: that of the piece, or one that its checkpoint tensor holds as well."""
-    whole = records.layout.layers[piece.layer].part(records.record(piece.record), piece.spec.name, part.name)
-    pieces = prod(piece.part.shape) // piece.count
-    return whole.view(pieces, -1)[piece.begin // piece.count]
+    whole = records.layout.layers[piece.layer].part(records.record(piece.record), piece.spec.name, part.name).view(-1)
+    begin, end = (
+        place * whole.numel() // max(prod(piece.part.shape), 1) for place in (piece.begin, piece.begin + piece.count)
+    )
+    return whole[begin:end]
 
 
 def _read_into(descriptor: int, target: Tensor, source: StoredTensor, offset: int) -> None:

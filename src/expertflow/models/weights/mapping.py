@@ -5,6 +5,7 @@ Reads no data. Must not know where the bytes will go beyond tensor, part and off
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -129,7 +130,11 @@ def _packed_spec(skeleton: Skeleton, spec: TensorSpec, found: "_Found") -> Tenso
     interleaved = joined > 1 and not getattr(module, "is_concatenated", True)
     if found.format is PLAIN and not interleaved:  # joined plain numbers are one after another, as in the module
         return spec
-    return replace(spec, format=found.format, joined=joined, interleaved=interleaved)
+    types = {
+        part: Counter(tensor.dtype for tensor in stored.values()).most_common(1)[0][0]
+        for part, stored in found.parts.items()
+    }
+    return replace(spec, format=found.format.of_types(types), joined=joined, interleaved=interleaved)
 
 
 def check_parts(spec: TensorSpec, name: str, found: Collection[str]) -> None:
@@ -176,6 +181,7 @@ def check_dense(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
             continue
         if key in found:
             packed[key] = found[key].tensor(key, skeleton.dtype)
+            check_parts(packed[key].spec, repr(key), found[key].parts)
             packed[key].check(None if pattern is not None else tuple(wanted[named].shape))
         elif pattern is None:
             check_shape(tensors[key], tuple(wanted[named].shape))
@@ -272,7 +278,9 @@ def _place(key: str, pattern: str, converters: list[Any]) -> tuple[int, int]:
 
 
 def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored: _Stored) -> list[ExpertPiece]:
-    """The pieces of one part of a layer's tensor: one an expert, or several of equal size that are joined."""
+    """The pieces of one part of a layer's tensor: one an expert, or several of equal size that are joined; none if it may lack."""
+    if part.optional and not stored:
+        return []
     pieces, total, places = [], prod(part.shape), len({place for _, place in stored})
     for expert in range(skeleton.experts):
         record = layer * skeleton.experts + expert
@@ -287,8 +295,9 @@ def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored
             wanted = _stored_shape(part, len(apart))
             if len(apart) < places or wanted is None or any(len(one.shape) != len(wanted) for one in apart):
                 have = [f"{one.key} {list(one.shape)}" for one in apart]
+                name = spec.name if spec.format is PLAIN else f"the part {part.name!r} of {spec.name}"
                 raise CheckpointError(
-                    f"{spec.name} of expert {expert} in {skeleton.expert_modules[layer]} should be {list(part.stored)}, the "
+                    f"{name} of expert {expert} in {skeleton.expert_modules[layer]} should be {list(part.stored)}, the "
                     f"checkpoint has {have or 'nothing'}",
                     "Checkpoint and config.json disagree: fetch both again.",
                 )
