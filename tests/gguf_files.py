@@ -25,8 +25,10 @@ Written = dict[str, tuple[np.ndarray, Type]]
 """Data and type by name in the file."""
 
 
-def write(source: Path, place: Path, types: Types, dtype: str, **options: Any) -> tuple[Path, Path]:
-    """A checkpoint as a GGUF file and as its decoded twin; `options` are of `save`."""
+def write(
+    source: Path, place: Path, types: Types, dtype: str, *, fused: bool = False, **options: Any
+) -> tuple[Path, Path]:
+    """A checkpoint as a GGUF file and as its decoded twin. `fused`: gate and up of experts in one tensor; `options` are of `save`."""
     model = load_resident(source)
     config, state = model.config, model.state_dict()
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.model_type])
@@ -45,6 +47,9 @@ def write(source: Path, place: Path, types: Types, dtype: str, **options: Any) -
             numbers = torch.from_numpy(gguf.dequantize(packed, Type[type_]).copy()).view(tensor.shape)
             decoded.append(numbers if turned is None else unpermute(numbers, turned))
         state[key] = join(key, decoded, reordered=config.model_type == "gpt_oss").to(getattr(torch, dtype))
+    for name in [name for name in written if fused and "gate_exps" in name]:
+        (gate, type_), (up, _) = written.pop(name), written.pop(name.replace("gate", "up"))
+        written[name.replace("gate", "gate_up")] = (np.concatenate([gate, up], axis=1), type_)
     model.to(getattr(torch, dtype)).load_state_dict(state)
     model.save_pretrained(place / "decoded")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -57,6 +57,7 @@ CASES = {
     "MXFP4": ("gpt_oss", mx_types, FEW, {}),
     "Q4_0": ("mixtral", lambda _: "Q4_0", {}, {}),
     "split": ("mixtral", lambda name: "Q5_0" if "exps" in name else "Q5_1", {}, {"parts": 3}),
+    "fused": ("qwen2_moe", lambda _: "Q4_1", FEW, {"fused": True}),
     "F16": ("mixtral", lambda _: "F16", {}, {}),
     "reordered F16": ("gpt_oss", lambda _: "F16", FEW, {}),
 }

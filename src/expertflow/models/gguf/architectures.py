@@ -52,6 +52,8 @@ _STACKED = MappingProxyType({
     "ffn_down_exps.weight": "mlp.experts.down_proj",
 })  # fmt: skip
 """Tensors of all experts of a layer; those that are joined have their place behind the name."""
+_FUSED = MappingProxyType({**_STACKED, "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj"})
+"""Where a module has gate and up one after another, a file may, too."""
 _DENSE_MLP = MappingProxyType({
     "ffn_gate.weight": "mlp.gate_proj.weight",
     "ffn_up.weight": "mlp.up_proj.weight",
@@ -64,6 +66,8 @@ _WHOLE = MappingProxyType({
 })  # fmt: skip
 _NEUTRAL = frozenset({"vocab_size", "feed_forward_length", "rope.scaling.finetuned"})
 """Keys of metadata that change nothing where they are not read: the vocabulary's size is that of its tensor."""
+_STATED = MappingProxyType({"expert_weights_scale": 1.0, "attention.causal": True, "rope.scaling.yarn_ext_factor": 1.0})
+"""Values that further keys have if they are there, in all architectures."""
 _COMPARED = frozenset({"attention.key_length", "attention.value_length", "rope.dimension_count"})
 """Keys of metadata that have to say the same: the width of a head."""
 _ROPE = frozenset({"rope.freq_base", "rope.scaling.type"})
@@ -110,9 +114,9 @@ _ENTRIES = (
         model_type="qwen3_moe",
         sizes=_named(num_experts="expert_count", moe_intermediate_size="expert_feed_forward_length"),
         fixed=MappingProxyType({"norm_topk_prob": True, "decoder_sparse_step": 1}),
-        stated=MappingProxyType({"expert_weights_norm": True, "expert_gating_func": 1}),
+        stated=MappingProxyType({**_STATED, "expert_weights_norm": True, "expert_gating_func": 1}),
         tensors=MappingProxyType({
-            **_ATTENTION, **_ROUTED, **_STACKED, **_DENSE_MLP,
+            **_ATTENTION, **_ROUTED, **_FUSED, **_DENSE_MLP,
             "attn_q_norm.weight": "self_attn.q_norm.weight",
             "attn_k_norm.weight": "self_attn.k_norm.weight",
         }),
@@ -125,9 +129,9 @@ _ENTRIES = (
             shared_expert_intermediate_size="expert_shared_feed_forward_length",
         ),
         fixed=MappingProxyType({"norm_topk_prob": False, "decoder_sparse_step": 1}),
-        stated=MappingProxyType({"expert_weights_norm": False, "expert_gating_func": 1, "expert_shared_count": 1}),
+        stated=MappingProxyType({**_STATED, "expert_weights_norm": False, "expert_gating_func": 1, "expert_shared_count": 1}),
         tensors=MappingProxyType({
-            **_ATTENTION, **_BIASES, **_ROUTED, **_STACKED, **_DENSE_MLP,
+            **_ATTENTION, **_BIASES, **_ROUTED, **_FUSED, **_DENSE_MLP,
             "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
             "ffn_gate_shexp.weight": "mlp.shared_expert.gate_proj.weight",
             "ffn_up_shexp.weight": "mlp.shared_expert.up_proj.weight",
@@ -142,6 +146,7 @@ _ENTRIES = (
             num_local_experts="expert_count", intermediate_size="expert_feed_forward_length",
             sliding_window="attention.sliding_window",
         ),
+        stated=MappingProxyType({**_STATED, "attention.sliding_window_pattern": 2}),
         tensors=MappingProxyType({
             **_ATTENTION, **_BIASES, **_STACKED,
             "attn_output.bias": "self_attn.o_proj.bias",
@@ -161,8 +166,8 @@ _ENTRIES = (
         model_type="mixtral",
         sizes=_named(num_local_experts="expert_count", intermediate_size="feed_forward_length"),
         fixed=MappingProxyType({"sliding_window": None}),
-        stated=MappingProxyType({"expert_weights_norm": True, "expert_gating_func": 1}),
-        tensors=MappingProxyType({**_ATTENTION, **_ROUTED, **_STACKED}),
+        stated=MappingProxyType({**_STATED, "expert_weights_norm": True, "expert_gating_func": 1}),
+        tensors=MappingProxyType({**_ATTENTION, **_ROUTED, **_FUSED}),
         permuted=True,
     ),
 )  # fmt: skip
