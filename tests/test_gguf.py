@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.config import EngineConfig
@@ -133,6 +134,22 @@ def test_a_file_gives_the_decoded_checkpoints_bits(case: str, dtype: str, make_p
         found = [model(torch.tensor([prompt])).logits for prompt in PROMPTS]
     model.expertflow.close()
     assert all(map(torch.equal, found, stock_logits(decoded)))
+
+
+@pytest.mark.parametrize("case", ["K", "Q8_0"])
+def test_a_file_gives_the_bits_of_transformers_own_reader(case: str, make_pair: MakePair) -> None:
+    """Where that reader is right: the logits of its model, from the same file."""
+    pytest.importorskip("accelerate")
+    file, _ = make_pair(case, "float32")
+    options = {"gguf_file": file.name, "dtype": torch.float32, "experts_implementation": "eager"}
+    stock = AutoModelForCausalLM.from_pretrained(file.parent, **options).eval()
+    for tensor in (*stock.parameters(), *stock.buffers()):
+        tensor.data = tensor.data.clone()  # aligned as ours: alignment changes the bits of a product
+    model = from_pretrained(file, slots=3, device="cpu", dtype="float32")
+    with torch.inference_mode():
+        for prompt in PROMPTS:
+            assert torch.equal(model(torch.tensor([prompt])).logits, stock(torch.tensor([prompt])).logits)
+    model.expertflow.close()
 
 
 @pytest.mark.parametrize("device", DEVICES)
