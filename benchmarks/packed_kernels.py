@@ -157,9 +157,8 @@ def candidates(chosen: Tiling, format_: Format, *, search: bool) -> Iterator[Til
     yield chosen
     if search and format_ is not PLAIN:
         for block_n in (32, 64, 128):
-            for warps in (4, 8):
-                for stages in (3, 4, 6):
-                    yield Tiling(block_n, 128, warps, stages)
+            for stages in (3, 4):
+                yield Tiling(block_n, 128, 4, stages)
 
 
 def same_bits(shape: Shape, mlp: ExpertMlp, pool: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from expertflow.kernels.gguf_tiles import load_gguf
+from expertflow.kernels.reading.gguf import load_gguf
 
 
 @triton.jit

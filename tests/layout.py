@@ -1,6 +1,7 @@
 """What a test needs of a way to store a packed checkpoint, and how it writes one beside the same numbers, decoded."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ class Layout:
         """Whether a tensor of the plain checkpoint is packed."""
         if weight.ndim < 2 or "bias" in key or any(f"layers.{layer}." in key for layer in self.plain_layers):
             return False
-        return ".experts." in key or (self.dense and "attn." in key and key.endswith("proj.weight"))
+        return ".experts." in key or (self.dense and re.search(r"attn\..*proj.*\.weight$", key) is not None)
 
 
 def write_twins(source: Path, place: Path, layout: Layout) -> tuple[Path, Path]:

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from layout import Layout
+from layouts_fp8 import LAYOUTS_FP8
 from layouts_int4 import LAYOUTS_INT4
+from layouts_nvfp4 import LAYOUTS_NVFP4
 
 __all__ = ["LAYOUTS", "Layout"]
 
@@ -28,4 +30,6 @@ LAYOUTS = {
         family="gpt_oss", quantization=_MXFP4, pack=pack_mxfp4, dtype="float32", plain_layers=(1,)
     ),
     **LAYOUTS_INT4,
+    **LAYOUTS_FP8,
+    **LAYOUTS_NVFP4,
 }

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -21,8 +20,8 @@ from expertflow.errors import CheckpointError, ConfigError, PromptError, Unsuppo
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.formats.format import TensorSpec
-from expertflow.formats.gguf import GGUF
 from expertflow.formats.plain import plain
+from expertflow.formats.published.gguf import GGUF
 from expertflow.formats.records import RecordLayout
 from expertflow.kernels import reference
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
@@ -202,7 +201,7 @@ def test_a_tile_is_what_the_format_decodes(type_: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize(("type_", "dtype"), [("MXFP4", "bfloat16"), ("Q8_0", "float32")])
 def test_kernels_read_gate_and_up_of_an_interleaved_module(type_: str, dtype: str) -> None:
-    """gpt-oss: records hold gate, then up, of weights and biases; the kernels give the bits of records in the module's order."""
+    """gpt-oss: records hold gate, then up; the kernels give the bits of records in the module's order."""
     pytest.importorskip("triton", reason="kernels need triton")
     from expertflow.kernels import experts  # noqa: PLC0415
 
@@ -214,7 +213,7 @@ def test_kernels_read_gate_and_up_of_an_interleaved_module(type_: str, dtype: st
         TensorSpec(name="down_proj", shape=(width, hidden), **order),
     ]
     layouts = [
-        RecordLayout.of([*packed, replace(bias, joined=2, interleaved=True)]),
+        RecordLayout.of([*packed, bias]),
         RecordLayout.of([*(plain(spec.name, spec.shape, dtype, transposed=True) for spec in packed), bias]),
     ]
     random = torch.Generator().manual_seed(2)

@@ -19,10 +19,10 @@ from expertflow import LLM, SamplingParams, from_pretrained
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
 from expertflow.errors import CheckpointError, ExpertFlowError, UnsupportedModelError
-from expertflow.formats.awq import AWQ
 from expertflow.formats.format import Format, TensorSpec
-from expertflow.formats.gptq import GPTQ
-from expertflow.formats.int4 import INT4
+from expertflow.formats.published.awq import AWQ
+from expertflow.formats.published.gptq import GPTQ
+from expertflow.formats.published.int4 import INT4
 from expertflow.formats.words import ROW
 from expertflow.models.skeleton import build_skeleton
 from expertflow.models.weights.sources import RandomWeights

@@ -168,7 +168,7 @@ class TensorSpec:
         format: how it is stored.
         transposed: whether the first dimension counts inputs instead of outputs.
         joined: tensors of equal size that it consists of and that are packed each by itself, such as gate and up.
-        interleaved: whether outputs of the joined tensors alternate in `shape`; in a record they never do.
+        interleaved: whether outputs of the joined tensors alternate in `shape`; in a record only those of plain numbers do.
     """
 
     name: str

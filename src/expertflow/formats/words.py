@@ -68,10 +68,11 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
     outputs, count = pairs.shape
     words = np.empty((outputs, count // 4), np.int32)
     data = pairs.contiguous().numpy()
-    for begin, wide in _steps(2 * count):
-        part = data[:, begin // 2 : begin // 2 + 16 * wide].reshape(outputs, wide, 2, 2, 4)
-        halves = np.ascontiguousarray(part.transpose(0, 4, 1, 2, 3)).view(np.uint16)
-        target = words[:, begin // 8 : begin // 8 + 4 * wide]
+    for begin, steps, wide in _steps(2 * count):
+        size = steps * wide
+        part = data[:, begin // 2 : begin // 2 + 16 * size].reshape(outputs, steps, wide, 2, 2, 4)
+        halves = np.ascontiguousarray(part.transpose(0, 1, 5, 2, 3, 4)).view(np.uint16)
+        target = words[:, begin // 8 : begin // 8 + 4 * size]
         np.bitwise_or(
             np.take(_table(code_map, False), halves[..., 0, 0].reshape(target.shape)),
             np.take(_table(code_map, True), halves[..., 1, 0].reshape(target.shape)),
@@ -94,23 +95,25 @@ def unpack_words(words: Tensor, code_map: str) -> Tensor:
     """Codes of words: int32 `[N, K / 8]` to uint8 `[N, K]`, on the device of the words."""
     outputs, count = words.shape
     codes = torch.empty(outputs, count * PER_WORD, dtype=torch.uint8, device=words.device)
-    for begin, wide in _steps(count * PER_WORD):
-        mine = words[:, begin // 8 : begin // 8 + 4 * wide].reshape(outputs, 4, wide)
-        target = codes[:, begin : begin + 32 * wide].view(outputs, wide, 4, 4, 2)
+    for begin, steps, wide in _steps(count * PER_WORD):
+        mine = words[:, begin // 8 : begin // 8 + 4 * steps * wide].reshape(outputs, steps, 4, wide)
+        target = codes[:, begin : begin + 32 * steps * wide].view(outputs, steps, wide, 4, 4, 2)
         for place in range(PER_WORD):
             pair, half = place // 2, 16 * (place % 2)
             bits = [(mine >> (half + source) & mask) << bit for bit, source, mask in _runs(code_map, pair)]
-            target[:, :, pair, :, place % 2] = reduce(torch.bitwise_or, bits).transpose(1, 2)
+            target[..., pair, :, place % 2] = reduce(torch.bitwise_or, bits).transpose(2, 3)
     return codes
 
 
-def _steps(inputs: int) -> list[tuple[int, int]]:
-    """First input and words for each thread of each step of 128 inputs; the last one may be shorter.
+def _steps(inputs: int) -> list[tuple[int, int, int]]:
+    """Steps of 128 inputs that are alike: the first input, how many, and words for each thread. The last step may be shorter.
 
     A tensor core takes from thread q of four, of 16 inputs, number 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. So a word holds these of 32
     inputs, and the words of a step lie thread by thread: a thread reads its four words at once, and decodes in its registers.
     """
-    return [(begin, min(STEP, inputs - begin) // 32) for begin in range(0, inputs, STEP)]
+    whole, rest = divmod(inputs, STEP)
+    steps = [(0, whole, STEP // 32), (inputs - rest, 1, rest // 32)]
+    return [(begin, count, wide) for begin, count, wide in steps if count and wide]
 
 
 def as_bytes(numbers: Tensor) -> Tensor:
@@ -213,7 +216,7 @@ class Words(Format):
         return by_steps(each, self.group, -(-spec.inputs // STEP))
 
     def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
-        """Code map, group, scaling, number type of scales, whether there are zeros, joined tensors.
+        """Code map, group, scaling, number type of scales, whether there are zeros, joined tensors, whether they alternate.
 
         Raises:
             UnsupportedModelError: if a row's last words are not whole.
@@ -223,7 +226,15 @@ class Words(Format):
                 f"experts have {spec.inputs} inputs, and kernels read packed ones of a multiple of {RUN}",
                 'Run them with execution="host".',
             )
-        return self.code_map, self.group, self.scaling, self.scale_dtype, self.zeros, spec.joined
+        return (
+            self.code_map,
+            self.group,
+            self.scaling,
+            self.scale_dtype,
+            self.zeros,
+            spec.joined,
+            spec.interleaved,
+        )
 
     def codes_of(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes of a tensor that is not joined: uint8 `[N, K]`."""

@@ -227,8 +227,7 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
     _up_kernel[(triton.cdiv(mlp.width, cut.block_n), pairs)](
         hidden, slots, pool.view(mlp.torch_dtype), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
         h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **_read(mlp.up),
-        bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated,
-        interleaved=mlp.interleaved and not mlp.up.spec.interleaved,
+        bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip

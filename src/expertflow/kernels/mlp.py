@@ -63,7 +63,7 @@ class ExpertMlp:
         up: the up (or gate and up) projection.
         down: the down projection.
         gated: whether there is a gate.
-        interleaved: whether gate and up alternate; if `up.spec` says so too, they do in decoded weights and not in records.
+        interleaved: whether gate and up alternate.
         transposed: whether projections are input-major.
         activation: a key of `ACTIVATIONS`, or `CLAMPED_SWIGLU`.
         alpha: of the clamped SwiGLU.
@@ -140,11 +140,10 @@ class ExpertMlp:
         return 2 * self.width if self.gated else self.width
 
     def bias(self, record: Tensor, projection: Projection, outputs: int) -> Tensor:
-        """The bias `[outputs]` of a projection that has one, in the order of the module; copied only if a record has another."""
+        """The bias `[outputs]` of a projection that has one, without copying."""
         assert projection.bias is not None
         size = self.torch_dtype.itemsize
-        bias = record[projection.bias : projection.bias + outputs * size].view(self.torch_dtype)
-        return bias.view(2, -1).t().flatten() if projection.spec.interleaved else bias
+        return record[projection.bias : projection.bias + outputs * size].view(self.torch_dtype)
 
 
 def _take_projection(at: dict[str, tuple[TensorSpec, tuple[int, ...]]], name: str) -> Projection:
@@ -155,8 +154,6 @@ def _take_projection(at: dict[str, tuple[TensorSpec, tuple[int, ...]]], name: st
     """
     spec, offsets = at.pop(name)
     bias = at.pop(f"{name}_bias", None)
-    if bias is not None and bias[0].interleaved != spec.interleaved:
-        raise ValueError(f"not an expert MLP the kernels know: {name} and {name}_bias are in another order")
     if bias is not None and len(bias[1]) != 1:
         raise ValueError(f"not an expert MLP the kernels know: {name}_bias is stored as {bias[0].format.name}")
     return Projection(spec=spec, offsets=offsets, bias=None if bias is None else bias[1][0])

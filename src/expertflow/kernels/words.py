@@ -60,6 +60,12 @@ def _by_group(start, outs, cols, n: tl.constexpr, k: tl.constexpr, group: tl.con
 
 
 @triton.jit
+def in_record(outs, n: tl.constexpr, joined: tl.constexpr, interleaved: tl.constexpr):
+    """Where outputs are in a record, in which joined tensors lie one after another, if those alternate in the module."""
+    return outs % joined * (n // joined) + outs // joined if interleaved else outs
+
+
+@triton.jit
 def load_words(
     record, at: tl.constexpr, about: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr,
     transposed: tl.constexpr, whole: tl.constexpr,  # noqa: ARG001
@@ -72,6 +78,7 @@ def load_words(
     zeros: tl.constexpr = about[4]
     joined: tl.constexpr = about[5]
     inside = (outs < n)[:, None] & (cols < k)[None, :]
+    outs = in_record(outs, n, joined, about[6])
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
     words = (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True)
     step, place = cols // STEP, cols % STEP
@@ -200,7 +207,7 @@ def multiply_words(
     )
     powers: tl.constexpr = about[2] == "e8m0" and about[0] == "e2m1" and about[1] == 32
     numbers: tl.constexpr = (
-        about[2] == "number" and about[0] == "int4" and about[3] == "bfloat16" and about[1] % STEP == 0
+        about[2] == "number" and about[0] == "int4" and about[3] == "bfloat16" and about[1] % 128 == 0
     )
     if halves and (powers or numbers):
         acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)
@@ -219,10 +226,11 @@ def _multiply_halves(
     one: tl.constexpr = n // joined
     steps: tl.constexpr = (k + STEP - 1) // STEP
     mine = _by_threads(outs)
+    inside = mine < n
+    mine = in_record(mine, n, joined, about[6])
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
     words = (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True) + mine * (k // 8)
     row = (mine // one) * (steps * one) + mine % one if joined > 1 else mine
-    inside = mine < n
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
     for begin in range(0, k // STEP * STEP, STEP):
         tokens = load_tokens(inputs, valid, begin, k, STEP)

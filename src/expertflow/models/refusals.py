@@ -15,73 +15,37 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from expertflow.errors import CheckpointError, ExpertFlowError, UnsupportedModelError
-from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.files.foreign import lines
 
 LISTED = "`expertflow models` lists the families that run."
 _ELSEWHERE = f"Run it with transformers itself, which keeps every expert in memory; {LISTED}"
-_MAKES = {"fp8": ("FineGrainedFP8Config", "accelerate")}
-"""transformers' config class of each method it decodes, and the package it needs for that."""
 
 
-def refuse_quantised(folder: Path, quantization: Any, tensors: Mapping[str, StoredTensor]) -> NoReturn:
-    """Refuse a quantised checkpoint, with the lines that convert it where transformers decodes its experts rightly.
+def refuse_quantised(folder: Path, quantization: Any) -> NoReturn:
+    """Refuse a quantised checkpoint that no format claims.
 
     Args:
         folder: the checkpoint.
-        quantization: the config's `quantization_config`, or the name of a method.
-        tensors: the checkpoint, by key.
+        quantization: the config's `quantization_config`.
 
     Raises:
         UnsupportedModelError: always.
     """
     about = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
-    method = str(about.get("quant_method", "unknown"))
-    reason = "" if method in _MAKES else f"transformers does not decode experts of the method {method!r}"
-    if method == "compressed-tensors":
-        reason = f"it was never seen to decode experts of the format {_first_format(about)!r}"
-    if method == "fp8":
-        reason = _uneven_blocks(about, tensors)
-    what = f"{folder} holds a checkpoint quantised with {method!r} in a way that is not decoded here"
-    if reason:
-        raise UnsupportedModelError(
-            f"{what}; no way to convert it with transformers is known: {reason}",
-            "Fetch the model in bfloat16, or decode it with its publisher's own tool and take `quantization_config` out of "
-            "config.json.",
-        )
-    raise UnsupportedModelError(what, conversion(folder, method))
-
-
-def conversion(folder: Path, method: str) -> str:
-    """How to convert a quantised checkpoint, as lines of Python."""
-    name, package = _MAKES[method]
-    needs = f" (pip install {package})" if package else ""
-    return f"Convert it to bfloat16{needs}, then give the new folder:\n" + lines(
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer, {name}",
-        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='bfloat16', "
-        f"quantization_config={name}(dequantize=True))",
-        "model.save_pretrained('converted', save_original_format=False)",
-        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained('converted')",
+    method, stored_as = str(about.get("quant_method", "unknown")), _first_format(about)
+    raise UnsupportedModelError(
+        f"{folder} holds a checkpoint quantised with {method!r}{stored_as and f' in the format {stored_as!r}'}, which is not "
+        "decoded here",
+        "Fetch the model in bfloat16 or in another format, or decode it with its publisher's own tool and take "
+        "`quantization_config` out of config.json.",
     )
 
 
 def _first_format(about: Mapping[str, Any]) -> str:
-    """The format that a compressed-tensors config states, in a group or for all."""
+    """The format that a compressed-tensors config states, in a group or for all; empty: none."""
     groups = about.get("config_groups")
     listed = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    return next((str(group["format"]) for group in listed if group.get("format")), str(about.get("format")))
-
-
-def _uneven_blocks(about: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
-    """What transformers would decode with wrong scales, since it divides rows evenly among blocks; empty: nothing."""
-    block = about.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        return "its weights have no block size"
-    for key, tensor in tensors.items():
-        uneven = any(size > side and size % side for size, side in zip(tensor.shape[-2:], block, strict=False))
-        if uneven and f"{key}_scale_inv" in tensors:
-            return f"{key!r} is {list(tensor.shape)}, which are no whole blocks of {block}"
-    return ""
+    return next((str(group["format"]) for group in listed if group.get("format")), str(about.get("format") or ""))
 
 
 def lost_experts(folder: Path, key: str) -> CheckpointError:

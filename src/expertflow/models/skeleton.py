@@ -28,11 +28,14 @@ from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
 from expertflow.models.bounds import check_config, describing
 from expertflow.models.experts import is_registry_experts, offload
 from expertflow.models.families import FAMILIES, REFUSED, Family
-from expertflow.models.files.checkpoint import StoredTensor
+from expertflow.models.files.checkpoint import StoredTensor, read_json
 from expertflow.models.gguf.header import is_gguf
 from expertflow.models.places import described_by, raw_config, walk
 from expertflow.models.refusals import LISTED, no_experts, not_text, refuse_quantised
 from expertflow.models.switch import SwitchExperts, mark_switch_experts, swapped_switch_experts
+
+_MODELOPT = "modelopt"
+"""The method of checkpoints with a file of its description, `hf_quant_config.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,15 +202,15 @@ def _packed_formats(folder: Path, configs: tuple[PreTrainedConfig, ...], formats
     """The formats of a quantised checkpoint. Deletes the configs' entry for them, so the model is built as if decoded.
 
     Raises:
-        UnsupportedModelError: if no format of the table claims it.
+        UnsupportedModelError: if no format of the table claims it. Several do where weights are stored in several ways.
     """
     quantization = _quantization(folder, configs)
     if not quantization:
         return ()
     about = quantization if isinstance(quantization, Mapping) else {}
-    found = next((claimed for one in formats.values() if (claimed := one.claim(about))), ())
+    found = tuple(format_ for one in formats.values() for format_ in one.claim(about))
     if not found:
-        refuse_quantised(folder, quantization, walk(folder))
+        refuse_quantised(folder, quantization)
     for config in configs:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -215,10 +218,20 @@ def _packed_formats(folder: Path, configs: tuple[PreTrainedConfig, ...], formats
 
 
 def _quantization(folder: Path, configs: tuple[PreTrainedConfig, ...]) -> Any:
-    """A checkpoint's description of its quantisation, in a config or in a file of its own; empty if none."""
+    """A checkpoint's description of its quantisation, in a config or in a file of its own; empty if none.
+
+    Where a config names modelopt and no more, its file says the rest.
+    """
     found = [getattr(config, "quantization_config", None) for config in configs]
-    own_file = "modelopt" if (folder / "hf_quant_config.json").is_file() else None
-    return next((about for about in (*found, own_file) if about), None)
+    about = next((one for one in found if one), None)
+    own_file = folder / "hf_quant_config.json"
+    if not own_file.is_file() or (isinstance(about, Mapping) and about.get("quant_method") != _MODELOPT):
+        return about
+    written = read_json(own_file).get("quantization")
+    return {
+        **(written if isinstance(written, Mapping) else {}),
+        **(about if isinstance(about, Mapping) else {"quant_method": _MODELOPT}),
+    }
 
 
 def _model_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:

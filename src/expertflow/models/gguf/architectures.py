@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from expertflow.errors import CheckpointError, UnsupportedModelError
-from expertflow.formats.gguf import METHOD
+from expertflow.formats.published.gguf import METHOD
 from expertflow.models.gguf.header import GgufTensor, Header
 
 _ANOTHER = "Make the file again with a current llama.cpp, or give the checkpoint that it was made from."
@@ -54,11 +54,6 @@ _STACKED = MappingProxyType({
 """Tensors of all experts of a layer; those that are joined have their place behind the name."""
 _FUSED = MappingProxyType({**_STACKED, "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj"})
 """Where a module has gate and up one after another, a file may, too."""
-_DENSE_MLP = MappingProxyType({
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-})  # fmt: skip
 _WHOLE = MappingProxyType({
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -116,7 +111,7 @@ _ENTRIES = (
         fixed=MappingProxyType({"norm_topk_prob": True, "decoder_sparse_step": 1}),
         stated=MappingProxyType({**_STATED, "expert_weights_norm": True, "expert_gating_func": 1}),
         tensors=MappingProxyType({
-            **_ATTENTION, **_ROUTED, **_FUSED, **_DENSE_MLP,
+            **_ATTENTION, **_ROUTED, **_FUSED,
             "attn_q_norm.weight": "self_attn.q_norm.weight",
             "attn_k_norm.weight": "self_attn.k_norm.weight",
         }),
@@ -131,7 +126,7 @@ _ENTRIES = (
         fixed=MappingProxyType({"norm_topk_prob": False, "decoder_sparse_step": 1}),
         stated=MappingProxyType({**_STATED, "expert_weights_norm": False, "expert_gating_func": 1, "expert_shared_count": 1}),
         tensors=MappingProxyType({
-            **_ATTENTION, **_BIASES, **_ROUTED, **_FUSED, **_DENSE_MLP,
+            **_ATTENTION, **_BIASES, **_ROUTED, **_FUSED,
             "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
             "ffn_gate_shexp.weight": "mlp.shared_expert.gate_proj.weight",
             "ffn_up_shexp.weight": "mlp.shared_expert.up_proj.weight",
@@ -218,13 +213,11 @@ def config_of(architecture: Architecture, header: Header, name: str) -> dict[str
         raise CheckpointError(f"{name} has no tensor 'token_embd.weight'", "Fetch it again.")
     width = read.width(int(sizes["hidden_size"]), int(sizes["num_attention_heads"]), own=architecture.head_dim)
     read.refuse_unknown({*_SIZES.values(), *architecture.sizes.values()})
-    dense = sorted(int(found["layer"]) for tensor in header.tensors if (found := _dense_layer(tensor)))
     return {
         "model_type": architecture.model_type,
         **architecture.fixed,
         **sizes,
         **({"head_dim": width} if architecture.head_dim else {}),
-        **({"intermediate_size": read.number("feed_forward_length"), "mlp_only_layers": dense} if dense else {}),
         **read.tokens(embedding.shape[0]),
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
@@ -232,10 +225,6 @@ def config_of(architecture: Architecture, header: Header, name: str) -> dict[str
         "dtype": _dtype(header.tensors),
         "quantization_config": {"quant_method": METHOD},
     }
-
-
-def _dense_layer(tensor: str) -> re.Match[str] | None:
-    return re.fullmatch(r"blk\.(?P<layer>\d{1,9})\.ffn_gate\.weight", tensor)
 
 
 def _dtype(tensors: Mapping[str, GgufTensor]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from expertflow import outside
 from expertflow.errors import CheckpointError, UnsupportedModelError
-from expertflow.formats.gguf import GGUF
+from expertflow.formats.published.gguf import GGUF
 
 ENDING = ".gguf"
 _AGAIN = "The file is damaged or incomplete: fetch it again."
@@ -49,7 +49,7 @@ class GgufTensor:
     Attributes:
         name: in the file.
         file: that it is in.
-        type: a key of `formats.gguf.GGUF`.
+        type: a key of `formats.published.gguf.GGUF`.
         shape: dimensions, the slowest one first; the file states them the other way round.
         start: absolute byte offset.
     """

@@ -17,6 +17,8 @@ from expertflow.formats.plain import PLAIN, VALUES
 from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.skeleton import Skeleton
 
+SINGLE = {(), (1,)}
+"""Shapes of a single number."""
 _DISAGREE = "Checkpoint and config.json disagree: fetch both again."
 
 
@@ -161,12 +163,12 @@ def pack_part(spec: TensorSpec, part: Part, source: StoredTensor, stored: Tensor
 
 
 def check_shape(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
-    """Check a tensor's shape.
+    """Check a tensor's shape. A single number may be stored as `[1]` or as `[]`.
 
     Raises:
         CheckpointError: if it is another one.
     """
-    if tensor.shape != shape:
+    if tensor.shape != shape and {tensor.shape, shape} != SINGLE:
         raise CheckpointError(f"{tensor.key!r} is {list(tensor.shape)}, the config says {list(shape)}", _DISAGREE)
 
 

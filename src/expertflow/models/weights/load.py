@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from expertflow.errors import CheckpointError, UnreadWarning
 from expertflow.formats.dtypes import BY_STORED_NAME
 from expertflow.formats.format import Part
+from expertflow.formats.plain import PLAIN
 from expertflow.formats.records import ExpertStore
 from expertflow.models.bounds import check_config, describing
 from expertflow.models.context import ForwardContext
@@ -166,7 +167,8 @@ def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, conte
     stored = getattr(torch, BY_STORED_NAME[source.dtype])
     target = _target(records, piece, part)
     also = [other for other in spec.parts if other.source == part.name]
-    direct = target.dtype == stored and part.name not in spec.format.repacked and not also
+    exact = target.dtype == stored and target.is_contiguous()
+    direct = exact and part.name not in spec.format.repacked and not also
     landing = target if direct else torch.empty(piece.nbytes // stored.itemsize, dtype=stored)
     read = landing.view(torch.uint8)
     _read_into(descriptor, read, source, piece.offset)
@@ -179,7 +181,10 @@ def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, conte
 
 def _target(records: ExpertStore, piece: ExpertPiece, part: Part) -> Tensor:
     """Where a piece goes within a part of its record: that of the piece, or one that its checkpoint tensor holds as well."""
-    whole = records.layout.layers[piece.layer].part(records.record(piece.record), piece.spec.name, part.name).view(-1)
+    spec = piece.spec
+    whole = records.layout.layers[piece.layer].part(records.record(piece.record), spec.name, part.name).view(-1)
+    if spec.format is PLAIN and spec.interleaved:  # biases, which kernels read in the module's order
+        return whole.view(-1, spec.joined)[:, piece.begin // piece.count]
     begin, end = (
         place * whole.numel() // max(prod(piece.part.shape), 1) for place in (piece.begin, piece.begin + piece.count)
     )

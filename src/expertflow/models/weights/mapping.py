@@ -293,7 +293,7 @@ def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored
         else:
             apart = [stored[place] for place in sorted(stored) if place[0] == expert]
             wanted = _stored_shape(part, len(apart))
-            if len(apart) < places or wanted is None or any(len(one.shape) != len(wanted) for one in apart):
+            if len(apart) < places or wanted is None or any(len(one.shape or (1,)) != len(wanted) for one in apart):
                 have = [f"{one.key} {list(one.shape)}" for one in apart]
                 name = spec.name if spec.format is PLAIN else f"the part {part.name!r} of {spec.name}"
                 raise CheckpointError(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from expertflow.formats.format import Format, Part, TensorSpec
-from expertflow.formats.int4 import MIDDLE, Int4, group_size, refuse
+from expertflow.formats.published.int4 import MIDDLE, Int4, group_size, refuse
 from expertflow.formats.words import PER_WORD, as_bytes, nibbles
 
 _ENDINGS = {"qweight": "codes", "scales": "scales", "qzeros": "zeros", "g_idx": "g_idx"}

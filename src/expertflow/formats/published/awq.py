@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertflow.formats.format import Format, Part, TensorSpec
-from expertflow.formats.int4 import Int4, group_size, refuse
+from expertflow.formats.published.int4 import Int4, group_size, refuse
 from expertflow.formats.words import PER_WORD, as_bytes, nibbles
 
 FIELDS = (0, 2, 4, 6, 1, 3, 5, 7)

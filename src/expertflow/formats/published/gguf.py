@@ -1,7 +1,7 @@
 """The block formats of GGUF files: the numbers of a row in blocks of 32 or 256, each with its own scales.
 
 A record holds the blocks as the file does. Numbers are those of the package `gguf` (`gguf.quants.dequantize`) in float32,
-rounded once to the run's dtype. MXFP4 is the exception: a record holds it as `formats.mxfp4` does, so that kernels read both
+rounded once to the run's dtype. MXFP4 is the exception: a record holds it as `formats.published.mxfp4` does, so that kernels read both
 alike. Source: ggml's `ggml-common.h` and `gguf/quants.py` (0.19.0). Must not know files, and names of tensors in them.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expertflow.formats.format import Format, Part, TensorSpec
-from expertflow.formats.mxfp4 import GROUP, Mxfp4
+from expertflow.formats.published.mxfp4 import GROUP, Mxfp4
 from expertflow.formats.words import pack_words
 
 METHOD = "gguf"
@@ -138,9 +138,8 @@ class GgufBlocks(Format):
         return found.view(spec.outputs, spec.inputs)
 
     def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
-        """Type, numbers and bytes of a block."""
-        del spec
-        return self.type, self.per, self.size
+        """Type, numbers and bytes of a block, joined tensors, whether they alternate."""
+        return self.type, self.per, self.size, spec.joined, spec.interleaved
 
     def claim(self, quantization: Mapping[str, Any]) -> tuple[Format, ...]:
         """All formats of GGUF: a file may mix them."""

@@ -1,4 +1,4 @@
-"""How the expert kernels read blocks of GGUF, see `formats.gguf`. Must not know experts and slots.
+"""How the expert kernels read blocks of GGUF, see `formats.published.gguf`. Must not know experts and slots.
 
 Every product of a scale and a code is exact in float32, so that it is the same whether or not a compiler fuses it with the sum
 behind it: two numbers of 11 and 7 bits at most, times one of 5.
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from expertflow.kernels.tiles import rounded
+from expertflow.kernels.words import in_record
 
 
 @triton.jit
@@ -92,10 +93,11 @@ def load_gguf(
     record, at: tl.constexpr, about: tl.constexpr, outs, cols, n: tl.constexpr, k: tl.constexpr,
     transposed: tl.constexpr, whole: tl.constexpr,  # noqa: ARG001
 ):  # fmt: skip
-    """The tile loader of `formats.gguf.GgufBlocks`."""
+    """The tile loader of `formats.published.gguf.GgufBlocks`."""
     per: tl.constexpr = about[1]
     size: tl.constexpr = about[2]
     inside = (outs < n)[:, None] & (cols < k)[None, :]
+    outs = in_record(outs, n, about[3], about[4])
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True) + at[0]
     block = outs[:, None] * (k // per * size) + (cols // per * size)[None, :]
     value = _value(start, block, (cols % per)[None, :], inside, about[0])
