@@ -21,9 +21,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from expertflow.formats.format import TensorSpec
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.readers import reader
 from expertflow.kernels.tiles import INTERPRETED
+from expertflow.kernels.words import by_halves
 
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
@@ -197,13 +199,16 @@ def tilings(mlp: ExpertMlp, pairs: int) -> tuple[Tiling, Tiling]:
         up, down = Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
     else:
         up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
-    if (
-        mlp.dtype == "bfloat16" and not INTERPRETED.value
-    ):  # in the interpreter `block_k` decides about bits, on a GPU it does not
+    if not INTERPRETED.value:  # in the interpreter `block_k` decides about bits, on a GPU it does not
         few = pairs < FEW_PAIRS
-        up = Tiling(64, 128, 4, 4) if mlp.up.spec.format.tiles == "words" else up
-        down = Tiling(64 if few else 128, 128, 4, 4) if mlp.down.spec.format.tiles == "words" else down
+        up = Tiling(64, 128, 4, 4) if _by_halves(mlp.up.spec) else up
+        down = Tiling(64 if few else 128, 128, 4, 4) if _by_halves(mlp.down.spec) else down
     return up, down
+
+
+def _by_halves(spec: TensorSpec) -> bool:
+    """Whether a weight is made of four-bit codes, two at a time."""
+    return spec.format.tiles == "words" and bool(by_halves(spec.format.constants(spec), spec.dtype))
 
 
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
