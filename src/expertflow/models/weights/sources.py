@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from expertflow.errors import ClosedError, ConfigError
 from expertflow.formats.format import TensorSpec
 from expertflow.formats.records import ExpertStore, RecordLayout, StoreLayout
-from expertflow.models.files.checkpoint import StoredTensor, walk
+from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.files.fingerprint import fingerprint
 from expertflow.models.files.identity import ContentHash, spans_of, stamps
+from expertflow.models.gguf.header import is_gguf
+from expertflow.models.places import walk
 from expertflow.models.skeleton import Skeleton
 from expertflow.models.weights.dense import PackedTensor
 from expertflow.models.weights.load import fill_records, load_dense
@@ -124,12 +126,13 @@ class WeightsSource(Protocol):
 
 
 class FileWeights:
-    """The checkpoint folder's files. Experts are read straight into their records."""
+    """The checkpoint folder's files, or a GGUF file. Experts are read straight into their records."""
 
     shared = False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
-        """Walk the folder's shards. See `WeightsSource`."""
+        """Walk the headers of all files. See `WeightsSource`. Types of plain numbers in GGUF files are those of no run."""
+        convert = convert or is_gguf(skeleton.folder)
         tensors = needed(skeleton, walk(skeleton.folder))
         found = map_experts(skeleton, tensors, convert=convert)
         experts = {piece.source.key for piece in found.pieces}
@@ -264,7 +267,16 @@ class RandomWeights:
         return False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
-        """Locate nothing, because no file is read. Where the config says so, experts are packed; the dense part is plain."""
+        """Locate nothing, because no file is read. Where the config says so, experts are packed; the dense part is plain.
+
+        Raises:
+            ConfigError: for a GGUF file, which has weights of its own.
+        """
+        if is_gguf(skeleton.folder):
+            raise ConfigError(
+                f"random weights were asked for, and {skeleton.folder} is a GGUF file",
+                "Give a folder with a config.json, or leave them out.",
+            )
         mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
         specs = tuple(self._stored(skeleton, spec) for spec in skeleton.specs)
         return Located(skeleton=skeleton, fingerprint=mark, layers=(specs,) * len(skeleton.expert_modules))
