@@ -54,7 +54,7 @@ class Format:
         name: of the format; kernels find how to read it by it.
         ignored: how keys end that hold nothing `decode` needs, such as shapes.
         repacked: names of the parts whose stored numbers `repack` checks or rearranges; the others are read straight into the record.
-        tiles: the entry of `kernels/readers.py` by which kernels read it, if it is not `name`.
+        tiles: the entry of `kernels/reading/readers.py` by which kernels read it, if it is not `name`.
         tile_loader: the Triton twin of `decode`, if it has no entry there.
         decode_bytes_each: bytes that decoding takes at most for each number, the result and what it is made from.
     """

@@ -15,8 +15,9 @@ from expertflow.kernels.residency import reference as residency_reference
 from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
-    from expertflow.kernels import dense, experts, fetch, readers
+    from expertflow.kernels import dense, experts, fetch
     from expertflow.kernels.prompts import grouped
+    from expertflow.kernels.reading import readers
     from expertflow.kernels.residency import driver
 
 

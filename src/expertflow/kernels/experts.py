@@ -23,9 +23,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.formats.format import TensorSpec
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
-from expertflow.kernels.readers import reader
-from expertflow.kernels.tiles import INTERPRETED
-from expertflow.kernels.words import by_halves
+from expertflow.kernels.reading.readers import reader
+from expertflow.kernels.reading.tiles import INTERPRETED
+from expertflow.kernels.reading.words import by_halves
 
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import num_warps
 
-from expertflow.kernels.tiles import INTERPRETED, add_product, load_tokens, multiply_tiles, rounded
+from expertflow.kernels.reading.tiles import INTERPRETED, add_product, load_tokens, multiply_tiles, rounded
 
 STEP = tl.constexpr(128)
 """Inputs whose scales lie side by side, as in `formats.words`."""

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 from expertflow.formats.format import Format
 from expertflow.formats.plain import PLAIN
-from expertflow.kernels.bytes import load_bytes, multiply_bytes
+from expertflow.kernels.reading.bytes import load_bytes, multiply_bytes
 from expertflow.kernels.reading.gguf import load_gguf
-from expertflow.kernels.tiles import load_plain, multiply_tiles
-from expertflow.kernels.words import load_words, multiply_words
+from expertflow.kernels.reading.tiles import load_plain, multiply_tiles
+from expertflow.kernels.reading.words import load_words, multiply_words
 
 
 class Reader(NamedTuple):
     """Triton functions that read a format.
 
     Attributes:
-        multiply: the product of a weight and tokens, as `kernels.tiles.multiply_tiles`.
+        multiply: the product of a weight and tokens, as `kernels.reading.tiles.multiply_tiles`.
         load: the tile loader that it is given.
     """
 
