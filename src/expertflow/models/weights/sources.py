@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from expertflow.errors import ClosedError, ConfigError
@@ -309,6 +310,7 @@ class RandomWeights:
         try:
             with (
                 torch.device(device),
+                _ExpertsNowhere(skeleton.experts),
                 torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []),
             ):
                 model: Any = skeleton.model_class(skeleton.config)
@@ -344,6 +346,22 @@ class RandomWeights:
                 store.record(number).copy_(drawn.view(torch.uint8))
                 bar.advance(size)
         return store, self.identity(located)
+
+
+class _ExpertsNowhere(TorchFunctionMode):
+    """Makes stacks of experts on the meta device while a model is built: it drops them, and all of them may be more than a device has."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self._experts = experts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        del types
+        kwargs = kwargs or {}
+        if func in {torch.empty, torch.zeros, torch.ones} and len(args) > 1 and args[0] == self._experts:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def _draw(layout: RecordLayout, record: Tensor, random: torch.Generator) -> None:
