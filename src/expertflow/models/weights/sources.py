@@ -31,6 +31,8 @@ from expertflow.progress import Progress
 
 _LONG_TO_LOAD = 1 << 30
 """Bytes of experts from which loading shows its progress: less takes a second or two."""
+_STACKED = 3
+"""Dimensions of a stack of experts' weights."""
 _STD = 0.02
 """Standard deviation of random weights."""
 
@@ -359,7 +361,8 @@ class _ExpertsNowhere(TorchFunctionMode):
         """Call a function of torch."""
         del types
         kwargs = kwargs or {}
-        if func in {torch.empty, torch.zeros, torch.ones} and len(args) > 1 and args[0] == self._experts:
+        shape = args[0] if args and isinstance(args[0], tuple) else args
+        if func in {torch.empty, torch.zeros, torch.ones} and len(shape) == _STACKED and shape[0] == self._experts:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
