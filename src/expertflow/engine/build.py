@@ -111,7 +111,7 @@ class OffloadedModel(Uncopied):
 
         self.store: ExpertStore
         self.store, self.identity = self._weights.experts(located, allocate, self.device, show=config.progress)
-        pool = SlotPool(self.store.layout, plan.slots, self.device)
+        pool = SlotPool(plan.slot_layout, plan.slots, self.device)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
         self.meter: Meter = measured or CpuMeter(resident, exclude=[self.store.buffer])
         self.events, self.counters = EventStream(), CacheCounters()
