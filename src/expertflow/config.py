@@ -22,6 +22,8 @@ DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", *RUN_DTYPES)
 EXECUTIONS = ("auto", "host", "graph")
 SCHEDULES = ("auto", "fifo", "group")
+EXPERT_FORMATS = ("fp8", "int4", "mxfp4")
+"""Formats that experts can be quantised to, by their names in `formats.table`."""
 _NO_CODE = "Leave it out: code that comes with a checkpoint is never run."
 _FETCH = "Fetch it first (`hf download ID --local-dir FOLDER` takes this option), and give the folder as the model."
 _PLACE = "Leave it out: `gpu_memory` or `slots` states how much of the model is on the device."
@@ -96,6 +98,16 @@ def check_device(name: str) -> None:
     """
     known = name in DEVICES or re.fullmatch(r"cuda:[0-9]{1,3}|cpu:0", name)
     _require(bool(known), f"device={name!r} is unknown", nearest(name, DEVICES))
+
+
+def check_expert_format(name: str | None) -> None:
+    """Refuse what names no format that experts can be quantised to; None does none.
+
+    Raises:
+        ConfigError: then.
+    """
+    known = name is None or name in EXPERT_FORMATS
+    _require(known, f"expert_format={name!r} is unknown", nearest(str(name), EXPERT_FORMATS))
 
 
 def doc(text: str, *, default: Any, none: str = "", off: tuple[str, str] | tuple[()] = (), typed: bool = True) -> Any:
@@ -225,6 +237,11 @@ class EngineConfig(_Checked):
     prefill_chunk: int = doc("Tokens of one prefill pass, over all its sequences.", default=512)
     device: str = doc("auto, cpu, cuda, or cuda:N.", default="auto")
     dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16.", default="auto")
+    expert_format: str | None = doc(
+        "Quantise the experts of a plain checkpoint while it is loaded, to fp8, int4 or mxfp4. This changes the model's answers.",
+        default=None,
+        none="experts stay as they are stored",
+    )
     execution: str = doc(
         "graph (a decode step is one CUDA graph that decides on the GPU), host (the host decides layer by layer), or auto "
         "(graph on CUDA where family, strategy and budget allow it).",
@@ -250,6 +267,7 @@ class EngineConfig(_Checked):
         _require(
             self.schedule in SCHEDULES, f"schedule={self.schedule!r} is unknown", nearest(self.schedule, SCHEDULES)
         )
+        check_expert_format(self.expert_format)
         _require(
             self.max_live is None or self.max_live >= self.max_batch,
             f"max_live={self.max_live} is less than max_batch={self.max_batch}",

@@ -54,6 +54,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "layers": shape.layers,
         "experts": shape.experts,
         "top_k": shape.top_k,
+        "expert_format": shape.expert_format or None,
         "notes": shape.notes,
         **sizes,
         "row": plan.record_bytes,
@@ -84,7 +85,8 @@ def _show(plan: Plan, name: str) -> None:
     budget = "" if plan.budget is None else f" of {format_bytes(plan.budget)}"
     table.add_row("device", "in all", f"[bold]{format_bytes(plan.total)}[/]{budget}")
     table.add_row("device", "in all with every expert resident", format_bytes(plan.resident_total))
-    table.add_row("host", f"{shape.layers} layers x {shape.experts} experts", format_bytes(plan.host))
+    quantised = f", quantised to {shape.expert_format} on loading" if shape.expert_format else ""
+    table.add_row("host", f"{shape.layers} layers x {shape.experts} experts{quantised}", format_bytes(plan.host))
     console = Console()
     console.print(table)
     console.print(_meaning(plan))
