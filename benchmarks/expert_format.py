@@ -32,14 +32,17 @@ _BOOK = "<|book|> "
 
 
 def heldout_books(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and text of the held-out books of a collection, a paragraph a line."""
+    """Name and text of the held-out books of a collection."""
     listed = json.loads((shipped_model() / "heldout.json").read_text())
-    held = {book["id"] for book in next(value for key, value in listed.items() if key.startswith("heldout"))}
-    for book in lzma.open(path, "rt", encoding="utf-8").read().split(_BOOK)[1:]:
+    held = {book["id"] for book in listed["heldout"]}
+    for book in lzma.decompress(path.read_bytes()).decode().split(_BOOK)[1:]:
         name, _, text = book.partition("\n")
         name = f"{path.name.partition('.')[0]}/{name.strip()}"
         if name in held:
-            yield name, "\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
+            yield (
+                name,
+                "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()),
+            )
 
 
 def windows(path: Path, count: int) -> tuple[list[str], torch.Tensor]:
@@ -74,7 +77,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="a collection that the shipped model's card names")
-    parser.add_argument("--windows", type=int, default=6, help="of each book")
+    parser.add_argument("--windows", type=int, default=2, help="of each book")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
