@@ -610,8 +610,10 @@ def expert_format() -> str:
         lines.append(f"| {name} | {row['record_bytes']:,} | {row['perplexity']:.2f} | {change} |")
     lines += [
         "",
-        f"{config['windows']} windows of {config['window']:,} tokens out of {len(config['books'])} novels that training left out; ± is "
-        f"the standard error over windows, which all formats share. {result['machine']['processor']}, torch {result['versions']['torch']}.",
+        (
+            f"{config['windows']} windows of {config['window']:,} tokens out of {len(config['books'])} novels that training left out; ± is "
+            f"the standard error over windows, which all formats share. {result['machine']['processor']}, torch {result['versions']['torch']}."
+        ),
     ]
     return "\n".join(lines)
 
