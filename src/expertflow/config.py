@@ -27,6 +27,7 @@ EXPERT_FORMATS = ("fp8", "int4", "mxfp4")
 _NO_CODE = "Leave it out: code that comes with a checkpoint is never run."
 _FETCH = "Fetch it first (`hf download ID --local-dir FOLDER` takes this option), and give the folder as the model."
 _PLACE = "Leave it out: `gpu_memory` or `slots` states how much of the model is on the device."
+_QUANTISE = "Use `expert_format` to quantise experts on loading; a packed checkpoint says by itself how it is packed."
 _WEIGHTS = "Leave it out: the checkpoint's weights run in `dtype`, float32, bfloat16 or float16."
 OF_OTHERS = MappingProxyType({
     "torch_dtype": "Use `dtype`.",
@@ -45,7 +46,8 @@ OF_OTHERS = MappingProxyType({
     "output_loading_info": "Leave it out: a weight that is missing or of another shape is an error.",
     "ignore_mismatched_sizes": "Leave it out: a weight that is missing or of another shape is an error.",
     **dict.fromkeys(("offload_folder", "offload_state_dict", "offload_buffers", "tp_plan", "tp_size", "device_mesh"), _PLACE),
-    **dict.fromkeys(("quantization_config", "load_in_8bit", "load_in_4bit", "state_dict"), _WEIGHTS),
+    **dict.fromkeys(("quantization_config", "load_in_8bit", "load_in_4bit"), _QUANTISE),
+    "state_dict": _WEIGHTS,
     **dict.fromkeys(("revision", "token", "use_auth_token", "cache_dir", "subfolder", "variant"), _FETCH),
     **dict.fromkeys(("local_files_only", "force_download", "resume_download", "proxies"), _FETCH),
 })  # fmt: skip
