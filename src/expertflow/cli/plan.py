@@ -54,6 +54,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "layers": shape.layers,
         "experts": shape.experts,
         "top_k": shape.top_k,
+        "expert_format": shape.expert_format or None,
         "notes": shape.notes,
         **sizes,
         "row": plan.record_bytes,
@@ -108,8 +109,13 @@ def _show(prepared: Prepared, name: str) -> None:
     table.add_row("device", "in all", f"[bold]{format_bytes(plan.total)}[/]{budget}")
     table.add_row("device", "in all with every expert resident", format_bytes(plan.resident_total))
     packed = shape.records.decoded is not shape.records
-    stored = f", stored as {' and '.join(_formats(plan))}" if packed else ""
-    table.add_row("host", f"{shape.layers} layers x {shape.experts} experts{stored}", format_bytes(plan.host))
+    how = (
+        f"quantised to {shape.expert_format} on loading"
+        if shape.expert_format
+        else f"stored as {' and '.join(_formats(plan))}"
+    )
+    experts = f"{shape.layers} layers x {shape.experts} experts"
+    table.add_row("host", f"{experts}, {how}" if packed else experts, format_bytes(plan.host))
     console = Console()
     console.print(table)
     console.print(_meaning(plan))

@@ -1,5 +1,6 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
-from expertflow.errors import BudgetError, ClosedError
+from expertflow.errors import BudgetError, ClosedError, QuantisedWarning
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.captured.experts import SharedParts
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
@@ -102,6 +103,8 @@ class OffloadedModel(Uncopied):
         planned = replace(plan, host=0) if self._weights.shared else plan
         _check_memory(planned, config, located.mapped, self.device)
         measured = CudaMeter(self.device) if self.device.type == "cuda" else None  # before anything is loaded
+        if changed := self.skeleton.changed:
+            warnings.warn(changed, QuantisedWarning, stacklevel=2)
         self.stamps = self._weights.stamps(located)
         self._model: PreTrainedModel | None = self._weights.load_dense(located, self.device)
         self._model_now = weakref.ref(self._model)

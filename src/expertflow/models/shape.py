@@ -62,6 +62,7 @@ class ModelShape:
         unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
         in_rows: whether keys and values can be kept in KV rows, so that sequences may join or end at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
+        expert_format: name of the format that experts are quantised to on loading; empty: they stay as they are stored.
         notes: remarks for the user on how it runs, one sentence each.
     """
 
@@ -87,6 +88,7 @@ class ModelShape:
     unserved: tuple[str, ...]
     in_rows: bool
     windows: tuple[int | None, ...] = ()
+    expert_format: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -138,6 +140,7 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         unserved=() if skeleton.encoder_decoder else _unserved(skeleton, config, unplanned),
         in_rows=in_rows,
         windows=windows or (),
+        expert_format="" if skeleton.expert_format is None else skeleton.expert_format.name,
         notes=(*skeleton.notes, *_notes(skeleton, unplanned, in_rows=in_rows)),
         scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - transformers has no other attribute for it
     )
@@ -164,7 +167,12 @@ def _unserved(skeleton: Skeleton, config: Any, unplanned: tuple[str, ...]) -> tu
 
 
 def _notes(skeleton: Skeleton, unplanned: tuple[str, ...], *, in_rows: bool) -> tuple[str, ...]:
-    """What a family outside the table, or without KV rows, does without."""
+    """What is done to experts, and what a family outside the table, or without KV rows, does without."""
+    changed = (skeleton.changed,) if skeleton.changed else ()
+    return (*changed, *_lacks(skeleton, unplanned, in_rows=in_rows))
+
+
+def _lacks(skeleton: Skeleton, unplanned: tuple[str, ...], *, in_rows: bool) -> tuple[str, ...]:
     name = skeleton.config.model_type
     if kinds := sorted(set(unplanned) - RECURRENT - EMPTY):
         return (f"{name!r} has layers of kind {', '.join(kinds)}: it runs through expertflow.from_pretrained only",)
