@@ -201,13 +201,13 @@ def by_halves(about, dtype):
 
 
 @triton.constexpr_function
-def _name(dtype):
+def number_type(dtype):
     """A number type as torch names it."""
     return {"bf16": "bfloat16", "fp16": "float16"}.get(str(dtype), str(dtype))
 
 
 @triton.jit
-def _split(pairs, dtype: tl.constexpr):
+def split(pairs, dtype: tl.constexpr):
     """The two numbers that each int32 holds."""
     lower, upper = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
     return lower.to(dtype, bitcast=True), upper.to(dtype, bitcast=True)
@@ -217,13 +217,13 @@ def _split(pairs, dtype: tl.constexpr):
 def _unfold(one, two, three, four, dtype: tl.constexpr):
     """Four times two numbers of each word `[R, W]` as a tile `[R, 8 W]`.
 
-    Rows come as `_by_threads` orders them, and words by threads. In both orders a thread has decoded just what a tensor core takes from
+    Rows come as `by_threads` orders them, and words by threads. In both orders a thread has decoded just what a tensor core takes from
     it, so that the tile stays in its registers.
     """
-    a0, a1 = _split(one, dtype)
-    b0, b1 = _split(two, dtype)
-    c0, c1 = _split(three, dtype)
-    d0, d1 = _split(four, dtype)
+    a0, a1 = split(one, dtype)
+    b0, b1 = split(two, dtype)
+    c0, c1 = split(three, dtype)
+    d0, d1 = split(four, dtype)
     even = tl.join(tl.join(a0, c0), tl.join(b0, d0))
     odd = tl.join(tl.join(a1, c1), tl.join(b1, d1))
     rows: tl.constexpr = one.shape[0]
@@ -233,7 +233,7 @@ def _unfold(one, two, three, four, dtype: tl.constexpr):
 
 
 @triton.jit
-def _by_threads(outs):
+def by_threads(outs):
     """Outputs `[R]` in the order in which `_unfold` takes their rows."""
     return tl.reshape(tl.permute(tl.reshape(outs, [outs.shape[0] // 64, 4, 2, 8]), (0, 2, 1, 3)), [outs.shape[0]])
 
@@ -245,7 +245,7 @@ def multiply_words(
 ):  # fmt: skip
     """As `multiply_tiles`, with the bits of `load_words`: by bfloat16 arithmetic where that gives them."""
     fitting: tl.constexpr = not INTERPRETED and block_k == STEP and outs.shape[0] % 64 == 0
-    if fitting and by_halves(about, _name(record.dtype.element_ty)):
+    if fitting and by_halves(about, number_type(record.dtype.element_ty)):
         acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)
     else:
         acc = multiply_tiles(inputs, valid, record, load, at, about, outs, n, k, transposed, exact, block_k)
@@ -260,7 +260,7 @@ def _multiply_halves(
     one: tl.constexpr = n // joined
     steps: tl.constexpr = (k + STEP - 1) // STEP
     dtype: tl.constexpr = record.dtype.element_ty
-    mine = _by_threads(outs)
+    mine = by_threads(outs)
     inside = mine < n
     mine = in_record(mine, n, joined, about[6])
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
@@ -332,18 +332,18 @@ def _field(start, place, inside, which, size: tl.constexpr, per: tl.constexpr, e
     bits: tl.constexpr = 8 * size
     each: tl.constexpr = per * size
     if each == 8:
-        first, second = _load(words + place * 2, inside, exact), _load(words + place * 2 + 1, inside, exact)
+        first, second = load_four(words + place * 2, inside, exact), load_four(words + place * 2 + 1, inside, exact)
         found = tl.where((which < 2)[None, :], first[:, None], second[:, None]) >> (which % 2 * bits)[None, :]
     elif each == 4:
-        found = _load(words + place, inside, exact)[:, None] >> (which * bits)[None, :]
+        found = load_four(words + place, inside, exact)[:, None] >> (which * bits)[None, :]
     else:
         around: tl.constexpr = 4 // each
-        found = _load(words + place // around, inside, exact) >> (place % around * (8 * each))
+        found = load_four(words + place // around, inside, exact) >> (place % around * (8 * each))
         found = found[:, None] >> (which * bits)[None, :]
     return found & ((1 << bits) - 1)
 
 
 @triton.jit
-def _load(pointers, inside, exact: tl.constexpr):
+def load_four(pointers, inside, exact: tl.constexpr):
     """Four bytes each, `[R]`; 0 outside."""
     return tl.load(pointers) if exact else tl.load(pointers, mask=inside, other=0)
