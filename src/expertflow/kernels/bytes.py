@@ -250,9 +250,10 @@ def _multiply_words(
             scale = _scales(start, at, about, place, begin, inside, exact, block_k // STEP)
         tile = _numbers(codes + begin, scale, inside, about, exact, block_k // STEP, 4, dtype)
         acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
-    for step in tl.static_range((k % block_k + STEP - 1) // STEP):
-        last: tl.constexpr = k // block_k * block_k + step * STEP
-        wide: tl.constexpr = 4 if k - last >= STEP else (k - last) // 16
+    # the interpreter needs plain integers here
+    for step in tl.static_range((k % block_k + 64 - 1) // 64):
+        last: tl.constexpr = k // block_k * block_k + step * 64
+        wide: tl.constexpr = 4 if k - last >= 64 else (k - last) // 16
         if grid_cols > 1:
             scale = _scales(start, at, about, place, last, inside, exact, 1)
         tile = _numbers(codes + last, scale, inside, about, exact, 1, wide, dtype)
