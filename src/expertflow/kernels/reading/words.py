@@ -6,8 +6,9 @@ instructions, for codes and scales that give bfloat16 numbers by bfloat16 arithm
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_warps
 
-from expertflow.kernels.tiles import INTERPRETED, add_product, load_tokens, multiply_tiles, rounded
+from expertflow.kernels.reading.tiles import INTERPRETED, add_product, load_tokens, multiply_tiles, rounded
 
 STEP = tl.constexpr(128)
 """Inputs whose scales lie side by side, as in `formats.words`."""
@@ -201,13 +202,19 @@ def by_halves(about, dtype):
 
 
 @triton.constexpr_function
+def warps_of(rows, warps):
+    """Warps among which the rows of a tile are divided, sixteen each."""
+    return min(warps, rows // 16)
+
+
+@triton.constexpr_function
 def number_type(dtype):
     """A number type as torch names it."""
     return {"bf16": "bfloat16", "fp16": "float16"}.get(str(dtype), str(dtype))
 
 
 @triton.jit
-def split(pairs, dtype: tl.constexpr):
+def _split(pairs, dtype: tl.constexpr):
     """The two numbers that each int32 holds."""
     lower, upper = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
     return lower.to(dtype, bitcast=True), upper.to(dtype, bitcast=True)
@@ -220,22 +227,25 @@ def _unfold(one, two, three, four, dtype: tl.constexpr):
     Rows come as `by_threads` orders them, and words by threads. In both orders a thread has decoded just what a tensor core takes from
     it, so that the tile stays in its registers.
     """
-    a0, a1 = split(one, dtype)
-    b0, b1 = split(two, dtype)
-    c0, c1 = split(three, dtype)
-    d0, d1 = split(four, dtype)
+    a0, a1 = _split(one, dtype)
+    b0, b1 = _split(two, dtype)
+    c0, c1 = _split(three, dtype)
+    d0, d1 = _split(four, dtype)
     even = tl.join(tl.join(a0, c0), tl.join(b0, d0))
     odd = tl.join(tl.join(a1, c1), tl.join(b1, d1))
     rows: tl.constexpr = one.shape[0]
     words: tl.constexpr = one.shape[1] // 4
-    tile = tl.reshape(tl.join(even, odd), [rows // 64, 2, 4, 8, 4, words, 2, 2, 2])
+    warps: tl.constexpr = warps_of(rows, num_warps())
+    tile = tl.reshape(tl.join(even, odd), [rows // (16 * warps), 2, warps, 8, 4, words, 2, 2, 2])
     return tl.reshape(tl.permute(tile, (0, 2, 1, 3, 5, 6, 7, 4, 8)), [rows, words * 32])
 
 
 @triton.jit
 def by_threads(outs):
     """Outputs `[R]` in the order in which `_unfold` takes their rows."""
-    return tl.reshape(tl.permute(tl.reshape(outs, [outs.shape[0] // 64, 4, 2, 8]), (0, 2, 1, 3)), [outs.shape[0]])
+    rows: tl.constexpr = outs.shape[0]
+    warps: tl.constexpr = 1 if INTERPRETED else warps_of(rows, num_warps())
+    return tl.reshape(tl.permute(tl.reshape(outs, [rows // (16 * warps), warps, 2, 8]), (0, 2, 1, 3)), [rows])
 
 
 @triton.jit

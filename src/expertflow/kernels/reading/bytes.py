@@ -1,15 +1,16 @@
 """How the expert kernels read formats of one byte a weight: `formats.published.fp8` in Triton.
 
-`load_bytes` is the tile loader, see `kernels.tiles`. `multiply_bytes` is the product: where `by_words` says so, a thread reads just the
+`load_bytes` is the tile loader, see `kernels.reading.tiles`. `multiply_bytes` is the product: where `by_words` says so, a thread reads just the
 codes that a tensor core takes from it, four in a word; else tile by tile, where the first input of a step is known.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_warps
 from triton.language.target_info import cuda_capability_geq
 
-from expertflow.kernels.tiles import INTERPRETED, add_product, load_tokens, rounded
-from expertflow.kernels.words import by_threads, in_record, load_four, number_type, split
+from expertflow.kernels.reading.tiles import INTERPRETED, add_product, load_tokens, rounded
+from expertflow.kernels.reading.words import by_threads, in_record, load_four, number_type, warps_of
 
 STEP = tl.constexpr(64)
 """Inputs whose codes a record has thread by thread, as in `formats.published.fp8`."""
@@ -227,7 +228,7 @@ def _multiply_words(
     inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
     block_k: tl.constexpr,
 ):  # fmt: skip
-    """The product by words: a tile is made in the registers of the threads that multiply it, see `kernels.words`."""
+    """The product by words: a tile is made in the registers of the threads that multiply it, see `kernels.reading.words`."""
     each: tl.constexpr = about[0]
     block_rows: tl.constexpr = about[1]
     grid_rows: tl.constexpr = about[3]
@@ -302,7 +303,8 @@ def _numbers(
             _program(about[5], cuda_capability_geq(8, 9), number_type(dtype)), "=&r,=&r,r,f,f,f,f", [code, scale],
             dtype=tl.int16, is_pure=False, pack=4,
         ).to(dtype, bitcast=True)  # fmt: skip
-    tile = tl.reshape(tile, [steps, rows // 64, 2, 4, 8, 4, 4, 2, 2])
+    warps: tl.constexpr = 1 if INTERPRETED else warps_of(rows, num_warps())
+    tile = tl.reshape(tile, [steps, rows // (16 * warps), 2, warps, 8, 4, 4, 2, 2])
     return tl.reshape(tl.permute(tile, (1, 3, 2, 4, 0, 6, 7, 5, 8)), [rows, 64 * steps])
 
 
