@@ -263,7 +263,9 @@ def _multiply_words(
 
 
 @triton.jit
-def _scales(start, at: tl.constexpr, about: tl.constexpr, place, first, inside, exact: tl.constexpr, steps: tl.constexpr):
+def _scales(
+    start, at: tl.constexpr, about: tl.constexpr, place, first, inside, exact: tl.constexpr, steps: tl.constexpr
+):
     """Scales of steps from input `first` on, for rows of scales that begin at `place` `[R]`: float32 `[steps or 1, R]`.
 
     They are read four bytes at a time, because copies of fewer cannot be in flight while others are computed with.
