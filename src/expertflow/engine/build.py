@@ -53,6 +53,9 @@ from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
 from expertflow.units import format_bytes, parse_bytes
 
+WIDE = 4
+"""Tokens for each expert of a layer from which on a pass is taken to need every expert: of equally likely ones it misses 2 %."""
+
 
 def on_chosen_device(load: Callable[..., None]) -> Callable[..., None]:
     """Make the chosen device the current one while a model is loaded."""
@@ -123,6 +126,7 @@ class OffloadedModel(Uncopied):
             events=self.events,
             forecast=forecast or self.live_predictor,
             reached=prepared.skeleton.reached,
+            wide=-(-WIDE * plan.shape.experts // plan.shape.top_k) if all(prepared.skeleton.reached) else None,
         )
         self._wire(pool, forecast)
 
