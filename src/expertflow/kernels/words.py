@@ -196,6 +196,14 @@ def _by_threads(outs):
     return tl.reshape(tl.permute(tl.reshape(outs, [outs.shape[0] // 64, 4, 2, 8]), (0, 2, 1, 3)), [outs.shape[0]])
 
 
+@triton.constexpr_function
+def two_by_two(code_map, group, scaling, scale_dtype, rows, block_k):
+    """Whether bfloat16 arithmetic gives the numbers of a format, and a tile of `rows` outputs and `block_k` inputs has its threads' order."""
+    powers = scaling == "e8m0" and code_map == "e2m1" and group == 32
+    numbers = scaling == "number" and code_map == "int4" and scale_dtype == "bfloat16" and group % 128 == 0
+    return (powers or numbers) and block_k == 128 and rows % 64 == 0
+
+
 @triton.jit
 def multiply_words(
     inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,
@@ -203,13 +211,11 @@ def multiply_words(
 ):  # fmt: skip
     """As `multiply_tiles`, with the bits of `load_words`: by bfloat16 arithmetic where that gives them."""
     halves: tl.constexpr = (
-        record.dtype.element_ty == tl.bfloat16 and not INTERPRETED and block_k == STEP and outs.shape[0] % 64 == 0
+        record.dtype.element_ty == tl.bfloat16
+        and not INTERPRETED
+        and two_by_two(about[0], about[1], about[2], about[3], outs.shape[0], block_k)
     )
-    powers: tl.constexpr = about[2] == "e8m0" and about[0] == "e2m1" and about[1] == 32
-    numbers: tl.constexpr = (
-        about[2] == "number" and about[0] == "int4" and about[3] == "bfloat16" and about[1] % 128 == 0
-    )
-    if halves and (powers or numbers):
+    if halves:
         acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)
     else:
         acc = multiply_tiles(inputs, valid, record, load, at, about, outs, n, k, transposed, exact, block_k)
