@@ -41,6 +41,7 @@ ONE_FAMILY = ("test_exactness.py", "-k", "stock_model and olmoe-float32")
 TOKENS = ("test_exactness.py", "-k", "stock_tokens and mixtral-float32")
 PLAN = ("test_budget.py", "-k", "as_planned or larger_budget")
 CACHE = ("test_cache.py",)
+MXFP4 = ("test_packed.py", "-k", "decoded_checkpoints_bits and mxfp4-host")
 SAMPLING = ("test_generation.py", "-k", "sampling or cut or draws")
 MUTATIONS = (
     # the order of sums, memory plans, sampling and victims
@@ -80,6 +81,19 @@ MUTATIONS = (
     Mutation("static batches are joined", "schedule/admission.py", "> 0 and not now.live", "> 0", ("test_scheduler.py", "-k", "rules")),
     Mutation("a request waits for longer than passes take", "schedule/admission.py", "self._waited < LONGEST_WAIT * costs.pass_", "self._waited < 2 * LONGEST_WAIT * costs.pass_", ("test_scheduler.py", "-k", "no_request_waits_longer")),
     Mutation("experts of another seed", "models/weights/sources.py", "manual_seed(self.seed + 1)", "manual_seed(1)", ("test_sources.py", "-k", "seed_decides")),
+    # packed formats: codes, scales, zeros, grids of joined tensors; in decoders, records and kernels
+    Mutation("codes exchanged within a byte", "formats/words.py", "codes >> (4 * nibble + bit) & 1", "codes >> (4 * (nibble ^ 1) + bit) & 1", MXFP4),
+    Mutation("a decoded scale of another step", "formats/words.py", "part.view(steps, outputs, -1).transpose(0, 1)", "part.view(steps, outputs, -1).roll(1, 0).transpose(0, 1)", MXFP4),
+    Mutation("kernels read the scale of another step", "kernels/words.py", "(row[:, None] + (step * one)[None, :])", "(row[:, None] + ((steps - 1 - step) * one)[None, :])", ("test_readers.py", "-k", "mxfp4-float32-joined")),
+    Mutation("kernels read e8m0 0 as 0", "kernels/words.py", "tl.where(scale == 0, 1 << 22, scale << 23)", "(scale << 23)", ("test_mxfp4.py",)),
+    Mutation("e8m0 0 is 0", "formats/published/mxfp4.py", "torch.where(scales == 0, 1 << 22, bits).view", "bits.view", ("test_mxfp4.py",)),
+    Mutation("the code of zero is 7", "formats/published/int4.py", "MIDDLE = 8", "MIDDLE = 7", ("test_packed.py", "-k", "decoded_checkpoints_bits and int4 and g32 and host")),
+    Mutation("kernels take 7 for zero", "kernels/words.py", "code -= 8.0", "code -= 7.0", ("test_readers.py", "-k", "int4-g32-float32-joined")),
+    Mutation("up has the blocks of gate", "formats/format.py", "{name: part[place] for name", "{name: part[0 if name == 'scales' else place] for name", ("test_fp8.py", "-k", "joined_tensors")),
+    Mutation("kernels give up the blocks of gate", "kernels/bytes.py", "rows // one * grid_rows + rows % one // block_rows if", "rows % one // block_rows if", ("test_readers.py", "-k", "fp8-float32-joined")),
+    Mutation("scales rounded to the config's number type", "formats/published/int4.py", "return replace(self, scale_dtype=dtype) if dtype in RUN_DTYPES else self", "return self", ("test_packed.py", "-k", "decoded_checkpoints_bits and float16 and scales and host")),
+    Mutation("stacked experts read from the place of others", "models/weights/mapping.py", "expert * size, size)", "(expert ^ 1) * size, size)", ("test_packed.py", "-k", "stock_models_bits and mxfp4")),
+    Mutation("packed dense weights are not decoded", "models/weights/load.py", "    return state | {key: DecodedOnRead", "    return slices or {key: DecodedOnRead", ("test_packed.py", "-k", "decoded_checkpoints_bits and g128 and attention and host")),
 )  # fmt: skip
 
 
