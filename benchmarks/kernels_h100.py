@@ -311,7 +311,7 @@ def main() -> None:
         sys.exit("This benchmark needs a CUDA device.")
     torch.manual_seed(SEED)
     result: dict[str, Any] = {"environment": environment(), "seed": SEED, "replays": REPLAYS}
-    result["tilings"] = {name: [str(cut) for cut in experts.tilings(s.build())] for name, s in SHAPES.items()}
+    result["tilings"] = {name: [str(cut) for cut in experts.tilings(s.build(), s.top_k)] for name, s in SHAPES.items()}
     result["hbm_bytes_per_second"] = HBM_BYTES_PER_SECOND
     result["experts"] = [row for name, shape in SHAPES.items() for row in measure_experts(name, shape)]
     benches = [

@@ -70,20 +70,18 @@ def make_config(shape: str, *, tiny: bool, packed: str = "bf16") -> PreTrainedCo
         tiny: small widths, for a CPU; layers, experts and vocabulary stay where a recording or a predictor needs them.
         packed: how experts are stored: `bf16` or a key of `PACKED`.
     """
-    config = _sizes(shape, tiny=tiny)
-    if packed != "bf16":
-        config.quantization_config = PACKED[packed]
-    return config
+    more = {} if packed == "bf16" else {"quantization_config": PACKED[packed]}
+    return _sizes(shape, more, tiny=tiny)
 
 
-def _sizes(shape: str, *, tiny: bool) -> PreTrainedConfig:
+def _sizes(shape: str, more: dict[str, Any], *, tiny: bool) -> PreTrainedConfig:
     if shape in {"q", "q30"}:
         sizes = {"num_hidden_layers": 12, "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128,
                  "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 32000,
                  "intermediate_size": 6144}  # fmt: skip
         sizes |= {"num_hidden_layers": 48, "vocab_size": 151936} if shape == "q30" else {}
         small = {**TINY, "moe_intermediate_size": 32, "num_experts": 16, "head_dim": 16}
-        common = {"num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False}
+        common = {"num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False, **more}
         return Qwen3MoeConfig(max_position_embeddings=4096, **common, **(small if tiny else sizes))
     if shape == "s":
         sizes = {"hidden_size": 768, "moe_intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12,
@@ -98,7 +96,7 @@ def _sizes(shape: str, *, tiny: bool) -> PreTrainedConfig:
     sizes = {"hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8,
              "head_dim": 64, "vocab_size": 201088}  # fmt: skip
     layers, experts = (36, 128) if shape == "g120" else (24, 32)
-    common = {"num_local_experts": experts, "num_experts_per_tok": 4, "pad_token_id": 0}
+    common = {"num_local_experts": experts, "num_experts_per_tok": 4, "pad_token_id": 0, **more}
     return GptOssConfig(**common, **{**(small if tiny else sizes), "num_hidden_layers": layers})
 
 

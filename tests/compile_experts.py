@@ -18,6 +18,7 @@ from expertflow.formats.format import Format, TensorSpec
 from expertflow.formats.plain import PLAIN, plain
 from expertflow.formats.published.awq import AWQ
 from expertflow.formats.published.fp8 import FP8
+from expertflow.formats.published.gguf import GGUF
 from expertflow.formats.published.int4 import INT4, PackedInt4
 from expertflow.formats.published.mxfp4 import MXFP4
 from expertflow.formats.published.nvfp4 import NVFP4
@@ -40,15 +41,17 @@ FORMATS: dict[str, tuple[Format, bool]] = {
     "fp8": (FP8, False),
     "nvfp4": (NVFP4, False),
     "awq": (AWQ, False),
+    "q4_k": (GGUF["Q4_K"], False),
+    "q6_k": (GGUF["Q6_K"], False),
 }
 """Formats, and whether in the shape of gpt-oss-20b, or of Qwen3-30B-A3B."""
 CASES = {
     80: ("plain up", "plain of gpt-oss up", "mxfp4 up", "int4 up", "int4 with zeros up", "fp8 up", "nvfp4 up"),
-    86: ("mxfp4 down", "fp8 down", "nvfp4 up", "awq down"),
-    89: ("fp8 up", "nvfp4 down"),
+    86: ("mxfp4 down", "fp8 down", "nvfp4 up", "awq down", "q4_k down"),
+    89: ("fp8 up", "nvfp4 down", "q6_k up"),
     90: (
         "plain up", "plain of gpt-oss up", "mxfp4 up", "mxfp4 down", "int4 up", "int4 down", "int4 with zeros up", "fp8 up",
-        "nvfp4 up", "awq down",
+        "nvfp4 up", "awq down", "q4_k up",
     ),
 }  # fmt: skip
 """What is compiled: every format where it differs most, for Ampere and for Hopper; what needs most of the small ones' memory."""

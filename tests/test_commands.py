@@ -14,7 +14,7 @@ from expertflow import LLM
 from expertflow.cli.main import app
 from expertflow.errors import ConfigError, ExpertFlowError, TraceError
 from expertflow.files import whole_file, write_whole
-from expertflow.models import sources
+from expertflow.models.weights import sources
 from expertflow.progress import Progress
 from expertflow.trace.format import load_trace, save_trace
 from helpers import EXCERPT, Done, MakeCheckpoint, commands, run

@@ -1,5 +1,6 @@
 """The expert kernels of a decode step are compiled for GPUs that are not here."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,9 +13,6 @@ import pytest
 from helpers import ROOT
 
 pytest.importorskip("triton", reason="kernels need triton")
-
-FOUND_BYTES = 4
-"""What a thread may hand to others in a step: scale and zero point of an output."""
 
 
 class Program(NamedTuple):
@@ -48,10 +46,9 @@ def test_kernels_compile_for_gpus_that_are_not_here(programs: list[Program]) -> 
 
 
 def test_decoded_tiles_stay_in_registers(programs: list[Program]) -> None:
-    """In a step of mxfp4 and int4 nothing but scales and zero points goes through shared memory; another path would write all weights."""
+    """Steps of mxfp4 and int4 write nothing to shared memory: a tile that is decoded elsewhere than it is used goes through it."""
     stored = {(program.case, program.arch): program.stored for program in programs}
-    assert {arch: stored["mxfp4 up", arch] for arch in (80, 90)} == {80: 0, 90: 0}
-    assert stored["mxfp4 down", 90] == 0
-    assert all(stored[case, 90] <= FOUND_BYTES for case in ("int4 up", "int4 down", "int4 with zeros up"))
-    assert stored["int4 up", 80] <= FOUND_BYTES
-    assert stored["nvfp4 up", 90] > FOUND_BYTES  # read by the tile loader, whose tiles others take: stores are seen
+    for case, arch in itertools.product(("mxfp4 up", "int4 up", "int4 with zeros up"), (80, 90)):
+        assert stored[case, arch] == 0, (case, arch)
+    assert stored["mxfp4 down", 90] == stored["int4 down", 90] == 0
+    assert stored["plain of gpt-oss up", 80] > 0  # turned round on its way to the tensor cores: such stores are seen

@@ -226,9 +226,9 @@ def test_what_no_format_decodes_is_refused_by_name(
 @pytest.mark.parametrize(
     ("names", "place", "cause"),
     [
-        (["model-Q4_K.gguf"], "", "model-Q4_K.gguf is a GGUF file"),
-        (["model-Q4_K.gguf"], "model-Q4_K.gguf", "is a GGUF file"),
-        (["model.safetensors"], "model.safetensors", "is a file, and a checkpoint is a folder"),
+        (["model-Q4_K.gguf"], "", "Give the path of one of them, such as"),
+        (["model-Q4_K.gguf"], "model-Q4_K.gguf", "model-Q4_K.gguf is no whole GGUF file"),
+        (["model.safetensors"], "model.safetensors", "is a file, and a checkpoint is a folder or a GGUF file"),
         (["adapter_config.json", "adapter_model.safetensors"], "", "AutoPeftModelForCausalLM"),
     ],
 )

@@ -37,12 +37,13 @@ OF_OTHERS = MappingProxyType({
     "code_revision": _NO_CODE,
     "use_safetensors": "Leave it out: only safetensors files are read.",
     "config": "Leave it out: the folder's config.json describes the model.",
+    "gguf_file": "Give the file's path as the model.",
     "generation_config": "Set `model.generation_config` once it is loaded.",
     "adapter_kwargs": "Add adapters once the model is loaded.",
     "output_loading_info": "Leave it out: a weight that is missing or of another shape is an error.",
     "ignore_mismatched_sizes": "Leave it out: a weight that is missing or of another shape is an error.",
     **dict.fromkeys(("offload_folder", "offload_state_dict", "offload_buffers", "tp_plan", "tp_size", "device_mesh"), _PLACE),
-    **dict.fromkeys(("quantization_config", "load_in_8bit", "load_in_4bit", "state_dict", "gguf_file"), _WEIGHTS),
+    **dict.fromkeys(("quantization_config", "load_in_8bit", "load_in_4bit", "state_dict"), _WEIGHTS),
     **dict.fromkeys(("revision", "token", "use_auth_token", "cache_dir", "subfolder", "variant"), _FETCH),
     **dict.fromkeys(("local_files_only", "force_download", "resume_download", "proxies"), _FETCH),
 })  # fmt: skip
@@ -207,6 +208,11 @@ class EngineConfig(_Checked):
     )
     predictor: str = doc(
         "Folder of a trained predictor, auto (the model's own, if it has one), or none.", default="auto"
+    )
+    tokenizer: str | None = doc(
+        "Folder of the tokenizer and chat template.",
+        default=None,
+        none="the model's own, for a GGUF file the one beside it",
     )
     max_batch: int = doc("Sequences computed together at most.", default=8)
     max_live: int | None = doc(

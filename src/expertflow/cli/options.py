@@ -105,7 +105,7 @@ Given = dict[str, Any]
 """Options that were given, by field."""
 Model = Annotated[
     str | None,
-    typer.Argument(help="Checkpoint folder, or Hugging Face id. Default: the shipped model."),
+    typer.Argument(help="Checkpoint folder, GGUF file, or Hugging Face id. Default: the shipped model."),
 ]
 PREDICTOR, DEVICE, DTYPE = (_help(name) for name in ("predictor", "device", "dtype"))
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]

@@ -21,6 +21,7 @@ from expertflow.engine.text import ModelText
 from expertflow.errors import NonFiniteError
 from expertflow.execution.sampler import draw_seed
 from expertflow.models.files.checkpoint import resolve
+from expertflow.models.files.identity import ContentHash
 from expertflow.progress import Progress
 from expertflow.units import format_bytes
 
@@ -38,7 +39,7 @@ def main(
     params = SamplingParams.from_mapping(sampling)
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
-    text = ModelText(resolve(shipped_model() if model is None else model))
+    text = ModelText(resolve(shipped_model() if model is None else model), engine.get("tokenizer"))
     read = text.read(prompts)
     wanted = {**text.room_for(read, params), **engine}
     with LLM(text.folder, text=text, progress=True, **wanted) as llm:
@@ -133,7 +134,9 @@ def _generate(
 
 def _identity(llm: LLM) -> str:
     """What the tokens of a results file depend on, beside prompts and sampling."""
-    return f"{llm.identity} {llm.plan.shape.dtype} {llm.plan.max_length}"
+    other = llm.config.tokenizer
+    tokenizer = [] if other is None else [ContentHash().identity({}, Path(other))]
+    return " ".join([llm.identity, llm.plan.shape.dtype, str(llm.plan.max_length), *tokenizer])
 
 
 def _offline(

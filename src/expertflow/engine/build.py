@@ -288,7 +288,7 @@ def load_model(
     """Plan, check, load and wire.
 
     Args:
-        model: checkpoint folder, or a Hugging Face id.
+        model: checkpoint folder, GGUF file, or a Hugging Face id.
         config: the options.
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
         weights: where the weights come from; None: the folder's files.

@@ -136,7 +136,10 @@ class PromptReader:
 
     def _need_tokenizer(self) -> None:
         if self._tokenizer is None:
-            raise PromptError("the model's folder has no tokenizer", "Give token ids instead of text.")
+            raise PromptError(
+                "the model has no tokenizer",
+                "Put the original model's tokenizer.json beside it, give `tokenizer`, or token ids instead of text.",
+            )
 
     def _encode(self, index: int, text: str) -> tuple[int, ...]:
         """Token ids of text, with one beginning-of-text token where text and tokenizer both bring one."""

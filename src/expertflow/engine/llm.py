@@ -71,7 +71,7 @@ class LLM:
     experts are small. `OMP_NUM_THREADS` or an earlier `torch.set_num_threads` is kept, see `engine.threads`.
 
     Args:
-        model: checkpoint folder or Hugging Face id; None: the shipped model.
+        model: checkpoint folder, GGUF file, or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future; steps are captured if it is
             `foreknown` (`cache.forecast.Forecast`).
         beside: the same model, loaded before and open as long as this one: its experts in host memory are used too. Short for
@@ -119,7 +119,7 @@ class LLM:
                 f"{prepared.skeleton.config.model_type!r} has layers of kind {', '.join(kinds)}, whose cache LLM cannot serve",
                 "Use expertflow.from_pretrained and the model's own `generate`.",
             )
-        text = text or ModelText(prepared.skeleton.folder)
+        text = text or ModelText(prepared.skeleton.folder, self.config.tokenizer)
         self._offloaded: OffloadedModel = OffloadedModel(prepared, self.config, forecast)
         self._requests = RequestFactory(text, prepared.plan, end_tokens(self._offloaded.model))
         self._engine = Engine(self._offloaded, admission, routing)

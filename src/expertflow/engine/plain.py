@@ -48,7 +48,7 @@ def from_pretrained(
     Several threads may call the model: passes run one after the other.
 
     Args:
-        model: checkpoint folder or Hugging Face id; None: the shipped model.
+        model: checkpoint folder, GGUF file, or Hugging Face id; None: the shipped model.
         forecast: replaces the strategy's own source of expectations, such as a recorded future.
         attn_implementation: `eager` or `sdpa`; None: the family's own, as in transformers.
         weights: where the weights come from (`models.sources`); None: the folder's files.

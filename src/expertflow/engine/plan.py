@@ -164,7 +164,10 @@ def _plan(  # noqa: PLR0913 - two by keyword
     kv = shape.kv_bytes(max_length) * live
     # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
     chunk = max(config.prefill_chunk, config.max_batch * max_length) if shape.unplanned else config.prefill_chunk
-    workspace = workspace_bytes(shape, config.max_batch, max_length, chunk)
+    workspace = workspace_bytes(shape, config.max_batch, max_length, chunk, grouped=graph)
+    if graph:  # a step whose routing is observed is the host's
+        steps_of_host = workspace_bytes(shape, config.max_batch, max_length, config.max_batch, prompts=False)
+        workspace = max(workspace, steps_of_host)
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
     if budget is not None and shape.unplanned:
@@ -173,11 +176,11 @@ def _plan(  # noqa: PLR0913 - two by keyword
             f"{shape.model_type!r} is not planned",
             "Leave the budget out and state slots.",
         )
-    steps = graph_bytes(shape, config.max_batch, max_length, device) if graph else 0
+    captured = graph_bytes(shape, config.max_batch, max_length, device) if graph else 0
     for_predictor = (
         predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
     )  # on a stream of its own
-    fixed = shape.dense_bytes + kv + workspace + steps + for_predictor
+    fixed = shape.dense_bytes + kv + workspace + captured + for_predictor
     slots = _slots(config, shape, record_bytes, fixed, budget)
     return Plan(
         shape=shape,
@@ -195,7 +198,7 @@ def _plan(  # noqa: PLR0913 - two by keyword
         prefill_chunk=chunk,
         host=record_bytes * shape.total_experts,
         schedule=config.schedule,
-        graph=steps,
+        graph=captured,
         predictor=for_predictor,
     )
 
@@ -228,8 +231,10 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
+    if device != "cuda":  # an expert is decoded, and computed in float32
+        return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4
     captured = workspace_bytes(shape, rows, length, rows, prompts=False)
-    return state + buffers + (captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES if device == "cuda" else 0)
+    return state + buffers + captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES
 
 
 def _max_live(config: EngineConfig, shape: ModelShape) -> int:
@@ -279,7 +284,9 @@ def _slots(config: EngineConfig, shape: ModelShape, record_bytes: int, fixed: in
     return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes)
 
 
-def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, prompts: bool = True) -> int:
+def workspace_bytes(
+    shape: ModelShape, batch: int, length: int, chunk: int, *, prompts: bool = True, grouped: bool = False
+) -> int:
     """Return an upper bound on the temporary device memory of one step, bytes.
 
     The phases of a layer follow one another, so the largest counts; tensors that live through all of them are added.
@@ -290,6 +297,7 @@ def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, p
         length: tokens of a sequence, prompt included.
         chunk: tokens of a prefill pass over all sequences.
         prompts: whether the step may be one over prompts.
+        grouped: whether kernels compute all tokens of an expert at once, from slots.
     """
     element = DTYPES[shape.dtype].nbytes
     tokens = max(chunk, batch)
@@ -299,9 +307,8 @@ def workspace_bytes(shape: ModelShape, batch: int, length: int, chunk: int, *, p
     state = tokens * shape.hidden
     # residual, normed input, positions, masks and what they are made of
     steady = state * element * 6 + state * 4 * 2 + batch * columns * length * (2 * element + 8) + tokens * 8 * 8
-    return int(
-        _SLACK * (steady + max(_attention(shape, batch, length, columns), _moe(shape, tokens), _head(shape, batch)))
-    )
+    experts = _moe(shape, tokens, grouped=grouped)
+    return int(_SLACK * (steady + max(_attention(shape, batch, length, columns), experts, _head(shape, batch))))
 
 
 def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
@@ -316,15 +323,18 @@ def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
     return heads + cache + repeated + scores
 
 
-def _moe(shape: ModelShape, tokens: int) -> int:
+def _moe(shape: ModelShape, tokens: int, *, grouped: bool) -> int:
     element = DTYPES[shape.dtype].nbytes
     pairs = tokens * shape.top_k
     router = tokens * shape.experts * 4 * 5
     sorting = pairs * 8 * 6 + pairs * 4 * 2
+    dense = tokens * shape.dense_width * element * 4
+    if grouped:  # what each pair's expert made, and what lies between its projections; then their sum
+        between = pairs * (shape.hidden * 4 + shape.expert_width * element)
+        return router + sorting + 2 * tokens * shape.hidden * element + max(between, dense)
     parts = pairs * shape.hidden * element + 3 * tokens * shape.hidden * element
     # one expert may get every token: its input (a copy where token rows are not aligned), inner states, output; weighting them
     expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
-    dense = tokens * shape.dense_width * element * 4
     return router + sorting + parts + max(expert + shape.records.decode_bytes, dense)
 
 

@@ -20,6 +20,7 @@ from expertflow.memory.devices import resolve_device
 from expertflow.memory.store import memory_reported
 from expertflow.models.bounds import describing
 from expertflow.models.files.checkpoint import resolve
+from expertflow.models.places import described_by
 from expertflow.models.shape import ModelShape, shape_of
 from expertflow.models.skeleton import Skeleton, build_skeleton
 from expertflow.models.weights.sources import FileWeights, Located, WeightsSource
@@ -108,7 +109,7 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
     Args:
-        model: checkpoint folder, or a Hugging Face id.
+        model: checkpoint folder, GGUF file, or a Hugging Face id.
         config: the options.
         forecast: the caller's own; it replaces the predictor.
         weights: where the weights come from; None: the folder's files.
@@ -125,7 +126,7 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
     skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype, formats)
     weights = FileWeights() if weights is None else weights
     located = weights.locate(skeleton, convert=config.dtype != "auto")
-    with describing(skeleton.folder / "config.json", "describes no model that can be run"):
+    with describing(described_by(skeleton.folder), "describes no model that can be run"):
         shape = shape_of(skeleton, located.layers)
     if routing is not None:
         shape = routing.counted(shape)

@@ -15,7 +15,8 @@ from expertflow.engine.inputs import Prompt, PromptReader
 from expertflow.engine.plan import DEFAULT_CONTEXT, Plan
 from expertflow.engine.request import Decoder, Request
 from expertflow.errors import CheckpointError, ConfigError, PromptError
-from expertflow.models.files.checkpoint import context_of
+from expertflow.models.files.identity import beside
+from expertflow.models.places import context_of
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,25 +30,29 @@ _MAKE_THEM = "Make them: SamplingParams(max_tokens=64)."
 
 
 class ModelText:
-    """The tokenizer of a checkpoint folder, and what is made of it. Several threads may use it at once.
+    """The tokenizer of a checkpoint, and what is made of it. Several threads may use it at once.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint folder, or a GGUF file.
+        tokenizer: folder of another tokenizer than the model's own.
 
     Attributes:
         folder: the checkpoint.
-        tokenizer: its tokenizer; None if the folder has none.
+        tokenizer: its tokenizer; None if there is none.
         decoder: turns tokens into text, see `decoder_of`; None without a tokenizer.
         reader: turns prompts into token ids.
 
     Raises:
         CheckpointError: if the tokenizer's files cannot be loaded.
+        ConfigError: if the folder that was given has no tokenizer.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tokenizer: str | None = None) -> None:
         """Load the tokenizer."""
         self.folder = folder
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder if tokenizer is None else Path(tokenizer))
+        if tokenizer is not None and self.tokenizer is None:
+            raise ConfigError(f"tokenizer={tokenizer!r} is no folder with a tokenizer", "It needs tokenizer.json.")
         self.decoder = decoder_of(self.tokenizer)
         self.reader = PromptReader(self.tokenizer)
 
@@ -165,12 +170,13 @@ class RequestFactory:
         return [self.request(prompt, one, i) for i, (prompt, one) in enumerate(zip(prompts, params, strict=True))]
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, or None if it has none.
+def load_tokenizer(place: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder, or the one beside a GGUF file; None if there is none.
 
     Raises:
         CheckpointError: if its files cannot be loaded.
     """
+    folder = beside(place)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:

@@ -1,9 +1,10 @@
 """Which side decides the next pass, host or GPU, and how the cache's tables change sides.
 
-Passes over prompts are always decided by the host: `CacheController` decides layer by layer. Decode steps are decided
-by the GPU if the plan is `graph` and no observer needs the routing. Before the first captured step the controller lends
-its tables to the GPU (`DeviceTables.borrow`); before the host decides again they come back (`DeviceTables.give_back`).
-Totals and residency can be read at any time, from the side that has them. Must not know layers, kernels and requests.
+Passes over prompts are always decided by the host: `CacheController` decides layer by layer. If the plan is `graph`,
+kernels compute their experts (`execution.grouped`). Decode steps are decided by the GPU if the plan is `graph` and no
+observer needs the routing. Before the first captured step the controller lends its tables to the GPU
+(`DeviceTables.borrow`); before the host decides again they come back (`DeviceTables.give_back`). Totals and residency can
+be read at any time, from the side that has them. Must not know layers, kernels and requests.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +24,12 @@ from expertflow.execution.captured.capturable import expert_mlps
 from expertflow.execution.captured.experts import DeviceExperts, SharedParts
 from expertflow.execution.captured.graph import GraphDecoder
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
+from expertflow.execution.grouped import PromptExperts
 from expertflow.execution.kv_rows import DecodeInput, RowModel
 from expertflow.execution.observe import StepObserver, observe_all, step_tokens
 from expertflow.execution.provider import CachedExperts
 from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, EVICTIONS, FRESH, HITS, LOADS, WASTES
-from expertflow.models.context import ForwardContext, Observer
+from expertflow.models.context import ForwardContext, LayerExperts, Observer
 
 WATCHED = "the routing is observed, which only the host execution shows"
 """Why the host decides although the plan is `graph`."""
@@ -214,6 +216,7 @@ class Handover:
         self.rows: RowModel | EncoderDecoderRows | None = None
         self.decoder: GraphDecoder | None = None
         self._tables: DeviceTables | None = None
+        self._prompts: PromptExperts | None = None
         self._emitted = ""
         self._lock = RLock()
         """Taken while captured steps are queued and while the tables change sides, so that a reader sees whole steps."""
@@ -273,6 +276,18 @@ class Handover:
             self._tables.stepped()
             self._tables.broken = False
             return decoder
+
+    def prompt_experts(self) -> LayerExperts | None:
+        """What computes the experts of a pass over prompts; None: the family's own code does, as in host execution."""
+        if not self._captured:
+            return None
+        if self._prompts is None:
+            provider, rows, shared = self.check_open(), self.rows, self._shared
+            assert rows is not None
+            assert shared is not None
+            mlps = expert_mlps(rows.skeleton, shared.store.layout)
+            self._prompts = PromptExperts(mlps, provider, shared.pool.buffer, self._context)
+        return self._prompts.run
 
     def next_decoder(self) -> GraphDecoder | None:
         """What runs the next decode step if the GPU decides it; else None, and one event with the reason."""
@@ -367,5 +382,5 @@ class Handover:
             self._shared.transfer.settle()
             if (device := self._shared.pool.buffer.device).type == "cuda":
                 torch.cuda.synchronize(device)
-            self._shared = self.provider = self.decoder = self._tables = self.rows = None
+            self._shared = self.provider = self.decoder = self._tables = self._prompts = self.rows = None
             return True

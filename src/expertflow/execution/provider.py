@@ -1,12 +1,12 @@
-"""The expert provider of host passes: carries out what the controller decides, and lends the model each expert's tensors.
+"""The expert provider of passes that the host decides: carries out what the controller decides, and lends experts.
 
 Starts every copy as early as its slot allows, so copies of later experts run while earlier ones compute.
 Must not know the model.
 """
 
-from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
+from itertools import islice, takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,11 @@ from expertflow.memory.slots import SlotPool
 from expertflow.memory.transfer import Transfer
 from expertflow.models.experts import ExpertWeights
 from expertflow.types import Access, Load
+
+_NOTHING = -1
+"""What an access comes after whose slot no earlier access of the layer uses."""
+_BUSY = 2
+"""Copies under way with which the link has work for a while."""
 
 
 class CachedExperts:
@@ -33,38 +38,74 @@ class CachedExperts:
             self._prefetch(self.controller.take_loads())
 
     def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, ExpertWeights], None, None]:
-        """Yield every needed expert once; its tensors are valid until the generator is resumed.
+        """Yield every needed expert once; its tensors are valid until the generator is resumed."""
+        with closing(self._carry_out(layer, experts, together=False)) as groups:
+            for (access,) in groups:
+                yield access.expert, self._pool.weights(access.slot, layer)
+
+    def groups(self, layer: int, experts: list[int]) -> Generator[list[Access], None, None]:
+        """Yield every needed expert once, in groups that can be computed together; slots are valid until resumption.
+
+        Residents come together, once the link has work. What is copied comes as it arrives: one expert, and those behind it that are
+        there too. If the link has nothing to do until a resident's slot is free, that resident comes first and alone.
+        """
+        yield from self._carry_out(layer, experts, together=True)
+
+    def _carry_out(self, layer: int, experts: list[int], *, together: bool) -> Generator[list[Access], None, None]:
+        """Start copies as early as their slots allow, and yield accesses; `together`: as `groups`, else one by one in their order.
 
         A decision is taken from the controller once its copy can start, so that it decides beside running copies.
         """
         transfer, first = self._transfer, layer * self.controller.table.experts
-        decisions, ready, done = self._decisions(layer, experts), deque[Access](), 0
+        decisions, over, decided = self._decisions(layer, experts), {_NOTHING}, 0
+        resident, brought = dict[int, Access](), dict[int, Access]()  # by position in the schedule
         coming: Access | None = None
         try:
             coming = next(decisions, None)
-            while ready or coming is not None:
-                while coming is not None and coming.after < done:
+            while resident or brought or coming is not None:
+                while coming is not None and coming.after in over:
                     if coming.load:
+                        if resident and _loading(brought) >= _BUSY:
+                            break
                         transfer.start(first + coming.expert, coming.slot)
-                    ready.append(coming)
+                    there = together and not (coming.load or coming.fresh)
+                    (resident if there else brought)[decided] = coming
+                    decided += 1
                     coming = next(decisions, None)
-                access = ready[0]
-                if access.load or access.fresh:
-                    transfer.wait(access.slot)
-                ready.popleft()  # from here on it counts as lent
-                done += 1
+                if coming is not None and coming.after in resident and _loading(brought) < _BUSY:
+                    chosen = [coming.after]
+                else:
+                    chosen = list(resident) or self._arrivals(brought, together=together)
+                lent = [resident[place] if place in resident else self._wait(brought[place]) for place in chosen]
+                for place in chosen:  # from here on they count as lent
+                    resident.pop(place, None)
+                    brought.pop(place, None)
+                over.update(chosen)
                 try:
-                    yield access.expert, self._pool.weights(access.slot, layer)
+                    yield lent
                 finally:
-                    transfer.release(access.slot)
+                    for access in lent:
+                        transfer.release(access.slot)
         finally:
             decisions.close()  # now, not when a traceback releases it: it forgets what was decided and not carried out
             # a consumer may close the stream at its last expert; before that, the layer was given up half-way
             with self._or_forget():
-                if ready or coming is not None:
+                if resident or brought or coming is not None:
                     self.controller.forget()
                 else:
                     self._prefetch(self.controller.take_loads())
+
+    def _arrivals(self, brought: Mapping[int, Access], *, together: bool) -> list[int]:
+        """The first of these accesses, by position; `together`: and those behind it whose copies are over."""
+        first, *others = brought
+        arrived = takewhile(lambda place: together and self._transfer.arrived(brought[place].slot), others)
+        return [first, *arrived]
+
+    def _wait(self, access: Access) -> Access:
+        """Order computation after the access's copy, if there is one."""
+        if access.load or access.fresh:
+            self._transfer.wait(access.slot)
+        return access
 
     def _decisions(self, layer: int, experts: list[int]) -> Generator[Access, None, None]:
         """Yield the controller's accesses; if it fails half-way, its tables are not valid."""
@@ -83,3 +124,8 @@ class CachedExperts:
     def _prefetch(self, loads: list[Load]) -> None:
         for load in loads:
             self._transfer.start(load.layer * self.controller.table.experts + load.expert, load.slot)
+
+
+def _loading(brought: dict[int, Access]) -> int:
+    """Loads of the running layer among these; those ahead came before it. No more than `_BUSY` are counted."""
+    return sum(access.load for access in islice(reversed(brought.values()), _BUSY))

@@ -105,7 +105,7 @@ class RowExecutor:
         self._best = None
         given = ForwardInput(ids.to(device), rows, positions.to(device), columns.to(device), end)
         padding, lengths = self._padding(mask == 0), [piece.length for piece in pieces]
-        with self._context.carry(padding=padding, lengths=lengths):
+        with self._context.carry(padding=padding, lengths=lengths, experts=self._handover.prompt_experts()):
             logits = self._rows.forward(self._rows.model, given)
         self._handover.pass_queued()
         return logits
@@ -155,10 +155,12 @@ class EncoderDecoderExecutor(RowExecutor):
             self._encoder.clear(piece.row)
         ids, mask = _padded(prompts, model.device, left=False)
         self._best = None
-        with self._context.carry(padding=self._padding(mask == 0)):
+        experts = self._handover.prompt_experts()
+        with self._context.carry(padding=self._padding(mask == 0), experts=experts):
             encoded = self._encoder.encode(ids, mask)
         self._handover.pass_queued()
-        logits = self._encoder.start([piece.row for piece in pieces], encoded, list(map(len, prompts)))
+        with self._context.carry(experts=experts):
+            logits = self._encoder.start([piece.row for piece in pieces], encoded, list(map(len, prompts)))
         self._handover.pass_queued()
         return logits
 

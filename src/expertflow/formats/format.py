@@ -26,6 +26,7 @@ class Part:
         stored: shape in the checkpoint, for one expert, of all joined tensors together.
         joined: the dimension of `stored` along which joined tensors add up; None: each of them has the whole shape.
         also: names, as in safetensors headers, of further number types that a checkpoint may hold and `dtype` holds exactly.
+        source: the part whose stored tensor holds this one as well; empty: it has a stored tensor of its own.
         optional: whether a checkpoint may lack it; the record has no bytes for it then.
     """
 
@@ -35,6 +36,7 @@ class Part:
     stored: tuple[int, ...]
     joined: int | None = 0
     also: tuple[str, ...] = ()
+    source: str = ""
     optional: bool = False
 
     @property
@@ -52,7 +54,7 @@ class Format:
         name: of the format; kernels find how to read it by it.
         ignored: how keys end that hold nothing `decode` needs, such as shapes.
         repacked: names of the parts whose stored numbers `repack` checks or rearranges; the others are read straight into the record.
-        tiles: the entry of `kernels/readers.py` by which kernels read it, if it is not `name`.
+        tiles: the entry of `kernels/reading/readers.py` by which kernels read it, if it is not `name`.
         tile_loader: the Triton twin of `decode`, if it has no entry there.
         decode_bytes_each: bytes that decoding takes at most for each number, the result and what it is made from.
     """
@@ -166,7 +168,7 @@ class TensorSpec:
         format: how it is stored.
         transposed: whether the first dimension counts inputs instead of outputs.
         joined: tensors of equal size that it consists of and that are packed each by itself, such as gate and up.
-        interleaved: whether outputs of the joined tensors alternate in `shape`; in a record they never do.
+        interleaved: whether outputs of the joined tensors alternate in `shape`; in a record only those of plain numbers do.
     """
 
     name: str

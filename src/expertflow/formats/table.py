@@ -7,6 +7,7 @@ from expertflow.formats.format import Format
 from expertflow.formats.plain import PLAIN
 from expertflow.formats.published.awq import AWQ
 from expertflow.formats.published.fp8 import FLOAT_QUANTIZED, FP8, INT_QUANTIZED
+from expertflow.formats.published.gguf import GGUF
 from expertflow.formats.published.gptq import GPTQ
 from expertflow.formats.published.int4 import INT4
 from expertflow.formats.published.mxfp4 import MXFP4
@@ -17,6 +18,18 @@ Formats = Mapping[str, Format]
 FORMATS: Formats = MappingProxyType(
     {
         format_.name: format_
-        for format_ in (PLAIN, MXFP4, INT4, GPTQ, AWQ, NVFP4, MODELOPT_NVFP4, FP8, FLOAT_QUANTIZED, INT_QUANTIZED)
+        for format_ in (
+            PLAIN,
+            MXFP4,
+            INT4,
+            GPTQ,
+            AWQ,
+            NVFP4,
+            MODELOPT_NVFP4,
+            FP8,
+            FLOAT_QUANTIZED,
+            INT_QUANTIZED,
+            *GGUF.values(),
+        )
     }
 )

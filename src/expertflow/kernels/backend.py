@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from expertflow.formats.format import Format
 from expertflow.kernels import dense_reference, reference
+from expertflow.kernels.mlp import ExpertMlp
 from expertflow.kernels.residency import reference as residency_reference
 from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
-    from expertflow.kernels import dense, experts, fetch, readers
+    from expertflow.kernels import dense, experts, fetch
+    from expertflow.kernels.prompts import grouped
+    from expertflow.kernels.reading import readers
     from expertflow.kernels.residency import driver
 
 
@@ -21,10 +25,11 @@ if HAS_TRITON:
 class Backend:
     """One set of kernels; see `kernels.reference` and `kernels.residency.reference` for what each does.
 
-    `reads` is whether its expert kernels read a format.
+    `grouped` gives `group_pairs` of one MLP. `reads` is whether its expert kernels read a format.
     """
 
     expert_pairs: Callable[..., None]
+    grouped: Callable[[ExpertMlp, torch.device], Callable[..., None]]
     combine: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
     fetch_records: Callable[..., None]
     blocks_of: Callable[[int], int]
@@ -40,6 +45,7 @@ def backend(device: torch.device) -> Backend:
         ensure_kernel_folder()
         return Backend(
             experts.expert_pairs,
+            grouped.GroupedMlp,
             experts.combine,
             fetch.fetch_records,
             fetch.blocks_of,
@@ -50,6 +56,7 @@ def backend(device: torch.device) -> Backend:
         )
     return Backend(
         reference.expert_pairs,
+        _grouped,
         reference.combine,
         reference.fetch_records,
         reference.blocks_of,
@@ -58,3 +65,8 @@ def backend(device: torch.device) -> Backend:
         dense_reference.rms_norm,
         reference.reads,
     )
+
+
+def _grouped(mlp: ExpertMlp, device: torch.device) -> Callable[..., None]:
+    del device
+    return partial(reference.group_pairs, mlp)

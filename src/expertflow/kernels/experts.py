@@ -24,9 +24,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
-from expertflow.kernels.readers import reader
-from expertflow.kernels.tiles import INTERPRETED
-from expertflow.kernels.words import two_by_two
+from expertflow.kernels.reading.readers import reader
+from expertflow.kernels.reading.tiles import INTERPRETED
+from expertflow.kernels.reading.words import STEP, by_halves
 
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
@@ -90,6 +90,49 @@ def _activate(x, activation: tl.constexpr):
     return x
 
 
+@triton.jit
+def up_outputs(begin, block_n: tl.constexpr, i: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr):
+    """The outputs of the up projection from which inner elements `begin` to `begin + block_n - 1` are made."""
+    if interleaved:
+        outs = 2 * begin + tl.arange(0, 2 * block_n)
+    elif gated:
+        both = tl.arange(0, 2 * block_n)
+        outs = begin + both % block_n + (both // block_n) * i
+    else:
+        outs = begin + tl.arange(0, block_n)
+    return outs
+
+
+@triton.jit
+def add_bias(out, record, bias: tl.constexpr, outs, n: tl.constexpr):
+    """`out` `[R, TOK]` plus the bias of its outputs `[R]`, if there is one."""
+    if bias >= 0:
+        out += tl.load(record + bias + outs, mask=outs < n, other=0.0).to(tl.float32)[:, None]
+    return out
+
+
+@triton.jit
+def activated(
+    out, gated: tl.constexpr, interleaved: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
+    block_n: tl.constexpr,
+):  # fmt: skip
+    """Inner elements `[block_n, TOK]` of what the up projection gives at `up_outputs`."""
+    if gated:
+        if interleaved:
+            out = tl.permute(tl.reshape(out, [block_n, 2, out.shape[1]]), (0, 2, 1))
+        else:
+            out = tl.permute(tl.reshape(out, [2, block_n, out.shape[1]]), (1, 2, 0))
+        gate, up = tl.split(out)
+        if activation == "clamped_swiglu":
+            gate = tl.minimum(gate, limit)
+            inner = (tl.minimum(tl.maximum(up, -limit), limit) + 1) * (gate * tl.sigmoid(alpha * gate))
+        else:
+            inner = _activate(gate, activation) * up
+    else:
+        inner = _activate(out, activation)
+    return inner
+
+
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _up_kernel(
     hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
@@ -109,30 +152,10 @@ def _up_kernel(
     begin = tl.program_id(0) * block_n
     n: tl.constexpr = 2 * i if gated else i
     exact: tl.constexpr = i % block_n == 0
-    if interleaved:
-        outs = 2 * begin + tl.arange(0, 2 * block_n)
-    elif gated:
-        both = tl.arange(0, 2 * block_n)
-        outs = begin + both % block_n + (both // block_n) * i
-    else:
-        outs = begin + tl.arange(0, block_n)
+    outs = up_outputs(begin, block_n, i, gated, interleaved)
     inputs = hidden + (members // top_k) * h
     out = multiply(inputs, members >= 0, record, load, at, about, outs, n, h, transposed, exact, block_k)
-    if bias >= 0:
-        out += tl.load(record + bias + outs, mask=outs < n, other=0.0).to(tl.float32)[:, None]
-    if gated:
-        if interleaved:
-            out = tl.permute(tl.reshape(out, [block_n, 2, TILE]), (0, 2, 1))
-        else:
-            out = tl.permute(tl.reshape(out, [2, block_n, TILE]), (1, 2, 0))
-        gate, out = tl.split(out)
-        if activation == "clamped_swiglu":
-            gate = tl.minimum(gate, limit)
-            out = (tl.minimum(tl.maximum(out, -limit), limit) + 1) * (gate * tl.sigmoid(alpha * gate))
-        else:
-            out = _activate(gate, activation) * out
-    else:
-        out = _activate(out, activation)
+    out = activated(add_bias(out, record, bias, outs, n), gated, interleaved, activation, alpha, limit, block_n)
     cols = begin + tl.arange(0, block_n)
     target = inner + members[None, :] * i + cols[:, None]
     tl.store(target, out.to(inner.dtype.element_ty), mask=(members[None, :] >= 0) & (cols[:, None] < i))
@@ -158,8 +181,7 @@ def _down_kernel(
     outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
     inputs = inner + members * i
     out = multiply(inputs, members >= 0, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k)
-    if bias >= 0:
-        out += tl.load(record + bias + outs, mask=outs < h, other=0.0).to(tl.float32)[:, None]
+    out = add_bias(out, record, bias, outs, h)
     target = parts + members[None, :] * h + outs[:, None]
     tl.store(target, out, mask=(members[None, :] >= 0) & (outs[:, None] < h))
 
@@ -205,12 +227,10 @@ def tilings(mlp: ExpertMlp, pairs: int, room: int = ROOM) -> tuple[Tiling, Tilin
         up, down = Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
     else:
         up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
-    if (
-        mlp.dtype == "bfloat16" and not INTERPRETED.value
-    ):  # in the interpreter `block_k` decides about bits, on a GPU it does not
+    if not INTERPRETED.value:  # in the interpreter `block_k` decides about bits, on a GPU it does not
         few = pairs < FEW_PAIRS
-        up = Tiling(64, 128, 4, 4) if mlp.up.spec.format.tiles == "words" else up
-        down = Tiling(64 if few else 128, 128, 4, 4) if mlp.down.spec.format.tiles == "words" else down
+        up = Tiling(64, 128, 4, 4) if _by_halves(mlp.up.spec) else up
+        down = Tiling(64 if few else 128, 128, 4, 4) if _by_halves(mlp.down.spec) else down
     return _within(room, up, mlp.up.spec, 2 if mlp.gated else 1), _within(room, down, mlp.down.spec, 1)
 
 
@@ -226,10 +246,8 @@ def _within(room: int, cut: Tiling, spec: TensorSpec, outputs: int) -> Tiling:
         tokens = int(TILE.value) * cut.block_k * cut.stages
         return 4 * numbers * (cut.stages - 1) + size * (numbers + tokens) <= room
 
-    if spec.format.tiles != "words":
-        return cut
-    about = spec.format.constants(spec)
-    if spec.dtype == "bfloat16" and two_by_two(*about[:4], cut.block_n * outputs, cut.block_k):
+    in_threads = cut.block_n * outputs % 64 == 0 and cut.block_k == STEP.value
+    if spec.format.tiles != "words" or (_by_halves(spec) and in_threads):
         return cut
     blocks = [block for block in (cut.block_n, cut.block_n // 2, cut.block_n // 4) if block >= TILE.value]
     smaller = [
@@ -238,6 +256,11 @@ def _within(room: int, cut: Tiling, spec: TensorSpec, outputs: int) -> Tiling:
         for stages in range(cut.stages, _LEAST_STAGES - 1, -1)
     ]
     return next(filter(fits, smaller), smaller[-1])
+
+
+def _by_halves(spec: TensorSpec) -> bool:
+    """Whether a weight is made of four-bit codes, two at a time."""
+    return spec.format.tiles == "words" and bool(by_halves(spec.format.constants(spec), spec.dtype))
 
 
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
@@ -260,7 +283,7 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
     pairs, top_k = slots.numel(), slots.shape[1]
     _up_kernel[(triton.cdiv(mlp.width, cut.block_n), pairs)](
         hidden, slots, pool.view(mlp.torch_dtype), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
-        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **_read(mlp.up),
+        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.up),
         bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
@@ -273,14 +296,14 @@ def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cu
     pairs, early = slots.numel(), _early(pool)
     _down_kernel[(triton.cdiv(mlp.hidden, cut.block_n), pairs)](
         work.inner, slots, pool.view(mlp.torch_dtype), work.parts, pairs, padded=_padded(pairs),
-        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **_read(mlp.down),
+        h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.down),
         bias=-1 if mlp.down.bias is None else mlp.down.bias // size, transposed=mlp.transposed,
         block_n=cut.block_n, block_k=cut.block_k, early=early,
         num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,
     )  # fmt: skip
 
 
-def _read(projection: Projection) -> dict[str, Any]:
+def read_arguments(projection: Projection) -> dict[str, Any]:
     """Arguments by which a kernel reads a projection's weight."""
     found = reader(projection.spec.format)
     assert found is not None, "a model of such experts has no graph execution"

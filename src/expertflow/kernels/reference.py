@@ -1,11 +1,13 @@
 """What the kernels compute, in plain torch.
 
-Every function here has a twin of the same name and signature in `kernels.fetch` or `kernels.experts`. Read these first;
+Every function here has a twin of the same name and signature in `kernels.fetch`, `kernels.experts` or `kernels.prompts.grouped`. Read these first;
 they run without Triton, and tests compare the twins with them. They compute pair by pair, in the dtype of the buffer
 they write to, so that a float64 buffer gives a float64 reference.
 
 Must not know layers and residency, and which side decides.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from expertflow.formats.format import Format
 from expertflow.kernels.ledger import DONE, SRC, TAKEN, Ledger
 from expertflow.kernels.mlp import ACTIVATIONS, CLAMPED_SWIGLU, ExpertMlp, Workspace
+from expertflow.kernels.prompts.pairs import SortedPairs
 
 
 def reads(format_: Format) -> bool:
@@ -33,17 +36,47 @@ def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, wo
         pool: uint8 `[S, record_bytes]`.
         work: buffers for at least T tokens of K experts.
     """
-    top_k = slots.shape[1]
     for token, ranks in enumerate(slots.tolist()):
         for rank, slot in enumerate(ranks):
             if slot >= 0:
-                inner = work.inner[token * top_k + rank]
-                inner.copy_(_up(mlp, hidden[token].to(work.parts.dtype), pool[slot]))
-                work.parts[token, rank] = _down(mlp, inner.to(work.parts.dtype), pool[slot])
+                _run_expert(mlp, hidden, pool[slot], [token * slots.shape[1] + rank], work)
 
 
-def _up(mlp: ExpertMlp, x: Tensor, record: Tensor) -> Tensor:
-    weight = mlp.layout.tensor(record, mlp.up.spec.name).to(x.dtype)
+def group_pairs(
+    mlp: ExpertMlp,
+    hidden: Tensor,
+    pairs: SortedPairs,
+    group: Sequence[tuple[int, int]],
+    pool: Tensor,
+    work: Workspace,
+) -> None:
+    """Run some experts on all their tokens, and keep the results apart: `work.parts[t, k]`, as `expert_pairs` gives them.
+
+    Args:
+        mlp: what a record holds.
+        hidden: token states `[T, H]`, in the dtype of the weights.
+        pairs: the pairs of these tokens.
+        group: experts that have pairs, each with the slot that holds it.
+        pool: uint8 `[S, record_bytes]`.
+        work: buffers for at least T tokens of K experts.
+    """
+    for expert, slot in group:
+        mine = pairs.order[pairs.bounds[expert] : pairs.bounds[expert + 1]]
+        _run_expert(mlp, hidden, pool[slot], mine.tolist(), work)
+
+
+def _run_expert(mlp: ExpertMlp, hidden: Tensor, record: Tensor, pairs: Sequence[int], work: Workspace) -> None:
+    """Run an expert on each of these pairs by itself: a product with several tokens at once would have other bits."""
+    dtype, top_k = work.parts.dtype, work.parts.shape[1]
+    up, down = (mlp.layout.tensor(record, one.spec.name).to(dtype) for one in (mlp.up, mlp.down))
+    for pair in pairs:
+        token, rank = divmod(pair, top_k)
+        inner = work.inner[pair]
+        inner.copy_(_up(mlp, hidden[token].to(dtype), record, up))
+        work.parts[token, rank] = _down(mlp, inner.to(dtype), record, down)
+
+
+def _up(mlp: ExpertMlp, x: Tensor, record: Tensor, weight: Tensor) -> Tensor:
     out = (weight.T if mlp.transposed else weight) @ x
     if mlp.up.bias is not None:
         out = out + mlp.bias(record, mlp.up, mlp.inner).to(x.dtype)
@@ -56,8 +89,7 @@ def _up(mlp: ExpertMlp, x: Tensor, record: Tensor) -> Tensor:
     return ACTIVATIONS[mlp.activation](gate) * up
 
 
-def _down(mlp: ExpertMlp, x: Tensor, record: Tensor) -> Tensor:
-    weight = mlp.layout.tensor(record, mlp.down.spec.name).to(x.dtype)
+def _down(mlp: ExpertMlp, x: Tensor, record: Tensor, weight: Tensor) -> Tensor:
     out = (weight.T if mlp.transposed else weight) @ x
     if mlp.down.bias is not None:
         out = out + mlp.bias(record, mlp.down, mlp.hidden).to(x.dtype)

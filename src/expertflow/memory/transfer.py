@@ -2,7 +2,7 @@
 
 `PlainTransfer` copies at once, on any device. `StreamTransfer` copies on a second CUDA stream. There a slot's events
 order the copy after the last computation that read the slot, and the next computation after the copy. So the next
-experts' copies overlap the current expert's computation. Both have the same four verbs; neither decides anything.
+experts' copies overlap the current expert's computation. Both have the same five verbs; neither decides anything.
 """
 
 from typing import Protocol, runtime_checkable
@@ -22,6 +22,9 @@ class Transfer(Protocol):
 
     def wait(self, slot: int) -> None:
         """Order later computation after the slot's copy."""
+
+    def arrived(self, slot: int) -> bool:
+        """Whether the slot's last copy is over; does not wait."""
 
     def release(self, slot: int) -> None:
         """State that computation queued so far is the last that reads the slot; a copy may follow it."""
@@ -43,6 +46,10 @@ class PlainTransfer:
 
     def wait(self, slot: int) -> None:
         """Do nothing: the copy is done."""
+
+    def arrived(self, slot: int) -> bool:  # noqa: ARG002 - every copy is done at once
+        """Always."""
+        return True
 
     def release(self, slot: int) -> None:
         """Do nothing: a copy is ordered by the stream."""
@@ -83,6 +90,10 @@ class StreamTransfer:
     def wait(self, slot: int) -> None:
         """Order the current stream after the slot's copy."""
         torch.cuda.current_stream(self._device).wait_event(self._loaded[slot])
+
+    def arrived(self, slot: int) -> bool:
+        """Ask the driver; does not wait."""
+        return bool(self._loaded[slot].query())
 
     def release(self, slot: int) -> None:
         """Mark the current stream's position as the last that reads the slot."""

@@ -57,7 +57,7 @@ class Carried:
         distances: int64 `[B, C, N]`, of columns from tokens, for position biases; None: the module's own.
         padding: bool `[T]`, tokens of no sequence, which use no expert; None: there are none.
         observe: called with each layer's routing; None: not called.
-        experts: computes each layer's experts, and the host never gets the routing; None: the host decides.
+        experts: computes each layer's experts, and shows the routing to `observe` if the host gets it; None: the family's own code does.
         dense: computes attention and norms; None: the modules do.
     """
 

@@ -17,6 +17,7 @@ from expertflow.formats.format import TensorSpec
 from expertflow.formats.records import StoreLayout
 from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, attention_windows, layer_kinds
 from expertflow.models.bounds import describing
+from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
 from expertflow.units import format_bytes
 
@@ -169,7 +170,7 @@ def _attention(skeleton: Skeleton, config: Any) -> tuple[tuple[str, ...], tuple[
         CheckpointError: if the config describes layers that the model's own code cannot run.
     """
     name = f"describes attention layers that {config.model_type!r} cannot run"
-    with describing(skeleton.folder / "config.json", name):
+    with describing(described_by(skeleton.folder), name):
         unplanned = tuple(sorted(set(layer_kinds(config)) - KEYS_AND_VALUES))
         known = skeleton.family is not None and not unplanned
         return unplanned, attention_windows(skeleton.model, config) if known else ()

@@ -28,7 +28,9 @@ from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
 from expertflow.models.bounds import check_config, describing
 from expertflow.models.experts import is_registry_experts, offload
 from expertflow.models.families import FAMILIES, REFUSED, Family
-from expertflow.models.files.checkpoint import StoredTensor, read_json, walk
+from expertflow.models.files.checkpoint import StoredTensor, read_json
+from expertflow.models.gguf.header import is_gguf
+from expertflow.models.places import described_by, raw_config, walk
 from expertflow.models.refusals import LISTED, no_experts, not_text, refuse_quantised
 from expertflow.models.switch import SwitchExperts, mark_switch_experts, swapped_switch_experts
 
@@ -41,7 +43,7 @@ class Skeleton:
     """A model without weights.
 
     Attributes:
-        folder: the checkpoint folder.
+        folder: the checkpoint folder, or a GGUF file.
         config: its parsed config; of the text part, where the folder's config holds one that runs by itself.
         model_class: the transformers class, with experts that hold no parameters.
         model: an instance on the meta device.
@@ -92,7 +94,7 @@ def build_skeleton(folder: Path, dtype: str, formats: Formats = FORMATS) -> Skel
     """Read the config, build the model on the meta device, find and empty its experts.
 
     Args:
-        folder: checkpoint folder.
+        folder: checkpoint folder, or a GGUF file.
         dtype: dtype to run in, or `auto` for the one the config states (if it states none, that of most experts).
         formats: how weights may be stored.
 
@@ -106,7 +108,7 @@ def build_skeleton(folder: Path, dtype: str, formats: Formats = FORMATS) -> Skel
     config, notes = _text_part(whole, base_class)
     packed = _packed_formats(folder, (whole, config), formats)
     model_class = _emptied_class(base_class)
-    with describing(folder / "config.json", "describes no model that can be built"), torch.device("meta"):
+    with describing(described_by(folder), "describes no model that can be built"), torch.device("meta"):
         model = model_class(config)
     found = {path: module for path, module in model.named_modules() if _is_experts(module)}
     if not found:
@@ -142,7 +144,7 @@ def _check_layers(folder: Path, config: PreTrainedConfig) -> None:
         CheckpointError: if the config describes layers that the model's own code cannot run.
         UnsupportedModelError: if no layer is one of attention.
     """
-    with describing(folder / "config.json", f"describes attention layers that {config.model_type!r} cannot run"):
+    with describing(described_by(folder), f"describes attention layers that {config.model_type!r} cannot run"):
         kinds = set() if config.is_encoder_decoder else set(layer_kinds(config.get_text_config(decoder=True)))
     if kinds and kinds <= STATE_ONLY | EMPTY:
         raise UnsupportedModelError(
@@ -163,7 +165,7 @@ def _experts_alike(
     counts, top_k = {int(module.num_experts) for module in modules}, _top_k(config)  # type: ignore[arg-type]
     if not 1 <= top_k <= max(counts):
         raise CheckpointError(
-            f"{folder / 'config.json'} routes a token to {top_k} of {max(counts)} experts", "Fetch the config again."
+            f"{described_by(folder)} routes a token to {top_k} of {max(counts)} experts", "Fetch the config again."
         )
     shapes = {(_shapes(module), bool(getattr(module, "is_transposed", False))) for module in modules}
     if len(shapes) != 1 or len(counts) != 1:
@@ -176,10 +178,12 @@ def _experts_alike(
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
-    raw = read_json(folder / "config.json")
-    check_config(folder / "config.json", raw)
+    raw = raw_config(folder)
+    check_config(described_by(folder), raw)
     try:
-        with describing(folder / "config.json", "cannot be used"):
+        with describing(described_by(folder), "cannot be used"):
+            if is_gguf(folder):
+                return AutoConfig.for_model(**raw)
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except CheckpointError as error:
         if "auto_map" in raw:

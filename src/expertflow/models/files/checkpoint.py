@@ -51,10 +51,10 @@ class StoredTensor:
 
 
 def resolve(model: str | Path, *, fetch: bool = True) -> Path:
-    """The checkpoint folder for a path, or for a Hugging Face id.
+    """The checkpoint folder or GGUF file for a path, or the folder for a Hugging Face id.
 
     Args:
-        model: folder or id.
+        model: folder, GGUF file, or id.
         fetch: whether an id that is not in the local cache may be fetched into it.
 
     Raises:
@@ -64,11 +64,14 @@ def resolve(model: str | Path, *, fetch: bool = True) -> Path:
     folder = Path(model)
     if os.path.exists(folder):  # noqa: PTH110 - pathlib raises for names that are too long
         refuse_foreign(folder)
-    if outside.is_folder(folder):
+    if outside.is_folder(folder) or outside.is_file(folder):  # a GGUF file, as others were refused
         return folder
     name = str(model)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name!r} is not a folder", "Give a checkpoint folder or a Hugging Face id.")
+        raise CheckpointError(
+            f"{name!r} is not a folder, and no GGUF file",
+            "Give a checkpoint folder, a GGUF file, or a Hugging Face id.",
+        )
     try:
         fetched = Path(
             snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, local_files_only=not fetch)
@@ -95,27 +98,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = outside.read_json(path, most, finite=False)
     except FileNotFoundError as error:
-        remedy = "Fetch the checkpoint again; a repository of GGUF files or of an adapter is none."
+        remedy = "Fetch the checkpoint again. Of a repository of GGUF files, fetch one file and give its path."
         raise CheckpointError(f"{path} is missing", remedy) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "Fetch the checkpoint again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object", "Fetch the checkpoint again.")
     return value
-
-
-def context_of(folder: Path) -> int | None:
-    """The longest sequence the config allows, or None if it sets no bound.
-
-    Raises:
-        CheckpointError: if the config cannot be read.
-    """
-    config = read_json(folder / "config.json")
-    text = config.get("text_config")  # of a model that reads other things too
-    length = config.get(
-        "max_position_embeddings", text.get("max_position_embeddings") if isinstance(text, dict) else None
-    )
-    return length if isinstance(length, int) else None
 
 
 def walk(folder: Path) -> dict[str, StoredTensor]:

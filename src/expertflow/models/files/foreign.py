@@ -1,4 +1,4 @@
-"""Places that hold no model in transformers' format: what they hold, and how to make one of it.
+"""Places that hold no model that can be read: what they hold, and how to make one of it.
 
 Looks at names of files only. Must not import torch, so that a command can refuse such a place at once.
 """
@@ -11,22 +11,20 @@ ADAPTER_NAME = "adapter_config.json"
 
 
 def refuse_foreign(place: Path) -> None:
-    """Refuse a place that holds something else than a model in transformers' format.
+    """Refuse a place that holds something else than a model in transformers' format or a GGUF file.
 
     Args:
-        place: a file, or a folder; a folder with a config.json is left to later checks.
+        place: a file, or a folder; a GGUF file and a folder with a config.json are left to later checks.
 
     Raises:
-        CheckpointError: for a file, an adapter, or a folder of GGUF files.
+        CheckpointError: for another file, an adapter, or a folder of GGUF files.
     """
     if place.is_file():
-        raise (
-            _gguf(place)
-            if place.suffix == ".gguf"
-            else CheckpointError(
-                f"{place} is a file, and a checkpoint is a folder",
-                "Give the folder that holds config.json and the weights.",
-            )
+        if place.suffix.lower() == ".gguf":
+            return
+        raise CheckpointError(
+            f"{place} is a file, and a checkpoint is a folder or a GGUF file",
+            "Give the folder that holds config.json and the weights, or a file that ends with .gguf.",
         )
     folder = place
     if (folder / "config.json").is_file():
@@ -42,14 +40,9 @@ def refuse_foreign(place: Path) -> None:
             ),
         )
     if files := sorted(folder.glob("*.gguf")):
-        raise _gguf(files[0])
-
-
-def _gguf(file: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{file} is a GGUF file, and only safetensors checkpoints in transformers' format run",
-        "Give the checkpoint it was made from, which the GGUF model's page names, in bfloat16.",
-    )
+        raise CheckpointError(
+            f"{folder} holds GGUF files and no config.json", f"Give the path of one of them, such as {files[0]}."
+        )
 
 
 def lines(*code: str) -> str:

@@ -67,6 +67,10 @@ class ContentHash:
             whole.update(f"{key} {tensors[key].dtype} {tensors[key].shape}\n".encode())
         for place in sorted(self._digests):
             whole.update(f"{place[0]} {place[1]} ".encode() + self._digests[place])
+        if folder.is_file():  # its header holds what config.json does
+            begin = min((t.start for t in tensors.values() if t.file == folder), default=folder.stat().st_size)
+            header = StoredTensor(key="header", file=folder, dtype="U8", shape=(begin,), start=0, nbytes=begin)
+            whole.update(hashlib.sha256(b"".join(chunks_of(header))).digest())
         for path in setting_files(folder):
             try:
                 content = hashlib.sha256(path.read_bytes()).digest()
@@ -74,7 +78,7 @@ class ContentHash:
                 raise CheckpointError(
                     f"{path} cannot be read: {error}", "Check the file and its permissions."
                 ) from error
-            whole.update(f"{path.relative_to(folder)} ".encode() + content)
+            whole.update(f"{path.relative_to(beside(folder))} ".encode() + content)
         return whole.hexdigest()
 
 
@@ -100,8 +104,13 @@ def spans_of(tensors: Mapping[str, StoredTensor]) -> list[Span]:
 
 
 def setting_files(folder: Path) -> list[Path]:
-    """The files beside the weights that answers depend on, by name."""
-    return sorted({path for pattern in SETTING_FILES for path in folder.glob(pattern) if path.is_file()})
+    """The files beside the weights that answers depend on, by name; of a folder, or beside a GGUF file."""
+    return sorted({path for pattern in SETTING_FILES for path in beside(folder).glob(pattern) if path.is_file()})
+
+
+def beside(place: Path) -> Path:
+    """The folder where a model's setting files are: the checkpoint folder, or the one that a GGUF file is in."""
+    return place.parent if place.is_file() else place
 
 
 def stamps(tensors: Mapping[str, StoredTensor], folder: Path) -> tuple[tuple[str | int, ...], ...]:
@@ -111,7 +120,8 @@ def stamps(tensors: Mapping[str, StoredTensor], folder: Path) -> tuple[tuple[str
         CheckpointError: if a file is gone.
     """
     try:
-        found = {path: path.stat() for path in (*setting_files(folder), *{t.file for t in tensors.values()})}
+        weights = {t.file for t in tensors.values()} | ({folder} if folder.is_file() else set())
+        found = {path: path.stat() for path in (*setting_files(folder), *weights)}
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error}", "Check the file.") from error
     # the time of the last change to the file's entry (ctime) cannot be set back, unlike that of its content

@@ -53,15 +53,17 @@ class PackedTensor:
         if shape is not None and self.spec.shape != shape:
             raise CheckpointError(f"{self.key!r} is {list(self.spec.shape)}, the config says {list(shape)}", _DISAGREE)
         for part in self.spec.parts:
-            if part.name not in self.parts:
+            name = part.source or part.name
+            if name not in self.parts:
                 if part.optional:
                     continue
                 raise CheckpointError(
-                    f"{self.key!r} is stored as {self.spec.format.name} and lacks its {part.name}",
+                    f"{self.key!r} is stored as {self.spec.format.name} and lacks its {name}",
                     "Fetch the checkpoint again.",
                 )
-            check_shape(self.parts[part.name], part.stored)
-            check_part_dtype(self.parts[part.name], self.spec.format, part)
+            check_shape(self.parts[name], part.stored)
+            if not part.source:
+                check_part_dtype(self.parts[name], self.spec.format, part)
 
     def decode(self, read: Callable[[StoredTensor], Tensor]) -> Tensor:
         """Its numbers.
@@ -74,9 +76,10 @@ class PackedTensor:
         """
         parts = {}
         for part in self.spec.parts:
-            if part.name not in self.parts:
+            name = part.source or part.name
+            if name not in self.parts:
                 continue  # an optional one: `check` saw it
-            source = self.parts[part.name]
+            source = self.parts[name]
             parts[part.name] = pack_part(self.spec, part, source, read(source).view(part.stored)).view(part.shape)
         return self.spec.format.decode(self.spec, parts)
 

@@ -1,4 +1,4 @@
-"""Weights from a checkpoint folder: the dense part into a transformers model, experts straight into host records.
+"""Weights from a checkpoint folder or a GGUF file: the dense part into a transformers model, experts straight into host records.
 
 Expert tensors are read from the file into their place in the record, by several threads, without a memory map and
 without a second copy. Dense tensors are handed to transformers by key, so that it looks for no file by itself.
@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,17 @@ from transformers.utils import logging as transformers_logging
 
 from expertflow.errors import CheckpointError, UnreadWarning
 from expertflow.formats.dtypes import BY_STORED_NAME
+from expertflow.formats.format import Part
+from expertflow.formats.plain import PLAIN
 from expertflow.formats.records import ExpertStore
 from expertflow.models.bounds import check_config, describing
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Binding, ExpertProvider
 from expertflow.models.files.checkpoint import StoredTensor, read_json
 from expertflow.models.files.identity import ContentHash, Span, in_threads
+from expertflow.models.gguf.header import is_gguf
+from expertflow.models.gguf.view import GgufStored
+from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
 from expertflow.models.weights.dense import DecodedOnRead, PackedTensor, pack_part
 from expertflow.models.weights.mapping import ExpertPiece
@@ -78,7 +84,7 @@ def load_dense(
     if unread := sorted(report["unexpected_keys"]):
         named = ", ".join(unread[:_NAMED]) + (", ..." if len(unread) > _NAMED else "")
         warnings.warn(
-            f"the model that {skeleton.folder / 'config.json'} describes has no place for {len(unread)} of the checkpoint's "
+            f"the model that {described_by(skeleton.folder)} describes has no place for {len(unread)} of the checkpoint's "
             f"tensors, which are not used: {named}",
             UnreadWarning,
             stacklevel=2,
@@ -94,10 +100,13 @@ def _dense_state(
     files: ExitStack, dense: Mapping[str, StoredTensor], packed: Mapping[str, PackedTensor]
 ) -> dict[str, Any]:
     """What transformers reads in place of files: slices of them, and packed tensors that are decoded when they are read."""
-    paths = {tensor.file for tensor in dense.values()}
+    paths = {tensor.file for tensor in dense.values() if not isinstance(tensor, GgufStored)}
     opened = {path: files.enter_context(safe_open(path, framework="pt")) for path in paths}
     # threads of transformers read them: each its own slice, since a file cannot be asked by two at once
-    slices: dict[str, Any] = {key: opened[tensor.file].get_slice(key) for key, tensor in dense.items()}
+    slices: dict[str, Any] = {
+        key: tensor.read() if isinstance(tensor, GgufStored) else opened[tensor.file].get_slice(key)
+        for key, tensor in dense.items()
+    }
 
     def read(tensor: StoredTensor) -> Tensor:
         whole: Tensor = slices[tensor.key][...]
@@ -111,6 +120,9 @@ def _dense_state(
 def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
     """The folder's generation config, or the part of the config that speaks of generation, as transformers has it."""
     model.name_or_path = model.config.name_or_path = str(folder)
+    if is_gguf(folder):
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        return
     path, known = folder / "generation_config.json", {}
     if path.is_file():
         check_config(path, read_json(path))
@@ -153,16 +165,30 @@ def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: C
 def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash) -> None:
     source, part, spec = piece.source, piece.part, piece.spec
     stored = getattr(torch, BY_STORED_NAME[source.dtype])
-    target = records.layout.layers[piece.layer].part(records.record(piece.record), spec.name, part.name).view(-1)
-    target = target[piece.begin : piece.begin + piece.count]
-    direct = target.dtype == stored and part.name not in spec.format.repacked
+    target = _target(records, piece, part)
+    also = [other for other in spec.parts if other.source == part.name]
+    exact = target.dtype == stored and target.is_contiguous()
+    direct = exact and part.name not in spec.format.repacked and not also
     landing = target if direct else torch.empty(piece.nbytes // stored.itemsize, dtype=stored)
     read = landing.view(torch.uint8)
     _read_into(descriptor, read, source, piece.offset)
     content.take(piece.span, [memoryview(read.numpy().data)])
     if not direct:
         one = spec.one if piece.joined else spec
-        target.copy_(pack_part(one, part, source, landing.view(piece.stored)))
+        for each in (part, *also):
+            _target(records, piece, each).copy_(pack_part(one, each, source, landing.view(piece.stored)))
+
+
+def _target(records: ExpertStore, piece: ExpertPiece, part: Part) -> Tensor:
+    """Where a piece goes within a part of its record: that of the piece, or one that its checkpoint tensor holds as well."""
+    spec = piece.spec
+    whole = records.layout.layers[piece.layer].part(records.record(piece.record), spec.name, part.name).view(-1)
+    if spec.format is PLAIN and spec.interleaved:  # biases, which kernels read in the module's order
+        return whole.view(-1, spec.joined)[:, piece.begin // piece.count]
+    begin, end = (
+        place * whole.numel() // max(prod(piece.part.shape), 1) for place in (piece.begin, piece.begin + piece.count)
+    )
+    return whole[begin:end]
 
 
 def _read_into(descriptor: int, target: Tensor, source: StoredTensor, offset: int) -> None:

@@ -26,6 +26,8 @@ from expertflow.formats.format import Format, Part, TensorSpec
 from expertflow.formats.plain import PLAIN
 from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.files.identity import Span
+from expertflow.models.gguf.header import is_gguf
+from expertflow.models.gguf.view import joined
 from expertflow.models.refusals import converted_experts, lost_experts
 from expertflow.models.skeleton import Skeleton
 from expertflow.models.weights.dense import PackedTensor, check_part_dtype, check_shape, find_packed, format_of
@@ -112,7 +114,7 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
             spec = _packed_spec(skeleton, plain_spec, stored)
             specs.append(spec)
             check_parts(spec, f"{plain_spec.name} of {module}", stored.parts.keys())
-            for part in spec.parts:
+            for part in (part for part in spec.parts if not part.source):
                 pieces += _pieces(skeleton, layer, spec, part, stored.parts.get(part.name, {}))
         layers.append(tuple(specs))
     for piece in pieces:
@@ -123,11 +125,11 @@ def map_experts(skeleton: Skeleton, tensors: Mapping[str, StoredTensor], *, conv
 
 def _packed_spec(skeleton: Skeleton, spec: TensorSpec, found: "_Found") -> TensorSpec:
     """A tensor of an expert as the checkpoint stores it."""
-    if found.format is PLAIN:
-        return spec
     joined = max(len({place for _, place in stored}) for stored in found.parts.values())
     module = skeleton.model.get_submodule(skeleton.expert_modules[0])
     interleaved = joined > 1 and not getattr(module, "is_concatenated", True)
+    if found.format is PLAIN and not interleaved:  # joined plain numbers are one after another, as in the module
+        return spec
     types = {
         part: Counter(tensor.dtype for tensor in stored.values()).most_common(1)[0][0]
         for part, stored in found.parts.items()
@@ -224,7 +226,7 @@ def _collect(skeleton: Skeleton, tensors: Mapping[str, StoredTensor]) -> dict[tu
                     "All experts of a layer must be stored alike: fetch the checkpoint again.",
                 )
             stored = entry.parts.setdefault(part, {})
-            same = next((place for place in stored if place == where or -1 in (place[0], where[0])), None)
+            same = next((place for place in stored if place == where or (place[0] < 0) != (where[0] < 0)), None)
             if same is not None:
                 raise CheckpointError(
                     f"{stored[same].key!r} and {key!r} are both {name} of {module}",
@@ -245,7 +247,11 @@ def _resolve(skeleton: Skeleton, keys: Iterable[str]) -> Iterable[tuple[str, str
     transforms = get_model_conversion_mapping(skeleton.model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    from_gguf = is_gguf(skeleton.folder)
     for key in keys:
+        if from_gguf and (one := joined(key)) is not None:
+            yield key, one[0], one[1], (-1, one[2])
+            continue
         # keys of a bare base model lack its prefix: let transformers add it, as when it loads
         renamed, pattern = rename_source_key(key, renamings, converters)
         module, _, name = renamed.rpartition(".")
@@ -278,25 +284,26 @@ def _pieces(skeleton: Skeleton, layer: int, spec: TensorSpec, part: Part, stored
     pieces, total, places = [], prod(part.shape), len({place for _, place in stored})
     for expert in range(skeleton.experts):
         record = layer * skeleton.experts + expert
-        if (-1, 0) in stored:
-            whole = stored[-1, 0]
-            check_shape(whole, (skeleton.experts, *part.stored))
-            size = whole.nbytes // skeleton.experts
-            found = [(whole, part.stored, expert * size, size)]
+        if stacked := [stored[place] for place in sorted(stored) if place[0] < 0]:
+            each = _stored_shape(part, len(stacked)) or part.stored
+            for whole in stacked:
+                check_shape(whole, (skeleton.experts, *each))
+            size = stacked[0].nbytes // skeleton.experts
+            found = [(whole, each, expert * size, size) for whole in stacked]
         else:
-            joined = [stored[place] for place in sorted(stored) if place[0] == expert]
-            wanted = _stored_shape(part, len(joined))
-            if len(joined) < places or wanted is None or any(len(one.shape or (1,)) != len(wanted) for one in joined):
-                have = [f"{one.key} {list(one.shape)}" for one in joined]
+            apart = [stored[place] for place in sorted(stored) if place[0] == expert]
+            wanted = _stored_shape(part, len(apart))
+            if len(apart) < places or wanted is None or any(len(one.shape or (1,)) != len(wanted) for one in apart):
+                have = [f"{one.key} {list(one.shape)}" for one in apart]
                 name = spec.name if spec.format is PLAIN else f"the part {part.name!r} of {spec.name}"
                 raise CheckpointError(
                     f"{name} of expert {expert} in {skeleton.expert_modules[layer]} should be {list(part.stored)}, the "
                     f"checkpoint has {have or 'nothing'}",
                     "Checkpoint and config.json disagree: fetch both again.",
                 )
-            for one in joined:
+            for one in apart:
                 check_shape(one, wanted)
-            found = [(one, wanted, 0, one.nbytes) for one in joined]
+            found = [(one, wanted, 0, one.nbytes) for one in apart]
         share = total // len(found)
         pieces += [
             ExpertPiece(

@@ -12,14 +12,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from expertflow.errors import ClosedError, ConfigError
 from expertflow.formats.format import TensorSpec
 from expertflow.formats.records import ExpertStore, RecordLayout, StoreLayout
-from expertflow.models.files.checkpoint import StoredTensor, walk
+from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.files.fingerprint import fingerprint
 from expertflow.models.files.identity import ContentHash, spans_of, stamps
+from expertflow.models.gguf.header import is_gguf
+from expertflow.models.places import walk
 from expertflow.models.skeleton import Skeleton
 from expertflow.models.weights.dense import PackedTensor
 from expertflow.models.weights.load import fill_records, load_dense
@@ -28,6 +31,8 @@ from expertflow.progress import Progress
 
 _LONG_TO_LOAD = 1 << 30
 """Bytes of experts from which loading shows its progress: less takes a second or two."""
+_STACKED = 3
+"""Dimensions of a stack of experts' weights."""
 _STD = 0.02
 """Standard deviation of random weights."""
 
@@ -124,12 +129,13 @@ class WeightsSource(Protocol):
 
 
 class FileWeights:
-    """The checkpoint folder's files. Experts are read straight into their records."""
+    """The checkpoint folder's files, or a GGUF file. Experts are read straight into their records."""
 
     shared = False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
-        """Walk the folder's shards. See `WeightsSource`."""
+        """Walk the headers of all files. See `WeightsSource`. Types of plain numbers in GGUF files are those of no run."""
+        convert = convert or is_gguf(skeleton.folder)
         tensors = needed(skeleton, walk(skeleton.folder))
         found = map_experts(skeleton, tensors, convert=convert)
         experts = {piece.source.key for piece in found.pieces}
@@ -264,7 +270,16 @@ class RandomWeights:
         return False
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:  # noqa: ARG002 - the protocol's
-        """Locate nothing, because no file is read. Where the config says so, experts are packed; the dense part is plain."""
+        """Locate nothing, because no file is read. Where the config says so, experts are packed; the dense part is plain.
+
+        Raises:
+            ConfigError: for a GGUF file, which has weights of its own.
+        """
+        if is_gguf(skeleton.folder):
+            raise ConfigError(
+                f"random weights were asked for, and {skeleton.folder} is a GGUF file",
+                "Give a folder with a config.json, or leave them out.",
+            )
         mark = self.fingerprint or hashlib.sha256(self._name(skeleton.folder).encode()).hexdigest()[:16]
         specs = tuple(self._stored(skeleton, spec) for spec in skeleton.specs)
         return Located(skeleton=skeleton, fingerprint=mark, layers=(specs,) * len(skeleton.expert_modules))
@@ -297,6 +312,7 @@ class RandomWeights:
         try:
             with (
                 torch.device(device),
+                _ExpertsNowhere(skeleton.experts),
                 torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []),
             ):
                 model: Any = skeleton.model_class(skeleton.config)
@@ -332,6 +348,23 @@ class RandomWeights:
                 store.record(number).copy_(drawn.view(torch.uint8))
                 bar.advance(size)
         return store, self.identity(located)
+
+
+class _ExpertsNowhere(TorchFunctionMode):
+    """Makes stacks of experts on the meta device while a model is built: it drops them, and all of them may be more than a device has."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self._experts = experts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        del types
+        kwargs = kwargs or {}
+        shape = args[0] if args and isinstance(args[0], tuple) else args
+        if func in {torch.empty, torch.zeros, torch.ones} and len(shape) == _STACKED and shape[0] == self._experts:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def _draw(layout: RecordLayout, record: Tensor, random: torch.Generator) -> None:

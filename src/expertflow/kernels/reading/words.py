@@ -6,8 +6,9 @@ instructions, for codes and scales that give bfloat16 numbers by bfloat16 arithm
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_warps
 
-from expertflow.kernels.tiles import INTERPRETED, add_product, load_tokens, multiply_tiles, rounded
+from expertflow.kernels.reading.tiles import INTERPRETED, add_product, load_tokens, multiply_tiles, rounded
 
 STEP = tl.constexpr(128)
 """Inputs whose scales lie side by side, as in `formats.words`."""
@@ -163,45 +164,88 @@ fma.rn.bf16x2 $3, t, $5, z;
 """Eight codes of a word less 128 plus a zero point (`$6`), times a scale: `0x4300 | q` is 128 + q in bfloat16, and the difference is exact."""
 
 
-@triton.jit
-def _split(pairs):
-    """The two bfloat16 numbers that each int32 holds."""
-    return (pairs & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True), (pairs >> 16).to(tl.int16).to(
-        tl.bfloat16, bitcast=True
-    )
+_INT4_F16 = tl.constexpr("""{
+.reg .b32 t, m, b;
+mov.b32 m, 0x000F000F;
+mov.b32 b, 0x64006400;
+lop3.b32 t, $4, m, b, 0xEA;
+sub.rn.f16x2 t, t, $6;
+mul.rn.f16x2 $0, t, $5;
+shr.b32 t, $4, 4;
+lop3.b32 t, t, m, b, 0xEA;
+sub.rn.f16x2 t, t, $6;
+mul.rn.f16x2 $1, t, $5;
+shr.b32 t, $4, 8;
+lop3.b32 t, t, m, b, 0xEA;
+sub.rn.f16x2 t, t, $6;
+mul.rn.f16x2 $2, t, $5;
+shr.b32 t, $4, 12;
+lop3.b32 t, t, m, b, 0xEA;
+sub.rn.f16x2 t, t, $6;
+mul.rn.f16x2 $3, t, $5;
+}""")
+"""The same in float16, where `0x6400 | q` is 1024 + q."""
+
+
+@triton.constexpr_function
+def by_halves(about, dtype):
+    """Whether numbers of two bytes are made by arithmetic of two bytes, two an instruction: that gives the library's bits.
+
+    Args:
+        about: the format's constants.
+        dtype: of the model, as torch names it.
+    """
+    code_map, group, scaling, scale_dtype = about[:4]
+    if code_map == "e2m1":
+        return dtype == "bfloat16" and scaling == "e8m0" and group == 32
+    return dtype in ("bfloat16", "float16") and scale_dtype == dtype and (group in (32, 64) or group % 128 == 0)
+
+
+@triton.constexpr_function
+def _warps(rows, warps):
+    """Warps among which the rows of a tile are divided, sixteen each."""
+    return min(warps, rows // 16)
+
+
+@triton.constexpr_function
+def _name(dtype):
+    """A number type as torch names it."""
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(str(dtype), str(dtype))
 
 
 @triton.jit
-def _unfold(one, two, three, four):
+def _split(pairs, dtype: tl.constexpr):
+    """The two numbers that each int32 holds."""
+    lower, upper = (pairs & 0xFFFF).to(tl.int16), (pairs >> 16).to(tl.int16)
+    return lower.to(dtype, bitcast=True), upper.to(dtype, bitcast=True)
+
+
+@triton.jit
+def _unfold(one, two, three, four, dtype: tl.constexpr):
     """Four times two numbers of each word `[R, W]` as a tile `[R, 8 W]`.
 
     Rows come as `_by_threads` orders them, and words by threads. In both orders a thread has decoded just what a tensor core takes from
     it, so that the tile stays in its registers.
     """
-    a0, a1 = _split(one)
-    b0, b1 = _split(two)
-    c0, c1 = _split(three)
-    d0, d1 = _split(four)
+    a0, a1 = _split(one, dtype)
+    b0, b1 = _split(two, dtype)
+    c0, c1 = _split(three, dtype)
+    d0, d1 = _split(four, dtype)
     even = tl.join(tl.join(a0, c0), tl.join(b0, d0))
     odd = tl.join(tl.join(a1, c1), tl.join(b1, d1))
     rows: tl.constexpr = one.shape[0]
     words: tl.constexpr = one.shape[1] // 4
-    tile = tl.reshape(tl.join(even, odd), [rows // 64, 2, 4, 8, 4, words, 2, 2, 2])
+    warps: tl.constexpr = _warps(rows, num_warps())
+    tile = tl.reshape(tl.join(even, odd), [rows // (16 * warps), 2, warps, 8, 4, words, 2, 2, 2])
     return tl.reshape(tl.permute(tile, (0, 2, 1, 3, 5, 6, 7, 4, 8)), [rows, words * 32])
 
 
 @triton.jit
 def _by_threads(outs):
     """Outputs `[R]` in the order in which `_unfold` takes their rows."""
-    return tl.reshape(tl.permute(tl.reshape(outs, [outs.shape[0] // 64, 4, 2, 8]), (0, 2, 1, 3)), [outs.shape[0]])
-
-
-@triton.constexpr_function
-def two_by_two(code_map, group, scaling, scale_dtype, rows, block_k):
-    """Whether bfloat16 arithmetic gives the numbers of a format, and a tile of `rows` outputs and `block_k` inputs has its threads' order."""
-    powers = scaling == "e8m0" and code_map == "e2m1" and group == 32
-    numbers = scaling == "number" and code_map == "int4" and scale_dtype == "bfloat16" and group % 128 == 0
-    return (powers or numbers) and block_k == 128 and rows % 64 == 0
+    rows: tl.constexpr = outs.shape[0]
+    warps: tl.constexpr = _warps(rows, num_warps())
+    return tl.reshape(tl.permute(tl.reshape(outs, [rows // (16 * warps), warps, 2, 8]), (0, 2, 1, 3)), [rows])
 
 
 @triton.jit
@@ -210,12 +254,8 @@ def multiply_words(
     transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     """As `multiply_tiles`, with the bits of `load_words`: by bfloat16 arithmetic where that gives them."""
-    halves: tl.constexpr = (
-        record.dtype.element_ty == tl.bfloat16
-        and not INTERPRETED
-        and two_by_two(about[0], about[1], about[2], about[3], outs.shape[0], block_k)
-    )
-    if halves:
+    fitting: tl.constexpr = not INTERPRETED and block_k == STEP and outs.shape[0] % 64 == 0
+    if fitting and by_halves(about, _name(record.dtype.element_ty)):
         acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)
     else:
         acc = multiply_tiles(inputs, valid, record, load, at, about, outs, n, k, transposed, exact, block_k)
@@ -226,11 +266,10 @@ def multiply_words(
 def _multiply_halves(
     inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
 ):  # fmt: skip
-    powers: tl.constexpr = about[2] == "e8m0"
-    zeros: tl.constexpr = about[4]
     joined: tl.constexpr = about[5]
     one: tl.constexpr = n // joined
     steps: tl.constexpr = (k + STEP - 1) // STEP
+    dtype: tl.constexpr = record.dtype.element_ty
     mine = _by_threads(outs)
     inside = mine < n
     mine = in_record(mine, n, joined, about[6])
@@ -240,13 +279,13 @@ def _multiply_halves(
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
     for begin in range(0, k // STEP * STEP, STEP):
         tokens = load_tokens(inputs, valid, begin, k, STEP)
-        tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, at, powers, zeros, exact, 4)
+        tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, at, about, exact, 4, dtype)
         acc = add_product(acc, tile, tokens)
     if k % STEP != 0:
         last: tl.constexpr = k // STEP * STEP
         tokens = load_tokens(inputs, valid, last, k, STEP)
         tile = _tile(
-            start, words + last // 8, row + last // STEP * one, inside, at, powers, zeros, exact, k % STEP // 32
+            start, words + last // 8, row + last // STEP * one, inside, at, about, exact, k % STEP // 32, dtype
         )
         acc = add_product(acc, tile, tokens)
     return acc
@@ -254,43 +293,67 @@ def _multiply_halves(
 
 @triton.jit
 def _tile(
-    start, words, place, inside, at: tl.constexpr, powers: tl.constexpr, zeros: tl.constexpr, exact: tl.constexpr,
-    wide: tl.constexpr,
+    start, words, place, inside, at: tl.constexpr, about: tl.constexpr, exact: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The tile `[R, 128]` of a step: `words` are pointers `[R]` to its first words, `place` `[R]` is where its scales are.
 
-    The step has `wide` words for each thread, the tile four: what is missing is 0.
+    The step has `wide` words for each thread, the tile four; the tokens are 0 where one is missing.
     """
     i = tl.arange(0, 16)
-    where = words[:, None] + (i // 4 * wide + i % 4)[None, :]
     if exact and wide == 4:
         word = tl.load(words[:, None] + i[None, :])
     else:
+        where = words[:, None] + (i // 4 * wide + i % 4)[None, :]
         word = tl.load(where, mask=inside[:, None] & (i % 4 < wide)[None, :], other=0)
-    if powers:
-        four = _scales((start + at[1]).to(tl.pointer_type(tl.int32), bitcast=True) + place, inside, exact)
-        scale = (four[:, None] >> (i % 4 * 8)[None, :]) & 255
+    if about[2] == "e8m0":
+        scale = _field(start + at[1], place, inside, i % 4, 1, 4, exact)
         scale = tl.where(scale == 0, 0x00400040, scale * 0x00800080)
         a, b, c, d = tl.inline_asm_elementwise(
             _E2M1, "=&r,=&r,=&r,=&r,r,r", [word, scale], dtype=(tl.int32,) * 4, is_pure=True, pack=1
         )
     else:
-        scale = _scales((start + at[1]).to(tl.pointer_type(tl.int16), bitcast=True) + place, inside, exact).to(tl.int32)
-        scale = ((scale & 0xFFFF) | (scale << 16))[:, None]
-        if zeros:
-            zero = _scales(start + at[2] + place, inside, exact).to(tl.int32)
+        per: tl.constexpr = STEP // about[1] if about[1] < STEP else 1
+        scale = _field(start + at[1], place, inside, i % 4 * per // 4, 2, per, exact)
+        scale = scale | (scale << 16)
+        if about[4]:
+            zero = _field(start + at[2], place, inside, i % 4 * per // 4, 1, per, exact)
         else:
-            zero = tl.full(place.shape, 8, tl.int32)
-        zero = ((zero | 0x4300) | ((zero | 0x4300) << 16))[:, None]  # 128 + zero, in bfloat16
-        if not zeros and not (exact and wide == 4):
-            word = tl.where(inside[:, None] & (i % 4 < wide)[None, :], word, -2004318072)  # eight times 8
-        a, b, c, d = tl.inline_asm_elementwise(
-            _INT4, "=&r,=&r,=&r,=&r,r,r,r", [word, scale, zero], dtype=(tl.int32,) * 4, is_pure=True, pack=1
-        )
-    return _unfold(a, b, c, d)
+            zero = tl.full([place.shape[0], 1], 8, tl.int32)
+        if dtype == tl.bfloat16:
+            zero = (zero | 0x4300) | ((zero | 0x4300) << 16)  # 128 + zero
+            a, b, c, d = tl.inline_asm_elementwise(
+                _INT4, "=&r,=&r,=&r,=&r,r,r,r", [word, scale, zero], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+            )
+        else:
+            zero = (zero | 0x6400) | ((zero | 0x6400) << 16)  # 1024 + zero
+            a, b, c, d = tl.inline_asm_elementwise(
+                _INT4_F16, "=&r,=&r,=&r,=&r,r,r,r", [word, scale, zero], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+            )
+    return _unfold(a, b, c, d, dtype)
 
 
 @triton.jit
-def _scales(pointers, inside, exact: tl.constexpr):
-    """What lies by steps, `[R]`; 0 outside."""
+def _field(start, place, inside, which, size: tl.constexpr, per: tl.constexpr, exact: tl.constexpr):
+    """Number `which` `[W]` of the `per` numbers of `size` bytes that a record has at `place` `[R]`: int32 `[R, W]`.
+
+    It is read as part of four bytes, because copies of fewer cannot be in flight while others are computed with.
+    """
+    words = start.to(tl.pointer_type(tl.int32), bitcast=True)
+    bits: tl.constexpr = 8 * size
+    each: tl.constexpr = per * size
+    if each == 8:
+        first, second = _load(words + place * 2, inside, exact), _load(words + place * 2 + 1, inside, exact)
+        found = tl.where((which < 2)[None, :], first[:, None], second[:, None]) >> (which % 2 * bits)[None, :]
+    elif each == 4:
+        found = _load(words + place, inside, exact)[:, None] >> (which * bits)[None, :]
+    else:
+        around: tl.constexpr = 4 // each
+        found = _load(words + place // around, inside, exact) >> (place % around * (8 * each))
+        found = found[:, None] >> (which * bits)[None, :]
+    return found & ((1 << bits) - 1)
+
+
+@triton.jit
+def _load(pointers, inside, exact: tl.constexpr):
+    """Four bytes each, `[R]`; 0 outside."""
     return tl.load(pointers) if exact else tl.load(pointers, mask=inside, other=0)

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 
 from expertflow.formats.format import Format
 from expertflow.formats.plain import PLAIN
-from expertflow.kernels.bytes import load_bytes, multiply_bytes
-from expertflow.kernels.tiles import load_plain, multiply_tiles
-from expertflow.kernels.words import load_words, multiply_words
+from expertflow.kernels.reading.bytes import load_bytes, multiply_bytes
+from expertflow.kernels.reading.gguf import load_gguf
+from expertflow.kernels.reading.tiles import load_plain, multiply_tiles
+from expertflow.kernels.reading.words import load_words, multiply_words
 
 
 class Reader(NamedTuple):
     """Triton functions that read a format.
 
     Attributes:
-        multiply: the product of a weight and tokens, as `kernels.tiles.multiply_tiles`.
+        multiply: the product of a weight and tokens, as `kernels.reading.tiles.multiply_tiles`.
         load: the tile loader that it is given.
     """
 
@@ -30,6 +31,7 @@ READERS: Mapping[str, Reader] = MappingProxyType(
     {
         PLAIN.name: Reader(multiply_tiles, load_plain),
         "words": Reader(multiply_words, load_words),
+        "gguf": Reader(multiply_tiles, load_gguf),
         "bytes": Reader(multiply_bytes, load_bytes),
     }
 )

@@ -1,12 +1,12 @@
 """How the expert kernels read formats of one byte a weight: `formats.published.fp8` in Triton.
 
-`load_bytes` is the tile loader, see `kernels.tiles`; `multiply_bytes` is the product with it, where the first input of a step is known.
+`load_bytes` is the tile loader, see `kernels.reading.tiles`; `multiply_bytes` is the product with it, where the first input of a step is known.
 """
 
 import triton
 import triton.language as tl
 
-from expertflow.kernels.tiles import add_product, load_tokens, rounded
+from expertflow.kernels.reading.tiles import add_product, load_tokens, rounded
 
 
 @triton.jit

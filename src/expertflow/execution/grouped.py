@@ -1,0 +1,63 @@
+"""The experts of a pass over prompts in graph execution: the host decides, kernels compute all tokens of an expert at once.
+
+The routing goes to the host, which the pass waits for once a layer. The controller decides, copies run ahead, and experts are computed
+in the groups in which they are ready: residents together, then those that arrive. What each expert gave is kept apart for every token
+and added in ascending order of expert, as in a captured step. So a token has the bits that it has in a step, and neither the size of the
+pass nor what is resident changes one. Must not know attention, requests, and when the tables change sides (`execution.handover`).
+"""
+
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertflow.execution.provider import CachedExperts
+from expertflow.kernels.backend import backend
+from expertflow.kernels.mlp import ExpertMlp, Workspace
+from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, on_host, sort_pairs
+from expertflow.models.context import ForwardContext
+
+
+class PromptExperts:
+    """Computes a model's experts layer by layer inside a pass over prompts.
+
+    Args:
+        mlps: what a record of each layer holds.
+        provider: brings experts to slots.
+        pool: uint8 `[S, record_bytes]`, the slots.
+        context: what the model's passes carry.
+    """
+
+    def __init__(
+        self, mlps: tuple[ExpertMlp, ...], provider: CachedExperts, pool: Tensor, context: ForwardContext
+    ) -> None:
+        """Prepare the kernels; buffers are those of a pass."""
+        self._mlps, self._provider, self._pool, self._context = mlps, provider, pool, context
+        self._experts = provider.controller.table.experts
+        self._kernels = backend(pool.device)
+        grouped: dict[int, Any] = {id(mlp): self._kernels.grouped(mlp, pool.device) for mlp in mlps}
+        self._grouped = tuple(grouped[id(mlp)] for mlp in mlps)
+
+    def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Compute a layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
+        now, hidden = self._context.now, hidden.contiguous()
+        if now.padding is not None:
+            index = index.masked_fill(now.padding[:, None], self._experts)
+        tokens, top_k = index.shape
+        copy, wait = on_host(index)
+        order = sort_pairs(index)
+        work = Workspace.allocate(self._mlps[layer], tokens, top_k, hidden.device)
+        wait()  # the one host sync of a layer
+        if now.observe is not None:
+            now.observe(
+                layer, copy.clone(), weights
+            )  # an observer may keep what it is given, and the copy is page-locked
+        pairs = SortedPairs(order=order, bounds=count_pairs(copy.numpy(), self._experts), top_k=top_k)
+        compute = self._grouped[layer]
+        with closing(self._provider.groups(layer, pairs.needed)) as brought:
+            for group in brought:
+                compute(hidden, pairs, [(access.expert, access.slot) for access in group], self._pool, work)
+        out = torch.empty_like(hidden)
+        self._kernels.combine(work.parts, index, weights, self._experts, out)
+        return out

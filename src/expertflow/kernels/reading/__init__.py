@@ -1,0 +1,1 @@
+"""How the expert kernels read weights that are stored in blocks with scales inside."""
