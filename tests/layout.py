@@ -44,7 +44,11 @@ class Layout:
         """Whether a tensor of the plain checkpoint is packed."""
         if weight.ndim < 2 or "bias" in key or any(f"layers.{layer}." in key for layer in self.plain_layers):
             return False
-        return ".experts." in key or (self.dense and re.search(r"attn\..*proj.*\.weight$", key) is not None)
+        return (
+            weight.ndim == 3
+            or ".experts." in key
+            or (self.dense and re.search(r"attn\..*proj.*\.weight$", key) is not None)
+        )
 
 
 def write_twins(source: Path, place: Path, layout: Layout) -> tuple[Path, Path]:

@@ -25,7 +25,7 @@ def run_tables(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/how-it-works.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/how-it-works.md", "docs/benchmarks.md", "docs/limits.md"])
 def test_tables_are_what_the_result_files_and_the_code_say(document: str) -> None:
     """Every table between markers is what `benchmarks/tables.py` makes; `--write` puts it there."""
     run_tables(

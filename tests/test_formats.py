@@ -163,15 +163,15 @@ def test_a_plan_counts_packed_records(family: str, make_twins: Twins) -> None:
 
 
 def test_a_plan_says_what_unequal_records_cost(make_twins: Twins) -> None:
-    """Two layers of three are packed: every slot has the plain layer's size, and the note has the sum of what is lost."""
+    """Two layers of three are packed: every record has the plain layer's size, and the note has the sum of what is lost."""
     config = EngineConfig(device="cpu", slots=4, max_length=32)
     whole, mixed = (
         prepare(make_twins("qwen3_moe", "bfloat16", mixed=one)[0], config, formats=TABLE).plan for one in (False, True)
     )
     assert not [note for note in whole.shape.notes if "unequal" in note]
     (note,) = [note for note in mixed.shape.notes if "unequal" in note]
-    lost = 2 * mixed.shape.experts * (mixed.record_bytes - whole.record_bytes)
-    sizes = [format_bytes(size) for size in (mixed.record_bytes, whole.record_bytes, lost)]
+    large, small = (one.shape.records.record_bytes for one in (mixed, whole))
+    sizes = [format_bytes(size) for size in (large, small, 2 * mixed.shape.experts * (large - small))]
     assert len({*sizes}) == 3
     assert all(size in note for size in sizes)
     assert "2 of 3 layers" in note

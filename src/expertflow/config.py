@@ -22,9 +22,12 @@ DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", *RUN_DTYPES)
 EXECUTIONS = ("auto", "host", "graph")
 SCHEDULES = ("auto", "fifo", "group")
+EXPERT_FORMATS = ("fp8", "int4", "mxfp4")
+"""Formats that experts can be quantised to, by their names in `formats.table`."""
 _NO_CODE = "Leave it out: code that comes with a checkpoint is never run."
 _FETCH = "Fetch it first (`hf download ID --local-dir FOLDER` takes this option), and give the folder as the model."
 _PLACE = "Leave it out: `gpu_memory` or `slots` states how much of the model is on the device."
+_QUANTISE = "Use `expert_format` to quantise experts on loading; a packed checkpoint says by itself how it is packed."
 _WEIGHTS = "Leave it out: the checkpoint's weights run in `dtype`, float32, bfloat16 or float16."
 OF_OTHERS = MappingProxyType({
     "torch_dtype": "Use `dtype`.",
@@ -43,7 +46,8 @@ OF_OTHERS = MappingProxyType({
     "output_loading_info": "Leave it out: a weight that is missing or of another shape is an error.",
     "ignore_mismatched_sizes": "Leave it out: a weight that is missing or of another shape is an error.",
     **dict.fromkeys(("offload_folder", "offload_state_dict", "offload_buffers", "tp_plan", "tp_size", "device_mesh"), _PLACE),
-    **dict.fromkeys(("quantization_config", "load_in_8bit", "load_in_4bit", "state_dict"), _WEIGHTS),
+    **dict.fromkeys(("quantization_config", "load_in_8bit", "load_in_4bit"), _QUANTISE),
+    "state_dict": _WEIGHTS,
     **dict.fromkeys(("revision", "token", "use_auth_token", "cache_dir", "subfolder", "variant"), _FETCH),
     **dict.fromkeys(("local_files_only", "force_download", "resume_download", "proxies"), _FETCH),
 })  # fmt: skip
@@ -97,6 +101,16 @@ def check_device(name: str) -> None:
     """
     known = name in DEVICES or re.fullmatch(r"cuda:[0-9]{1,3}|cpu:0", name)
     _require(bool(known), f"device={name!r} is unknown", nearest(name, DEVICES))
+
+
+def check_expert_format(name: str | None) -> None:
+    """Refuse what names no format that experts can be quantised to; None does none.
+
+    Raises:
+        ConfigError: then.
+    """
+    known = name is None or name in EXPERT_FORMATS
+    _require(known, f"expert_format={name!r} is unknown", nearest(str(name), EXPERT_FORMATS))
 
 
 def doc(text: str, *, default: Any, none: str = "", off: tuple[str, str] | tuple[()] = (), typed: bool = True) -> Any:
@@ -231,6 +245,11 @@ class EngineConfig(_Checked):
     prefill_chunk: int = doc("Tokens of one prefill pass, over all its sequences.", default=512)
     device: str = doc("auto, cpu, cuda, or cuda:N.", default="auto")
     dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16.", default="auto")
+    expert_format: str | None = doc(
+        "Quantise the experts of a plain checkpoint while it is loaded, to fp8, int4 or mxfp4. This changes the model's answers.",
+        default=None,
+        none="experts stay as they are stored",
+    )
     execution: str = doc(
         "graph (a decode step is one CUDA graph that decides on the GPU), host (the host decides layer by layer), or auto "
         "(graph on CUDA where family, strategy and budget allow it).",
@@ -256,6 +275,7 @@ class EngineConfig(_Checked):
         _require(
             self.schedule in SCHEDULES, f"schedule={self.schedule!r} is unknown", nearest(self.schedule, SCHEDULES)
         )
+        check_expert_format(self.expert_format)
         _require(
             self.max_live is None or self.max_live >= self.max_batch,
             f"max_live={self.max_live} is less than max_batch={self.max_batch}",

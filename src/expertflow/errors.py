@@ -56,6 +56,10 @@ class UnreadWarning(UserWarning):
     """A checkpoint holds tensors that its model has no place for, such as biases or layers beyond its config."""
 
 
+class QuantisedWarning(UserWarning):
+    """Experts are quantised while they are loaded, because `expert_format` says so: the model's answers change."""
+
+
 class UnsupportedModelError(ExpertFlowError):
     """The model is no MoE, of no family that runs exactly, or cannot do this while offloaded."""
 

@@ -42,6 +42,7 @@ class Settings:
         deadline: seconds after which nothing new is begun; None: no limit.
         device: `auto`, `cuda` or `cpu`.
         dtype: `auto` or a type.
+        expert_format: format that experts are quantised to, as for `LLM`; None: they stay as they are stored.
         gate_recall: share of a layer's experts that the simulated gate of `pregated` foresees.
         seed: of what is drawn: the simulated gate's mistakes, the order of prompts.
     """
@@ -60,6 +61,7 @@ class Settings:
     deadline: float | None = None
     device: str = "auto"
     dtype: str = "auto"
+    expert_format: str | None = None
     gate_recall: float = 0.85
     seed: int = 0
 

@@ -147,6 +147,7 @@ class SharedHost:
         self._library = library_bytes(settings.device)
         self._common: dict[str, Any] = {
             "max_batch": batch, "max_length": longest + settings.tokens, "device": settings.device, "dtype": settings.dtype,
+            "expert_format": settings.expert_format,
             "prefill_chunk": min(_LARGEST_PASS, workload.longest * batch),
         }  # fmt: skip
         self._owner = LLM(

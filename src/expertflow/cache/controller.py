@@ -58,6 +58,11 @@ class Ranker:
         demand = self._none if outlook is None else outlook.demand[0]
         return self.strategy.policy(self.usage, outlook), demand
 
+    def rank_wide(self) -> Planes:
+        """Return the ranks of a pass that needs every expert."""
+        planes = self.strategy.policy(self.usage, Outlook(np.ones_like(self._none)[None]))
+        return planes._replace(limit=planes.before)
+
     def learn(self, step: Step) -> None:
         """Count a finished step in usage and forecast."""
         assert step.needed is not None
@@ -78,6 +83,7 @@ class CacheController:
         future: `[N, L, E]` bool, the coming run's routing, for strategies that need a recording of it.
         forecast: replaces the strategy's own forecast.
         reached: for each layer, whether a decode step runs it (an encoder's are not run); None: all.
+        wide: tokens of a pass from which on it is taken to need every expert; None: it never is.
 
     Raises:
         ConfigError: if the strategy needs a recording and there is neither that nor a forecast.
@@ -95,13 +101,16 @@ class CacheController:
         future: npt.NDArray[np.bool_] | None = None,
         forecast: Forecast | None = None,
         reached: Sequence[bool] | None = None,
+        wide: int | None = None,
     ) -> None:
         """Start with every slot empty."""
         self.strategy, self.events, self.future, self.reached = strategy, events, future, reached
         self.step = -1
         self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
         self.table = SlotTable(self._tables)
-        self._rules: Rules = strategy.rules(layers, slots)
+        self._own_rules = self._rules = strategy.rules(layers, slots)
+        self._wide_rules: Rules = strategy.wide_rules(layers, slots)
+        self._wide = wide if strategy.reads_ahead else None
         self._ranker = Ranker(
             strategy, Setting(layers=layers, experts=experts, future=future, reached=reached), forecast
         )
@@ -121,18 +130,24 @@ class CacheController:
     def begin(self, tokens: npt.NDArray[np.int32] | None) -> None:
         """Do nothing: an observer's method; `begin_step` gets the tokens."""
 
-    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None) -> None:
+    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None, *, size: int = 0) -> None:
         """Rank and plan a forward pass that starts; `take_loads` then has the copies to start now.
 
         Args:
             tokens: int32 `[T]`, ids of the tokens fed in; None if unknown.
+            size: how many tokens are fed in, as far as it is known.
         """
         self.end_step()
         self.step += 1
         self._open = True
         self._tokens = tokens
         self._loaded = self._ahead = self._found = 0
-        self._planes, self._demand = self._ranker.rank(Step(self.step, tokens))
+        if self._wide is not None and size >= self._wide:
+            self._rules = self._wide_rules
+            self._planes, self._demand = self._ranker.rank_wide(), np.zeros_like(self._demand)
+            self._demand[0] = 1
+        else:
+            self._planes, self._demand = self._ranker.rank(Step(self.step, tokens))
         self.events.emit(Event(EventKind.STEP, self.step))
         open_step(self._tables, self._planes, self._demand, self._rules)
         self._drain()
@@ -170,6 +185,9 @@ class CacheController:
             place_miss(tables, planes, rules, layer, mask, misses, kept, number)
             yield from self._drain()
         finish_layer(tables, planes, rules, layer, mask)
+        if rules is self._wide_rules:  # residents of farther layers are not pinned, but make room, the farthest first
+            self._demand[layer] = 0
+            self._demand[layer + 1 : layer + 2] = 1
         pass_layer(tables, planes, self._demand, rules, layer)
         self._drain()
 
@@ -191,6 +209,12 @@ class CacheController:
         self._open = False
         counts = self._loaded, self._ahead, self._found
         self._ranker.learn(Step(self.step, self._tokens, self._needed, self._token_routes(), *counts))
+        if self._rules is not self._own_rules:  # what was loaded ahead and not used is no plan of the next step
+            self._rules = self._own_rules
+            if self._tables.fresh.any():
+                close(self._tables)
+            self._tables.pinned[:] = False
+            self._drain()
         self._needed[:] = False
         self._routes = {}
 

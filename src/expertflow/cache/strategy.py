@@ -68,6 +68,7 @@ class Strategy:
         wave: loads of a layer after which its own slots may be used again within it.
         predicted: whether a trained predictor may replace its forecast.
         joint: whether a layer's hits are computed together with its first wave of loads.
+        reads_ahead: whether a pass over so many tokens that it needs every expert loads each layer while the one before runs.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Strategy:
     wave: int = 1
     predicted: bool = False
     joint: bool = False
+    reads_ahead: bool = False
 
     def on_device(self) -> Self:
         """Return the entry with large waves and as many reserved slots, so that a CUDA graph needs few phases."""
@@ -109,6 +111,11 @@ class Strategy:
             wave=min(self.wave, share if self.prefetch == "none" else reserve),  # a wave never waits for planned slots
             joint=self.joint,
         )
+
+    def wide_rules(self, layers: int, slots: int) -> Rules:
+        """Return the rules of a pass that needs every expert: each layer's are loaded while the one before runs."""
+        planning = replace(self, prefetch="layer", ahead=1, wraps=False, threshold=0.5)
+        return planning.rules(layers, slots)
 
     def check_future(self, future: npt.NDArray[np.bool_] | None) -> None:
         """Refuse to run without a recording if the strategy needs one.
@@ -178,6 +185,7 @@ _ENTRIES = (
         name="next-use",
         summary="no prefetch; evicts the latest expected next use, from faded counts and the place in the layer cycle",
         policy=next_use,
+        reads_ahead=True,
     ),
     Strategy(
         name="plec",
@@ -187,6 +195,7 @@ _ENTRIES = (
         predicted=True,
         prefetch="step",
         threshold=1 / (1 + HIDDEN),  # below it no load ahead pays, whatever it evicts
+        reads_ahead=True,
     ),
     Strategy(
         name="oracle-step",

@@ -144,7 +144,9 @@ def check_bench(preset: str, options: Mapping[str, Any], out: Path | None) -> No
     settings = make_settings(preset, options)
     check_outputs(None, out)
     _check_slots(settings.slots)
-    check_engine({name: getattr(settings, name) for name in ("device", "dtype", "predictor")}, max_batch=1)
+    check_engine(
+        {name: getattr(settings, name) for name in ("device", "dtype", "predictor", "expert_format")}, max_batch=1
+    )
     if settings.prompts_file is not None:
         read_texts_or_tokens(settings.prompts_file)
     check_model(settings.model, fetch=True)

@@ -17,7 +17,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.markup import escape
 
-from expertflow.errors import ExpertFlowError, UnreadWarning
+from expertflow.errors import ExpertFlowError, QuantisedWarning, UnreadWarning
 from expertflow.limits import lacks_memory
 
 WRONG, INTERNAL = 2, 70
@@ -75,7 +75,7 @@ def _show_warning(
     line: str | None = None,  # noqa: ARG001
 ) -> None:
     """Show our own warnings as they are, and others with the place they come from."""
-    ours = issubclass(category, UnreadWarning)
+    ours = issubclass(category, UnreadWarning | QuantisedWarning)
     _print("warning", str(message) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
 
 

@@ -19,6 +19,7 @@ from expertflow.cli.endings import reported
 from expertflow.cli.options import (
     DEVICE,
     DTYPE,
+    EXPERT_FORMAT,
     PREDICTOR,
     Fields,
     Given,
@@ -320,6 +321,7 @@ def bench(
     execution: Annotated[str | None, typer.Option(help="auto, host or graph; several are set side by side.")] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
     dtype: Annotated[str | None, typer.Option(help=DTYPE)] = None,
+    expert_format: Annotated[str | None, typer.Option(help=EXPERT_FORMAT)] = None,
     seed: Annotated[int | None, typer.Option(help="Order of the prompts, and what the simulated gate misses.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the result here as well.")] = None,
 ) -> None:
@@ -329,7 +331,7 @@ def bench(
         "model": model, "predictor": predictor, "strategies": presets.names(strategies), "slots": presets.names(slots),
         "batches": presets.numbers(batches, "batches"), "tokens": tokens, "repeats": repeats, "long_prompt": long_prompt,
         "prompts_file": prompts_file, "deadline": deadline, "executions": presets.names(execution), "device": device,
-        "dtype": dtype, "seed": seed,
+        "dtype": dtype, "expert_format": expert_format, "seed": seed,
     }  # fmt: skip
     _arguments().check_bench(preset, options, out)
     _call("bench", preset=preset, options=options, out=out)

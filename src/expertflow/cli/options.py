@@ -107,7 +107,7 @@ Model = Annotated[
     str | None,
     typer.Argument(help="Checkpoint folder, GGUF file, or Hugging Face id. Default: the shipped model."),
 ]
-PREDICTOR, DEVICE, DTYPE = (_help(name) for name in ("predictor", "device", "dtype"))
+PREDICTOR, DEVICE, DTYPE, EXPERT_FORMAT = (_help(name) for name in ("predictor", "device", "dtype", "expert_format"))
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 PromptsFile = Annotated[Path, typer.Option(help="A prompt a line, or JSON lines with a field 'prompt'.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The trace to write.")]

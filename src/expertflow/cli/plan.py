@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from expertflow.config import EngineConfig
 from expertflow.engine.llm import shipped_model
 from expertflow.engine.plan import Plan
-from expertflow.engine.prepare import prepare
+from expertflow.engine.prepare import Prepared, prepare
 from expertflow.units import format_bytes
 
 
@@ -23,7 +23,7 @@ def main(*, model: str | None, engine: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(as_dict(prepared.plan)))  # noqa: T201 - the output
     else:
-        _show(prepared.plan, prepared.skeleton.folder.name if model is None else model)
+        _show(prepared, prepared.skeleton.folder.name if model is None else model)
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -54,14 +54,38 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "layers": shape.layers,
         "experts": shape.experts,
         "top_k": shape.top_k,
+        "expert_format": shape.expert_format or None,
         "notes": shape.notes,
         **sizes,
         "row": plan.record_bytes,
+        "slot": plan.slot_layout.record_bytes,
+        "formats": _formats(plan),
         "why_host": plan.graph_unavailable_reason,
     }
 
 
-def _show(plan: Plan, name: str) -> None:
+def _formats(plan: Plan) -> list[str]:
+    """How weights of experts are stored, a name each; biases do not count."""
+    layouts = plan.shape.records.distinct.values()
+    return sorted({spec.format.name for layout in layouts for spec in layout.specs if len(spec.shape) > 1})
+
+
+def _packing(prepared: Prepared) -> str:
+    """What an expert takes in files, in the store, and decoded; and how dense weights are stored."""
+    plan, located = prepared.plan, prepared.located
+    shape, decoded = plan.shape, plan.shape.records.decoded.record_bytes
+    files = sum(piece.nbytes for piece in located.pieces) // shape.total_experts
+    text = f"An expert takes {format_bytes(files)} in the files, " if files else "An expert takes "
+    text += f"{format_bytes(plan.record_bytes)} in the store and {format_bytes(decoded)} in {shape.dtype}. "
+    if dense := sorted({one.spec.format.name for one in located.packed.values()}):
+        text += f"Dense weights are stored as {' and '.join(dense)} too, and are decoded to {shape.dtype} on loading. "
+    if plan.slot_layout is not shape.records:
+        text += f"A CPU decodes an expert once, when it is loaded: slots are of {shape.dtype}. "
+    return text + "Only weights are packed: activations never are."
+
+
+def _show(prepared: Prepared, name: str) -> None:
+    plan = prepared.plan
     shape = plan.shape
     table = Table(title=f"{escape(name)}: {shape.model_type}, {shape.dtype}, on {plan.device}", title_justify="left")
     table.add_column("where", overflow="fold")
@@ -77,17 +101,26 @@ def _show(plan: Plan, name: str) -> None:
         table.add_row("device", "predictor, its state and working memory", format_bytes(plan.predictor))
     table.add_row(
         "device",
-        f"{plan.slots} expert slots of {format_bytes(plan.record_bytes)} ({plan.share:.1%})",
+        f"{plan.slots} expert slots of {format_bytes(plan.slot_layout.record_bytes)} ({plan.share:.1%})",
         format_bytes(plan.slot_bytes),
     )
     table.add_section()
     budget = "" if plan.budget is None else f" of {format_bytes(plan.budget)}"
     table.add_row("device", "in all", f"[bold]{format_bytes(plan.total)}[/]{budget}")
     table.add_row("device", "in all with every expert resident", format_bytes(plan.resident_total))
-    table.add_row("host", f"{shape.layers} layers x {shape.experts} experts", format_bytes(plan.host))
+    packed = shape.records.decoded is not shape.records
+    how = (
+        f"quantised to {shape.expert_format} on loading"
+        if shape.expert_format
+        else f"stored as {' and '.join(_formats(plan))}"
+    )
+    experts = f"{shape.layers} layers x {shape.experts} experts"
+    table.add_row("host", f"{experts}, {how}" if packed else experts, format_bytes(plan.host))
     console = Console()
     console.print(table)
     console.print(_meaning(plan))
+    if packed:
+        console.print(_packing(prepared))
     for note in shape.notes:
         console.print(f"Note: {escape(note)}.")
 

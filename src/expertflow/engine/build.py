@@ -1,5 +1,6 @@
 """Plan in, loaded model with offloaded experts out. The only place that wires memory, cache and model together."""
 
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,7 +21,7 @@ from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
-from expertflow.errors import BudgetError, ClosedError
+from expertflow.errors import BudgetError, ClosedError, QuantisedWarning
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.captured.experts import SharedParts
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
@@ -52,6 +53,9 @@ from expertflow.models.weights.sources import SharedWeights, WeightsSource
 from expertflow.predict.kernels import step_kernels
 from expertflow.predict.online import OnlinePredictor
 from expertflow.units import format_bytes, parse_bytes
+
+WIDE = 4
+"""Tokens for each expert of a layer from which on a pass is taken to need every expert: of equally likely ones it misses 2 %."""
 
 
 def on_chosen_device(load: Callable[..., None]) -> Callable[..., None]:
@@ -99,6 +103,8 @@ class OffloadedModel(Uncopied):
         planned = replace(plan, host=0) if self._weights.shared else plan
         _check_memory(planned, config, located.mapped, self.device)
         measured = CudaMeter(self.device) if self.device.type == "cuda" else None  # before anything is loaded
+        if changed := self.skeleton.changed:
+            warnings.warn(changed, QuantisedWarning, stacklevel=2)
         self.stamps = self._weights.stamps(located)
         self._model: PreTrainedModel | None = self._weights.load_dense(located, self.device)
         self._model_now = weakref.ref(self._model)
@@ -108,7 +114,7 @@ class OffloadedModel(Uncopied):
 
         self.store: ExpertStore
         self.store, self.identity = self._weights.experts(located, allocate, self.device, show=config.progress)
-        pool = SlotPool(self.store.layout, plan.slots, self.device)
+        pool = SlotPool(plan.slot_layout, plan.slots, self.device)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
         self.meter: Meter = measured or CpuMeter(resident, exclude=[self.store.buffer])
         self.events, self.counters = EventStream(), CacheCounters()
@@ -123,6 +129,7 @@ class OffloadedModel(Uncopied):
             events=self.events,
             forecast=forecast or self.live_predictor,
             reached=prepared.skeleton.reached,
+            wide=-(-WIDE * plan.shape.experts // plan.shape.top_k) if all(prepared.skeleton.reached) else None,
         )
         self._wire(pool, forecast)
 

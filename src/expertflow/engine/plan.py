@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from expertflow.config import EngineConfig
 from expertflow.errors import BudgetError, ConfigError
 from expertflow.formats.dtypes import DTYPES
+from expertflow.formats.records import StoreLayout
 from expertflow.kernels.residency.state import CacheState
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
@@ -39,7 +40,7 @@ class Plan:
         dense: dense weights on the device.
         kv: keys and values of `max_live` sequences of `max_length` tokens.
         workspace: activations of the largest step, logits and sampling.
-        record_bytes: one expert.
+        record_bytes: one expert, as it is stored.
         slots: number of slots.
         max_batch: sequences of a step.
         max_live: sequences that have keys and values at once.
@@ -77,9 +78,14 @@ class Plan:
         return "graph" if self.graph else "host"
 
     @property
+    def slot_layout(self) -> StoreLayout:
+        """What slots hold: records as they are stored; where the host computes on a CPU, experts decoded once when they are loaded."""
+        return slot_layout(self.shape, self.device, graph=self.execution == "graph")
+
+    @property
     def slot_bytes(self) -> int:
         """Device memory of all slots."""
-        return SlotPool.nbytes(self.record_bytes, self.slots)
+        return SlotPool.nbytes(self.slot_layout.record_bytes, self.slots)
 
     @property
     def fixed(self) -> int:
@@ -94,12 +100,12 @@ class Plan:
     @property
     def least(self) -> int:
         """The smallest budget for which the same run works, with a single slot."""
-        return self.fixed + SlotPool.nbytes(self.record_bytes, 1)
+        return self.fixed + SlotPool.nbytes(self.slot_layout.record_bytes, 1)
 
     @property
     def resident_total(self) -> int:
         """Device memory the same run takes with every expert resident."""
-        return self.fixed + self.shape.total_experts * self.record_bytes
+        return self.fixed + self.shape.total_experts * self.slot_layout.record_bytes
 
     @property
     def share(self) -> float:
@@ -181,7 +187,7 @@ def _plan(  # noqa: PLR0913 - two by keyword
         predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
     )  # on a stream of its own
     fixed = shape.dense_bytes + kv + workspace + captured + for_predictor
-    slots = _slots(config, shape, record_bytes, fixed, budget)
+    slots = _slots(config, shape, slot_layout(shape, device, graph=graph).record_bytes, fixed, budget)
     return Plan(
         shape=shape,
         device=device,
@@ -201,6 +207,11 @@ def _plan(  # noqa: PLR0913 - two by keyword
         graph=captured,
         predictor=for_predictor,
     )
+
+
+def slot_layout(shape: ModelShape, device: str, *, graph: bool) -> StoreLayout:
+    """Return what slots hold; see `Plan.slot_layout`."""
+    return shape.records.decoded if device == "cpu" and not graph else shape.records
 
 
 def rates(plan: Plan) -> StepPrices:
@@ -264,15 +275,15 @@ def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_length
 
 
-def _slots(config: EngineConfig, shape: ModelShape, record_bytes: int, fixed: int, budget: int | None) -> int:
+def _slots(config: EngineConfig, shape: ModelShape, slot_bytes: int, fixed: int, budget: int | None) -> int:
     total = shape.total_experts
     stated = None if config.slots is None else parse_slots(config.slots, shape.layers, shape.experts)
-    least = fixed + SlotPool.nbytes(record_bytes, stated or 1)
+    least = fixed + SlotPool.nbytes(slot_bytes, stated or 1)
     if budget is not None and budget < least:
         need = f"{stated} slots" if stated else "a single slot"
         raise BudgetError(
             f"gpu_memory={format_bytes(budget)} is too small: dense weights, KV and workspace take "
-            f"{format_bytes(fixed)}, and {need} of {format_bytes(record_bytes)} must fit beside them",
+            f"{format_bytes(fixed)}, and {need} of {format_bytes(slot_bytes)} must fit beside them",
             f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length or "
             "prefill_chunk lowers it.",
             least,
@@ -281,7 +292,7 @@ def _slots(config: EngineConfig, shape: ModelShape, record_bytes: int, fixed: in
         return stated
     if budget is None:
         return total
-    return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes)
+    return min(total, (budget - fixed - SlotPool.nbytes(slot_bytes, 0)) // slot_bytes)
 
 
 def workspace_bytes(

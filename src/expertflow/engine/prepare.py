@@ -3,7 +3,7 @@
 Every error that would make loading or running fail later is raised here. Must not load weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -124,6 +124,8 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
     if config.strategy is not None and forecast is None:
         find_strategy(config.strategy).check_future(None)  # before anything is read
     skeleton = build_skeleton(resolve(model, fetch=fetch), config.dtype, formats)
+    if config.expert_format is not None:
+        skeleton = replace(skeleton, expert_format=FORMATS[config.expert_format])
     weights = FileWeights() if weights is None else weights
     located = weights.locate(skeleton, convert=config.dtype != "auto")
     with describing(described_by(skeleton.folder), "describes no model that can be run"):

@@ -28,12 +28,23 @@ class StepObserver(Protocol):
 
 def step_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> npt.NDArray[np.int32] | None:
     """The token ids of a forward call, flattened `[B * C]`; None if it was given embeddings."""
-    given = [kwargs.get("decoder_input_ids"), kwargs.get("input_ids"), *args[:1]]
-    ids = next((value for value in given if isinstance(value, Tensor)), None)
-    if ids is None or ids.is_floating_point():
+    ids = _given_ids(args, kwargs)
+    if ids is None:
         return None
     flat: npt.NDArray[np.int32] = ids.reshape(-1).cpu().numpy().astype(np.int32)
     return flat
+
+
+def pass_size(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """How many tokens a forward call is given; 0 if it was given embeddings."""
+    ids = _given_ids(args, kwargs)
+    return 0 if ids is None else ids.numel()
+
+
+def _given_ids(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    given = [kwargs.get("decoder_input_ids"), kwargs.get("input_ids"), *args[:1]]
+    ids = next((value for value in given if isinstance(value, Tensor)), None)
+    return None if ids is None or ids.is_floating_point() else ids
 
 
 def observe_all(observers: Sequence[StepObserver]) -> Observer:

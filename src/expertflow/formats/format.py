@@ -3,7 +3,7 @@
 Must not know models and devices: a tensor is a name, a shape and a format here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from expertflow.formats.dtypes import DTYPES
+
+_BLOCK = 1 << 17
+"""Numbers that are quantised at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +155,54 @@ class Format:
         del spec, part
         return stored
 
+    def encode(self, spec: "TensorSpec", numbers: Tensor) -> dict[str, Tensor]:
+        """The parts of a tensor that is not joined, quantised: every number becomes the nearest one that its scale allows.
+
+        Args:
+            spec: of the tensor.
+            numbers: `[outputs, inputs]`, float32, bfloat16 or float16; computed with in float32.
+
+        Returns:
+            Parts by name, as a record holds them; a part without numbers may be missing.
+
+        Raises:
+            NotImplementedError: if the format only reads what others quantised.
+            ValueError: if a number is not finite.
+        """
+        raise NotImplementedError
+
     def draw(self, spec: "TensorSpec", generator: torch.Generator, std: float) -> dict[str, Tensor]:
         """Random parts of a tensor, in the shapes of the record, whose numbers have about the given standard deviation."""
         raise NotImplementedError
+
+
+def blocks_of_rows(numbers: Tensor, rows: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    """A matrix `[N, K]` in float32, block by block, so that what is computed of a block stays in a processor's cache.
+
+    Args:
+        numbers: of any float type.
+        rows: a block has a multiple of them, but the last one.
+
+    Yields:
+        The rows of a block, and its numbers.
+    """
+    size = max(1, _BLOCK // max(1, rows * numbers.shape[1])) * rows
+    for begin in range(0, numbers.shape[0], size):
+        place = slice(begin, begin + size)
+        yield place, numbers[place].to(torch.float32)
+
+
+def check_finite(largest: Tensor) -> None:
+    """Refuse to quantise what is no number.
+
+    Args:
+        largest: magnitudes of which each is the largest of its group; NaN if one in the group is.
+
+    Raises:
+        ValueError: if one is not finite.
+    """
+    if not bool(torch.isfinite(largest).all()):
+        raise ValueError("a number is not finite")
 
 
 @dataclass(frozen=True, kw_only=True)

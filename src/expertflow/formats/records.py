@@ -132,6 +132,14 @@ class StoreLayout:
         return tuple(layout.used_bytes for layout in self.layers if layout.used_bytes < self.record_bytes)
 
     @cached_property
+    def decoded(self) -> "StoreLayout":
+        """The same tensors as plain numbers; this layout itself if they are."""
+        if all(layout.is_plain for layout in self.layers):
+            return self
+        as_numbers = {"format": PLAIN, "joined": 1, "interleaved": False}
+        return StoreLayout.of([[replace(spec, **as_numbers) for spec in layout.specs] for layout in self.layers])  # type: ignore[arg-type]  # of mixed types
+
+    @cached_property
     def distinct(self) -> Mapping[int, RecordLayout]:
         """The layouts that differ, by `id`."""
         return {id(layout): layout for layout in self.layers}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from expertflow.errors import UnsupportedModelError
-from expertflow.formats.format import Format, Part, TensorSpec
+from expertflow.formats.format import Format, Part, TensorSpec, blocks_of_rows
 
 STEP = 128
 """Inputs whose scales lie side by side in a record."""
@@ -235,6 +235,29 @@ class Words(Format):
             spec.joined,
             spec.interleaved,
         )
+
+    def encode(self, spec: TensorSpec, numbers: Tensor) -> dict[str, Tensor]:
+        """Codes and scales of the nearest numbers; the last group of an output may be short."""
+        (outputs, inputs), group = numbers.shape, min(self.group, numbers.shape[1])
+        codes = torch.zeros(outputs, inputs + inputs % 2, dtype=torch.uint8)
+        scales = torch.empty(outputs, self.groups_of(spec), dtype=getattr(torch, self.scale_dtype))
+        for rows, block in blocks_of_rows(numbers):
+            padded = functional.pad(block, (0, -inputs % group)).view(len(block), -1, group)
+            found, scales[rows] = self.quantise(padded)
+            codes[rows, :inputs] = found.flatten(1)[:, :inputs]
+        pairs = codes.view(torch.int16)
+        return {
+            "codes": pack_words((pairs & 15 | pairs >> 4).to(torch.uint8), self.code_map),
+            "scales": self.in_steps(spec, scales),
+        }
+
+    def quantise(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[R, G, group]`, uint8, and scales `[R, G]` of groups of float32 numbers `[R, G, group]`.
+
+        Raises:
+            ValueError: if a number is not finite.
+        """
+        raise NotImplementedError
 
     def codes_of(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes of a tensor that is not joined: uint8 `[N, K]`."""

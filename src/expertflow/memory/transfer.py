@@ -34,15 +34,21 @@ class Transfer(Protocol):
 
 
 class PlainTransfer:
-    """Copies at once, on the current stream."""
+    """Copies at once, on the current stream. If slots are of plain numbers and records are packed, these are decoded on the way."""
 
     def __init__(self, store: ExpertStore, pool: SlotPool) -> None:
         """Copy from `store` to `pool`."""
         self._store, self._pool = store, pool
+        self._decodes = store.layout != pool.layout
+        self._experts = len(store.buffer) // len(store.layout.layers)
 
     def start(self, record: int, slot: int) -> None:
         """Copy now."""
-        self._pool.slot(slot).copy_(self._store.record(record))
+        if self._decodes:
+            layer = record // self._experts
+            self._pool.put(slot, layer, self._store.layout.layers[layer].weights(self._store.record(record)))
+        else:
+            self._pool.slot(slot).copy_(self._store.record(record))
 
     def wait(self, slot: int) -> None:
         """Do nothing: the copy is done."""

@@ -64,6 +64,7 @@ class ModelShape:
         unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
         in_rows: whether keys and values can be kept in KV rows, so that sequences may join or end at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
+        expert_format: name of the format that experts are quantised to on loading; empty: they stay as they are stored.
         notes: remarks for the user on how it runs, one sentence each.
     """
 
@@ -89,6 +90,7 @@ class ModelShape:
     unserved: tuple[str, ...]
     in_rows: bool
     windows: tuple[int | None, ...] = ()
+    expert_format: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -141,6 +143,7 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         unserved=() if skeleton.encoder_decoder else _unserved(skeleton, config, unplanned),
         in_rows=in_rows,
         windows=windows or (),
+        expert_format="" if skeleton.expert_format is None else skeleton.expert_format.name,
         notes=(
             *skeleton.notes,
             *_notes(skeleton, unplanned, in_rows=in_rows),
@@ -157,7 +160,7 @@ def _record_notes(records: StoreLayout, experts: int) -> tuple[str, ...]:
     size, usual = records.record_bytes, median(layout.used_bytes for layout in records.layers)
     empty = sum(size - used for used in records.smaller) * experts
     note = (
-        f"layers have records of unequal size: slots have the largest, {format_bytes(size)} (the median is {format_bytes(usual)}), "
+        f"layers have records of unequal size: every record has the largest's {format_bytes(size)} (the median is {format_bytes(usual)}), "
         f"{len(records.smaller)} of {len(records.layers)} layers need less, and {format_bytes(empty)} of the host's records stay empty"
     )
     return (note,)
@@ -184,7 +187,12 @@ def _unserved(skeleton: Skeleton, config: Any, unplanned: tuple[str, ...]) -> tu
 
 
 def _notes(skeleton: Skeleton, unplanned: tuple[str, ...], *, in_rows: bool) -> tuple[str, ...]:
-    """What a family outside the table, or without KV rows, does without."""
+    """What is done to experts, and what a family outside the table, or without KV rows, does without."""
+    changed = (skeleton.changed,) if skeleton.changed else ()
+    return (*changed, *_lacks(skeleton, unplanned, in_rows=in_rows))
+
+
+def _lacks(skeleton: Skeleton, unplanned: tuple[str, ...], *, in_rows: bool) -> tuple[str, ...]:
     name = skeleton.config.model_type
     if kinds := sorted(set(unplanned) - RECURRENT - EMPTY):
         return (f"{name!r} has layers of kind {', '.join(kinds)}: it runs through expertflow.from_pretrained only",)

@@ -55,6 +55,7 @@ class Skeleton:
         dtype: dtype the model will run in.
         dtype_source: where that comes from, as the beginning of a sentence.
         packed: the formats that some of its weights are stored in, as its config states.
+        expert_format: the format that plain experts are quantised to while they are loaded; None: they stay as they are stored.
         notes: remarks for the user on how it runs, one sentence each.
     """
 
@@ -70,7 +71,15 @@ class Skeleton:
     dtype: str
     dtype_source: str = "the config says"
     packed: tuple[Format, ...] = ()
+    expert_format: Format | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> str:
+        """How the model is not the checkpoint's; empty if it is."""
+        if self.expert_format is None:
+            return ""
+        return f"experts are quantised to {self.expert_format.name} on loading: the model's answers change"
 
     @property
     def encoder_decoder(self) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import Strategy
+from expertflow.errors import UnsupportedModelError
 from expertflow.execution.rope import by_length
 from expertflow.formats.records import StoreLayout
 from expertflow.kernels.backend import backend
@@ -62,9 +63,8 @@ def graph_refusal(  # noqa: PLR0913 - the last ones by keyword
     """
     if device == "cuda" and not HAS_TRITON:
         return "Triton is not installed"
-    formats = {spec.format for layout in records.distinct.values() for spec in layout.specs}
-    if unread := next((one.name for one in formats if not backend(torch.device(device)).reads(one)), None):
-        return f"there is no tile loader for experts stored as {unread}"
+    if unread := _unread(records, device):
+        return unread
     if rows * skeleton.top_k > MAX_PAIRS:
         return f"{rows} sequences of {skeleton.top_k} experts a layer are more than the {MAX_PAIRS} pairs a step's kernels take"
     # a caller's class may not have this attribute
@@ -72,6 +72,18 @@ def graph_refusal(  # noqa: PLR0913 - the last ones by keyword
         return "the forecast is the caller's own and goes by the facts of steps, which only the host has"
     given = predicted or forecast is not None
     return refusal(strategy.on_device(), given=given) or _model_refusal(skeleton, records)
+
+
+def _unread(records: StoreLayout, device: str) -> str:
+    """Why the kernels do not read the records; empty if they do."""
+    for spec in {spec for layout in records.distinct.values() for spec in layout.specs}:
+        if not backend(torch.device(device)).reads(spec.format):
+            return f"there is no tile loader for experts stored as {spec.format.name}"
+        try:
+            spec.format.constants(spec)
+        except UnsupportedModelError as error:
+            return error.what
+    return ""
 
 
 def _model_refusal(skeleton: Skeleton, records: StoreLayout) -> str:

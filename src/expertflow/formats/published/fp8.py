@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from expertflow.errors import UnsupportedModelError
 from expertflow.formats.dtypes import BY_STORED_NAME
-from expertflow.formats.format import Format, Part, TensorSpec
+from expertflow.formats.format import Format, Part, TensorSpec, check_finite
 from expertflow.formats.published.described import ELSEWHERE, algorithms, require, weight_groups
 from expertflow.formats.published.mxfp4 import power_of_two
 
@@ -25,6 +26,8 @@ ALL = 0
 _SCALE = re.compile(r"(?P<key>.*(?:\.weight|_proj))_scale(?:_inv)?")
 _ZERO = re.compile(r"(?P<key>.*(?:\.weight|_proj))_zero_point")
 _E8M0_NAN = 255
+_LARGEST = 448.0
+"""The largest number of an E4M3 code."""
 _SPREAD = 4.0
 """Standard deviations at which drawn numbers are cut off."""
 
@@ -157,7 +160,7 @@ class Bytes(Format):
 
     def draw_codes(self, values: Tensor) -> tuple[Tensor, float]:
         """Codes of numbers of standard deviation 1, none beyond `_SPREAD`; and what to divide their numbers by."""
-        most = 448.0 / _SPREAD
+        most = _LARGEST / _SPREAD
         return (values * most).to(torch.float8_e4m3fn).view(torch.uint8), most
 
     def draw(self, spec: TensorSpec, generator: torch.Generator, std: float) -> dict[str, Tensor]:
@@ -176,6 +179,21 @@ class Fp8(Bytes):
 
     name = "fp8"
     scales_also: tuple[str, ...] = ("BF16", "F8_E8M0")
+
+    def encode(self, spec: TensorSpec, numbers: Tensor) -> dict[str, Tensor]:
+        """The scale of a block is its largest number divided by 448, the largest code; the last blocks may be short."""
+        outputs, inputs = numbers.shape
+        rows, cols = (size or whole for size, whole in zip(self.block, numbers.shape, strict=True))
+        codes = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(self.grid(spec), dtype=torch.float32)
+        for place, strip in enumerate(numbers.split(rows)):
+            padded = functional.pad(strip.to(torch.float32), (0, -inputs % cols)).view(len(strip), -1, cols)
+            largest = padded.abs().amax(-1).amax(0)
+            check_finite(largest)
+            scales[place] = largest / _LARGEST
+            values = padded / torch.where(scales[place] == 0, 1.0, scales[place])[:, None]
+            codes[place * rows : place * rows + len(strip)] = values.clamp_(-_LARGEST, _LARGEST).flatten(1)[:, :inputs]
+        return {"codes": codes.view(torch.uint8), "scales": scales}
 
     def claim(self, quantization: Mapping[str, Any]) -> tuple[Format, ...]:
         """Of the method `fp8`, with `weight_block_size` or a scale a tensor; of modelopt's, with the algorithm `FP8`.

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from expertflow.errors import UnsupportedModelError
 from expertflow.formats.dtypes import BY_STORED_NAME, RUN_DTYPES
-from expertflow.formats.format import Format, Part, TensorSpec
+from expertflow.formats.format import Format, Part, TensorSpec, check_finite
 from expertflow.formats.words import PER_WORD, ROW, STEP, Words, as_bytes, nibbles, pack_words
 
 MIDDLE = 8
 """The code of zero where all groups have the same."""
+_LEVELS = 7.5
+"""Half the distance between the largest and the smallest code."""
 _SPREAD = 4.6
 """Standard deviation of codes that are equally likely."""
 _SMALL_GROUPS = (32, 64)
@@ -205,6 +207,22 @@ class PackedInt4(Int4):
     def logical_shape(self, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         """Of the words of codes."""
         return stored["codes"][0], stored["codes"][1] * PER_WORD
+
+    def quantise(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """As compressed-tensors does without zeros: the scale is the largest number of a group, divided by 7.5, in its number type.
+
+        Raises:
+            NotImplementedError: for zeros.
+            ValueError: if a number is not finite.
+        """
+        if self.zeros:
+            raise NotImplementedError
+        largest = groups.abs().amax(-1)
+        check_finite(largest)
+        scales = (largest / _LEVELS).to(getattr(torch, self.scale_dtype))
+        exact = scales.to(torch.float32)
+        divided = groups / torch.where(exact == 0, 1.0, exact)[..., None]
+        return divided.round_().clamp_(-MIDDLE, MIDDLE - 1).add_(MIDDLE).to(torch.int8).view(torch.uint8), scales
 
     def pairs(self, stored: Tensor) -> Tensor:
         """The bytes of the words."""

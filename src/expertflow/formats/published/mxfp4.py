@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertflow.formats.format import Format, Part, TensorSpec
+from expertflow.formats.format import Format, Part, TensorSpec, check_finite
 from expertflow.formats.words import E2M1, Words, by_steps, pack_words
 
 GROUP = 32
 _NAN = 255
 _BIAS = 127
+_MANTISSA = 23
+"""Bits of a float32 below its exponent."""
+_LARGEST_EXPONENT = 2
+"""Of a code's number: 4 and 6 are between 2 ** 2 and 2 ** 3."""
 
 
 def power_of_two(scales: Tensor) -> Tensor:
@@ -73,6 +77,24 @@ class Mxfp4(Words):
         if bool((scales == _NAN).any()):
             raise ValueError("a scale is not a number (E8M0 255)")
         return by_steps(scales, GROUP)
+
+    def quantise(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """By the rule of the specification: the scale is the power of two of a group's largest number, less two.
+
+        Codes are rounded to the nearest, half to even, and at most 6 times the scale: a number of 7 times it becomes 6.
+        """
+        largest = groups.abs().amax(-1)
+        check_finite(largest)
+        scales = ((largest.view(torch.int32) >> _MANTISSA) - _LARGEST_EXPONENT).clamp_min_(0)
+        inverse = ((2 * _BIAS - scales) << _MANTISSA).view(torch.float32)
+        values = groups * inverse[..., None]
+        signs = values.view(torch.int32) >> 28 & 8
+        sizes = values.abs_().clamp_max_(E2M1[7])
+        # 0 below 2, then 1, then 2: what the exponent adds to a number of half units
+        octaves = (sizes.view(torch.int32) >> _MANTISSA).clamp_min_(_BIAS).sub_(_BIAS)
+        halves = ((_BIAS + 1 - octaves) << _MANTISSA).view(torch.float32)
+        codes = sizes.mul_(halves).round_().to(torch.int32)
+        return codes.add_(octaves, alpha=2).bitwise_or_(signs).to(torch.uint8), scales.to(torch.uint8)
 
     def draw(self, spec: TensorSpec, generator: torch.Generator, std: float) -> dict[str, Tensor]:
         """Codes that are equally likely, and one scale."""

@@ -139,6 +139,57 @@ fma.rn.bf16x2 $3, t, $5, z;
 """Eight E2M1 codes of a word times a scale: four times two bfloat16 numbers. The codes are numbers of 2 ** -126 as they lie there;
 adding -0 makes a product of a fused multiply-add, which devices before sm_90 have too."""
 
+_E2M1_F32 = tl.constexpr("""{
+.reg .b32 t, u, k, z;
+.reg .f32 a, b;
+mov.b32 k, 0x7E807E80;
+mov.b32 z, 0x80008000;
+and.b32 t, $4, 0x81C081C0;
+fma.rn.bf16x2 t, t, k, z;
+shl.b32 u, t, 16;
+and.b32 t, t, 0xFFFF0000;
+mov.b32 a, u;
+mov.b32 b, t;
+mul.rn.f32 a, a, $5;
+mul.rn.f32 b, b, $5;
+cvt.rn.bf16x2.f32 $0, b, a;
+shl.b32 t, $4, 3;
+and.b32 t, t, 0x81C081C0;
+fma.rn.bf16x2 t, t, k, z;
+shl.b32 u, t, 16;
+and.b32 t, t, 0xFFFF0000;
+mov.b32 a, u;
+mov.b32 b, t;
+mul.rn.f32 a, a, $5;
+mul.rn.f32 b, b, $5;
+cvt.rn.bf16x2.f32 $1, b, a;
+shl.b32 t, $4, 6;
+and.b32 t, t, 0x81C081C0;
+fma.rn.bf16x2 t, t, k, z;
+shl.b32 u, t, 16;
+and.b32 t, t, 0xFFFF0000;
+mov.b32 a, u;
+mov.b32 b, t;
+mul.rn.f32 a, a, $6;
+mul.rn.f32 b, b, $6;
+cvt.rn.bf16x2.f32 $2, b, a;
+shr.b32 t, $4, 4;
+and.b32 t, t, 0x00C000C0;
+shr.b32 u, $4, 5;
+lop3.b32 t, u, 0x01000100, t, 0xEA;
+shl.b32 u, $4, 1;
+lop3.b32 t, u, z, t, 0xEA;
+fma.rn.bf16x2 t, t, k, z;
+shl.b32 u, t, 16;
+and.b32 t, t, 0xFFFF0000;
+mov.b32 a, u;
+mov.b32 b, t;
+mul.rn.f32 a, a, $6;
+mul.rn.f32 b, b, $6;
+cvt.rn.bf16x2.f32 $3, b, a;
+}""")
+"""The same times two scales in float32, one for the first and one for the second 16 inputs, rounded to bfloat16."""
+
 _INT4 = tl.constexpr("""{
 .reg .b32 t, u, m, b, z;
 mov.b32 z, 0x80008000;
@@ -189,7 +240,7 @@ mul.rn.f16x2 $3, t, $5;
 
 @triton.constexpr_function
 def by_halves(about, dtype):
-    """Whether numbers of two bytes are made by arithmetic of two bytes, two an instruction: that gives the library's bits.
+    """Whether numbers of two bytes are made two at a time; with the arithmetic that is used for them that gives the library's bits.
 
     Args:
         about: the format's constants.
@@ -197,7 +248,7 @@ def by_halves(about, dtype):
     """
     code_map, group, scaling, scale_dtype = about[:4]
     if code_map == "e2m1":
-        return dtype == "bfloat16" and scaling == "e8m0" and group == 32
+        return dtype == "bfloat16" and (scaling, group) in (("e8m0", 32), ("e4m3*", 16), ("e4m3/", 16))
     return dtype in ("bfloat16", "float16") and scale_dtype == dtype and (group in (32, 64) or group % 128 == 0)
 
 
@@ -276,16 +327,20 @@ def _multiply_halves(
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
     words = (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True) + mine * (k // 8)
     row = (mine // one) * (steps * one) + mine % one if joined > 1 else mine
+    whole = inside
+    if about[2] != "e8m0" and about[2] != "number":
+        globals_at = (start + at[2]).to(tl.pointer_type(tl.float32), bitcast=True)
+        whole = tl.load(globals_at + mine // one, mask=inside, other=1.0)
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
     for begin in range(0, k // STEP * STEP, STEP):
         tokens = load_tokens(inputs, valid, begin, k, STEP)
-        tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, at, about, exact, 4, dtype)
+        tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, whole, at, about, exact, 4, dtype)
         acc = add_product(acc, tile, tokens)
     if k % STEP != 0:
         last: tl.constexpr = k // STEP * STEP
         tokens = load_tokens(inputs, valid, last, k, STEP)
         tile = _tile(
-            start, words + last // 8, row + last // STEP * one, inside, at, about, exact, k % STEP // 32, dtype
+            start, words + last // 8, row + last // STEP * one, inside, whole, at, about, exact, k % STEP // 32, dtype
         )
         acc = add_product(acc, tile, tokens)
     return acc
@@ -293,10 +348,11 @@ def _multiply_halves(
 
 @triton.jit
 def _tile(
-    start, words, place, inside, at: tl.constexpr, about: tl.constexpr, exact: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr,
+    start, words, place, inside, whole, at: tl.constexpr, about: tl.constexpr, exact: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The tile `[R, 128]` of a step: `words` are pointers `[R]` to its first words, `place` `[R]` is where its scales are.
+    """The tile `[R, 128]` of a step.
 
+    `words` are pointers `[R]` to its first words, `place` `[R]` is where its scales are, `whole` `[R]` what NVFP4 has for a tensor.
     The step has `wide` words for each thread, the tile four; the tokens are 0 where one is missing.
     """
     i = tl.arange(0, 16)
@@ -310,6 +366,12 @@ def _tile(
         scale = tl.where(scale == 0, 0x00400040, scale * 0x00800080)
         a, b, c, d = tl.inline_asm_elementwise(
             _E2M1, "=&r,=&r,=&r,=&r,r,r", [word, scale], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+        )
+    elif about[0] == "e2m1":
+        first = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2, 1, 8, exact), whole, about[2])
+        second = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2 + 1, 1, 8, exact), whole, about[2])
+        a, b, c, d = tl.inline_asm_elementwise(
+            _E2M1_F32, "=&r,=&r,=&r,=&r,r,f,f", [word, first, second], dtype=(tl.int32,) * 4, is_pure=True, pack=1
         )
     else:
         per: tl.constexpr = STEP // about[1] if about[1] < STEP else 1
@@ -333,6 +395,15 @@ def _tile(
 
 
 @triton.jit
+def _nvfp4_scale(code, whole, scaling: tl.constexpr):
+    """A group's scale of NVFP4, float32 `[R, W]`, of its FP8 code and the tensor's own number `[R]`."""
+    scale = e4m3(code)
+    return (
+        scale * whole[:, None] if scaling == "e4m3*" else tl.div_rn(scale, tl.broadcast_to(whole[:, None], scale.shape))
+    )
+
+
+@triton.jit
 def _field(start, place, inside, which, size: tl.constexpr, per: tl.constexpr, exact: tl.constexpr):
     """Number `which` `[W]` of the `per` numbers of `size` bytes that a record has at `place` `[R]`: int32 `[R, W]`.
 
@@ -343,7 +414,8 @@ def _field(start, place, inside, which, size: tl.constexpr, per: tl.constexpr, e
     each: tl.constexpr = per * size
     if each == 8:
         first, second = _load(words + place * 2, inside, exact), _load(words + place * 2 + 1, inside, exact)
-        found = tl.where((which < 2)[None, :], first[:, None], second[:, None]) >> (which % 2 * bits)[None, :]
+        many: tl.constexpr = 4 // size
+        found = tl.where((which < many)[None, :], first[:, None], second[:, None]) >> (which % many * bits)[None, :]
     elif each == 4:
         found = _load(words + place, inside, exact)[:, None] >> (which * bits)[None, :]
     else:

@@ -6,8 +6,8 @@ without a second copy. Dense tensors are handed to transformers by key, so that 
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from expertflow.models.gguf.view import GgufStored
 from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
 from expertflow.models.weights.dense import DecodedOnRead, PackedTensor, pack_part
+from expertflow.models.weights.encode import encode_piece
 from expertflow.models.weights.mapping import ExpertPiece
 
 _NAMED = 5
@@ -154,7 +155,8 @@ def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: C
     try:
         for path in {piece.source.file for piece in pieces}:
             descriptors[path] = os.open(path, os.O_RDONLY)
-        in_threads(read, by_span)
+        with _one_thread_each():
+            in_threads(read, by_span)
     except OSError as error:
         raise CheckpointError(f"expert weights cannot be read: {error}", "Check the files and the disk.") from error
     finally:
@@ -162,17 +164,31 @@ def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: C
             os.close(descriptor)
 
 
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Threads that are started inside compute by themselves: else each would start as many as torch has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash) -> None:
     source, part, spec = piece.source, piece.part, piece.spec
     stored = getattr(torch, BY_STORED_NAME[source.dtype])
+    if piece.encoded is not None:
+        numbers = torch.empty(piece.stored, dtype=stored)
+        _read_hashed(descriptor, numbers.view(-1).view(torch.uint8), piece, content)
+        encode_piece(piece, numbers, records.layout.layers[piece.layer], records.record(piece.record))
+        return
     target = _target(records, piece, part)
     also = [other for other in spec.parts if other.source == part.name]
     exact = target.dtype == stored and target.is_contiguous()
     direct = exact and part.name not in spec.format.repacked and not also
     landing = target if direct else torch.empty(piece.nbytes // stored.itemsize, dtype=stored)
-    read = landing.view(torch.uint8)
-    _read_into(descriptor, read, source, piece.offset)
-    content.take(piece.span, [memoryview(read.numpy().data)])
+    _read_hashed(descriptor, landing.view(torch.uint8), piece, content)
     if not direct:
         one = spec.one if piece.joined else spec
         for each in (part, *also):
@@ -189,6 +205,11 @@ def _target(records: ExpertStore, piece: ExpertPiece, part: Part) -> Tensor:
         place * whole.numel() // max(prod(piece.part.shape), 1) for place in (piece.begin, piece.begin + piece.count)
     )
     return whole[begin:end]
+
+
+def _read_hashed(descriptor: int, target: Tensor, piece: ExpertPiece, content: ContentHash) -> None:
+    _read_into(descriptor, target, piece.source, piece.offset)
+    content.take(piece.span, [memoryview(target.numpy().data)])
 
 
 def _read_into(descriptor: int, target: Tensor, source: StoredTensor, offset: int) -> None:

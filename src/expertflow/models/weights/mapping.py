@@ -48,6 +48,7 @@ class ExpertPiece:
         stored: shape that the bytes have in the checkpoint.
         offset: first byte within the checkpoint tensor.
         nbytes: bytes in the file.
+        encoded: the tensor in the format that its numbers are quantised to while they are read; None: they are not.
     """
 
     record: int
@@ -60,6 +61,7 @@ class ExpertPiece:
     stored: tuple[int, ...]
     offset: int
     nbytes: int
+    encoded: TensorSpec | None = None
 
     @property
     def joined(self) -> bool:

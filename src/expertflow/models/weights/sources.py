@@ -6,7 +6,7 @@ know plans, slots and caches.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from expertflow.models.gguf.header import is_gguf
 from expertflow.models.places import walk
 from expertflow.models.skeleton import Skeleton
 from expertflow.models.weights.dense import PackedTensor
+from expertflow.models.weights.encode import in_format, packed_already, quantised
 from expertflow.models.weights.load import fill_records, load_dense
 from expertflow.models.weights.mapping import ExpertPiece, check_dense, map_experts, needed
 from expertflow.progress import Progress
@@ -137,7 +138,7 @@ class FileWeights:
         """Walk the headers of all files. See `WeightsSource`. Types of plain numbers in GGUF files are those of no run."""
         convert = convert or is_gguf(skeleton.folder)
         tensors = needed(skeleton, walk(skeleton.folder))
-        found = map_experts(skeleton, tensors, convert=convert)
+        found = quantised(skeleton, map_experts(skeleton, tensors, convert=convert))
         experts = {piece.source.key for piece in found.pieces}
         dense = {key: tensor for key, tensor in tensors.items() if key not in experts}
         return Located(
@@ -151,13 +152,13 @@ class FileWeights:
 
     def stamps(self, located: Located) -> Stamps:
         """Sizes and times of the files."""
-        return stamps(located.tensors, located.skeleton.folder)
+        return (*_expert_format(located.skeleton), *stamps(located.tensors, located.skeleton.folder))
 
     def identity(self, located: Located) -> str:
         """Hash the content of every file."""
         content = ContentHash()
         content.read([*(piece.span for piece in located.pieces), *spans_of(located.dense)])
-        return content.identity(located.tensors, located.skeleton.folder)
+        return _identity(content, located)
 
     def load_dense(self, located: Located, device: torch.device) -> PreTrainedModel:
         """Load through transformers."""
@@ -178,7 +179,19 @@ class FileWeights:
             fill_records(located.pieces, store, content, bar.advance)
         store.lock()
         content.read(spans_of(located.dense))
-        return store, content.identity(located.tensors, located.skeleton.folder)
+        return store, _identity(content, located)
+
+
+def _expert_format(skeleton: Skeleton) -> Stamps:
+    """What the model's answers depend on beside files: the format that experts are quantised to, if they are."""
+    return () if skeleton.expert_format is None else (("experts", skeleton.expert_format.name),)
+
+
+def _identity(content: ContentHash, located: Located) -> str:
+    whole = content.identity(located.tensors, located.skeleton.folder)
+    for mark in _expert_format(located.skeleton):
+        whole = hashlib.sha256(f"{whole} {mark}".encode()).hexdigest()
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +246,7 @@ class SharedWeights:
         """The other model's store, if it holds this model's experts.
 
         Raises:
-            ConfigError: if checkpoint, dtype or device differ.
+            ConfigError: if checkpoint, dtype, format or device differ.
         """
         mine, theirs = located.skeleton, self.skeleton
         if not self.store.nbytes:
@@ -241,7 +254,7 @@ class SharedWeights:
         same_records = StoreLayout.of(located.layers) == self.store.layout
         if not same_records or device != self.device or self.identity(located) != self.known_identity:
             raise ConfigError(
-                f"{mine.folder} cannot share the experts of {theirs.folder}: checkpoint, dtype or device differ",
+                f"{mine.folder} cannot share the experts of {theirs.folder}: checkpoint, dtype, format of experts or device differ",
                 "Load it by itself.",
             )
         return self.store, self.known_identity
@@ -286,20 +299,29 @@ class RandomWeights:
 
     @staticmethod
     def _stored(skeleton: Skeleton, spec: TensorSpec) -> TensorSpec:
-        """A tensor of an expert as checkpoints of its format have it: weights are packed, biases are not."""
-        if not skeleton.packed or len(spec.shape) == 1:
-            return spec
-        format_ = skeleton.packed[0]
-        joined = 2 if spec.name == "gate_up_proj" and not spec.transposed else 1
-        return replace(spec, format=format_, joined=joined)
+        """A tensor of an expert as checkpoints of its format have it: weights are packed, biases are not.
+
+        Raises:
+            ConfigError: if packed experts are to be quantised.
+        """
+        if skeleton.packed and skeleton.expert_format is not None:
+            raise packed_already(skeleton, skeleton.packed[0].name)
+        format_ = skeleton.packed[0] if skeleton.packed else skeleton.expert_format
+        return spec if format_ is None else in_format(skeleton, spec, format_)
 
     def stamps(self, located: Located) -> Stamps:
         """Seed and scale, and sizes and times of the setting files."""
-        return (("random", self.seed, str(self.embedding)), *stamps({}, located.skeleton.folder))
+        return (
+            ("random", self.seed, str(self.embedding)),
+            *_expert_format(located.skeleton),
+            *stamps({}, located.skeleton.folder),
+        )
 
     def identity(self, located: Located) -> str:
-        """Hash of seed, scale, dtype and the setting files."""
-        return hashlib.sha256(f"{located.skeleton.dtype} {self._name(located.skeleton.folder)}".encode()).hexdigest()
+        """Hash of seed, scale, dtype, format of experts and the setting files."""
+        skeleton = located.skeleton
+        about = " ".join(map(str, (skeleton.dtype, *_expert_format(skeleton), self._name(skeleton.folder))))
+        return hashlib.sha256(about.encode()).hexdigest()
 
     def _name(self, folder: Path) -> str:
         return f"random {self.seed} {self.embedding} {ContentHash().identity({}, folder)}"

@@ -1,0 +1,71 @@
+"""Passes over so many tokens that every expert is needed: each layer is loaded while the one before runs."""
+
+import pytest
+
+from expertflow import LLM, SamplingParams
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.events import Event, EventKind
+from helpers import MakeCheckpoint
+
+LONG = [list(range(5, 90))]
+PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+@pytest.mark.parametrize("strategy", [name for name, entry in STRATEGIES.items() if entry.reads_ahead])
+def test_a_wide_pass_loads_ahead(strategy: str, execution: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Only the first layer's experts are waited for; no more is loaded than is missing; answers stay."""
+    if strategy == "plec" and execution == "graph":
+        pytest.skip("needs a predictor there")
+    folder, found = make_checkpoint("qwen3_moe", "float32", num_hidden_layers=6), {}
+    for slots in ("50%", "100%"):
+        options = {"strategy": strategy, "execution": execution, "prefill_chunk": 128, "max_length": 128}
+        with LLM(folder, device="cpu", slots=slots, **options) as llm:
+            seen: list[Event] = []
+            llm.generate(LONG, PARAMS)  # the cache is warm
+            llm.events.subscribe(seen.append)
+            found[slots] = llm.generate(LONG, PARAMS)[0].token_ids
+            experts, layers = llm.plan.shape.experts, llm.plan.shape.layers
+        first = next(event.step for event in seen if event.kind is EventKind.STEP)
+        mine = [event for event in seen if event.step == first]
+        missed = {event.layer for event in mine if event.kind is EventKind.MISS}
+        ahead = [event for event in mine if event.kind is EventKind.PREFETCH]
+        used = sum(event.kind in {EventKind.HIT, EventKind.MISS} for event in mine)
+        if slots == "50%":
+            assert missed <= {0}
+            assert len(ahead) > 0
+            assert len(ahead) <= layers * experts - experts // 2
+            assert used >= layers * experts * 0.8, "the pass is not wide, and tests nothing"
+        else:
+            assert not missed
+    assert found["50%"] == found["100%"]
+
+
+def test_a_narrow_pass_loads_what_it_needs(make_checkpoint: MakeCheckpoint) -> None:
+    """A few tokens need a few experts: nothing is loaded ahead by a strategy without prefetch."""
+    with LLM(
+        make_checkpoint("qwen3_moe", "float32"),
+        device="cpu",
+        slots="50%",
+        strategy="next-use",
+        execution="host",
+        max_length=64,
+    ) as llm:
+        llm.generate([[5, 6, 7]], PARAMS)
+        assert llm.stats.cache.prefetched == 0
+        assert llm.stats.cache.loads > 0
+
+
+def test_a_baseline_does_not_read_ahead(make_checkpoint: MakeCheckpoint) -> None:
+    """Rivals' strategies stay what they are."""
+    with LLM(
+        make_checkpoint("qwen3_moe", "float32"),
+        device="cpu",
+        slots="50%",
+        strategy="lru",
+        execution="host",
+        prefill_chunk=128,
+        max_length=128,
+    ) as llm:
+        llm.generate(LONG, PARAMS)
+        assert llm.stats.cache.prefetched == 0
