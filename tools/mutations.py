@@ -51,7 +51,7 @@ MUTATIONS = (
     Mutation("four columns too few planned", "engine/plan.py", "kv = shape.kv_bytes(max_length) * live", "kv = shape.kv_bytes(max_length - 4) * live", PLAN),
     Mutation("latents planned for every head", "models/shape.py", "if skeleton.family is not None else None\n    kept", "if False else None\n    kept", PLAN),
     Mutation("the padding column not planned", "models/shape.py", "int(self.in_rows and not layer.source_length)", "0", PLAN),
-    Mutation("one slot more than the budget holds", "engine/plan.py", "return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes)", "return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes + 1)", PLAN),
+    Mutation("one slot more than the budget holds", "engine/plan.py", "return min(total, (budget - fixed - SlotPool.nbytes(slot_bytes, 0)) // slot_bytes)", "return min(total, (budget - fixed - SlotPool.nbytes(slot_bytes, 0)) // slot_bytes + 1)", PLAN),
     Mutation("dense weights planned without buffers", "models/shape.py", "total += tensor.numel() * dtype.itemsize", "total += tensor.numel() * dtype.itemsize * (name not in buffers)", PLAN),
     Mutation("top-p cut .02 too late", "execution/sampler.py", "before >= params.top_p", "before >= params.top_p + 0.02", SAMPLING),
     Mutation("top-p cut .02 too early", "execution/sampler.py", "before >= params.top_p", "before >= params.top_p - 0.02", SAMPLING),
