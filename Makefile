@@ -7,9 +7,11 @@ DEV_STAMP := $(VENV)/.installed-dev
 NEWEST := .venv-newest
 NEWEST_STAMP := $(NEWEST)/.installed
 TODAY := .venv-today
+SOAK_MODELS := .soak-models
+STEPS := 10000
 SMOKE := -m pytest tests/test_families_smoke.py
 
-.PHONY: demo test mutations check fix bench newest-smoke newest resolve clean
+.PHONY: demo test mutations soak check fix bench newest-smoke newest resolve clean
 
 demo: $(RUN_STAMP)  ## run the shipped model with an eighth of its experts on the device
 	$(BIN)/expertflow run --prompt "The old house stood at the end of the lane, and" --slots 12.5% --max-tokens 120 --temperature 0.7 --seed 7
@@ -19,6 +21,12 @@ test: $(DEV_STAMP)  ## all tests
 
 mutations: $(DEV_STAMP)  ## put small faults into a copy of the source and see the tests fail; minutes, by hand
 	$(BIN)/python tools/mutations.py
+
+soak: $(DEV_STAMP)  ## 10,000 random steps, formats drawn too, every logit compared; minutes, by hand
+	rm -rf $(SOAK_MODELS)
+	$(BIN)/python tests/write_models.py $(SOAK_MODELS)
+	$(BIN)/python benchmarks/soak.py --models $(SOAK_MODELS) --steps $(STEPS)
+	rm -rf $(SOAK_MODELS)
 
 check: $(DEV_STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff check .

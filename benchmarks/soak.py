@@ -3,9 +3,12 @@
 Through `LLM` and its engine. A small Qwen3-MoE with random bf16 weights, and a predictor with random weights, the worst
 there is: it may cost loads, never a bit. Each draw opens the model anew inside a budget and feeds in the tokens of the
 all-resident run. The logits of every step are compared bit for bit, and the measured peak with the budget. Halfway,
-some draws lose sequences.
+some draws of captured steps lose sequences.
 
-Usage: python benchmarks/soak.py [--steps 10000] [--out FILE]
+With `--models` the checkpoint and the execution are drawn, too: from a folder of folders with the checkpoints `packed` and `decoded`,
+as `tests/write_models.py` writes them. The all-resident run is then the decoded checkpoint's (`make soak` does both).
+
+Usage: python benchmarks/soak.py [--steps 10000] [--models FOLDER] [--tokens N] [--out FILE]
 """
 
 import argparse
@@ -15,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +38,7 @@ from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make
 from expertflow.predict.model import OUTPUTS, PredictorConfig
 
-SEED, PROMPT, TOKENS, BATCHES = 5, 12, 250, (1, 4)
+SEED, PROMPT, TOKENS, FEWER_TOKENS, LONGEST, BATCHES = 5, 12, 250, 50, 512, (1, 4)
 NAMES = [name for name, row in STRATEGIES.items() if not row.needs_future and not refusal(row, given=row.predicted)]
 LAYERS, EXPERTS, VOCABULARY = 6, 16, 512
 
@@ -50,25 +54,62 @@ def make_model(folder: Path) -> None:
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
 
 
+class Case(NamedTuple):
+    """A checkpoint that is run, and the one whose logits it has to give.
+
+    Attributes:
+        name: for the result.
+        folder: of the checkpoint.
+        twin: folder of the same numbers, decoded.
+        predictor: folder of its predictor.
+    """
+
+    name: str
+    folder: Path
+    twin: Path
+    predictor: Path
+
+
+class Truth(NamedTuple):
+    """What the all-resident run of a twin gave: prompts, each sequence's tokens, and its logits `[V]` step by step."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    logits: list[list[Tensor]]
+
+
+def cases(models: Path | None, place: Path) -> list[Case]:
+    """The checkpoints to draw from, each with a predictor."""
+    if models is None:
+        make_model(place / "model")
+        found = [Case("bfloat16", place / "model", place / "model", place / "predictor")]
+    else:
+        folders = sorted(folder for folder in models.iterdir() if (folder / "packed").is_dir())
+        found = [Case(one.name, one / "packed", one / "decoded", place / one.name) for one in folders]
+    for case in found:
+        make_predictor(case.folder, case.predictor)
+    return found
+
+
 def make_predictor(model: Path, folder: Path) -> None:
     """A predictor that was not trained."""
     prepared = prepare(model, EngineConfig(device="cpu", predictor="none"))
-    network = make(
-        PredictorConfig(layers=LAYERS, experts=EXPERTS, top_k=2, vocabulary=VOCABULARY, width=32, embedding=16)
-    )
+    shape = prepared.plan.shape
+    sizes = Shape(shape.layers, shape.experts, shape.top_k)
+    network = make(PredictorConfig(**sizes._asdict(), vocabulary=shape.vocabulary, width=32, embedding=16))
     for weight in network.parameters():
         torch.nn.init.normal_(weight, std=0.3)
-    network.vocabulary.learn(torch.arange(VOCABULARY))
+    network.vocabulary.learn(torch.arange(shape.vocabulary))
     artifact = Artifact(
-        model=network.eval(), memory=remember((), Shape(LAYERS, EXPERTS, 2), VOCABULARY, 0),
-        calibration=torch.ones(2 + SOURCES, OUTPUTS, LAYERS, 1), fingerprint=prepared.fingerprint, made_for="soak",
+        model=network.eval(), memory=remember((), sizes, shape.vocabulary, 0),
+        calibration=torch.ones(2 + SOURCES, OUTPUTS, shape.layers, 1), fingerprint=prepared.fingerprint, made_for="soak",
     )  # fmt: skip
     save_artifact(artifact, folder)
 
 
-def run(llm: LLM, prompts: list[list[int]], keep: int) -> tuple[list[list[int]], list[list[Tensor]]]:
-    """Tokens of each sequence, and its logits `[V]` step by step. The last `keep` steps lose a sequence."""
-    engine, params = llm.engine, SamplingParams(max_tokens=TOKENS + 1, ignore_eos=True)
+def run(llm: LLM, prompts: list[list[int]], count: int, keep: int) -> tuple[list[list[int]], list[list[Tensor]]]:
+    """Tokens of each sequence, and its logits `[V]` step by step, `count` steps. The last `keep` steps lose a sequence."""
+    engine, params = llm.engine, SamplingParams(max_tokens=count + 1, ignore_eos=True)
     numbers = [engine.add(llm.request(prompt, params, index=index)) for index, prompt in enumerate(prompts)]
     tokens: list[list[int]] = [[] for _ in prompts]
     logits: list[list[Tensor]] = [[] for _ in prompts]
@@ -81,60 +122,99 @@ def run(llm: LLM, prompts: list[list[int]], keep: int) -> tuple[list[list[int]],
     while engine.unfinished:
         for _, output in engine.step():
             tokens[output.index].append(output.token_id)
-        if len(tokens[0]) == TOKENS - keep + 1 and len(prompts) > 1 and engine.knows(numbers[1]):
+        if len(tokens[0]) == count - keep + 1 and len(prompts) > 1 and engine.knows(numbers[1]):
             engine.cancel(numbers[1])
     engine.watch_logits(None)
     return tokens, logits
 
 
+class Soak:
+    """The draws so far.
+
+    Args:
+        device: where models run.
+        tokens: steps of a draw.
+    """
+
+    def __init__(self, device: str, tokens: int) -> None:
+        """Nothing is drawn yet."""
+        self.tokens, self.random, self.began = tokens, np.random.default_rng(SEED), time.perf_counter()
+        self.settings = {"device": device, "max_batch": 4, "prefill_chunk": 32}
+        self.done = self.wrong = self.over = 0
+        self.drawn: dict[str, Counter[str]] = {"strategy": Counter(), "model": Counter(), "execution": Counter()}
+        self._truths: dict[tuple[str, str, int], Truth] = {}
+
+    def truth(self, case: Case, execution: str, count: int) -> Truth:
+        """Of `count` sequences; computed once."""
+        key = (case.name, execution, count)
+        if key not in self._truths:
+            with LLM(case.twin, predictor="none", execution=execution, **self.settings, max_length=length(case)) as llm:
+                prompts = self.random.integers(3, llm.plan.shape.vocabulary, (count, PROMPT)).tolist()
+                self._truths[key] = Truth(prompts, *run(llm, prompts, self.tokens, 0))
+        return self._truths[key]
+
+    def draw(self, case: Case, execution: str) -> str:
+        """Run a checkpoint with the rest drawn, and compare; a line that says what was found."""
+        random, name, count = self.random, str(self.random.choice(NAMES)), int(self.random.choice(BATCHES))
+        truth = self.truth(case, execution, count)
+        chosen = {
+            **self.settings, "execution": execution, "max_length": length(case), "strategy": name,
+            "predictor": str(case.predictor) if name == "plec" else "none",
+        }  # fmt: skip
+        least = prepare(case.folder, EngineConfig(**chosen, slots=1)).plan
+        most = least.fixed + least.shape.total_experts * least.record_bytes
+        budget = int(random.integers(least.total, most + 1)) if random.random() < 0.8 else least.total
+        fed = Replay(tokens=[[*prompt, *more] for prompt, more in zip(truth.prompts, truth.tokens, strict=True)])
+        with LLM(case.folder, gpu_memory=budget, routing=fed, **chosen) as llm:
+            # stock code's float32 products depend on how many sequences there are: only captured steps can lose one
+            keep = self.tokens // 2 if random.random() < 0.5 and execution == "graph" else 0
+            _, found = run(llm, truth.prompts, self.tokens, keep)
+            other = 0
+            for mine, theirs in zip(found, truth.logits, strict=True):
+                other += sum(not torch.equal(one, right) for one, right in zip(mine, theirs, strict=False))
+            assert [len(mine) for mine in found] == [self.tokens + 1 - keep * (place == 1) for place in range(count)]
+            assert llm.predictor_failure is None
+            peak, slots = llm.stats.peak_bytes, llm.plan.slots
+        self.wrong, self.over, self.done = self.wrong + other, self.over + (peak > budget), self.done + self.tokens
+        for what, value in (("strategy", name), ("model", case.name), ("execution", execution)):
+            self.drawn[what][value] += 1
+        return (
+            f"{time.perf_counter() - self.began:4.0f} s {self.done:6d} steps  {case.name} {execution} {name} B={count} slots {slots} of "
+            f"{least.shape.total_experts}, keep {keep}: {f'{other} WRONG' if other else 'exact'}, peak {peak} {'>' if peak > budget else '<='} {budget}"
+        )
+
+
+def length(case: Case) -> int:
+    """Tokens that a sequence has room for."""
+    context = prepare(case.folder, EngineConfig(device="cpu", predictor="none", slots=1)).plan.shape.context
+    return min(LONGEST, context or LONGEST)
+
+
 def main() -> None:
     """Draw, run, compare, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--models", type=Path, help="a folder of folders with checkpoints packed and decoded")
+    parser.add_argument("--tokens", type=int, help="steps of a draw")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    began, random = time.perf_counter(), np.random.default_rng(SEED)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = options.tokens or (TOKENS if options.models is None else FEWER_TOKENS)
+    soak, executions = Soak(device, tokens), ["graph"] if options.models is None else ["graph", "graph", "host"]
     with tempfile.TemporaryDirectory() as place:
-        model, predictor = Path(place) / "model", Path(place) / "predictor"
-        make_model(model)
-        make_predictor(model, predictor)
-        settings = {"device": device, "execution": "graph", "max_length": 512, "max_batch": 4, "prefill_chunk": 32}
-        truth = {}
-        with LLM(model, predictor="none", **settings) as llm:
-            for count in BATCHES:
-                prompts = random.integers(3, VOCABULARY, (count, PROMPT)).tolist()
-                truth[count] = prompts, *run(llm, prompts, 0)
-        done, wrong, over, drawn = 0, 0, 0, Counter()
-        while done < options.steps:
-            name, count = str(random.choice(NAMES)), int(random.choice(BATCHES))
-            prompts, tokens, logits = truth[count]
-            chosen = {"strategy": name, "predictor": str(predictor) if name == "plec" else "none"}
-            least = prepare(model, EngineConfig(**settings, **chosen, slots=1)).plan
-            most = least.fixed + LAYERS * EXPERTS * least.record_bytes
-            budget = int(random.integers(least.total, most + 1)) if random.random() < 0.8 else least.total
-            fed = Replay(tokens=[[*prompt, *more] for prompt, more in zip(prompts, tokens, strict=True)])
-            with LLM(model, gpu_memory=budget, routing=fed, **settings, **chosen) as llm:
-                keep = TOKENS // 2 if random.random() < 0.5 else 0
-                _, found = run(llm, prompts, keep)
-                for mine, theirs in zip(found, logits, strict=True):
-                    wrong += sum(not torch.equal(one, other) for one, other in zip(mine, theirs, strict=False))
-                assert [len(mine) for mine in found] == [TOKENS + 1 - keep * (place == 1) for place in range(count)]
-                over += llm.stats.peak_bytes > budget
-                assert llm.predictor_failure is None
-                drawn[name] += 1
-                done += TOKENS
-                print(f"{time.perf_counter() - began:4.0f} s {done:6d} steps  {name:11s} B={count} slots {llm.plan.slots:3d} of {LAYERS * EXPERTS}, keep {keep}: "
-                      f"{'exact' if not wrong else f'{wrong} WRONG'}, peak {llm.stats.peak_bytes} {'<=' if not over else '>'} {budget}", flush=True)  # fmt: skip
+        found, turn = cases(options.models, Path(place)), []
+        while soak.done < options.steps:
+            turn = turn or list(soak.random.permutation(len(found)))  # each has its turn before one comes again
+            print(soak.draw(found[turn.pop()], str(soak.random.choice(executions))), flush=True)
     result = {
-        **about(device)._asdict(), "benchmark": "soak", "seed": SEED, "steps": done, "draws": dict(drawn),
-        "steps_with_other_logits": wrong, "draws_over_budget": over, "seconds": time.perf_counter() - began,
-        "config": {"layers": LAYERS, "experts": EXPERTS, "batches": BATCHES, "tokens_a_draw": TOKENS, "dtype": "bfloat16"},
+        **about(device)._asdict(), "benchmark": "soak", "seed": SEED, "steps": soak.done, "draws": soak.drawn,
+        "steps_with_other_logits": soak.wrong, "draws_over_budget": soak.over, "seconds": time.perf_counter() - soak.began,
+        "config": {"models": [case.name for case in found], "batches": BATCHES, "tokens_a_draw": tokens},
     }  # fmt: skip
     print(json.dumps(result))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if wrong or over:
+    if soak.wrong or soak.over:
         raise SystemExit("not exact, or over budget")
 
 

@@ -22,21 +22,17 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on CPU tensors; read when they are imported
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
-from expertflow.models.families import FAMILIES
 from expertflow.predict.artifact import Artifact, save_artifact
 from expertflow.predict.counts import SOURCES, remember
 from expertflow.predict.dataset import Shape
 from expertflow.predict.kinds import make as make_network
 from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.trace.format import Trace, load_trace
-from helpers import EXCERPT, MakeCheckpoint, MakePredictor, model_class
+from helpers import EXCERPT, MakeCheckpoint, MakePredictor, save_checkpoint
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # how long an example takes is the machine's affair
@@ -61,32 +57,13 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         """`spread`: standard deviation of the weights, wide enough that tokens depend on all that is seen; 0: as drawn."""
         key = (model_type, dtype, shard, json.dumps(overrides, sort_keys=True), *([spread] if spread else []))
         if key not in made:
-            tiny = FAMILIES[model_type].tiny if model_type in FAMILIES else {}
-            config = AutoConfig.for_model(model_type, **{**tiny, **overrides})
-            torch.manual_seed(zlib.crc32(repr(key).encode()))  # the same weights, whichever tests ran before
             folder = tmp_path_factory.mktemp(f"{model_type}-{dtype}")
-            model = model_class(config)(config)
-            for name, parameter in model.named_parameters() if spread else ():
-                if parameter.ndim >= 2:
-                    nn.init.normal_(parameter, std=1 if "embed" in name else spread)
-            model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
-            _save_tokenizer(folder, config.get_text_config(decoder=True).vocab_size)
+            seed = zlib.crc32(repr(key).encode())  # the same weights, whichever tests ran before
+            save_checkpoint(folder, model_type, dtype, overrides, seed=seed, shard=shard, spread=spread)
             made[key] = folder
         return made[key]
 
     return make
-
-
-def _save_tokenizer(folder: Path, size: int) -> None:
-    """A byte-level tokenizer of printable characters, enough to read prompts and show text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    printable = [chr(code) for code in range(33, 127)]
-    words = ["<pad>", "<s>", "</s>", *printable, *(c for c in alphabet if c not in printable)][:size]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

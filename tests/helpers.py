@@ -3,17 +3,20 @@
 Fixtures are in `conftest.py`, which sets the environment before this module imports torch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from typer.testing import CliRunner
 
 from expertflow.cli.main import app
+from expertflow.models.families import FAMILIES
 from expertflow.models.skeleton import build_skeleton
 from expertflow.predict.artifact import Artifact
 from expertflow.predict.counts import SOURCES, Memory, remember
@@ -45,6 +48,43 @@ MakePredictor = Callable[..., Path]
 def model_class(config: object) -> type[PreTrainedModel]:
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     return mapping[type(config)]
+
+
+def save_checkpoint(
+    folder: Path,
+    model_type: str,
+    dtype: str,
+    overrides: Mapping[str, object],
+    *,
+    seed: int,
+    shard: str = "5GB",
+    spread: float = 0,
+) -> None:
+    """Save a small random model of a family, with a tokenizer.
+
+    `spread`: standard deviation of the weights, wide enough that tokens depend on all that is seen; 0: as drawn.
+    """
+    tiny = FAMILIES[model_type].tiny if model_type in FAMILIES else {}
+    config = AutoConfig.for_model(model_type, **{**tiny, **overrides})
+    torch.manual_seed(seed)
+    model = model_class(config)(config)
+    for name, parameter in model.named_parameters() if spread else ():
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=1 if "embed" in name else spread)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
+    _save_tokenizer(folder, config.get_text_config(decoder=True).vocab_size)
+
+
+def _save_tokenizer(folder: Path, size: int) -> None:
+    """A byte-level tokenizer of printable characters, enough to read prompts and show text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = [chr(code) for code in range(33, 127)]
+    words = ["<pad>", "<s>", "</s>", *printable, *(c for c in alphabet if c not in printable)][:size]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def load_resident(folder: Path) -> PreTrainedModel:

@@ -23,6 +23,7 @@ from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.models.weights import mapping
 from expertflow.models.weights.sources import RandomWeights
+from expertflow.units import format_bytes
 from four_bit import GROUP, LINEAR, STACKED, TABLE, FourBit, numbers
 from helpers import DEVICES, MakeCheckpoint
 
@@ -159,6 +160,21 @@ def test_a_plan_counts_packed_records(family: str, make_twins: Twins) -> None:
     assert plans[False].record_bytes == packed_bytes < plans[True].record_bytes == plain_plan.record_bytes
     assert plans[False].host == packed_bytes * plans[False].shape.total_experts
     assert [layout.is_plain for layout in plans[True].shape.records.layers] == [False, False, True]
+
+
+def test_a_plan_says_what_unequal_records_cost(make_twins: Twins) -> None:
+    """Two layers of three are packed: every record has the plain layer's size, and the note has the sum of what is lost."""
+    config = EngineConfig(device="cpu", slots=4, max_length=32)
+    whole, mixed = (
+        prepare(make_twins("qwen3_moe", "bfloat16", mixed=one)[0], config, formats=TABLE).plan for one in (False, True)
+    )
+    assert not [note for note in whole.shape.notes if "unequal" in note]
+    (note,) = [note for note in mixed.shape.notes if "unequal" in note]
+    large, small = (one.shape.records.record_bytes for one in (mixed, whole))
+    sizes = [format_bytes(size) for size in (large, small, 2 * mixed.shape.experts * (large - small))]
+    assert len({*sizes}) == 3
+    assert all(size in note for size in sizes)
+    assert "2 of 3 layers" in note
 
 
 def test_a_format_outside_the_table_is_refused(make_twins: Twins) -> None:

@@ -41,6 +41,7 @@ ONE_FAMILY = ("test_exactness.py", "-k", "stock_model and olmoe-float32")
 TOKENS = ("test_exactness.py", "-k", "stock_tokens and mixtral-float32")
 PLAN = ("test_budget.py", "-k", "as_planned or larger_budget")
 CACHE = ("test_cache.py",)
+MXFP4 = ("test_packed.py", "-k", "decoded_checkpoints_bits and mxfp4-host")
 SAMPLING = ("test_generation.py", "-k", "sampling or cut or draws")
 MUTATIONS = (
     # the order of sums, memory plans, sampling and victims
@@ -50,7 +51,7 @@ MUTATIONS = (
     Mutation("four columns too few planned", "engine/plan.py", "kv = shape.kv_bytes(max_length) * live", "kv = shape.kv_bytes(max_length - 4) * live", PLAN),
     Mutation("latents planned for every head", "models/shape.py", "if skeleton.family is not None else None\n    kept", "if False else None\n    kept", PLAN),
     Mutation("the padding column not planned", "models/shape.py", "int(self.in_rows and not layer.source_length)", "0", PLAN),
-    Mutation("one slot more than the budget holds", "engine/plan.py", "return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes)", "return min(total, (budget - fixed - SlotPool.nbytes(record_bytes, 0)) // record_bytes + 1)", PLAN),
+    Mutation("one slot more than the budget holds", "engine/plan.py", "return min(total, (budget - fixed - SlotPool.nbytes(slot_bytes, 0)) // slot_bytes)", "return min(total, (budget - fixed - SlotPool.nbytes(slot_bytes, 0)) // slot_bytes + 1)", PLAN),
     Mutation("dense weights planned without buffers", "models/shape.py", "total += tensor.numel() * dtype.itemsize", "total += tensor.numel() * dtype.itemsize * (name not in buffers)", PLAN),
     Mutation("top-p cut .02 too late", "execution/sampler.py", "before >= params.top_p", "before >= params.top_p + 0.02", SAMPLING),
     Mutation("top-p cut .02 too early", "execution/sampler.py", "before >= params.top_p", "before >= params.top_p - 0.02", SAMPLING),
@@ -65,8 +66,8 @@ MUTATIONS = (
     Mutation("uses of a step not counted", "cache/policy.py", "return Planes(usage.count, usage.count + 1,", "return Planes(usage.count, usage.count,", CACHE),
     Mutation("a first use counted again and again", "cache/core.py", "int(t.fresh[layer, expert]))\n        t.fresh[layer, expert] = False", "int(t.fresh[layer, expert]))", CACHE),
     Mutation("what is loaded ahead may leave at once", "cache/core.py", "t.fresh[layer, expert] = True\n", "t.fresh[layer, expert] = True\n        t.rank[layer, expert], t.lowest[layer] = -1e8, -1\n", CACHE),
-    Mutation("a copy starts one access early", "execution/provider.py", "coming.after < done", "coming.after <= done", ("test_memory.py", "-k", "before_its_turn")),
-    Mutation("a layer given up is trusted", "execution/provider.py", "if ready or coming is not None:", "if False:", ("test_generation.py", "test_memory.py", "-k", "interrupted or given_up or waited_for")),
+    Mutation("a copy starts one access early", "execution/provider.py", "and coming.after in over:", "and (coming.after in over or coming.after - 1 in over):", ("test_memory.py", "-k", "before_its_turn")),
+    Mutation("a layer given up is trusted", "execution/provider.py", "if resident or brought or coming is not None:\n                    self.controller.forget()", "if False:\n                    self.controller.forget()", ("test_generation.py", "test_memory.py", "-k", "interrupted or given_up or waited_for")),
     Mutation("a slot is not given back", "execution/provider.py", "transfer.release(access.slot)", "pass", ("test_memory.py", "-k", "before_its_turn")),
     Mutation("a window one token too wide", "execution/kv_rows.py", "(distance < window)", "(distance <= window)", ("test_exactness.py", "-k", "stock_tokens and gpt_oss-float32")),
     Mutation("a row keeps its former owner's columns", "execution/kv_rows.py", "layer.clear(row, self._written[row])", "layer.clear(row, 0)", ("test_finite.py", "-k", "former_owner")),
@@ -80,6 +81,19 @@ MUTATIONS = (
     Mutation("static batches are joined", "schedule/admission.py", "> 0 and not now.live", "> 0", ("test_scheduler.py", "-k", "rules")),
     Mutation("a request waits for longer than passes take", "schedule/admission.py", "self._waited < LONGEST_WAIT * costs.pass_", "self._waited < 2 * LONGEST_WAIT * costs.pass_", ("test_scheduler.py", "-k", "no_request_waits_longer")),
     Mutation("experts of another seed", "models/weights/sources.py", "manual_seed(self.seed + 1)", "manual_seed(1)", ("test_sources.py", "-k", "seed_decides")),
+    # packed formats: codes, scales, zeros, grids of joined tensors; in decoders, records and kernels
+    Mutation("codes exchanged within a byte", "formats/words.py", "codes >> (4 * nibble + bit) & 1", "codes >> (4 * (nibble ^ 1) + bit) & 1", MXFP4),
+    Mutation("a decoded scale of another step", "formats/words.py", "part.view(steps, outputs, -1).transpose(0, 1)", "part.view(steps, outputs, -1).roll(1, 0).transpose(0, 1)", MXFP4),
+    Mutation("kernels read the scale of another step", "kernels/reading/words.py", "(row[:, None] + (step * one)[None, :])", "(row[:, None] + ((steps - 1 - step) * one)[None, :])", ("test_readers.py", "-k", "mxfp4-float32-joined")),
+    Mutation("kernels read e8m0 0 as 0", "kernels/reading/words.py", "tl.where(scale == 0, 1 << 22, scale << 23)", "(scale << 23)", ("test_mxfp4.py",)),
+    Mutation("e8m0 0 is 0", "formats/published/mxfp4.py", "torch.where(scales == 0, 1 << 22, bits).view", "bits.view", ("test_mxfp4.py",)),
+    Mutation("the code of zero is 7", "formats/published/int4.py", "MIDDLE = 8", "MIDDLE = 7", ("test_packed.py", "-k", "decoded_checkpoints_bits and int4 and g32 and host")),
+    Mutation("kernels take 7 for zero", "kernels/reading/words.py", "code -= 8.0", "code -= 7.0", ("test_readers.py", "-k", "int4-g32-float32-joined")),
+    Mutation("up has the blocks of gate", "formats/format.py", "{name: part[place] for name", "{name: part[0 if name == 'scales' else place] for name", ("test_fp8.py", "-k", "joined_tensors")),
+    Mutation("kernels give up the blocks of gate", "kernels/reading/bytes.py", "rows // one * grid_rows + rows % one // block_rows if", "rows % one // block_rows if", ("test_readers.py", "-k", "fp8-float32-joined")),
+    Mutation("scales rounded to the config's number type", "formats/published/int4.py", "return replace(self, scale_dtype=dtype) if dtype in RUN_DTYPES else self", "return self", ("test_packed.py", "-k", "decoded_checkpoints_bits and float16 and scales and host")),
+    Mutation("stacked experts read from the place of others", "models/weights/mapping.py", "expert * size, size)", "(expert ^ 1) * size, size)", ("test_packed.py", "-k", "stock_models_bits and mxfp4")),
+    Mutation("packed dense weights are not decoded", "models/weights/load.py", "    return state | {key: DecodedOnRead", "    return slices or {key: DecodedOnRead", ("test_packed.py", "-k", "decoded_checkpoints_bits and g128 and attention and host")),
 )  # fmt: skip
 
 

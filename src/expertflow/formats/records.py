@@ -53,6 +53,16 @@ class RecordLayout:
         return cls(specs=tuple(specs), offsets=tuple(offsets), record_bytes=end)
 
     @cached_property
+    def used_bytes(self) -> int:
+        """Bytes of the parts with their alignment: `record_bytes`, or less where another layer's records are larger."""
+        ends = [
+            at + _aligned(part.nbytes)
+            for spec, places in zip(self.specs, self.offsets, strict=True)
+            for part, at in zip(spec.parts, places, strict=True)
+        ]
+        return max(ends, default=0)
+
+    @cached_property
     def is_plain(self) -> bool:
         """Whether every tensor is stored as plain numbers, so that nothing is decoded."""
         return all(spec.format is PLAIN for spec in self.specs)
@@ -115,6 +125,11 @@ class StoreLayout:
     def uniform(cls, specs: Sequence[TensorSpec], layers: int = 1) -> Self:
         """The same tensors in every layer."""
         return cls.of([tuple(specs)] * layers)
+
+    @cached_property
+    def smaller(self) -> tuple[int, ...]:
+        """Bytes that records use in each layer whose records are smaller than a slot."""
+        return tuple(layout.used_bytes for layout in self.layers if layout.used_bytes < self.record_bytes)
 
     @cached_property
     def decoded(self) -> "StoreLayout":

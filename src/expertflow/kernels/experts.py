@@ -12,7 +12,7 @@ On Hopper the down projection and the sum are put on the device before their pre
 not know layers, and which side decides.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,23 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.bytes import by_words
 from expertflow.kernels.reading.readers import reader
 from expertflow.kernels.reading.tiles import INTERPRETED
-from expertflow.kernels.reading.words import by_halves
+from expertflow.kernels.reading.words import STEP, by_halves
 
 TILE = tl.constexpr(16)
 """Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
 COMBINE_BLOCK = 256
 FEW_PAIRS = 16
 """Pairs below which the programs of a projection do not fill a GPU."""
+ROOM = 227 << 10
+"""Bytes of shared memory that a program may take on Hopper."""
+_LEAST_STAGES = 3
+"""Stages below which a tiling of fewer outputs is better."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def _combine_kernel(
     tl.store(out + token * h + cols, total.to(out.dtype.element_ty), mask=cols < h)
 
 
-def tilings(mlp: ExpertMlp, pairs: int) -> tuple[Tiling, Tiling]:
+def tilings(mlp: ExpertMlp, pairs: int, room: int = ROOM) -> tuple[Tiling, Tiling]:
     """How up and down projection are cut.
 
     What a pair gives must not depend on other pairs, so only what does not enter the arithmetic may depend on their number.
@@ -215,6 +220,7 @@ def tilings(mlp: ExpertMlp, pairs: int) -> tuple[Tiling, Tiling]:
     Args:
         mlp: the experts.
         pairs: (token, rank) pairs of the call.
+        room: bytes of shared memory that a program may take.
     """
     if mlp.dtype == "float32":
         up, down = Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
@@ -228,7 +234,31 @@ def tilings(mlp: ExpertMlp, pairs: int) -> tuple[Tiling, Tiling]:
         down = Tiling(64 if few else 128, 128, 4, 4) if _by_halves(mlp.down.spec) else down
         up = Tiling(32 if few else 64, 128, 4, 4) if _by_words(mlp.up.spec) else up
         down = Tiling(64 if few else 128, 128, 4, 3) if _by_words(mlp.down.spec) else down
-    return up, down
+    return _within(room, up, mlp.up.spec, 2 if mlp.gated else 1), _within(room, down, mlp.down.spec, 1)
+
+
+def _within(room: int, cut: Tiling, spec: TensorSpec, outputs: int) -> Tiling:
+    """A tiling that `room` bytes of shared memory hold; `outputs` of the weight make one of `block_n`.
+
+    Only packed words that are not taken out two by two need so much: the tile loader fetches the word of every single number.
+    """
+    size = DTYPES[spec.dtype].nbytes
+
+    def fits(cut: Tiling) -> bool:
+        numbers = cut.block_n * outputs * cut.block_k
+        tokens = int(TILE.value) * cut.block_k * cut.stages
+        return 4 * numbers * (cut.stages - 1) + size * (numbers + tokens) <= room
+
+    in_threads = cut.block_n * outputs % 64 == 0 and cut.block_k == STEP.value
+    if spec.format.tiles != "words" or (_by_halves(spec) and in_threads):
+        return cut
+    blocks = [block for block in (cut.block_n, cut.block_n // 2, cut.block_n // 4) if block >= TILE.value]
+    smaller = [
+        replace(cut, block_n=block, stages=stages)
+        for block in blocks
+        for stages in range(cut.stages, _LEAST_STAGES - 1, -1)
+    ]
+    return next(filter(fits, smaller), smaller[-1])
 
 
 def _by_halves(spec: TensorSpec) -> bool:
@@ -252,7 +282,7 @@ def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, wo
     assert slots.is_contiguous()
     assert hidden.dtype == mlp.torch_dtype
     assert slots.numel() <= MAX_PAIRS
-    up, down = tilings(mlp, slots.numel())
+    up, down = tilings(mlp, slots.numel(), _room(pool))
     launch_up(mlp, hidden, slots, pool, work, up)
     launch_down(mlp, slots, pool, work, down)
 
@@ -293,6 +323,14 @@ def read_arguments(projection: Projection) -> dict[str, Any]:
 
 def _padded(pairs: int) -> int:
     return max(int(triton.next_power_of_2(pairs)), 16)
+
+
+def _room(tensor: Tensor) -> int:
+    """Shared memory that a program may take on a tensor's device, bytes."""
+    if not tensor.is_cuda:
+        return ROOM
+    properties: Any = torch.cuda.get_device_properties(tensor.device)  # torch's stubs lack the attribute
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _early(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ Pure figures, taken from a skeleton. Must not know budgets and devices.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, atten
 from expertflow.models.bounds import describing
 from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
+from expertflow.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +120,14 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
     key_width, value_width, head_width = _head_widths(config, heads)
     unplanned, windows = ((), ()) if skeleton.encoder_decoder else _attention(skeleton, config)
     in_rows = skeleton.family is not None and not unplanned and windows is not None
+    records = StoreLayout.of(layers or [skeleton.specs] * len(skeleton.expert_modules))
     return ModelShape(
         model_type=skeleton.config.model_type,
         layers=len(skeleton.expert_modules),
         experts=skeleton.experts,
         top_k=skeleton.top_k,
         specs=skeleton.specs,
-        records=StoreLayout.of(layers or [skeleton.specs] * len(skeleton.expert_modules)),
+        records=records,
         dtype=skeleton.dtype,
         dense_bytes=_dense_bytes(skeleton),
         kv=_kv_layers(skeleton, (key_width + value_width) * element, element),
@@ -141,9 +144,26 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         in_rows=in_rows,
         windows=windows or (),
         expert_format="" if skeleton.expert_format is None else skeleton.expert_format.name,
-        notes=(*skeleton.notes, *_notes(skeleton, unplanned, in_rows=in_rows)),
+        notes=(
+            *skeleton.notes,
+            *_notes(skeleton, unplanned, in_rows=in_rows),
+            *_record_notes(records, skeleton.experts),
+        ),
         scores=skeleton.config._attn_implementation == "eager",  # noqa: SLF001 - transformers has no other attribute for it
     )
+
+
+def _record_notes(records: StoreLayout, experts: int) -> tuple[str, ...]:
+    """What it costs that any slot holds any record, where layers have records of several sizes."""
+    if not records.smaller:
+        return ()
+    size, usual = records.record_bytes, median(layout.used_bytes for layout in records.layers)
+    empty = sum(size - used for used in records.smaller) * experts
+    note = (
+        f"layers have records of unequal size: every record has the largest's {format_bytes(size)} (the median is {format_bytes(usual)}), "
+        f"{len(records.smaller)} of {len(records.layers)} layers need less, and {format_bytes(empty)} of the host's records stay empty"
+    )
+    return (note,)
 
 
 def _attention(skeleton: Skeleton, config: Any) -> tuple[tuple[str, ...], tuple[int | None, ...] | None]:

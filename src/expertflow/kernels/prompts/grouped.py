@@ -207,7 +207,7 @@ def wider_tilings(mlp: ExpertMlp, tile: int, room: int) -> tuple[Tiling, Tiling]
 
     `block_k` is the decode step's, so that the arithmetic is.
     """
-    up, down = tilings(mlp, MAX_PAIRS)
+    up, down = tilings(mlp, MAX_PAIRS, room)
     if tile == TILES[0] or mlp.dtype == "float32":
         return up, down
     return _wider(up, 2 if mlp.gated else 1, tile, room), _wider(down, 1, tile, room)

@@ -1,0 +1,54 @@
+"""The expert kernels of a decode step are compiled for GPUs that are not here."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from helpers import ROOT
+
+pytest.importorskip("triton", reason="kernels need triton")
+
+
+class Program(NamedTuple):
+    """A compiled kernel: bytes of shared memory, and those that a thread writes to it in each step."""
+
+    arch: int
+    case: str
+    shared: int
+    room: int
+    hopper: bool
+    stored: int
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Program]:
+    """All of them, by one process outside the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, str(Path(__file__).parent / "compile_experts.py")]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [Program(*one) for one in json.loads(done.stdout)]
+
+
+def test_kernels_compile_for_gpus_that_are_not_here(programs: list[Program]) -> None:
+    """Each tiling fits into the shared memory of its device; Hopper's own products are used on Hopper alone."""
+    assert {program.arch for program in programs} == {80, 86, 89, 90}
+    too_much = [program for program in programs if program.shared > program.room]
+    assert not too_much
+    assert all(program.hopper == (program.arch >= 90) for program in programs)
+
+
+def test_decoded_tiles_stay_in_registers(programs: list[Program]) -> None:
+    """Steps of mxfp4 and int4 write nothing to shared memory: a tile that is decoded elsewhere than it is used goes through it."""
+    stored = {(program.case, program.arch): program.stored for program in programs}
+    for case, arch in itertools.product(("mxfp4 up", "int4 up", "int4 with zeros up"), (80, 90)):
+        assert stored[case, arch] == 0, (case, arch)
+    assert stored["mxfp4 down", 90] == stored["int4 down", 90] == 0
+    assert stored["plain of gpt-oss up", 80] > 0  # turned round on its way to the tensor cores: such stores are seen
