@@ -166,7 +166,7 @@ def test_codes_and_scales_that_are_no_numbers_are_refused(code: int) -> None:
     """The shifts would make 480 of them."""
     spec = TensorSpec(name="w", shape=(256, 128), dtype="bfloat16", format=FP8)
     codes = random_codes(256, 128)
-    assert torch.equal(FP8.repack(spec, "codes", codes).view(torch.uint8), codes.view(torch.uint8))
+    FP8.repack(spec, "codes", codes)
     codes.view(torch.uint8)[200, 100] = code
     with pytest.raises(ValueError, match="not a number"):
         FP8.repack(spec, "codes", codes)
@@ -176,6 +176,25 @@ def test_codes_and_scales_that_are_no_numbers_are_refused(code: int) -> None:
                 format_.repack(spec, "scales", torch.tensor([[1.0], [bad]]))
     with pytest.raises(ValueError, match="255"):
         FP8.repack(spec, "scales", torch.tensor([[127], [255]], dtype=torch.uint8).view(torch.float8_e8m0fnu))
+
+
+@pytest.mark.parametrize("inputs", [16, 112, 192, 70])
+@pytest.mark.parametrize("format_", [FP8, INT_QUANTIZED], ids=["fp8", "int8"])
+def test_a_record_has_codes_as_tensor_cores_take_them(format_: Bytes, inputs: int) -> None:
+    """Of 16 inputs thread q of four takes the pairs from 2 q and from 2 q + 8; steps of 64 lie thread by thread. Odd rows stay."""
+    order = []
+    for step in range(0, inputs, 64):
+        runs = range(step, min(step + 64, inputs), 16)
+        order += [run + 2 * q + up + n for q in range(4) for run in runs for up in (0, 8) for n in (0, 1)]
+    order = order if inputs % 16 == 0 else list(range(inputs))
+    codes = torch.randint(0, 127, (6, inputs), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    stored = codes.view(torch.float8_e4m3fn if format_ is FP8 else torch.int8)
+    spec = TensorSpec(name="w", shape=(6, inputs), dtype="float32", format=format_)
+    found = format_.repack(spec, "codes", stored)
+    assert torch.equal(found.view(torch.uint8), codes[:, order])
+    (_, part) = spec.parts
+    ones = torch.ones(part.shape, dtype=getattr(torch, part.dtype))
+    assert torch.equal(format_.numbers(spec, {"codes": found, "scales": ones}), stored.float())
 
 
 def test_what_configs_state() -> None:
@@ -251,12 +270,18 @@ def test_drawn_numbers_have_the_deviation_asked_for(format_: Bytes) -> None:
         (Fp8(block=(ALL, ALL)), "bfloat16"),
         (FloatQuantized(block=(1, ALL)), "float32"),
         (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "bfloat16"),
+        (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "float16"),
+        (FloatQuantized(block=(64, 64)), "bfloat16"),
+        (Fp8(block=(48, 128)), "float16"),
         (IntQuantized(block=(1, ALL)), "bfloat16"),
     ],
     ids=str,
 )
-def test_a_tile_loader_reads_what_its_format_decodes(format_: Bytes, dtype: str) -> None:
-    """The expert kernels give the same bits for packed records as for the same numbers in plain ones, at odd sizes too."""
+def test_kernels_read_what_a_format_decodes(format_: Bytes, dtype: str) -> None:
+    """The expert kernels give the same bits for packed records as for the same numbers in plain ones, at odd sizes too.
+
+    In steps of 128 inputs the interpreter goes tile by tile, in steps of 64 by words.
+    """
     pytest.importorskip("triton", reason="kernels need triton")
     from expertflow.kernels import experts  # noqa: PLC0415
 
@@ -274,15 +299,17 @@ def test_a_tile_loader_reads_what_its_format_decodes(format_: Bytes, dtype: str)
             layouts[1].tensor(theirs, name).copy_(value)
     x = torch.randn(2, hidden, generator=torch.Generator().manual_seed(2)).to(device, getattr(torch, dtype))
     slots = torch.tensor([[0, 1], [1, -1]], dtype=torch.int32, device=device)
-    found = []
-    for layout, pool in zip(layouts, records, strict=True):
-        mlp = ExpertMlp.of(layout, "silu")
-        work = Workspace.allocate(mlp, 2, 2, device)
-        work.parts.zero_()
-        experts.expert_pairs(mlp, x, slots, pool.to(device), work)
-        found.append(work.parts)
-    assert found[0].abs().sum() > 0
-    assert torch.equal(*found)
+    for block_k in (64, 128):
+        found = []
+        for layout, pool in zip(layouts, records, strict=True):
+            mlp, on_device = ExpertMlp.of(layout, "silu"), pool.to(device)
+            work = Workspace.allocate(mlp, 2, 2, device)
+            work.parts.zero_()
+            experts.launch_up(mlp, x, slots, on_device, work, experts.Tiling(32, block_k))
+            experts.launch_down(mlp, slots, on_device, work, experts.Tiling(64, block_k))
+            found.append(work.parts)
+        assert found[0].abs().sum() > 0
+        assert torch.equal(*found)
 
 
 def test_stock_decodes_the_same_where_it_is_right(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

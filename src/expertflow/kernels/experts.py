@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
+from expertflow.kernels.reading.bytes import by_words
 from expertflow.kernels.reading.readers import reader
 from expertflow.kernels.reading.tiles import INTERPRETED
 from expertflow.kernels.reading.words import STEP, by_halves
@@ -231,6 +232,8 @@ def tilings(mlp: ExpertMlp, pairs: int, room: int = ROOM) -> tuple[Tiling, Tilin
         few = pairs < FEW_PAIRS
         up = Tiling(64, 128, 4, 4) if _by_halves(mlp.up.spec) else up
         down = Tiling(64 if few else 128, 128, 4, 4) if _by_halves(mlp.down.spec) else down
+        up = Tiling(32 if few else 64, 128, 4, 4) if _by_words(mlp.up.spec) else up
+        down = Tiling(64 if few else 128, 128, 4, 3) if _by_words(mlp.down.spec) else down
     return _within(room, up, mlp.up.spec, 2 if mlp.gated else 1), _within(room, down, mlp.down.spec, 1)
 
 
@@ -261,6 +264,13 @@ def _within(room: int, cut: Tiling, spec: TensorSpec, outputs: int) -> Tiling:
 def _by_halves(spec: TensorSpec) -> bool:
     """Whether a weight is made of four-bit codes, two at a time."""
     return spec.format.tiles == "words" and bool(by_halves(spec.format.constants(spec), spec.dtype))
+
+
+def _by_words(spec: TensorSpec) -> bool:
+    """Whether a weight is made of codes of one byte, four at a time."""
+    if spec.format.tiles != "bytes":
+        return False
+    return bool(by_words(spec.format.constants(spec), spec.dtype, spec.inputs, 128))
 
 
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:

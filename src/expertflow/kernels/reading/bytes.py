@@ -1,12 +1,19 @@
 """How the expert kernels read formats of one byte a weight: `formats.published.fp8` in Triton.
 
-`load_bytes` is the tile loader, see `kernels.reading.tiles`; `multiply_bytes` is the product with it, where the first input of a step is known.
+`load_bytes` is the tile loader, see `kernels.reading.tiles`. `multiply_bytes` is the product: where `by_words` says so, a thread reads just the
+codes that a tensor core takes from it, four in a word; else tile by tile, where the first input of a step is known.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import num_warps
+from triton.language.target_info import cuda_capability_geq
 
-from expertflow.kernels.reading.tiles import add_product, load_tokens, rounded
+from expertflow.kernels.reading.tiles import INTERPRETED, add_product, load_tokens, rounded
+from expertflow.kernels.reading.words import by_threads, in_record, load_four, number_type, warps_of
+
+STEP = tl.constexpr(64)
+"""Inputs whose codes a record has thread by thread, as in `formats.published.fp8`."""
 
 
 @triton.jit
@@ -16,6 +23,26 @@ def widened(values):
         bits = values.to(tl.uint16, bitcast=True)
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return values.to(tl.float32)
+
+
+@triton.jit
+def _values(codes, about: tl.constexpr):
+    """The numbers of codes: int32, their sign extended, to float32; exact."""
+    if about[5]:
+        values = codes.to(tl.float32)
+    else:  # the sign stays, the other bits go where float32 has exponent and mantissa; 127 - 7 is missing in the exponent
+        values = ((codes << 20) & -2014314496).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return values
+
+
+@triton.jit
+def _places(cols, k: tl.constexpr):
+    """Where the codes of inputs `[C]` are in a row of a record, see `formats.published.fp8`."""
+    if k % 16 == 0:
+        step, place = cols // STEP, cols % STEP
+        wide = tl.minimum(4, k // 16 - step * 4)
+        cols = step * STEP + place % 8 // 2 * (4 * wide) + place // 16 * 4 + place // 8 % 2 * 2 + place % 2
+    return cols
 
 
 @triton.jit
@@ -40,13 +67,10 @@ def _tile(
     step: tl.constexpr = cols.shape[0]
     start = record.to(tl.pointer_type(tl.int8), bitcast=True)
     inside = (outs < n)[:, None] & (cols < k)[None, :]
-    rows = outs % joined * one + outs // joined if about[9] else outs
-    where = start + at[0] + rows[:, None] * k + cols[None, :]
+    rows = in_record(outs, n, joined, about[9])
+    where = start + at[0] + rows[:, None] * k + _places(cols, k)[None, :]
     codes = (tl.load(where) if whole else tl.load(where, mask=inside, other=0)).to(tl.int32)
-    if about[5]:
-        values = codes.to(tl.float32)
-    else:  # the sign stays, the other bits go where float32 has exponent and mantissa; 127 - 7 is missing in the exponent
-        values = ((codes << 20) & -2014314496).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    values = _values(codes, about)
     scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
     of_row = rows // one * grid_rows + rows % one // block_rows if joined > 1 else rows // block_rows
     scales += of_row * grid_cols
@@ -83,14 +107,207 @@ def multiply_bytes(
     inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,  # noqa: ARG001
     transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,  # noqa: ARG001
 ):  # fmt: skip
-    """As `multiply_tiles` with `load_bytes`, which would look for the first input in every step."""
-    acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
-    for begin in range(0, k, block_k):
-        tokens = load_tokens(inputs, valid, begin, k, block_k)
-        cols = begin + tl.arange(0, block_k)
-        tile = _tile(record, at, about, outs, cols, begin, n, k, exact and k % block_k == 0)
-        acc = add_product(acc, tile, tokens)
+    """As `multiply_tiles` with `load_bytes`, which would look for the first input in every step: by words where that gives its bits."""
+    # the interpreter's sums go by the size of a step
+    fitting: tl.constexpr = outs.shape[0] % 64 == 0 and (not INTERPRETED or block_k == STEP)
+    if fitting and by_words(about, number_type(record.dtype.element_ty), k, block_k):
+        acc = _multiply_words(inputs, valid, record, at, about, outs, n, k, exact, block_k)
+    else:
+        acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+        for begin in range(0, k, block_k):
+            tokens = load_tokens(inputs, valid, begin, k, block_k)
+            cols = begin + tl.arange(0, block_k)
+            tile = _tile(record, at, about, outs, cols, begin, n, k, exact and k % block_k == 0)
+            acc = add_product(acc, tile, tokens)
     return acc
+
+
+@triton.constexpr_function
+def by_words(about, dtype, k, block_k):
+    """Whether codes are decoded a word at a time: where all scales of a step's output are one, and a number is rounded but once.
+
+    Args:
+        about: the format's constants.
+        dtype: of the model, as torch names it.
+        k: inputs of the weight.
+        block_k: those of a step of the loop.
+    """
+    grid_cols, scale_dtype, rounds, divides = about[4], about[6], about[7], about[10]
+    fitting = dtype in ("bfloat16", "float16") and k % 16 == 0 and block_k in (64, 128)
+    shared = grid_cols == 1 or (divides >= 64 and scale_dtype in ("float32", "bfloat16"))
+    return fitting and shared and (not rounds or scale_dtype in ("float32", dtype))
+
+
+@triton.constexpr_function
+def _program(int8, converts, dtype):
+    """What makes four numbers of a word of codes, on a device that converts E4M3 codes or does not."""
+    text = _INT8 if int8 else _E4M3 if converts else _E4M3_BITS
+    return text if dtype == "bfloat16" else text.replace("cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32")
+
+
+_E4M3 = """{
+.reg .b16 l, h, p, q, r, s;
+.reg .b32 t, u;
+.reg .f32 a, b, c, d;
+mov.b32 {l, h}, $2;
+cvt.rn.f16x2.e4m3x2 t, l;
+cvt.rn.f16x2.e4m3x2 u, h;
+mov.b32 {p, q}, t;
+mov.b32 {r, s}, u;
+cvt.f32.f16 a, p;
+cvt.f32.f16 b, q;
+cvt.f32.f16 c, r;
+cvt.f32.f16 d, s;
+mul.rn.f32 a, a, $3;
+mul.rn.f32 b, b, $4;
+mul.rn.f32 c, c, $5;
+mul.rn.f32 d, d, $6;
+cvt.rn.bf16x2.f32 $0, b, a;
+cvt.rn.bf16x2.f32 $1, d, c;
+}"""
+"""Four E4M3 codes of a word times a float32 scale each, rounded to bfloat16, on devices that convert such codes."""
+
+_E4M3_BITS = """{
+.reg .b16 p, q, r, s;
+.reg .b32 t, u, k;
+.reg .f32 a, b, c, d;
+mov.b32 k, 0x5C005C00;
+shl.b32 t, $2, 8;
+and.b32 t, t, 0x80008000;
+shl.b32 u, $2, 7;
+lop3.b32 t, u, 0x3F803F80, t, 0xEA;
+mul.rn.f16x2 t, t, k;
+mov.b32 {p, r}, t;
+and.b32 t, $2, 0x80008000;
+shr.b32 u, $2, 1;
+lop3.b32 t, u, 0x3F803F80, t, 0xEA;
+mul.rn.f16x2 t, t, k;
+mov.b32 {q, s}, t;
+cvt.f32.f16 a, p;
+cvt.f32.f16 b, q;
+cvt.f32.f16 c, r;
+cvt.f32.f16 d, s;
+mul.rn.f32 a, a, $3;
+mul.rn.f32 b, b, $4;
+mul.rn.f32 c, c, $5;
+mul.rn.f32 d, d, $6;
+cvt.rn.bf16x2.f32 $0, b, a;
+cvt.rn.bf16x2.f32 $1, d, c;
+}"""
+"""The same on other devices: sign and magnitude go where float16 has them, and are the number times 2 ** -8 there."""
+
+_INT8 = """{
+.reg .b32 t, k, p, q, r, s;
+.reg .f32 a, b, c, d;
+mov.b32 k, 0x4B000000;
+xor.b32 t, $2, 0x80808080;
+prmt.b32 p, t, k, 0x7440;
+prmt.b32 q, t, k, 0x7441;
+prmt.b32 r, t, k, 0x7442;
+prmt.b32 s, t, k, 0x7443;
+mov.b32 a, p;
+mov.b32 b, q;
+mov.b32 c, r;
+mov.b32 d, s;
+sub.rn.f32 a, a, 0f4B000080;
+sub.rn.f32 b, b, 0f4B000080;
+sub.rn.f32 c, c, 0f4B000080;
+sub.rn.f32 d, d, 0f4B000080;
+mul.rn.f32 a, a, $3;
+mul.rn.f32 b, b, $4;
+mul.rn.f32 c, c, $5;
+mul.rn.f32 d, d, $6;
+cvt.rn.bf16x2.f32 $0, b, a;
+cvt.rn.bf16x2.f32 $1, d, c;
+}"""
+"""The same for int8 codes: `0x4B000000 | q + 128` is 2 ** 23 + 128 + q in float32, and the difference is exact."""
+
+
+@triton.jit
+def _multiply_words(
+    inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
+    block_k: tl.constexpr,
+):  # fmt: skip
+    """The product by words: a tile is made in the registers of the threads that multiply it, see `kernels.reading.words`."""
+    each: tl.constexpr = about[0]
+    block_rows: tl.constexpr = about[1]
+    grid_rows: tl.constexpr = about[3]
+    grid_cols: tl.constexpr = about[4]
+    joined: tl.constexpr = about[8]
+    dtype: tl.constexpr = record.dtype.element_ty
+    mine = by_threads(outs)
+    inside = mine < n
+    rows = in_record(mine, n, joined, about[9])
+    start = record.to(tl.pointer_type(tl.int8), bitcast=True)
+    codes = start + at[0] + rows * k
+    of_row = rows // each * grid_rows + rows % each // block_rows if joined > 1 else rows // block_rows
+    place = of_row * grid_cols
+    acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+    if grid_cols == 1:
+        scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
+        scale = widened(tl.load(scales + place, mask=inside, other=0))[None, :]
+    for begin in range(0, k // block_k * block_k, block_k):
+        if grid_cols > 1:
+            scale = _scales(start, at, about, place, begin, inside, exact, block_k // STEP)
+        tile = _numbers(codes + begin, scale, inside, about, exact, block_k // STEP, 4, dtype)
+        acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
+    # the interpreter needs plain integers here
+    for step in tl.static_range((k % block_k + 64 - 1) // 64):
+        last: tl.constexpr = k // block_k * block_k + step * 64
+        wide: tl.constexpr = 4 if k - last >= 64 else (k - last) // 16
+        if grid_cols > 1:
+            scale = _scales(start, at, about, place, last, inside, exact, 1)
+        tile = _numbers(codes + last, scale, inside, about, exact, 1, wide, dtype)
+        acc = add_product(acc, tile, load_tokens(inputs, valid, last, k, 64))
+    return acc
+
+
+@triton.jit
+def _scales(
+    start, at: tl.constexpr, about: tl.constexpr, place, first, inside, exact: tl.constexpr, steps: tl.constexpr
+):
+    """Scales of steps from input `first` on, for rows of scales that begin at `place` `[R]`: float32 `[steps or 1, R]`.
+
+    They are read four bytes at a time, because copies of fewer cannot be in flight while others are computed with.
+    """
+    words = (start + at[1]).to(tl.pointer_type(tl.int32), bitcast=True)
+    apart: tl.constexpr = steps if about[10] < steps * STEP else 1
+    place = place[None, :] + ((first + tl.arange(0, apart) * STEP) // about[2])[:, None]
+    if about[6] == "float32":
+        bits = load_four(words + place, inside[None, :], exact)
+    else:  # two bfloat16 in four bytes; that part of a record ends with whole ones
+        bits = (load_four(words + place // 2, inside[None, :], exact) >> (place % 2 * 16)) << 16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _numbers(
+    codes, scale, inside, about: tl.constexpr, exact: tl.constexpr, steps: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The tile `[R, 64 * steps]` of steps: `codes` are pointers `[R]` to their first bytes, `scale` is `[1, R]` or `[steps, R]`.
+
+    A step has `wide` words for each thread, and four are read; the tokens are 0 where one is missing.
+    """
+    rows: tl.constexpr = codes.shape[0]
+    i = tl.arange(0, 64)
+    where = codes[None, :, None] + (tl.arange(0, steps) * STEP)[:, None, None]
+    if exact and wide == 4:
+        code = tl.load(where + i[None, None, :])
+    else:
+        mask = inside[None, :, None] & (i % 16 < 4 * wide)[None, None, :]
+        code = tl.load(where + (i // 16 * (4 * wide) + i % 16)[None, None, :], mask=mask, other=0)
+    scale = tl.broadcast_to(scale[:, :, None], code.shape)
+    if INTERPRETED:
+        tile = rounded(_values(code.to(tl.int32), about) * scale, dtype)
+    else:
+        # not pure: a pure one would move behind the tile's rearrangement, and words would be taken apart for it
+        tile = tl.inline_asm_elementwise(
+            _program(about[5], cuda_capability_geq(8, 9), number_type(dtype)), "=&r,=&r,r,f,f,f,f", [code, scale],
+            dtype=tl.int16, is_pure=False, pack=4,
+        ).to(dtype, bitcast=True)  # fmt: skip
+    warps: tl.constexpr = 1 if INTERPRETED else warps_of(rows, num_warps())
+    tile = tl.reshape(tile, [steps, rows // (16 * warps), 2, warps, 8, 4, 4, 2, 2])
+    return tl.reshape(tl.permute(tile, (1, 3, 2, 4, 0, 6, 7, 5, 8)), [rows, 64 * steps])
 
 
 @triton.constexpr_function

@@ -253,13 +253,13 @@ def by_halves(about, dtype):
 
 
 @triton.constexpr_function
-def _warps(rows, warps):
+def warps_of(rows, warps):
     """Warps among which the rows of a tile are divided, sixteen each."""
     return min(warps, rows // 16)
 
 
 @triton.constexpr_function
-def _name(dtype):
+def number_type(dtype):
     """A number type as torch names it."""
     return {"bf16": "bfloat16", "fp16": "float16"}.get(str(dtype), str(dtype))
 
@@ -275,7 +275,7 @@ def _split(pairs, dtype: tl.constexpr):
 def _unfold(one, two, three, four, dtype: tl.constexpr):
     """Four times two numbers of each word `[R, W]` as a tile `[R, 8 W]`.
 
-    Rows come as `_by_threads` orders them, and words by threads. In both orders a thread has decoded just what a tensor core takes from
+    Rows come as `by_threads` orders them, and words by threads. In both orders a thread has decoded just what a tensor core takes from
     it, so that the tile stays in its registers.
     """
     a0, a1 = _split(one, dtype)
@@ -286,16 +286,16 @@ def _unfold(one, two, three, four, dtype: tl.constexpr):
     odd = tl.join(tl.join(a1, c1), tl.join(b1, d1))
     rows: tl.constexpr = one.shape[0]
     words: tl.constexpr = one.shape[1] // 4
-    warps: tl.constexpr = _warps(rows, num_warps())
+    warps: tl.constexpr = warps_of(rows, num_warps())
     tile = tl.reshape(tl.join(even, odd), [rows // (16 * warps), 2, warps, 8, 4, words, 2, 2, 2])
     return tl.reshape(tl.permute(tile, (0, 2, 1, 3, 5, 6, 7, 4, 8)), [rows, words * 32])
 
 
 @triton.jit
-def _by_threads(outs):
+def by_threads(outs):
     """Outputs `[R]` in the order in which `_unfold` takes their rows."""
     rows: tl.constexpr = outs.shape[0]
-    warps: tl.constexpr = _warps(rows, num_warps())
+    warps: tl.constexpr = 1 if INTERPRETED else warps_of(rows, num_warps())
     return tl.reshape(tl.permute(tl.reshape(outs, [rows // (16 * warps), warps, 2, 8]), (0, 2, 1, 3)), [rows])
 
 
@@ -306,7 +306,7 @@ def multiply_words(
 ):  # fmt: skip
     """As `multiply_tiles`, with the bits of `load_words`: by bfloat16 arithmetic where that gives them."""
     fitting: tl.constexpr = not INTERPRETED and block_k == STEP and outs.shape[0] % 64 == 0
-    if fitting and by_halves(about, _name(record.dtype.element_ty)):
+    if fitting and by_halves(about, number_type(record.dtype.element_ty)):
         acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)
     else:
         acc = multiply_tiles(inputs, valid, record, load, at, about, outs, n, k, transposed, exact, block_k)
@@ -321,7 +321,7 @@ def _multiply_halves(
     one: tl.constexpr = n // joined
     steps: tl.constexpr = (k + STEP - 1) // STEP
     dtype: tl.constexpr = record.dtype.element_ty
-    mine = _by_threads(outs)
+    mine = by_threads(outs)
     inside = mine < n
     mine = in_record(mine, n, joined, about[6])
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
@@ -413,19 +413,19 @@ def _field(start, place, inside, which, size: tl.constexpr, per: tl.constexpr, e
     bits: tl.constexpr = 8 * size
     each: tl.constexpr = per * size
     if each == 8:
-        first, second = _load(words + place * 2, inside, exact), _load(words + place * 2 + 1, inside, exact)
+        first, second = load_four(words + place * 2, inside, exact), load_four(words + place * 2 + 1, inside, exact)
         many: tl.constexpr = 4 // size
         found = tl.where((which < many)[None, :], first[:, None], second[:, None]) >> (which % many * bits)[None, :]
     elif each == 4:
-        found = _load(words + place, inside, exact)[:, None] >> (which * bits)[None, :]
+        found = load_four(words + place, inside, exact)[:, None] >> (which * bits)[None, :]
     else:
         around: tl.constexpr = 4 // each
-        found = _load(words + place // around, inside, exact) >> (place % around * (8 * each))
+        found = load_four(words + place // around, inside, exact) >> (place % around * (8 * each))
         found = found[:, None] >> (which * bits)[None, :]
     return found & ((1 << bits) - 1)
 
 
 @triton.jit
-def _load(pointers, inside, exact: tl.constexpr):
+def load_four(pointers, inside, exact: tl.constexpr):
     """Four bytes each, `[R]`; 0 outside."""
     return tl.load(pointers) if exact else tl.load(pointers, mask=inside, other=0)
