@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import num_warps
 from triton.language.target_info import cuda_capability_geq
 
-from expertflow.kernels.reading.tiles import INTERPRETED, add_product, load_tokens, rounded
+from expertflow.kernels.reading.tiles import INTERPRETED, add_product, as_loaded, load_tokens, rounded
 from expertflow.kernels.reading.words import by_threads, in_record, load_four, number_type, warps_of
 
 STEP = tl.constexpr(64)
@@ -90,7 +90,7 @@ def _tile(
     values = values * widened(scale)
     if about[7] and _dtype(about[6]) != tl.float32:
         values = widened(rounded(values, _dtype(about[6])))
-    return rounded(values, record.dtype.element_ty)
+    return as_loaded(rounded(values, record.dtype.element_ty))
 
 
 @triton.jit
@@ -251,10 +251,15 @@ def _multiply_words(
             scale = _scales(start, at, about, place, begin, inside, exact, block_k // STEP)
         tile = _numbers(codes + begin, scale, inside, about, exact, block_k // STEP, 4, dtype)
         acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
-    # the interpreter needs plain integers here
-    for step in tl.static_range((k % block_k + 64 - 1) // 64):
-        last: tl.constexpr = k // block_k * block_k + step * 64
-        wide: tl.constexpr = 4 if k - last >= 64 else (k - last) // 16
+    if k % block_k >= 64:  # a step of 64 inputs of a larger one
+        half: tl.constexpr = k // block_k * block_k
+        if grid_cols > 1:
+            scale = _scales(start, at, about, place, half, inside, exact, 1)
+        tile = _numbers(codes + half, scale, inside, about, exact, 1, 4, dtype)
+        acc = add_product(acc, tile, load_tokens(inputs, valid, half, k, 64))
+    if k % 64 != 0:
+        last: tl.constexpr = k // 64 * 64
+        wide: tl.constexpr = k % 64 // 16
         if grid_cols > 1:
             scale = _scales(start, at, about, place, last, inside, exact, 1)
         tile = _numbers(codes + last, scale, inside, about, exact, 1, wide, dtype)

@@ -7,7 +7,7 @@ behind it: two numbers of 11 and 7 bits at most, times one of 5.
 import triton
 import triton.language as tl
 
-from expertflow.kernels.reading.tiles import rounded
+from expertflow.kernels.reading.tiles import as_loaded, rounded
 from expertflow.kernels.reading.words import in_record
 
 
@@ -101,4 +101,4 @@ def load_gguf(
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True) + at[0]
     block = outs[:, None] * (k // per * size) + (cols // per * size)[None, :]
     value = _value(start, block, (cols % per)[None, :], inside, about[0])
-    return rounded(tl.where(inside, value, 0.0), record.dtype.element_ty)
+    return as_loaded(rounded(tl.where(inside, value, 0.0), record.dtype.element_ty))

@@ -16,6 +16,7 @@ from a tile is the same for every format, so packed weights give the bits of the
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Triton's interpreter multiplies the bit patterns of bfloat16; it has to be given float32, which is as exact."""
@@ -72,6 +73,17 @@ def multiply_tiles(
         tile = load(record, at, about, outs, cols, n, k, transposed, exact and k % block_k == 0)
         acc = add_product(acc, tile, tokens)
     return acc
+
+
+@triton.jit
+def as_loaded(tile):
+    """A tile as it is, whose history the compiler does not see, in numbers of two bytes.
+
+    Before sm_90 Triton orders the inputs of a product by the smallest number in the history of a tile, and the order decides about bits.
+    """
+    if not INTERPRETED and tile.dtype.primitive_bitwidth == 16 and not cuda_capability_geq(9, 0):
+        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=2)
+    return tile
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import num_warps
 
-from expertflow.kernels.reading.tiles import INTERPRETED, add_product, load_tokens, multiply_tiles, rounded
+from expertflow.kernels.reading.tiles import INTERPRETED, add_product, as_loaded, load_tokens, multiply_tiles, rounded
 
 STEP = tl.constexpr(128)
 """Inputs whose scales lie side by side, as in `formats.words`."""
@@ -109,7 +109,7 @@ def load_words(
             whole_scale = tl.load(whole_scales + outs // (n // joined), mask=outs < n, other=1.0)[:, None]
             scale = e4m3(raw) * whole_scale if scaling == "e4m3*" else tl.div_rn(e4m3(raw), whole_scale)
             value = code * scale
-    return rounded(tl.where(inside, value, 0.0), record.dtype.element_ty)
+    return as_loaded(rounded(tl.where(inside, value, 0.0), record.dtype.element_ty))
 
 
 _E2M1 = tl.constexpr("""{
@@ -368,8 +368,9 @@ def _tile(
             _E2M1, "=&r,=&r,=&r,=&r,r,r", [word, scale], dtype=(tl.int32,) * 4, is_pure=True, pack=1
         )
     elif about[0] == "e2m1":
-        first = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2, 1, 8, exact), whole, about[2])
-        second = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2 + 1, 1, 8, exact), whole, about[2])
+        times: tl.constexpr = about[2] == "e4m3*"
+        first = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2, 1, 8, exact), whole, times)
+        second = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2 + 1, 1, 8, exact), whole, times)
         a, b, c, d = tl.inline_asm_elementwise(
             _E2M1_F32, "=&r,=&r,=&r,=&r,r,f,f", [word, first, second], dtype=(tl.int32,) * 4, is_pure=True, pack=1
         )
@@ -391,16 +392,14 @@ def _tile(
             a, b, c, d = tl.inline_asm_elementwise(
                 _INT4_F16, "=&r,=&r,=&r,=&r,r,r,r", [word, scale, zero], dtype=(tl.int32,) * 4, is_pure=True, pack=1
             )
-    return _unfold(a, b, c, d, dtype)
+    return as_loaded(_unfold(a, b, c, d, dtype))
 
 
 @triton.jit
-def _nvfp4_scale(code, whole, scaling: tl.constexpr):
-    """A group's scale of NVFP4, float32 `[R, W]`, of its FP8 code and the tensor's own number `[R]`."""
+def _nvfp4_scale(code, whole, times: tl.constexpr):
+    """A group's scale of NVFP4, float32 `[R, W]`: its FP8 code's number times the tensor's own `[R]`, or divided by it."""
     scale = e4m3(code)
-    return (
-        scale * whole[:, None] if scaling == "e4m3*" else tl.div_rn(scale, tl.broadcast_to(whole[:, None], scale.shape))
-    )
+    return scale * whole[:, None] if times else tl.div_rn(scale, tl.broadcast_to(whole[:, None], scale.shape))
 
 
 @triton.jit
