@@ -5,21 +5,25 @@ import pytest
 from expertflow import LLM, SamplingParams
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.events import Event, EventKind
-from helpers import MakeCheckpoint
+from helpers import MakeCheckpoint, MakePredictor
 
 LONG = [list(range(5, 90))]
 PARAMS = SamplingParams(max_tokens=5, ignore_eos=True)
 
 
-@pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("strategy", [name for name, entry in STRATEGIES.items() if entry.reads_ahead])
-def test_a_wide_pass_loads_ahead(strategy: str, execution: str, make_checkpoint: MakeCheckpoint) -> None:
+def test_a_wide_pass_loads_ahead(strategy: str, make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
     """Only the first layer's experts are waited for; no more is loaded than is missing; answers stay."""
-    if strategy == "plec" and execution == "graph":
-        pytest.skip("needs a predictor there")
     folder, found = make_checkpoint("qwen3_moe", "float32", num_hidden_layers=6), {}
+    predictor = str(make_predictor(folder)) if STRATEGIES[strategy].predicted else "none"
     for slots in ("50%", "100%"):
-        options = {"strategy": strategy, "execution": execution, "prefill_chunk": 128, "max_length": 128}
+        options = {
+            "strategy": strategy,
+            "execution": "graph",
+            "predictor": predictor,
+            "prefill_chunk": 128,
+            "max_length": 128,
+        }
         with LLM(folder, device="cpu", slots=slots, **options) as llm:
             seen: list[Event] = []
             llm.generate(LONG, PARAMS)  # the cache is warm
@@ -48,7 +52,7 @@ def test_a_narrow_pass_loads_what_it_needs(make_checkpoint: MakeCheckpoint) -> N
         device="cpu",
         slots="50%",
         strategy="next-use",
-        execution="host",
+        execution="graph",
         max_length=64,
     ) as llm:
         llm.generate([[5, 6, 7]], PARAMS)
@@ -63,7 +67,7 @@ def test_a_baseline_does_not_read_ahead(make_checkpoint: MakeCheckpoint) -> None
         device="cpu",
         slots="50%",
         strategy="lru",
-        execution="host",
+        execution="graph",
         prefill_chunk=128,
         max_length=128,
     ) as llm:

@@ -83,7 +83,7 @@ class CacheController:
         future: `[N, L, E]` bool, the coming run's routing, for strategies that need a recording of it.
         forecast: replaces the strategy's own forecast.
         reached: for each layer, whether a decode step runs it (an encoder's are not run); None: all.
-        wide: tokens of a pass from which on it is taken to need every expert; None: it never is.
+        wide: tokens of a pass over prompts from which on it is taken to need every expert; None: it never is.
 
     Raises:
         ConfigError: if the strategy needs a recording and there is neither that nor a forecast.
@@ -130,19 +130,19 @@ class CacheController:
     def begin(self, tokens: npt.NDArray[np.int32] | None) -> None:
         """Do nothing: an observer's method; `begin_step` gets the tokens."""
 
-    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None, *, size: int = 0) -> None:
+    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None, *, prompts: int = 0) -> None:
         """Rank and plan a forward pass that starts; `take_loads` then has the copies to start now.
 
         Args:
             tokens: int32 `[T]`, ids of the tokens fed in; None if unknown.
-            size: how many tokens are fed in, as far as it is known.
+            prompts: how many tokens of prompts are fed in; 0 in a decode step.
         """
         self.end_step()
         self.step += 1
         self._open = True
         self._tokens = tokens
         self._loaded = self._ahead = self._found = 0
-        if self._wide is not None and size >= self._wide:
+        if self._wide is not None and prompts >= self._wide:
             self._rules = self._wide_rules
             self._planes, self._demand = self._ranker.rank_wide(), np.zeros_like(self._demand)
             self._demand[0] = 1

@@ -56,6 +56,14 @@ from expertflow.units import format_bytes, parse_bytes
 
 WIDE = 4
 """Tokens for each expert of a layer from which on a pass is taken to need every expert: of equally likely ones it misses 2 %."""
+LEAST_WIDE = 64
+"""Tokens of such a pass at least: a shorter one has as little to gain as a decode step."""
+
+
+def _wide(plan: Plan) -> int | None:
+    """Tokens from which on a pass over prompts is taken to need every expert; None in host execution, which does as the simulator does."""
+    tokens = max(LEAST_WIDE, -(-WIDE * plan.shape.experts // plan.shape.top_k))
+    return tokens if plan.execution == "graph" else None
 
 
 def on_chosen_device(load: Callable[..., None]) -> Callable[..., None]:
@@ -129,7 +137,7 @@ class OffloadedModel(Uncopied):
             events=self.events,
             forecast=forecast or self.live_predictor,
             reached=prepared.skeleton.reached,
-            wide=-(-WIDE * plan.shape.experts // plan.shape.top_k) if all(prepared.skeleton.reached) else None,
+            wide=_wide(plan),
         )
         self._wire(pool, forecast)
 

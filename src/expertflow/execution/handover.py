@@ -26,7 +26,7 @@ from expertflow.execution.captured.graph import GraphDecoder
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
 from expertflow.execution.grouped import PromptExperts
 from expertflow.execution.kv_rows import DecodeInput, RowModel
-from expertflow.execution.observe import StepObserver, observe_all, pass_size, step_tokens
+from expertflow.execution.observe import StepObserver, observe_all, prompt_tokens, step_tokens
 from expertflow.execution.provider import CachedExperts
 from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, EVICTIONS, FRESH, HITS, LOADS, WASTES
 from expertflow.models.context import ForwardContext, LayerExperts, Observer
@@ -236,15 +236,15 @@ class Handover:
         """
         provider = self.check_open()
         self.settle()
-        size = pass_size(args, kwargs)
+        prompts = prompt_tokens(args, kwargs)
         if not self.observers:
-            provider.begin_step(size=size)
+            provider.begin_step(prompts=prompts)
             return
         self._context.now = replace(self._context.now, observe=self._observe)
         tokens = step_tokens(args, kwargs)
         for observer in self.observers:
             observer.begin(tokens)
-        provider.begin_step(tokens, size=size)
+        provider.begin_step(tokens, prompts=prompts)
 
     def end_pass(self) -> None:
         """End a pass that the host decided, also after an error."""

@@ -35,10 +35,10 @@ def step_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> npt.NDArray[np.i
     return flat
 
 
-def pass_size(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """How many tokens a forward call is given; 0 if it was given embeddings."""
+def prompt_tokens(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """How many tokens of prompts a forward call is given; 0 if it is a decode step, or was given embeddings."""
     ids = _given_ids(args, kwargs)
-    return 0 if ids is None else ids.numel()
+    return 0 if ids is None or ids.shape[-1] == 1 else ids.numel()
 
 
 def _given_ids(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:

@@ -31,10 +31,10 @@ class CachedExperts:
         self.controller = controller
         self._transfer, self._pool = transfer, pool
 
-    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None, *, size: int = 0) -> None:
-        """Start a forward pass over `size` tokens, which may be known, and the first copies of its plan."""
+    def begin_step(self, tokens: npt.NDArray[np.int32] | None = None, *, prompts: int = 0) -> None:
+        """Start a forward pass, over so many tokens of prompts, and the first copies of its plan."""
         with self._or_forget():
-            self.controller.begin_step(tokens, size=size)
+            self.controller.begin_step(tokens, prompts=prompts)
             self._prefetch(self.controller.take_loads())
 
     def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, ExpertWeights], None, None]:
