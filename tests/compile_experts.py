@@ -149,7 +149,8 @@ def main() -> None:
             ptx = program.asm["ptx"]
             (loop,) = loops(ptx)
             stored = sum(map(stored_bytes, loop))
-            made.append((arch, case, program.metadata.shared, ROOM[arch], "wgmma" in ptx, stored))
+            orders = sorted(set(re.findall(r"parent = #mma, kWidth = (\d)", program.asm["ttgir"])))
+            made.append((arch, case, program.metadata.shared, ROOM[arch], "wgmma" in ptx, stored, orders))
     sys.stdout.write(json.dumps(made))
 
 
