@@ -12,6 +12,7 @@ from expertflow.config import EngineConfig
 from expertflow.engine.llm import shipped_model
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import Prepared, prepare
+from expertflow.formats.plain import PLAIN
 from expertflow.units import format_bytes
 
 
@@ -65,9 +66,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _formats(plan: Plan) -> list[str]:
-    """How weights of experts are stored, a name each; biases do not count."""
-    layouts = plan.shape.records.distinct.values()
-    return sorted({spec.format.name for layout in layouts for spec in layout.specs if len(spec.shape) > 1})
+    """How weights of experts are stored: formats, or the number type of plain ones; biases do not count."""
+    weights = [spec for layout in plan.shape.records.distinct.values() for spec in layout.specs if len(spec.shape) > 1]
+    return sorted({spec.dtype if spec.format is PLAIN else spec.format.name for spec in weights})
 
 
 def _packing(prepared: Prepared) -> str:
