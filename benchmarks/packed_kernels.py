@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import triton
+from kernels_h100 import CUDA, timed
 from stand_ins import PACKED
 from torch import Tensor
 
@@ -34,7 +35,6 @@ from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 SEED = 7
 TOKENS = (1, 4, 16, 64)
 REPLAYS = 11
-CUDA = torch.device("cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,31 +72,15 @@ SHAPES = {
 }
 
 
-def timed(work: Callable[[], None]) -> float:
-    """Microseconds of the captured work, the median of some replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, times = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        work()
-    graph.replay()
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+def microseconds(work: Callable[[], None]) -> float:
+    """Of the captured work, the median of some replays."""
+    return statistics.median(timed(work, REPLAYS)) * 1e3
 
 
 def read_rate() -> float:
     """Bytes a second of a sum over 8 GB."""
     data = torch.ones(1 << 30, dtype=torch.int64, device=CUDA)
-    return data.nbytes / min(timed(data.sum), timed(data.amax)) * 1e6
+    return data.nbytes / min(microseconds(data.sum), microseconds(data.amax)) * 1e6
 
 
 def filled(mlp: ExpertMlp, count: int) -> Tensor:
@@ -196,7 +180,7 @@ def measure(name: str, column: str, rate: float, *, search: bool) -> list[dict[s
             tried = {}
             for cut in candidates(cuts[number], format_, search=search):
                 try:
-                    tried[cut] = timed(partial(launch, cut))
+                    tried[cut] = microseconds(partial(launch, cut))
                 except triton.runtime.errors.OutOfResources:
                     continue
             used, best = tried[cuts[number]], min(tried, key=tried.__getitem__)

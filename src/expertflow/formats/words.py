@@ -259,6 +259,13 @@ class Words(Format):
         """
         raise NotImplementedError
 
+    def random_codes(self, spec: TensorSpec, generator: torch.Generator) -> Tensor:
+        """Codes that are equally likely, in words as a record holds them."""
+        shape = next(part.shape for part in self.parts(spec) if part.name == "codes")
+        return torch.randint(
+            -(1 << 31), 1 << 31, shape, dtype=torch.int32, device=generator.device, generator=generator
+        )
+
     def codes_of(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes of a tensor that is not joined: uint8 `[N, K]`."""
         return unpack_words(parts["codes"], self.code_map)[:, : spec.inputs]

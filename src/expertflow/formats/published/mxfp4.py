@@ -98,14 +98,12 @@ class Mxfp4(Words):
 
     def draw(self, spec: TensorSpec, generator: torch.Generator, std: float) -> dict[str, Tensor]:
         """Codes that are equally likely, and one scale."""
-        codes, scales = self.parts(spec)
+        _, scales = self.parts(spec)
         spread = torch.tensor(E2M1).square().mean().sqrt()
         exponent = round(float(torch.log2(std / spread)))
         device = generator.device
         return {
-            "codes": torch.randint(
-                -(1 << 31), 1 << 31, codes.shape, dtype=torch.int32, device=device, generator=generator
-            ),
+            "codes": self.random_codes(spec, generator),
             "scales": torch.full(scales.shape, _BIAS + exponent, dtype=torch.uint8, device=device),
         }
 

@@ -86,13 +86,11 @@ class _Nvfp4(Words):
 
     def draw(self, spec: TensorSpec, generator: torch.Generator, std: float) -> dict[str, Tensor]:
         """Codes that are equally likely, one scale, and the factor."""
-        codes, scales, factor = self.parts(spec)
+        _, scales, factor = self.parts(spec)
         spread, device = float(torch.tensor(E2M1).square().mean().sqrt()), generator.device
         unit = std / spread
         return {
-            "codes": torch.randint(
-                -(1 << 31), 1 << 31, codes.shape, dtype=torch.int32, device=device, generator=generator
-            ),
+            "codes": self.random_codes(spec, generator),
             "scales": torch.ones(scales.shape, device=device).to(torch.float8_e4m3fn),
             "globals": torch.full(factor.shape, 1 / unit if self.divides else unit, device=device),
         }

@@ -145,7 +145,17 @@ def _program(int8, converts, dtype):
     return text if dtype == "bfloat16" else text.replace("cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32")
 
 
-_E4M3 = """{
+_SCALED = """mul.rn.f32 a, a, $3;
+mul.rn.f32 b, b, $4;
+mul.rn.f32 c, c, $5;
+mul.rn.f32 d, d, $6;
+cvt.rn.bf16x2.f32 $0, b, a;
+cvt.rn.bf16x2.f32 $1, d, c;
+}"""
+"""Four float32 numbers times a scale each, rounded to bfloat16."""
+
+_E4M3 = (
+    """{
 .reg .b16 l, h, p, q, r, s;
 .reg .b32 t, u;
 .reg .f32 a, b, c, d;
@@ -158,16 +168,13 @@ cvt.f32.f16 a, p;
 cvt.f32.f16 b, q;
 cvt.f32.f16 c, r;
 cvt.f32.f16 d, s;
-mul.rn.f32 a, a, $3;
-mul.rn.f32 b, b, $4;
-mul.rn.f32 c, c, $5;
-mul.rn.f32 d, d, $6;
-cvt.rn.bf16x2.f32 $0, b, a;
-cvt.rn.bf16x2.f32 $1, d, c;
-}"""
+"""
+    + _SCALED
+)
 """Four E4M3 codes of a word times a float32 scale each, rounded to bfloat16, on devices that convert such codes."""
 
-_E4M3_BITS = """{
+_E4M3_BITS = (
+    """{
 .reg .b16 p, q, r, s;
 .reg .b32 t, u, k;
 .reg .f32 a, b, c, d;
@@ -187,16 +194,13 @@ cvt.f32.f16 a, p;
 cvt.f32.f16 b, q;
 cvt.f32.f16 c, r;
 cvt.f32.f16 d, s;
-mul.rn.f32 a, a, $3;
-mul.rn.f32 b, b, $4;
-mul.rn.f32 c, c, $5;
-mul.rn.f32 d, d, $6;
-cvt.rn.bf16x2.f32 $0, b, a;
-cvt.rn.bf16x2.f32 $1, d, c;
-}"""
+"""
+    + _SCALED
+)
 """The same on other devices: sign and magnitude go where float16 has them, and are the number times 2 ** -8 there."""
 
-_INT8 = """{
+_INT8 = (
+    """{
 .reg .b32 t, k, p, q, r, s;
 .reg .f32 a, b, c, d;
 mov.b32 k, 0x4B000000;
@@ -213,13 +217,9 @@ sub.rn.f32 a, a, 0f4B000080;
 sub.rn.f32 b, b, 0f4B000080;
 sub.rn.f32 c, c, 0f4B000080;
 sub.rn.f32 d, d, 0f4B000080;
-mul.rn.f32 a, a, $3;
-mul.rn.f32 b, b, $4;
-mul.rn.f32 c, c, $5;
-mul.rn.f32 d, d, $6;
-cvt.rn.bf16x2.f32 $0, b, a;
-cvt.rn.bf16x2.f32 $1, d, c;
-}"""
+"""
+    + _SCALED
+)
 """The same for int8 codes: `0x4B000000 | q + 128` is 2 ** 23 + 128 + q in float32, and the difference is exact."""
 
 

@@ -1,7 +1,7 @@
 """How the expert kernels read the formats of four bits, see `formats.words`. Must not know experts and slots.
 
 `load_words` is the tile loader: any code map, scaling and dtype, in float32. `multiply_words` is the same product with fewer
-instructions, for codes and scales that give bfloat16 numbers by bfloat16 arithmetic: two numbers an instruction.
+instructions, for models of bfloat16 and float16: it takes two codes out of a word at a time (`by_halves`).
 """
 
 import triton
@@ -112,129 +112,60 @@ def load_words(
     return as_loaded(rounded(tl.where(inside, value, 0.0), record.dtype.element_ty))
 
 
-_E2M1 = tl.constexpr("""{
-.reg .b32 t, u, k, z;
-mov.b32 k, 0x7E807E80;
-mov.b32 z, 0x80008000;
-and.b32 t, $4, 0x81C081C0;
-fma.rn.bf16x2 t, t, k, z;
-fma.rn.bf16x2 $0, t, $5, z;
-shl.b32 t, $4, 3;
-and.b32 t, t, 0x81C081C0;
-fma.rn.bf16x2 t, t, k, z;
-fma.rn.bf16x2 $1, t, $5, z;
-shl.b32 t, $4, 6;
-and.b32 t, t, 0x81C081C0;
-fma.rn.bf16x2 t, t, k, z;
-fma.rn.bf16x2 $2, t, $5, z;
-shr.b32 t, $4, 4;
-and.b32 t, t, 0x00C000C0;
-shr.b32 u, $4, 5;
-lop3.b32 t, u, 0x01000100, t, 0xEA;
-shl.b32 u, $4, 1;
-lop3.b32 t, u, z, t, 0xEA;
-fma.rn.bf16x2 t, t, k, z;
-fma.rn.bf16x2 $3, t, $5, z;
-}""")
-"""Eight E2M1 codes of a word times a scale: four times two bfloat16 numbers. The codes are numbers of 2 ** -126 as they lie there;
-adding -0 makes a product of a fused multiply-add, which devices before sm_90 have too."""
+_E2M1_PAIRS = (
+    "and.b32 t, $4, 0x81C081C0;",
+    "shl.b32 t, $4, 3;\nand.b32 t, t, 0x81C081C0;",
+    "shl.b32 t, $4, 6;\nand.b32 t, t, 0x81C081C0;",
+    (
+        "shr.b32 t, $4, 4;\nand.b32 t, t, 0x00C000C0;\nshr.b32 u, $4, 5;\nlop3.b32 t, u, 0x01000100, t, 0xEA;\n"
+        "shl.b32 u, $4, 1;\nlop3.b32 t, u, z, t, 0xEA;"
+    ),
+)
+"""Each pair of E2M1 codes of a word, as two bfloat16 numbers of 2 ** -126."""
+_INT4_PAIRS = (
+    "lop3.b32 t, $4, m, b, 0xEA;",
+    *(f"shr.b32 t, $4, {shift};\nlop3.b32 t, t, m, b, 0xEA;" for shift in (4, 8, 12)),
+)
+"""Each pair of codes of 0 to 15, with the bits of `b` above them."""
 
-_E2M1_F32 = tl.constexpr("""{
-.reg .b32 t, u, k, z;
-.reg .f32 a, b;
-mov.b32 k, 0x7E807E80;
-mov.b32 z, 0x80008000;
-and.b32 t, $4, 0x81C081C0;
-fma.rn.bf16x2 t, t, k, z;
+
+def _program(head: str, pairs: tuple[str, ...], makes: tuple[str, ...]) -> tl.constexpr:
+    """Assembly that takes each pair out of a word and makes a result of it, `$0` to `$3`."""
+    body = [f"{pair}\n{make.format(place)}" for place, (pair, make) in enumerate(zip(pairs, makes, strict=True))]
+    return tl.constexpr("\n".join(["{", head, *body, "}"]))
+
+
+_POWER = ".reg .b32 t, u, k, z;\nmov.b32 k, 0x7E807E80;\nmov.b32 z, 0x80008000;"
+_E2M1 = _program(_POWER, _E2M1_PAIRS, ("fma.rn.bf16x2 t, t, k, z;\nfma.rn.bf16x2 ${}, t, $5, z;",) * 4)
+"""Eight E2M1 codes of a word times a scale: four times two bfloat16 numbers. Adding -0 makes a product of a fused multiply-add, which
+devices before sm_90 have too."""
+
+_TIMES_F32 = """fma.rn.bf16x2 t, t, k, z;
 shl.b32 u, t, 16;
 and.b32 t, t, 0xFFFF0000;
 mov.b32 a, u;
 mov.b32 b, t;
-mul.rn.f32 a, a, $5;
-mul.rn.f32 b, b, $5;
-cvt.rn.bf16x2.f32 $0, b, a;
-shl.b32 t, $4, 3;
-and.b32 t, t, 0x81C081C0;
-fma.rn.bf16x2 t, t, k, z;
-shl.b32 u, t, 16;
-and.b32 t, t, 0xFFFF0000;
-mov.b32 a, u;
-mov.b32 b, t;
-mul.rn.f32 a, a, $5;
-mul.rn.f32 b, b, $5;
-cvt.rn.bf16x2.f32 $1, b, a;
-shl.b32 t, $4, 6;
-and.b32 t, t, 0x81C081C0;
-fma.rn.bf16x2 t, t, k, z;
-shl.b32 u, t, 16;
-and.b32 t, t, 0xFFFF0000;
-mov.b32 a, u;
-mov.b32 b, t;
-mul.rn.f32 a, a, $6;
-mul.rn.f32 b, b, $6;
-cvt.rn.bf16x2.f32 $2, b, a;
-shr.b32 t, $4, 4;
-and.b32 t, t, 0x00C000C0;
-shr.b32 u, $4, 5;
-lop3.b32 t, u, 0x01000100, t, 0xEA;
-shl.b32 u, $4, 1;
-lop3.b32 t, u, z, t, 0xEA;
-fma.rn.bf16x2 t, t, k, z;
-shl.b32 u, t, 16;
-and.b32 t, t, 0xFFFF0000;
-mov.b32 a, u;
-mov.b32 b, t;
-mul.rn.f32 a, a, $6;
-mul.rn.f32 b, b, $6;
-cvt.rn.bf16x2.f32 $3, b, a;
-}""")
+mul.rn.f32 a, a, SCALE;
+mul.rn.f32 b, b, SCALE;
+cvt.rn.bf16x2.f32 ${}, b, a;"""
+_E2M1_F32 = _program(
+    _POWER.replace("\nmov.b32 k", "\n.reg .f32 a, b;\nmov.b32 k"),
+    _E2M1_PAIRS,
+    tuple(_TIMES_F32.replace("SCALE", scale) for scale in ("$5", "$5", "$6", "$6")),
+)
 """The same times two scales in float32, one for the first and one for the second 16 inputs, rounded to bfloat16."""
 
-_INT4 = tl.constexpr("""{
-.reg .b32 t, u, m, b, z;
-mov.b32 z, 0x80008000;
-mov.b32 m, 0x000F000F;
-mov.b32 b, 0x43004300;
-mov.b32 u, 0xBF80BF80;
-lop3.b32 t, $4, m, b, 0xEA;
-fma.rn.bf16x2 t, $6, u, t;
-fma.rn.bf16x2 $0, t, $5, z;
-shr.b32 t, $4, 4;
-lop3.b32 t, t, m, b, 0xEA;
-fma.rn.bf16x2 t, $6, u, t;
-fma.rn.bf16x2 $1, t, $5, z;
-shr.b32 t, $4, 8;
-lop3.b32 t, t, m, b, 0xEA;
-fma.rn.bf16x2 t, $6, u, t;
-fma.rn.bf16x2 $2, t, $5, z;
-shr.b32 t, $4, 12;
-lop3.b32 t, t, m, b, 0xEA;
-fma.rn.bf16x2 t, $6, u, t;
-fma.rn.bf16x2 $3, t, $5, z;
-}""")
+_INT4 = _program(
+    ".reg .b32 t, u, m, b, z;\nmov.b32 z, 0x80008000;\nmov.b32 m, 0x000F000F;\nmov.b32 b, 0x43004300;\nmov.b32 u, 0xBF80BF80;",
+    _INT4_PAIRS,
+    ("fma.rn.bf16x2 t, $6, u, t;\nfma.rn.bf16x2 ${}, t, $5, z;",) * 4,
+)
 """Eight codes of a word less 128 plus a zero point (`$6`), times a scale: `0x4300 | q` is 128 + q in bfloat16, and the difference is exact."""
-
-
-_INT4_F16 = tl.constexpr("""{
-.reg .b32 t, m, b;
-mov.b32 m, 0x000F000F;
-mov.b32 b, 0x64006400;
-lop3.b32 t, $4, m, b, 0xEA;
-sub.rn.f16x2 t, t, $6;
-mul.rn.f16x2 $0, t, $5;
-shr.b32 t, $4, 4;
-lop3.b32 t, t, m, b, 0xEA;
-sub.rn.f16x2 t, t, $6;
-mul.rn.f16x2 $1, t, $5;
-shr.b32 t, $4, 8;
-lop3.b32 t, t, m, b, 0xEA;
-sub.rn.f16x2 t, t, $6;
-mul.rn.f16x2 $2, t, $5;
-shr.b32 t, $4, 12;
-lop3.b32 t, t, m, b, 0xEA;
-sub.rn.f16x2 t, t, $6;
-mul.rn.f16x2 $3, t, $5;
-}""")
+_INT4_F16 = _program(
+    ".reg .b32 t, m, b;\nmov.b32 m, 0x000F000F;\nmov.b32 b, 0x64006400;",
+    _INT4_PAIRS,
+    ("sub.rn.f16x2 t, t, $6;\nmul.rn.f16x2 ${}, t, $5;",) * 4,
+)
 """The same in float16, where `0x6400 | q` is 1024 + q."""
 
 
@@ -304,7 +235,7 @@ def multiply_words(
     inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,
     transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
-    """As `multiply_tiles`, with the bits of `load_words`: by bfloat16 arithmetic where that gives them."""
+    """As `multiply_tiles`, with the bits of `load_words`: two codes at a time where that gives them."""
     fitting: tl.constexpr = not INTERPRETED and block_k == STEP and outs.shape[0] % 64 == 0
     if fitting and by_halves(about, number_type(record.dtype.element_ty)):
         acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)
@@ -317,6 +248,7 @@ def multiply_words(
 def _multiply_halves(
     inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
 ):  # fmt: skip
+    """`multiply_words` where `by_halves` holds."""
     joined: tl.constexpr = about[5]
     one: tl.constexpr = n // joined
     steps: tl.constexpr = (k + STEP - 1) // STEP

@@ -6,7 +6,7 @@ know plans, slots and caches.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,16 +139,14 @@ class FileWeights:
         convert = convert or is_gguf(skeleton.folder)
         tensors = needed(skeleton, walk(skeleton.folder))
         found = quantised(skeleton, map_experts(skeleton, tensors, convert=convert))
-        experts = {piece.source.key for piece in found.pieces}
-        dense = {key: tensor for key, tensor in tensors.items() if key not in experts}
-        return Located(
+        located = Located(
             skeleton=skeleton,
             fingerprint=fingerprint(tensors),
             layers=found.layers,
             pieces=found.pieces,
             tensors=tensors,
-            packed=check_dense(skeleton, dense, convert=convert),
         )
+        return replace(located, packed=check_dense(skeleton, located.dense, convert=convert))
 
     def stamps(self, located: Located) -> Stamps:
         """Sizes and times of the files."""
