@@ -2,9 +2,10 @@
 
 The shapes of gpt-oss-20b and Qwen3-30B-A3B, random codes and routing, every expert resident. A launch a layer, all layers in one CUDA
 graph. The floor is the bytes of the distinct experts over the read rate of this run (a sum over 8 GB). With `--search` other
-tilings are tried too.
+tilings are tried too, with `--splits` sums of K in chunks, by one program or by one a chunk; all formats' turns alternate there.
+`--compile 3/12` only compiles, every twelfth kernel from the third on: so that twelve processes fill the cache at once.
 
-Usage: python benchmarks/packed_kernels.py [--search] [--out benchmarks/results/packed_kernels_h200.json]
+Usage: python benchmarks/packed_kernels.py [--search] [--splits 2,4] [--out benchmarks/results/packed_kernels_h200.json]
 """
 
 import argparse
@@ -12,14 +13,14 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from kernels_h100 import CUDA, timed
+from kernels_h100 import CUDA, captured, timed
 from stand_ins import PACKED
 from torch import Tensor
 
@@ -114,6 +115,8 @@ class Step:
         self.slots = (index + first).to(torch.int32)
         self.hidden = torch.randn(self.tokens, self.mlp.hidden, device=CUDA, dtype=torch.bfloat16)
         self.work = Workspace.allocate(self.mlp, self.tokens, shape.top_k, CUDA)
+        self.index, self.out = index[0].contiguous(), torch.empty_like(self.hidden)
+        self.weights = torch.rand(self.tokens, shape.top_k, device=CUDA)
 
     @property
     def distinct(self) -> int:
@@ -129,6 +132,14 @@ class Step:
         """Every layer's down projection."""
         for slots in self.slots:
             experts.launch_down(self.mlp, slots, self.pool, self.work, cut)
+
+
+    def layer(self, up: Tiling, down: Tiling) -> None:
+        """Every layer: both projections, and the sum over experts."""
+        for slots in self.slots:
+            experts.launch_up(self.mlp, self.hidden, slots, self.pool, self.work, up)
+            experts.launch_down(self.mlp, slots, self.pool, self.work, down)
+            experts.combine(self.work.parts, self.index, self.weights, self.shape.experts, self.out)
 
 
 def weight_bytes(mlp: ExpertMlp) -> tuple[int, int]:
@@ -164,10 +175,126 @@ def same_bits(shape: Shape, mlp: ExpertMlp, pool: Tensor) -> bool:
     return torch.equal(*found)
 
 
+def chunked(cut: Tiling, inputs: int, chunks: int, *, split: bool) -> Tiling:
+    """A tiling with sums of so many chunks at most, of whole steps of 128."""
+    return replace(cut, chunk=-(-inputs // (128 * chunks)) * 128, split=split and chunks > 1)
+
+
+def variants(mlp: ExpertMlp, tokens: int, top_k: int, splits: list[int]) -> dict[str, tuple[str, Tiling]]:
+    """Tilings to compare by a name, each with its projection."""
+    found: dict[str, tuple[str, Tiling]] = {}
+    for projection, base, inputs in zip(
+        ("up", "down"), experts.tilings(mlp, tokens * top_k), (mlp.hidden, mlp.width), strict=True
+    ):
+        base = replace(base, chunk=1 << 20, split=False, ahead=False)  # noqa: PLW2901
+        found[f"{projection} one"] = (projection, base)
+        for chunks in splits:
+            found[f"{projection} fold {chunks}"] = (projection, chunked(base, inputs, chunks, split=False))
+            found[f"{projection} split {chunks}"] = (projection, chunked(base, inputs, chunks, split=True))
+        if tokens > 4:
+            continue
+        last = chunked(base, inputs, splits[-1], split=True)
+        for block in (32, 64, 128):
+            if block != base.block_n:
+                found[f"{projection} split {splits[-1]} block {block}"] = (projection, replace(last, block_n=block))
+        found[f"{projection} split {splits[-1]} stages {max(2, 7 - base.stages)}"] = (
+            projection, replace(last, stages=max(2, 7 - base.stages)),
+        )  # fmt: skip
+        if projection == "down":
+            for key in ("one", *(f"split {chunks}" for chunks in splits)):
+                found[f"down {key} ahead"] = (projection, replace(found[f"down {key}"][1], ahead=True))
+    return found
+
+
+def compare(name: str, columns: list[str], rate: float, splits: list[int]) -> list[dict[str, Any]]:
+    """Times of `variants`, and of whole layers made of them, for all formats side by side."""
+    shape, rows = SHAPES[name], []
+    mlps = {column: shape.build(format_of(column)) for column in columns}
+    pools = {column: filled(mlp, shape.layers * shape.experts) for column, mlp in mlps.items()}
+    for tokens in TOKENS:
+        graphs: dict[tuple[str, str], Any] = {}
+        floors: dict[tuple[str, str], float] = {}
+        for column, mlp in mlps.items():
+            step = Step(shape, mlp, pools[column], tokens)
+            tried = variants(mlp, tokens, shape.top_k, splits)
+            sizes = dict(zip(("up", "down"), weight_bytes(mlp), strict=True))
+            for label, (projection, cut) in tried.items():
+                try:
+                    graphs[column, label] = captured(partial(getattr(step, projection), cut))
+                except triton.runtime.errors.OutOfResources:
+                    continue
+                floors[column, label] = step.distinct * sizes[projection] / rate * 1e6 / shape.layers
+            for chunks in splits:
+                found = []
+                for way in ("fold", "split"):
+                    step.work.parts.fill_(torch.nan)
+                    step.layer(tried[f"up {way} {chunks}"][1], tried[f"down {way} {chunks}"][1])
+                    found.append(step.work.parts.clone())
+                equal = torch.equal(*found) and bool(found[0].isfinite().all())
+                print(f"{name:12} {tokens:3} {column:6} {chunks} chunks: {'same' if equal else 'OTHER'} bits", flush=True)
+            for kind in ("one", *(f"{way} {chunks}" for way in ("fold", "split") for chunks in splits)):
+                for end in ("", " ahead"):
+                    if f"down {kind}{end}" in tried:
+                        label = f"layer {kind}{end}"
+                        cuts = (tried[f"up {kind}"][1], tried[f"down {kind}{end}"][1])
+                        graphs[column, label] = captured(partial(step.layer, *cuts))
+                        floors[column, label] = step.distinct * sum(sizes.values()) / rate * 1e6 / shape.layers
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
+        for _ in range(REPLAYS):
+            for key in sorted(graphs, key=lambda key: key[1]):
+                times[key].append(replayed(graphs[key]) * 1e3 / shape.layers)
+        for (column, label), found in times.items():
+            us = statistics.median(found)
+            row = {"shape": name, "tokens": tokens, "format": column, "variant": label, "us": us}
+            rows.append(row | {"share": floors[column, label] / us})
+            print(f"{name:12} {tokens:3} {column:6} {label:24} {us:7.1f} us {rows[-1]['share']:.3f}", flush=True)
+    return rows
+
+
+def replayed(graph: Any) -> float:
+    """Milliseconds of a graph."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def compile_some(name: str, columns: list[str], splits: list[int], which: str) -> None:
+    """Compile every so many of the kernels of `compare`."""
+    first, every = map(int, which.split("/"))
+    shape, number = SHAPES[name], 0
+    for column in columns:
+        mlp = shape.build(format_of(column))
+        pool = torch.zeros(1, mlp.record_bytes, dtype=torch.uint8, device=CUDA)
+        for tokens in TOKENS[1:]:
+            hidden = torch.zeros(tokens, mlp.hidden, dtype=torch.bfloat16, device=CUDA)
+            slots = torch.zeros(tokens, shape.top_k, dtype=torch.int32, device=CUDA)
+            work = Workspace.allocate(mlp, tokens, shape.top_k, CUDA)
+            for projection, cut in variants(mlp, tokens, shape.top_k, splits).values():
+                number += 1
+                if number % every != first:
+                    continue
+                try:
+                    if projection == "up":
+                        experts.launch_up(mlp, hidden, slots, pool, work, cut)
+                    else:
+                        experts.launch_down(mlp, slots, pool, work, cut)
+                except triton.runtime.errors.OutOfResources:
+                    continue
+    torch.cuda.synchronize()
+
+
+def format_of(column: str) -> Format:
+    """The format of a column of the results."""
+    return PLAIN if column == "bf16" else next(f[0] for one in FORMATS.values() if (f := one.claim(PACKED[column])))
+
+
 def measure(name: str, column: str, rate: float, *, search: bool) -> list[dict[str, Any]]:
     """Time both projections of a shape in a format."""
     shape = SHAPES[name]
-    format_ = PLAIN if column == "bf16" else next(f[0] for one in FORMATS.values() if (f := one.claim(PACKED[column])))
+    format_ = format_of(column)
     mlp = shape.build(format_)
     pool, rows = filled(mlp, shape.layers * shape.experts), []
     equal = same_bits(shape, mlp, pool)
@@ -205,12 +332,22 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="try other tilings")
     parser.add_argument("--formats", default="bf16,mxfp4,int4,fp8,nvfp4")
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--splits", default="", help="chunks of K to compare, such as 2,4")
+    parser.add_argument("--compile", default="", help="only compile, such as 3/12")
     options = parser.parse_args()
+    splits, columns = [int(one) for one in options.splits.split(",") if one], options.formats.split(",")
+    if options.compile:
+        for name in options.shapes.split(","):
+            compile_some(name, columns, splits, options.compile)
+        return
     rate = read_rate()
     print(f"reads {rate / 1e12:.2f} TB/s")
     rows = []
     for name in options.shapes.split(","):
-        for column in options.formats.split(","):
+        if splits:
+            rows += compare(name, columns, rate, splits)
+            continue
+        for column in columns:
             rows += measure(name, column, rate, search=options.search)
             torch.cuda.empty_cache()
     result = {"about": about("cuda")._asdict(), "seed": SEED, "read_bytes_per_second": rate, "rows": rows}

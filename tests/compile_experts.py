@@ -27,8 +27,10 @@ from expertflow.kernels import experts
 from expertflow.kernels.experts import Tiling
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 
-POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "slots": "*i32", "parts": "*fp32", "pairs": "i32"}
-ALIGNED = ("hidden", "inner", "pool", "parts")
+POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "slots": "*i32", "parts": "*fp32",
+    "sums": "*fp32", "counts": "*i32", "pairs": "i32",
+}  # fmt: skip
+ALIGNED = ("hidden", "inner", "pool", "parts", "sums", "counts")
 TOKENS, TOP_K = 4, 4
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""

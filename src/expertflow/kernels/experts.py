@@ -23,6 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
+from expertflow.formats.plain import PLAIN
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.bytes import by_words
 from expertflow.kernels.reading.readers import reader
@@ -42,19 +43,32 @@ _LEAST_STAGES = 3
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a projection is cut. Only `block_k` enters the arithmetic.
+    """How a projection is cut. Only `block_k` and `chunk` enter the arithmetic.
 
     Attributes:
         block_n: outputs of a program.
         block_k: inputs of one step.
         warps: of a program.
         stages: steps in flight.
+        chunk: inputs that are summed by themselves, before the chunks' sums are added in their order; a multiple of 128.
+        split: whether each chunk is a program's.
     """
 
     block_n: int
     block_k: int
     warps: int = 4
     stages: int = 4
+    chunk: int = 1 << 20
+    split: bool = False
+    ahead: bool = False
+
+    def chunks(self, inputs: int) -> int:
+        """Chunks of a weight of so many inputs."""
+        return -(-inputs // self.chunk)
+
+    def programs(self, outputs: int, inputs: int) -> int:
+        """Programs along the outputs and inputs of a weight."""
+        return -(-outputs // self.block_n) * (self.chunks(inputs) if self.split else 1)
 
 
 @triton.jit
@@ -73,6 +87,29 @@ def _members(same, ahead, padded: tl.constexpr):
     place = tl.cumsum(same, 0) - 1 - ahead
     chosen = (same[:, None] == 1) & (place[:, None] == tl.arange(0, TILE)[None, :])
     return tl.sum(tl.where(chosen, tl.arange(0, padded)[:, None] + 1, 0), axis=0) - 1
+
+
+@triton.jit
+def _all_chunks(out, sums, counts, members, outs, n: tl.constexpr, chunks: tl.constexpr):
+    """Put by the sum of a chunk `[R, TOK]`. Where that was the last one of these outputs, all chunks' sums are added in their order.
+
+    `counts` is how many were there before, 0 again afterwards.
+
+    Returns:
+        The sum, and whether that was the last one; if not, the sum is nothing.
+    """
+    where = sums + (members * chunks * n)[None, :] + outs[:, None]
+    inside = (members >= 0)[None, :] & (outs < n)[:, None]
+    tl.store(where + tl.program_id(0) % chunks * n, out, mask=inside)
+    tl.debug_barrier()  # before one thread makes it known, all have written
+    count = counts + tl.program_id(1) * (tl.num_programs(0) // chunks) + tl.program_id(0) // chunks
+    last = tl.atomic_add(count, 1) == chunks - 1
+    total = tl.zeros_like(out)
+    if last:
+        tl.store(count, 0)
+        for chunk in tl.static_range(chunks):
+            total += tl.load(where + chunk * n, mask=inside, other=0.0, cache_modifier=".cg")
+    return total, last
 
 
 @triton.jit
@@ -136,12 +173,12 @@ def activated(
 
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _up_kernel(
-    hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
+    hidden, slots, pool, inner, sums, counts, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
     size: tl.constexpr, multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
     transposed: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
-    block_n: tl.constexpr, block_k: tl.constexpr, early: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program."""
+    """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program, or a chunk of its sums."""
     if early:
         gdc_launch_dependents()
     first = tl.program_id(1)
@@ -150,28 +187,76 @@ def _up_kernel(
         return
     members = _members(same, ahead, padded)
     record = pool + tl.load(slots + first).to(tl.int64) * size
-    begin = tl.program_id(0) * block_n
+    begin = tl.program_id(0) // chunks * block_n
     n: tl.constexpr = 2 * i if gated else i
     exact: tl.constexpr = i % block_n == 0
     outs = up_outputs(begin, block_n, i, gated, interleaved)
     inputs = hidden + (members // top_k) * h
-    out = multiply(inputs, members >= 0, record, load, at, about, outs, n, h, transposed, exact, block_k)
+    part = tl.program_id(0) % chunks
+    out = multiply(
+        inputs, members >= 0, record, load, at, about, outs, n, h, transposed, exact, block_k, chunk, chunks > 1, part
+    )
+    if chunks > 1:
+        out, last = _all_chunks(out, sums, counts, members, outs, n, chunks)
+        if not last:
+            return
     out = activated(add_bias(out, record, bias, outs, n), gated, interleaved, activation, alpha, limit, block_n)
     cols = begin + tl.arange(0, block_n)
     target = inner + members[None, :] * i + cols[:, None]
     tl.store(target, out.to(inner.dtype.element_ty), mask=(members[None, :] >= 0) & (cols[:, None] < i))
 
 
+@triton.jit
+def _fetch_ahead(start, rows, bytes_, count: tl.constexpr, width: tl.constexpr, stride: tl.constexpr):
+    """Bring `rows` rows, of at most `count`, of `bytes_` bytes each, of at most `width`, and `stride` bytes apart, into the L2 cache."""
+    lines: tl.constexpr = triton.next_power_of_2((width + 127) // 128)
+    line, row = tl.arange(0, lines) * 128, tl.arange(0, triton.next_power_of_2(count))
+    inside = (row < rows)[:, None] & (line < bytes_)[None, :]
+    where = start.to(tl.int64) + tl.where(inside, row[:, None] * stride + line[None, :], 0)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _fetch_chunk(
+    record, at: tl.constexpr, begin, n: tl.constexpr, k: tl.constexpr, part, chunk: tl.constexpr, block_n: tl.constexpr,
+    in_rows: tl.constexpr,
+):  # fmt: skip
+    """Bring the numbers or codes of chunk `part` of outputs from `begin` on into the L2 cache.
+
+    `in_rows`: bytes of a row of them, and whether a row is an input's.
+    """
+    start = record.to(tl.pointer_type(tl.uint8), bitcast=True) + at[0]
+    row_bytes: tl.constexpr = in_rows[0]
+    inputs: tl.constexpr = min(chunk, k)
+    if in_rows[1]:
+        each: tl.constexpr = row_bytes // n
+        start += part * (inputs * row_bytes) + begin * each
+        rows, width = tl.minimum(inputs, k - part * inputs), tl.minimum(block_n, n - begin) * each
+        _fetch_ahead(start, rows, width, inputs, block_n * each, row_bytes)
+    else:
+        most: tl.constexpr = row_bytes * inputs // k
+        start += begin * row_bytes + part * most
+        _fetch_ahead(start, tl.minimum(block_n, n - begin), tl.minimum(most, row_bytes - part * most), block_n, most, row_bytes)
+
+
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _down_kernel(
-    inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, size: tl.constexpr,
+    inner, slots, pool, parts, sums, counts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, size: tl.constexpr,
     multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, bias: tl.constexpr,
-    transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
-    early: tl.constexpr,
+    transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr,
+    in_rows: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """`parts[p] = down(inner[p])`, a block of outputs of one expert a program."""
+    """`parts[p] = down(inner[p])`, a block of outputs of one expert a program, or a chunk of their sums."""
     first = tl.program_id(1)
     same, ahead, leads = _leads(slots, first, pairs, padded)
+    begin = tl.program_id(0) // chunks * block_n
+    part = tl.program_id(0) % chunks
+    if early and in_rows[0] > 0:
+        if leads:
+            record = pool + tl.load(slots + first).to(tl.int64) * size
+            _fetch_chunk(record, at, begin, h, i, part, chunk if chunks > 1 else i, block_n, in_rows)
     if early:  # the slots were there before the up kernel began, what it computes is there only now
         gdc_wait()
         gdc_launch_dependents()
@@ -179,9 +264,16 @@ def _down_kernel(
         return
     members = _members(same, ahead, padded)
     record = pool + tl.load(slots + first).to(tl.int64) * size
-    outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    outs = begin + tl.arange(0, block_n)
     inputs = inner + members * i
-    out = multiply(inputs, members >= 0, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k)
+    exact: tl.constexpr = h % block_n == 0
+    out = multiply(
+        inputs, members >= 0, record, load, at, about, outs, h, i, transposed, exact, block_k, chunk, chunks > 1, part
+    )
+    if chunks > 1:
+        out, last = _all_chunks(out, sums, counts, members, outs, h, chunks)
+        if not last:
+            return
     out = add_bias(out, record, bias, outs, h)
     target = parts + members[None, :] * h + outs[:, None]
     tl.store(target, out, mask=(members[None, :] >= 0) & (outs[:, None] < h))
@@ -291,12 +383,13 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
     """The first half of `expert_pairs`, cut as given."""
     size = mlp.torch_dtype.itemsize
     pairs, top_k = slots.numel(), slots.shape[1]
-    _up_kernel[(triton.cdiv(mlp.width, cut.block_n), pairs)](
-        hidden, slots, pool.view(mlp.torch_dtype), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
+    _up_kernel[(cut.programs(mlp.width, mlp.hidden), pairs)](
+        hidden, slots, pool.view(mlp.torch_dtype), work.inner, work.sums, work.counts, pairs, padded=_padded(pairs), top_k=top_k,
         h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.up),
         bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
-        block_n=cut.block_n, block_k=cut.block_k, early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
+        block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.hidden) if cut.split else 1,
+        early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
@@ -304,11 +397,12 @@ def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cu
     """The second half of `expert_pairs`, cut as given. Nothing may come between: it reads `slots` before it waits."""
     size = mlp.torch_dtype.itemsize
     pairs, early = slots.numel(), _early(pool)
-    _down_kernel[(triton.cdiv(mlp.hidden, cut.block_n), pairs)](
-        work.inner, slots, pool.view(mlp.torch_dtype), work.parts, pairs, padded=_padded(pairs),
+    _down_kernel[(cut.programs(mlp.hidden, mlp.width), pairs)](
+        work.inner, slots, pool.view(mlp.torch_dtype), work.parts, work.sums, work.counts, pairs, padded=_padded(pairs),
         h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.down),
         bias=-1 if mlp.down.bias is None else mlp.down.bias // size, transposed=mlp.transposed,
-        block_n=cut.block_n, block_k=cut.block_k, early=early,
+        block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.width) if cut.split else 1,
+        in_rows=_rows(mlp.down, mlp.hidden, transposed=mlp.transposed) if cut.ahead else (0, False), early=early,
         num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,
     )  # fmt: skip
 
@@ -319,6 +413,15 @@ def read_arguments(projection: Projection) -> dict[str, Any]:
     assert found is not None, "a model of such experts has no graph execution"
     constants = projection.spec.format.constants(projection.spec)
     return {"multiply": found.multiply, "load": found.load, "at": projection.offsets, "about": constants}
+
+
+def _rows(projection: Projection, outputs: int, *, transposed: bool) -> tuple[int, bool]:
+    """Bytes of a row of a weight's numbers or codes, and whether a row is an input's; 0 if it has no such rows."""
+    format_, inputs = projection.spec.format, projection.spec.inputs
+    if format_ is PLAIN:
+        return (outputs if transposed else inputs) * DTYPES[projection.spec.dtype].nbytes, transposed
+    each = {"words": inputs // 2, "bytes": inputs}.get(format_.tiles)
+    return each or 0, False
 
 
 def _padded(pairs: int) -> int:

@@ -166,10 +166,14 @@ class Workspace:
     Attributes:
         inner: what lies between up and down projection, `[T * K, I]` in the dtype of the weights.
         parts: what each (token, rank) pair's expert gave, `[T, K, H]` float32, before the router's weight.
+        sums: of the chunks of a projection that several programs share, float32.
+        counts: how many of these chunks' programs have ended, int32, 0 between launches.
     """
 
     inner: Tensor
     parts: Tensor
+    sums: Tensor | None = None
+    counts: Tensor | None = None
 
     @classmethod
     def allocate(cls, mlp: ExpertMlp, tokens: int, top_k: int, device: torch.device) -> Self:
@@ -177,6 +181,8 @@ class Workspace:
         return cls(
             torch.empty(tokens * top_k, mlp.width, dtype=mlp.torch_dtype, device=device),
             torch.empty(tokens, top_k, mlp.hidden, dtype=torch.float32, device=device),
+            torch.empty(tokens * top_k * 4 * max(mlp.inner, mlp.hidden), dtype=torch.float32, device=device),
+            torch.zeros(tokens * top_k * -(-max(mlp.width, mlp.hidden) // 16), dtype=torch.int32, device=device),
         )
 
     @staticmethod

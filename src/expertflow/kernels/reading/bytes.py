@@ -9,7 +9,17 @@ import triton.language as tl
 from triton.language.extra.cuda import num_warps
 from triton.language.target_info import cuda_capability_geq
 
-from expertflow.kernels.reading.tiles import INTERPRETED, add_product, as_loaded, load_tokens, rounded
+from expertflow.kernels.reading.tiles import (
+    INTERPRETED,
+    add_product,
+    as_loaded,
+    end_of_chunk,
+    first_of,
+    last_of,
+    load_tokens,
+    rounded,
+    with_last_chunk,
+)
 from expertflow.kernels.reading.words import by_threads, in_record, load_four, number_type, warps_of
 
 STEP = tl.constexpr(64)
@@ -105,20 +115,23 @@ def load_bytes(
 @triton.jit
 def multiply_bytes(
     inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,  # noqa: ARG001
-    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,  # noqa: ARG001
+    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,  # noqa: ARG001
 ):  # fmt: skip
     """As `multiply_tiles` with `load_bytes`, which would look for the first input in every step: by words where that gives its bits."""
     # the interpreter's sums go by the size of a step
     fitting: tl.constexpr = outs.shape[0] % 64 == 0 and (not INTERPRETED or block_k == STEP)
     if fitting and by_words(about, number_type(record.dtype.element_ty), k, block_k):
-        acc = _multiply_words(inputs, valid, record, at, about, outs, n, k, exact, block_k)
+        acc = _multiply_words(inputs, valid, record, at, about, outs, n, k, exact, block_k, chunk, alone, part)
     else:
         acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
-        for begin in range(0, k, block_k):
+        total = acc
+        for begin in range(first_of(part, chunk, alone), last_of(part, k, chunk, alone), block_k):
             tokens = load_tokens(inputs, valid, begin, k, block_k)
             cols = begin + tl.arange(0, block_k)
             tile = _tile(record, at, about, outs, cols, begin, n, k, exact and k % block_k == 0)
             acc = add_product(acc, tile, tokens)
+            total, acc = end_of_chunk(total, acc, begin + block_k, k, chunk, alone)
+        acc = with_last_chunk(total, acc, k, chunk, alone)
     return acc
 
 
@@ -226,7 +239,7 @@ sub.rn.f32 d, d, 0f4B000080;
 @triton.jit
 def _multiply_words(
     inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
-    block_k: tl.constexpr,
+    block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,
 ):  # fmt: skip
     """The product by words: a tile is made in the registers of the threads that multiply it, see `kernels.reading.words`."""
     each: tl.constexpr = about[0]
@@ -246,25 +259,29 @@ def _multiply_words(
     if grid_cols == 1:
         scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
         scale = widened(tl.load(scales + place, mask=inside, other=0))[None, :]
-    for begin in range(0, k // block_k * block_k, block_k):
+    total = acc
+    full: tl.constexpr = k // block_k * block_k
+    for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), block_k):
         if grid_cols > 1:
             scale = _scales(start, at, about, place, begin, inside, exact, block_k // STEP)
         tile = _numbers(codes + begin, scale, inside, about, exact, block_k // STEP, 4, dtype)
         acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
-    if k % block_k >= 64:  # a step of 64 inputs of a larger one
-        half: tl.constexpr = k // block_k * block_k
-        if grid_cols > 1:
-            scale = _scales(start, at, about, place, half, inside, exact, 1)
-        tile = _numbers(codes + half, scale, inside, about, exact, 1, 4, dtype)
-        acc = add_product(acc, tile, load_tokens(inputs, valid, half, k, 64))
-    if k % 64 != 0:
-        last: tl.constexpr = k // 64 * 64
-        wide: tl.constexpr = k % 64 // 16
-        if grid_cols > 1:
-            scale = _scales(start, at, about, place, last, inside, exact, 1)
-        tile = _numbers(codes + last, scale, inside, about, exact, 1, wide, dtype)
-        acc = add_product(acc, tile, load_tokens(inputs, valid, last, k, 64))
-    return acc
+        total, acc = end_of_chunk(total, acc, begin + block_k, k, chunk, alone)
+    if full < k:
+        if not alone or part * chunk + chunk >= k:
+            if k % block_k >= 64:  # a step of 64 inputs of a larger one
+                if grid_cols > 1:
+                    scale = _scales(start, at, about, place, full, inside, exact, 1)
+                tile = _numbers(codes + full, scale, inside, about, exact, 1, 4, dtype)
+                acc = add_product(acc, tile, load_tokens(inputs, valid, full, k, 64))
+            if k % 64 != 0:
+                last: tl.constexpr = k // 64 * 64
+                wide: tl.constexpr = k % 64 // 16
+                if grid_cols > 1:
+                    scale = _scales(start, at, about, place, last, inside, exact, 1)
+                tile = _numbers(codes + last, scale, inside, about, exact, 1, wide, dtype)
+                acc = add_product(acc, tile, load_tokens(inputs, valid, last, k, 64))
+    return with_last_chunk(total, acc, k, chunk, alone)
 
 
 @triton.jit
