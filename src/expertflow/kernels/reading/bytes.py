@@ -334,7 +334,7 @@ def _numbers(codes, scale, inside, about: tl.constexpr, exact: tl.constexpr, wid
 @triton.jit
 def _side_by_side(first, second):
     """Two tiles `[R, 64]` as one `[R, 128]`."""
-    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [first.shape[0], 128])
+    return as_loaded(tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [first.shape[0], 128]))
 
 
 @triton.constexpr_function
