@@ -195,8 +195,9 @@ def variants(mlp: ExpertMlp, tokens: int, top_k: int, splits: list[int]) -> dict
             continue
         last = chunked(base, inputs, splits[-1], split=True)
         for block in (32, 64, 128):
-            if block != base.block_n:
-                found[f"{projection} split {splits[-1]} block {block}"] = (projection, replace(last, block_n=block))
+            for chunks in splits if block != base.block_n else []:
+                cut = replace(chunked(base, inputs, chunks, split=True), block_n=block)
+                found[f"{projection} split {chunks} block {block}"] = (projection, cut)
         found[f"{projection} split {splits[-1]} stages {max(2, 7 - base.stages)}"] = (
             projection, replace(last, stages=max(2, 7 - base.stages)),
         )  # fmt: skip
