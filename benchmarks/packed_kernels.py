@@ -183,27 +183,19 @@ def chunked(cut: Tiling, inputs: int, chunks: int, *, split: bool) -> Tiling:
 def variants(mlp: ExpertMlp, tokens: int, top_k: int, splits: list[int]) -> dict[str, tuple[str, Tiling]]:
     """Tilings to compare by a name, each with its projection."""
     found: dict[str, tuple[str, Tiling]] = {}
-    for projection, base, inputs in zip(
+    for projection, used, inputs in zip(
         ("up", "down"), experts.tilings(mlp, tokens * top_k), (mlp.hidden, mlp.width), strict=True
     ):
-        base = replace(base, chunk=1 << 20, split=False, ahead=False)  # noqa: PLW2901
+        base = replace(used, chunk=1 << 20, split=False, registers=None)
         found[f"{projection} one"] = (projection, base)
-        for chunks in splits:
-            found[f"{projection} fold {chunks}"] = (projection, chunked(base, inputs, chunks, split=False))
-            found[f"{projection} split {chunks}"] = (projection, chunked(base, inputs, chunks, split=True))
-        if tokens > 4:
-            continue
-        last = chunked(base, inputs, splits[-1], split=True)
-        for block in (32, 64, 128):
-            for chunks in splits if block != base.block_n else []:
-                cut = replace(chunked(base, inputs, chunks, split=True), block_n=block)
-                found[f"{projection} split {chunks} block {block}"] = (projection, cut)
-        found[f"{projection} split {splits[-1]} stages {max(2, 7 - base.stages)}"] = (
-            projection, replace(last, stages=max(2, 7 - base.stages)),
-        )  # fmt: skip
-        if projection == "down":
-            for key in ("one", *(f"split {chunks}" for chunks in splits)):
-                found[f"down {key} ahead"] = (projection, replace(found[f"down {key}"][1], ahead=True))
+        other = {"up": (32,), "down": (64, 128)}[projection]
+        for chunks, split in ((chunks, split) for chunks in splits for split in (False, True)):
+            cut, name = chunked(base, inputs, chunks, split=split), f"{projection} {'split' if split else 'fold'} {chunks}"
+            found[name] = (projection, cut)
+            if not mlp.layout.is_plain:
+                found[name] = (projection, replace(cut, registers=128))
+                for block in set(other) - {cut.block_n}:
+                    found[f"{name} block {block}"] = (projection, replace(cut, block_n=block, registers=128))
     return found
 
 
@@ -225,7 +217,7 @@ def compare(name: str, columns: list[str], rate: float, splits: list[int]) -> li
                 except triton.runtime.errors.OutOfResources:
                     continue
                 floors[column, label] = step.distinct * sizes[projection] / rate * 1e6 / shape.layers
-            for chunks in splits:
+            for chunks in splits if tokens in TOKENS[::2] else []:
                 found = []
                 for way in ("fold", "split"):
                     step.work.parts.fill_(torch.nan)
@@ -234,14 +226,14 @@ def compare(name: str, columns: list[str], rate: float, splits: list[int]) -> li
                 equal = torch.equal(*found) and bool(found[0].isfinite().all())
                 print(f"{name:12} {tokens:3} {column:6} {chunks} chunks: {'same' if equal else 'OTHER'} bits", flush=True)
             for kind in ("one", *(f"{way} {chunks}" for way in ("fold", "split") for chunks in splits)):
-                for end in ("", " ahead"):
+                for end in ("", " block 64", " block 128"):
                     if f"down {kind}{end}" in tried:
                         label = f"layer {kind}{end}"
                         cuts = (tried[f"up {kind}"][1], tried[f"down {kind}{end}"][1])
                         graphs[column, label] = captured(partial(step.layer, *cuts))
                         floors[column, label] = step.distinct * sum(sizes.values()) / rate * 1e6 / shape.layers
         times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
-        for _ in range(REPLAYS):
+        for _ in range(7):
             for key in sorted(graphs, key=lambda key: key[1]):
                 times[key].append(replayed(graphs[key]) * 1e3 / shape.layers)
         for (column, label), found in times.items():

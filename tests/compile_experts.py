@@ -120,7 +120,7 @@ def compiled(case: str, arch: int) -> Any:
         {(place,): given[one] for place, one in enumerate(names) if one not in POINTERS},
         {(place,): [["tt.divisibility", 16]] for place, one in enumerate(names) if one in ALIGNED},
     )
-    options = {one: given[one] for one in ("num_warps", "num_stages")}
+    options = {one: given[one] for one in ("num_warps", "num_stages", "maxnreg")}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -23,7 +23,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
-from expertflow.formats.plain import PLAIN
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.bytes import by_words
 from expertflow.kernels.reading.readers import reader
@@ -52,6 +51,7 @@ class Tiling:
         stages: steps in flight.
         chunk: inputs that are summed by themselves, before the chunks' sums are added in their order; a multiple of 128.
         split: whether each chunk is a program's.
+        registers: of a thread at most; None: as many as the compiler likes.
     """
 
     block_n: int
@@ -60,7 +60,7 @@ class Tiling:
     stages: int = 4
     chunk: int = 1 << 20
     split: bool = False
-    ahead: bool = False
+    registers: int | None = None
 
     def chunks(self, inputs: int) -> int:
         """Chunks of a weight of so many inputs."""
@@ -206,57 +206,18 @@ def _up_kernel(
     tl.store(target, out.to(inner.dtype.element_ty), mask=(members[None, :] >= 0) & (cols[:, None] < i))
 
 
-@triton.jit
-def _fetch_ahead(start, rows, bytes_, count: tl.constexpr, width: tl.constexpr, stride: tl.constexpr):
-    """Bring `rows` rows, of at most `count`, of `bytes_` bytes each, of at most `width`, and `stride` bytes apart, into the L2 cache."""
-    lines: tl.constexpr = triton.next_power_of_2((width + 127) // 128)
-    line, row = tl.arange(0, lines) * 128, tl.arange(0, triton.next_power_of_2(count))
-    inside = (row < rows)[:, None] & (line < bytes_)[None, :]
-    where = start.to(tl.int64) + tl.where(inside, row[:, None] * stride + line[None, :], 0)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _fetch_chunk(
-    record, at: tl.constexpr, begin, n: tl.constexpr, k: tl.constexpr, part, chunk: tl.constexpr, block_n: tl.constexpr,
-    in_rows: tl.constexpr,
-):  # fmt: skip
-    """Bring the numbers or codes of chunk `part` of outputs from `begin` on into the L2 cache.
-
-    `in_rows`: bytes of a row of them, and whether a row is an input's.
-    """
-    start = record.to(tl.pointer_type(tl.uint8), bitcast=True) + at[0]
-    row_bytes: tl.constexpr = in_rows[0]
-    inputs: tl.constexpr = min(chunk, k)
-    if in_rows[1]:
-        each: tl.constexpr = row_bytes // n
-        start += part * (inputs * row_bytes) + begin * each
-        rows, width = tl.minimum(inputs, k - part * inputs), tl.minimum(block_n, n - begin) * each
-        _fetch_ahead(start, rows, width, inputs, block_n * each, row_bytes)
-    else:
-        most: tl.constexpr = row_bytes * inputs // k
-        start += begin * row_bytes + part * most
-        _fetch_ahead(start, tl.minimum(block_n, n - begin), tl.minimum(most, row_bytes - part * most), block_n, most, row_bytes)
-
-
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _down_kernel(
     inner, slots, pool, parts, sums, counts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, size: tl.constexpr,
     multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, bias: tl.constexpr,
     transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr,
-    in_rows: tl.constexpr, early: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """`parts[p] = down(inner[p])`, a block of outputs of one expert a program, or a chunk of their sums."""
     first = tl.program_id(1)
     same, ahead, leads = _leads(slots, first, pairs, padded)
     begin = tl.program_id(0) // chunks * block_n
     part = tl.program_id(0) % chunks
-    if early and in_rows[0] > 0:
-        if leads:
-            record = pool + tl.load(slots + first).to(tl.int64) * size
-            _fetch_chunk(record, at, begin, h, i, part, chunk if chunks > 1 else i, block_n, in_rows)
     if early:  # the slots were there before the up kernel began, what it computes is there only now
         gdc_wait()
         gdc_launch_dependents()
@@ -389,7 +350,7 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
         bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.hidden) if cut.split else 1,
-        early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
+        early=_early(pool), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
     )  # fmt: skip
 
 
@@ -402,8 +363,7 @@ def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cu
         h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.down),
         bias=-1 if mlp.down.bias is None else mlp.down.bias // size, transposed=mlp.transposed,
         block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.width) if cut.split else 1,
-        in_rows=_rows(mlp.down, mlp.hidden, transposed=mlp.transposed) if cut.ahead else (0, False), early=early,
-        num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,
+        early=early, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers, launch_pdl=early,
     )  # fmt: skip
 
 
@@ -413,15 +373,6 @@ def read_arguments(projection: Projection) -> dict[str, Any]:
     assert found is not None, "a model of such experts has no graph execution"
     constants = projection.spec.format.constants(projection.spec)
     return {"multiply": found.multiply, "load": found.load, "at": projection.offsets, "about": constants}
-
-
-def _rows(projection: Projection, outputs: int, *, transposed: bool) -> tuple[int, bool]:
-    """Bytes of a row of a weight's numbers or codes, and whether a row is an input's; 0 if it has no such rows."""
-    format_, inputs = projection.spec.format, projection.spec.inputs
-    if format_ is PLAIN:
-        return (outputs if transposed else inputs) * DTYPES[projection.spec.dtype].nbytes, transposed
-    each = {"words": inputs // 2, "bytes": inputs}.get(format_.tiles)
-    return each or 0, False
 
 
 def _padded(pairs: int) -> int:
