@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
-from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
+from expertflow.kernels.mlp import CHUNKS, MAX_PAIRS, SHARED_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.bytes import by_words
 from expertflow.kernels.reading.readers import reader
 from expertflow.kernels.reading.tiles import INTERPRETED
