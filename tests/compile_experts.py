@@ -149,8 +149,7 @@ def main() -> None:
         for case in cases:
             program = compiled(case, arch)
             ptx = program.asm["ptx"]
-            (loop,) = loops(ptx)
-            stored = sum(map(stored_bytes, loop))
+            stored = max(sum(map(stored_bytes, loop)) for loop in loops(ptx))
             orders = sorted(set(re.findall(r"parent = #mma, kWidth = (\d)", program.asm["ttgir"])))
             made.append((arch, case, program.metadata.shared, ROOM[arch], "wgmma" in ptx, stored, orders))
     sys.stdout.write(json.dumps(made))

@@ -283,11 +283,26 @@ def tilings(mlp: ExpertMlp, pairs: int, room: int = ROOM) -> tuple[Tiling, Tilin
         up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
     if not INTERPRETED.value:  # in the interpreter `block_k` decides about bits, on a GPU it does not
         few = pairs < FEW_PAIRS
-        up = Tiling(64, 128, 4, 4) if _by_halves(mlp.up.spec) else up
-        down = Tiling(64 if few else 128, 128, 4, 4) if _by_halves(mlp.down.spec) else down
-        up = Tiling(32 if few else 64, 128, 4, 4) if _by_words(mlp.up.spec) else up
-        down = Tiling(64 if few else 128, 128, 4, 3) if _by_words(mlp.down.spec) else down
+        up = _of_codes(mlp.up.spec, few, Tiling(64, 128, 4, 4), up)
+        down = _of_codes(mlp.down.spec, few, Tiling(64 if few else 128, 128, 4, 4), down)
+    up, down = replace(up, chunk=chunk_of(mlp.hidden)), replace(down, chunk=chunk_of(mlp.width))
     return _within(room, up, mlp.up.spec, 2 if mlp.gated else 1), _within(room, down, mlp.down.spec, 1)
+
+
+def _of_codes(spec: TensorSpec, few: bool, cut: Tiling, other: Tiling) -> Tiling:
+    """The tiling of a weight whose codes are decoded in registers, else the `other` one."""
+    if not (_by_halves(spec) or _by_words(spec)):
+        return other
+    return replace(cut, split=few, registers=128)
+
+
+def chunk_of(inputs: int) -> int:
+    """Inputs of a chunk of a weight with so many: at most `CHUNKS` chunks, of at least four steps of 128.
+
+    It enters the arithmetic, so it is the same for every format and number of tokens.
+    """
+    steps = -(-inputs // 128)
+    return -(-steps // min(CHUNKS, max(1, steps // 4))) * 128
 
 
 def _within(room: int, cut: Tiling, spec: TensorSpec, outputs: int) -> Tiling:
