@@ -133,7 +133,6 @@ class Step:
         for slots in self.slots:
             experts.launch_down(self.mlp, slots, self.pool, self.work, cut)
 
-
     def layer(self, up: Tiling, down: Tiling) -> None:
         """Every layer: both projections, and the sum over experts."""
         for slots in self.slots:
@@ -186,16 +185,20 @@ def variants(mlp: ExpertMlp, tokens: int, top_k: int, splits: list[int]) -> dict
     for projection, used, inputs in zip(
         ("up", "down"), experts.tilings(mlp, tokens * top_k), (mlp.hidden, mlp.width), strict=True
     ):
-        base = replace(used, chunk=1 << 20, split=False, registers=None)
+        base = replace(used, chunk=1 << 20, split=False)
         found[f"{projection} one"] = (projection, base)
-        other = {"up": (32,), "down": (64, 128)}[projection]
+        found[f"{projection} used"] = (projection, used)
         for chunks, split in ((chunks, split) for chunks in splits for split in (False, True)):
-            cut, name = chunked(base, inputs, chunks, split=split), f"{projection} {'split' if split else 'fold'} {chunks}"
+            cut, name = (
+                chunked(base, inputs, chunks, split=split),
+                f"{projection} {'split' if split else 'fold'} {chunks}",
+            )
             found[name] = (projection, cut)
-            if not mlp.layout.is_plain:
-                found[name] = (projection, replace(cut, registers=128))
-                for block in set(other) - {cut.block_n}:
-                    found[f"{name} block {block}"] = (projection, replace(cut, block_n=block, registers=128))
+            blocks = (
+                {64, 128} - {cut.block_n} if projection == "down" and not mlp.layout.is_plain and not split else set()
+            )
+            for block in blocks:
+                found[f"{name} block {block}"] = (projection, replace(cut, block_n=block))
     return found
 
 
@@ -206,9 +209,11 @@ def compare(name: str, columns: list[str], rate: float, splits: list[int]) -> li
     pools = {column: filled(mlp, shape.layers * shape.experts) for column, mlp in mlps.items()}
     for tokens in TOKENS:
         graphs: dict[tuple[str, str], Any] = {}
+        steps = []  # graphs read what a step has
         floors: dict[tuple[str, str], float] = {}
         for column, mlp in mlps.items():
             step = Step(shape, mlp, pools[column], tokens)
+            steps.append(step)
             tried = variants(mlp, tokens, shape.top_k, splits)
             sizes = dict(zip(("up", "down"), weight_bytes(mlp), strict=True))
             for label, (projection, cut) in tried.items():
@@ -224,8 +229,10 @@ def compare(name: str, columns: list[str], rate: float, splits: list[int]) -> li
                     step.layer(tried[f"up {way} {chunks}"][1], tried[f"down {way} {chunks}"][1])
                     found.append(step.work.parts.clone())
                 equal = torch.equal(*found) and bool(found[0].isfinite().all())
-                print(f"{name:12} {tokens:3} {column:6} {chunks} chunks: {'same' if equal else 'OTHER'} bits", flush=True)
-            for kind in ("one", *(f"{way} {chunks}" for way in ("fold", "split") for chunks in splits)):
+                print(
+                    f"{name:12} {tokens:3} {column:6} {chunks} chunks: {'same' if equal else 'OTHER'} bits", flush=True
+                )
+            for kind in ("one", "used", *(f"{way} {chunks}" for way in ("fold", "split") for chunks in splits)):
                 for end in ("", " block 64", " block 128"):
                     if f"down {kind}{end}" in tried:
                         label = f"layer {kind}{end}"

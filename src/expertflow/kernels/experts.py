@@ -282,18 +282,24 @@ def tilings(mlp: ExpertMlp, pairs: int, room: int = ROOM) -> tuple[Tiling, Tilin
     else:
         up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
     if not INTERPRETED.value:  # in the interpreter `block_k` decides about bits, on a GPU it does not
-        few = pairs < FEW_PAIRS
-        up = _of_codes(mlp.up.spec, few, Tiling(64, 128, 4, 4), up)
-        down = _of_codes(mlp.down.spec, few, Tiling(64 if few else 128, 128, 4, 4), down)
+        up, down = _of_codes(mlp.up.spec, pairs, up, 2 if mlp.gated else 1), _of_codes(mlp.down.spec, pairs, down, 1)
     up, down = replace(up, chunk=chunk_of(mlp.hidden)), replace(down, chunk=chunk_of(mlp.width))
     return _within(room, up, mlp.up.spec, 2 if mlp.gated else 1), _within(room, down, mlp.down.spec, 1)
 
 
-def _of_codes(spec: TensorSpec, few: bool, cut: Tiling, other: Tiling) -> Tiling:
-    """The tiling of a weight whose codes are decoded in registers, else the `other` one."""
-    if not (_by_halves(spec) or _by_words(spec)):
-        return other
-    return replace(cut, split=few, registers=128)
+def _of_codes(spec: TensorSpec, pairs: int, other: Tiling, outputs: int) -> Tiling:
+    """The tiling of a weight whose codes are decoded in registers, else the `other` one; `benchmarks/packed_kernels.py` compares them.
+
+    Programs share a product where there are too few to fill a GPU. Codes of one byte are read fastest by many small programs.
+    """
+    few = pairs < FEW_PAIRS
+    if _by_halves(spec):
+        scaled_twice = spec.format.constants(spec)[2].startswith("e4m3")  # a thread needs more registers then
+        block, most = 64 if few or outputs > 1 else 128, None if scaled_twice else 128
+        return Tiling(block, 128, split=pairs <= FEW_PAIRS, registers=most)
+    if _by_words(spec):
+        return Tiling(64 // outputs, 128, stages=4 if outputs > 1 else 3, split=few and outputs == 1)
+    return other
 
 
 def chunk_of(inputs: int) -> int:

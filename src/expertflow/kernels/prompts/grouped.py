@@ -80,7 +80,9 @@ def _down_kernel(
     record = pool + slot * size
     outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
     inputs = inner + place.to(tl.int64) * i
-    out = multiply(inputs, valid, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k, chunk, False, 0)
+    out = multiply(
+        inputs, valid, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k, chunk, False, 0
+    )
     out = add_bias(out, record, bias, outs, h)
     tl.store(parts + pairs[None, :] * h + outs[:, None], out, mask=valid[None, :] & (outs[:, None] < h))
 

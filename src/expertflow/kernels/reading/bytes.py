@@ -13,9 +13,12 @@ from expertflow.kernels.reading.tiles import (
     INTERPRETED,
     add_product,
     as_loaded,
-    last_chunk,
+    end_of_chunk,
+    first_of,
+    last_of,
     load_tokens,
     rounded,
+    with_last_chunk,
 )
 from expertflow.kernels.reading.words import by_threads, in_record, load_four, number_type, warps_of
 
@@ -120,33 +123,15 @@ def multiply_bytes(
     if fitting and by_words(about, number_type(record.dtype.element_ty), k, block_k):
         acc = _multiply_words(inputs, valid, record, at, about, outs, n, k, exact, block_k, chunk, alone, part)
     else:
-        total = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
-        last: tl.constexpr = last_chunk(k, chunk)
-        if alone:
-            end = tl.minimum(part * chunk + chunk, k)
-            acc = _add_tiles(total, part * chunk, end, inputs, valid, record, at, about, outs, n, k, exact, block_k)
-        else:
-            for begin in range(0, last, chunk):
-                acc = tl.zeros_like(total)
-                total += _add_tiles(acc, begin, begin + chunk, inputs, valid, record, at, about, outs, n, k, exact, block_k)
-            acc = tl.zeros_like(total)
-            acc = _add_tiles(acc, last, k, inputs, valid, record, at, about, outs, n, k, exact, block_k)
-            if last > 0:
-                acc = total + acc
-    return acc
-
-
-@triton.jit
-def _add_tiles(
-    acc, begin, end, inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,
-    exact: tl.constexpr, block_k: tl.constexpr,
-):  # fmt: skip
-    """Add the products of inputs from `begin` to `end`, tile by tile."""
-    for first in range(begin, end, block_k):
-        tokens = load_tokens(inputs, valid, first, k, block_k)
-        cols = first + tl.arange(0, block_k)
-        tile = _tile(record, at, about, outs, cols, first, n, k, exact and k % block_k == 0)
-        acc = add_product(acc, tile, tokens)
+        acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+        total = acc
+        for begin in range(first_of(part, chunk, alone), last_of(part, k, chunk, alone), block_k):
+            tokens = load_tokens(inputs, valid, begin, k, block_k)
+            cols = begin + tl.arange(0, block_k)
+            tile = _tile(record, at, about, outs, cols, begin, n, k, exact and k % block_k == 0)
+            acc = add_product(acc, tile, tokens)
+            total, acc = end_of_chunk(total, acc, begin + block_k, k, chunk, alone)
+        acc = with_last_chunk(total, acc, k, chunk, alone)
     return acc
 
 
@@ -270,66 +255,37 @@ def _multiply_words(
     codes = start + at[0] + rows * k
     of_row = rows // each * grid_rows + rows % each // block_rows if joined > 1 else rows // block_rows
     place = of_row * grid_cols
-    scale = tl.zeros([outs.shape[0]], tl.float32)
+    acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
     if grid_cols == 1:
         scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
         scale = widened(tl.load(scales + place, mask=inside, other=0))
-    total = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+    total = acc
     full: tl.constexpr = k // block_k * block_k
-    last: tl.constexpr = last_chunk(k, chunk)
-    if alone:
-        begin, end = part * chunk, tl.minimum(part * chunk + chunk, full)
-        acc = _add_steps(total, begin, end, inputs, valid, start, codes, place, scale, inside, at, about, k, exact, block_k, dtype)
-    else:
-        for begin in range(0, last, chunk):
-            end = begin + chunk
-            acc = tl.zeros_like(total)
-            total += _add_steps(
-                acc, begin, end, inputs, valid, start, codes, place, scale, inside, at, about, k, exact, block_k, dtype
-            )
-        acc = tl.zeros_like(total)
-        acc = _add_steps(acc, last, full, inputs, valid, start, codes, place, scale, inside, at, about, k, exact, block_k, dtype)
-    if full < k:
-        if not alone or part * chunk == last:
-            if k % block_k >= 64:  # a step of 64 inputs of a larger one
-                tile = _numbers(codes, scale, start, at, about, place, full, inside, exact, 4, dtype)
-                acc = add_product(acc, tile, load_tokens(inputs, valid, full, k, 64))
-            if k % 64 != 0:
-                rest: tl.constexpr = k // 64 * 64
-                tile = _numbers(codes, scale, start, at, about, place, rest, inside, exact, k % 64 // 16, dtype)
-                acc = add_product(acc, tile, load_tokens(inputs, valid, rest, k, 64))
-    if last > 0 and not alone:
-        acc = total + acc
-    return acc
-
-
-@triton.jit
-def _add_steps(
-    acc, begin, end, inputs, valid, start, codes, place, scale, inside, at: tl.constexpr, about: tl.constexpr, k: tl.constexpr,
-    exact: tl.constexpr, block_k: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Add the products of whole steps from input `begin` to `end`."""
-    for first in range(begin, end, block_k):
-        if about[4] > 1:
-            scale = _scales(start, at, about, place, first, inside, exact)
-        tile = _decoded(codes + first, scale, inside, about, exact, 4, dtype)
+    for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), block_k):
+        if grid_cols > 1:
+            scale = _scales(start, at, about, place, begin, inside, exact)
+        tile = _numbers(codes + begin, scale, inside, about, exact, 4, dtype)
         if block_k > STEP:
             if about[10] < block_k:
-                scale = _scales(start, at, about, place, first + STEP, inside, exact)
-            tile = _side_by_side(tile, _decoded(codes + (first + STEP), scale, inside, about, exact, 4, dtype))
-        acc = add_product(acc, tile, load_tokens(inputs, valid, first, k, block_k))
-    return acc
-
-
-@triton.jit
-def _numbers(
-    codes, scale, start, at: tl.constexpr, about: tl.constexpr, place, first: tl.constexpr, inside, exact: tl.constexpr,
-    wide: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """The tile of the step from input `first` on."""
-    if about[4] > 1:
-        scale = _scales(start, at, about, place, first, inside, exact)
-    return _decoded(codes + first, scale, inside, about, exact, wide, dtype)
+                scale = _scales(start, at, about, place, begin + STEP, inside, exact)
+            tile = _side_by_side(tile, _numbers(codes + (begin + STEP), scale, inside, about, exact, 4, dtype))
+        acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
+        total, acc = end_of_chunk(total, acc, begin + block_k, k, chunk, alone)
+    if full < k:
+        if not alone or part * chunk + chunk >= k:
+            if k % block_k >= 64:  # a step of 64 inputs of a larger one
+                if grid_cols > 1:
+                    scale = _scales(start, at, about, place, full, inside, exact)
+                tile = _numbers(codes + full, scale, inside, about, exact, 4, dtype)
+                acc = add_product(acc, tile, load_tokens(inputs, valid, full, k, 64))
+            if k % 64 != 0:
+                last: tl.constexpr = k // 64 * 64
+                wide: tl.constexpr = k % 64 // 16
+                if grid_cols > 1:
+                    scale = _scales(start, at, about, place, last, inside, exact)
+                tile = _numbers(codes + last, scale, inside, about, exact, wide, dtype)
+                acc = add_product(acc, tile, load_tokens(inputs, valid, last, k, 64))
+    return with_last_chunk(total, acc, k, chunk, alone)
 
 
 @triton.jit
@@ -348,7 +304,7 @@ def _scales(start, at: tl.constexpr, about: tl.constexpr, place, first, inside, 
 
 
 @triton.jit
-def _decoded(codes, scale, inside, about: tl.constexpr, exact: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr):
+def _numbers(codes, scale, inside, about: tl.constexpr, exact: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr):
     """The tile `[R, 64]` of a step: `codes` are pointers `[R]` to its first bytes, `scale` is `[R]`.
 
     The step has `wide` words for each thread, and four are read; the tokens are 0 where one is missing. A row's 64 bytes are loaded by

@@ -56,10 +56,32 @@ def add_product(acc, tile, tokens):
     return tl.dot(tile, tl.trans(tokens), acc, input_precision="ieee")
 
 
-@triton.constexpr_function
-def last_chunk(k, chunk):
-    """The first input of the last chunk of `k` inputs."""
-    return (k - 1) // chunk * chunk
+@triton.jit
+def first_of(part, chunk: tl.constexpr, alone: tl.constexpr):
+    """The first input of a product that is of chunk `part` alone, or of all."""
+    return part * chunk if alone else 0
+
+
+@triton.jit
+def last_of(part, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
+    """Where the inputs of the same product end, of `k`."""
+    return tl.minimum(part * chunk + chunk, k) if alone else k
+
+
+@triton.jit
+def end_of_chunk(total, acc, end, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
+    """The chunks' sum and the sum within a chunk, after a step up to input `end`."""
+    if chunk < k and not alone:
+        if end % chunk == 0:
+            total += acc
+            acc = tl.zeros_like(acc)
+    return total, acc
+
+
+@triton.jit
+def with_last_chunk(total, acc, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
+    """The sum of all chunks; adding the zeros of a chunk that has just begun changes no bit, because no sum from 0 on is -0."""
+    return total + acc if chunk < k and not alone else acc
 
 
 @triton.jit
@@ -73,38 +95,15 @@ def multiply_tiles(
     lies outside. Every `chunk` inputs are summed by themselves, and then the chunks' sums in their order; or, `alone`, chunk `part` is
     all there is. The others are as a tile loader has them.
     """
-    total = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
-    last: tl.constexpr = last_chunk(k, chunk)
-    if alone:
-        acc = _add_tiles(
-            total, part * chunk, tl.minimum(part * chunk + chunk, k), inputs, valid, record, load, at, about, outs, n, k, transposed,
-            exact, block_k,
-        )  # fmt: skip
-    else:
-        for begin in range(0, last, chunk):
-            acc = tl.zeros_like(total)
-            total += _add_tiles(
-                acc, begin, begin + chunk, inputs, valid, record, load, at, about, outs, n, k, transposed, exact, block_k
-            )
-        acc = tl.zeros_like(total)
-        acc = _add_tiles(acc, last, k, inputs, valid, record, load, at, about, outs, n, k, transposed, exact, block_k)
-        if last > 0:
-            acc = total + acc
-    return acc
-
-
-@triton.jit
-def _add_tiles(
-    acc, begin, end, inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr,
-    k: tl.constexpr, transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
-):  # fmt: skip
-    """Add the products of inputs from `begin` to `end`."""
-    for first in range(begin, end, block_k):
-        tokens = load_tokens(inputs, valid, first, k, block_k)
-        cols = first + tl.arange(0, block_k)
+    acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+    total = acc
+    for begin in range(first_of(part, chunk, alone), last_of(part, k, chunk, alone), block_k):
+        tokens = load_tokens(inputs, valid, begin, k, block_k)
+        cols = begin + tl.arange(0, block_k)
         tile = load(record, at, about, outs, cols, n, k, transposed, exact and k % block_k == 0)
         acc = add_product(acc, tile, tokens)
-    return acc
+        total, acc = end_of_chunk(total, acc, begin + block_k, k, chunk, alone)
+    return with_last_chunk(total, acc, k, chunk, alone)
 
 
 @triton.jit

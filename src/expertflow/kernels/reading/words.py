@@ -12,10 +12,13 @@ from expertflow.kernels.reading.tiles import (
     INTERPRETED,
     add_product,
     as_loaded,
-    last_chunk,
+    end_of_chunk,
+    first_of,
+    last_of,
     load_tokens,
     multiply_tiles,
     rounded,
+    with_last_chunk,
 )
 
 STEP = tl.constexpr(128)
@@ -274,44 +277,31 @@ def _multiply_halves(
     if about[2] != "e8m0" and about[2] != "number":
         globals_at = (start + at[2]).to(tl.pointer_type(tl.float32), bitcast=True)
         whole = tl.load(globals_at + mine // one, mask=inside, other=1.0)
-    total = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+    acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
+    total = acc
     full: tl.constexpr = k // STEP * STEP
-    last: tl.constexpr = last_chunk(k, chunk)
-    if alone:
-        begin, end = part * chunk, tl.minimum(part * chunk + chunk, full)
-        acc = _add_steps(
-            total, begin, end, inputs, valid, start, words, row, inside, whole, at, about, one, k, exact, dtype
-        )
-    else:
-        for begin in range(0, last, chunk):
-            acc = tl.zeros_like(total)
-            total += _add_steps(
-                acc, begin, begin + chunk, inputs, valid, start, words, row, inside, whole, at, about, one, k, exact, dtype
-            )
-        acc = tl.zeros_like(total)
-        acc = _add_steps(acc, last, full, inputs, valid, start, words, row, inside, whole, at, about, one, k, exact, dtype)
-    if full < k:
-        if not alone or part * chunk == last:
-            tokens = load_tokens(inputs, valid, full, k, STEP)
-            wide: tl.constexpr = k % STEP // 32
-            first, place = words + full // 8, row + full // STEP * one
-            acc = add_product(acc, _tile(start, first, place, inside, whole, at, about, exact, wide, dtype), tokens)
-    if last > 0 and not alone:
-        acc = total + acc
-    return acc
-
-
-@triton.jit
-def _add_steps(
-    acc, begin, end, inputs, valid, start, words, row, inside, whole, at: tl.constexpr, about: tl.constexpr, one: tl.constexpr,
-    k: tl.constexpr, exact: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Add the products of whole steps from input `begin` to `end`."""
-    for first in range(begin, end, STEP):
-        tokens = load_tokens(inputs, valid, first, k, STEP)
-        tile = _tile(start, words + first // 8, row + first // STEP * one, inside, whole, at, about, exact, 4, dtype)
+    for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), STEP):
+        tokens = load_tokens(inputs, valid, begin, k, STEP)
+        tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, whole, at, about, exact, 4, dtype)
         acc = add_product(acc, tile, tokens)
-    return acc
+        total, acc = end_of_chunk(total, acc, begin + STEP, k, chunk, alone)
+    if full < k:
+        if not alone or part * chunk + chunk >= k:
+            tokens = load_tokens(inputs, valid, full, k, STEP)
+            tile = _tile(
+                start,
+                words + full // 8,
+                row + full // STEP * one,
+                inside,
+                whole,
+                at,
+                about,
+                exact,
+                k % STEP // 32,
+                dtype,
+            )
+            acc = add_product(acc, tile, tokens)
+    return with_last_chunk(total, acc, k, chunk, alone)
 
 
 @triton.jit
