@@ -13,7 +13,7 @@ from expertflow.kernels.reading.tiles import (
     INTERPRETED,
     add_product,
     as_loaded,
-    end_of_chunk,
+    begin_of_chunk,
     first_of,
     last_of,
     load_tokens,
@@ -129,8 +129,8 @@ def multiply_bytes(
             tokens = load_tokens(inputs, valid, begin, k, block_k)
             cols = begin + tl.arange(0, block_k)
             tile = _tile(record, at, about, outs, cols, begin, n, k, exact and k % block_k == 0)
+            total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
             acc = add_product(acc, tile, tokens)
-            total, acc = end_of_chunk(total, acc, begin + block_k, k, chunk, alone)
         acc = with_last_chunk(total, acc, k, chunk, alone)
     return acc
 
@@ -269,10 +269,11 @@ def _multiply_words(
             if about[10] < block_k:
                 scale = _scales(start, at, about, place, begin + STEP, inside, exact)
             tile = _side_by_side(tile, _numbers(codes + (begin + STEP), scale, inside, about, exact, 4, dtype))
+        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
         acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
-        total, acc = end_of_chunk(total, acc, begin + block_k, k, chunk, alone)
     if full < k:
         if not alone or part * chunk + chunk >= k:
+            total, acc = begin_of_chunk(total, acc, full, k, chunk, alone)
             if k % block_k >= 64:  # a step of 64 inputs of a larger one
                 if grid_cols > 1:
                     scale = _scales(start, at, about, place, full, inside, exact)

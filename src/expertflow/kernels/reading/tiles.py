@@ -69,10 +69,13 @@ def last_of(part, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
 
 
 @triton.jit
-def end_of_chunk(total, acc, end, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
-    """The chunks' sum and the sum within a chunk, after a step up to input `end`."""
+def begin_of_chunk(total, acc, begin, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
+    """The chunks' sum and the sum within a chunk, before the products of the step from input `begin` on are added.
+
+    It has to come before the step's product: behind it, Triton 3.6 would read sums that Hopper's tensor cores are still at.
+    """
     if chunk < k and not alone:
-        if end % chunk == 0:
+        if begin % chunk == 0:
             total += acc
             acc = tl.zeros_like(acc)
     return total, acc
@@ -80,7 +83,7 @@ def end_of_chunk(total, acc, end, k: tl.constexpr, chunk: tl.constexpr, alone: t
 
 @triton.jit
 def with_last_chunk(total, acc, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
-    """The sum of all chunks; adding the zeros of a chunk that has just begun changes no bit, because no sum from 0 on is -0."""
+    """The sum of all chunks. Before the first one, zeros were added to zeros."""
     return total + acc if chunk < k and not alone else acc
 
 
@@ -101,8 +104,8 @@ def multiply_tiles(
         tokens = load_tokens(inputs, valid, begin, k, block_k)
         cols = begin + tl.arange(0, block_k)
         tile = load(record, at, about, outs, cols, n, k, transposed, exact and k % block_k == 0)
+        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
         acc = add_product(acc, tile, tokens)
-        total, acc = end_of_chunk(total, acc, begin + block_k, k, chunk, alone)
     return with_last_chunk(total, acc, k, chunk, alone)
 
 

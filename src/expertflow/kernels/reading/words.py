@@ -12,7 +12,7 @@ from expertflow.kernels.reading.tiles import (
     INTERPRETED,
     add_product,
     as_loaded,
-    end_of_chunk,
+    begin_of_chunk,
     first_of,
     last_of,
     load_tokens,
@@ -283,8 +283,8 @@ def _multiply_halves(
     for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), STEP):
         tokens = load_tokens(inputs, valid, begin, k, STEP)
         tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, whole, at, about, exact, 4, dtype)
+        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
         acc = add_product(acc, tile, tokens)
-        total, acc = end_of_chunk(total, acc, begin + STEP, k, chunk, alone)
     if full < k:
         if not alone or part * chunk + chunk >= k:
             tokens = load_tokens(inputs, valid, full, k, STEP)
@@ -300,6 +300,7 @@ def _multiply_halves(
                 k % STEP // 32,
                 dtype,
             )
+            total, acc = begin_of_chunk(total, acc, full, k, chunk, alone)
             acc = add_product(acc, tile, tokens)
     return with_last_chunk(total, acc, k, chunk, alone)
 
