@@ -9,6 +9,7 @@ Usage: python benchmarks/packed_kernels.py [--search] [--splits 2,4] [--out benc
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -31,7 +32,7 @@ from expertflow.formats.records import RecordLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels import experts
 from expertflow.kernels.experts import Tiling
-from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
+from expertflow.kernels.mlp import CLAMPED_SWIGLU, SHARED_PAIRS, ExpertMlp, Workspace
 
 SEED = 7
 TOKENS = (1, 4, 16, 64)
@@ -188,7 +189,8 @@ def variants(mlp: ExpertMlp, tokens: int, top_k: int, splits: list[int]) -> dict
         base = replace(used, chunk=1 << 20, split=False)
         found[f"{projection} one"] = (projection, base)
         found[f"{projection} used"] = (projection, used)
-        for chunks, split in ((chunks, split) for chunks in splits for split in (False, True)):
+        shared = (False, True) if tokens * top_k <= SHARED_PAIRS else (False,)
+        for chunks, split in itertools.product(splits, shared):
             cut, name = (
                 chunked(base, inputs, chunks, split=split),
                 f"{projection} {'split' if split else 'fold'} {chunks}",
@@ -202,52 +204,62 @@ def variants(mlp: ExpertMlp, tokens: int, top_k: int, splits: list[int]) -> dict
     return found
 
 
+@dataclass
+class Side:
+    """Captured work of one format, each with its floor in microseconds a layer."""
+
+    step: Step
+    graphs: dict[str, Any] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+
+    def capture(self, rate: float, splits: list[int]) -> None:
+        """Every variant of both projections, and layers made of them; checks that programs that share products give the same bits."""
+        step, shape = self.step, self.step.shape
+        tried = variants(step.mlp, step.tokens, shape.top_k, splits)
+        sizes = dict(zip(("up", "down"), weight_bytes(step.mlp), strict=True))
+        works = {label: (partial(getattr(step, kind), cut), sizes[kind]) for label, (kind, cut) in tried.items()}
+        for label in [label for label in tried if label.startswith("down ") and f"up{label[4:]}" in tried]:
+            cuts = tried[f"up{label[4:]}"][1], tried[label][1]
+            works[f"layer{label[4:]}"] = partial(step.layer, *cuts), sum(sizes.values())
+        for label, (work, size) in works.items():
+            try:
+                self.graphs[label] = captured(work)
+            except triton.runtime.errors.OutOfResources:
+                continue
+            self.floors[label] = step.distinct * size / rate * 1e6 / shape.layers
+        for chunks in splits:
+            found = [
+                self.parts(f"{way} {chunks}") for way in ("fold", "split") if f"layer {way} {chunks}" in self.graphs
+            ]
+            equal = all(torch.equal(one, found[0]) and bool(one.isfinite().all()) for one in found)
+            print(f"{step.tokens:3} tokens, {chunks} chunks: {'same' if equal else 'OTHER'} bits", flush=True)
+
+    def parts(self, way: str) -> Tensor:
+        """What the pairs of the last layer give."""
+        self.step.work.parts.fill_(torch.nan)
+        self.graphs[f"layer {way}"].replay()
+        return self.step.work.parts.clone()
+
+
 def compare(name: str, columns: list[str], rate: float, splits: list[int]) -> list[dict[str, Any]]:
     """Times of `variants`, and of whole layers made of them, for all formats side by side."""
     shape, rows = SHAPES[name], []
     mlps = {column: shape.build(format_of(column)) for column in columns}
     pools = {column: filled(mlp, shape.layers * shape.experts) for column, mlp in mlps.items()}
     for tokens in TOKENS:
-        graphs: dict[tuple[str, str], Any] = {}
-        steps = []  # graphs read what a step has
-        floors: dict[tuple[str, str], float] = {}
-        for column, mlp in mlps.items():
-            step = Step(shape, mlp, pools[column], tokens)
-            steps.append(step)
-            tried = variants(mlp, tokens, shape.top_k, splits)
-            sizes = dict(zip(("up", "down"), weight_bytes(mlp), strict=True))
-            for label, (projection, cut) in tried.items():
-                try:
-                    graphs[column, label] = captured(partial(getattr(step, projection), cut))
-                except triton.runtime.errors.OutOfResources:
-                    continue
-                floors[column, label] = step.distinct * sizes[projection] / rate * 1e6 / shape.layers
-            for chunks in splits if tokens in TOKENS[::2] else []:
-                found = []
-                for way in ("fold", "split"):
-                    step.work.parts.fill_(torch.nan)
-                    step.layer(tried[f"up {way} {chunks}"][1], tried[f"down {way} {chunks}"][1])
-                    found.append(step.work.parts.clone())
-                equal = torch.equal(*found) and bool(found[0].isfinite().all())
-                print(
-                    f"{name:12} {tokens:3} {column:6} {chunks} chunks: {'same' if equal else 'OTHER'} bits", flush=True
-                )
-            for kind in ("one", "used", *(f"{way} {chunks}" for way in ("fold", "split") for chunks in splits)):
-                for end in ("", " block 64", " block 128"):
-                    if f"down {kind}{end}" in tried:
-                        label = f"layer {kind}{end}"
-                        cuts = (tried[f"up {kind}"][1], tried[f"down {kind}{end}"][1])
-                        graphs[column, label] = captured(partial(step.layer, *cuts))
-                        floors[column, label] = step.distinct * sum(sizes.values()) / rate * 1e6 / shape.layers
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
-        for _ in range(7):
-            for key in sorted(graphs, key=lambda key: key[1]):
-                times[key].append(replayed(graphs[key]) * 1e3 / shape.layers)
-        for (column, label), found in times.items():
+        sides = {column: Side(Step(shape, mlp, pools[column], tokens)) for column, mlp in mlps.items()}
+        for side in sides.values():
+            side.capture(rate, splits)
+        keys = sorted((label, column) for column, side in sides.items() for label in side.graphs)
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+        for _ in range(REPLAYS):
+            for label, column in keys:
+                times[label, column].append(replayed(sides[column].graphs[label]) * 1e3 / shape.layers)
+        for (label, column), found in times.items():
             us = statistics.median(found)
-            row = {"shape": name, "tokens": tokens, "format": column, "variant": label, "us": us}
-            rows.append(row | {"share": floors[column, label] / us})
-            print(f"{name:12} {tokens:3} {column:6} {label:24} {us:7.1f} us {rows[-1]['share']:.3f}", flush=True)
+            share = sides[column].floors[label] / us
+            rows.append({"shape": name, "tokens": tokens, "format": column, "variant": label, "us": us, "share": share})
+            print(f"{name:12} {tokens:3} {column:6} {label:24} {us:7.1f} us {share:.3f}", flush=True)
     return rows
 
 
@@ -268,7 +280,7 @@ def compile_some(name: str, columns: list[str], splits: list[int], which: str) -
     for column in columns:
         mlp = shape.build(format_of(column))
         pool = torch.zeros(1, mlp.record_bytes, dtype=torch.uint8, device=CUDA)
-        for tokens in TOKENS[1:]:
+        for tokens in TOKENS:
             hidden = torch.zeros(tokens, mlp.hidden, dtype=torch.bfloat16, device=CUDA)
             slots = torch.zeros(tokens, shape.top_k, dtype=torch.int32, device=CUDA)
             work = Workspace.allocate(mlp, tokens, shape.top_k, CUDA)

@@ -296,7 +296,7 @@ def _of_codes(spec: TensorSpec, pairs: int, other: Tiling, outputs: int) -> Tili
     if _by_halves(spec):
         scaled_twice = spec.format.constants(spec)[2].startswith("e4m3")  # a thread needs more registers then
         block, most = 64 if few or outputs > 1 else 128, None if scaled_twice else 128
-        return Tiling(block, 128, split=pairs <= FEW_PAIRS, registers=most)
+        return Tiling(block, 128, split=pairs <= SHARED_PAIRS, registers=most)
     if _by_words(spec):
         return Tiling(64 // outputs, 128, stages=4 if outputs > 1 else 3, split=few and outputs == 1)
     return other

@@ -21,7 +21,7 @@ MAX_PAIRS = 1024
 """(token, rank) pairs of a call at most: every program of the kernels looks at all of them, in its registers."""
 CHUNKS = 4
 """Parts at most in which the inputs of a projection are summed, each by itself; programs may share a product by them."""
-SHARED_PAIRS = 256
+SHARED_PAIRS = 16
 """(token, rank) pairs of a call up to which they do."""
 CLAMPED_SWIGLU = "clamped_swiglu"
 """GPT-OSS: gate clamped above and up clamped on both sides, `gate * sigmoid(alpha * gate) * (up + 1)`."""

@@ -237,7 +237,7 @@ sub.rn.f32 d, d, 0f4B000080;
 
 
 @triton.jit
-def _multiply_words(
+def _multiply_words(  # noqa: C901 - most branches are known when compiling
     inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
     block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,
 ):  # fmt: skip
@@ -271,7 +271,7 @@ def _multiply_words(
             tile = _side_by_side(tile, _numbers(codes + (begin + STEP), scale, inside, about, exact, 4, dtype))
         total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
         acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
-    if full < k:
+    if full < k:  # noqa: SIM102 - known when compiling
         if not alone or part * chunk + chunk >= k:
             total, acc = begin_of_chunk(total, acc, full, k, chunk, alone)
             if k % block_k >= 64:  # a step of 64 inputs of a larger one

@@ -285,7 +285,7 @@ def _multiply_halves(
         tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, whole, at, about, exact, 4, dtype)
         total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
         acc = add_product(acc, tile, tokens)
-    if full < k:
+    if full < k:  # noqa: SIM102 - known when compiling
         if not alone or part * chunk + chunk >= k:
             tokens = load_tokens(inputs, valid, full, k, STEP)
             tile = _tile(
