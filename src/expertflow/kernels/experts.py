@@ -2,7 +2,8 @@
 
 Twins of `expert_pairs` and `combine` in `kernels.reference`. What a pair (token, rank) gives depends on its token and
 its expert alone, to the bit: every expert's tokens go through the same tiles of tensor-core products. A tile is sixteen
-tokens wide, however few there are, and goes along H (then I) in steps of fixed size. Slots, residency, waves, the batch
+tokens wide, however few there are, and goes along H (then I) in steps of fixed size. The steps of a chunk are summed by themselves, and then the
+chunks in their order: so a program may have all chunks or one, and the last one to end adds up what was put by. Slots, residency, waves, the batch
 and other users of the expert change which program computes a pair and in which column, and neither enters the
 arithmetic.
 
