@@ -18,10 +18,7 @@ ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
 CASES = {
     "gpt-oss, window": (64, 64, 8, {"window": 128, "sink": True}),
-    "gpt-oss": (64, 64, 8, {"window": 0, "sink": True}),
-    "qwen3": (128, 128, 8, {}),
     "deepseek": (192, 128, 1, {}),
-    "width 80, capped": (80, 80, 4, {"cap": 30.0}),
 }
 FLOATS, WHOLE = ("query", "keys", "values", "sinks", "out"), ("rows", "lasts")
 ALIGNED = {
