@@ -4,9 +4,12 @@ The engine calls these functions through `CacheController`, the simulator compil
 kernels are their twins. They take facts and write log entries. Must not know clocks, copies and torch.
 
 Every expert has a rank. The expert with the smallest rank is evicted, the lowest expert number among equals. An expert
-that may not be evicted now (its layer is running, or the plan still needs it) has an infinite rank.
+that may not be evicted now (its layer is running, or the plan still needs it) has an infinite rank. A large layer has no
+share of the slots: its experts are always resident in places behind them, and their ranks are infinite in all planes
+(`policy.keep`). So every access to one is a hit, and no slot is ever given to or taken from one.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,18 +30,18 @@ class Tables(NamedTuple):
     """What the cache remembers of L layers x E experts and S slots.
 
     Attributes:
-        slot_of: `[L, E]` int32, the expert's slot or -1.
+        slot_of: `[L, E]` int32, the expert's slot or -1; a large layer's experts have places from S on.
         owner: `[S]` int32, the flat expert number `layer * E + index` in the slot, or -1.
         rank: `[L, E]` float64, the smallest is evicted; infinite if absent or not evictable now.
         pinned: `[L, E]` bool, experts the plan of this step still needs: resident, or promised a slot.
         fresh: `[L, E]` bool, prefetched and not used yet.
-        per_layer: `[L]` int64, residents of each layer.
-        share: `[L]` int64, the most residents a layer may have.
+        per_layer: `[L]` int64, slots that each layer has.
+        share: `[L]` int64, the most slots a layer may have; 0 for a large layer.
         low: `[L]` float64, the smallest rank of each layer.
         lowest: `[L]` int64, the lowest expert number that has it; -1 if both have to be found anew.
         newer: `[S + 1]` int32, the next entry in the ring of empty slots, longest empty first; entry S joins its ends.
         older: `[S + 1]` int32, the entry before in that ring.
-        last_access: `[S]` int32, position of the slot's last access in the running layer's schedule, or -1.
+        last_access: `[S + places]` int32, position of the slot's last access in the running layer's schedule, or -1.
         pending: `[L * E, 3]` int32, planned loads that wait for a layer: flat expert, slot, that layer.
         log: `[N, 5]` int32, the decisions: kind, layer, expert, slot, and a detail of the kind.
         cursor: `[3]` int64, see `LOG`.
@@ -103,7 +106,7 @@ class Rules(NamedTuple):
     joint: bool
 
 
-def make_tables(layers: int, experts: int, slots: int, *, divided: bool) -> Tables:
+def make_tables(layers: int, experts: int, slots: int, *, divided: bool, large: Sequence[int] = ()) -> Tables:
     """Make tables in which every slot is empty.
 
     Args:
@@ -112,14 +115,20 @@ def make_tables(layers: int, experts: int, slots: int, *, divided: bool) -> Tabl
         slots: slots in all.
         divided: give each layer an equal share, the first layers one slot more if they do not divide evenly. With
             fewer slots than layers all layers share them.
+        large: layers whose experts are always resident, outside the slots.
     """
     share = np.full(layers, slots, dtype=np.int64)
-    if divided and slots >= layers:
-        base, extra = divmod(slots, layers)
+    small = np.setdiff1d(np.arange(layers), large)
+    if divided and slots >= small.size:
+        base, extra = divmod(slots, small.size)
         share[:] = base
-        share[:extra] += 1
+        share[small[:extra]] += 1
+    slot_of = np.full((layers, experts), EMPTY, dtype=np.int32)
+    for number, layer in enumerate(large):
+        share[layer] = 0
+        slot_of[layer] = np.arange(experts) + (slots + number * experts)
     return Tables(
-        slot_of=np.full((layers, experts), EMPTY, dtype=np.int32),
+        slot_of=slot_of,
         owner=np.full(slots, EMPTY, dtype=np.int32),
         rank=np.full((layers, experts), np.inf),
         pinned=np.zeros((layers, experts), dtype=np.bool_),
@@ -130,7 +139,7 @@ def make_tables(layers: int, experts: int, slots: int, *, divided: bool) -> Tabl
         lowest=np.full(layers, -1, dtype=np.int64),
         newer=np.roll(np.arange(slots + 1, dtype=np.int32), -1),
         older=np.roll(np.arange(slots + 1, dtype=np.int32), 1),
-        last_access=np.full(slots, -1, dtype=np.int32),
+        last_access=np.full(slots + len(large) * experts, -1, dtype=np.int32),
         pending=np.zeros((layers * experts, 3), dtype=np.int32),
         log=np.zeros((4 * experts + 6 * slots + 8, 5), dtype=np.int32),
         cursor=np.zeros(3, dtype=np.int64),
@@ -309,7 +318,7 @@ def finish_layer(t: Tables, planes: Planes, rules: Rules, layer: int, needed: np
     """Rank the layer's residents after its last access; evict them if the strategy retains nothing."""
     t.last_access[:] = -1
     rank_residents(t, planes, layer, needed)
-    if not rules.retain:
+    if not rules.retain and t.share[layer]:
         for expert in np.flatnonzero(t.slot_of[layer] >= 0):
             evict(t, t.slot_of[layer, expert])
 

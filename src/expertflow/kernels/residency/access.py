@@ -215,7 +215,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         ranks = tl.where(slot >= 0, after, infinite)
     else:
         last = tl.load(older + slots)
-        leaving = tl.sum((slot >= 0).to(tl.int32), 0)
+        leaving = tl.sum(((slot >= 0) & (allowed > 0)).to(tl.int32), 0)  # those of a large layer stay
         left = leaving
         while left > 0:
             victim = tl.argmax((slot >= 0).to(tl.int32), 0).to(tl.int32)
