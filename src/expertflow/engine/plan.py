@@ -88,6 +88,11 @@ class Plan:
         return SlotPool.nbytes(self.slot_layout.record_bytes, self.slots)
 
     @property
+    def unequal_bytes(self) -> tuple[int, ...]:
+        """Bytes of one record of each layer; empty if all have `record_bytes`."""
+        return () if self.shape.records.equal else self.shape.records.layer_bytes
+
+    @property
     def large(self) -> int:
         """Device memory of large layers, whose experts are always resident."""
         return SlotPool.large_nbytes(self.slot_layout, self.shape.experts)

@@ -6,7 +6,6 @@ Must not know models, files and devices.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import median
 from typing import Protocol, Self
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from expertflow.formats.format import Part, TensorSpec
 from expertflow.formats.plain import PLAIN
+from expertflow.types import large_layers
 
 ALIGNMENT = 256
 """Bytes. Matrix products depend on pointer alignment on CPUs, and vector loads need it on GPUs."""
-LARGE = 1.25
-"""Times the median of all layers' records from which on a layer is large: slots as large as its records would waste memory."""
 
 
 def _aligned(nbytes: int) -> int:
@@ -121,7 +119,8 @@ class StoreLayout:
             if tuple(layer) not in distinct:
                 distinct[tuple(layer)] = RecordLayout.of(layer)
         sizes = [distinct[tuple(layer)].record_bytes for layer in specs]
-        slot = max(size for size in sizes if size <= LARGE * median(sizes))
+        large = large_layers(sizes)
+        slot = max(size for layer, size in enumerate(sizes) if layer not in large)
         fitted = {key: replace(one, record_bytes=max(slot, one.record_bytes)) for key, one in distinct.items()}
         return cls(layers=tuple(fitted[tuple(layer)] for layer in specs), record_bytes=slot)
 

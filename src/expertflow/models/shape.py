@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
-from expertflow.formats.records import LARGE, StoreLayout
+from expertflow.formats.records import StoreLayout
 from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, attention_windows, layer_kinds
 from expertflow.models.bounds import describing
 from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
+from expertflow.types import LARGE
 from expertflow.units import format_bytes
 
 
