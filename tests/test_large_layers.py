@@ -1,7 +1,10 @@
 """Layers with larger records than the others: they are always resident, and every load moves its own layer's bytes."""
 
 from collections import Counter
-from functools import cache
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +12,23 @@ import pytest
 import torch
 
 from expertflow import LLM, EngineConfig, SamplingParams
-from expertflow.cache.controller import CacheController
+from expertflow.cache.core import make_tables
 from expertflow.cache.policy import Usage
 from expertflow.cache.strategy import STRATEGIES
+from expertflow.cli.record_bytes import find_record
 from expertflow.engine.prepare import prepare
-from expertflow.errors import BudgetError
-from expertflow.events import Event, EventKind, EventStream
-from expertflow.kernels.residency.state import CacheState, Schedule, refusal
+from expertflow.errors import BudgetError, TraceError
+from expertflow.events import Event, EventKind
+from expertflow.formats.records import ALIGNMENT
+from expertflow.kernels.ledger import DONE, SRC
+from expertflow.kernels.residency import driver, reference
+from expertflow.kernels.residency.state import BLOCKS, CacheState
+from expertflow.schedule.cost import StepPrices, price
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import replay, replay_events
-from expertflow.sim.workload import live_sequences
+from expertflow.sim.workload import as_recorded, live_sequences
+from expertflow.trace.format import load_trace, save_trace
+from expertflow.units import format_bytes
 from helpers import MakeCheckpoint, make_trace
 from layout import Layout, write_twins
 from layouts_int4 import compressed, pack_compressed
@@ -27,61 +37,148 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [10, 11], [12, 13, 14]]
 PARAMS = SamplingParams(max_tokens=5, temperature=0.8, seed=5, ignore_eos=True)
 EXPERTS, TOP_K, LARGE = 8, 2, 1
 SLOTS = (1, TOP_K, EXPERTS // 2, EXPERTS)
-STRATEGIES_HERE = ("next-use", "on-demand", "lru", "ring", "lfu")
+NAMES = ("next-use", "on-demand", "lru", "ring", "lfu")
+EXECUTION = {"host": "host", "graph": "graph", "watched": "graph"}
+MAKERS = {"reference": reference.Residency, "kernels": driver.Residency}
+OPTIONS = {"device": "cpu", "max_length": 32, "max_batch": 3}
 
 
 @pytest.fixture(scope="module")
 def twins(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint of three layers in int4 but for the middle one in bfloat16, and the same decoded."""
-
-    def pack(key: str, weight: torch.Tensor, generator: torch.Generator):  # noqa: ANN202 - a layout's `pack`
-        return pack_compressed(key, weight, generator, group=32)
-
     layout = Layout(
-        family="qwen3_moe", quantization=compressed(32), pack=pack, plain_layers=(LARGE,), sizes={"moe_intermediate_size": 64}
-    )
+        family="qwen3_moe", quantization=compressed(32), pack=partial(pack_compressed, group=32), plain_layers=(LARGE,),
+        sizes={"moe_intermediate_size": 64},
+    )  # fmt: skip
     source = make_checkpoint(layout.family, layout.dtype, spread=0.3, num_hidden_layers=3, **layout.sizes)
     return write_twins(source, tmp_path_factory.mktemp("large"), layout)
 
 
 @pytest.fixture(scope="module")
-def resident(twins: tuple[Path, Path]):  # noqa: ANN201
-    """Tokens of the decoded checkpoint with every expert resident, by execution."""
+def resident(twins: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[list[int]]]:
+    """Tokens of the decoded checkpoint with every expert resident, by the way it runs."""
 
     @cache
-    def run(execution: str) -> list[list[int]]:
-        with LLM(twins[1], slots="100%", execution=execution, **options()) as llm:
-            return [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
+    def find(way: str) -> list[list[int]]:
+        with LLM(twins[1], slots="100%", execution=EXECUTION[way], **OPTIONS) as llm:
+            return answers(llm, way, tmp_path_factory.mktemp("resident") / "t.trace")
 
-    return run
-
-
-def options() -> dict:
-    return {"device": "cpu", "max_length": 32, "max_batch": 3}
+    return find
 
 
-@pytest.mark.parametrize("watched", [False, True])
+def answers(llm: LLM, way: str, trace: Path) -> list[list[int]]:
+    """Tokens; watched steps are recorded, and then the host decides them although the plan is `graph`."""
+    with llm.record(trace) if way == "watched" else nullcontext():
+        return [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
+
+
+@pytest.mark.parametrize("way", ["host", "graph", "watched"])
 @pytest.mark.parametrize("turn", range(len(SLOTS)))
-def test_offloaded_is_resident(turn: int, watched: bool, twins: tuple[Path, Path], resident) -> None:  # noqa: ANN001
-    """Law 1, with steps that the GPU's twin decides and with watched ones; law 4 for each layer; law 3; the large layer is never loaded."""
+def test_offloaded_is_resident(
+    turn: int, way: str, twins: tuple[Path, Path], resident: Callable[[str], list[list[int]]], tmp_path: Path
+) -> None:
+    """Law 1; law 3; law 4 with each layer's bytes; law 2: what the host decides is what the replay decides."""
     events: list[Event] = []
-    strategy = STRATEGIES_HERE[(turn + 2 * watched) % len(STRATEGIES_HERE)]
-    with LLM(twins[0], slots=SLOTS[turn], execution="graph", strategy=strategy, **options()) as llm:
-        if not watched:
-            llm._offloaded.events.subscribe(events.append)
-            found = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
-            assert found == resident("graph")
-        else:
-            with llm.record(twins[0] / f"{turn}.trace"):
-                found = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
-        plan, cache_ = llm.plan, llm.stats.cache
+    strategy = STRATEGIES[NAMES[(turn + 2 * len(way)) % len(NAMES)]]
+    with LLM(twins[0], slots=SLOTS[turn], execution=EXECUTION[way], strategy=strategy.name, **OPTIONS) as llm:
+        llm._offloaded.events.subscribe(events.append)
+        assert answers(llm, way, tmp_path / "t.trace") == resident(way)
         llm._offloaded.settle()
         llm._offloaded.controller.table.check_integrity()
-        assert plan.slot_layout.large == (LARGE,)
+        plan, counted = llm.plan, llm.stats.cache
         assert llm.stats.peak_bytes <= plan.total
-    small, large, _ = plan.shape.records.layer_bytes
-    assert plan.host == EXPERTS * (2 * small + large)
-    assert large > 3 * small
+    bytes_of = plan.shape.records.layer_bytes
+    assert bytes_of[0] == bytes_of[2] < bytes_of[LARGE] / 3
+    assert plan.host == EXPERTS * sum(bytes_of)
     loaded = Counter(event.layer for event in events if event.kind in {EventKind.MISS, EventKind.PREFETCH})
-    assert watched or (loaded[LARGE] == 0 < loaded[0])
-    assert cache_.bytes_moved == (cache_.loads + cache_.prefetched) * small > 0
+    large = () if way == "host" else (LARGE,)  # a CPU's slots are of numbers, so all layers fit
+    assert plan.slot_layout.large == large
+    assert loaded[0] > 0
+    assert (loaded[LARGE] == 0) == (way != "host")
+    assert counted.bytes_moved == sum(bytes_of[layer] * count for layer, count in loaded.items())
+    if way == "watched":
+        found = [event for event in events if event.kind is not EventKind.HOST]
+        workload = as_recorded(load_trace(tmp_path / "t.trace"))
+        assert found == replay_events(workload, strategy, plan.slots, bytes_of, large=large)
+
+
+def test_everything_resident_is_looked_up(twins: tuple[Path, Path], resident: Callable[[str], list[list[int]]]) -> None:
+    """Slots for all experts but the large layer's: after the first use nothing is decided, and the tokens stay."""
+    with LLM(twins[0], slots="100%", execution="graph", **OPTIONS) as llm:
+        assert llm.plan.slots == 2 * EXPERTS
+        for layer in (0, 2):
+            for _ in llm._offloaded.handover.provider.stream(layer, list(range(EXPERTS))):
+                pass
+        assert answers(llm, "graph", Path()) == resident("graph")
+        assert llm._offloaded.handover.decoder.experts.fixed
+
+
+def test_totals_without_a_listener_have_each_layers_bytes(twins: tuple[Path, Path]) -> None:
+    """The device counts blocks; bytes moved are loads times the record that slots hold here."""
+    with LLM(twins[0], slots=3, execution="graph", **OPTIONS) as llm:
+        llm.generate(PROMPTS, PARAMS)
+        counted = llm.stats.cache
+    assert counted.bytes_moved == (counted.loads + counted.prefetched) * llm.plan.record_bytes > 0
+
+
+def test_a_budget_has_room_for_large_layers(twins: tuple[Path, Path]) -> None:
+    """A byte below the least is refused with the layers and their bytes; the least itself gives one slot, and runs."""
+    config = {**OPTIONS, "execution": "graph"}
+    plan = prepare(twins[0], EngineConfig(**config, slots=1)).plan
+    assert plan.large >= EXPERTS * plan.shape.records.layer_bytes[LARGE] > EXPERTS * plan.record_bytes
+    with pytest.raises(BudgetError, match=rf"large layers \({LARGE}\).* always resident") as refused:
+        prepare(twins[0], EngineConfig(**config, gpu_memory=plan.total - 1))
+    assert refused.value.least_bytes == plan.total == plan.least
+    with LLM(twins[0], gpu_memory=plan.total, **config) as llm:
+        assert llm.plan.slots == 1
+        llm.generate(PROMPTS, PARAMS)
+        assert llm.stats.peak_bytes <= plan.total
+    (note,) = [note for note in plan.shape.notes if "median" in note]
+    assert format_bytes(EXPERTS * plan.shape.records.layer_bytes[LARGE]) in note
+    assert plan.resident_total == plan.total + (2 * EXPERTS - 1) * plan.record_bytes - ALIGNMENT
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_tally_counts_each_loads_own_lines(maker: str) -> None:
+    """Blocks done times the lines of their records, when a step opens and when totals are read."""
+    strategy = STRATEGIES["next-use"].on_device()
+    state = CacheState.allocate(strategy, make_tables(3, 4, 5, divided=False), torch.device("cpu"), layer_bytes=(256, 512, 1280))
+    state.copy_from(make_tables(3, 4, 5, divided=False), Usage(layers=3, experts=4))
+    state.ledger.table[SRC, :3], state.ledger.table[DONE, :3] = torch.tensor([1, 7, 8]), torch.tensor([3, 1, 2])
+    assert state.read_tally()[BLOCKS] == 3 * 1 + 1 * 2 + 2 * 5
+    MAKERS[maker](state).open_step()
+    assert state.take_tally()[BLOCKS] == 3 * 1 + 1 * 2 + 2 * 5
+
+
+def test_a_replay_loads_in_each_layers_time() -> None:
+    """On the virtual clock the link is busy for each layer's bytes; equal records give what one number gives."""
+    workload = live_sequences(make_trace(40, layers=3, experts=8), 2)
+    strategy, sizes = STRATEGIES["plec"], (1_000_000, 4_000_000, 1_100_000)
+    cost = Cost(row_bytes=1_100_000, link_gbps=10.0, copy_us=0.0, layer_bytes=sizes)
+    found = replay(workload, strategy, 5, cost)
+    loaded = Counter(e.layer for e in replay_events(workload, strategy, 5, large=(1,)) if e.kind in {"miss", "prefetch"})
+    moved = sum(sizes[layer] * count for layer, count in loaded.items())
+    assert (found.loads, found.moved_bytes) == (sum(loaded.values()), moved)
+    assert found.link_seconds == pytest.approx(moved / 10e9)
+    assert found.share == 5 / 16
+    same = [replace(cost, layer_bytes=each) for each in ((), (1_100_000,) * 3)]
+    assert replay(workload, strategy, 5, same[0]) == replay(workload, strategy, 5, same[1])
+
+
+def test_a_division_is_priced_by_each_layers_loads() -> None:
+    """What most steps use is kept; what is not costs its layer's load, and a large layer's experts cost none."""
+    chances = np.array([[[1.0, 0.5], [1.0, 1.0], [0.25, 0.0]]])
+    rates = StepPrices(slots=1, load=(2.0, 100.0, 8.0), step=0.0, expert=0.0, large=(1,))
+    division = price(chances, np.array([0]), 1, rates)
+    assert (division.loads, division.seconds) == (0.75, 0.5 * 2 + 0.25 * 8)
+
+
+def test_a_trace_carries_the_bytes_of_each_layer(tmp_path: Path) -> None:
+    """Sizes come back as written; a list of another length is refused."""
+    trace = make_trace(5, layers=2)
+    save_trace(replace(trace, header=replace(trace.header, record_bytes=9, layer_bytes=(7, 9))), tmp_path / "a.trace")
+    assert load_trace(tmp_path / "a.trace").header.layer_bytes == (7, 9)
+    assert find_record(tmp_path / "a.trace", None, None).layer_bytes == (7, 9)
+    save_trace(replace(trace, header=replace(trace.header, layer_bytes=(7,))), tmp_path / "b.trace")
+    with pytest.raises(TraceError, match="layer_bytes"):
+        load_trace(tmp_path / "b.trace")
