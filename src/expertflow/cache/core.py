@@ -42,6 +42,7 @@ class Tables(NamedTuple):
         newer: `[S + 1]` int32, the next entry in the ring of empty slots, longest empty first; entry S joins its ends.
         older: `[S + 1]` int32, the entry before in that ring.
         last_access: `[S + places]` int32, position of the slot's last access in the running layer's schedule, or -1.
+        order: `[S + places]` int32, which of the running layer's experts is evicted first among equals: the largest.
         pending: `[L * E, 3]` int32, planned loads that wait for a layer: flat expert, slot, that layer.
         log: `[N, 5]` int32, the decisions: kind, layer, expert, slot, and a detail of the kind.
         cursor: `[3]` int64, see `LOG`.
@@ -59,6 +60,7 @@ class Tables(NamedTuple):
     newer: npt.NDArray[np.int32]
     older: npt.NDArray[np.int32]
     last_access: npt.NDArray[np.int32]
+    order: npt.NDArray[np.int32]
     pending: npt.NDArray[np.int32]
     log: npt.NDArray[np.int32]
     cursor: npt.NDArray[np.int64]
@@ -140,6 +142,7 @@ def make_tables(layers: int, experts: int, slots: int, *, divided: bool, large: 
         newer=np.roll(np.arange(slots + 1, dtype=np.int32), -1),
         older=np.roll(np.arange(slots + 1, dtype=np.int32), 1),
         last_access=np.full(slots + len(large) * experts, -1, dtype=np.int32),
+        order=np.full(slots + len(large) * experts, -1, dtype=np.int32),
         pending=np.zeros((layers * experts, 3), dtype=np.int32),
         log=np.zeros((4 * experts + 6 * slots + 8, 5), dtype=np.int32),
         cursor=np.zeros(3, dtype=np.int64),
@@ -228,15 +231,16 @@ def end_wave(
     needed: npt.NDArray[np.bool_],
     over: npt.NDArray[np.int64],
 ) -> None:
-    """Make the running layer's experts `over`, which have been computed, evictable; among equals the last one first.
+    """Make the running layer's experts `over`, which have been computed, evictable; among equals the last wave's first.
 
-    So experts of low rank pass through few slots, and the other residents of the layer stay.
+    So experts of low rank pass through few slots, and the other residents of the layer stay. Within a wave the first one goes
+    first: it is computed while the next one is copied, so the link need not wait for its slot.
     """
     for expert in over:
         slot = t.slot_of[layer, expert]
         if slot >= 0:
             after = planes.used[layer, expert] if needed[expert] else planes.unused[layer, expert]
-            t.rank[layer, expert] = after - NUDGE * (t.last_access[slot] + 1)
+            t.rank[layer, expert] = after - NUDGE * (t.order[slot] + 1)
     t.lowest[layer] = -1
 
 
@@ -245,7 +249,7 @@ def end_waves(
     t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]
 ) -> None:
     """Do `end_wave` for all residents of the layer except those `kept`."""
-    after = np.where(needed, planes.used[layer], planes.unused[layer]) - NUDGE * (t.last_access[t.slot_of[layer]] + 1)
+    after = np.where(needed, planes.used[layer], planes.unused[layer]) - NUDGE * (t.order[t.slot_of[layer]] + 1)
     t.rank[layer] = np.where((t.slot_of[layer] >= 0) & ~kept, after, t.rank[layer])
     t.lowest[layer] = -1
 
@@ -303,7 +307,7 @@ def take_hits(
     for position in range(hits.size):
         expert = hits[position]
         slot = t.slot_of[layer, expert]
-        t.last_access[slot] = position
+        t.last_access[slot] = t.order[slot] = position
         write_log(t, HIT, layer, expert, slot, int(t.fresh[layer, expert]))
         t.fresh[layer, expert] = False
     kept = needed & rules.joint
@@ -317,6 +321,7 @@ def take_hits(
 def finish_layer(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDArray[np.bool_]) -> None:
     """Rank the layer's residents after its last access; evict them if the strategy retains nothing."""
     t.last_access[:] = -1
+    t.order[:] = -1
     rank_residents(t, planes, layer, needed)
     if not rules.retain and t.share[layer]:
         for expert in np.flatnonzero(t.slot_of[layer] >= 0):
@@ -359,7 +364,9 @@ def place_miss(  # noqa: PLR0913, PLR0917 - the results of `take_hits`, each use
         slot = make_room(t, layer)
     fill_slot(t, layer, expert, slot)
     write_log(t, MISS, layer, expert, slot, t.last_access[slot])
-    t.last_access[slot] = np.count_nonzero(needed) - misses.size + number
+    position = np.count_nonzero(needed) - misses.size + number
+    t.last_access[slot] = position
+    t.order[slot] = position - 2 * (number % rules.wave) + rules.wave - 1  # waves ascend, and each of them descends
 
 
 @shared
@@ -391,6 +398,7 @@ def forget(t: Tables) -> None:
         evict(t, int(slot))
     t.pinned[:] = False
     t.last_access[:] = -1
+    t.order[:] = -1
     t.cursor[PENDING] = 0
 
 
