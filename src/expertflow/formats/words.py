@@ -30,6 +30,8 @@ ROW = 1 << 30
 """The group of a format that has one scale for an output, however many inputs there are; a multiple of a step."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Numbers of the codes of the OCP format FP4: a sign, two bits of exponent, one of mantissa."""
+_CACHED = 1 << 19
+"""Bytes of codes that are packed at a time."""
 _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
     {
         # where the four bits of a pair's first code go in the lower half of a word, lowest bit first; of its second: in the upper half
@@ -67,7 +69,15 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
         pairs = functional.pad(pairs, (0, missing))
     outputs, count = pairs.shape
     words = np.empty((outputs, count // 4), np.int32)
-    data = pairs.contiguous().numpy()
+    data, rows = pairs.contiguous().numpy(), max(1, _CACHED // max(count, 1))
+    for first in range(0, outputs, rows):  # what lies between two of these steps stays in a core's cache
+        _pack_rows(data[first : first + rows], words[first : first + rows], code_map)
+    return torch.from_numpy(words)
+
+
+def _pack_rows(data: npt.NDArray[np.uint8], words: npt.NDArray[np.int32], code_map: str) -> None:
+    """Pack a few rows of `pack_words`, `[N, K / 2]` to `[N, K / 8]`."""
+    outputs, count = data.shape
     for begin, steps, wide in _steps(2 * count):
         size = steps * wide
         part = data[:, begin // 2 : begin // 2 + 16 * size].reshape(outputs, steps, wide, 2, 2, 4)
@@ -78,7 +88,6 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
             np.take(_table(code_map, True), halves[..., 1, 0].reshape(target.shape)),
             out=target,
         )
-    return torch.from_numpy(words)
 
 
 @cache
