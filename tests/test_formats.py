@@ -23,7 +23,6 @@ from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.models.weights import mapping
 from expertflow.models.weights.sources import RandomWeights
-from expertflow.units import format_bytes
 from four_bit import GROUP, LINEAR, STACKED, TABLE, FourBit, numbers
 from helpers import DEVICES, MakeCheckpoint
 

@@ -142,7 +142,9 @@ def test_a_budget_has_room_for_large_layers(twins: tuple[Path, Path]) -> None:
 def test_a_tally_counts_each_loads_own_lines(maker: str) -> None:
     """Blocks done times the lines of their records, when a step opens and when totals are read."""
     strategy = STRATEGIES["next-use"].on_device()
-    state = CacheState.allocate(strategy, make_tables(3, 4, 5, divided=False), torch.device("cpu"), layer_bytes=(256, 512, 1280))
+    state = CacheState.allocate(
+        strategy, make_tables(3, 4, 5, divided=False), torch.device("cpu"), layer_bytes=(256, 512, 1280)
+    )
     state.copy_from(make_tables(3, 4, 5, divided=False), Usage(layers=3, experts=4))
     state.ledger.table[SRC, :3], state.ledger.table[DONE, :3] = torch.tensor([1, 7, 8]), torch.tensor([3, 1, 2])
     assert state.read_tally()[BLOCKS] == 3 * 1 + 1 * 2 + 2 * 5
@@ -156,7 +158,9 @@ def test_a_replay_loads_in_each_layers_time() -> None:
     strategy, sizes = STRATEGIES["plec"], (1_000_000, 4_000_000, 1_100_000)
     cost = Cost(row_bytes=1_100_000, link_gbps=10.0, copy_us=0.0, layer_bytes=sizes)
     found = replay(workload, strategy, 5, cost)
-    loaded = Counter(e.layer for e in replay_events(workload, strategy, 5, large=(1,)) if e.kind in {"miss", "prefetch"})
+    loaded = Counter(
+        e.layer for e in replay_events(workload, strategy, 5, large=(1,)) if e.kind in {"miss", "prefetch"}
+    )
     moved = sum(sizes[layer] * count for layer, count in loaded.items())
     assert (found.loads, found.moved_bytes) == (sum(loaded.values()), moved)
     assert found.link_seconds == pytest.approx(moved / 10e9)

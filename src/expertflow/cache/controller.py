@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.cache.core import (
+    EMPTY,
     LOG,
+    PENDING,
     Planes,
     Rules,
     Tables,
     close,
+    evict,
     finish_layer,
-    forget,
     make_tables,
     place_miss,
     take_hits,
@@ -208,8 +210,13 @@ class CacheController:
         return loads
 
     def forget(self) -> None:
-        """Empty every slot, because decisions were not carried out and the slots' contents are unknown."""
-        forget(self._tables)
+        """Empty every slot and drop the plan, because decisions were not carried out and the slots' contents are unknown."""
+        tables = self._tables
+        tables.cursor[LOG] = tables.cursor[PENDING] = 0
+        for slot in np.flatnonzero(tables.owner != EMPTY):
+            evict(tables, int(slot))
+        tables.pinned[:] = False
+        tables.last_access[:] = tables.order[:] = -1
         self._drain()
         self._loads, self._ahead, self._found = [], 0, 0
 

@@ -5,8 +5,7 @@ kernels are their twins. They take facts and write log entries. Must not know cl
 
 Every expert has a rank. The expert with the smallest rank is evicted, the lowest expert number among equals. An expert
 that may not be evicted now (its layer is running, or the plan still needs it) has an infinite rank. A large layer has no
-share of the slots: its experts are always resident in places behind them, and their ranks are infinite in all planes
-(`policy.keep`). So every access to one is a hit, and no slot is ever given to or taken from one.
+share of the slots: its experts are always in places behind them, their ranks infinite (`policy.keep`), so all are hits.
 """
 
 from collections.abc import Sequence
@@ -233,8 +232,8 @@ def end_wave(
 ) -> None:
     """Make the running layer's experts `over`, which have been computed, evictable; among equals the last wave's first.
 
-    So experts of low rank pass through few slots, and the other residents of the layer stay. Within a wave the first one goes
-    first: it is computed while the next one is copied, so the link need not wait for its slot.
+    So experts of low rank pass through few slots, and the layer's other residents stay. Within a wave the first one goes first:
+    it is computed while the next one is copied, so the link need not wait.
     """
     for expert in over:
         slot = t.slot_of[layer, expert]
@@ -320,8 +319,7 @@ def take_hits(
 @shared
 def finish_layer(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDArray[np.bool_]) -> None:
     """Rank the layer's residents after its last access; evict them if the strategy retains nothing."""
-    t.last_access[:] = -1
-    t.order[:] = -1
+    t.last_access[:] = t.order[:] = -1
     rank_residents(t, planes, layer, needed)
     if not rules.retain and t.share[layer]:
         for expert in np.flatnonzero(t.slot_of[layer] >= 0):
@@ -389,17 +387,6 @@ def carry_out(t: Tables, now: int) -> None:
         t.fresh[layer, expert] = True
         write_log(t, PREFETCH, layer, expert, slot, now)
     t.cursor[PENDING] = left
-
-
-def forget(t: Tables) -> None:
-    """Empty every slot and drop the running plan."""
-    t.cursor[LOG] = 0
-    for slot in np.flatnonzero(t.owner != EMPTY):
-        evict(t, int(slot))
-    t.pinned[:] = False
-    t.last_access[:] = -1
-    t.order[:] = -1
-    t.cursor[PENDING] = 0
 
 
 @shared

@@ -93,6 +93,12 @@ class Plan:
         return () if self.shape.records.equal else self.shape.records.layer_bytes
 
     @property
+    def least_load(self) -> int:
+        """Bytes that a load moves at least."""
+        large = self.slot_layout.large
+        return min(size for layer, size in enumerate(self.shape.records.layer_bytes) if layer not in large)
+
+    @property
     def large(self) -> int:
         """Device memory of large layers, whose experts are always resident."""
         return SlotPool.large_nbytes(self.slot_layout, self.shape.experts)
@@ -304,7 +310,9 @@ def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: 
     stated = None if config.slots is None else parse_slots(config.slots, sharing, shape.experts)
     taken = f"dense weights, KV and workspace take {format_bytes(fixed)}, "
     if large:
-        taken += f"large layers ({', '.join(map(str, layout.large))}), which are always resident, {format_bytes(large)}, "
+        taken += (
+            f"large layers ({', '.join(map(str, layout.large))}), which are always resident, {format_bytes(large)}, "
+        )
     fixed += large
     least = fixed + SlotPool.nbytes(slot_bytes, stated or 1)
     if budget is not None and budget < least:

@@ -73,9 +73,7 @@ def expected_loads(uses: npt.NDArray[np.float64], slots: int) -> float:
     return float(often[: max(0, len(often) - slots)].sum())
 
 
-def loads_by_layer(
-    uses: npt.NDArray[np.float64], slots: int, large: tuple[int, ...] = ()
-) -> npt.NDArray[np.float64]:
+def loads_by_layer(uses: npt.NDArray[np.float64], slots: int, large: tuple[int, ...] = ()) -> npt.NDArray[np.float64]:
     """`expected_loads` of each layer, `[L]`; the `large` ones need none."""
     often = uses.sum(axis=0)
     often[list(large)] = 0

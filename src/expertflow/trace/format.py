@@ -386,7 +386,9 @@ def check_sizes(header: Header, where: Path) -> None:
     least, most = _SIZES["record_bytes"]
     each = header.layer_bytes
     if each and (len(each) != header.layers or not all(outside.whole(size, least + 1, most) for size in each)):
-        raise TraceError(f"{where}: the header states layer_bytes={str(each)[:80]}, a size for each layer can be", _FOREIGN)
+        raise TraceError(
+            f"{where}: the header states layer_bytes={str(each)[:80]}, a size for each layer can be", _FOREIGN
+        )
     if header.top_k > header.experts or header.layers * header.experts > _MOST_EXPERTS:
         raise TraceError(
             f"{where}: the header states {header.layers} x {header.experts} experts, top-{header.top_k}", _FOREIGN

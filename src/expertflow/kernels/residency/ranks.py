@@ -207,7 +207,10 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
     if LARGE:  # `policy.keep`, and no demand for slots
         apart = (tl.load(share + layer) == 0) & mask
         before, most = tl.where(apart, float("inf"), before), tl.where(apart, float("inf"), most)
-        after_used, after_unused = tl.where(apart, float("inf"), after_used), tl.where(apart, float("inf"), after_unused)
+        after_used, after_unused = (
+            tl.where(apart, float("inf"), after_used),
+            tl.where(apart, float("inf"), after_unused),
+        )
         tl.store(demand + at, tl.zeros([EP], tl.float64), mask=apart)
     tl.store(used + at, after_used, mask=mask)
     tl.store(unused + at, after_unused, mask=mask)

@@ -79,7 +79,9 @@ class Residency:
         state = self.state
         self._usage.step = int(state.clock[1])
         outlook = self._outlook(self._usage.step)
-        for kept, made in zip(self._planes, keep(state.strategy.policy(self._usage, outlook), state.large), strict=True):
+        for kept, made in zip(
+            self._planes, keep(state.strategy.policy(self._usage, outlook), state.large), strict=True
+        ):
             kept[:] = made
         state.demand[0] = 0 if outlook is None else state.demand.new_tensor(outlook.demand[0])
         state.demand[0, list(state.large)] = 0
