@@ -69,25 +69,27 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
         pairs = functional.pad(pairs, (0, missing))
     outputs, count = pairs.shape
     words = np.empty((outputs, count // 4), np.int32)
-    data, rows = pairs.contiguous().numpy(), max(1, _CACHED // max(count, 1))
-    for first in range(0, outputs, rows):  # what lies between two of these steps stays in a core's cache
-        _pack_rows(data[first : first + rows], words[first : first + rows], code_map)
-    return torch.from_numpy(words)
-
-
-def _pack_rows(data: npt.NDArray[np.uint8], words: npt.NDArray[np.int32], code_map: str) -> None:
-    """Pack a few rows of `pack_words`, `[N, K / 2]` to `[N, K / 8]`."""
-    outputs, count = data.shape
+    data = pairs.contiguous().numpy()
+    # what lies between two operations stays in a core's cache, in memory that is taken once
+    rows = max(1, min(outputs, _CACHED // max(count, 1)))
+    halves = np.empty(rows * count, np.uint8)
+    index, found = np.empty(rows * count // 4, np.intp), np.empty(rows * count // 4, np.int32)
+    tables = _table(code_map, False), _table(code_map, True)
     for begin, steps, wide in _steps(2 * count):
         size = steps * wide
-        part = data[:, begin // 2 : begin // 2 + 16 * size].reshape(outputs, steps, wide, 2, 2, 4)
-        halves = np.ascontiguousarray(part.transpose(0, 1, 5, 2, 3, 4)).view(np.uint16)
-        target = words[:, begin // 8 : begin // 8 + 4 * size]
-        np.bitwise_or(
-            np.take(_table(code_map, False), halves[..., 0, 0].reshape(target.shape)),
-            np.take(_table(code_map, True), halves[..., 1, 0].reshape(target.shape)),
-            out=target,
-        )
+        for first in range(0, outputs, rows):
+            part = data[first : first + rows, begin // 2 : begin // 2 + 16 * size]
+            target = words[first : first + rows, begin // 8 : begin // 8 + 4 * size]
+            shape = len(part), steps, 4, wide, 2, 2  # row, step, thread, word, half of a word, byte
+            ordered = halves[: part.size].reshape(shape)
+            np.copyto(ordered, part.reshape(len(part), steps, wide, 2, 2, 4).transpose(0, 1, 5, 2, 3, 4))
+            codes = ordered.view(np.uint16).reshape(*target.shape, 2)
+            where, looked_up = index[: target.size].reshape(target.shape), found[: target.size].reshape(target.shape)
+            for half, table in enumerate(tables):
+                np.copyto(where, codes[..., half])
+                np.take(table, where, out=looked_up if half else target, mode="clip")
+            np.bitwise_or(target, looked_up, out=target)
+    return torch.from_numpy(words)
 
 
 @cache
