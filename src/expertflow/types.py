@@ -33,7 +33,7 @@ class Place(NamedTuple):
 ONLY_DEVICE = 0
 """Device index of every place: one device has slots."""
 LARGE = 1.25
-"""Times the median of all layers' records from which on a layer is large: slots as large as its records would waste memory."""
+"""Times the median of all layers' records above which a layer is large: slots of its size would waste memory."""
 HORIZONS = (1, 2, 4, 8)
 """A predictor's outputs after the first: an expert is used within so many steps after the coming one."""
 
