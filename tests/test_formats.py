@@ -16,8 +16,14 @@ from expertflow.engine.prepare import prepare
 from expertflow.errors import CheckpointError, ConfigError, UnreadWarning, UnsupportedModelError
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
+from expertflow.formats import words
 from expertflow.formats.format import TensorSpec
 from expertflow.formats.plain import plain
+from expertflow.formats.published.awq import AWQ
+from expertflow.formats.published.gptq import GPTQ
+from expertflow.formats.published.int4 import INT4
+from expertflow.formats.published.mxfp4 import MXFP4
+from expertflow.formats.published.nvfp4 import MODELOPT_NVFP4, NVFP4
 from expertflow.formats.records import ALIGNMENT, RecordLayout, StoreLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
@@ -304,3 +310,26 @@ def test_packed_keys_are_resolved_together(make_twins: Twins, monkeypatch: pytes
     monkeypatch.setattr(mapping, "get_model_conversion_mapping", lambda model: calls.append(1) or stock(model))
     prepare(make_twins("qwen3_moe", "float32")[0], EngineConfig(device="cpu"), formats=TABLE)
     assert len(calls) <= 3
+
+
+WORDS = {
+    "mxfp4": MXFP4, "int4": INT4, "gptq": GPTQ, "awq": AWQ, "nvfp4": NVFP4, "modelopt's nvfp4": MODELOPT_NVFP4,
+}  # fmt: skip
+"""Formats whose codes a GPU packs while a checkpoint is loaded."""
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_codes_are_packed_alike_everywhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, and what it runs there on a processor, pack random bytes as a processor does, short last steps included."""
+    format_ = WORDS[name]
+    spec = TensorSpec(name="down_proj", shape=(40, 416), dtype="bfloat16", format=format_)
+    (part,) = (part for part in format_.parts(spec) if part.name == "codes")
+    assert part.name in format_.packed_anywhere
+    kind = torch.int32 if name in {"int4", "gptq", "awq"} else torch.uint8
+    size = torch.Size(part.stored).numel() * kind.itemsize
+    drawn = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    stored = drawn.view(kind).view(part.stored)
+    want = format_.repack(spec, part.name, stored)
+    monkeypatch.setattr(words, "_look_up_on_cpu", words._look_up)
+    for device in DEVICES:
+        assert torch.equal(format_.repack(spec, part.name, stored.to(device)).cpu(), want)
