@@ -61,6 +61,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "row": plan.record_bytes,
         "slot": plan.slot_layout.record_bytes,
         "formats": _formats(plan),
+        "prompt_attention": plan.prompt_attention,
         "why_host": plan.graph_unavailable_reason,
     }
 
@@ -95,7 +96,8 @@ def _show(prepared: Prepared, name: str) -> None:
     sequences = f"{plan.max_live} x {plan.max_length} tokens"
     table.add_row("device", "dense weights", format_bytes(plan.dense))
     table.add_row("device", f"keys and values, {sequences}", format_bytes(plan.kv))
-    table.add_row("device", f"workspace, {plan.prefill_chunk} tokens a prefill pass", format_bytes(plan.workspace))
+    workspace = f"workspace, {plan.prefill_chunk} tokens a prefill pass, attention by the {plan.prompt_attention}"
+    table.add_row("device", workspace, format_bytes(plan.workspace))
     if plan.graph:
         table.add_row("device", "captured decode steps and their buffers", format_bytes(plan.graph))
     if plan.predictor:

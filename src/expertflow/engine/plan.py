@@ -78,6 +78,11 @@ class Plan:
         return "graph" if self.graph else "host"
 
     @property
+    def prompt_attention(self) -> str:
+        """What computes attention of passes over prompts: `kernel`, in memory linear in length, or the `model` itself."""
+        return "kernel" if self.graph and self.shape.prompt_kernel else "model"
+
+    @property
     def slot_layout(self) -> StoreLayout:
         """What slots hold: records as they are stored; where the host computes on a CPU, experts decoded once when they are loaded."""
         return slot_layout(self.shape, self.device, graph=self.execution == "graph")
@@ -242,8 +247,9 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
-    if device != "cuda":  # an expert is decoded, and computed in float32
-        return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4
+    if device != "cuda":  # an expert is decoded, and computed in float32; so is a token's attention to its past
+        attention = length * (4 * shape.heads * 4 + 2 * max((layer.read_per_token for layer in shape.kv), default=0))
+        return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4 + 2 * attention
     captured = workspace_bytes(shape, rows, length, rows, prompts=False)
     return state + buffers + captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES
 
@@ -308,7 +314,7 @@ def workspace_bytes(
         length: tokens of a sequence, prompt included.
         chunk: tokens of a prefill pass over all sequences.
         prompts: whether the step may be one over prompts.
-        grouped: whether kernels compute all tokens of an expert at once, from slots.
+        grouped: whether kernels compute the pass, all tokens of an expert at once and attention without scores in memory.
     """
     element = DTYPES[shape.dtype].nbytes
     tokens = max(chunk, batch)
@@ -316,17 +322,25 @@ def workspace_bytes(
         tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
     columns = max(1, tokens // batch)
     state = tokens * shape.hidden
+    linear = grouped and shape.prompt_kernel
     # residual, normed input, positions, masks and what they are made of
-    steady = state * element * 6 + state * 4 * 2 + batch * columns * length * (2 * element + 8) + tokens * 8 * 8
-    experts = _moe(shape, tokens, grouped=grouped)
-    return int(_SLACK * (steady + max(_attention(shape, batch, length, columns), experts, _head(shape, batch))))
+    steady = state * element * 6 + state * 4 * 2 + tokens * 8 * 8
+    if not linear:
+        steady += batch * columns * length * (2 * element + 8)
+    attention = _attention(shape, batch, length, columns, linear=linear)
+    return int(_SLACK * (steady + max(attention, _moe(shape, tokens, grouped=grouped), _head(shape, batch))))
 
 
-def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
+def _attention(shape: ModelShape, batch: int, length: int, columns: int, *, linear: bool) -> int:
     element = DTYPES[shape.dtype].nbytes
     tokens = batch * columns
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
+    if linear:  # rows are read where they lie; only latents are gathered, and expanded to values and to parts of keys that are joined
+        expanded = max(
+            (layer.read_per_token for layer in shape.kv if layer.read_per_token > layer.bytes_per_token), default=0
+        )
+        return heads + (expanded + shape.head_width * element) * batch * length * (expanded > 0)
     # a layer's KV rows of the sequences that step are gathered; keys and values are repeated over grouped heads
     cache = max((layer.read_per_token for layer in shape.kv), default=0) * batch * length
     repeated = 3 * batch * length * shape.head_width * element

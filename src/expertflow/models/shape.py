@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
 from expertflow.formats.records import StoreLayout
-from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, attention_windows, layer_kinds
+from expertflow.models.attention import (
+    EMPTY,
+    KEYS_AND_VALUES,
+    RECURRENT,
+    attention_windows,
+    layer_kinds,
+    prompts_by_kernel,
+)
 from expertflow.models.bounds import describing
 from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
@@ -64,6 +71,7 @@ class ModelShape:
         unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
         in_rows: whether keys and values can be kept in KV rows, so that sequences may join or end at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
+        prompt_kernel: whether graph execution has a kernel for the attention of passes over prompts, in all layers.
         expert_format: name of the format that experts are quantised to on loading; empty: they stay as they are stored.
         notes: remarks for the user on how it runs, one sentence each.
     """
@@ -90,6 +98,7 @@ class ModelShape:
     unserved: tuple[str, ...]
     in_rows: bool
     windows: tuple[int | None, ...] = ()
+    prompt_kernel: bool = False
     expert_format: str = ""
     notes: tuple[str, ...] = ()
 
@@ -143,6 +152,9 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         unserved=() if skeleton.encoder_decoder else _unserved(skeleton, config, unplanned),
         in_rows=in_rows,
         windows=windows or (),
+        prompt_kernel=in_rows
+        and not skeleton.encoder_decoder
+        and prompts_by_kernel(skeleton.model, len(windows or ())),
         expert_format="" if skeleton.expert_format is None else skeleton.expert_format.name,
         notes=(
             *skeleton.notes,
