@@ -147,7 +147,7 @@ class RowExecutor:
         ids, columns, reach = torch.tensor(tokens)[:, None], np.array(positions)[:, None], self._rows.reach(rows)
         with (
             self._given(ids, spans, columns, reach) as given,
-            self._context.carry(lengths=[one.position + 1 for one in fed]),
+            self._context.carry(lengths=[one.position + 1 for one in fed], dense=self._handover.prompt_dense()),
         ):
             return self._rows.forward(self._rows.model, given)
 

@@ -10,11 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPAN = 256
-"""Columns a program attends to; fixed, because it enters the arithmetic."""
+from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
+
 BLOCK = tl.constexpr(64)
-_LEAST_HEADS = 16
-"""Rows of the narrowest tensor-core product."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -144,7 +142,7 @@ def decode_attention(
     assert keys.stride()[2:] == (width, 1)
     assert bias is None or bias.stride(1) == 1
     groups, splits = heads // kv_heads, triton.cdiv(length, SPAN)
-    padded = max(_LEAST_HEADS, int(triton.next_power_of_2(groups)))
+    padded = max(LEAST_HEADS, int(triton.next_power_of_2(groups)))
     out = torch.empty_like(query)
     part = query.new_empty((rows * kv_heads, splits, padded, width + 2) if splits > 1 else (1,), dtype=torch.float32)
     _attend[(rows * kv_heads, splits)](

@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+SPAN = 256
+"""Columns a program of the kernel attends to; fixed, because it enters the arithmetic."""
+LEAST_HEADS = 16
+"""Rows of its narrowest tensor-core product."""
+
 
 def decode_attention(
     query: Tensor,

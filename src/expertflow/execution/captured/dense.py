@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from expertflow.kernels.backend import Backend, backend
-from expertflow.models.attention import PROMPT_FORMS, AttentionForm, attention_form, prompts_by_kernel
+from expertflow.models.attention import PROMPT_FORMS, AttentionForm, attention_form, by_kernel
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
 from expertflow.models.skeleton import Skeleton
@@ -102,7 +102,7 @@ class PromptParts(DenseParts):
     ) -> None:
         """Make the modules look at the context, unless some layer's attention has no form that the kernel takes: then all keep theirs."""
         super().__init__(model, skeleton, windows, context)
-        self._attends = prompts_by_kernel(model, len(windows))
+        self._attends = by_kernel(model, len(windows))
         self._latent = any(module.config.form is AttentionForm.LATENT for module in self._attentions)
 
     @property
