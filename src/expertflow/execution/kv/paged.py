@@ -295,7 +295,7 @@ class PagedCache(Cache):
         left = [book.share(source, row, tokens) for book in self.books]
         self._synchronise()
         for stack, (count, old, new) in zip(self._stacks, left, strict=True):
-            if count:
+            if count and stack.made:
                 stack.keys[:, new, :, :count] = stack.keys[:, old, :, :count]
                 stack.values[:, new, :, :count] = stack.values[:, old, :, :count]
 
