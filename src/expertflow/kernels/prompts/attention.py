@@ -97,7 +97,7 @@ def _block(
 
 
 # many parameters: three strides a tensor, and a width in parts
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "lasts_stride"], do_not_specialize_on_alignment=["rows", "lasts"])
 def attend(
     query, keys, values, rows, lasts, table, sinks, out, tokens, query_batch, query_head, query_token, key_row, key_head, key_column, value_row,
     value_head, value_column, lasts_stride, table_stride, page: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, scale: tl.constexpr, cap: tl.constexpr,
@@ -114,7 +114,9 @@ def attend(
     position = first + token
     earliest = first + begin // groups
     latest = first + tl.minimum(tokens - 1, (begin + block_m - 1) // groups)
-    asked = query + sequence.to(tl.int64) * query_batch + token.to(tl.int64) * query_token + lane * query_head
+    asked = (
+        query + sequence.to(tl.int64) * query_batch + token.to(tl.int64) * query_token + lane.to(tl.int64) * query_head
+    )
     mine = _tile(asked, 0, key_width, wide, valid, False)
     mine_end = mine
     if tail > 0:
@@ -125,8 +127,8 @@ def attend(
     if sink:
         most = tl.load(sinks + lane, mask=valid, other=0.0).to(tl.float32) * _LOG2E
         total += 1.0
-    keys += head * key_head
-    values += head * value_head
+    keys += head.to(tl.int64) * key_head
+    values += head.to(tl.int64) * value_head
     end = latest + 1
     cut = 0
     if window > 0:
