@@ -257,19 +257,17 @@ def test_copied_out_and_in_a_sequence_goes_on(family: str, execution: str, make_
         executor, cache = llm._engine._executor, llm._offloaded.handover.rows.cache
         read(executor, 0, PROMPTS[0], 1)
         kept, window = [cache.copy_out(1, begin, end) for begin, end in ((0, 10), (10, 29))], cache.snapshot(1, 29)
-        with torch.inference_mode():
-            cache.open(3, 60)
-            cache.share(1, 3, 29)
+        cache.open(3, 60)
+        cache.share(1, 3, 29)
         expected = steps(executor, 1, 29, tokens)
         assert all(map(torch.equal, steps(executor, 3, 29, tokens), expected)), "shared"
         executor.leave(1)
         read(executor, 1, PROMPTS[2], 0)  # into the pages of the sequence that left
         steps(executor, 0, 40, [3] * 9)
         cache.open(2, 60)
-        with torch.inference_mode():
-            for part in kept:
-                cache.copy_in(2, part)
-            cache.restore(2, window)
+        for part in kept:
+            cache.copy_in(2, part)
+        cache.restore(2, window)
         assert all(map(torch.equal, steps(executor, 2, 29, tokens), expected)), "copied"
         if window.parts:
             with pytest.raises(ConfigError, match="does not keep tokens 22 to 28"):

@@ -243,6 +243,7 @@ class PagedCache(Cache):
         """What a pass looks up; `cells` from `passing`, on the device."""
         return PassPages(self.layout, self.tables, cells, rows, end)
 
+    @torch.inference_mode()
     def copy_out(self, row: int, begin: int, end: int) -> Kept:
         """Copy what layers without a window keep of tokens `begin .. end - 1` to host memory, page-locked on CUDA.
 
@@ -251,6 +252,7 @@ class PagedCache(Cache):
         kinds = [number for number, book in enumerate(self.books) if book.kind.window is None]
         return self._out(row, begin, end, {kind: begin for kind in kinds})
 
+    @torch.inference_mode()
     def snapshot(self, row: int, token: int) -> Kept:
         """Copy what layers with a window keep for token number `token`, which comes next. Waits as `copy_out` does.
 
@@ -266,6 +268,7 @@ class PagedCache(Cache):
                 )
         return self._out(row, min(kinds.values(), default=token), token, kinds)
 
+    @torch.inference_mode()
     def copy_in(self, row: int, kept: Kept) -> None:
         """Write what `copy_out` gave into an open row. The host memory may go or change once the device has come there."""
         for kind, (begin, keys, values) in kept.parts.items():
@@ -274,6 +277,7 @@ class PagedCache(Cache):
                 stack.keys[:, page, :, there].copy_(keys[number, :, :, there], non_blocking=True)
                 stack.values[:, page, :, there].copy_(values[number, :, :, there], non_blocking=True)
 
+    @torch.inference_mode()
     def restore(self, row: int, kept: Kept) -> None:
         """Write a snapshot into an open row, whose next token is the snapshot's."""
         for kind in kept.parts:
@@ -281,6 +285,7 @@ class PagedCache(Cache):
         self._synchronise()
         self.copy_in(row, kept)
 
+    @torch.inference_mode()
     def share(self, source: int, row: int, tokens: int) -> None:
         """Let an open row begin with the first tokens of another: full pages are shared, of the last one its tokens are copied.
 
