@@ -23,6 +23,8 @@ from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 from expertflow.bench.about import about
 
 SEED = 0
+DRAWN = 1 << 26
+"""Numbers that are drawn; larger tensors repeat them."""
 SIZES = {
     "q": {
         "hidden_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
@@ -92,7 +94,8 @@ def write_checkpoint(folder: Path, shape: str) -> int:
     with torch.device("meta"):
         wanted = model_class(config).state_dict()
     torch.manual_seed(SEED)
-    block = (torch.randn(max(tensor.numel() for tensor in wanted.values()) + len(wanted)) * 0.02).bfloat16()
+    need = max(tensor.numel() for tensor in wanted.values()) + len(wanted)
+    block = (torch.randn(min(need, DRAWN)) * 0.02).bfloat16().repeat(-(-need // DRAWN))
     index: dict[str, str] = {}
     layers = {name: f"model-{name.split('.')[2] if '.layers.' in name else 'dense'}.safetensors" for name in wanted}
     for file in sorted(set(layers.values())):

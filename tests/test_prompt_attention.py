@@ -229,9 +229,10 @@ def test_no_mask_is_made_and_no_key_is_copied(make_checkpoint: MakeCheckpoint, m
     assert not seen
 
 
-def test_a_form_that_the_kernel_does_not_take_keeps_its_own(make_checkpoint: MakeCheckpoint) -> None:
+@pytest.mark.parametrize("width", [272, 512])
+def test_a_form_that_the_kernel_does_not_take_keeps_its_own(width: int, make_checkpoint: MakeCheckpoint) -> None:
     """Heads wider than the kernel takes are computed by the model, near stock, and the plan says so."""
-    folder = make_checkpoint("qwen3_moe", spread=0.3, head_dim=272)
+    folder = make_checkpoint("qwen3_moe", spread=0.3, head_dim=width)
     stock = load_resident(folder)
     with torch.inference_mode():
         expected = torch.cat([stock(torch.tensor([prompt])).logits[:, -1] for prompt in PROMPTS])

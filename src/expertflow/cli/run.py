@@ -186,7 +186,7 @@ def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dic
         "peak_bytes": stats.peak_bytes,
         "resident_bytes": plan.resident_total,
         "slots": plan.slots,
-        "experts": plan.shape.total_experts,
+        "experts": plan.competing,
         "predictor": None if llm.predictor is None else llm.predictor.about,
         "predictor_failure": llm.predictor_failure,
         "hit_ratio": stats.cache.hit_ratio,
@@ -259,7 +259,7 @@ def _summary(llm: LLM, console: Console, outputs: list[RequestOutput], seed: int
         ("attention of prompts", f"by the {plan.prompt_attention}"),
         *[("note", escape(note)) for note in plan.shape.notes],
         ("threads", str(llm.threads)),
-        ("slots", f"{plan.slots} of {plan.shape.total_experts} experts ({plan.share:.1%}), strategy {plan.strategy}"),
+        ("slots", f"{plan.slots} of {plan.competing} experts ({plan.share:.1%}), strategy {plan.strategy}"),
         ("predictor", _predictor(llm)),
         ("hit ratio", f"{stats.cache.hit_ratio:.1%} of {stats.cache.accesses} accesses"),
         (

@@ -43,7 +43,7 @@ class Plan:
         dense: dense weights on the device.
         kv: keys and values of `kv_tokens` tokens, and tables of their pages.
         workspace: activations of the largest step, logits and sampling.
-        record_bytes: one expert, as it is stored.
+        record_bytes: one expert of the layers that slots are for, as it is stored; the largest, if they differ.
         slots: number of slots.
         max_batch: sequences of a step.
         max_live: sequences that have keys and values at once.
@@ -98,13 +98,34 @@ class Plan:
 
     @property
     def slot_bytes(self) -> int:
-        """Device memory of all slots."""
+        """Device memory of all slots, without large layers."""
         return SlotPool.nbytes(self.slot_layout.record_bytes, self.slots)
+
+    @property
+    def unequal_bytes(self) -> tuple[int, ...]:
+        """Bytes of one record of each layer; empty if all have `record_bytes`."""
+        return () if self.shape.records.equal else self.shape.records.layer_bytes
+
+    @property
+    def least_load(self) -> int:
+        """Bytes that a load moves at least."""
+        large = self.slot_layout.large
+        return min(size for layer, size in enumerate(self.shape.records.layer_bytes) if layer not in large)
+
+    @property
+    def large(self) -> int:
+        """Device memory of large layers, whose experts are always resident."""
+        return SlotPool.large_nbytes(self.slot_layout, self.shape.experts)
+
+    @property
+    def competing(self) -> int:
+        """Experts that slots are for: all but those of large layers."""
+        return self.shape.total_experts - len(self.slot_layout.large) * self.shape.experts
 
     @property
     def fixed(self) -> int:
         """Device memory of everything but the slots."""
-        return self.dense + self.kv + self.workspace + self.graph + self.predictor
+        return self.dense + self.kv + self.workspace + self.graph + self.predictor + self.large
 
     @property
     def total(self) -> int:
@@ -119,12 +140,12 @@ class Plan:
     @property
     def resident_total(self) -> int:
         """Device memory the same run takes with every expert resident."""
-        return self.fixed + self.shape.total_experts * self.slot_layout.record_bytes
+        return self.fixed + self.competing * self.slot_layout.record_bytes
 
     @property
     def share(self) -> float:
-        """Share of all experts that have a slot."""
-        return self.slots / self.shape.total_experts
+        """Share that has a slot of the experts that slots are for."""
+        return self.slots / self.competing
 
 
 def make_plan(
@@ -202,10 +223,10 @@ def _plan(  # noqa: PLR0913 - two by keyword
     for_predictor = (
         predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
     )  # on a stream of its own
-    beside, slot_bytes = shape.dense_bytes + workspace + captured + for_predictor, slot_layout(shape, device, graph=graph).record_bytes
-    left = None if budget is None else budget - beside - SlotPool.nbytes(slot_bytes, _stated_slots(config, shape) or 1)
+    beside, layout = shape.dense_bytes + workspace + captured + for_predictor, slot_layout(shape, device, graph=graph)
+    left = None if budget is None else budget - beside - _least_slots(config, shape, layout)
     kv = plan_kv(config, shape, Sequences(live, max_length, chunk), left)
-    slots = _slots(config, shape, slot_bytes, beside + kv.nbytes, budget)
+    slots = _slots(config, shape, layout, beside + kv.nbytes, budget)
     return Plan(
         shape=shape,
         device=device,
@@ -221,7 +242,7 @@ def _plan(  # noqa: PLR0913 - two by keyword
         max_length=max_length,
         kv_tokens=kv.tokens,
         prefill_chunk=chunk,
-        host=record_bytes * shape.total_experts,
+        host=shape.records.store_bytes(shape.experts),
         schedule=config.schedule,
         graph=captured,
         predictor=for_predictor,
@@ -238,11 +259,14 @@ def slot_layout(shape: ModelShape, device: str, *, graph: bool) -> StoreLayout:
 def rates(plan: Plan) -> StepPrices:
     """Return the costs of a step, by which live sequences are grouped. Only the proportions matter."""
     link, memory, fixed, divide = _SPEEDS[plan.device]
+    records, large = plan.shape.records, plan.slot_layout.large
+    load = tuple(size / link for size in records.layer_bytes)
     return StepPrices(
         slots=plan.slots,
-        load=plan.record_bytes / link,
+        load=load if large or not records.equal else load[0],
+        large=large,
         step=fixed + plan.dense / memory,
-        expert=plan.record_bytes / memory,
+        expert=sum(records.layer_bytes) / len(records.layers) / memory,
         divide=divide,
     )
 
@@ -299,19 +323,37 @@ def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_length
 
 
-def _stated_slots(config: EngineConfig, shape: ModelShape) -> int | None:
-    return None if config.slots is None else parse_slots(config.slots, shape.layers, shape.experts)
+def _stated_slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout) -> int | None:
+    sharing = shape.layers - len(layout.large)
+    return None if config.slots is None else parse_slots(config.slots, sharing, shape.experts)
 
 
-def _slots(config: EngineConfig, shape: ModelShape, slot_bytes: int, fixed: int, budget: int | None) -> int:
-    total = shape.total_experts
-    stated = _stated_slots(config, shape)
+def _least_slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout) -> int:
+    """Bytes of the stated slots, or of one, and of large layers."""
+    slots = SlotPool.nbytes(layout.record_bytes, _stated_slots(config, shape, layout) or 1)
+    return slots + SlotPool.large_nbytes(layout, shape.experts)
+
+
+def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: int, budget: int | None) -> int:
+    """The slots, which large layers need none of.
+
+    Raises:
+        BudgetError: if the budget holds too little.
+    """
+    slot_bytes, sharing = layout.record_bytes, shape.layers - len(layout.large)
+    total, large = sharing * shape.experts, SlotPool.large_nbytes(layout, shape.experts)
+    stated = _stated_slots(config, shape, layout)
+    taken = f"dense weights, KV and workspace take {format_bytes(fixed)}, "
+    if large:
+        taken += (
+            f"large layers ({', '.join(map(str, layout.large))}), which are always resident, {format_bytes(large)}, "
+        )
+    fixed += large
     least = fixed + SlotPool.nbytes(slot_bytes, stated or 1)
     if budget is not None and budget < least:
         need = f"{stated} slots" if stated else "a single slot"
         raise BudgetError(
-            f"gpu_memory={format_bytes(budget)} is too small: dense weights, KV and workspace take "
-            f"{format_bytes(fixed)}, and {need} of {format_bytes(slot_bytes)} must fit beside them",
+            f"gpu_memory={format_bytes(budget)} is too small: {taken}and {need} of {format_bytes(slot_bytes)} must fit beside them",
             f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length, "
             "kv_tokens or prefill_chunk lowers it.",
             least,

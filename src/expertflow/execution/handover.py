@@ -29,6 +29,7 @@ from expertflow.execution.grouped import PromptExperts
 from expertflow.execution.kv_rows import DecodeInput, RowModel
 from expertflow.execution.observe import StepObserver, observe_all, prompt_tokens, step_tokens
 from expertflow.execution.provider import CachedExperts
+from expertflow.kernels.ledger import LINE
 from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, EVICTIONS, FRESH, HITS, LOADS, WASTES
 from expertflow.models.context import DenseKernels, ForwardContext, LayerExperts, Observer
 
@@ -74,11 +75,11 @@ class DeviceTables:
         self._steps += 1
         if not self._experts.logs:
             return
-        controller, record_bytes = self._shared.controller, self._shared.store.layout.record_bytes
+        controller, layer_bytes = self._shared.controller, self._shared.store.layout.layer_bytes
         number = controller.step + self._steps
         controller.events.emit(Event(EventKind.STEP, number))
         for entry in self._experts.state.take_log():
-            controller.events.emit(as_event(entry, number, record_bytes))
+            controller.events.emit(as_event(entry, number, layer_bytes))
 
     def borrow(self) -> None:
         """Copy the controller's tables to the GPU, once no host copy is under way."""
@@ -139,7 +140,8 @@ class DeviceTables:
             torch.cuda.synchronize(self._experts.live.device)
 
     def _as_counters(self, tally: Sequence[int]) -> CacheCounters:
-        record_bytes = self._shared.store.layout.record_bytes
+        layout = self._shared.store.layout
+        a_block = layout.record_bytes if layout.equal else LINE  # what was counted is blocks, or lines of them
         return CacheCounters(
             steps=self._steps,
             hits=tally[HITS],
@@ -148,7 +150,7 @@ class DeviceTables:
             prefetch_hits=tally[FRESH],
             wasted=tally[WASTES],
             evictions=tally[EVICTIONS],
-            bytes_moved=tally[BLOCKS] * record_bytes // self._experts.blocks_of(record_bytes),
+            bytes_moved=tally[BLOCKS] * a_block // self._experts.blocks_of(layout.record_bytes),
         )
 
     def _count_loads(self) -> None:
@@ -289,7 +291,7 @@ class Handover:
             assert rows is not None
             assert shared is not None
             mlps = expert_mlps(rows.skeleton, shared.store.layout)
-            self._prompts = PromptExperts(mlps, provider, shared.pool.buffer, self._context)
+            self._prompts = PromptExperts(mlps, provider, shared.pool, self._context)
         return self._prompts.run
 
     def prompt_dense(self) -> DenseKernels | None:

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertflow.kernels.ledger import BLOCK_BYTES, CARRIED, DONE, DST, PRIOR, SRC, TAKEN, Ledger
+from expertflow.kernels.ledger import BLOCK_BYTES, CARRIED, DONE, DST, LINE, PRIOR, SRC, TAKEN, Ledger
 
 WORD = torch.int64
 """Element of a copy; a lane moves 16 bytes as two of them."""
 WARPS = 16
+_LINE = tl.constexpr(LINE // WORD.itemsize)
 _SRC, _DST, _TAKEN, _DONE, _PRIOR, _CARRIED = (tl.constexpr(place) for place in (SRC, DST, TAKEN, DONE, PRIOR, CARRIED))
 
 
@@ -29,9 +30,10 @@ def _until(counter, enough):
 # parts of a list start at any address; specializing on them might compile a kernel anew during a capture
 @triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["todo", "bounds"])
 def _fetch_kernel(
-    host, pool, ledger, todo, bounds, entries, record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr
+    host, pool, ledger, todo, bounds, lines, entries,
+    record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr, unequal: tl.constexpr
 ):  # fmt: skip
-    """Take blocks of `block` words from the entries, one after the other; a record is `record` words."""
+    """Take blocks of at most `block` words from the entries, one after the other; rows are `record` words, a record no more."""
     begin = tl.load(bounds)
     end = tl.load(bounds + 1)
     blocks: tl.constexpr = (record + block - 1) // block
@@ -41,13 +43,21 @@ def _fetch_kernel(
         before = tl.load(entry + _PRIOR * entries)
         if before >= 0:  # a load into the same slot was called off: wait for its blocks under way
             _until(ledger + _DONE * entries + before, tl.minimum(tl.load(ledger + _CARRIED * entries + before), blocks))
-        source = host + tl.load(entry + _SRC * entries).to(tl.int64) * record
+        number = tl.load(entry + _SRC * entries)
+        words, step = record, block
+        if unequal:  # as many blocks, but smaller ones, of whole lines
+            words = tl.load(lines + number) * _LINE
+            step = tl.cdiv(tl.load(lines + number), blocks) * _LINE
+        source = host + number.to(tl.int64) * record
         target = pool + tl.load(entry + _DST * entries).to(tl.int64) * record
         part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
         while part < blocks:
-            at = part * block + tl.arange(0, block)
-            words = tl.load(source + at, mask=at < record, cache_modifier=".cg")
-            tl.store(target + at, words, mask=at < record)
+            inside = tl.arange(0, block)
+            at = part * step + inside
+            mask = at < words
+            if unequal:
+                mask = mask & (inside < step)
+            tl.store(target + at, tl.load(source + at, mask=mask, cache_modifier=".cg"), mask=mask)
             tl.debug_barrier()  # the whole program has written
             tl.atomic_add(entry + _DONE * entries, 1, sem="release")
             part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
@@ -107,6 +117,6 @@ def launch_fetch(
     block = _block(record, block_bytes)
     ledger, todo, bounds = loads
     _fetch_kernel[(programs,)](
-        host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, ledger.entries,
-        record=record, block=block, wait=wait, num_warps=warps,
+        host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, todo if ledger.lines is None else ledger.lines,
+        ledger.entries, record=record, block=block, wait=wait, unequal=ledger.lines is not None, num_warps=warps,
     )  # fmt: skip

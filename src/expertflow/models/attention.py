@@ -25,7 +25,7 @@ STATE_ONLY = frozenset({"linear_attention", "conv"})
 EMPTY = frozenset({"moe", "mlp", "dummy"})
 """Kinds of layers that keep nothing."""
 _WIDEST = 256
-"""Elements of a head that the kernels take at most."""
+"""Elements of a head that the kernel of passes over prompts takes at most."""
 _USUAL, _LONGEST = 1 << 17, 1 << 24
 """Positions that are looked at where the config states no context, and at most; a window of more than these is none."""
 _PROBED = (0, 1, 2, 3)
@@ -35,11 +35,12 @@ _PROBED = (0, 1, 2, 3)
 class AttentionForm(Enum):
     """What an attention module gives to the function that attends.
 
-    HEADS: keys and values as they are cached, in heads whose width is a power of two. RAGGED: of another width. LATENT: made from
-    cached latents. OTHER: nothing that a kernel takes.
+    HEADS: keys and values as they are cached, in heads whose width is a power of two. WIDE: likewise, of more than 256 elements.
+    RAGGED: of another width. LATENT: made from cached latents. OTHER: nothing that a kernel takes.
     """
 
     HEADS = auto()
+    WIDE = auto()
     RAGGED = auto()
     LATENT = auto()
     OTHER = auto()
@@ -52,11 +53,11 @@ def attention_form(module: nn.Module) -> AttentionForm | None:
     latent = getattr(module.config, "kv_lora_rank", None)
     name = "qk_head_dim" if latent else "head_dim" if hasattr(module, "head_dim") else "key_value_proj_dim"
     width = int(getattr(module, name, 0))
+    if not latent and width >= 16 and width & (width - 1) == 0:
+        return AttentionForm.HEADS if width <= _WIDEST else AttentionForm.WIDE
     if not 0 < width <= _WIDEST:
         return AttentionForm.OTHER
-    if latent:
-        return AttentionForm.LATENT
-    return AttentionForm.HEADS if width >= 16 and width & (width - 1) == 0 else AttentionForm.RAGGED
+    return AttentionForm.LATENT if latent else AttentionForm.RAGGED
 
 
 PROMPT_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.RAGGED, AttentionForm.LATENT})

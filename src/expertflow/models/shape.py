@@ -27,6 +27,7 @@ from expertflow.models.attention import (
 from expertflow.models.bounds import describing
 from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
+from expertflow.types import LARGE
 from expertflow.units import format_bytes
 
 
@@ -176,16 +177,19 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
 
 
 def _record_notes(records: StoreLayout, experts: int) -> tuple[str, ...]:
-    """What it costs that any slot holds any record, where layers have records of several sizes."""
-    if not records.smaller:
-        return ()
-    size, usual = records.record_bytes, median(layout.used_bytes for layout in records.layers)
-    empty = sum(size - used for used in records.smaller) * experts
-    note = (
-        f"layers have records of unequal size: every record has the largest's {format_bytes(size)} (the median is {format_bytes(usual)}), "
-        f"{len(records.smaller)} of {len(records.layers)} layers need less, and {format_bytes(empty)} of the host's records stay empty"
-    )
-    return (note,)
+    """What layers with records of several sizes cost: some are large, others leave a part of their slots and of the host's records empty."""
+    slot, sizes, notes = records.record_bytes, records.layer_bytes, []
+    if records.large:
+        notes.append(
+            f"records of layers {', '.join(map(str, records.large))} are larger than {LARGE:g} times the median of {format_bytes(median(sizes))}: "
+            f"these layers are always resident, {format_bytes(records.large_bytes * experts)} as they are stored"
+        )
+    if smaller := [size for size in sizes if size < slot]:
+        notes.append(
+            f"records of {len(smaller)} of {len(sizes)} layers are smaller than a slot of {format_bytes(slot)}: a load moves what they have, "
+            f"and {format_bytes(sum(slot - size for size in smaller) * experts)} of the host's records stay empty"
+        )
+    return tuple(notes)
 
 
 def _attention(skeleton: Skeleton, config: Any) -> tuple[tuple[str, ...], tuple[int | None, ...] | None]:

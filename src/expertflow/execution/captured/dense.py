@@ -19,7 +19,7 @@ from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
 from expertflow.models.skeleton import Skeleton
 
-ATTENTION = "expertflow_decode"
+ATTENTION = "expertflow"
 _NORMS = ("RMSNorm", "SwitchTransformersLayerNorm")
 """How the names of norms end that divide by the root of the mean square and have no bias."""
 _WIDE_NORMS = ("gpt_oss",)
@@ -39,7 +39,7 @@ class DenseParts:
         forms: forms of attention that are computed here.
     """
 
-    forms = frozenset({AttentionForm.HEADS})
+    forms = frozenset({AttentionForm.HEADS, AttentionForm.WIDE})
 
     def __init__(
         self, model: PreTrainedModel, skeleton: Skeleton, windows: Sequence[int | None], context: ForwardContext
@@ -173,7 +173,7 @@ def _is_norm(module: nn.Module) -> bool:
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **more: Any
 ) -> tuple[Tensor, None]:
-    """The attention implementation `expertflow_decode`; the mask is not read, because positions and windows imply it."""
+    """The attention implementation `expertflow`; the mask is not read, because positions and windows imply it."""
     del attention_mask
     dense = module.config.context.now.dense
     return dense.attend(module, (query, key, value), scaling, more), None

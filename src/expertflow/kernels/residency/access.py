@@ -92,6 +92,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     hits = tl.sum(hit.to(tl.int32), 0)
     loads = tl.sum(missing.to(tl.int32), 0)
     position = tl.where(hit, tl.cumsum(hit.to(tl.int32), 0) - 1, -1)
+    order = position  # `Tables.order`
     slot_at = tl.where(hit, slot, -1)  # the slot of each needed expert when it is computed
     phase_at = tl.where(hit, 0, -1)
     table_at = phase_at  # hits that wait for no copy are in a table of their own, before the phases
@@ -121,14 +122,14 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         if JOINT:
             ranks = tl.where((slot >= 0) & (need == 0), after, infinite)
         else:
-            ranks = tl.where(slot >= 0, after - _NUDGE * (position + 1).to(tl.float64), infinite)
+            ranks = tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite)
         number = 0
         while number < loads:  # the interpreter has no `range` over values of the device
             expert = tl.argmin(tl.where(missing, rank_used, infinite), 0).to(tl.int32)
             chosen = column == expert
             missing = missing & (column != expert)
             if (number > 0) & (number % wave == 0):
-                ranks = tl.where(slot >= 0, after - _NUDGE * (position + 1).to(tl.float64), infinite)
+                ranks = tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite)
             before, behind = -1, -1  # position and phase of the last access that uses the slot
             prior = -1
             if (count < slots) & (holding < allowed):
@@ -142,7 +143,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                 own = tl.min(ranks, 0)
                 lows = tl.where(other == layer, own, lows)
                 if tl.where(allowed < slots, own, tl.min(lows, 0)) == float("inf"):  # the wave has to end here
-                    ranks = tl.where(slot >= 0, after - _NUDGE * (position + 1).to(tl.float64), infinite)
+                    ranks = tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite)
                     own = tl.min(ranks, 0)
                     lows = tl.where(other == layer, own, lows)
                     if tl.where(allowed < slots, own, tl.min(lows, 0)) == float("inf"):
@@ -190,6 +191,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                 tl.store(bounds + phase, awaited + number, mask=phase <= PHASES)
             slot = tl.where(chosen, place, slot)
             position = tl.where(chosen, hits + number, position)
+            order = tl.where(chosen, hits + number - 2 * (number % wave) + wave - 1, order)
             slot_at = tl.where(chosen, place, slot_at)
             phase_at = tl.where(chosen, phase, phase_at)
             table_at = tl.where(chosen, 1 + phase, table_at)
@@ -215,7 +217,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         ranks = tl.where(slot >= 0, after, infinite)
     else:
         last = tl.load(older + slots)
-        leaving = tl.sum((slot >= 0).to(tl.int32), 0)
+        leaving = tl.sum(((slot >= 0) & (allowed > 0)).to(tl.int32), 0)  # those of a large layer stay
         left = leaving
         while left > 0:
             victim = tl.argmax((slot >= 0).to(tl.int32), 0).to(tl.int32)

@@ -30,7 +30,7 @@ class Residency:
         self.state, self._routing = state, routing
         self._expert_slot = state.slot_of.new_zeros(state.experts)
         self._expert_table = state.slot_of.new_zeros(state.experts)
-        self._rules = state.strategy.rules(state.layers, state.slots)
+        self._rules = state.strategy.rules(state.layers, state.slots, len(state.large))
         self._options = {
             "EP": triton.next_power_of_2(state.experts),
             "num_warps": 1,  # one thread writes what all have read: threads of one warp do not lag
@@ -62,8 +62,10 @@ class Residency:
         ranks.open_step[(s.layers,)](
             s.slot_of, s.last_use, s.count, s.recent, s.steady, s.waits, s.used, s.unused, s.limit, s.demand, s.known,
             s.pinned, s.fresh, s.rank, s.low, s.lowest, s.clock, s.future, s.following, s.ledger.table, s.ledger.count, s.entry,
-            s.ahead, s.waiting, s.tally, s.layers, s.experts, len(s.future), s.ledger.entries, s.slots,
-            POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, **self._options,
+            s.ahead, s.waiting, s.tally, s.share, s.share if s.ledger.lines is None else s.ledger.lines,
+            s.layers, s.experts, len(s.future), s.ledger.entries, s.slots,
+            POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, LARGE=bool(s.large),
+            UNEQUAL=s.ledger.lines is not None, **self._options,
         )  # fmt: skip
         if self._rules.prefetch and ahead:
             self._look_ahead(-1, plan=True)

@@ -32,9 +32,10 @@ from expertflow.models.gguf.header import is_gguf
 from expertflow.models.gguf.view import GgufStored
 from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
-from expertflow.models.weights.dense import DecodedOnRead, PackedTensor, pack_part
+from expertflow.models.weights.dense import DecodedOnRead, PackedTensor
 from expertflow.models.weights.encode import encode_piece
 from expertflow.models.weights.mapping import ExpertPiece
+from expertflow.models.weights.packing import Packing
 
 _NAMED = 5
 """Tensors that a warning names."""
@@ -133,12 +134,15 @@ def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder, **known)
 
 
-def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: ContentHash, advance: _Advance) -> None:
+def fill_records(
+    pieces: Sequence[ExpertPiece], records: ExpertStore, content: ContentHash, device: torch.device, advance: _Advance
+) -> None:
     """Read every part of every expert into its record.
 
     Args:
         pieces: what to read, in file order.
         records: where it goes.
+        device: of the model; a GPU helps to pack.
         content: takes the hash of every piece.
         advance: called with the bytes read, from several threads.
 
@@ -146,10 +150,10 @@ def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: C
         CheckpointError: if a file ends early or cannot be read.
     """
     descriptors: dict[Path, int] = {}
-    by_span = {piece.span: piece for piece in pieces}
+    by_span, packing = {piece.span: piece for piece in pieces}, Packing(device)
 
     def read(span: Span) -> None:
-        _read_piece(descriptors[span.tensor.file], by_span[span], records, content)
+        _read_piece(descriptors[span.tensor.file], by_span[span], records, content, packing)
         advance(span.nbytes)
 
     try:
@@ -160,6 +164,7 @@ def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: C
     except OSError as error:
         raise CheckpointError(f"expert weights cannot be read: {error}", "Check the files and the disk.") from error
     finally:
+        packing.close()
         for descriptor in descriptors.values():
             os.close(descriptor)
 
@@ -175,24 +180,28 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash) -> None:
+def _read_piece(
+    descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash, packing: Packing
+) -> None:
     source, part, spec = piece.source, piece.part, piece.spec
     stored = getattr(torch, BY_STORED_NAME[source.dtype])
     if piece.encoded is not None:
-        numbers = torch.empty(piece.stored, dtype=stored)
-        _read_hashed(descriptor, numbers.view(-1).view(torch.uint8), piece, content)
+        read = packing.landing(piece.nbytes)
+        _read_hashed(descriptor, read, piece, content)
+        numbers = read.view(stored).view(piece.stored)
         encode_piece(piece, numbers, records.layout.layers[piece.layer], records.record(piece.record))
         return
     target = _target(records, piece, part)
     also = [other for other in spec.parts if other.source == part.name]
     exact = target.dtype == stored and target.is_contiguous()
-    direct = exact and part.name not in spec.format.repacked and not also
-    landing = target if direct else torch.empty(piece.nbytes // stored.itemsize, dtype=stored)
-    _read_hashed(descriptor, landing.view(torch.uint8), piece, content)
-    if not direct:
-        one = spec.one if piece.joined else spec
-        for each in (part, *also):
-            _target(records, piece, each).copy_(pack_part(one, each, source, landing.view(piece.stored)))
+    if exact and part.name not in spec.format.repacked and not also:
+        _read_hashed(descriptor, target.view(torch.uint8), piece, content)
+        return
+    read = packing.landing(piece.nbytes)
+    _read_hashed(descriptor, read, piece, content)
+    one = spec.one if piece.joined else spec
+    for each in (part, *also):
+        packing.pack(one, each, source, read.view(stored).view(piece.stored), _target(records, piece, each))
 
 
 def _target(records: ExpertStore, piece: ExpertPiece, part: Part) -> Tensor:
