@@ -22,6 +22,7 @@ CASES = {
 }
 FLOATS, WHOLE = ("query", "keys", "values", "sinks", "out"), ("rows", "lasts")
 ALIGNED = {
+    "table_stride",
     "query_batch",
     "query_head",
     "query_token",
@@ -32,7 +33,7 @@ ALIGNED = {
     "value_head",
     "value_column",
 }
-OPTIONS = {"window": 0, "sink": False, "cap": 0.0, "scale": 0.125}
+OPTIONS = {"page": 64, "window": 0, "sink": False, "cap": 0.0, "scale": 0.125}
 
 
 def compile_case(case: str, dtype: torch.dtype, arch: int, stages: int | None = None) -> Any:
@@ -45,7 +46,7 @@ def compile_case(case: str, dtype: torch.dtype, arch: int, stages: int | None = 
     kernel = attention.attend
     names = kernel.arg_names
     number = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
-    kinds = dict.fromkeys(FLOATS, number) | dict.fromkeys(WHOLE, "*i64") | dict.fromkeys(given, "constexpr")
+    kinds = dict.fromkeys(FLOATS, number) | dict.fromkeys(WHOLE, "*i64") | {"table": "*i32"} | dict.fromkeys(given, "constexpr")
     constants = {(names.index(name),): value for name, value in given.items()}
     aligned = {
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in {*FLOATS, *WHOLE, *ALIGNED}

@@ -7,9 +7,12 @@ The workspace is an upper bound from tensor sizes; tests compare it with measure
 from dataclasses import dataclass, replace
 
 from expertflow.config import EngineConfig
+from expertflow.engine.kv_plan import Sequences, plan_kv
 from expertflow.errors import BudgetError, ConfigError
+from expertflow.execution.kv.layout import Layout, pages_of
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.records import StoreLayout
+from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
 from expertflow.kernels.residency.state import CacheState
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
@@ -38,18 +41,21 @@ class Plan:
         strategy: name of the strategy.
         budget: the stated budget, or None.
         dense: dense weights on the device.
-        kv: keys and values of `max_live` sequences of `max_length` tokens.
+        kv: keys and values of `kv_tokens` tokens, and tables of their pages.
         workspace: activations of the largest step, logits and sampling.
         record_bytes: one expert of the layers that slots are for, as it is stored; the largest, if they differ.
         slots: number of slots.
         max_batch: sequences of a step.
         max_live: sequences that have keys and values at once.
         max_length: tokens of a sequence.
+        kv_tokens: tokens of keys and values of all live sequences together.
         prefill_chunk: tokens of a prefill pass.
         host: the expert store in host memory.
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
         predictor: weights, state and working memory of the predictor, where it is on the device.
         schedule: how live sequences that take turns are grouped: `fifo`, `group` or `auto`.
+        kv_least: what `kv` would be with the least tokens that the options allow.
+        kv_layout: how keys and values lie in pages; None: they lie in rows, or in the model's own cache.
         graph_unavailable_reason: why execution='auto' fell back to the host; empty otherwise.
     """
 
@@ -65,11 +71,14 @@ class Plan:
     max_batch: int
     max_live: int
     max_length: int
+    kv_tokens: int
     prefill_chunk: int
     host: int
     schedule: str = "fifo"
     graph: int = 0
     predictor: int = 0
+    kv_least: int = 0
+    kv_layout: Layout | None = None
     graph_unavailable_reason: str = ""
 
     @property
@@ -125,8 +134,8 @@ class Plan:
 
     @property
     def least(self) -> int:
-        """The smallest budget for which the same run works, with a single slot."""
-        return self.fixed + SlotPool.nbytes(self.slot_layout.record_bytes, 1)
+        """The smallest budget for which the same options work, with a single slot and the least keys and values."""
+        return self.fixed - self.kv + self.kv_least + SlotPool.nbytes(self.slot_layout.record_bytes, 1)
 
     @property
     def resident_total(self) -> int:
@@ -193,12 +202,14 @@ def _plan(  # noqa: PLR0913 - two by keyword
     max_length = sequence_length(config, shape)
     record_bytes = shape.records.record_bytes
     live = _max_live(config, shape)
-    kv = shape.kv_bytes(max_length) * live
     # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
     chunk = max(config.prefill_chunk, config.max_batch * max_length) if shape.unplanned else config.prefill_chunk
-    workspace = workspace_bytes(shape, config.max_batch, max_length, chunk, grouped=graph)
+    linear = graph and shape.prompt_kernel
+    workspace = workspace_bytes(shape, config.max_batch, max_length, chunk, grouped=graph, linear=linear)
     if graph:  # a step whose routing is observed is the host's
-        steps_of_host = workspace_bytes(shape, config.max_batch, max_length, config.max_batch, prompts=False)
+        steps_of_host = workspace_bytes(
+            shape, config.max_batch, max_length, config.max_batch, prompts=False, linear=linear
+        )
         workspace = max(workspace, steps_of_host)
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
@@ -212,26 +223,31 @@ def _plan(  # noqa: PLR0913 - two by keyword
     for_predictor = (
         predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
     )  # on a stream of its own
-    fixed = shape.dense_bytes + kv + workspace + captured + for_predictor
-    slots = _slots(config, shape, slot_layout(shape, device, graph=graph), fixed, budget)
+    beside, layout = shape.dense_bytes + workspace + captured + for_predictor, slot_layout(shape, device, graph=graph)
+    left = None if budget is None else budget - beside - _least_slots(config, shape, layout)
+    kv = plan_kv(config, shape, Sequences(live, max_length, chunk), left)
+    slots = _slots(config, shape, layout, beside + kv.nbytes, budget)
     return Plan(
         shape=shape,
         device=device,
         strategy=strategy,
         budget=budget,
         dense=shape.dense_bytes,
-        kv=kv,
+        kv=kv.nbytes,
         workspace=workspace,
         record_bytes=record_bytes,
         slots=slots,
         max_batch=config.max_batch,
         max_live=live,
         max_length=max_length,
+        kv_tokens=kv.tokens,
         prefill_chunk=chunk,
         host=shape.records.store_bytes(shape.experts),
         schedule=config.schedule,
         graph=captured,
         predictor=for_predictor,
+        kv_least=kv.least,
+        kv_layout=kv.layout,
     )
 
 
@@ -274,7 +290,9 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     if device != "cuda":  # an expert is decoded, and computed in float32; so is a token's attention to its past
         attention = length * (4 * shape.heads * 4 + 2 * max((layer.read_per_token for layer in shape.kv), default=0))
         return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4 + 2 * attention
-    captured = workspace_bytes(shape, rows, length, rows, prompts=False)
+    captured = workspace_bytes(shape, rows, length, rows, prompts=False, linear=shape.decode_kernel)
+    if shape.decode_kernel:
+        captured += attention_parts(shape, rows, length)
     return state + buffers + captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES
 
 
@@ -296,13 +314,24 @@ def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
         ConfigError: if the model's context is shorter than stated.
     """
     if config.max_length is None:
-        return min(shape.context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        return min(shape.context or DEFAULT_CONTEXT, DEFAULT_CONTEXT, config.kv_tokens or DEFAULT_CONTEXT)
     if shape.context is not None and config.max_length > shape.context:
         raise ConfigError(
             f"max_length={config.max_length} is more than the model's context of {shape.context} tokens",
             f"Use {shape.context} or less.",
         )
     return config.max_length
+
+
+def _stated_slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout) -> int | None:
+    sharing = shape.layers - len(layout.large)
+    return None if config.slots is None else parse_slots(config.slots, sharing, shape.experts)
+
+
+def _least_slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout) -> int:
+    """Bytes of the stated slots, or of one, and of large layers."""
+    slots = SlotPool.nbytes(layout.record_bytes, _stated_slots(config, shape, layout) or 1)
+    return slots + SlotPool.large_nbytes(layout, shape.experts)
 
 
 def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: int, budget: int | None) -> int:
@@ -313,7 +342,7 @@ def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: 
     """
     slot_bytes, sharing = layout.record_bytes, shape.layers - len(layout.large)
     total, large = sharing * shape.experts, SlotPool.large_nbytes(layout, shape.experts)
-    stated = None if config.slots is None else parse_slots(config.slots, sharing, shape.experts)
+    stated = _stated_slots(config, shape, layout)
     taken = f"dense weights, KV and workspace take {format_bytes(fixed)}, "
     if large:
         taken += (
@@ -325,8 +354,8 @@ def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: 
         need = f"{stated} slots" if stated else "a single slot"
         raise BudgetError(
             f"gpu_memory={format_bytes(budget)} is too small: {taken}and {need} of {format_bytes(slot_bytes)} must fit beside them",
-            f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length or "
-            "prefill_chunk lowers it.",
+            f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length, "
+            "kv_tokens or prefill_chunk lowers it.",
             least,
         )
     if stated is not None:
@@ -336,8 +365,23 @@ def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: 
     return min(total, (budget - fixed - SlotPool.nbytes(slot_bytes, 0)) // slot_bytes)
 
 
-def workspace_bytes(
-    shape: ModelShape, batch: int, length: int, chunk: int, *, prompts: bool = True, grouped: bool = False
+def attention_parts(shape: ModelShape, rows: int, length: int) -> int:
+    """Return the bytes in which a captured step's attention keeps the sums of a sequence's spans; none if there is one span."""
+    spans, width = pages_of(length, SPAN), shape.head_width // shape.heads
+    heads = max(layer.read_per_token for layer in shape.kv) // (2 * DTYPES[shape.dtype].nbytes * width)
+    padded = max(LEAST_HEADS, 1 << (shape.heads // heads - 1).bit_length())
+    return rows * heads * spans * padded * (width + 2) * 4 if spans > 1 else 0
+
+
+def workspace_bytes(  # noqa: PLR0913 - three by keyword
+    shape: ModelShape,
+    batch: int,
+    length: int,
+    chunk: int,
+    *,
+    prompts: bool = True,
+    grouped: bool = False,
+    linear: bool = False,
 ) -> int:
     """Return an upper bound on the temporary device memory of one step, bytes.
 
@@ -349,7 +393,8 @@ def workspace_bytes(
         length: tokens of a sequence, prompt included.
         chunk: tokens of a prefill pass over all sequences.
         prompts: whether the step may be one over prompts.
-        grouped: whether kernels compute the pass, all tokens of an expert at once and attention without scores in memory.
+        grouped: whether kernels compute all tokens of an expert at once, from slots.
+        linear: whether a kernel computes attention, without scores and masks in memory.
     """
     element = DTYPES[shape.dtype].nbytes
     tokens = max(chunk, batch)
@@ -357,11 +402,13 @@ def workspace_bytes(
         tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
     columns = max(1, tokens // batch)
     state = tokens * shape.hidden
-    linear = grouped and shape.prompt_kernel
     # residual, normed input, positions, masks and what they are made of
     steady = state * element * 6 + state * 4 * 2 + tokens * 8 * 8
     if not linear:
         steady += batch * columns * length * (2 * element + 8)
+    if any(layer.in_pages for layer in shape.kv):  # where a pass's keys and values lie in their pages
+        gathered = not linear or any(layer.read_per_token > layer.bytes_per_token for layer in shape.kv)
+        steady += tokens * 8 * 8 + gathered * batch * length * (shape.heads + 4) * 8 * len(set(shape.windows))
     attention = _attention(shape, batch, length, columns, linear=linear)
     return int(_SLACK * (steady + max(attention, _moe(shape, tokens, grouped=grouped), _head(shape, batch))))
 

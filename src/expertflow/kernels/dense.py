@@ -1,7 +1,7 @@
 """Attention of one token and RMS norm, one launch each: what the dense part of a decode step spends its time on.
 
-Attention reads keys and values where they lie (no repetition over grouped heads) and no further than a sequence is
-long. It is cut into spans of fixed size, so its bits depend neither on the columns a step is captured for nor on other
+Attention reads keys and values where they lie, in rows or in pages (no repetition over grouped heads), and no further than a
+sequence is long. It is cut into spans of fixed size, so its bits depend neither on the columns a step is captured for nor on other
 sequences. Twins of `kernels.dense_reference`. Must not know models and caches.
 """
 
@@ -10,18 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPAN = 256
-"""Columns a program attends to; fixed, because it enters the arithmetic."""
+from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
+
 BLOCK = tl.constexpr(64)
-_LEAST_HEADS = 16
-"""Rows of the narrowest tensor-core product."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def _attend(
-    query, keys, values, rows, positions, sinks, bias, out, part, row_stride, head_stride, bias_stride, splits,
-    scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
+    query, keys, values, rows, positions, table, sinks, bias, out, part, row_stride, head_stride, table_stride, bias_stride, splits,
+    page: tl.constexpr, scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
     span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, biased: tl.constexpr, single: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one key head with its query heads, one span of columns: maximum, sum and weighted values."""
@@ -41,11 +39,15 @@ def _attend(
     first = tl.maximum(position - window + 1, 0) if window > 0 else position * 0
     column = tl.maximum(split * span, first // BLOCK * BLOCK)
     end = tl.minimum(split * span + span, position + 1)
-    at = tl.load(rows + row).to(tl.int64) * row_stride + head * head_stride
+    sequence = tl.load(rows + row).to(tl.int64)
+    begin = sequence * row_stride
     while column < end:
         here = column + line
         seen = (here <= position) & (here >= first)
-        where = at + here[:, None] * width + cell[None, :]
+        if page > 0:  # a block lies in one page
+            begin = tl.load(table + sequence * table_stride + column // page).to(tl.int64) * row_stride
+            begin -= column // page * page * width
+        where = begin + head * head_stride + here[:, None] * width + cell[None, :]
         key = tl.load(keys + where, mask=seen[:, None], other=0.0)
         value = tl.load(values + where, mask=seen[:, None], other=0.0)
         left = asked
@@ -109,36 +111,44 @@ def decode_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    *,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a sequence over the columns up to its position.
 
     Args:
         query: `[B, Q, D]` contiguous, D a power of two from 16 on.
-        keys: `[R, G, N, D]`, any strides but unit columns; Q a multiple of G.
+        keys: `[R, G, N, D]`, any strides but unit columns; Q a multiple of G. With a table `[P, G, N, D]`, pages of N columns, N a
+            multiple of 64.
         values: the same shape and strides.
         where: integer `[B]` each: which of the R rows, and the token's position there, less than N.
         scale: of the scores.
         window: columns seen, the token's own included; None: all.
         sinks: `[Q]`, a score a head gives to nothing; None: no such.
         bias: `[Q, M]` with unit columns, what is added to a score by how far back its column is, each less than M; None: nothing.
+        table: int32 `[R, m]` with unit columns, the pages of each row; None: keys and values lie in rows.
 
     Returns:
         `[B, Q, D]`.
     """
     (rows, heads, width), (kv_heads, length) = query.shape, keys.shape[1:3]
+    page = 0
+    if table is not None:
+        assert length % BLOCK.value == 0
+        page, length = length, length * table.shape[1]
     row, position = where
     assert query.is_contiguous()
     assert keys.stride() == values.stride()
     assert keys.stride()[2:] == (width, 1)
     assert bias is None or bias.stride(1) == 1
     groups, splits = heads // kv_heads, triton.cdiv(length, SPAN)
-    padded = max(_LEAST_HEADS, int(triton.next_power_of_2(groups)))
+    padded = max(LEAST_HEADS, int(triton.next_power_of_2(groups)))
     out = torch.empty_like(query)
     part = query.new_empty((rows * kv_heads, splits, padded, width + 2) if splits > 1 else (1,), dtype=torch.float32)
     _attend[(rows * kv_heads, splits)](
-        query, keys, values, row, position, query if sinks is None else sinks, query if bias is None else bias, out, part,
-        keys.stride(0), keys.stride(1), 0 if bias is None else bias.stride(0), splits, scale=scale, groups=groups,
-        kv_heads=kv_heads, width=width, padded=padded, span=SPAN, window=window or 0, sink=sinks is not None,
+        query, keys, values, row, position, row if table is None else table, query if sinks is None else sinks,
+        query if bias is None else bias, out, part, keys.stride(0), keys.stride(1), 0 if table is None else table.stride(0),
+        0 if bias is None else bias.stride(0), splits, page=page, scale=scale, groups=groups, kv_heads=kv_heads, width=width, padded=padded, span=SPAN, window=window or 0, sink=sinks is not None,
         biased=bias is not None, single=splits == 1, num_warps=4,
     )  # fmt: skip
     if splits > 1:
