@@ -157,7 +157,13 @@ def moves(name: str, tokens: int) -> list[dict[str, Any]]:
     kept = take(0, 0, tokens)
     found = [("copy to host", lambda: take(0, 0, tokens)), ("copy from host", lambda: give(1, kept))]
     rows = [
-        {"what": what, "shape": name, "tokens": tokens, "us": (taken := seconds(work) * 1e6), "gb_s": kept.nbytes / taken / 1e3}
+        {
+            "what": what,
+            "shape": name,
+            "tokens": tokens,
+            "us": (taken := seconds(work) * 1e6),
+            "gb_s": kept.nbytes / taken / 1e3,
+        }
         for what, work in found
     ]
 
@@ -168,7 +174,9 @@ def moves(name: str, tokens: int) -> list[dict[str, Any]]:
             pass
 
     rows.append({"what": "row begins anew", "shape": name, "tokens": tokens, "us": seconds(turn_over) * 1e6})
-    rows.append({"what": "beginning shared", "shape": name, "tokens": tokens, "us": seconds(lambda: share(cache, tokens)) * 1e6})
+    rows.append(
+        {"what": "beginning shared", "shape": name, "tokens": tokens, "us": seconds(lambda: share(cache, tokens)) * 1e6}
+    )
     return rows
 
 

@@ -46,7 +46,12 @@ def compile_case(case: str, dtype: torch.dtype, arch: int, stages: int | None = 
     kernel = attention.attend
     names = kernel.arg_names
     number = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
-    kinds = dict.fromkeys(FLOATS, number) | dict.fromkeys(WHOLE, "*i64") | {"table": "*i32"} | dict.fromkeys(given, "constexpr")
+    kinds = (
+        dict.fromkeys(FLOATS, number)
+        | dict.fromkeys(WHOLE, "*i64")
+        | {"table": "*i32"}
+        | dict.fromkeys(given, "constexpr")
+    )
     constants = {(names.index(name),): value for name, value in given.items()}
     aligned = {
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in {*FLOATS, *WHOLE, *ALIGNED}

@@ -16,7 +16,7 @@ from expertflow.execution.kv import layout as layouts
 from expertflow.execution.kv.layout import SPARE, WASTE, ZEROS, Layout
 from expertflow.execution.kv.paged import PagedCache, Span
 from expertflow.execution.kv_rows import DecodeInput
-from expertflow.execution.runner import PromptChunk
+from expertflow.execution.runner import Executor, PromptChunk
 from expertflow.kernels import dense, dense_reference
 from expertflow.kernels.prompts.attention import prompt_attention
 from expertflow.models.context import ForwardContext
@@ -27,6 +27,12 @@ FAMILIES = ["gpt_oss", "qwen3_moe", "deepseek_v2"]
 """With windows of 8 tokens, without, and with latents."""
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 PROMPTS = [[5 + 7 * place % 80 for place in range(count)] for count in (29, 3, 40, 11, 18)]
+
+
+def interrupt(*, fails: bool) -> None:
+    """What a pass may do half-way."""
+    if fails:
+        raise InterruptedError
 
 
 class Story:
@@ -57,14 +63,21 @@ class Story:
                     for number in range(len(self.windows)):
                         keys, values = self.cache.update(states + number, states - number, number)
                         self.check(number, keys, values, spans, columns, numbers)
-                if fails:
-                    raise InterruptedError
+                interrupt(fails=fails)
         except InterruptedError:
             return
         for span, line, known in zip(spans, columns, numbers.tolist(), strict=True):
             self.live[span.row][1].extend(known[len(line) - (span.end - span.begin) :])
 
-    def check(self, layer: int, keys, values, spans, columns, numbers) -> None:
+    def check(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        spans: list[Span],
+        columns: np.ndarray,
+        numbers: torch.Tensor,
+    ) -> None:
         """Every token of the pass sees the numbers of its sequence, within its layer's window; elsewhere it is finite."""
         assert keys.isfinite().all()
         for place, span in enumerate(spans):
@@ -123,7 +136,7 @@ class Story:
         """Each page has as many users as tables name it, and those that nobody names are free."""
         for book in self.cache.books:
             users = np.bincount(book.entries.ravel(), minlength=book.kind.pages)
-            assert not book.pool.users[: SPARE].any()
+            assert not book.pool.users[:SPARE].any()
             assert np.array_equal(users[SPARE:], book.pool.users[SPARE:])
             assert book.pool.free == (users[SPARE:] == 0).sum()
             assert WASTE not in book.entries
@@ -198,26 +211,24 @@ def test_attention_in_pages_has_the_bits_of_rows(window: int | None, kernels: st
 
 
 @contextmanager
-def opened(
-    make_checkpoint: MakeCheckpoint, family: str, execution: str, page: int, **options: object
-) -> Iterator[LLM]:
+def opened(make_checkpoint: MakeCheckpoint, family: str, execution: str, page: int, **options: object) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layouts, "PAGE", page)
-        patch.setattr("expertflow.engine.kv_plan.PAGE", page)
+        patch.setattr("expertflow.engine.planning.kv.PAGE", page)
         folder = make_checkpoint(family, spread=0.3)
         given = {"device": "cpu", "slots": 9, "max_length": 64, "max_batch": 4, "execution": execution, **options}
         with LLM(folder, **given) as llm:
             yield llm
 
 
-def read(executor, sequence: int, tokens: list[int], row: int, cut: int = 9) -> torch.Tensor:
+def read(executor: Executor, sequence: int, tokens: list[int], row: int, cut: int = 9) -> torch.Tensor:
     for begin in range(0, len(tokens), cut):
         piece = tokens[begin : begin + cut]
         logits = executor.prefill([PromptChunk(sequence, piece, row, begin, len(tokens) - begin - len(piece))])
     return logits.clone()
 
 
-def steps(executor, row: int, position: int, tokens: list[int]) -> list[torch.Tensor]:
+def steps(executor: Executor, row: int, position: int, tokens: list[int]) -> list[torch.Tensor]:
     return [executor.decode([DecodeInput(row, token, row, position + n)]).clone() for n, token in enumerate(tokens)]
 
 
@@ -348,7 +359,14 @@ def test_a_long_request_is_passed_over_and_then_waited_for() -> None:
 def test_the_plan_counts_pages_to_the_byte(make_checkpoint: MakeCheckpoint) -> None:
     """Stated tokens of keys and values, layers with windows among them, take what the tensors take."""
     folder = make_checkpoint("gpt_oss", "bfloat16", max_position_embeddings=4096)
-    options = {"device": "cpu", "max_length": 2000, "max_batch": 2, "max_live": 33, "kv_tokens": 5000, "prefill_chunk": 100}
+    options = {
+        "device": "cpu",
+        "max_length": 2000,
+        "max_batch": 2,
+        "max_live": 33,
+        "kv_tokens": 5000,
+        "prefill_chunk": 100,
+    }
     with LLM(folder, slots=9, **options) as llm:
         llm.generate([3, 4, 5], SamplingParams(max_tokens=1))
         tensors = llm._offloaded.handover.rows.cache.tensors
@@ -357,6 +375,21 @@ def test_the_plan_counts_pages_to_the_byte(make_checkpoint: MakeCheckpoint) -> N
         token = 2 * 2 * 16 * 2  # keys and values, heads, width, bytes
         # a window of 8 tokens reaches into 2 pages; 100 tokens of 33 pieces begin at most (100 + 33 * 62) // 64 pages more
         assert llm.plan.kv == (2 * min(79, 66 + 33) + 79 + 3 * SPARE) * 64 * token + 2 * 33 * 32 * 4
+
+
+@pytest.mark.parametrize("execution", ["host", "graph"])
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2"])
+def test_long_sequences_stay_within_the_plan(family: str, execution: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Where keys and values are most of a run: more live sequences than step at once, and more tokens than kept at once."""
+    folder = make_checkpoint(family, "bfloat16", max_position_embeddings=1024)
+    options = {"max_length": 400, "max_batch": 3, "max_live": 5, "kv_tokens": 900, "prefill_chunk": 64, "slots": 2}
+    with LLM(folder, device="cpu", execution=execution, **options) as llm:
+        prompts = [
+            [5 + (7 + row) * place % 80 for place in range(count)]
+            for row, count in enumerate((390, 200, 90, 300, 50, 7))
+        ]
+        llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
+        assert 0.3 * llm.plan.total <= llm.stats.peak_bytes <= llm.plan.total
 
 
 def test_a_budget_shares_what_is_left(make_checkpoint: MakeCheckpoint) -> None:

@@ -289,7 +289,13 @@ class EngineConfig(_Checked):
         for name in ("max_batch", "prefill_chunk"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} is too small", "Use 1 or more.")
-        for name, most in (("max_batch", 2**20), ("max_live", 2**20), ("prefill_chunk", 2**31), ("max_length", 2**31), ("kv_tokens", 2**40)):
+        for name, most in (
+            ("max_batch", 2**20),
+            ("max_live", 2**20),
+            ("prefill_chunk", 2**31),
+            ("max_length", 2**31),
+            ("kv_tokens", 2**40),
+        ):
             value = getattr(self, name) or 0
             _require(value <= most, f"{name}={value} is too large", f"Use {most} or less.")
         _require(

@@ -17,6 +17,16 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def _begin(table, sequence, column, row_stride, table_stride, page: tl.constexpr, width: tl.constexpr):
+    """Elements from row or page 0 to where column 0 of a sequence would be, for a block that begins at `column` and lies in one page."""
+    begin = sequence * row_stride
+    if page > 0:
+        begin = tl.load(table + sequence * table_stride + column // page).to(tl.int64) * row_stride
+        begin -= column // page * page * width
+    return begin
+
+
+@triton.jit
 def _attend(
     query, keys, values, rows, positions, table, sinks, bias, out, part, row_stride, head_stride, table_stride, bias_stride, splits,
     page: tl.constexpr, scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
@@ -40,13 +50,10 @@ def _attend(
     column = tl.maximum(split * span, first // BLOCK * BLOCK)
     end = tl.minimum(split * span + span, position + 1)
     sequence = tl.load(rows + row).to(tl.int64)
-    begin = sequence * row_stride
     while column < end:
         here = column + line
         seen = (here <= position) & (here >= first)
-        if page > 0:  # a block lies in one page
-            begin = tl.load(table + sequence * table_stride + column // page).to(tl.int64) * row_stride
-            begin -= column // page * page * width
+        begin = _begin(table, sequence, column, row_stride, table_stride, page, width)
         where = begin + head * head_stride + here[:, None] * width + cell[None, :]
         key = tl.load(keys + where, mask=seen[:, None], other=0.0)
         value = tl.load(values + where, mask=seen[:, None], other=0.0)

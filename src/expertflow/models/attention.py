@@ -60,6 +60,8 @@ def attention_form(module: nn.Module) -> AttentionForm | None:
     return AttentionForm.LATENT if latent else AttentionForm.RAGGED
 
 
+STEP_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.WIDE})
+"""Forms that the kernel of decode steps takes."""
 PROMPT_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.RAGGED, AttentionForm.LATENT})
 """Forms that the kernel of passes over prompts takes."""
 

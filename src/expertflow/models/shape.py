@@ -19,10 +19,10 @@ from expertflow.models.attention import (
     EMPTY,
     KEYS_AND_VALUES,
     RECURRENT,
+    STEP_FORMS,
     attention_windows,
-    layer_kinds,
-    AttentionForm,
     by_kernel,
+    layer_kinds,
 )
 from expertflow.models.bounds import describing
 from expertflow.models.places import described_by
@@ -165,7 +165,7 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         in_rows=in_rows,
         windows=windows or (),
         prompt_kernel=paged and by_kernel(skeleton.model, len(windows or ())),
-        decode_kernel=paged and by_kernel(skeleton.model, len(windows or ()), {AttentionForm.HEADS}),
+        decode_kernel=paged and by_kernel(skeleton.model, len(windows or ()), STEP_FORMS),
         expert_format="" if skeleton.expert_format is None else skeleton.expert_format.name,
         notes=(
             *skeleton.notes,
@@ -252,9 +252,7 @@ def _kv_layers(skeleton: Skeleton, read: int, element: int, *, in_pages: bool) -
         return (own, cross) * int(config.num_decoder_layers)
     rank = getattr(config, "kv_lora_rank", None) if skeleton.family is not None else None
     kept = read if rank is None else (rank + config.qk_rope_head_dim) * element
-    layer = KvLayer(
-        bytes_per_token=kept, read_per_token=read if rank is None else read + kept, in_pages=in_pages
-    )
+    layer = KvLayer(bytes_per_token=kept, read_per_token=read if rank is None else read + kept, in_pages=in_pages)
     return tuple(layer for _ in layer_kinds(config))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from expertflow.kernels.backend import Backend, backend
-from expertflow.models.attention import PROMPT_FORMS, AttentionForm, attention_form, by_kernel
+from expertflow.models.attention import PROMPT_FORMS, STEP_FORMS, AttentionForm, attention_form, by_kernel
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
 from expertflow.models.skeleton import Skeleton
@@ -39,7 +39,7 @@ class DenseParts:
         forms: forms of attention that are computed here.
     """
 
-    forms = frozenset({AttentionForm.HEADS, AttentionForm.WIDE})
+    forms = STEP_FORMS
 
     def __init__(
         self, model: PreTrainedModel, skeleton: Skeleton, windows: Sequence[int | None], context: ForwardContext

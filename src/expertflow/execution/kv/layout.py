@@ -85,9 +85,7 @@ class Layout:
         Args:
             layers: bytes of one token's keys and values in each layer.
         """
-        kept = [
-            self.kinds[kind].pages * self.page * size for kind, size in zip(self.layers, layers, strict=True)
-        ]
+        kept = [self.kinds[kind].pages * self.page * size for kind, size in zip(self.layers, layers, strict=True)]
         return sum(kept) + len(self.kinds) * self.rows * self.columns * 4
 
 

@@ -250,7 +250,7 @@ class PagedCache(Cache):
         Waits for the copies, and so for the passes that are queued.
         """
         kinds = [number for number, book in enumerate(self.books) if book.kind.window is None]
-        return self._out(row, begin, end, {kind: begin for kind in kinds})
+        return self._out(row, begin, end, dict.fromkeys(kinds, begin))
 
     @torch.inference_mode()
     def snapshot(self, row: int, token: int) -> Kept:
@@ -295,7 +295,8 @@ class PagedCache(Cache):
         for book in self.books:
             if not book.keeps(source, book.needed(tokens), tokens):
                 raise ConfigError(
-                    f"row {source} does not keep what token {tokens} sees", "Share what it keeps, or restore a snapshot."
+                    f"row {source} does not keep what token {tokens} sees",
+                    "Share what it keeps, or restore a snapshot.",
                 )
         left = [book.share(source, row, tokens) for book in self.books]
         self._synchronise()
