@@ -147,8 +147,9 @@ class OffloadedModel(Uncopied):
         if prepared.predictor is None:
             return None
         own = self.device if self.plan.execution == "graph" else torch.device("cpu")  # a graph cannot wait for the host
-        online = OnlinePredictor(prepared.predictor, predictor_load(config)[0], own, step_kernels(own))
-        return LivePredictor(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
+        rows, _, room = predictor_load(config)
+        online = OnlinePredictor(prepared.predictor, rows, own, step_kernels(own))
+        return LivePredictor(online, self.events, aside=self.meter.aside, room=room)
 
     def _wire(self, pool: SlotPool, forecast: Forecast | None) -> None:
         """Connect model, cache and slots."""
