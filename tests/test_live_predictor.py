@@ -415,7 +415,8 @@ def test_more_sequences_than_the_predictor_has_rows(
 
 
 @pytest.mark.parametrize(
-    ("room", "parts"), [(100, [[0, 2, 5]]), (4, [[0, 2], [5]]), (2, [[0], [2], [5], [5]]), (1, [[0]] * 2 + [[2]] * 2 + [[5]] * 3)]
+    ("room", "parts"),
+    [(100, [[0, 2, 5]]), (4, [[0, 2], [5]]), (2, [[0], [2], [5], [5]]), (1, [[0]] * 2 + [[2]] * 2 + [[5]] * 3)],
 )
 def test_prompts_are_taken_in_parts_that_fit(room: int, parts: list[list[int]]) -> None:
     """Rows in as few parts as there is room for, each token once and in its order; as many rows together as there is room for."""

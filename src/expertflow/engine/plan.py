@@ -151,9 +151,7 @@ class Plan:
         """What a pass over prompts copies, if it uses every expert, and computes for each token."""
         large = self.slot_layout.large
         sizes = [size for layer, size in enumerate(self.shape.records.layer_bytes) if layer not in large]
-        return PassWork(
-            (self.competing - self.slots) * sum(sizes) // max(1, len(sizes)), token_flops(self.shape)
-        )
+        return PassWork((self.competing - self.slots) * sum(sizes) // max(1, len(sizes)), token_flops(self.shape))
 
     @property
     def copies_seconds(self) -> float | None:
@@ -305,7 +303,10 @@ def _plan(  # noqa: PLR0913 - two by keyword
         schedule=config.schedule,
         graph=captured,
         predictor=for_predictor,
-        least=beside + kv.least + SlotPool.nbytes(layout.record_bytes, 1) + SlotPool.large_nbytes(layout, shape.experts),
+        least=beside
+        + kv.least
+        + SlotPool.nbytes(layout.record_bytes, 1)
+        + SlotPool.large_nbytes(layout, shape.experts),
         kv_layout=kv.layout,
     )
 
