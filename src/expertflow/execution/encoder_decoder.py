@@ -142,6 +142,12 @@ class EncoderDecoderRows(OfModel):
             self.cache.note(span.row, span.end)
         yield torch.zeros(0, *columns.shape, dtype=torch.long)
 
+    def step_cells(self, rows: Sequence[int], positions: Sequence[int], out: npt.NDArray[np.int64]) -> None:
+        """Note what a step writes; there are no cells."""
+        del out
+        for row, position in zip(rows, positions, strict=True):
+            self.cache.note(row, position + 1)
+
     def drop(self) -> None:
         """Free keys and values; nothing can be run afterwards."""
         self.cache.layers.clear()

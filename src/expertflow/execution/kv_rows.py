@@ -116,6 +116,10 @@ class RowModel(OfModel):
         """Have room for what a pass writes while it is queued; see `PagedCache.passing`."""
         return self.cache.passing(spans, columns)
 
+    def step_cells(self, rows: Sequence[int], positions: Sequence[int], out: npt.NDArray[np.int64]) -> None:
+        """Have room for one token of each row, and write where it goes; see `PagedCache.step_cells`."""
+        self.cache.step_cells(rows, positions, out)
+
     def drop(self) -> None:
         """Free keys and values; nothing can be run afterwards."""
         self.cache.drop()

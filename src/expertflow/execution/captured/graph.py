@@ -19,7 +19,7 @@ from expertflow.execution.captured.capture import capture, graph_pool, kept_byte
 from expertflow.execution.captured.dense import DenseParts
 from expertflow.execution.captured.experts import DeviceExperts
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
-from expertflow.execution.kv.paged import Span
+from expertflow.execution.kv.layout import WASTE
 from expertflow.execution.kv_rows import DecodeInput, ForwardInput, RowModel
 from expertflow.execution.passes import stock_forward
 from expertflow.execution.sampler import most_probable
@@ -87,13 +87,11 @@ class GraphDecoder:
         staged = self._staged.numpy()
         staged[:, count:] = 0
         staged[TOKENS, :count], staged[ROWS, :count], staged[POSITIONS, :count] = tokens, rows, positions
-        staged[COLUMNS, :count], staged[COLUMNS, count:] = positions, -1
-        spans = [Span(row, position, position + 1) for row, position in zip(rows, positions, strict=True)]
-        with self.rows.passing(spans, staged[COLUMNS, :, None]) as cells:
-            staged[CELLS:] = cells[:, :, 0]
-            staged[COLUMNS, count:] = length
-            self.inputs.copy_(self._staged)  # ordinary memory: it may be used again at once
-            self.launch(batch, columns)
+        staged[COLUMNS, :count], staged[COLUMNS, count:] = positions, length
+        staged[CELLS:-1, count:] = WASTE
+        self.rows.step_cells(rows, positions, staged[CELLS:, :count])
+        self.inputs.copy_(self._staged)  # ordinary memory: it may be used again at once
+        self.launch(batch, columns)
         return self.logits[:count]
 
     def launch(self, batch: int, columns: int) -> None:

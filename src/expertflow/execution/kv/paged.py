@@ -239,6 +239,18 @@ class PagedCache(Cache):
             for span in spans:
                 book.trim(span.row, span.end)
 
+    def step_cells(self, rows: Sequence[int], positions: Sequence[int], out: npt.NDArray[np.int64]) -> None:
+        """Have room for one token of each row, and write where it goes to `out`, `[kinds + 1, B]`.
+
+        Windows give pages back when they need another one: then they have as many as a token's window takes.
+        """
+        page = self.layout.page
+        for kind, book in enumerate(self.books):
+            out[kind] = [book.page_for(row, position) for row, position in zip(rows, positions, strict=True)]
+        out[-1] = [position % page for position in positions]
+        if any(book.changed for book in self.books):
+            self._synchronise()
+
     def of_pass(self, cells: Tensor, rows: Tensor, end: int) -> PassPages:
         """What a pass looks up; `cells` from `passing`, on the device."""
         return PassPages(self.layout, self.tables, cells, rows, end)

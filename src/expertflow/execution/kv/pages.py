@@ -115,6 +115,13 @@ class PageTable:
         self.trim(row, begin)
         self._extend(row, pages_of(end, self._page))
 
+    def page_for(self, row: int, token: int) -> int:
+        """The page of a row's next token, taken if there is none yet; then what that token does not see goes back."""
+        place = token // self._page
+        if place >= self._end[row]:
+            self.advance(row, token, token + 1)
+        return self.entries.item(row, place)
+
     def trim(self, row: int, token: int) -> None:
         """Give back what no token from `token` on sees."""
         window = self.kind.window
