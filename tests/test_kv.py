@@ -313,21 +313,24 @@ def test_a_shared_beginning_takes_no_pages() -> None:
     assert book.pool.free == 20
 
 
-def test_admission_goes_by_need(make_checkpoint: MakeCheckpoint) -> None:
-    """Requests wait until their tokens fit, keep what they were promised, and get the answers they have alone."""
-    with opened(make_checkpoint, "gpt_oss", "host", 4, max_batch=1) as llm:
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_admission_goes_by_need(execution: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Requests wait until their tokens fit, keep what they were promised, and get the answers they have alone; cancelled ones leave."""
+    with opened(make_checkpoint, "gpt_oss", execution, 4, max_batch=1) as llm:
         alone = [llm.generate([prompt], PARAMS)[0].token_ids for prompt in PROMPTS]
     # 29 + 11 tokens are 10 pages, 3 + 11 are 4, 40 + 11 are 13, 11 + 11 are 6, 18 + 11 are 8
-    with opened(make_checkpoint, "gpt_oss", "host", 4, kv_tokens=64, max_batch=4, prefill_chunk=16) as llm:
+    with opened(make_checkpoint, "gpt_oss", execution, 4, kv_tokens=64, max_batch=4, prefill_chunk=16) as llm:
         engine, books, most = llm.engine, llm._offloaded.handover.rows.cache.books, 0
-        for prompt in PROMPTS:
-            engine.add(llm.request(prompt, PARAMS))
-        outputs = {}
+        outputs, cancelled = {}, [engine.add(llm.request(PROMPTS[2], PARAMS))]
+        engine.step()
+        numbers = [engine.add(llm.request(prompt, PARAMS)) for prompt in PROMPTS]
+        cancelled.append(engine.add(llm.request(PROMPTS[0], PARAMS)))
+        assert all(map(engine.cancel, cancelled))
         while engine.unfinished:
             outputs |= {number: output.output for number, output in engine.step() if output.output}
             most = max(most, engine._scheduler.live)
             assert sum(engine._scheduler._live[number].pages for number in engine._scheduler._live) <= 16
-        assert [outputs[number].token_ids for number in range(5)] == alone
+        assert [outputs[number].token_ids for number in numbers] == alone
         assert 2 <= most <= 3
         assert all(book.pool.free == book.kind.pages - SPARE for book in books)
 
