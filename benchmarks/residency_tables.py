@@ -1,0 +1,335 @@
+"""Time the cache's tables on the device, kernel by kernel, and the fetch of few small records.
+
+Shapes: gpt-oss-20b (`g`), Qwen3-MoE of 12 layers (`q`), Qwen3-30B-A3B (`q30`), and 48 layers x 512 experts top-10 as in Qwen3-Next (`next`).
+The slots hold the experts most often used. Routing is drawn by Zipf's law, anew for every step, or the same in all steps: then nothing is
+loaded. A step's decisions are one CUDA graph, replayed; records are not moved. The profiler gives the time of each kernel. `plec` gets a
+forecast that names most of the truth and some experts besides. Fetches are timed apart, ten in one graph.
+
+Configurations run in the order of their interest until `--seconds` are over; the result names those left out.
+
+Usage: python benchmarks/residency_tables.py --out FILE [--seconds 55] [--only next,q30] [--tiny]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from expertflow.bench.about import about
+from expertflow.cache.core import fill_slot, make_tables
+from expertflow.cache.horizon import STEPS_KNOWN
+from expertflow.cache.policy import FADE, Usage
+from expertflow.cache.strategy import STRATEGIES
+from expertflow.kernels.backend import backend
+from expertflow.kernels.ledger import Ledger
+from expertflow.kernels.residency.state import AHEAD, LOADS, CacheState, Schedule
+
+SEED = 7
+STEPS = 6
+"""Replays whose kernels are counted."""
+RECALL, FALSE_ALARMS = 0.8, 0.05
+"""Of the stand-in for a forecast: the share of needed experts it names, and wrong names over right ones."""
+FETCHES = 10
+"""Fetches in a row in one graph."""
+FETCH_RECORDS = (0, 1, 2, 4, 8, 32)
+FETCH_BYTES = (1_638_400, 3_407_872, 9_437_184)
+HOST_BYTES = 1 << 30
+
+
+class Shape(NamedTuple):
+    """The size of a model's tables."""
+
+    layers: int
+    experts: int
+    top_k: int
+
+
+class Case(NamedTuple):
+    """One row of the result."""
+
+    shape: str
+    batch: int
+    strategy: str
+    share: float
+
+
+SHAPES = {"g": Shape(24, 32, 4), "q": Shape(12, 128, 8), "q30": Shape(48, 128, 8), "next": Shape(48, 512, 10)}
+TINY = {"tiny": Shape(3, 16, 2)}
+
+
+def cases(names: list[str]) -> Iterator[Case]:
+    """What is measured, the most interesting first."""
+    for strategy in ("plec", "next-use"):
+        yield from (Case(name, batch, strategy, 0.5) for batch in (1, 8) for name in names)
+    yield from (Case(names[0], batch, strategy, 0.5) for batch in (4, 16) for strategy in ("plec", "next-use"))
+    for strategy in ("plec", "next-use", "lru"):
+        yield from (Case(name, batch, strategy, 0.25) for batch in (1, 8) for name in names)
+    yield from (Case(name, batch, "lru", 0.5) for batch in (1, 8) for name in names)
+    yield from (Case(name, 16, strategy, 0.5) for strategy in ("plec", "next-use") for name in names[1:])
+
+
+def popularity(shape: Shape, rng: np.random.Generator) -> np.ndarray:
+    """`[L, E]`, the logarithm of each expert's weight: Zipf's law over the experts in a random order."""
+    ranks = np.stack([rng.permutation(shape.experts) for _ in range(shape.layers)])
+    return -np.log(1.0 + ranks)
+
+
+def drawn(weights: np.ndarray, tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
+    """Experts `[L, T, K]`, different within a token."""
+    layers, experts = weights.shape
+    keys = weights[:, None] + rng.gumbel(size=(layers, tokens, experts))
+    return np.argpartition(-keys, top_k, axis=2)[:, :, :top_k].astype(np.int64)
+
+
+@dataclass
+class Tables:
+    """A step's decisions over a pool whose slots hold the most popular experts.
+
+    Attributes:
+        ids: int64 `[L, T, K]`, the routing of the coming step.
+    """
+
+    case: Case
+    shape: Shape
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        """Fill tables and usage as a long run would."""
+        shape, case = self.shape, self.case
+        self.rng = np.random.default_rng(SEED)
+        self.weights = popularity(shape, self.rng)
+        strategy = STRATEGIES[case.strategy].on_device()
+        slots = int(shape.layers * shape.experts * case.share)
+        tables = make_tables(shape.layers, shape.experts, slots, divided=strategy.partition == "layer")
+        best = np.argsort(-self.weights, axis=1)
+        for number in range(slots):
+            fill_slot(tables, number % shape.layers, int(best[number % shape.layers, number // shape.layers]), number)
+        usage = Usage(layers=shape.layers, experts=shape.experts)
+        chance = 1 - (1 - np.exp(self.weights) / np.exp(self.weights).sum(1, keepdims=True)) ** (
+            shape.top_k * case.batch
+        )
+        usage.recent[:], usage.steady[:] = chance / (1 - FADE[0]), chance / (1 - FADE[1])
+        usage.count[:], usage.step = chance * 100, 100
+        usage.last_use[:] = np.floor(100 - 1 / np.maximum(chance, 0.01)) * shape.layers + usage.place
+        self.given = strategy.predicted
+        self.state = CacheState.allocate(strategy, tables, self.device, given=self.given)
+        self.state.copy_from(tables, usage)
+        self.schedule = Schedule.allocate(self.state, case.batch, shape.top_k)
+        self.twin = backend(self.device).residency(self.state)
+        self.ids = torch.zeros(shape.layers, case.batch, shape.top_k, dtype=torch.int64, device=self.device)
+        self.chance = chance
+        if self.given:
+            self.state.known.fill_(STEPS_KNOWN)
+            self.state.demand.copy_(torch.from_numpy(np.broadcast_to(chance, self.state.demand.shape).copy()))
+
+    def route(self) -> np.ndarray:
+        """Draw the coming step's routing and give it to the device, with its forecast."""
+        routing = drawn(self.weights, self.case.batch, self.shape.top_k, self.rng)
+        self.ids.copy_(torch.from_numpy(routing))
+        if self.given:
+            needed = np.zeros((self.shape.layers, self.shape.experts), dtype=bool)
+            np.put_along_axis(needed, routing.reshape(self.shape.layers, -1), values=True, axis=1)
+            named = needed & (self.rng.random(needed.shape) < RECALL)
+            named |= ~needed & (self.rng.random(needed.shape) < FALSE_ALARMS * needed.mean())
+            sure = np.where(named, 0.9 + 0.1 * self.rng.random(needed.shape), np.minimum(self.chance, 0.5))
+            self.state.demand[0].copy_(torch.from_numpy(sure))
+        return routing
+
+    def step(self) -> None:
+        """All of a step's decisions."""
+        self.twin.open_step()
+        for layer in range(self.shape.layers):
+            self.twin.run_layer(layer, self.ids[layer], self.schedule)
+            self.twin.bind(layer)
+        self.twin.close_step()
+
+
+def captured(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The work as a graph to replay; on a CPU, the work itself."""
+    work()
+    if device.type != "cuda":
+        return work
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def timed(work: Callable[[], None], device: torch.device) -> float:
+    """Microseconds of a call."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        work()
+        return (time.perf_counter() - begin) * 1e6
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
+
+
+def kernels_of(record: profile) -> dict[str, list[float]]:
+    """Microseconds of every launch, by the kernel's name."""
+    found = defaultdict(list)
+    for event in record.events():
+        if event.device_type == DeviceType.CUDA:
+            found[event.name].append(event.time_range.elapsed_us())
+    return found
+
+
+def measure(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
+    """One row: a step with its loads, and a step without any."""
+    begin = time.perf_counter()
+    tables = Tables(case, shape, device)
+    tables.route()
+    replay = captured(tables.step, device)
+    ready = time.perf_counter() - begin
+    slots, phases, distinct = tables.state.slots, tables.schedule.phases, []
+    row = {**case._asdict(), **shape._asdict(), "slots": slots, "phases": phases, "ready_seconds": ready}
+    for kind in ("loads", "hits"):
+        tables.route()
+        replay()
+        replay()  # what the first one had to load is resident now
+        tables.state.take_tally()
+        steps, activities = [], [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
+        for _ in range(STEPS):
+            distinct.append(np.mean([len(np.unique(layer)) for layer in tables.route()])) if kind == "loads" else None
+            steps.append(timed(replay, device))
+        tally = tables.state.take_tally()
+        with profile(activities=activities) as record:
+            for _ in range(STEPS):
+                tables.route() if kind == "loads" else None
+                replay()
+            torch.cuda.synchronize() if device.type == "cuda" else None
+        tables.state.take_tally()
+        own = {name: times for name, times in kernels_of(record).items() if len(times) % STEPS == 0}
+        row[kind] = {
+            "step_us": sorted(steps), "needed_a_layer": float(np.mean(distinct)),
+            "loads_a_layer": tally[LOADS] / STEPS / shape.layers, "ahead_a_layer": tally[AHEAD] / STEPS / shape.layers,
+            "kernels": {
+                name: {"launches_a_step": len(times) / STEPS, "us_a_step": sum(times) / STEPS, "us": statistics.median(times)}
+                for name, times in own.items() if "at::" not in name and "Mem" not in name
+            },
+        }  # fmt: skip
+    return row
+
+
+def measure_fetch(device: torch.device, *, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Time fetches of few records, and the same bytes over the copy engine."""
+    cuda = device.type == "cuda"
+    host = torch.empty(HOST_BYTES if not tiny else 1 << 20, dtype=torch.uint8, pin_memory=cuda)
+    pool = torch.empty_like(host, device=device, pin_memory=False)
+    rng, fetch = np.random.default_rng(SEED), backend(device).fetch_records
+    for size in FETCH_BYTES if not tiny else (4096,):
+        records = len(host) // size
+        store, slots = (whole[: records * size].view(records, size) for whole in (host, pool))
+        for number in (n for n in FETCH_RECORDS if n * FETCHES <= 4 * records):
+            chosen = [rng.permutation(records)[: max(number, 1)] for _ in range(FETCHES)]
+            ledgers = [Ledger.of(*(torch.from_numpy(c).to(device, torch.int32) for _ in range(2))) for c in chosen]
+            todo = torch.arange(max(number, 1), dtype=torch.int32, device=device)
+            bounds = torch.tensor([0, number], dtype=torch.int32, device=device)
+            work = _fetches(fetch, store, slots, ledgers, todo, bounds)
+            replay, times = captured(work, device), []
+            for _ in range(5):
+                for ledger in ledgers:
+                    ledger.renew()
+                times.append(timed(replay, device) / FETCHES)
+            us = statistics.median(times)
+            row = {
+                "record_bytes": size,
+                "records": number,
+                "us": us,
+                "all_us": times,
+                "gb_per_second": number * size / us / 1e3,
+            }
+            if number:
+                engine = timed(captured(_copies(store, slots, [int(one) for c in chosen for one in c]), device), device)
+                row |= {"copy_engine_us": engine / FETCHES, "copy_engine_gb_per_second": number * size * FETCHES / engine / 1e3}  # fmt: skip
+            yield row
+
+
+def _fetches(
+    fetch: Callable[..., None], store: Tensor, slots: Tensor, ledgers: list[Ledger], *where: Tensor
+) -> Callable[[], None]:
+    def work() -> None:
+        for ledger in ledgers:
+            fetch(store, slots, ledger, *where)
+
+    return work
+
+
+def _copies(store: Tensor, slots: Tensor, chosen: list[int]) -> Callable[[], None]:
+    def work() -> None:
+        for record in chosen:
+            slots[record].copy_(store[record], non_blocking=True)
+
+    return work
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a line a row."""
+    for row in result["fetch"]:
+        print(
+            f"fetch {row['record_bytes'] / 1e6:5.2f} MB x {row['records']:2d}: {row['us']:8.1f} us {row['gb_per_second']:5.1f} GB/s,"
+            f" copy engine {row.get('copy_engine_us', 0):8.1f} us {row.get('copy_engine_gb_per_second', 0):5.1f} GB/s"
+        )
+    print(
+        "shape batch strategy share | kind: us a step | needed, loads, ahead a layer | us a step (us a launch) of each kernel"
+    )
+    for row in result["tables"]:
+        for kind in ("loads", "hits"):
+            found = row[kind]
+            kernels = ", ".join(f"{name} {k['us_a_step']:.0f} ({k['us']:.1f})" for name, k in found["kernels"].items())
+            print(
+                f"{row['shape']:5s} {row['batch']:2d} {row['strategy']:8s} {row['share']:.2f} | {kind}: {statistics.median(found['step_us']):8.0f}"
+                f" | {found['needed_a_layer']:5.1f} {found['loads_a_layer']:5.2f} {found['ahead_a_layer']:5.2f} | {kernels}"
+            )
+    print("left out:", len(result["left_out"]))
+
+
+def main() -> None:
+    """Measure until time is over, write, print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=50, help="no further row begins after this many seconds")
+    parser.add_argument("--only", default="next,q30,g,q", help="shapes, the first one in most detail")
+    parser.add_argument("--tiny", action="store_true", help="one tiny shape, for a CPU")
+    options = parser.parse_args()
+    begin, device = time.perf_counter(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = TINY if options.tiny else SHAPES
+    torch.manual_seed(SEED)
+    result: dict[str, Any] = {
+        **about(device.type)._asdict(),
+        "seed": SEED,
+        "steps": STEPS,
+        "tables": [],
+        "left_out": [],
+    }
+    result["recall"], result["false_alarms"] = RECALL, FALSE_ALARMS
+    with torch.inference_mode():
+        result["fetch"] = list(measure_fetch(device, tiny=options.tiny))
+        for case in cases(list(TINY) if options.tiny else options.only.split(",")):
+            if time.perf_counter() - begin > options.seconds:
+                result["left_out"].append(case)
+                continue
+            result["tables"].append(measure(case, shapes[case.shape], device))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1))
+    show(result)
+
+
+if __name__ == "__main__":
+    main()
