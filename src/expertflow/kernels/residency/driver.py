@@ -6,15 +6,13 @@ The router's choice never leaves the device. Every call only launches: `kernels.
 Twin of `kernels.residency.reference`, which calls `cache.core` itself. Must not know records and weights.
 """
 
+import torch
 import triton
 from torch import Tensor
 
 from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.kernels.residency import access, lookahead, ranks
 from expertflow.kernels.residency.state import POLICIES, CacheState, RoutingOutput, Schedule
-
-_PLAN_CELLS = 256
-"""Experts of all layers a warp of the plan handles."""
 
 
 class Residency:
@@ -26,11 +24,16 @@ class Residency:
     """
 
     def __init__(self, state: CacheState, routing: RoutingOutput | None = None) -> None:
-        """Allocate what a layer's program passes from its experts to its pairs."""
+        """Allocate what a layer's program passes from its experts to its pairs, and the plan's copy of the tables."""
         self.state, self._routing = state, routing
         self._expert_slot = state.slot_of.new_zeros(state.experts)
         self._expert_table = state.slot_of.new_zeros(state.experts)
         self._rules = state.strategy.rules(state.layers, state.slots)
+        planned = (state.layers, state.experts) if self._rules.prefetch else (0, 0)
+        self._counts = state.slot_of.new_zeros(len(lookahead.COUNTS), planned[0])
+        self._sweep_low = state.rank.new_zeros(planned[0])
+        self._sweep_rank = state.rank.new_zeros(2, *planned)
+        self._sweep_slot = torch.zeros_like(state.slot_of[: planned[0]])
         self._options = {
             "EP": triton.next_power_of_2(state.experts),
             "num_warps": 1,  # one thread writes what all have read: threads of one warp do not lag
@@ -98,15 +101,24 @@ class Residency:
         s, rules = self.state, self._rules
         last = now + 1 + rules.ahead if rules.rolling else s.layers
         last = min(last, now + s.layers) if rules.wraps else min(last, s.layers)
-        cells = triton.next_power_of_2(s.layers * s.experts)
+        room, wide = s.slots - rules.reserve, {"LP": triton.next_power_of_2(s.layers), **self._options}
+        copy = self._counts, self._sweep_low, self._sweep_rank, self._sweep_slot
+        if plan:
+            sizes = s.layers, s.experts
+            lookahead.count_pins[(s.layers,)](
+                s.demand, s.known, s.slot_of, s.pinned, self._counts, *sizes, THRESHOLD=rules.threshold, **self._options
+            )
+            lookahead.pin_residents[(s.layers,)](
+                s.demand, s.known, s.slot_of, s.pinned, s.rank, s.low, s.lowest, s.used, s.unused, *copy,
+                now, *sizes, room, THRESHOLD=rules.threshold, **wide,
+            )  # fmt: skip
         lookahead.look_ahead[(1,)](
             s.slot_of, s.owner, s.rank, s.low, s.lowest, s.per_layer, s.newer, s.older, s.pinned, s.fresh, s.resident,
-            s.demand, s.known, s.limit, s.used, s.unused, s.pending, s.waiting, s.ledger.table, s.ledger.count,
-            s.entry, s.ahead, s.tally, s.log, s.log_count,
-            now, last, s.layers, s.experts, s.slots, s.slots - rules.reserve, rules.ahead, s.ledger.entries,
-            THRESHOLD=rules.threshold, PLAN=plan, ROLLING=rules.rolling, CELLS=cells,
-            PLACES=triton.next_power_of_2(2 * s.layers), EP=self._options["EP"], LOG=len(s.log) > 0,
-            num_warps=max(1, min(8, cells // _PLAN_CELLS)), enable_fp_fusion=False,
+            s.demand, s.limit, s.used, s.pending, s.waiting, *copy, s.ledger.table, s.ledger.count, s.entry, s.ahead,
+            s.tally, s.log, s.log_count,
+            now, last, s.layers, s.experts, s.slots, room, rules.ahead, s.ledger.entries,
+            THRESHOLD=rules.threshold, PLAN=plan, ROLLING=rules.rolling,
+            PLACES=triton.next_power_of_2(2 * s.layers), LOG=len(s.log) > 0, **wide,
         )  # fmt: skip
 
     def close_step(self) -> None:
