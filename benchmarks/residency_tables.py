@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from expertflow.cache.core import fill_slot, make_tables
 from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.policy import FADE, Usage
 from expertflow.cache.strategy import STRATEGIES
+from expertflow.kernels import fetch
 from expertflow.kernels.backend import backend
 from expertflow.kernels.ledger import Ledger
 from expertflow.kernels.residency.state import AHEAD, LOADS, CacheState, Schedule
@@ -44,6 +46,8 @@ FETCHES = 10
 """Fetches in a row in one graph."""
 FETCH_RECORDS = (0, 1, 2, 4, 8, 32)
 FETCH_BYTES = (1_638_400, 3_407_872, 9_437_184)
+CUTS = ((16, 1 << 15), (16, 1 << 14), (32, 1 << 14), (8, 1 << 16))
+"""Further programs and bytes of a block, for records of the first size."""
 HOST_BYTES = 1 << 30
 
 
@@ -231,61 +235,65 @@ def measure_fetch(device: torch.device, *, tiny: bool) -> Iterator[dict[str, Any
     """Time fetches of few records, and the same bytes over the copy engine."""
     cuda = device.type == "cuda"
     host = torch.empty(HOST_BYTES if not tiny else 1 << 20, dtype=torch.uint8, pin_memory=cuda)
-    pool = torch.empty_like(host, device=device, pin_memory=False)
-    rng, fetch = np.random.default_rng(SEED), backend(device).fetch_records
+    pool, rng = torch.empty_like(host, device=device, pin_memory=False), np.random.default_rng(SEED)
     for size in FETCH_BYTES if not tiny else (4096,):
         records = len(host) // size
         store, slots = (whole[: records * size].view(records, size) for whole in (host, pool))
         for number in (n for n in FETCH_RECORDS if n * FETCHES <= 4 * records):
             chosen = [rng.permutation(records)[: max(number, 1)] for _ in range(FETCHES)]
-            ledgers = [Ledger.of(*(torch.from_numpy(c).to(device, torch.int32) for _ in range(2))) for c in chosen]
-            todo = torch.arange(max(number, 1), dtype=torch.int32, device=device)
-            bounds = torch.tensor([0, number], dtype=torch.int32, device=device)
-            work = _fetches(fetch, store, slots, ledgers, todo, bounds)
-            replay, times = captured(work, device), []
-            for _ in range(5):
-                for ledger in ledgers:
-                    ledger.renew()
-                times.append(timed(replay, device) / FETCHES)
-            us = statistics.median(times)
-            row = {
-                "record_bytes": size,
-                "records": number,
-                "us": us,
-                "all_us": times,
-                "gb_per_second": number * size / us / 1e3,
-            }
+            fetches = Fetches(store, slots, number, chosen)
+            row = {"record_bytes": size, "records": number, "us": fetches.us(fetches.run)}
             if number:
-                engine = timed(captured(_copies(store, slots, [int(one) for c in chosen for one in c]), device), device)
-                row |= {"copy_engine_us": engine / FETCHES, "copy_engine_gb_per_second": number * size * FETCHES / engine / 1e3}  # fmt: skip
+                row["copy_engine_us"] = timed(captured(fetches.engine, device), device) / FETCHES
+            if cuda and size == FETCH_BYTES[0]:
+                row["cuts_us"] = {str(cut): fetches.us(partial(fetches.cut, *cut)) for cut in CUTS}
             yield row
 
 
-def _fetches(
-    fetch: Callable[..., None], store: Tensor, slots: Tensor, ledgers: list[Ledger], *where: Tensor
-) -> Callable[[], None]:
-    def work() -> None:
-        for ledger in ledgers:
-            fetch(store, slots, ledger, *where)
+class Fetches:
+    """Fetches in a row of the records `chosen`, each into the slot of its number."""
 
-    return work
+    def __init__(self, store: Tensor, slots: Tensor, number: int, chosen: list[np.ndarray]) -> None:
+        """Make a ledger a fetch."""
+        self.store, self.slots, self.chosen, device = store, slots, chosen, slots.device
+        self.ledgers = [Ledger.of(*(torch.from_numpy(c).to(device, torch.int32) for _ in range(2))) for c in chosen]
+        self.todo = torch.arange(len(chosen[0]), dtype=torch.int32, device=device)
+        self.bounds = torch.tensor([0, number], dtype=torch.int32, device=device)
 
+    def run(self) -> None:
+        """As the engine does."""
+        for ledger in self.ledgers:
+            backend(self.slots.device).fetch_records(self.store, self.slots, ledger, self.todo, self.bounds)
 
-def _copies(store: Tensor, slots: Tensor, chosen: list[int]) -> Callable[[], None]:
-    def work() -> None:
-        for record in chosen:
-            slots[record].copy_(store[record], non_blocking=True)
+    def cut(self, programs: int, block_bytes: int) -> None:
+        """By other programs or blocks."""
+        for ledger in self.ledgers:
+            fetch.launch_fetch(
+                self.store, self.slots, (ledger, self.todo, self.bounds), programs, block_bytes, fetch.WARPS
+            )
 
-    return work
+    def engine(self) -> None:
+        """By the copy engine."""
+        for record in (int(one) for c in self.chosen for one in c):
+            self.slots[record].copy_(self.store[record], non_blocking=True)
+
+    def us(self, work: Callable[[], None]) -> float:
+        """Microseconds of a fetch, the median of some replays."""
+        replay, times = captured(work, self.slots.device), []
+        for _ in range(5):
+            for ledger in self.ledgers:
+                ledger.renew()
+            times.append(timed(replay, self.slots.device) / FETCHES)
+        return statistics.median(times)
 
 
 def show(result: dict[str, Any]) -> None:
     """Print a line a row."""
     for row in result["fetch"]:
-        print(
-            f"fetch {row['record_bytes'] / 1e6:5.2f} MB x {row['records']:2d}: {row['us']:8.1f} us {row['gb_per_second']:5.1f} GB/s,"
-            f" copy engine {row.get('copy_engine_us', 0):8.1f} us {row.get('copy_engine_gb_per_second', 0):5.1f} GB/s"
-        )
+        moved = row["records"] * row["record_bytes"] / 1e3
+        found = {"ours": row["us"], "copy engine": row.get("copy_engine_us"), **row.get("cuts_us", {})}
+        speeds = ", ".join(f"{name} {us:.1f} us {moved / us:.1f} GB/s" for name, us in found.items() if us)
+        print(f"fetch {row['record_bytes'] / 1e6:5.2f} MB x {row['records']:2d}: {speeds}")
     print(
         "shape batch strategy share | kind: us a step | needed, loads, ahead a layer | us a step (us a launch) of each kernel"
     )

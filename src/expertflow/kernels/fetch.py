@@ -26,38 +26,61 @@ def _until(counter, enough):
         seen = tl.atomic_add(counter, 0, sem="acquire")
 
 
+@triton.jit
+def _fields(entry, entries, real):
+    """The load called off before into the same slot, or -1, the record and the slot of an entry."""
+    before = tl.load(entry + _PRIOR * entries, mask=real, other=-1)
+    src = tl.load(entry + _SRC * entries, mask=real, other=0)
+    return before, src, tl.load(entry + _DST * entries, mask=real, other=0)
+
+
 # parts of a list start at any address; specializing on them might compile a kernel anew during a capture
 @triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["todo", "bounds"])
 def _fetch_kernel(
-    host, pool, ledger, todo, bounds, entries, record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr
+    host, pool, ledger, todo, bounds, entries,
+    record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr, threads: tl.constexpr,
 ):  # fmt: skip
-    """Take blocks of `block` words from the entries, one after the other; a record is `record` words."""
+    """Take blocks of `block` words from the entries, one after the other; a record is `record` words.
+
+    Two loads' fields and a block's words are under way while the counters answer, so that short records keep the link full.
+    """
     begin = tl.load(bounds)
     end = tl.load(bounds + 1)
     blocks: tl.constexpr = (record + block - 1) // block
     place = begin
+    number = tl.load(todo + place, mask=place < end, other=0)
+    number_then = tl.load(todo + place + 1, mask=place + 1 < end, other=0)
+    before, src, dst = _fields(ledger + number, entries, place < end)
     while place < end:  # the interpreter has no `range` over values of the device
-        entry = ledger + tl.load(todo + place)
-        before = tl.load(entry + _PRIOR * entries)
+        entry = ledger + number
+        before_then, src_then, dst_then = _fields(ledger + number_then, entries, place + 1 < end)
+        number, number_then = number_then, tl.load(todo + place + 2, mask=place + 2 < end, other=0)
         if before >= 0:  # a load into the same slot was called off: wait for its blocks under way
             _until(ledger + _DONE * entries + before, tl.minimum(tl.load(ledger + _CARRIED * entries + before), blocks))
-        source = host + tl.load(entry + _SRC * entries).to(tl.int64) * record
-        target = pool + tl.load(entry + _DST * entries).to(tl.int64) * record
+        source = host + src.to(tl.int64) * record
+        target = pool + dst.to(tl.int64) * record
         part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
         while part < blocks:
             at = part * block + tl.arange(0, block)
             words = tl.load(source + at, mask=at < record, cache_modifier=".cg")
+            part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")  # while the words are under way
             tl.store(target + at, words, mask=at < record)
             tl.debug_barrier()  # the whole program has written
             tl.atomic_add(entry + _DONE * entries, 1, sem="release")
-            part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
+        before, src, dst = before_then, src_then, dst_then
         place += 1
     if wait:  # noqa: SIM102 - one is known to the compiler, the other to the device
         if tl.program_id(0) == 0:
+            lane = tl.arange(0, threads)
             place = begin
             while place < end:
-                _until(ledger + tl.load(todo + place) + _DONE * entries, blocks)
-                place += 1
+                mine = place + lane < end
+                done = ledger + _DONE * entries + tl.load(todo + place + lane, mask=mine, other=0)
+                least = 0
+                while least < blocks:  # all at once: a counter takes as long to answer as all of them
+                    seen = tl.atomic_add(done, tl.zeros([threads], tl.int32), mask=mine, sem="acquire")
+                    least = tl.min(tl.where(mine, seen, blocks), 0)
+                place += threads
 
 
 def blocks_of(record_bytes: int) -> int:
@@ -108,5 +131,5 @@ def launch_fetch(
     ledger, todo, bounds = loads
     _fetch_kernel[(programs,)](
         host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, ledger.entries,
-        record=record, block=block, wait=wait, num_warps=warps,
+        record=record, block=block, wait=wait, threads=32 * warps, num_warps=warps,
     )  # fmt: skip
