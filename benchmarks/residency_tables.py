@@ -5,9 +5,11 @@ The slots hold the experts most often used. Routing is drawn by Zipf's law, anew
 loaded. A step's decisions are one CUDA graph, replayed; records are not moved. The profiler gives the time of each kernel. `plec` gets a
 forecast that names most of the truth and some experts besides. Fetches are timed apart, ten in one graph.
 
-Configurations run in the order of their interest until `--seconds` are over; the result names those left out.
+Rows are printed and written at once; none begins after `--seconds` from the start of the process. Kernels are compiled once a tree:
+`--compile NUMBER/PROCESSES` only runs every so many of the cases once, so that several processes share that work beforehand.
 
-Usage: python benchmarks/residency_tables.py --out FILE [--seconds 55] [--only next,q30] [--tiny]
+Usage: python benchmarks/residency_tables.py --out FILE [--seconds 20] [--only next,q30] [--cases next:8:plec:0.5,...] [--compile 0/8]
+    [--without-fetch] [--tiny]
 """
 
 import argparse
@@ -18,10 +20,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -45,10 +49,10 @@ RECALL, FALSE_ALARMS = 0.8, 0.05
 FETCHES = 10
 """Fetches in a row in one graph."""
 FETCH_RECORDS = (0, 1, 2, 4, 8, 32)
-FETCH_BYTES = (1_638_400, 3_407_872, 9_437_184)
+FETCH_BYTES = (1_638_400, 9_437_184, 3_407_872)
 CUTS = ((16, 1 << 15), (16, 1 << 14), (32, 1 << 14), (8, 1 << 16))
 """Further programs and bytes of a block, for records of the first size."""
-HOST_BYTES = 1 << 30
+HOST_BYTES = 1 << 29
 
 
 class Shape(NamedTuple):
@@ -73,14 +77,12 @@ TINY = {"tiny": Shape(3, 16, 2)}
 
 
 def cases(names: list[str]) -> Iterator[Case]:
-    """What is measured, the most interesting first."""
+    """What is measured, the most interesting first: plans for the first shape, then the same for the others, then other strategies."""
     for strategy in ("plec", "next-use"):
-        yield from (Case(name, batch, strategy, 0.5) for batch in (1, 8) for name in names)
+        yield from (Case(name, batch, strategy, 0.5) for name in names for batch in (1, 8))
     yield from (Case(names[0], batch, strategy, 0.5) for batch in (4, 16) for strategy in ("plec", "next-use"))
     for strategy in ("plec", "next-use", "lru"):
-        yield from (Case(name, batch, strategy, 0.25) for batch in (1, 8) for name in names)
-    yield from (Case(name, batch, "lru", 0.5) for batch in (1, 8) for name in names)
-    yield from (Case(name, 16, strategy, 0.5) for strategy in ("plec", "next-use") for name in names[1:])
+        yield from (Case(name, batch, strategy, 0.25) for name in names for batch in (1, 8))
 
 
 def popularity(shape: Shape, rng: np.random.Generator) -> np.ndarray:
@@ -185,49 +187,57 @@ def timed(work: Callable[[], None], device: torch.device) -> float:
     return begin.elapsed_time(end) * 1e3
 
 
-def kernels_of(record: profile) -> dict[str, list[float]]:
-    """Microseconds of every launch, by the kernel's name."""
+def profiled(work: list[Callable[[], None]], device: torch.device) -> dict[str, list[float]]:
+    """Microseconds of every launch, by the kernel's name, in the order of time."""
+    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as record:
+        for each in work:
+            each()
+        torch.cuda.synchronize() if device.type == "cuda" else None
     found = defaultdict(list)
-    for event in record.events():
-        if event.device_type == DeviceType.CUDA:
+    for event in sorted(record.events(), key=lambda event: event.time_range.start):
+        if event.device_type == DeviceType.CUDA and "at::" not in event.name and "Mem" not in event.name:
             found[event.name].append(event.time_range.elapsed_us())
     return found
 
 
 def measure(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """One row: a step with its loads, and a step without any."""
+    """One row: steps with their loads, and repeated steps, which load nothing."""
     begin = time.perf_counter()
     tables = Tables(case, shape, device)
     tables.route()
     replay = captured(tables.step, device)
-    ready = time.perf_counter() - begin
-    slots, phases, distinct = tables.state.slots, tables.schedule.phases, []
-    row = {**case._asdict(), **shape._asdict(), "slots": slots, "phases": phases, "ready_seconds": ready}
+    row = {**case._asdict(), **shape._asdict(), "slots": tables.state.slots, "phases": tables.schedule.phases}
+    row["ready_seconds"] = time.perf_counter() - begin
     for kind in ("loads", "hits"):
         tables.route()
         replay()
         replay()  # what the first one had to load is resident now
         tables.state.take_tally()
-        steps, activities = [], [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
+        steps, needed = [], []
         for _ in range(STEPS):
-            distinct.append(np.mean([len(np.unique(layer)) for layer in tables.route()])) if kind == "loads" else None
+            if kind == "loads":
+                needed += [len(np.unique(layer)) for layer in tables.route()]
             steps.append(timed(replay, device))
         tally = tables.state.take_tally()
-        with profile(activities=activities) as record:
-            for _ in range(STEPS):
-                tables.route() if kind == "loads" else None
-                replay()
-            torch.cuda.synchronize() if device.type == "cuda" else None
-        tables.state.take_tally()
-        own = {name: times for name, times in kernels_of(record).items() if len(times) % STEPS == 0}
         row[kind] = {
-            "step_us": sorted(steps), "needed_a_layer": float(np.mean(distinct)),
+            "step_us": sorted(steps), "needed_a_layer": float(np.mean(needed)) if needed else None,
             "loads_a_layer": tally[LOADS] / STEPS / shape.layers, "ahead_a_layer": tally[AHEAD] / STEPS / shape.layers,
-            "kernels": {
-                name: {"launches_a_step": len(times) / STEPS, "us_a_step": sum(times) / STEPS, "us": statistics.median(times)}
-                for name, times in own.items() if "at::" not in name and "Mem" not in name
-            },
         }  # fmt: skip
+
+    def routed() -> None:
+        tables.route()
+        replay()
+
+    found = profiled([routed] * STEPS + [replay] * (1 + STEPS), device)
+    tables.state.take_tally()
+    for kind in ("loads", "hits"):
+        row[kind]["kernels"] = {}
+        for name, times in ((name, times) for name, times in found.items() if len(times) > 2 * STEPS):
+            launches = len(times) // (2 * STEPS + 1)
+            those = times[: launches * STEPS] if kind == "loads" else times[-launches * STEPS :]
+            row[kind]["kernels"][name] = {
+                "launches_a_step": launches, "us_a_step": sum(those) / STEPS, "us": statistics.median(those)
+            }  # fmt: skip
     return row
 
 
@@ -287,56 +297,80 @@ class Fetches:
         return statistics.median(times)
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print a line a row."""
-    for row in result["fetch"]:
-        moved = row["records"] * row["record_bytes"] / 1e3
-        found = {"ours": row["us"], "copy engine": row.get("copy_engine_us"), **row.get("cuts_us", {})}
-        speeds = ", ".join(f"{name} {us:.1f} us {moved / us:.1f} GB/s" for name, us in found.items() if us)
-        print(f"fetch {row['record_bytes'] / 1e6:5.2f} MB x {row['records']:2d}: {speeds}")
-    print(
-        "shape batch strategy share | kind: us a step | needed, loads, ahead a layer | us a step (us a launch) of each kernel"
-    )
-    for row in result["tables"]:
-        for kind in ("loads", "hits"):
-            found = row[kind]
-            kernels = ", ".join(f"{name} {k['us_a_step']:.0f} ({k['us']:.1f})" for name, k in found["kernels"].items())
-            print(
-                f"{row['shape']:5s} {row['batch']:2d} {row['strategy']:8s} {row['share']:.2f} | {kind}: {statistics.median(found['step_us']):8.0f}"
-                f" | {found['needed_a_layer']:5.1f} {found['loads_a_layer']:5.2f} {found['ahead_a_layer']:5.2f} | {kernels}"
-            )
-    print("left out:", len(result["left_out"]))
+def show_fetch(row: dict[str, Any]) -> None:
+    """Print a line."""
+    moved = row["records"] * row["record_bytes"] / 1e3
+    found = {"ours": row["us"], "copy engine": row.get("copy_engine_us"), **row.get("cuts_us", {})}
+    speeds = ", ".join(f"{name} {us:.1f} us {moved / us:.1f} GB/s" for name, us in found.items() if us)
+    print(f"fetch {row['record_bytes'] / 1e6:5.2f} MB x {row['records']:2d}: {speeds}", flush=True)
+
+
+def show_tables(row: dict[str, Any]) -> None:
+    """Print two lines: microseconds a step; needed, loads, loads ahead a layer; microseconds a step and a launch of each kernel."""
+    for kind in ("loads", "hits"):
+        found = row[kind]
+        kernels = ", ".join(f"{name} {k['us_a_step']:.0f} ({k['us']:.1f})" for name, k in found["kernels"].items())
+        print(
+            f"{row['shape']:5s} {row['batch']:2d} {row['strategy']:8s} {row['share']:.2f} {kind}: {statistics.median(found['step_us']):8.0f} us a step"
+            f" | {found['needed_a_layer'] or 0:5.1f} {found['loads_a_layer']:5.2f} {found['ahead_a_layer']:5.2f} | {kernels}",
+            flush=True,
+        )
+
+
+def rows(
+    chosen: list[Case], shapes: dict[str, Shape], device: torch.device, fetches: Iterator[dict[str, Any]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All rows: two cases, fetches of the smallest records, the other cases, the other fetches."""
+    for case in chosen[:2]:
+        yield "tables", measure(case, shapes[case.shape], device)
+    yield from (("fetch", row) for row in islice(fetches, len(FETCH_RECORDS)))
+    for case in chosen[2:]:
+        yield "tables", measure(case, shapes[case.shape], device)
+    yield from (("fetch", row) for row in fetches)
 
 
 def main() -> None:
-    """Measure until time is over, write, print."""
+    """Measure until time is over; write and print every row."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=50, help="no further row begins after this many seconds")
+    parser.add_argument("--out", type=Path, default=Path("residency_tables.json"))
+    parser.add_argument("--seconds", type=float, default=20, help="no row begins later than this after the process")
     parser.add_argument("--only", default="next,q30,g,q", help="shapes, the first one in most detail")
+    parser.add_argument("--cases", help="instead: SHAPE:BATCH:STRATEGY:SHARE,...")
+    parser.add_argument("--rows", type=int, help="so many cases at most")
+    parser.add_argument(
+        "--compile", help="NUMBER/PROCESSES: run every PROCESSES-th case from NUMBER on, once, unmeasured"
+    )
+    parser.add_argument("--without-fetch", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape, for a CPU")
     options = parser.parse_args()
-    begin, device = time.perf_counter(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = TINY if options.tiny else SHAPES
-    torch.manual_seed(SEED)
-    result: dict[str, Any] = {
-        **about(device.type)._asdict(),
-        "seed": SEED,
-        "steps": STEPS,
-        "tables": [],
-        "left_out": [],
-    }
-    result["recall"], result["false_alarms"] = RECALL, FALSE_ALARMS
-    with torch.inference_mode():
-        result["fetch"] = list(measure_fetch(device, tiny=options.tiny))
-        for case in cases(list(TINY) if options.tiny else options.only.split(",")):
-            if time.perf_counter() - begin > options.seconds:
-                result["left_out"].append(case)
-                continue
-            result["tables"].append(measure(case, shapes[case.shape], device))
+    chosen = list(cases(list(TINY) if options.tiny else options.only.split(",")))[: options.rows]
+    if options.cases:
+        parts = (case.split(":") for case in options.cases.split(","))
+        chosen = [Case(shape, int(batch), strategy, float(share)) for shape, batch, strategy, share in parts]
+    fetches = iter(()) if options.without_fetch else measure_fetch(device, tiny=options.tiny)
+    if options.compile:
+        number, processes = map(int, options.compile.split("/"))
+        for case in chosen[number::processes]:
+            tables = Tables(case, shapes[case.shape], device)
+            tables.route()
+            tables.step()
+        list(islice(fetches, 2 * (number == 0)))
+        return
+    result: dict[str, Any] = {**about(device.type)._asdict(), "seed": SEED, "steps": STEPS, "fetch": [], "tables": []}
+    result |= {"recall": RECALL, "false_alarms": FALSE_ALARMS, "left_out": [case._asdict() for case in chosen]}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1))
-    show(result)
+
+    begun = psutil.Process().create_time()
+    with torch.inference_mode():
+        for kind, row in rows(chosen, shapes, device, fetches):
+            (show_tables if kind == "tables" else show_fetch)(row)
+            result[kind].append(row)
+            result["left_out"] = [case._asdict() for case in chosen[len(result["tables"]) :]]
+            options.out.write_text(json.dumps(result, indent=1))
+            if time.time() - begun > options.seconds:
+                break
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.kernels.residency import access, lookahead, ranks
 from expertflow.kernels.residency.state import POLICIES, CacheState, RoutingOutput, Schedule
 
+_LAYER_CELLS, _MOST_WARPS = 64, 8
+"""Experts that a warp handles where a program has a layer, and such a program's warps at most."""
+
 
 class Residency:
     """Drives the kernels over one state; every call only launches.
@@ -39,6 +42,8 @@ class Residency:
             "num_warps": 1,  # one thread writes what all have read: threads of one warp do not lag
             "enable_fp_fusion": False,
         }
+        warps = max(1, min(_MOST_WARPS, state.experts // _LAYER_CELLS))
+        self._layer_options = {**self._options, "num_warps": warps}  # of programs that handle a layer each
 
     def expect(self, probabilities: Tensor, members: Tensor, group_bounds: Tensor) -> None:
         """Compute the demand of this step and further ones from chances of single sequences.
@@ -52,7 +57,7 @@ class Residency:
         s = self.state
         s.known.fill_(STEPS_KNOWN)
         ranks.expect[(s.layers,)](
-            probabilities, members, group_bounds, s.demand, s.known, s.tally, s.layers, s.experts, **self._options
+            probabilities, members, group_bounds, s.demand, s.known, s.tally, s.layers, s.experts, **self._layer_options
         )
 
     def open_step(self, *, ahead: bool = True) -> None:
@@ -66,7 +71,7 @@ class Residency:
             s.slot_of, s.last_use, s.count, s.recent, s.steady, s.waits, s.used, s.unused, s.limit, s.demand, s.known,
             s.pinned, s.fresh, s.rank, s.low, s.lowest, s.clock, s.future, s.following, s.ledger.table, s.ledger.count, s.entry,
             s.ahead, s.waiting, s.tally, s.layers, s.experts, len(s.future), s.ledger.entries, s.slots,
-            POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, **self._options,
+            POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, **self._layer_options,
         )  # fmt: skip
         if self._rules.prefetch and ahead:
             self._look_ahead(-1, plan=True)
@@ -101,16 +106,14 @@ class Residency:
         s, rules = self.state, self._rules
         last = now + 1 + rules.ahead if rules.rolling else s.layers
         last = min(last, now + s.layers) if rules.wraps else min(last, s.layers)
-        room, wide = s.slots - rules.reserve, {"LP": triton.next_power_of_2(s.layers), **self._options}
+        room, most = s.slots - rules.reserve, triton.next_power_of_2(s.layers)
         copy = self._counts, self._sweep_low, self._sweep_rank, self._sweep_slot
         if plan:
-            sizes = s.layers, s.experts
-            lookahead.count_pins[(s.layers,)](
-                s.demand, s.known, s.slot_of, s.pinned, self._counts, *sizes, THRESHOLD=rules.threshold, **self._options
-            )
+            sizes, options = (s.layers, s.experts), {"THRESHOLD": rules.threshold, **self._layer_options}
+            lookahead.count_pins[(s.layers,)](s.demand, s.known, s.slot_of, s.pinned, self._counts, *sizes, **options)
             lookahead.pin_residents[(s.layers,)](
                 s.demand, s.known, s.slot_of, s.pinned, s.rank, s.low, s.lowest, s.used, s.unused, *copy,
-                now, *sizes, room, THRESHOLD=rules.threshold, **wide,
+                now, *sizes, room, LP=most, **options,
             )  # fmt: skip
         lookahead.look_ahead[(1,)](
             s.slot_of, s.owner, s.rank, s.low, s.lowest, s.per_layer, s.newer, s.older, s.pinned, s.fresh, s.resident,
@@ -118,7 +121,7 @@ class Residency:
             s.tally, s.log, s.log_count,
             now, last, s.layers, s.experts, s.slots, room, rules.ahead, s.ledger.entries,
             THRESHOLD=rules.threshold, PLAN=plan, ROLLING=rules.rolling,
-            PLACES=triton.next_power_of_2(2 * s.layers), LOG=len(s.log) > 0, **wide,
+            PLACES=triton.next_power_of_2(2 * s.layers), LOG=len(s.log) > 0, LP=most, **self._options,
         )  # fmt: skip
 
     def close_step(self) -> None:
@@ -135,5 +138,5 @@ class Residency:
             s.made,
             s.layers,
             s.experts,
-            **self._options,
+            **self._layer_options,
         )

@@ -11,11 +11,12 @@ import triton.language as tl
 
 from expertflow.cache.core import EVICT, PREFETCH, WASTED
 from expertflow.kernels.ledger import DST, PRIOR, SRC
-from expertflow.kernels.residency.access import add_to, call_off, write_log
+from expertflow.kernels.residency.access import add_to, call_off, key_of, rank_of, smallest, write_log
 from expertflow.kernels.residency.state import AHEAD, BROKEN, EVICTIONS, WASTES
 
 _PREFETCH, _EVICT, _WASTED = (tl.constexpr(kind) for kind in (PREFETCH, EVICT, WASTED))
 _AHEAD, _EVICTIONS, _WASTES, _BROKEN = (tl.constexpr(place) for place in (AHEAD, EVICTIONS, WASTES, BROKEN))
+_LAST = tl.constexpr(0x7FFFFFFF)
 _SRC, _DST, _PRIOR = (tl.constexpr(field) for field in (SRC, DST, PRIOR))
 COUNTS = OLD, NEW, PINNED, LACKING, LOWEST = range(5)
 """Rows of `counts`, int32 `[5, L]`: experts pinned before, those to be pinned, those pinned, those demanded and absent; and the
@@ -79,19 +80,21 @@ def pin_residents(
     then = tl.where(slot >= 0, then, float("inf"))
     tl.store(pinned + at, pinned_now.to(tl.uint8), mask=mask)
     tl.store(rank + at, ranks, mask=mask)
-    tl.store(low + layer, tl.min(ranks, 0))
-    tl.store(lowest + layer, tl.argmin(ranks, 0).to(tl.int32))
-    tl.store(sweep_low + layer, tl.min(then, 0))
+    upper, lower, place = smallest(*key_of(ranks), column)
+    tl.store(low + layer, rank_of(upper, lower))
+    tl.store(lowest + layer, place)
+    upper, lower, place = smallest(*key_of(then), column)
+    tl.store(sweep_low + layer, rank_of(upper, lower))
+    tl.store(counts + _LOWEST * layers + layer, place)
     tl.store(sweep_rank + at, ranks, mask=mask)
     tl.store(sweep_rank + layers * experts + at, then, mask=mask)
     tl.store(sweep_slot + at, slot, mask=mask)
     tl.store(counts + _PINNED * layers + layer, _count(pinned_now))
     tl.store(counts + _LACKING * layers + layer, _count(want & (slot < 0)))
-    tl.store(counts + _LOWEST * layers + layer, tl.argmin(then, 0).to(tl.int32))
 
 
 @triton.jit
-def _sweep(  # noqa: C901, PLR0915 - as `look_ahead`
+def _sweep(  # noqa: PLR0915 - as `look_ahead`
     low, lowest, newer, pinned, resident, demand, limit, used, pending, waiting, counts, sweep_low, sweep_rank, sweep_slot,
     now, last, layers, experts, slots, room, reach,
     THRESHOLD: tl.constexpr, ROLLING: tl.constexpr, EP: tl.constexpr, LP: tl.constexpr, PLACES: tl.constexpr,  # noqa: N803
@@ -99,9 +102,9 @@ def _sweep(  # noqa: C901, PLR0915 - as `look_ahead`
     """`prefetch.plan` after `pin_residents`."""
     column, other, place_of = tl.arange(0, EP), tl.arange(0, LP), tl.arange(0, PLACES)
     inside, cells = column < experts, layers * experts
-    lows = tl.load(low + other, mask=other < layers, other=float("inf"))
+    lows_upper, lows_lower = key_of(tl.load(low + other, mask=other < layers, other=float("inf")))
     at_low = tl.load(lowest + other, mask=other < layers, other=0)
-    then_lows = tl.load(sweep_low + other, mask=other < layers, other=float("inf"))
+    then_upper, then_lower = key_of(tl.load(sweep_low + other, mask=other < layers, other=float("inf")))
     then_at = tl.load(counts + _LOWEST * layers + other, mask=other < layers, other=0)
     changed = tl.load(counts + _LACKING * layers + other, mask=other < layers, other=0)
     coming = (place_of > now) & (place_of <= now + layers)
@@ -125,46 +128,47 @@ def _sweep(  # noqa: C901, PLR0915 - as `look_ahead`
                 value = tl.load(limit + base + column, mask=inside, other=0.0)
             lacking = inside & (chance >= THRESHOLD) & (at < 0)
             todo = _count(lacking)
+            uppers, lowers = key_of(-chance)  # the largest chance first
             while (todo > 0) & (served > 0):
-                best = tl.argmax(tl.where(lacking, chance, -1.0), 0).to(tl.int32)
+                _, _, best = smallest(tl.where(lacking, uppers, _LAST), lowers, column)
                 chosen = column == best
-                slot, victim_layer, victim, after = empty, -1, -1, now
-                their_ranks = tl.zeros([EP], tl.float64)
-                if left <= 0:
-                    least, found = tl.min(lows, 0, return_indices=True)
-                    victim_layer = found.to(tl.int32)
-                    victim = tl.sum(tl.where(other == victim_layer, at_low, 0), 0)
-                    theirs = victim_layer * experts
-                    swept = (victim_layer > now) & (victim_layer < place)
-                    slot = tl.load(sweep_slot + theirs + victim)
-                    wanted = tl.load(demand + theirs + victim) >= THRESHOLD
-                    from_row = sweep_rank + tl.where(swept, cells, 0) + theirs
-                    their_ranks = tl.load(from_row + column, mask=inside, other=float("inf"))
-                    slot = tl.where(least < tl.sum(tl.where(chosen, value, 0.0), 0), slot, -1)
-                    after = tl.where(swept & wanted, victim_layer, now)
+                low_upper, low_lower, victim_layer = smallest(lows_upper, lows_lower, other)
+                victim = tl.sum(tl.where(other == victim_layer, at_low, 0), 0)
+                theirs = victim_layer * experts
+                swept = (victim_layer > now) & (victim_layer < place)
+                slot = tl.load(sweep_slot + theirs + victim)
+                wanted = tl.load(demand + theirs + victim) >= THRESHOLD
+                from_row = sweep_rank + tl.where(swept, cells, 0) + theirs
+                their_ranks = tl.load(from_row + column, mask=inside, other=float("inf"))
+                worth = tl.sum(tl.where(chosen, value, 0.0), 0)
+                slot = tl.where(rank_of(low_upper, low_lower) < worth, slot, -1)
+                after = tl.where(swept & wanted, victim_layer, now)
+                if left > 0:
+                    slot, after = empty, now
                 after = tl.maximum(after, place - 1 - reach)
                 full = (place_of > after) & (place_of <= place) & (pins >= room)
                 after = tl.maximum(after, tl.max(tl.where(full, place_of, -1), 0))
                 served = ((slot >= 0) & (after < place)).to(tl.int32)
                 if ROLLING:
                     served = served * (after <= now).to(tl.int32)
+                # the layer that loses an expert, if one has to leave
+                robbed = (other == victim_layer) & (served > 0) & (left <= 0)
+                their_ranks = tl.where(column == victim, float("inf"), their_ranks)
+                low_upper, low_lower, found = smallest(*key_of(their_ranks), column)
+                lows_upper = tl.where(robbed, low_upper, lows_upper)
+                lows_lower = tl.where(robbed, low_lower, lows_lower)
+                at_low = tl.where(robbed, found, at_low)
+                changed = tl.where(robbed, 1, changed)
+                pins += ((place_of > after) & (place_of <= place) & (served > 0)).to(tl.int32)
+                lacking = lacking & (column != best)
                 if served > 0:
-                    pins += ((place_of > after) & (place_of <= place)).to(tl.int32)
                     if left > 0:
                         left -= 1
                         empty = tl.load(newer + slot)
                     else:
-                        gone = victim_layer * experts + victim
-                        least, found = tl.min(
-                            tl.where(column == victim, float("inf"), their_ranks), 0, return_indices=True
-                        )
-                        lows = tl.where(other == victim_layer, least, lows)
-                        at_low = tl.where(other == victim_layer, found.to(tl.int32), at_low)
-                        changed = tl.where(other == victim_layer, 1, changed)
-                        tl.store(sweep_slot + gone, -1)
-                        tl.store(sweep_rank + gone, float("inf"))
-                        tl.store(sweep_rank + cells + gone, float("inf"))
-                    lacking = lacking & (column != best)
+                        tl.store(sweep_slot + theirs + victim, -1)
+                        tl.store(sweep_rank + theirs + victim, float("inf"))
+                        tl.store(sweep_rank + cells + theirs + victim, float("inf"))
                     tl.store(sweep_slot + base + best, slot)
                     tl.store(sweep_rank + cells + base + best, tl.sum(tl.where(chosen, then, 0.0), 0))
                     tl.store(pinned + base + best, tl.full([], 1, tl.uint8))
@@ -174,16 +178,19 @@ def _sweep(  # noqa: C901, PLR0915 - as `look_ahead`
                     count += 1
                     todo -= 1
                     tl.debug_barrier()
+            ranks = tl.load(sweep_rank + cells + base + column, mask=inside, other=float("inf"))
+            low_upper, low_lower, found = smallest(*key_of(ranks), column)
+            then_upper = tl.where(here, low_upper, then_upper)
+            then_lower = tl.where(here, low_lower, then_lower)
+            then_at = tl.where(here, found, then_at)
         if ROLLING:
             going = served
-        if (place < layers) & (going > 0):  # after the layer its experts may be evicted, ranked by their next use
-            if differs > 0:
-                ranks = tl.load(sweep_rank + cells + base + column, mask=inside, other=float("inf"))
-                least, found = tl.min(ranks, 0, return_indices=True)
-                then_lows = tl.where(here, least, then_lows)
-                then_at = tl.where(here, found.to(tl.int32), then_at)
-            lows = tl.where(here, then_lows, lows)
-            at_low = tl.where(here, then_at, at_low)
+        passed = (
+            here & (place < layers) & (going > 0)
+        )  # after the layer its experts may be evicted, ranked by their next use
+        lows_upper = tl.where(passed, then_upper, lows_upper)
+        lows_lower = tl.where(passed, then_lower, lows_lower)
+        at_low = tl.where(passed, then_at, at_low)
         place += 1
     tl.store(waiting, count)
 
@@ -268,8 +275,9 @@ def _bind(  # noqa: C901, PLR0912, PLR0915 - as `look_ahead`
     layer = tl.argmax(robbed.to(tl.int32), 0).to(tl.int32)
     while tl.sum(tl.where(other == layer, robbed.to(tl.int32), 0), 0) > 0:
         ranks = tl.load(rank + layer * experts + column, mask=inside, other=float("inf"))
-        tl.store(low + layer, tl.min(ranks, 0))
-        tl.store(lowest + layer, tl.argmin(ranks, 0).to(tl.int32))
+        upper, lower, place = smallest(*key_of(ranks), column)
+        tl.store(low + layer, rank_of(upper, lower))
+        tl.store(lowest + layer, place)
         robbed = robbed & (other != layer)
         layer = tl.argmax(robbed.to(tl.int32), 0).to(tl.int32)
     if load > begin:
