@@ -203,9 +203,9 @@ def test_kernels_decide_as_the_replay_on_random_routing(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "slots"), [("next-use", 700), ("oracle-step", 700), ("oracle-step", 60)])
 def test_kernels_decide_as_the_replay_over_many_experts(name: str, slots: int) -> None:
-    """512 experts a layer, 10 a token: more than a warp holds one a thread, and plans longer than their tables are wide."""
-    members = np.arange(9).reshape(3, 3)
-    workload = Workload(trace=make_trace(9, layers=3, experts=512, top_k=10), members=members, batch=3)
+    """512 experts a layer, 10 a token: more than a warp's threads, with waves of 21 and 16."""
+    members = np.arange(6).reshape(2, 3)
+    workload = Workload(trace=make_trace(6, layers=3, experts=512, top_k=10), members=members, batch=3)
     strategy = STRATEGIES[name].on_device()
     events, _ = run("kernels", strategy, slots, workload)
     assert events == expected(workload, strategy, slots)

@@ -214,14 +214,13 @@ def _bind(  # noqa: C901, PLR0912, PLR0915 - as `look_ahead`
         places = tl.load(pending + 3 * (index + column) + 1, mask=here, other=0)
         afters = tl.load(pending + 3 * (index + column) + 2, mask=here, other=0)
         due, stays = here & (afters <= now), here & (afters > now)
-        both = (flats.to(tl.int64) << 32) | places.to(tl.int64)
         todo = _count(due)
         shifts = (kept < index) | (todo > 0)
         while todo > 0:
-            first = tl.argmax(due.to(tl.int32), 0).to(tl.int32)
-            pair = tl.sum(tl.where(column == first, both, 0), 0)
+            first = tl.min(tl.where(due, column, _LAST), 0)
+            flat = tl.sum(tl.where(column == first, flats, 0), 0)
+            slot = tl.sum(tl.where(column == first, places, 0), 0)
             due = due & (column != first)
-            flat, slot = (pair >> 32).to(tl.int32), (pair & 0x7FFFFFFF).to(tl.int32)
             # everything that decides is read before anything is written: reads after writes would wait for one another
             present, theirs = tl.load(slot_of + flat) >= 0, tl.load(owner + slot)
             before, behind = tl.load(older + slot), tl.load(newer + slot)
@@ -272,14 +271,14 @@ def _bind(  # noqa: C901, PLR0912, PLR0915 - as `look_ahead`
         tl.store(target + 2, afters, mask=stays & shifts)
         kept += _count(stays)
         index += EP
-    layer = tl.argmax(robbed.to(tl.int32), 0).to(tl.int32)
-    while tl.sum(tl.where(other == layer, robbed.to(tl.int32), 0), 0) > 0:
+    layer = tl.min(tl.where(robbed, other, _LAST), 0)
+    while layer < layers:
         ranks = tl.load(rank + layer * experts + column, mask=inside, other=float("inf"))
         upper, lower, place = smallest(*key_of(ranks), column)
         tl.store(low + layer, rank_of(upper, lower))
         tl.store(lowest + layer, place)
         robbed = robbed & (other != layer)
-        layer = tl.argmax(robbed.to(tl.int32), 0).to(tl.int32)
+        layer = tl.min(tl.where(robbed, other, _LAST), 0)
     if load > begin:
         tl.store(resident, tl.load(resident) + occupied)
         tl.store(filled, load)
