@@ -108,6 +108,8 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     rank_used = tl.load(used + base + column, mask=mine, other=0.0)
     rank_unused = tl.load(unused + base + column, mask=mine, other=0.0)
     new = tl.load(fresh + base + column, mask=mine, other=0) != 0
+    lows = tl.load(low + other, mask=other < layers, other=float("inf"))
+    at_low = tl.load(lowest + other, mask=other < layers, other=0)
     holding, first, allowed = tl.load(per_layer + layer), tl.load(filled), tl.load(share + layer)
     # the needed experts
     alive = (pair < pairs) & (pair // top_k < count) & (choice >= 0) & (choice < experts)
@@ -149,8 +151,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     evictions, wasted, broken = phase, phase, phase
     tl.store(bounds, 0)
     if loads > 0:
-        lows_upper, lows_lower = key_of(tl.load(low + other, mask=other < layers, other=float("inf")))
-        at_low = tl.load(lowest + other, mask=other < layers, other=0)
+        lows_upper, lows_lower = key_of(lows)
         position = tl.where(hit, tl.cumsum(hit.to(tl.int32), 0) - 1, nothing)
         uses_upper, uses_lower = key_of(tl.where(missing, rank_used, infinite))
         if JOINT:
