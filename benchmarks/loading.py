@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import Qwen3MoeConfig
+from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from expertflow.bench.about import about
 
 SEED = 0
+DRAWN = 1 << 26
+"""Numbers that are drawn; larger tensors repeat them."""
 SIZES = {
     "q": {
         "hidden_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
@@ -34,38 +36,91 @@ SIZES = {
         "moe_intermediate_size": 32, "intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 96,
     },
 }  # fmt: skip
+MXFP4 = {
+    "g120": {
+        "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 9, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4, "vocab_size": 201088,
+    },
+    "tiny-mxfp4": {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 96,
+    },
+}  # fmt: skip
+"""Shapes whose experts are packed as gpt-oss is published; `g120` is a quarter of gpt-oss-120b's layers."""
+_GROUP, _LEAST_SCALE, _SCALES = 32, 118, 8
+"""Numbers of an MXFP4 scale, and the exponents that are drawn."""
 _LOAD = """
-import json, sys, time
+import json, sys, threading, time
+from pathlib import Path
+import torch
 from expertflow import LLM
+
+def anonymous():  # bytes of this process's memory that are no mapped file
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
+
+if torch.cuda.is_available():
+    torch.empty(1, device="cuda")  # the driver's own memory is not the loader's
+before, peak, done = anonymous(), [0], threading.Event()
+
+def watch():
+    while not done.wait(0.005):
+        peak[0] = max(peak[0], anonymous())
+
+watcher = threading.Thread(target=watch, daemon=True)
+watcher.start()
 began = time.perf_counter()
 llm = LLM(sys.argv[1], max_length=128, max_batch=1, slots="25%", predictor="none")
-print(json.dumps({"seconds": time.perf_counter() - began, "host_bytes": llm.plan.host, "dense_bytes": llm.plan.dense}))
+seconds = time.perf_counter() - began
+done.set()
+watcher.join()
+print(json.dumps({"seconds": seconds, "store_bytes": llm.plan.host, "dense_bytes": llm.plan.dense, "host_bytes": peak[0] - before}))
 """
 
 
 def write_checkpoint(folder: Path, shape: str) -> int:
     """A shard a layer, weights cut out of one random block; bytes written."""
-    config = Qwen3MoeConfig(**SIZES[shape], dtype="bfloat16", max_position_embeddings=4096, tie_word_embeddings=False)
+    if shape in MXFP4:
+        config: PreTrainedConfig = GptOssConfig(
+            **MXFP4[shape], dtype="bfloat16", pad_token_id=0, quantization_config={"quant_method": "mxfp4"}
+        )
+        model_class: type = transformers.GptOssForCausalLM
+    else:
+        config = Qwen3MoeConfig(
+            **SIZES[shape], dtype="bfloat16", max_position_embeddings=4096, tie_word_embeddings=False
+        )
+        model_class = transformers.Qwen3MoeForCausalLM
     config.save_pretrained(folder)
     with torch.device("meta"):
-        wanted = transformers.Qwen3MoeForCausalLM(config).state_dict()
+        wanted = model_class(config).state_dict()
     torch.manual_seed(SEED)
-    block = (torch.randn(max(tensor.numel() for tensor in wanted.values()) + len(wanted)) * 0.02).bfloat16()
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for place, (name, tensor) in enumerate(wanted.items()):
-        layer = name.split(".")[2] if ".layers." in name else "dense"
-        values = block[place : place + tensor.numel()].view(tensor.shape)
-        for key, part in _as_stored(name, values):
-            shards.setdefault(f"model-{layer}.safetensors", {})[key] = part.clone()
-    for name, content in shards.items():
-        save_file(content, folder / name, {"format": "pt"})
-    index = {key: name for name, content in shards.items() for key in content}
+    need = max(tensor.numel() for tensor in wanted.values()) + len(wanted)
+    block = (torch.randn(min(need, DRAWN)) * 0.02).bfloat16().repeat(-(-need // DRAWN))
+    index: dict[str, str] = {}
+    layers = {name: f"model-{name.split('.')[2] if '.layers.' in name else 'dense'}.safetensors" for name in wanted}
+    for file in sorted(set(layers.values())):
+        content = {
+            key: part.clone()
+            for place, (name, tensor) in enumerate(wanted.items())
+            if layers[name] == file
+            for key, part in _as_stored(
+                name, block[place : place + tensor.numel()].view(tensor.shape), packed=shape in MXFP4
+            )
+        }
+        save_file(content, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(content, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _as_stored(name: str, values: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Published checkpoints hold an expert's gate, up and down apart."""
+def _as_stored(name: str, values: torch.Tensor, *, packed: bool) -> list[tuple[str, torch.Tensor]]:
+    """Published checkpoints hold an expert's gate, up and down apart; gpt-oss codes and scales of all experts of a layer."""
+    if packed and name.endswith(("gate_up_proj", "down_proj")):  # `[E, inputs, outputs]`
+        experts, inputs, outputs = values.shape
+        drawn = values.reshape(-1).view(torch.uint8)
+        blocks = drawn[: values.numel() // 2].view(experts, outputs, inputs // _GROUP, _GROUP // 2)
+        scales = drawn[: values.numel() // _GROUP].view(experts, outputs, inputs // _GROUP) % _SCALES + _LEAST_SCALE
+        return [(f"{name}_blocks", blocks), (f"{name}_scales", scales)]
     if name.endswith("gate_up_proj"):
         halves = [(f"{name.removesuffix('gate_up_proj')}{e}.", *v.chunk(2)) for e, v in enumerate(values)]
         return [
@@ -78,18 +133,18 @@ def _as_stored(name: str, values: torch.Tensor) -> list[tuple[str, torch.Tensor]
     return [(name, values)]
 
 
-def load(tree: str, folder: Path) -> float:
-    """Seconds of one load in a process of its own."""
+def load(tree: str, folder: Path) -> dict[str, float]:
+    """One load in a process of its own: seconds, and bytes of the store, the dense part and the host's memory at most."""
     environment = {**os.environ, "PYTHONPATH": tree, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", _LOAD, str(folder)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 - our own program
-    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
     """Write, load in turns, print, write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=[*SIZES], default="q")
+    parser.add_argument("--shape", choices=[*SIZES, *MXFP4], default="q")
     parser.add_argument(
         "--trees", default=str(Path(__file__).parents[1] / "src"), help="source trees, separated by commas"
     )
@@ -97,23 +152,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("loading.json"))
     options = parser.parse_args()
     trees = options.trees.split(",")
-    seconds: dict[int, list[float]] = {place: [] for place in range(len(trees))}
+    loads: list[list[dict[str, float]]] = [[] for _ in trees]
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder), options.shape)
         load(trees[0], Path(folder))  # what is compiled at the first use
         for repeat in range(options.repeats):
-            for place in [*seconds] if repeat % 2 == 0 else [*seconds][::-1]:
-                seconds[place].append(load(trees[place], Path(folder)))
-                print(f"tree {place}: {seconds[place][-1]:.2f} s", flush=True)
+            for place in [*range(len(trees))][:: 1 if repeat % 2 == 0 else -1]:
+                loads[place].append(load(trees[place], Path(folder)))
+                print(f"tree {place}: {loads[place][-1]['seconds']:.2f} s", flush=True)
     result = {
         **about("cuda" if torch.cuda.is_available() else "cpu")._asdict(), "benchmark": "loading", "seed": SEED,
         "config": {"shape": options.shape, "trees": len(trees), "repeats": options.repeats},
-        "bytes": size, "seconds": list(seconds.values()),
+        "bytes": size, "seconds": [[one["seconds"] for one in found] for found in loads], "loads": loads,
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for place, found in seconds.items():
+    for place, found in enumerate(loads):
+        seconds = [one["seconds"] for one in found]
+        middle, last = statistics.median(seconds), found[-1]
         print(
-            f"tree {place}: median {statistics.median(found):.2f} s ({min(found):.2f}-{max(found):.2f}), {size / 1e9:.1f} GB"
+            f"tree {place}: median {middle:.2f} s ({min(seconds):.2f}-{max(seconds):.2f}), {size / 1e9:.1f} GB, "
+            f"{size / middle / 1e9:.2f} GB/s; host peak {max(one['host_bytes'] for one in found) / last['store_bytes'] - 1:+.1%} of the store"
         )
 
 

@@ -30,6 +30,8 @@ ROW = 1 << 30
 """The group of a format that has one scale for an output, however many inputs there are; a multiple of a step."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Numbers of the codes of the OCP format FP4: a sign, two bits of exponent, one of mantissa."""
+_CACHED = 1 << 19
+"""Bytes of codes that are packed at a time."""
 _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
     {
         # where the four bits of a pair's first code go in the lower half of a word, lowest bit first; of its second: in the upper half
@@ -68,16 +70,25 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
     outputs, count = pairs.shape
     words = np.empty((outputs, count // 4), np.int32)
     data = pairs.contiguous().numpy()
+    # what lies between two operations stays in a core's cache, in memory that is taken once
+    rows = max(1, min(outputs, _CACHED // max(count, 1)))
+    halves = np.empty(rows * count, np.uint8)
+    index, found = np.empty(rows * count // 4, np.intp), np.empty(rows * count // 4, np.int32)
+    tables = _table(code_map, False), _table(code_map, True)
     for begin, steps, wide in _steps(2 * count):
         size = steps * wide
-        part = data[:, begin // 2 : begin // 2 + 16 * size].reshape(outputs, steps, wide, 2, 2, 4)
-        halves = np.ascontiguousarray(part.transpose(0, 1, 5, 2, 3, 4)).view(np.uint16)
-        target = words[:, begin // 8 : begin // 8 + 4 * size]
-        np.bitwise_or(
-            np.take(_table(code_map, False), halves[..., 0, 0].reshape(target.shape)),
-            np.take(_table(code_map, True), halves[..., 1, 0].reshape(target.shape)),
-            out=target,
-        )
+        for first in range(0, outputs, rows):
+            part = data[first : first + rows, begin // 2 : begin // 2 + 16 * size]
+            target = words[first : first + rows, begin // 8 : begin // 8 + 4 * size]
+            shape = len(part), steps, 4, wide, 2, 2  # row, step, thread, word, half of a word, byte
+            ordered = halves[: part.size].reshape(shape)
+            np.copyto(ordered, part.reshape(len(part), steps, wide, 2, 2, 4).transpose(0, 1, 5, 2, 3, 4))
+            codes = ordered.view(np.uint16).reshape(*target.shape, 2)
+            where, looked_up = index[: target.size].reshape(target.shape), found[: target.size].reshape(target.shape)
+            for half, table in enumerate(tables):
+                np.copyto(where, codes[..., half])
+                np.take(table, where, out=looked_up if half else target, mode="clip")
+            np.bitwise_or(target, looked_up, out=target)
     return torch.from_numpy(words)
 
 

@@ -94,11 +94,12 @@ def load_gguf(
     transposed: tl.constexpr, whole: tl.constexpr,  # noqa: ARG001
 ):  # fmt: skip
     """The tile loader of `formats.published.gguf.GgufBlocks`."""
+    type: tl.constexpr = about[0]  # noqa: A001 - Triton 3.6 takes no string out of a tuple as an argument
     per: tl.constexpr = about[1]
     size: tl.constexpr = about[2]
     inside = (outs < n)[:, None] & (cols < k)[None, :]
     outs = in_record(outs, n, about[3], about[4])
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True) + at[0]
     block = outs[:, None] * (k // per * size) + (cols // per * size)[None, :]
-    value = _value(start, block, (cols % per)[None, :], inside, about[0])
+    value = _value(start, block, (cols % per)[None, :], inside, type)
     return as_loaded(rounded(tl.where(inside, value, 0.0), record.dtype.element_ty))

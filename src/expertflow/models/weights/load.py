@@ -5,6 +5,7 @@ without a second copy. Dense tensors are handed to transformers by key, so that 
 """
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -146,10 +147,10 @@ def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: C
         CheckpointError: if a file ends early or cannot be read.
     """
     descriptors: dict[Path, int] = {}
-    by_span = {piece.span: piece for piece in pieces}
+    by_span, landing = {piece.span: piece for piece in pieces}, _Landing()
 
     def read(span: Span) -> None:
-        _read_piece(descriptors[span.tensor.file], by_span[span], records, content)
+        _read_piece(descriptors[span.tensor.file], by_span[span], records, content, landing)
         advance(span.nbytes)
 
     try:
@@ -175,24 +176,41 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _read_piece(descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash) -> None:
+class _Landing(threading.local):
+    """Where a thread reads what has to be packed: taken once, because the pages of new memory cost as much as reading."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, nbytes: int) -> Tensor:
+        """As many bytes, uint8; what was in them before is lost."""
+        if len(self._memory) < nbytes:
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        return self._memory[:nbytes]
+
+
+def _read_piece(
+    descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash, landing: _Landing
+) -> None:
     source, part, spec = piece.source, piece.part, piece.spec
     stored = getattr(torch, BY_STORED_NAME[source.dtype])
     if piece.encoded is not None:
-        numbers = torch.empty(piece.stored, dtype=stored)
-        _read_hashed(descriptor, numbers.view(-1).view(torch.uint8), piece, content)
+        read = landing.of(piece.nbytes)
+        _read_hashed(descriptor, read, piece, content)
+        numbers = read.view(stored).view(piece.stored)
         encode_piece(piece, numbers, records.layout.layers[piece.layer], records.record(piece.record))
         return
     target = _target(records, piece, part)
     also = [other for other in spec.parts if other.source == part.name]
     exact = target.dtype == stored and target.is_contiguous()
-    direct = exact and part.name not in spec.format.repacked and not also
-    landing = target if direct else torch.empty(piece.nbytes // stored.itemsize, dtype=stored)
-    _read_hashed(descriptor, landing.view(torch.uint8), piece, content)
-    if not direct:
-        one = spec.one if piece.joined else spec
-        for each in (part, *also):
-            _target(records, piece, each).copy_(pack_part(one, each, source, landing.view(piece.stored)))
+    if exact and part.name not in spec.format.repacked and not also:
+        _read_hashed(descriptor, target.view(torch.uint8), piece, content)
+        return
+    read = landing.of(piece.nbytes)
+    _read_hashed(descriptor, read, piece, content)
+    one = spec.one if piece.joined else spec
+    for each in (part, *also):
+        _target(records, piece, each).copy_(pack_part(one, each, source, read.view(stored).view(piece.stored)))
 
 
 def _target(records: ExpertStore, piece: ExpertPiece, part: Part) -> Tensor:
