@@ -69,6 +69,12 @@ def smallest(uppers, lowers, index):
 
 
 @triton.jit
+def _positions(hit, position):
+    """The places of a layer's accesses in their order, with those of its hits."""
+    return tl.where(hit, tl.cumsum(hit.to(tl.int32), 0) - 1, position)
+
+
+@triton.jit
 def call_off(ledger, entries, entry, place):
     """Call off the load ahead into a slot: no program takes another block of it.
 
@@ -152,7 +158,9 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     tl.store(bounds, 0)
     if loads > 0:
         lows_upper, lows_lower = key_of(lows)
-        position = tl.where(hit, tl.cumsum(hit.to(tl.int32), 0) - 1, nothing)
+        position = tl.where(hit, 0, nothing)  # found where it is needed: rarely
+        if LOG or not JOINT:
+            position = _positions(hit, position)
         uses_upper, uses_lower = key_of(tl.where(missing, rank_used, infinite))
         if JOINT:
             uppers, lowers = key_of(tl.where((slot >= 0) & (need == 0), after, infinite))
@@ -165,6 +173,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
             chosen = column == expert
             uses_upper = tl.where(chosen, _LAST, uses_upper)
             if (number > 0) & (number % wave == 0):
+                position = _positions(hit, position)
                 uppers, lowers = key_of(tl.where(slot >= 0, after - _NUDGE * (position + 1).to(tl.float64), infinite))
                 own_upper, own_lower, own_at = smallest(uppers, lowers, column)
             before, behind = -1, -1  # position and phase of the last access that uses the slot
@@ -181,6 +190,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                 lows_lower = tl.where(other == layer, own_lower, lows_lower)
                 low_upper, _, low_at = smallest(lows_upper, lows_lower, other)
                 if tl.where(allowed < slots, own_upper, low_upper) >= _INFINITE:  # the wave has to end here
+                    position = _positions(hit, position)
                     uppers, lowers = key_of(
                         tl.where(slot >= 0, after - _NUDGE * (position + 1).to(tl.float64), infinite)
                     )
@@ -196,7 +206,8 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                     victim = own_at
                     leaves = column == victim
                     place = tl.sum(tl.where(leaves, slot, 0), 0)
-                    before = tl.sum(tl.where(leaves, position, 0), 0)
+                    if LOG:
+                        before = tl.sum(tl.where(leaves, position, 0), 0)
                     behind = tl.sum(tl.where(leaves, phase_at, 0), 0)
                     was_fresh = tl.sum((leaves & new).to(tl.int32), 0)
                     new = new & (column != victim)

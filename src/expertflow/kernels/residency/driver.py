@@ -34,8 +34,8 @@ class Residency:
         self._rules = state.strategy.rules(state.layers, state.slots)
         planned = (state.layers, state.experts) if self._rules.prefetch else (0, 0)
         self._counts = state.slot_of.new_zeros(len(lookahead.COUNTS), planned[0])
-        self._sweep_low = state.rank.new_zeros(planned[0])
-        self._sweep_rank = state.rank.new_zeros(2, *planned)
+        self._sweep_low = state.clock.new_zeros(planned[0])
+        self._sweep_rank = state.clock.new_zeros(2, *planned)
         self._sweep_slot = torch.zeros_like(state.slot_of[: planned[0]])
         self._options = {
             "EP": triton.next_power_of_2(state.experts),

@@ -17,11 +17,25 @@ from expertflow.kernels.residency.state import AHEAD, BROKEN, EVICTIONS, WASTES
 _PREFETCH, _EVICT, _WASTED = (tl.constexpr(kind) for kind in (PREFETCH, EVICT, WASTED))
 _AHEAD, _EVICTIONS, _WASTES, _BROKEN = (tl.constexpr(place) for place in (AHEAD, EVICTIONS, WASTES, BROKEN))
 _LAST = tl.constexpr(0x7FFFFFFF)
+_NEVER = tl.constexpr(0x7FF0000080000000)
+"""The key of an infinite rank, joined."""
 _SRC, _DST, _PRIOR = (tl.constexpr(field) for field in (SRC, DST, PRIOR))
 COUNTS = OLD, NEW, PINNED, LACKING, LOWEST = range(5)
 """Rows of `counts`, int32 `[5, L]`: experts pinned before, those to be pinned, those pinned, those demanded and absent; and the
 expert of the smallest rank after the layer."""
 _OLD, _NEW, _PINNED, _LACKING, _LOWEST = (tl.constexpr(row) for row in (OLD, NEW, PINNED, LACKING, LOWEST))
+
+
+@triton.jit
+def joined(upper, lower):
+    """A key as one int64."""
+    return (upper.to(tl.int64) << 32) | (lower.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def halves(key):
+    """The two int32 of a key: the registers that hold it."""
+    return (key >> 32).to(tl.int32), key.to(tl.int32)
 
 
 @triton.jit
@@ -51,8 +65,8 @@ def pin_residents(
 ):  # fmt: skip
     """`prefetch.pin_residents`, and the sweep's copy of the tables.
 
-    `sweep_low` float64 `[L]` gets the smallest ranks after the layers have run, `sweep_rank` float64 `[2, L, E]` ranks
-    before and after, `sweep_slot` int32 `[L, E]` slots.
+    `sweep_low` int64 `[L]` gets the smallest ranks after the layers have run, `sweep_rank` int64 `[2, L, E]` ranks before
+    and after, both as keys; `sweep_slot` int32 `[L, E]` slots.
     """
     layer, column, order = tl.program_id(0), tl.arange(0, EP), tl.arange(0, LP)
     mask = column < experts
@@ -80,14 +94,16 @@ def pin_residents(
     then = tl.where(slot >= 0, then, float("inf"))
     tl.store(pinned + at, pinned_now.to(tl.uint8), mask=mask)
     tl.store(rank + at, ranks, mask=mask)
-    upper, lower, place = smallest(*key_of(ranks), column)
+    uppers, lowers = key_of(ranks)
+    upper, lower, place = smallest(uppers, lowers, column)
     tl.store(low + layer, rank_of(upper, lower))
     tl.store(lowest + layer, place)
-    upper, lower, place = smallest(*key_of(then), column)
-    tl.store(sweep_low + layer, rank_of(upper, lower))
+    tl.store(sweep_rank + at, joined(uppers, lowers), mask=mask)
+    uppers, lowers = key_of(then)
+    upper, lower, place = smallest(uppers, lowers, column)
+    tl.store(sweep_low + layer, joined(upper, lower))
     tl.store(counts + _LOWEST * layers + layer, place)
-    tl.store(sweep_rank + at, ranks, mask=mask)
-    tl.store(sweep_rank + layers * experts + at, then, mask=mask)
+    tl.store(sweep_rank + layers * experts + at, joined(uppers, lowers), mask=mask)
     tl.store(sweep_slot + at, slot, mask=mask)
     tl.store(counts + _PINNED * layers + layer, _count(pinned_now))
     tl.store(counts + _LACKING * layers + layer, _count(want & (slot < 0)))
@@ -104,7 +120,7 @@ def _sweep(  # noqa: PLR0915 - as `look_ahead`
     inside, cells = column < experts, layers * experts
     lows_upper, lows_lower = key_of(tl.load(low + other, mask=other < layers, other=float("inf")))
     at_low = tl.load(lowest + other, mask=other < layers, other=0)
-    then_upper, then_lower = key_of(tl.load(sweep_low + other, mask=other < layers, other=float("inf")))
+    then_upper, then_lower = halves(tl.load(sweep_low + other, mask=other < layers, other=_NEVER))
     then_at = tl.load(counts + _LOWEST * layers + other, mask=other < layers, other=0)
     changed = tl.load(counts + _LACKING * layers + other, mask=other < layers, other=0)
     coming = (place_of > now) & (place_of <= now + layers)
@@ -123,9 +139,10 @@ def _sweep(  # noqa: PLR0915 - as `look_ahead`
             chance = tl.load(demand + base + column, mask=inside, other=0.0)
             at = tl.load(sweep_slot + base + column, mask=inside, other=-1)
             value = tl.load(used + base + column, mask=inside, other=0.0)
-            then = value
+            then_uppers, then_lowers = key_of(value)
             if place < layers:
                 value = tl.load(limit + base + column, mask=inside, other=0.0)
+            value_uppers, value_lowers = key_of(value)
             lacking = inside & (chance >= THRESHOLD) & (at < 0)
             todo = _count(lacking)
             uppers, lowers = key_of(-chance)  # the largest chance first
@@ -139,9 +156,11 @@ def _sweep(  # noqa: PLR0915 - as `look_ahead`
                 slot = tl.load(sweep_slot + theirs + victim)
                 wanted = tl.load(demand + theirs + victim) >= THRESHOLD
                 from_row = sweep_rank + tl.where(swept, cells, 0) + theirs
-                their_ranks = tl.load(from_row + column, mask=inside, other=float("inf"))
-                worth = tl.sum(tl.where(chosen, value, 0.0), 0)
-                slot = tl.where(rank_of(low_upper, low_lower) < worth, slot, -1)
+                their_ranks = tl.load(from_row + column, mask=inside, other=_NEVER)
+                worth_upper = tl.sum(tl.where(chosen, value_uppers, 0), 0)
+                worth_lower = tl.sum(tl.where(chosen, value_lowers, 0), 0)
+                worse = (low_upper < worth_upper) | ((low_upper == worth_upper) & (low_lower < worth_lower))
+                slot = tl.where(worse, slot, -1)
                 after = tl.where(swept & wanted, victim_layer, now)
                 if left > 0:
                     slot, after = empty, now
@@ -153,8 +172,8 @@ def _sweep(  # noqa: PLR0915 - as `look_ahead`
                     served = served * (after <= now).to(tl.int32)
                 # the layer that loses an expert, if one has to leave
                 robbed = (other == victim_layer) & (served > 0) & (left <= 0)
-                their_ranks = tl.where(column == victim, float("inf"), their_ranks)
-                low_upper, low_lower, found = smallest(*key_of(their_ranks), column)
+                their_ranks = tl.where(column == victim, _NEVER, their_ranks)
+                low_upper, low_lower, found = smallest(*halves(their_ranks), column)
                 lows_upper = tl.where(robbed, low_upper, lows_upper)
                 lows_lower = tl.where(robbed, low_lower, lows_lower)
                 at_low = tl.where(robbed, found, at_low)
@@ -167,10 +186,10 @@ def _sweep(  # noqa: PLR0915 - as `look_ahead`
                         empty = tl.load(newer + slot)
                     else:
                         tl.store(sweep_slot + theirs + victim, -1)
-                        tl.store(sweep_rank + theirs + victim, float("inf"))
-                        tl.store(sweep_rank + cells + theirs + victim, float("inf"))
+                        tl.store(sweep_rank + theirs + victim, _NEVER)
+                        tl.store(sweep_rank + cells + theirs + victim, _NEVER)
                     tl.store(sweep_slot + base + best, slot)
-                    tl.store(sweep_rank + cells + base + best, tl.sum(tl.where(chosen, then, 0.0), 0))
+                    tl.store(sweep_rank + cells + base + column, joined(then_uppers, then_lowers), mask=chosen)
                     tl.store(pinned + base + best, tl.full([], 1, tl.uint8))
                     tl.store(pending + 3 * count, base + best)
                     tl.store(pending + 3 * count + 1, slot)
@@ -178,8 +197,8 @@ def _sweep(  # noqa: PLR0915 - as `look_ahead`
                     count += 1
                     todo -= 1
                     tl.debug_barrier()
-            ranks = tl.load(sweep_rank + cells + base + column, mask=inside, other=float("inf"))
-            low_upper, low_lower, found = smallest(*key_of(ranks), column)
+            ranks = tl.load(sweep_rank + cells + base + column, mask=inside, other=_NEVER)
+            low_upper, low_lower, found = smallest(*halves(ranks), column)
             then_upper = tl.where(here, low_upper, then_upper)
             then_lower = tl.where(here, low_lower, then_lower)
             then_at = tl.where(here, found, then_at)
