@@ -2,24 +2,26 @@
 
 The shapes of gpt-oss-20b and Qwen3-30B-A3B, random codes and routing, every expert resident. A launch a layer, all layers in one CUDA
 graph. The floor is the bytes of the distinct experts over the read rate of this run (a sum over 8 GB). With `--search` other
-tilings are tried too.
+tilings are tried too, with `--splits` sums of K in chunks, by one program or by one a chunk; all formats' turns alternate there.
+`--compile 3/12` only compiles, every twelfth kernel from the third on: so that twelve processes fill the cache at once.
 
-Usage: python benchmarks/packed_kernels.py [--search] [--out benchmarks/results/packed_kernels_h200.json]
+Usage: python benchmarks/packed_kernels.py [--search] [--splits 2,4] [--out benchmarks/results/packed_kernels_h200.json]
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from kernels_h100 import CUDA, timed
+from kernels_h100 import CUDA, captured, timed
 from stand_ins import PACKED
 from torch import Tensor
 
@@ -30,7 +32,7 @@ from expertflow.formats.records import RecordLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels import experts
 from expertflow.kernels.experts import Tiling
-from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
+from expertflow.kernels.mlp import CLAMPED_SWIGLU, SHARED_PAIRS, ExpertMlp, Workspace
 
 SEED = 7
 TOKENS = (1, 4, 16, 64)
@@ -114,6 +116,8 @@ class Step:
         self.slots = (index + first).to(torch.int32)
         self.hidden = torch.randn(self.tokens, self.mlp.hidden, device=CUDA, dtype=torch.bfloat16)
         self.work = Workspace.allocate(self.mlp, self.tokens, shape.top_k, CUDA)
+        self.index, self.out = index[0].contiguous(), torch.empty_like(self.hidden)
+        self.weights = torch.rand(self.tokens, shape.top_k, device=CUDA)
 
     @property
     def distinct(self) -> int:
@@ -129,6 +133,13 @@ class Step:
         """Every layer's down projection."""
         for slots in self.slots:
             experts.launch_down(self.mlp, slots, self.pool, self.work, cut)
+
+    def layer(self, up: Tiling, down: Tiling) -> None:
+        """Every layer: both projections, and the sum over experts."""
+        for slots in self.slots:
+            experts.launch_up(self.mlp, self.hidden, slots, self.pool, self.work, up)
+            experts.launch_down(self.mlp, slots, self.pool, self.work, down)
+            experts.combine(self.work.parts, self.index, self.weights, self.shape.experts, self.out)
 
 
 def weight_bytes(mlp: ExpertMlp) -> tuple[int, int]:
@@ -164,10 +175,138 @@ def same_bits(shape: Shape, mlp: ExpertMlp, pool: Tensor) -> bool:
     return torch.equal(*found)
 
 
+def chunked(cut: Tiling, inputs: int, chunks: int, *, split: bool) -> Tiling:
+    """A tiling with sums of so many chunks at most, of whole steps of 128."""
+    return replace(cut, chunk=-(-inputs // (128 * chunks)) * 128, split=split and chunks > 1)
+
+
+def variants(mlp: ExpertMlp, tokens: int, top_k: int, splits: list[int]) -> dict[str, tuple[str, Tiling]]:
+    """Tilings to compare by a name, each with its projection."""
+    found: dict[str, tuple[str, Tiling]] = {}
+    for projection, used, inputs in zip(
+        ("up", "down"), experts.tilings(mlp, tokens * top_k), (mlp.hidden, mlp.width), strict=True
+    ):
+        base = replace(used, chunk=1 << 20, split=False)
+        found[f"{projection} one"] = (projection, base)
+        found[f"{projection} used"] = (projection, used)
+        shared = (False, True) if tokens * top_k <= SHARED_PAIRS else (False,)
+        for chunks, split in itertools.product(splits, shared):
+            cut, name = (
+                chunked(base, inputs, chunks, split=split),
+                f"{projection} {'split' if split else 'fold'} {chunks}",
+            )
+            found[name] = (projection, cut)
+            blocks = (
+                {64, 128} - {cut.block_n} if projection == "down" and not mlp.layout.is_plain and not split else set()
+            )
+            for block in blocks:
+                found[f"{name} block {block}"] = (projection, replace(cut, block_n=block))
+    return found
+
+
+@dataclass
+class Side:
+    """Captured work of one format, each with its floor in microseconds a layer."""
+
+    step: Step
+    graphs: dict[str, Any] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+
+    def capture(self, rate: float, splits: list[int]) -> None:
+        """Every variant of both projections, and layers made of them; checks that programs that share products give the same bits."""
+        step, shape = self.step, self.step.shape
+        tried = variants(step.mlp, step.tokens, shape.top_k, splits)
+        sizes = dict(zip(("up", "down"), weight_bytes(step.mlp), strict=True))
+        works = {label: (partial(getattr(step, kind), cut), sizes[kind]) for label, (kind, cut) in tried.items()}
+        for label in [label for label in tried if label.startswith("down ") and f"up{label[4:]}" in tried]:
+            cuts = tried[f"up{label[4:]}"][1], tried[label][1]
+            works[f"layer{label[4:]}"] = partial(step.layer, *cuts), sum(sizes.values())
+        for label, (work, size) in works.items():
+            try:
+                self.graphs[label] = captured(work)
+            except triton.runtime.errors.OutOfResources:
+                continue
+            self.floors[label] = step.distinct * size / rate * 1e6 / shape.layers
+        for chunks in splits:
+            found = [
+                self.parts(f"{way} {chunks}") for way in ("fold", "split") if f"layer {way} {chunks}" in self.graphs
+            ]
+            equal = all(torch.equal(one, found[0]) and bool(one.isfinite().all()) for one in found)
+            print(f"{step.tokens:3} tokens, {chunks} chunks: {'same' if equal else 'OTHER'} bits", flush=True)
+
+    def parts(self, way: str) -> Tensor:
+        """What the pairs of the last layer give."""
+        self.step.work.parts.fill_(torch.nan)
+        self.graphs[f"layer {way}"].replay()
+        return self.step.work.parts.clone()
+
+
+def compare(name: str, columns: list[str], rate: float, splits: list[int]) -> list[dict[str, Any]]:
+    """Times of `variants`, and of whole layers made of them, for all formats side by side."""
+    shape, rows = SHAPES[name], []
+    mlps = {column: shape.build(format_of(column)) for column in columns}
+    pools = {column: filled(mlp, shape.layers * shape.experts) for column, mlp in mlps.items()}
+    for tokens in TOKENS:
+        sides = {column: Side(Step(shape, mlp, pools[column], tokens)) for column, mlp in mlps.items()}
+        for side in sides.values():
+            side.capture(rate, splits)
+        keys = sorted((label, column) for column, side in sides.items() for label in side.graphs)
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+        for _ in range(REPLAYS):
+            for label, column in keys:
+                times[label, column].append(replayed(sides[column].graphs[label]) * 1e3 / shape.layers)
+        for (label, column), found in times.items():
+            us = statistics.median(found)
+            share = sides[column].floors[label] / us
+            rows.append({"shape": name, "tokens": tokens, "format": column, "variant": label, "us": us, "share": share})
+            print(f"{name:12} {tokens:3} {column:6} {label:24} {us:7.1f} us {share:.3f}", flush=True)
+    return rows
+
+
+def replayed(graph: Any) -> float:
+    """Milliseconds of a graph."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def compile_some(name: str, columns: list[str], splits: list[int], which: str) -> None:
+    """Compile every so many of the kernels of `compare`."""
+    first, every = map(int, which.split("/"))
+    shape, number = SHAPES[name], 0
+    for column in columns:
+        mlp = shape.build(format_of(column))
+        pool = torch.zeros(1, mlp.record_bytes, dtype=torch.uint8, device=CUDA)
+        for tokens in TOKENS:
+            hidden = torch.zeros(tokens, mlp.hidden, dtype=torch.bfloat16, device=CUDA)
+            slots = torch.zeros(tokens, shape.top_k, dtype=torch.int32, device=CUDA)
+            work = Workspace.allocate(mlp, tokens, shape.top_k, CUDA)
+            for projection, cut in variants(mlp, tokens, shape.top_k, splits).values():
+                number += 1
+                if number % every != first:
+                    continue
+                try:
+                    if projection == "up":
+                        experts.launch_up(mlp, hidden, slots, pool, work, cut)
+                    else:
+                        experts.launch_down(mlp, slots, pool, work, cut)
+                except triton.runtime.errors.OutOfResources:
+                    continue
+    torch.cuda.synchronize()
+
+
+def format_of(column: str) -> Format:
+    """The format of a column of the results."""
+    return PLAIN if column == "bf16" else next(f[0] for one in FORMATS.values() if (f := one.claim(PACKED[column])))
+
+
 def measure(name: str, column: str, rate: float, *, search: bool) -> list[dict[str, Any]]:
     """Time both projections of a shape in a format."""
     shape = SHAPES[name]
-    format_ = PLAIN if column == "bf16" else next(f[0] for one in FORMATS.values() if (f := one.claim(PACKED[column])))
+    format_ = format_of(column)
     mlp = shape.build(format_)
     pool, rows = filled(mlp, shape.layers * shape.experts), []
     equal = same_bits(shape, mlp, pool)
@@ -205,12 +344,22 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="try other tilings")
     parser.add_argument("--formats", default="bf16,mxfp4,int4,fp8,nvfp4")
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--splits", default="", help="chunks of K to compare, such as 2,4")
+    parser.add_argument("--compile", default="", help="only compile, such as 3/12")
     options = parser.parse_args()
+    splits, columns = [int(one) for one in options.splits.split(",") if one], options.formats.split(",")
+    if options.compile:
+        for name in options.shapes.split(","):
+            compile_some(name, columns, splits, options.compile)
+        return
     rate = read_rate()
     print(f"reads {rate / 1e12:.2f} TB/s")
     rows = []
     for name in options.shapes.split(","):
-        for column in options.formats.split(","):
+        if splits:
+            rows += compare(name, columns, rate, splits)
+            continue
+        for column in columns:
             rows += measure(name, column, rate, search=options.search)
             torch.cuda.empty_cache()
     result = {"about": about("cuda")._asdict(), "seed": SEED, "read_bytes_per_second": rate, "rows": rows}

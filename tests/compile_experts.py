@@ -27,8 +27,10 @@ from expertflow.kernels import experts
 from expertflow.kernels.experts import Tiling
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 
-POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "slots": "*i32", "parts": "*fp32", "pairs": "i32"}
-ALIGNED = ("hidden", "inner", "pool", "parts")
+POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "slots": "*i32", "parts": "*fp32",
+    "sums": "*fp32", "counts": "*i32", "pairs": "i32",
+}  # fmt: skip
+ALIGNED = ("hidden", "inner", "pool", "parts", "sums", "counts")
 TOKENS, TOP_K = 4, 4
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
@@ -118,7 +120,7 @@ def compiled(case: str, arch: int) -> Any:
         {(place,): given[one] for place, one in enumerate(names) if one not in POINTERS},
         {(place,): [["tt.divisibility", 16]] for place, one in enumerate(names) if one in ALIGNED},
     )
-    options = {one: given[one] for one in ("num_warps", "num_stages")}
+    options = {one: given[one] for one in ("num_warps", "num_stages", "maxnreg")}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -147,8 +149,7 @@ def main() -> None:
         for case in cases:
             program = compiled(case, arch)
             ptx = program.asm["ptx"]
-            (loop,) = loops(ptx)
-            stored = sum(map(stored_bytes, loop))
+            stored = max(sum(map(stored_bytes, loop)) for loop in loops(ptx))
             orders = sorted(set(re.findall(r"parent = #mma, kWidth = (\d)", program.asm["ttgir"])))
             made.append((arch, case, program.metadata.shared, ROOM[arch], "wgmma" in ptx, stored, orders))
     sys.stdout.write(json.dumps(made))

@@ -26,12 +26,27 @@ def _fill_everything(llm: LLM) -> None:
         llm.generate(prompts, params)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_measured_peak_is_within_the_plan(model_type: str, dtype: str, make_checkpoint: MakeCheckpoint) -> None:
+RUNS = [(name, dtype, "host") for name in FAMILIES for dtype in ("float32", "bfloat16")]
+RUNS += [
+    ("gpt_oss", "bfloat16", "graph"),
+    ("deepseek_v2", "float32", "graph"),
+    ("switch_transformers", "float32", "graph"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "dtype", "execution"), RUNS)
+def test_measured_peak_is_within_the_plan(
+    model_type: str, dtype: str, execution: str, make_checkpoint: MakeCheckpoint
+) -> None:
     """Running the plan to its limits on the CPU stays within every planned byte, in all families."""
     folder = make_checkpoint(model_type, dtype)
-    options = {"device": "cpu", "max_length": LENGTH, "max_batch": BATCH, "prefill_chunk": CHUNK}
+    options = {
+        "device": "cpu",
+        "max_length": LENGTH,
+        "max_batch": BATCH,
+        "prefill_chunk": CHUNK,
+        "execution": execution,
+    }
     least = prepare(folder, EngineConfig(**options, slots=3)).plan.total
     with LLM(folder, gpu_memory=least, **options) as llm:
         assert llm.plan.slots == 3

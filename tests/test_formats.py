@@ -16,14 +16,19 @@ from expertflow.engine.prepare import prepare
 from expertflow.errors import CheckpointError, ConfigError, UnreadWarning, UnsupportedModelError
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
+from expertflow.formats import words
 from expertflow.formats.format import TensorSpec
 from expertflow.formats.plain import plain
+from expertflow.formats.published.awq import AWQ
+from expertflow.formats.published.gptq import GPTQ
+from expertflow.formats.published.int4 import INT4
+from expertflow.formats.published.mxfp4 import MXFP4
+from expertflow.formats.published.nvfp4 import MODELOPT_NVFP4, NVFP4
 from expertflow.formats.records import ALIGNMENT, RecordLayout, StoreLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.models.weights import mapping
 from expertflow.models.weights.sources import RandomWeights
-from expertflow.units import format_bytes
 from four_bit import GROUP, LINEAR, STACKED, TABLE, FourBit, numbers
 from helpers import DEVICES, MakeCheckpoint
 
@@ -148,7 +153,7 @@ def test_a_plain_transformers_model_has_packed_experts(family: str, mixed: bool,
 
 @pytest.mark.parametrize("family", CASES)
 def test_a_plan_counts_packed_records(family: str, make_twins: Twins) -> None:
-    """Packed experts take the bytes of their codes and scales, in slots and host memory; with a plain layer, of its records."""
+    """Packed experts take the bytes of their codes and scales, in slots and host memory; a plain layer among them those of its records."""
     config = EngineConfig(device="cpu", slots=4, max_length=32)
     plans = {}
     for mixed in (False, True):
@@ -157,24 +162,11 @@ def test_a_plan_counts_packed_records(family: str, make_twins: Twins) -> None:
         plain_plan = prepare(decoded, config, formats=TABLE).plan
     specs = plans[False].shape.records.layers[0].specs
     packed_bytes = sum(-(-part.nbytes // ALIGNMENT) * ALIGNMENT for spec in specs for part in spec.parts)
-    assert plans[False].record_bytes == packed_bytes < plans[True].record_bytes == plain_plan.record_bytes
-    assert plans[False].host == packed_bytes * plans[False].shape.total_experts
+    experts, plain_bytes = plans[False].shape.experts, plain_plan.record_bytes
+    assert plans[False].record_bytes == plans[True].record_bytes == packed_bytes < plain_bytes
+    assert plans[False].host == packed_bytes * 3 * experts
+    assert plans[True].host == (packed_bytes * 2 + plain_bytes) * experts
     assert [layout.is_plain for layout in plans[True].shape.records.layers] == [False, False, True]
-
-
-def test_a_plan_says_what_unequal_records_cost(make_twins: Twins) -> None:
-    """Two layers of three are packed: every record has the plain layer's size, and the note has the sum of what is lost."""
-    config = EngineConfig(device="cpu", slots=4, max_length=32)
-    whole, mixed = (
-        prepare(make_twins("qwen3_moe", "bfloat16", mixed=one)[0], config, formats=TABLE).plan for one in (False, True)
-    )
-    assert not [note for note in whole.shape.notes if "unequal" in note]
-    (note,) = [note for note in mixed.shape.notes if "unequal" in note]
-    large, small = (one.shape.records.record_bytes for one in (mixed, whole))
-    sizes = [format_bytes(size) for size in (large, small, 2 * mixed.shape.experts * (large - small))]
-    assert len({*sizes}) == 3
-    assert all(size in note for size in sizes)
-    assert "2 of 3 layers" in note
 
 
 def test_a_format_outside_the_table_is_refused(make_twins: Twins) -> None:
@@ -250,12 +242,13 @@ def test_a_tile_loader_reads_what_its_format_decodes(kind: str, dtype: str) -> N
         assert torch.equal(*parts)
 
 
-def test_records_of_different_layers_have_one_size() -> None:
-    """Any slot holds any record: every slot has the largest layer's size, and layers alike share a layout."""
-    small, large = [plain("w", (3, 5), "float32")], [plain("w", (300, 5), "float32")]
-    layout = StoreLayout.of([small, large, small])
-    assert layout.record_bytes == RecordLayout.of(large).record_bytes
-    assert {one.record_bytes for one in layout.layers} == {layout.record_bytes}
+def test_slots_fit_all_layers_but_large_ones() -> None:
+    """A slot has the largest record up to 1.25 times the median; layers alike share a layout."""
+    small, larger, large = ([plain("w", (64, words), "float32")] for words in (4, 5, 6))
+    layout = StoreLayout.of([small, larger, small, large])
+    assert layout.layer_bytes == (1024, 1280, 1024, 1536)
+    assert (layout.record_bytes, layout.large) == (1280, (3,))
+    assert [one.record_bytes for one in layout.layers] == [1280, 1280, 1280, 1536]
     assert layout.layers[0] is layout.layers[2] is not layout.layers[1]
 
 
@@ -317,3 +310,26 @@ def test_packed_keys_are_resolved_together(make_twins: Twins, monkeypatch: pytes
     monkeypatch.setattr(mapping, "get_model_conversion_mapping", lambda model: calls.append(1) or stock(model))
     prepare(make_twins("qwen3_moe", "float32")[0], EngineConfig(device="cpu"), formats=TABLE)
     assert len(calls) <= 3
+
+
+WORDS = {
+    "mxfp4": MXFP4, "int4": INT4, "gptq": GPTQ, "awq": AWQ, "nvfp4": NVFP4, "modelopt's nvfp4": MODELOPT_NVFP4,
+}  # fmt: skip
+"""Formats whose codes a GPU packs while a checkpoint is loaded."""
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_codes_are_packed_alike_everywhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, and what it runs there on a processor, pack random bytes as a processor does, short last steps included."""
+    format_ = WORDS[name]
+    spec = TensorSpec(name="down_proj", shape=(40, 416), dtype="bfloat16", format=format_)
+    (part,) = (part for part in format_.parts(spec) if part.name == "codes")
+    assert part.name in format_.packed_anywhere
+    kind = torch.int32 if name in {"int4", "gptq", "awq"} else torch.uint8
+    size = torch.Size(part.stored).numel() * kind.itemsize
+    drawn = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    stored = drawn.view(kind).view(part.stored)
+    want = format_.repack(spec, part.name, stored)
+    monkeypatch.setattr(words, "_look_up_on_cpu", words._look_up)
+    for device in DEVICES:
+        assert torch.equal(format_.repack(spec, part.name, stored.to(device)).cpu(), want)

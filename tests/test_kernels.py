@@ -3,6 +3,7 @@
 Without a CUDA device they run in Triton's interpreter on CPU tensors.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ from expertflow.formats.plain import plain
 from expertflow.formats.records import RecordLayout, StoreLayout
 from expertflow.kernels import mlp as mlp_module
 from expertflow.kernels import reference
-from expertflow.kernels.ledger import BLOCK_BYTES, CALLED_OFF, DONE, DST, SRC, TAKEN, Ledger
+from expertflow.kernels.ledger import BLOCK_BYTES, CALLED_OFF, DONE, DST, LINE, SRC, TAKEN, Ledger
 from expertflow.kernels.mlp import ACTIVATIONS, CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.kernels.residency.state import BLIND, CacheState
 from expertflow.live.batch import PredictorBatch, PredictorInputs
@@ -239,9 +240,11 @@ def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
     begin = data.draw(st.integers(0, entries))
     bounds = torch.tensor([begin, data.draw(st.integers(begin, entries))], dtype=torch.int32, device=DEVICE)
     gone = data.draw(st.integers(-1, entries - 1))
+    sizes = data.draw(st.none() | st.lists(st.integers(1, record_bytes // LINE), min_size=9, max_size=9))
+    lines = None if sizes is None else torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
     pools = before.clone(), before.clone()
     for module, pool in zip((fetch, reference), pools, strict=True):
-        ledger = Ledger.of(src, dst)
+        ledger = replace(Ledger.of(src, dst), lines=lines)
         if gone >= 0:  # called off before a program took it
             ledger.table[TAKEN, gone], ledger.table[DONE, gone] = CALLED_OFF, 1 << 20  # so that no program waits for it
         module.fetch_records(host, pool, ledger, todo, bounds, data.draw(st.integers(1, 5)))
@@ -251,7 +254,9 @@ def test_fetch_copies_the_named_entries_only(data: st.DataObject) -> None:
     assert torch.equal(*pools)
     named = [int(entry) for entry in todo[int(bounds[0]) : int(bounds[1])] if entry != gone]
     for entry in named:
-        assert torch.equal(pools[0][dst[entry]].cpu(), host[src[entry]])
+        size = record_bytes if sizes is None else sizes[int(src[entry])] * LINE
+        assert torch.equal(pools[0][dst[entry], :size].cpu(), host[src[entry], :size])
+        assert torch.equal(pools[0][dst[entry], size:], before[dst[entry], size:])
 
 
 def test_a_load_finishes_what_another_began() -> None:
@@ -310,7 +315,7 @@ def test_the_workspace_takes_what_it_says() -> None:
     """The bytes a planner counts are the bytes allocated."""
     _, mlp = make("gpt-oss", "bfloat16")
     work = Workspace.allocate(mlp, 5, 3, DEVICE)
-    assert Workspace.nbytes(mlp, 5, 3) == sum(t.untyped_storage().nbytes() for t in (work.inner, work.parts))
+    assert Workspace.nbytes(mlp, 5, 3) == sum(t.untyped_storage().nbytes() for t in vars(work).values())
 
 
 @pytest.mark.cuda

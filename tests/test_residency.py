@@ -46,12 +46,17 @@ def _device(maker: str) -> str:
 
 
 def run(
-    maker: str, strategy: Strategy, slots: int, workload: Workload, tokens_known: Forecast | None = None
+    maker: str,
+    strategy: Strategy,
+    slots: int,
+    workload: Workload,
+    tokens_known: Forecast | None = None,
+    large: tuple[int, ...] = (),
 ) -> tuple[list[Event], list]:
     """The twin's events and schedules of a workload; a predictor's demand comes from `tokens_known`, which may give none."""
     routes, experts = routes_of(workload), workload.trace.header.experts
     _, tokens, layers, top_k = routes.shape
-    tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
+    tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer", large=large)
     future = workload.needed if strategy.needs_future else None
     device = torch.device(_device(maker))
     given = tokens_known is not None
@@ -129,9 +134,11 @@ class _Pauses(NoForecast):
         self.inner.learn(step)
 
 
-def expected(workload: Workload, strategy: Strategy, slots: int, forecast: Forecast | None = None) -> list[Event]:
+def expected(
+    workload: Workload, strategy: Strategy, slots: int, forecast: Forecast | None = None, large: tuple[int, ...] = ()
+) -> list[Event]:
     """Events of the compiled replay, without the end of the run."""
-    found = replay_events(workload, strategy, slots, forecast=forecast)
+    found = replay_events(workload, strategy, slots, forecast=forecast, large=large)
     while found[-1].kind is EventKind.WASTED:
         del found[-1]
     return found
@@ -158,6 +165,22 @@ def random_workload(seed: int, steps: int = 6) -> Workload:
     members = np.arange(3 * steps).reshape(steps, 3)
     members[steps // 2, 2] = -1
     return Workload(trace=make_trace(3 * steps, layers=3, experts=7, seed=seed), members=members, batch=3)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_large_layers_are_always_hit(name: str, maker: str) -> None:
+    """The twin's events are the replay's; a large layer's are hits alone, in places behind the slots."""
+    workload, slots = random_workload(seed=3, steps=4), 5
+    for strategy, large in zip(variants(name)[1:], ((0,), (0, 2)), strict=True):
+        mine = expected(workload, strategy, slots, forecast_of(strategy, workload), large)
+        assert run(maker, strategy, slots, workload, forecast_of(strategy, workload), large)[0] == mine
+        theirs = [event for event in mine if event.layer in large]
+        assert {event.kind for event in theirs} == {EventKind.LAYER, EventKind.HIT}
+        hits = [event for event in theirs if event.kind is EventKind.HIT]
+        assert all(event.slot == slots + large.index(event.layer) * 7 + event.expert for event in hits)
+        assert len(hits) == int(workload.needed[:, large].sum())
+        assert all(event.slot < slots for event in mine if event.layer not in large)
 
 
 @pytest.mark.parametrize("maker", MAKERS)

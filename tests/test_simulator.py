@@ -123,6 +123,16 @@ def test_a_layer_in_waves_waits_for_the_slot() -> None:
     assert outcome.seconds * 1e6 > 4 * 100 + 30
 
 
+@pytest.mark.parametrize("slots", [2, 3, 4, 5])
+def test_two_slots_keep_the_link_busy(slots: int) -> None:
+    """With waves of two an expert is computed while the next one is copied: all copies back to back, then the last computation."""
+    trace = _trace_of([[[2 * token, 2 * token + 1]] for token in range(4)], experts=8, sequences=[0, 1, 2, 3])
+    cost = Cost(row_bytes=1_000_000, link_gbps=10.0, copy_us=0.0, layer_us=0.0, expert_us=30.0)
+    outcome = replay(live_sequences(trace, 4), STRATEGIES["lru"].double_buffered(), slots, cost)
+    assert outcome.misses == 8
+    assert outcome.seconds * 1e6 == pytest.approx(8 * 100 + 30)
+
+
 def test_a_predicted_load_overlaps_and_a_late_one_is_counted() -> None:
     """With the path known, layer 1's records travel while layer 0 computes; what has not arrived is late, not missed."""
     steps = [[[0], [number % 4]] for number in range(12)]

@@ -6,6 +6,8 @@ Stdlib only, so that cache, trace and simulator never need torch.
 *slot* room for one record on a device · *access* the use of one expert by one layer of one step.
 """
 
+from collections.abc import Sequence
+from statistics import median
 from typing import NamedTuple
 
 
@@ -30,6 +32,8 @@ class Place(NamedTuple):
 
 ONLY_DEVICE = 0
 """Device index of every place: one device has slots."""
+LARGE = 1.25
+"""Times the median of all layers' records above which a layer is large: slots of its size would waste memory."""
 HORIZONS = (1, 2, 4, 8)
 """A predictor's outputs after the first: an expert is used within so many steps after the coming one."""
 
@@ -59,3 +63,8 @@ class Load(NamedTuple):
     layer: int
     expert: int
     slot: int
+
+
+def large_layers(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the large layers by the bytes of each layer's records: their experts are always resident, outside the slots."""
+    return tuple(layer for layer, size in enumerate(sizes) if size > LARGE * median(sizes))

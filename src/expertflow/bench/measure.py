@@ -85,7 +85,7 @@ def _check_slots(settings: Settings, host: SharedHost) -> None:
     """
     shape = host.plan.shape
     for text in settings.slots:
-        if parse_slots(text, shape.layers, shape.experts) < shape.top_k:
+        if parse_slots(text, shape.layers - len(host.plan.slot_layout.large), shape.experts) < shape.top_k:
             raise ConfigError(
                 f"slots={text!r} is less than one layer's need: a token uses {shape.top_k} experts a layer",
                 f"Use {shape.top_k} or more.",
@@ -191,7 +191,8 @@ class _Measuring:
                     self._first_contact(*contenders[-1])
             if contenders:
                 for batch in self._batches:
-                    least = belady(self._recordings[batch], contenders[0][0].plan.slots, self._settings.repeats)
+                    plan = contenders[0][0].plan
+                    least = belady(self._recordings[batch], plan.slots, self._settings.repeats, plan.slot_layout.large)
                     self._take_turns(contenders, batch, least)
                 self._after_long(contenders)
         finally:

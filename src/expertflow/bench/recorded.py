@@ -74,7 +74,7 @@ class BeladyBound(NamedTuple):
     kept_all: float
 
 
-def belady(recording: Recording, slots: int, repeats: int) -> BeladyBound:
+def belady(recording: Recording, slots: int, repeats: int, large: tuple[int, ...] = ()) -> BeladyBound:
     """Belady's rule on runs 1 to `repeats`, as a bound.
 
     Decoding steps are bounded run by run, as if prompts cost nothing and filled the slots in the best way. Whole runs
@@ -84,26 +84,28 @@ def belady(recording: Recording, slots: int, repeats: int) -> BeladyBound:
         recording: the runs, in order; the first warms up.
         slots: slots in all.
         repeats: timed runs.
+        large: layers whose experts are always resident, outside the slots.
     """
     runs = recording.runs[1 : repeats + 1]
     everything = slice(runs[0].start, runs[-1].stop)
     decoding = [recording.needed[run][recording.decode[run]] for run in runs]
-    loads = sum(fewest_loads(needed, slots) for needed in decoding)
+    loads = sum(fewest_loads(needed, slots, large) for needed in decoding)
     needs = sum(int(needed.sum()) for needed in decoding)
     whole = recording.needed[everything]
     return BeladyBound(
         kept=1 - loads / max(needs, 1),
         loads=loads / max(sum(map(len, decoding)), 1),
-        kept_all=1 - fewest_loads(whole, slots) / max(int(whole.sum()), 1),
+        kept_all=1 - fewest_loads(whole, slots, large) / max(int(whole.sum()), 1),
     )
 
 
-def fewest_loads(needed: Needs, slots: int) -> int:
+def fewest_loads(needed: Needs, slots: int, large: tuple[int, ...] = ()) -> int:
     """Loads that no policy can avoid, even with the best slots to begin with: Belady's, without those into empty slots.
 
     Args:
         needed: `[N, L, E]` bool, the experts of every pass.
         slots: slots in all.
+        large: layers whose experts are always resident, outside the slots.
     """
     _, layers, experts = needed.shape
     events, counters = EventStream(), CacheCounters()
@@ -116,6 +118,7 @@ def fewest_loads(needed: Needs, slots: int) -> int:
         record_bytes=1,
         events=events,
         future=needed,
+        large=large,
     )
     for step in needed:
         controller.begin_step()

@@ -71,7 +71,7 @@ def belady_row(plan: Plan, batch: int, least: BeladyBound) -> Row:
     figures = {
         KEPT: Figure(values=(round(least.kept, 6),), unit="share"),
         KEPT_ALL: Figure(values=(round(least.kept_all, 6),), unit="share"),
-        MOVED: Figure(values=(round(least.loads * plan.record_bytes / batch / 1e6, 6),), unit="MB/token"),
+        MOVED: Figure(values=(round(least.loads * plan.least_load / batch / 1e6, 6),), unit="MB/token"),
     }
     return Row(
         strategy=BELADY, slots=plan.slots, share=plan.share, batch=batch, state=WARM, execution="replay", exact=None,
@@ -109,7 +109,7 @@ def strategy_row(  # noqa: PLR0913 - what a row is made of
     if least is not None:
         figures[KEPT] = _bounded(figures[KEPT], round(least.kept, 6), "Belady")
         figures[KEPT_ALL] = _bounded(figures[KEPT_ALL], round(least.kept_all, 6), "Belady")
-        figures[MOVED] = _bounded(figures[MOVED], round(least.loads * plan.record_bytes / batch / 1e6, 6), "Belady")
+        figures[MOVED] = _bounded(figures[MOVED], round(least.loads * plan.least_load / batch / 1e6, 6), "Belady")
     if resident is not None:
         total = resident.figures[PEAK].median
         figures[SAVED] = Figure(
@@ -127,7 +127,7 @@ def _speed_bound(plan: Plan, batch: int, bounds: Bounds) -> tuple[float, str] | 
     If one is unknown, the other; None if both are.
     """
     step = 0.0 if bounds.resident is None else batch / bounds.resident.figures[DECODE].median
-    link = 0.0 if bounds.least is None else bounds.least.loads * plan.record_bytes / bounds.link_gbps / 1e9
+    link = 0.0 if bounds.least is None else bounds.least.loads * plan.least_load / bounds.link_gbps / 1e9
     if link > step:
         return round(batch / link, 6), "Belady's bytes at the link's speed"
     if bounds.resident is None:

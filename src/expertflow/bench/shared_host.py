@@ -206,7 +206,12 @@ class SharedHost:
 
     def link_gbps(self) -> float:
         """Copies of one record's size to the device, back to back, 10^9 bytes a second; the best of a few tries."""
-        store = self._owner.shared_weights.store.buffer  # page-locked records, as the engine moves them
+        plan, store = (
+            self.plan,
+            self._owner.shared_weights.store.buffer,
+        )  # page-locked records, as the engine moves them
+        first = next(layer for layer in range(plan.shape.layers) if layer not in plan.shape.records.large)
+        store = store[first * plan.shape.experts :][: plan.shape.experts if plan.shape.records.large else None]
         records = max(1, min(len(store), _PROBE_BYTES // self.plan.record_bytes))
         room = torch.empty(self.plan.record_bytes, dtype=torch.uint8, device=self.plan.device)
         best = 0.0

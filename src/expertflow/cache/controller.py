@@ -10,19 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from expertflow.cache.core import (
+    EMPTY,
     LOG,
+    PENDING,
     Planes,
     Rules,
     Tables,
     close,
+    evict,
     finish_layer,
-    forget,
     make_tables,
     place_miss,
     take_hits,
 )
 from expertflow.cache.forecast import Forecast, Step
-from expertflow.cache.policy import Outlook, Usage
+from expertflow.cache.policy import Outlook, Usage, keep
 from expertflow.cache.prefetch import open_step, pass_layer
 from expertflow.cache.strategy import Setting, Strategy
 from expertflow.cache.table import SlotTable
@@ -51,16 +53,24 @@ class Ranker:
         self.forecast = forecast or strategy.make_forecast(setting)
         self.usage = Usage(layers=setting.layers, experts=setting.experts, reached=setting.reached)
         self._none = np.zeros((setting.layers, setting.experts))
+        self._large = list(setting.large)
 
     def rank(self, step: Step) -> tuple[Planes, npt.NDArray[np.float64]]:
-        """Return a coming step's ranks, and its demand float64 `[L, E]`, 0 where nothing is known."""
+        """Return a coming step's ranks, and its demand float64 `[L, E]`: 0 where nothing is known, or everything is always resident."""
         outlook: Outlook | None = self.forecast.outlook(step)
         demand = self._none if outlook is None else outlook.demand[0]
-        return self.strategy.policy(self.usage, outlook), demand
+        return keep(self.strategy.policy(self.usage, outlook), self._large), self.without_large(demand)
+
+    def without_large(self, demand: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Demand `[L, E]` for slots: that of large layers is 0, because none of their experts is ever loaded."""
+        if self._large:
+            demand = demand.copy()
+            demand[self._large] = 0
+        return demand
 
     def rank_wide(self) -> Planes:
         """Return the ranks of a pass that needs every expert."""
-        planes = self.strategy.policy(self.usage, Outlook(np.ones_like(self._none)[None]))
+        planes = keep(self.strategy.policy(self.usage, Outlook(np.ones_like(self._none)[None])), self._large)
         return planes._replace(limit=planes.before)
 
     def learn(self, step: Step) -> None:
@@ -78,12 +88,13 @@ class CacheController:
         experts: experts a layer.
         slots: slots in all, at least 1.
         strategy: entry of the strategy table.
-        record_bytes: bytes of one expert, for the event stream.
+        record_bytes: bytes of one expert, of all layers or of each, for the event stream.
         events: the stream that gets an event for every decision.
         future: `[N, L, E]` bool, the coming run's routing, for strategies that need a recording of it.
         forecast: replaces the strategy's own forecast.
         reached: for each layer, whether a decode step runs it (an encoder's are not run); None: all.
         wide: tokens of a pass over prompts from which on it is taken to need every expert; None: it never is.
+        large: layers whose experts are always resident, in places behind the slots.
 
     Raises:
         ConfigError: if the strategy needs a recording and there is neither that nor a forecast.
@@ -96,24 +107,24 @@ class CacheController:
         experts: int,
         slots: int,
         strategy: Strategy,
-        record_bytes: int,
+        record_bytes: int | Sequence[int],
         events: EventStream,
         future: npt.NDArray[np.bool_] | None = None,
         forecast: Forecast | None = None,
         reached: Sequence[bool] | None = None,
         wide: int | None = None,
+        large: Sequence[int] = (),
     ) -> None:
         """Start with every slot empty."""
         self.strategy, self.events, self.future, self.reached = strategy, events, future, reached
         self.step = -1
-        self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer")
+        self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer", large=large)
         self.table = SlotTable(self._tables)
-        self._own_rules = self._rules = strategy.rules(layers, slots)
-        self._wide_rules: Rules = strategy.wide_rules(layers, slots)
+        self._own_rules = self._rules = strategy.rules(layers, slots, len(large))
+        self._wide_rules: Rules = strategy.wide_rules(layers, slots, len(large))
         self._wide = wide if strategy.reads_ahead else None
-        self._ranker = Ranker(
-            strategy, Setting(layers=layers, experts=experts, future=future, reached=reached), forecast
-        )
+        setting = Setting(layers=layers, experts=experts, future=future, reached=reached, large=tuple(large))
+        self._ranker = Ranker(strategy, setting, forecast)
         self._planes, self._demand = self._ranker.rank(Step(0))
         self._record_bytes, self._open = record_bytes, False
         self._needed = np.zeros((layers, experts), dtype=np.bool_)
@@ -146,6 +157,7 @@ class CacheController:
             self._rules = self._wide_rules
             self._planes, self._demand = self._ranker.rank_wide(), np.zeros_like(self._demand)
             self._demand[0] = 1
+            self._demand = self._ranker.without_large(self._demand)
         else:
             self._planes, self._demand = self._ranker.rank(Step(self.step, tokens))
         self.events.emit(Event(EventKind.STEP, self.step))
@@ -188,6 +200,7 @@ class CacheController:
         if rules is self._wide_rules:  # residents of farther layers are not pinned, but make room, the farthest first
             self._demand[layer] = 0
             self._demand[layer + 1 : layer + 2] = 1
+            self._demand = self._ranker.without_large(self._demand)
         pass_layer(tables, planes, self._demand, rules, layer)
         self._drain()
 
@@ -197,8 +210,13 @@ class CacheController:
         return loads
 
     def forget(self) -> None:
-        """Empty every slot, because decisions were not carried out and the slots' contents are unknown."""
-        forget(self._tables)
+        """Empty every slot and drop the plan, because decisions were not carried out and the slots' contents are unknown."""
+        tables = self._tables
+        tables.cursor[LOG] = tables.cursor[PENDING] = 0
+        for slot in np.flatnonzero(tables.owner != EMPTY):
+            evict(tables, int(slot))
+        tables.pinned[:] = False
+        tables.last_access[:] = tables.order[:] = -1
         self._drain()
         self._loads, self._ahead, self._found = [], 0, 0
 
@@ -270,9 +288,10 @@ class CacheController:
         return accesses
 
 
-def as_event(entry: Sequence[int], step: int, record_bytes: int) -> Event:
-    """Turn a log entry (kind, layer, expert, slot, detail) into the event of a step."""
+def as_event(entry: Sequence[int], step: int, record_bytes: int | Sequence[int]) -> Event:
+    """Turn a log entry (kind, layer, expert, slot, detail) into the event of a step; bytes as in `CacheController`."""
     kind = KINDS[entry[0]]
-    moved = record_bytes if kind in (EventKind.MISS, EventKind.PREFETCH) else 0
-    value = entry[4] if kind in (EventKind.LAYER, EventKind.HIT) else moved
+    value = entry[4] if kind in (EventKind.LAYER, EventKind.HIT) else 0
+    if kind in (EventKind.MISS, EventKind.PREFETCH):
+        value = record_bytes if isinstance(record_bytes, int) else record_bytes[entry[1]]
     return Event(kind, step, entry[1], entry[2], entry[3], value)

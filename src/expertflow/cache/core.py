@@ -4,9 +4,11 @@ The engine calls these functions through `CacheController`, the simulator compil
 kernels are their twins. They take facts and write log entries. Must not know clocks, copies and torch.
 
 Every expert has a rank. The expert with the smallest rank is evicted, the lowest expert number among equals. An expert
-that may not be evicted now (its layer is running, or the plan still needs it) has an infinite rank.
+that may not be evicted now (its layer is running, or the plan still needs it) has an infinite rank. A large layer has no
+share of the slots: its experts are always in places behind them, their ranks infinite (`policy.keep`), so all are hits.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,18 +29,19 @@ class Tables(NamedTuple):
     """What the cache remembers of L layers x E experts and S slots.
 
     Attributes:
-        slot_of: `[L, E]` int32, the expert's slot or -1.
+        slot_of: `[L, E]` int32, the expert's slot or -1; a large layer's experts have places from S on.
         owner: `[S]` int32, the flat expert number `layer * E + index` in the slot, or -1.
         rank: `[L, E]` float64, the smallest is evicted; infinite if absent or not evictable now.
         pinned: `[L, E]` bool, experts the plan of this step still needs: resident, or promised a slot.
         fresh: `[L, E]` bool, prefetched and not used yet.
-        per_layer: `[L]` int64, residents of each layer.
-        share: `[L]` int64, the most residents a layer may have.
+        per_layer: `[L]` int64, slots that each layer has.
+        share: `[L]` int64, the most slots a layer may have; 0 for a large layer.
         low: `[L]` float64, the smallest rank of each layer.
         lowest: `[L]` int64, the lowest expert number that has it; -1 if both have to be found anew.
         newer: `[S + 1]` int32, the next entry in the ring of empty slots, longest empty first; entry S joins its ends.
         older: `[S + 1]` int32, the entry before in that ring.
-        last_access: `[S]` int32, position of the slot's last access in the running layer's schedule, or -1.
+        last_access: `[S + places]` int32, position of the slot's last access in the running layer's schedule, or -1.
+        order: `[S + places]` int32, which of the running layer's experts is evicted first among equals: the largest.
         pending: `[L * E, 3]` int32, planned loads that wait for a layer: flat expert, slot, that layer.
         log: `[N, 5]` int32, the decisions: kind, layer, expert, slot, and a detail of the kind.
         cursor: `[3]` int64, see `LOG`.
@@ -56,6 +59,7 @@ class Tables(NamedTuple):
     newer: npt.NDArray[np.int32]
     older: npt.NDArray[np.int32]
     last_access: npt.NDArray[np.int32]
+    order: npt.NDArray[np.int32]
     pending: npt.NDArray[np.int32]
     log: npt.NDArray[np.int32]
     cursor: npt.NDArray[np.int64]
@@ -103,7 +107,7 @@ class Rules(NamedTuple):
     joint: bool
 
 
-def make_tables(layers: int, experts: int, slots: int, *, divided: bool) -> Tables:
+def make_tables(layers: int, experts: int, slots: int, *, divided: bool, large: Sequence[int] = ()) -> Tables:
     """Make tables in which every slot is empty.
 
     Args:
@@ -112,14 +116,20 @@ def make_tables(layers: int, experts: int, slots: int, *, divided: bool) -> Tabl
         slots: slots in all.
         divided: give each layer an equal share, the first layers one slot more if they do not divide evenly. With
             fewer slots than layers all layers share them.
+        large: layers whose experts are always resident, outside the slots.
     """
     share = np.full(layers, slots, dtype=np.int64)
-    if divided and slots >= layers:
-        base, extra = divmod(slots, layers)
+    small = np.setdiff1d(np.arange(layers), large)
+    if divided and slots >= small.size:
+        base, extra = divmod(slots, small.size)
         share[:] = base
-        share[:extra] += 1
+        share[small[:extra]] += 1
+    slot_of = np.full((layers, experts), EMPTY, dtype=np.int32)
+    for number, layer in enumerate(large):
+        share[layer] = 0
+        slot_of[layer] = np.arange(experts) + (slots + number * experts)
     return Tables(
-        slot_of=np.full((layers, experts), EMPTY, dtype=np.int32),
+        slot_of=slot_of,
         owner=np.full(slots, EMPTY, dtype=np.int32),
         rank=np.full((layers, experts), np.inf),
         pinned=np.zeros((layers, experts), dtype=np.bool_),
@@ -130,7 +140,8 @@ def make_tables(layers: int, experts: int, slots: int, *, divided: bool) -> Tabl
         lowest=np.full(layers, -1, dtype=np.int64),
         newer=np.roll(np.arange(slots + 1, dtype=np.int32), -1),
         older=np.roll(np.arange(slots + 1, dtype=np.int32), 1),
-        last_access=np.full(slots, -1, dtype=np.int32),
+        last_access=np.full(slots + len(large) * experts, -1, dtype=np.int32),
+        order=np.full(slots + len(large) * experts, -1, dtype=np.int32),
         pending=np.zeros((layers * experts, 3), dtype=np.int32),
         log=np.zeros((4 * experts + 6 * slots + 8, 5), dtype=np.int32),
         cursor=np.zeros(3, dtype=np.int64),
@@ -219,15 +230,16 @@ def end_wave(
     needed: npt.NDArray[np.bool_],
     over: npt.NDArray[np.int64],
 ) -> None:
-    """Make the running layer's experts `over`, which have been computed, evictable; among equals the last one first.
+    """Make the running layer's experts `over`, which have been computed, evictable; among equals the last wave's first.
 
-    So experts of low rank pass through few slots, and the other residents of the layer stay.
+    So experts of low rank pass through few slots, and the layer's other residents stay. Within a wave the first one goes first:
+    it is computed while the next one is copied, so the link need not wait.
     """
     for expert in over:
         slot = t.slot_of[layer, expert]
         if slot >= 0:
             after = planes.used[layer, expert] if needed[expert] else planes.unused[layer, expert]
-            t.rank[layer, expert] = after - NUDGE * (t.last_access[slot] + 1)
+            t.rank[layer, expert] = after - NUDGE * (t.order[slot] + 1)
     t.lowest[layer] = -1
 
 
@@ -236,7 +248,7 @@ def end_waves(
     t: Tables, planes: Planes, layer: int, needed: npt.NDArray[np.bool_], kept: npt.NDArray[np.bool_]
 ) -> None:
     """Do `end_wave` for all residents of the layer except those `kept`."""
-    after = np.where(needed, planes.used[layer], planes.unused[layer]) - NUDGE * (t.last_access[t.slot_of[layer]] + 1)
+    after = np.where(needed, planes.used[layer], planes.unused[layer]) - NUDGE * (t.order[t.slot_of[layer]] + 1)
     t.rank[layer] = np.where((t.slot_of[layer] >= 0) & ~kept, after, t.rank[layer])
     t.lowest[layer] = -1
 
@@ -294,7 +306,7 @@ def take_hits(
     for position in range(hits.size):
         expert = hits[position]
         slot = t.slot_of[layer, expert]
-        t.last_access[slot] = position
+        t.last_access[slot] = t.order[slot] = position
         write_log(t, HIT, layer, expert, slot, int(t.fresh[layer, expert]))
         t.fresh[layer, expert] = False
     kept = needed & rules.joint
@@ -307,9 +319,9 @@ def take_hits(
 @shared
 def finish_layer(t: Tables, planes: Planes, rules: Rules, layer: int, needed: npt.NDArray[np.bool_]) -> None:
     """Rank the layer's residents after its last access; evict them if the strategy retains nothing."""
-    t.last_access[:] = -1
+    t.last_access[:] = t.order[:] = -1
     rank_residents(t, planes, layer, needed)
-    if not rules.retain:
+    if not rules.retain and t.share[layer]:
         for expert in np.flatnonzero(t.slot_of[layer] >= 0):
             evict(t, t.slot_of[layer, expert])
 
@@ -350,7 +362,9 @@ def place_miss(  # noqa: PLR0913, PLR0917 - the results of `take_hits`, each use
         slot = make_room(t, layer)
     fill_slot(t, layer, expert, slot)
     write_log(t, MISS, layer, expert, slot, t.last_access[slot])
-    t.last_access[slot] = np.count_nonzero(needed) - misses.size + number
+    position = np.count_nonzero(needed) - misses.size + number
+    t.last_access[slot] = position
+    t.order[slot] = position - 2 * (number % rules.wave) + rules.wave - 1  # waves ascend, and each of them descends
 
 
 @shared
@@ -373,16 +387,6 @@ def carry_out(t: Tables, now: int) -> None:
         t.fresh[layer, expert] = True
         write_log(t, PREFETCH, layer, expert, slot, now)
     t.cursor[PENDING] = left
-
-
-def forget(t: Tables) -> None:
-    """Empty every slot and drop the running plan."""
-    t.cursor[LOG] = 0
-    for slot in np.flatnonzero(t.owner != EMPTY):
-        evict(t, int(slot))
-    t.pinned[:] = False
-    t.last_access[:] = -1
-    t.cursor[PENDING] = 0
 
 
 @shared

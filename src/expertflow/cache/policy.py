@@ -85,6 +85,14 @@ Policy = Callable[[Usage, Outlook | None], Planes]
 """Usage and outlook at the start of a step in, ranks for the step out."""
 
 
+def keep(planes: Planes, large: Sequence[int]) -> Planes:
+    """Give every expert of the `large` layers an infinite rank, so that it is never evicted; in copies, if there are any."""
+    if not large:
+        return planes
+    rows = np.isin(np.arange(len(planes.before)), large)[:, None]
+    return Planes(*(np.where(rows, np.inf, plane) for plane in planes))
+
+
 def lru(usage: Usage, outlook: Outlook | None) -> Planes:
     """Evict the least recently used expert; all experts of a layer are used at the same time.
 

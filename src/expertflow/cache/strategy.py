@@ -38,6 +38,7 @@ class Setting:
         future: bool `[N, L, E]`, the routing of the coming run; None unless it was recorded.
         gate_recall: share of a layer's path that the next-layer gate predicts, where it is replayed from a recording.
         reached: for each layer, whether a decode step runs it; None: all.
+        large: layers whose experts are always resident, outside the slots.
     """
 
     layers: int
@@ -45,6 +46,7 @@ class Setting:
     future: npt.NDArray[np.bool_] | None = None
     gate_recall: float = GATE_RECALL
     reached: Sequence[bool] | None = None
+    large: tuple[int, ...] = ()
 
 
 MakeForecast = Callable[[Setting], Forecast]
@@ -100,9 +102,10 @@ class Strategy:
         """Return the entry with waves of two: where copies run beside computation, one slot is filled while one is read."""
         return replace(self, wave=max(self.wave, 2))
 
-    def rules(self, layers: int, slots: int) -> Rules:
-        """Return the numbers `core` works with, for a model of `layers` MoE layers and a pool of `slots`."""
-        share = slots // layers if self.partition == "layer" and slots >= layers else slots
+    def rules(self, layers: int, slots: int, large: int = 0) -> Rules:
+        """Return the numbers `core` works with, for `layers` MoE layers, so many `large` ones among them, and a pool of `slots`."""
+        sharing = layers - large
+        share = slots // sharing if self.partition == "layer" and slots >= sharing else slots
         least = slots // self.waves if self.waves else 0
         reserve = max(1, min(max(self.reserve, least), slots // 2))
         return Rules(
@@ -119,10 +122,10 @@ class Strategy:
             joint=self.joint,
         )
 
-    def wide_rules(self, layers: int, slots: int) -> Rules:
+    def wide_rules(self, layers: int, slots: int, large: int = 0) -> Rules:
         """Return the rules of a pass that needs every expert: each layer's are loaded while the one before runs."""
         planning = replace(self, prefetch="layer", ahead=1, wraps=False, threshold=0.5)
-        return planning.rules(layers, slots)
+        return planning.rules(layers, slots, large)
 
     def check_future(self, future: npt.NDArray[np.bool_] | None) -> None:
         """Refuse to run without a recording if the strategy needs one.

@@ -40,7 +40,7 @@ def main(*, artifact: Path, test: Test, plot: Path | None, json_file: Path | Non
     study.check_count()
     with Progress("predicting tokens", study.tokens) as bar:
         predicted = study.predict(bar.advance)
-    cost = Cost(row_bytes=record.size)
+    cost = Cost(row_bytes=record.size, layer_bytes=record.layer_bytes)
     with Progress("replays", study.replays) as bar:
         findings = study.run(predicted, cost, bar.advance)
     show(findings.evaluations, findings.cells, record)

@@ -41,6 +41,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "predictor",
         "slots",
         "slot_bytes",
+        "large",
         "total",
         "host",
     )
@@ -59,8 +60,11 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "notes": shape.notes,
         **sizes,
         "row": plan.record_bytes,
+        "layer_bytes": plan.unequal_bytes,
+        "large_layers": plan.slot_layout.large,
         "slot": plan.slot_layout.record_bytes,
         "formats": _formats(plan),
+        "prompt_attention": plan.prompt_attention,
         "why_host": plan.graph_unavailable_reason,
     }
 
@@ -95,7 +99,8 @@ def _show(prepared: Prepared, name: str) -> None:
     sequences = f"{plan.max_live} x {plan.max_length} tokens"
     table.add_row("device", "dense weights", format_bytes(plan.dense))
     table.add_row("device", f"keys and values, {sequences}", format_bytes(plan.kv))
-    table.add_row("device", f"workspace, {plan.prefill_chunk} tokens a prefill pass", format_bytes(plan.workspace))
+    workspace = f"workspace, {plan.prefill_chunk} tokens a prefill pass, attention by the {plan.prompt_attention}"
+    table.add_row("device", workspace, format_bytes(plan.workspace))
     if plan.graph:
         table.add_row("device", "captured decode steps and their buffers", format_bytes(plan.graph))
     if plan.predictor:
@@ -105,6 +110,9 @@ def _show(prepared: Prepared, name: str) -> None:
         f"{plan.slots} expert slots of {format_bytes(plan.slot_layout.record_bytes)} ({plan.share:.1%})",
         format_bytes(plan.slot_bytes),
     )
+    if plan.large:
+        layers = ", ".join(map(str, plan.slot_layout.large))
+        table.add_row("device", f"experts of large layers ({layers}), always resident", format_bytes(plan.large))
     table.add_section()
     budget = "" if plan.budget is None else f" of {format_bytes(plan.budget)}"
     table.add_row("device", "in all", f"[bold]{format_bytes(plan.total)}[/]{budget}")
@@ -128,11 +136,12 @@ def _show(prepared: Prepared, name: str) -> None:
 
 def _meaning(plan: Plan) -> str:
     """What the number of slots means for this model."""
-    a_layer = plan.slots / plan.shape.layers
+    sizes = [size for layer, size in enumerate(plan.shape.records.layer_bytes) if layer not in plan.slot_layout.large]
+    a_layer = plan.slots / len(sizes)
     text = (
         f"{a_layer:.1f} slots a layer; a token uses {plan.shape.top_k} of {plan.shape.experts} experts a layer. "
-        f"With nothing kept, a token moves {format_bytes(plan.shape.layers * plan.shape.top_k * plan.record_bytes)}."
+        f"With nothing kept, a token moves {format_bytes(plan.shape.top_k * sum(sizes))}."
     )
-    if plan.slots >= plan.shape.total_experts:
+    if plan.slots >= plan.competing:
         return text + " Every expert fits: after the first use nothing is moved."
     return text + f" The least budget that works is {format_bytes(plan.least)} ({plan.least} bytes)."

@@ -27,16 +27,19 @@ class Record(NamedTuple):
     """Bytes of one expert's record, and where the number comes from.
 
     Attributes:
-        size: bytes.
+        size: bytes; where layers differ, of the largest record that slots hold.
         source: a key of `_ORIGINS`.
+        layer_bytes: bytes of each layer's records, if they differ.
     """
 
     size: int
     source: str
+    layer_bytes: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """The size and its source, to be shown."""
-        return f"{self.size / 1e6:.4g} MB ({_ORIGINS[self.source]})"
+        about = "; other layers differ" if self.layer_bytes else ""
+        return f"{self.size / 1e6:.4g} MB ({_ORIGINS[self.source]}{about})"
 
     def as_json(self) -> dict[str, int | str]:
         """For the result file."""
@@ -72,7 +75,8 @@ def find_record(trace: Path, model: str | None, record_mb: float | None) -> Reco
     stated = None if record_mb is None else bytes_of(record_mb)
     console = Console(stderr=True)
     if model is not None:
-        record = Record(import_module("expertflow.cli.stated").record_bytes_of(model, trace), "model")
+        size, layer_bytes = import_module("expertflow.cli.stated").record_bytes_of(model, trace)
+        record = Record(size, "model", layer_bytes)
         if stated is not None and stated != record.size:
             console.print(
                 f"not used: --record-mb {record_mb:g}, since --model has {record.size / 1e6:.4g} MB an expert"
@@ -80,8 +84,9 @@ def find_record(trace: Path, model: str | None, record_mb: float | None) -> Reco
         return record
     if stated is not None:
         return Record(stated, "option")
-    if own := open_trace(trace).header.record_bytes:
-        return Record(own, "trace")
+    header = open_trace(trace).header
+    if header.record_bytes:
+        return Record(header.record_bytes, "trace", header.layer_bytes)
     console.print(
         f"assumed: {ASSUMED_BYTES / 1e6:g} MB an expert, as gpt-oss-20b has in bf16. The trace does not state it: give "
         "--record-mb, or --model with the checkpoint the trace is of."

@@ -48,7 +48,7 @@ def main(
         **options,
     )
     record = find_record(trace, model, record_mb)  # last, because with a model it imports torch
-    grid = replace(grid, cost=replace(grid.cost, row_bytes=record.size))
+    grid = replace(grid, cost=replace(grid.cost, row_bytes=record.size, layer_bytes=record.layer_bytes))
     started = time.perf_counter()
     console = Console(stderr=True)
     total = len(grid.batches) * len(set(grid.slots)) * len(grid.strategies)
@@ -82,7 +82,7 @@ def show(grid: Grid, outcomes: Sequence[Outcome], record: Record) -> None:
         console.print(_table(cells, grid.grouping))
         belady = next((cell for cell in cells if cell.strategy == "oracle"), None)
         if belady is not None:
-            bound = bound_tokens_per_second(belady, belady, grid.cost)
+            bound = bound_tokens_per_second(belady, belady)
             console.print(
                 f"bound: {bound:.1f} tokens/s (Belady's bytes at {grid.cost.link_gbps:g} GB/s, or computation)"
             )

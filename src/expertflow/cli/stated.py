@@ -7,8 +7,8 @@ from expertflow.engine.prepare import prepare
 from expertflow.trace.format import check_model, open_trace
 
 
-def record_bytes_of(model: str, trace: Path) -> int:
-    """Bytes of one expert's record of a checkpoint, from its headers alone.
+def record_bytes_of(model: str, trace: Path) -> tuple[int, tuple[int, ...]]:
+    """Bytes of one expert's record of a checkpoint, and of each layer's if they differ, from its headers alone.
 
     Args:
         model: checkpoint folder, or a Hugging Face id in the local cache.
@@ -21,4 +21,4 @@ def record_bytes_of(model: str, trace: Path) -> int:
     prepared = prepare(model, EngineConfig(device="cpu"), fetch=False)
     shape = prepared.plan.shape
     check_model(open_trace(trace).header, layers=shape.layers, experts=shape.experts, top_k=shape.top_k)
-    return prepared.plan.record_bytes
+    return prepared.plan.record_bytes, prepared.plan.unequal_bytes

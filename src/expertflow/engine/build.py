@@ -122,9 +122,10 @@ class OffloadedModel(Uncopied):
 
         self.store: ExpertStore
         self.store, self.identity = self._weights.experts(located, allocate, self.device, show=config.progress)
-        pool = SlotPool(plan.slot_layout, plan.slots, self.device)
-        resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), pool.buffer]
-        self.meter: Meter = measured or CpuMeter(resident, exclude=[self.store.buffer])
+        pool = SlotPool(plan.slot_layout, plan.slots, self.device, plan.shape.experts)
+        pool.fill_large(self.store)
+        resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), *pool.memory]
+        self.meter: Meter = measured or CpuMeter(resident, exclude=self.store.memory)
         self.events, self.counters = EventStream(), CacheCounters()
         self.events.subscribe(self.counters.count)
         self.live_predictor = self._make_predictor(prepared, config)
@@ -133,11 +134,12 @@ class OffloadedModel(Uncopied):
             experts=plan.shape.experts,
             slots=plan.slots,
             strategy=_on(self.device, prepared.choices.strategy),
-            record_bytes=plan.record_bytes,
+            record_bytes=plan.shape.records.layer_bytes,
             events=self.events,
             forecast=forecast or self.live_predictor,
             reached=prepared.skeleton.reached,
             wide=_wide(plan),
+            large=plan.slot_layout.large,
         )
         self._wire(pool, forecast)
 

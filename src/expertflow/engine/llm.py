@@ -261,6 +261,7 @@ class LLM:
         header = Header(
             layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=self._name,
             fingerprint=offloaded.fingerprint, record_bytes=self.plan.record_bytes,
+            layer_bytes=self.plan.unequal_bytes,
         )  # fmt: skip
         first = self._engine.begun
         with TraceWriter(Path(path), header) as writer:

@@ -40,7 +40,7 @@ class Plan:
         dense: dense weights on the device.
         kv: keys and values of `max_live` sequences of `max_length` tokens.
         workspace: activations of the largest step, logits and sampling.
-        record_bytes: one expert, as it is stored.
+        record_bytes: one expert of the layers that slots are for, as it is stored; the largest, if they differ.
         slots: number of slots.
         max_batch: sequences of a step.
         max_live: sequences that have keys and values at once.
@@ -78,19 +78,45 @@ class Plan:
         return "graph" if self.graph else "host"
 
     @property
+    def prompt_attention(self) -> str:
+        """What computes attention of passes over prompts: `kernel`, in memory linear in length, or the `model` itself."""
+        return "kernel" if self.graph and self.shape.prompt_kernel else "model"
+
+    @property
     def slot_layout(self) -> StoreLayout:
         """What slots hold: records as they are stored; where the host computes on a CPU, experts decoded once when they are loaded."""
         return slot_layout(self.shape, self.device, graph=self.execution == "graph")
 
     @property
     def slot_bytes(self) -> int:
-        """Device memory of all slots."""
+        """Device memory of all slots, without large layers."""
         return SlotPool.nbytes(self.slot_layout.record_bytes, self.slots)
+
+    @property
+    def unequal_bytes(self) -> tuple[int, ...]:
+        """Bytes of one record of each layer; empty if all have `record_bytes`."""
+        return () if self.shape.records.equal else self.shape.records.layer_bytes
+
+    @property
+    def least_load(self) -> int:
+        """Bytes that a load moves at least."""
+        large = self.slot_layout.large
+        return min(size for layer, size in enumerate(self.shape.records.layer_bytes) if layer not in large)
+
+    @property
+    def large(self) -> int:
+        """Device memory of large layers, whose experts are always resident."""
+        return SlotPool.large_nbytes(self.slot_layout, self.shape.experts)
+
+    @property
+    def competing(self) -> int:
+        """Experts that slots are for: all but those of large layers."""
+        return self.shape.total_experts - len(self.slot_layout.large) * self.shape.experts
 
     @property
     def fixed(self) -> int:
         """Device memory of everything but the slots."""
-        return self.dense + self.kv + self.workspace + self.graph + self.predictor
+        return self.dense + self.kv + self.workspace + self.graph + self.predictor + self.large
 
     @property
     def total(self) -> int:
@@ -105,12 +131,12 @@ class Plan:
     @property
     def resident_total(self) -> int:
         """Device memory the same run takes with every expert resident."""
-        return self.fixed + self.shape.total_experts * self.slot_layout.record_bytes
+        return self.fixed + self.competing * self.slot_layout.record_bytes
 
     @property
     def share(self) -> float:
-        """Share of all experts that have a slot."""
-        return self.slots / self.shape.total_experts
+        """Share that has a slot of the experts that slots are for."""
+        return self.slots / self.competing
 
 
 def make_plan(
@@ -187,7 +213,7 @@ def _plan(  # noqa: PLR0913 - two by keyword
         predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
     )  # on a stream of its own
     fixed = shape.dense_bytes + kv + workspace + captured + for_predictor
-    slots = _slots(config, shape, slot_layout(shape, device, graph=graph).record_bytes, fixed, budget)
+    slots = _slots(config, shape, slot_layout(shape, device, graph=graph), fixed, budget)
     return Plan(
         shape=shape,
         device=device,
@@ -202,7 +228,7 @@ def _plan(  # noqa: PLR0913 - two by keyword
         max_live=live,
         max_length=max_length,
         prefill_chunk=chunk,
-        host=record_bytes * shape.total_experts,
+        host=shape.records.store_bytes(shape.experts),
         schedule=config.schedule,
         graph=captured,
         predictor=for_predictor,
@@ -217,11 +243,14 @@ def slot_layout(shape: ModelShape, device: str, *, graph: bool) -> StoreLayout:
 def rates(plan: Plan) -> StepPrices:
     """Return the costs of a step, by which live sequences are grouped. Only the proportions matter."""
     link, memory, fixed, divide = _SPEEDS[plan.device]
+    records, large = plan.shape.records, plan.slot_layout.large
+    load = tuple(size / link for size in records.layer_bytes)
     return StepPrices(
         slots=plan.slots,
-        load=plan.record_bytes / link,
+        load=load if large or not records.equal else load[0],
+        large=large,
         step=fixed + plan.dense / memory,
-        expert=plan.record_bytes / memory,
+        expert=sum(records.layer_bytes) / len(records.layers) / memory,
         divide=divide,
     )
 
@@ -242,8 +271,9 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
-    if device != "cuda":  # an expert is decoded, and computed in float32
-        return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4
+    if device != "cuda":  # an expert is decoded, and computed in float32; so is a token's attention to its past
+        attention = length * (4 * shape.heads * 4 + 2 * max((layer.read_per_token for layer in shape.kv), default=0))
+        return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4 + 2 * attention
     captured = workspace_bytes(shape, rows, length, rows, prompts=False)
     return state + buffers + captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES
 
@@ -275,15 +305,26 @@ def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
     return config.max_length
 
 
-def _slots(config: EngineConfig, shape: ModelShape, slot_bytes: int, fixed: int, budget: int | None) -> int:
-    total = shape.total_experts
-    stated = None if config.slots is None else parse_slots(config.slots, shape.layers, shape.experts)
+def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: int, budget: int | None) -> int:
+    """The slots, which large layers need none of.
+
+    Raises:
+        BudgetError: if the budget holds too little.
+    """
+    slot_bytes, sharing = layout.record_bytes, shape.layers - len(layout.large)
+    total, large = sharing * shape.experts, SlotPool.large_nbytes(layout, shape.experts)
+    stated = None if config.slots is None else parse_slots(config.slots, sharing, shape.experts)
+    taken = f"dense weights, KV and workspace take {format_bytes(fixed)}, "
+    if large:
+        taken += (
+            f"large layers ({', '.join(map(str, layout.large))}), which are always resident, {format_bytes(large)}, "
+        )
+    fixed += large
     least = fixed + SlotPool.nbytes(slot_bytes, stated or 1)
     if budget is not None and budget < least:
         need = f"{stated} slots" if stated else "a single slot"
         raise BudgetError(
-            f"gpu_memory={format_bytes(budget)} is too small: dense weights, KV and workspace take "
-            f"{format_bytes(fixed)}, and {need} of {format_bytes(slot_bytes)} must fit beside them",
+            f"gpu_memory={format_bytes(budget)} is too small: {taken}and {need} of {format_bytes(slot_bytes)} must fit beside them",
             f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length or "
             "prefill_chunk lowers it.",
             least,
@@ -308,7 +349,7 @@ def workspace_bytes(
         length: tokens of a sequence, prompt included.
         chunk: tokens of a prefill pass over all sequences.
         prompts: whether the step may be one over prompts.
-        grouped: whether kernels compute all tokens of an expert at once, from slots.
+        grouped: whether kernels compute the pass, all tokens of an expert at once and attention without scores in memory.
     """
     element = DTYPES[shape.dtype].nbytes
     tokens = max(chunk, batch)
@@ -316,17 +357,25 @@ def workspace_bytes(
         tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
     columns = max(1, tokens // batch)
     state = tokens * shape.hidden
+    linear = grouped and shape.prompt_kernel
     # residual, normed input, positions, masks and what they are made of
-    steady = state * element * 6 + state * 4 * 2 + batch * columns * length * (2 * element + 8) + tokens * 8 * 8
-    experts = _moe(shape, tokens, grouped=grouped)
-    return int(_SLACK * (steady + max(_attention(shape, batch, length, columns), experts, _head(shape, batch))))
+    steady = state * element * 6 + state * 4 * 2 + tokens * 8 * 8
+    if not linear:
+        steady += batch * columns * length * (2 * element + 8)
+    attention = _attention(shape, batch, length, columns, linear=linear)
+    return int(_SLACK * (steady + max(attention, _moe(shape, tokens, grouped=grouped), _head(shape, batch))))
 
 
-def _attention(shape: ModelShape, batch: int, length: int, columns: int) -> int:
+def _attention(shape: ModelShape, batch: int, length: int, columns: int, *, linear: bool) -> int:
     element = DTYPES[shape.dtype].nbytes
     tokens = batch * columns
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
+    if linear:  # rows are read where they lie; only latents are gathered, and expanded to values and to parts of keys that are joined
+        expanded = max(
+            (layer.read_per_token for layer in shape.kv if layer.read_per_token > layer.bytes_per_token), default=0
+        )
+        return heads + (expanded + shape.head_width * element) * batch * length * (expanded > 0)
     # a layer's KV rows of the sequences that step are gathered; keys and values are repeated over grouped heads
     cache = max((layer.read_per_token for layer in shape.kv), default=0) * batch * length
     repeated = 3 * batch * length * shape.head_width * element

@@ -16,6 +16,7 @@ from expertflow.execution.provider import CachedExperts
 from expertflow.kernels.backend import backend
 from expertflow.kernels.mlp import ExpertMlp, Workspace
 from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, on_host, sort_pairs
+from expertflow.memory.slots import SlotPool
 from expertflow.models.context import ForwardContext
 
 
@@ -25,18 +26,19 @@ class PromptExperts:
     Args:
         mlps: what a record of each layer holds.
         provider: brings experts to slots.
-        pool: uint8 `[S, record_bytes]`, the slots.
+        pool: the slots.
         context: what the model's passes carry.
     """
 
     def __init__(
-        self, mlps: tuple[ExpertMlp, ...], provider: CachedExperts, pool: Tensor, context: ForwardContext
+        self, mlps: tuple[ExpertMlp, ...], provider: CachedExperts, pool: SlotPool, context: ForwardContext
     ) -> None:
         """Prepare the kernels; buffers are those of a pass."""
         self._mlps, self._provider, self._pool, self._context = mlps, provider, pool, context
         self._experts = provider.controller.table.experts
-        self._kernels = backend(pool.device)
-        grouped: dict[int, Any] = {id(mlp): self._kernels.grouped(mlp, pool.device) for mlp in mlps}
+        device = pool.buffer.device
+        self._kernels = backend(device)
+        grouped: dict[int, Any] = {id(mlp): self._kernels.grouped(mlp, device) for mlp in mlps}
         self._grouped = tuple(grouped[id(mlp)] for mlp in mlps)
 
     def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -54,10 +56,10 @@ class PromptExperts:
                 layer, copy.clone(), weights
             )  # an observer may keep what it is given, and the copy is page-locked
         pairs = SortedPairs(order=order, bounds=count_pairs(copy.numpy(), self._experts), top_k=top_k)
-        compute = self._grouped[layer]
+        compute, (records, first) = self._grouped[layer], self._pool.of(layer)
         with closing(self._provider.groups(layer, pairs.needed)) as brought:
             for group in brought:
-                compute(hidden, pairs, [(access.expert, access.slot) for access in group], self._pool, work)
+                compute(hidden, pairs, [(access.expert, access.slot - first) for access in group], records, work)
         out = torch.empty_like(hidden)
         self._kernels.combine(work.parts, index, weights, self._experts, out)
         return out

@@ -21,6 +21,7 @@ from expertflow.cache.controller import as_event
 from expertflow.errors import ClosedError
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.execution.captured.capturable import expert_mlps
+from expertflow.execution.captured.dense import PromptParts
 from expertflow.execution.captured.experts import DeviceExperts, SharedParts
 from expertflow.execution.captured.graph import GraphDecoder
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
@@ -28,8 +29,9 @@ from expertflow.execution.grouped import PromptExperts
 from expertflow.execution.kv_rows import DecodeInput, RowModel
 from expertflow.execution.observe import StepObserver, observe_all, prompt_tokens, step_tokens
 from expertflow.execution.provider import CachedExperts
+from expertflow.kernels.ledger import LINE
 from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, EVICTIONS, FRESH, HITS, LOADS, WASTES
-from expertflow.models.context import ForwardContext, LayerExperts, Observer
+from expertflow.models.context import DenseKernels, ForwardContext, LayerExperts, Observer
 
 WATCHED = "the routing is observed, which only the host execution shows"
 """Why the host decides although the plan is `graph`."""
@@ -73,11 +75,11 @@ class DeviceTables:
         self._steps += 1
         if not self._experts.logs:
             return
-        controller, record_bytes = self._shared.controller, self._shared.store.layout.record_bytes
+        controller, layer_bytes = self._shared.controller, self._shared.store.layout.layer_bytes
         number = controller.step + self._steps
         controller.events.emit(Event(EventKind.STEP, number))
         for entry in self._experts.state.take_log():
-            controller.events.emit(as_event(entry, number, record_bytes))
+            controller.events.emit(as_event(entry, number, layer_bytes))
 
     def borrow(self) -> None:
         """Copy the controller's tables to the GPU, once no host copy is under way."""
@@ -138,7 +140,8 @@ class DeviceTables:
             torch.cuda.synchronize(self._experts.live.device)
 
     def _as_counters(self, tally: Sequence[int]) -> CacheCounters:
-        record_bytes = self._shared.store.layout.record_bytes
+        layout = self._shared.store.layout
+        a_block = layout.record_bytes if layout.equal else LINE  # what was counted is blocks, or lines of them
         return CacheCounters(
             steps=self._steps,
             hits=tally[HITS],
@@ -147,7 +150,7 @@ class DeviceTables:
             prefetch_hits=tally[FRESH],
             wasted=tally[WASTES],
             evictions=tally[EVICTIONS],
-            bytes_moved=tally[BLOCKS] * record_bytes // self._experts.blocks_of(record_bytes),
+            bytes_moved=tally[BLOCKS] * a_block // self._experts.blocks_of(layout.record_bytes),
         )
 
     def _count_loads(self) -> None:
@@ -217,6 +220,7 @@ class Handover:
         self.decoder: GraphDecoder | None = None
         self._tables: DeviceTables | None = None
         self._prompts: PromptExperts | None = None
+        self._prompt_dense: PromptParts | None = None
         self._emitted = ""
         self._lock = RLock()
         """Taken while captured steps are queued and while the tables change sides, so that a reader sees whole steps."""
@@ -287,8 +291,17 @@ class Handover:
             assert rows is not None
             assert shared is not None
             mlps = expert_mlps(rows.skeleton, shared.store.layout)
-            self._prompts = PromptExperts(mlps, provider, shared.pool.buffer, self._context)
+            self._prompts = PromptExperts(mlps, provider, shared.pool, self._context)
         return self._prompts.run
+
+    def prompt_dense(self) -> DenseKernels | None:
+        """What computes attention and norms of a pass over prompts; None: the model's own modules do, as in host execution."""
+        if not self._captured or not isinstance(self.rows, RowModel):  # an encoder's attention looks both ways
+            return None
+        if self._prompt_dense is None:
+            rows = self.rows
+            self._prompt_dense = PromptParts(rows.model, rows.skeleton, rows.windows, self._context)
+        return self._prompt_dense
 
     def next_decoder(self) -> GraphDecoder | None:
         """What runs the next decode step if the GPU decides it; else None, and one event with the reason."""
@@ -383,5 +396,7 @@ class Handover:
             self._shared.transfer.settle()
             if (device := self._shared.pool.buffer.device).type == "cuda":
                 torch.cuda.synchronize(device)
-            self._shared = self.provider = self.decoder = self._tables = self._prompts = self.rows = None
+            self._shared = self.provider = self.decoder = self._tables = self._prompts = self._prompt_dense = (
+                self.rows
+            ) = None
             return True

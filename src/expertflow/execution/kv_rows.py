@@ -187,7 +187,7 @@ class RowModel(OfModel):
         tokens, rows, positions, columns, end, _ = given
         windows = list(self._kinds.values())
         with self.context.carry(rows=rows, positions=positions, columns=columns, end=end):
-            unread = self.context.now.all_rows
+            unread = self.context.now.unmasked
             masks = [self._unread] * len(windows) if unread else step_masks(positions, end, windows, self._dtype)
             by_kind = dict(zip(self._kinds, masks, strict=True))
             out: Any = run(

@@ -105,7 +105,9 @@ class RowExecutor:
         self._best = None
         given = ForwardInput(ids.to(device), rows, positions.to(device), columns.to(device), end)
         padding, lengths = self._padding(mask == 0), [piece.length for piece in pieces]
-        with self._context.carry(padding=padding, lengths=lengths, experts=self._handover.prompt_experts()):
+        handover = self._handover
+        experts, dense = handover.prompt_experts(), handover.prompt_dense()
+        with self._context.carry(padding=padding, lengths=lengths, experts=experts, dense=dense):
             logits = self._rows.forward(self._rows.model, given)
         self._handover.pass_queued()
         return logits

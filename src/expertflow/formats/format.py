@@ -57,6 +57,7 @@ class Format:
         name: of the format; kernels find how to read it by it.
         ignored: how keys end that hold nothing `decode` needs, such as shapes.
         repacked: names of the parts whose stored numbers `repack` checks or rearranges; the others are read straight into the record.
+        packed_anywhere: names of those whose `repack` computes on the device of what it is given, and needs little memory there.
         tiles: the entry of `kernels/reading/readers.py` by which kernels read it, if it is not `name`.
         tile_loader: the Triton twin of `decode`, if it has no entry there.
         decode_bytes_each: bytes that decoding takes at most for each number, the result and what it is made from.
@@ -66,6 +67,7 @@ class Format:
     tiles: str = ""
     ignored: tuple[str, ...] = ()
     repacked: frozenset[str] = frozenset()
+    packed_anywhere: frozenset[str] = frozenset()
     tile_loader: Any = None
     decode_bytes_each: int = 0
 

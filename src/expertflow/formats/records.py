@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertflow.formats.format import Part, TensorSpec
 from expertflow.formats.plain import PLAIN
+from expertflow.types import large_layers
 
 ALIGNMENT = 256
 """Bytes. Matrix products depend on pointer alignment on CPUs, and vector loads need it on GPUs."""
@@ -33,7 +34,7 @@ class RecordLayout:
     Attributes:
         specs: the tensors, in the order of the record.
         offsets: byte offset of each part, tensor by tensor.
-        record_bytes: bytes of a record, a multiple of 256.
+        record_bytes: bytes from one record to the next, a multiple of 256.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -100,11 +101,11 @@ class RecordLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreLayout:
-    """The records of a model: a layout a layer, all of one size, because any slot holds any record.
+    """The records of a model: a layout a layer. Any slot holds any record but those of large layers, which need no slot.
 
     Attributes:
         layers: layout of each MoE layer's records; layers of the same formats share one.
-        record_bytes: bytes of a record, the largest layer's.
+        record_bytes: bytes of a slot: of the largest record of all layers that are not large.
     """
 
     layers: tuple[RecordLayout, ...]
@@ -112,14 +113,16 @@ class StoreLayout:
 
     @classmethod
     def of(cls, specs: Sequence[Sequence[TensorSpec]]) -> Self:
-        """Lay out the given tensors of each layer."""
+        """Lay out the given tensors of each layer. A large layer's records have a size of their own."""
         distinct: dict[tuple[TensorSpec, ...], RecordLayout] = {}
         for layer in specs:
             if tuple(layer) not in distinct:
                 distinct[tuple(layer)] = RecordLayout.of(layer)
-        largest = max(layout.record_bytes for layout in distinct.values())
-        same_size = {key: replace(layout, record_bytes=largest) for key, layout in distinct.items()}
-        return cls(layers=tuple(same_size[tuple(layer)] for layer in specs), record_bytes=largest)
+        sizes = [distinct[tuple(layer)].record_bytes for layer in specs]
+        large = large_layers(sizes)
+        slot = max(size for layer, size in enumerate(sizes) if layer not in large)
+        fitted = {key: replace(one, record_bytes=max(slot, one.record_bytes)) for key, one in distinct.items()}
+        return cls(layers=tuple(fitted[tuple(layer)] for layer in specs), record_bytes=slot)
 
     @classmethod
     def uniform(cls, specs: Sequence[TensorSpec], layers: int = 1) -> Self:
@@ -127,9 +130,28 @@ class StoreLayout:
         return cls.of([tuple(specs)] * layers)
 
     @cached_property
-    def smaller(self) -> tuple[int, ...]:
-        """Bytes that records use in each layer whose records are smaller than a slot."""
-        return tuple(layout.used_bytes for layout in self.layers if layout.used_bytes < self.record_bytes)
+    def large(self) -> tuple[int, ...]:
+        """The large layers: their records are larger than a slot, and their experts are always resident."""
+        return tuple(layer for layer, layout in enumerate(self.layers) if layout.record_bytes > self.record_bytes)
+
+    @cached_property
+    def large_bytes(self) -> int:
+        """Bytes of one record of each large layer together."""
+        return sum(self.layers[layer].record_bytes for layer in self.large)
+
+    @cached_property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Bytes of each layer's records, which a load of one moves; a slot may have more."""
+        return tuple(layout.used_bytes for layout in self.layers)
+
+    @cached_property
+    def equal(self) -> bool:
+        """Whether every load moves as many bytes."""
+        return set(self.layer_bytes) == {self.record_bytes}
+
+    def store_bytes(self, experts: int) -> int:
+        """Bytes of all records of `experts` experts a layer in host memory."""
+        return experts * sum(layout.record_bytes for layout in self.layers)
 
     @cached_property
     def decoded(self) -> "StoreLayout":
@@ -155,7 +177,7 @@ class ExpertStore(Protocol):
 
     Attributes:
         layout: what a record of each layer holds.
-        buffer: uint8 `[L * E, record_bytes]`.
+        buffer: uint8 `[L * E, record_bytes]`, the records that slots hold; rows of large layers stay unused.
     """
 
     layout: StoreLayout
@@ -165,8 +187,12 @@ class ExpertStore(Protocol):
     def nbytes(self) -> int:
         """Bytes of all records."""
 
+    @property
+    def memory(self) -> Sequence[Tensor]:
+        """Every block of memory of the store."""
+
     def record(self, number: int) -> Tensor:
-        """Return one record, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
+        """Return one record, uint8 `[record_bytes]` of its layer; `number` is `layer * E + expert`."""
 
     def lock(self) -> None:
         """Make the filled records readable by the device.

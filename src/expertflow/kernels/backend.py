@@ -16,7 +16,7 @@ from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
     from expertflow.kernels import dense, experts, fetch
-    from expertflow.kernels.prompts import grouped
+    from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
     from expertflow.kernels.residency import driver
 
@@ -35,6 +35,7 @@ class Backend:
     blocks_of: Callable[[int], int]
     residency: Callable[..., Any]
     decode_attention: Callable[..., Tensor]
+    prompt_attention: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     reads: Callable[[Format], bool]
 
@@ -51,6 +52,7 @@ def backend(device: torch.device) -> Backend:
             fetch.blocks_of,
             driver.Residency,
             dense.decode_attention,
+            attention.prompt_attention,
             dense.rms_norm,
             readers.reads,
         )
@@ -62,6 +64,7 @@ def backend(device: torch.device) -> Backend:
         reference.blocks_of,
         residency_reference.Residency,
         dense_reference.decode_attention,
+        dense_reference.prompt_attention,
         dense_reference.rms_norm,
         reference.reads,
     )

@@ -2,7 +2,8 @@
 
 Twins of `expert_pairs` and `combine` in `kernels.reference`. What a pair (token, rank) gives depends on its token and
 its expert alone, to the bit: every expert's tokens go through the same tiles of tensor-core products. A tile is sixteen
-tokens wide, however few there are, and goes along H (then I) in steps of fixed size. Slots, residency, waves, the batch
+tokens wide, however few there are, and goes along H (then I) in steps of fixed size. The steps of a chunk are summed by themselves, and then the
+chunks in their order: so a program may have all chunks or one, and the last one to end adds up what was put by. Slots, residency, waves, the batch
 and other users of the expert change which program computes a pair and in which column, and neither enters the
 arithmetic.
 
@@ -23,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
-from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
+from expertflow.kernels.mlp import CHUNKS, MAX_PAIRS, SHARED_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.bytes import by_words
 from expertflow.kernels.reading.readers import reader
 from expertflow.kernels.reading.tiles import INTERPRETED
@@ -42,19 +43,33 @@ _LEAST_STAGES = 3
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a projection is cut. Only `block_k` enters the arithmetic.
+    """How a projection is cut. Only `block_k` and `chunk` enter the arithmetic.
 
     Attributes:
         block_n: outputs of a program.
         block_k: inputs of one step.
         warps: of a program.
         stages: steps in flight.
+        chunk: inputs that are summed by themselves, before the chunks' sums are added in their order; a multiple of 128.
+        split: whether each chunk is a program's.
+        registers: of a thread at most; None: as many as the compiler likes.
     """
 
     block_n: int
     block_k: int
     warps: int = 4
     stages: int = 4
+    chunk: int = 1 << 20
+    split: bool = False
+    registers: int | None = None
+
+    def chunks(self, inputs: int) -> int:
+        """Chunks of a weight of so many inputs."""
+        return -(-inputs // self.chunk)
+
+    def programs(self, outputs: int, inputs: int) -> int:
+        """Programs along the outputs and inputs of a weight."""
+        return -(-outputs // self.block_n) * (self.chunks(inputs) if self.split else 1)
 
 
 @triton.jit
@@ -73,6 +88,29 @@ def _members(same, ahead, padded: tl.constexpr):
     place = tl.cumsum(same, 0) - 1 - ahead
     chosen = (same[:, None] == 1) & (place[:, None] == tl.arange(0, TILE)[None, :])
     return tl.sum(tl.where(chosen, tl.arange(0, padded)[:, None] + 1, 0), axis=0) - 1
+
+
+@triton.jit
+def _all_chunks(out, sums, counts, members, outs, n: tl.constexpr, chunks: tl.constexpr):
+    """Put by the sum of a chunk `[R, TOK]`. Where that was the last one of these outputs, all chunks' sums are added in their order.
+
+    `counts` is how many were there before, 0 again afterwards.
+
+    Returns:
+        The sum, and whether that was the last one; if not, the sum is nothing.
+    """
+    where = sums + (members * chunks * n)[None, :] + outs[:, None]
+    inside = (members >= 0)[None, :] & (outs < n)[:, None]
+    tl.store(where + tl.program_id(0) % chunks * n, out, mask=inside)
+    tl.debug_barrier()  # before one thread makes it known, all have written
+    count = counts + tl.program_id(1) * (tl.num_programs(0) // chunks) + tl.program_id(0) // chunks
+    last = tl.atomic_add(count, 1) == chunks - 1
+    total = tl.zeros_like(out)
+    if last:
+        tl.store(count, 0)
+        for chunk in tl.static_range(chunks):
+            total += tl.load(where + chunk * n, mask=inside, other=0.0, cache_modifier=".cg")
+    return total, last
 
 
 @triton.jit
@@ -136,12 +174,12 @@ def activated(
 
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _up_kernel(
-    hidden, slots, pool, inner, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
+    hidden, slots, pool, inner, sums, counts, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
     size: tl.constexpr, multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
     transposed: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
-    block_n: tl.constexpr, block_k: tl.constexpr, early: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program."""
+    """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program, or a chunk of its sums."""
     if early:
         gdc_launch_dependents()
     first = tl.program_id(1)
@@ -150,12 +188,19 @@ def _up_kernel(
         return
     members = _members(same, ahead, padded)
     record = pool + tl.load(slots + first).to(tl.int64) * size
-    begin = tl.program_id(0) * block_n
+    begin = tl.program_id(0) // chunks * block_n
     n: tl.constexpr = 2 * i if gated else i
     exact: tl.constexpr = i % block_n == 0
     outs = up_outputs(begin, block_n, i, gated, interleaved)
     inputs = hidden + (members // top_k) * h
-    out = multiply(inputs, members >= 0, record, load, at, about, outs, n, h, transposed, exact, block_k)
+    part = tl.program_id(0) % chunks
+    out = multiply(
+        inputs, members >= 0, record, load, at, about, outs, n, h, transposed, exact, block_k, chunk, chunks > 1, part
+    )
+    if chunks > 1:
+        out, last = _all_chunks(out, sums, counts, members, outs, n, chunks)
+        if not last:
+            return
     out = activated(add_bias(out, record, bias, outs, n), gated, interleaved, activation, alpha, limit, block_n)
     cols = begin + tl.arange(0, block_n)
     target = inner + members[None, :] * i + cols[:, None]
@@ -164,14 +209,16 @@ def _up_kernel(
 
 @triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["slots"])
 def _down_kernel(
-    inner, slots, pool, parts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, size: tl.constexpr,
+    inner, slots, pool, parts, sums, counts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, size: tl.constexpr,
     multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, bias: tl.constexpr,
-    transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr,
     early: tl.constexpr,
 ):  # fmt: skip
-    """`parts[p] = down(inner[p])`, a block of outputs of one expert a program."""
+    """`parts[p] = down(inner[p])`, a block of outputs of one expert a program, or a chunk of their sums."""
     first = tl.program_id(1)
     same, ahead, leads = _leads(slots, first, pairs, padded)
+    begin = tl.program_id(0) // chunks * block_n
+    part = tl.program_id(0) % chunks
     if early:  # the slots were there before the up kernel began, what it computes is there only now
         gdc_wait()
         gdc_launch_dependents()
@@ -179,9 +226,16 @@ def _down_kernel(
         return
     members = _members(same, ahead, padded)
     record = pool + tl.load(slots + first).to(tl.int64) * size
-    outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    outs = begin + tl.arange(0, block_n)
     inputs = inner + members * i
-    out = multiply(inputs, members >= 0, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k)
+    exact: tl.constexpr = h % block_n == 0
+    out = multiply(
+        inputs, members >= 0, record, load, at, about, outs, h, i, transposed, exact, block_k, chunk, chunks > 1, part
+    )
+    if chunks > 1:
+        out, last = _all_chunks(out, sums, counts, members, outs, h, chunks)
+        if not last:
+            return
     out = add_bias(out, record, bias, outs, h)
     target = parts + members[None, :] * h + outs[:, None]
     tl.store(target, out, mask=(members[None, :] >= 0) & (outs[:, None] < h))
@@ -229,12 +283,33 @@ def tilings(mlp: ExpertMlp, pairs: int, room: int = ROOM) -> tuple[Tiling, Tilin
     else:
         up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
     if not INTERPRETED.value:  # in the interpreter `block_k` decides about bits, on a GPU it does not
-        few = pairs < FEW_PAIRS
-        up = Tiling(64, 128, 4, 4) if _by_halves(mlp.up.spec) else up
-        down = Tiling(64 if few else 128, 128, 4, 4) if _by_halves(mlp.down.spec) else down
-        up = Tiling(32 if few else 64, 128, 4, 4) if _by_words(mlp.up.spec) else up
-        down = Tiling(64 if few else 128, 128, 4, 3) if _by_words(mlp.down.spec) else down
+        up, down = _of_codes(mlp.up.spec, pairs, up, 2 if mlp.gated else 1), _of_codes(mlp.down.spec, pairs, down, 1)
+    up, down = replace(up, chunk=chunk_of(mlp.hidden)), replace(down, chunk=chunk_of(mlp.width))
     return _within(room, up, mlp.up.spec, 2 if mlp.gated else 1), _within(room, down, mlp.down.spec, 1)
+
+
+def _of_codes(spec: TensorSpec, pairs: int, other: Tiling, outputs: int) -> Tiling:
+    """The tiling of a weight whose codes are decoded in registers, else the `other` one; `benchmarks/packed_kernels.py` compares them.
+
+    Programs share a product where there are too few to fill a GPU. Codes of one byte are read fastest by many small programs.
+    """
+    few = pairs < FEW_PAIRS
+    if _by_halves(spec):
+        scaled_twice = spec.format.constants(spec)[2].startswith("e4m3")  # a thread needs more registers then
+        block, most = 64 if few or outputs > 1 else 128, None if scaled_twice else 128
+        return Tiling(block, 128, split=pairs <= SHARED_PAIRS, registers=most)
+    if _by_words(spec):
+        return Tiling(64 // outputs, 128, stages=4 if outputs > 1 else 3, split=few and outputs == 1)
+    return other
+
+
+def chunk_of(inputs: int) -> int:
+    """Inputs of a chunk of a weight with so many: at most `CHUNKS` chunks, of at least four steps of 128.
+
+    It enters the arithmetic, so it is the same for every format and number of tokens.
+    """
+    steps = -(-inputs // 128)
+    return -(-steps // min(CHUNKS, max(1, steps // 4))) * 128
 
 
 def _within(room: int, cut: Tiling, spec: TensorSpec, outputs: int) -> Tiling:
@@ -291,12 +366,13 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
     """The first half of `expert_pairs`, cut as given."""
     size = mlp.torch_dtype.itemsize
     pairs, top_k = slots.numel(), slots.shape[1]
-    _up_kernel[(triton.cdiv(mlp.width, cut.block_n), pairs)](
-        hidden, slots, pool.view(mlp.torch_dtype), work.inner, pairs, padded=_padded(pairs), top_k=top_k,
+    _up_kernel[(cut.programs(mlp.width, mlp.hidden), pairs)](
+        hidden, slots, pool.view(mlp.torch_dtype), work.inner, work.sums, work.counts, pairs, padded=_padded(pairs), top_k=top_k,
         h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.up),
         bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
-        block_n=cut.block_n, block_k=cut.block_k, early=_early(pool), num_warps=cut.warps, num_stages=cut.stages,
+        block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.hidden) if cut.split else 1,
+        early=_early(pool), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
     )  # fmt: skip
 
 
@@ -304,12 +380,12 @@ def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cu
     """The second half of `expert_pairs`, cut as given. Nothing may come between: it reads `slots` before it waits."""
     size = mlp.torch_dtype.itemsize
     pairs, early = slots.numel(), _early(pool)
-    _down_kernel[(triton.cdiv(mlp.hidden, cut.block_n), pairs)](
-        work.inner, slots, pool.view(mlp.torch_dtype), work.parts, pairs, padded=_padded(pairs),
+    _down_kernel[(cut.programs(mlp.hidden, mlp.width), pairs)](
+        work.inner, slots, pool.view(mlp.torch_dtype), work.parts, work.sums, work.counts, pairs, padded=_padded(pairs),
         h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.down),
         bias=-1 if mlp.down.bias is None else mlp.down.bias // size, transposed=mlp.transposed,
-        block_n=cut.block_n, block_k=cut.block_k, early=early,
-        num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,
+        block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.width) if cut.split else 1,
+        early=early, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers, launch_pdl=early,
     )  # fmt: skip
 
 

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertflow.kernels.ledger import BLOCK_BYTES, CARRIED, DONE, DST, PRIOR, SRC, TAKEN, Ledger
+from expertflow.kernels.ledger import BLOCK_BYTES, CARRIED, DONE, DST, LINE, PRIOR, SRC, TAKEN, Ledger
 
 WORD = torch.int64
 """Element of a copy; a lane moves 16 bytes as two of them."""
 WARPS = 16
+_LINE = tl.constexpr(LINE // WORD.itemsize)
 _SRC, _DST, _TAKEN, _DONE, _PRIOR, _CARRIED = (tl.constexpr(place) for place in (SRC, DST, TAKEN, DONE, PRIOR, CARRIED))
 
 
@@ -37,10 +38,10 @@ def _fields(entry, entries, real):
 # parts of a list start at any address; specializing on them might compile a kernel anew during a capture
 @triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["todo", "bounds"])
 def _fetch_kernel(
-    host, pool, ledger, todo, bounds, entries,
-    record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr, threads: tl.constexpr,
+    host, pool, ledger, todo, bounds, lines, entries,
+    record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr, unequal: tl.constexpr, threads: tl.constexpr,
 ):  # fmt: skip
-    """Take blocks of `block` words from the entries, one after the other; a record is `record` words.
+    """Take blocks of at most `block` words from the entries, one after the other; rows are `record` words, a record no more.
 
     Two loads' fields and a block's words are under way while the counters answer, so that short records keep the link full.
     """
@@ -57,14 +58,22 @@ def _fetch_kernel(
         number, number_then = number_then, tl.load(todo + place + 2, mask=place + 2 < end, other=0)
         if before >= 0:  # a load into the same slot was called off: wait for its blocks under way
             _until(ledger + _DONE * entries + before, tl.minimum(tl.load(ledger + _CARRIED * entries + before), blocks))
+        words, step = record, block
+        if unequal:  # as many blocks, but smaller ones, of whole lines
+            words = tl.load(lines + src) * _LINE
+            step = tl.cdiv(tl.load(lines + src), blocks) * _LINE
         source = host + src.to(tl.int64) * record
         target = pool + dst.to(tl.int64) * record
         part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
         while part < blocks:
-            at = part * block + tl.arange(0, block)
-            words = tl.load(source + at, mask=at < record, cache_modifier=".cg")
+            inside = tl.arange(0, block)
+            at = part * step + inside
+            mask = at < words
+            if unequal:
+                mask = mask & (inside < step)
+            moved = tl.load(source + at, mask=mask, cache_modifier=".cg")
             part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")  # while the words are under way
-            tl.store(target + at, words, mask=at < record)
+            tl.store(target + at, moved, mask=mask)
             tl.debug_barrier()  # the whole program has written
             tl.atomic_add(entry + _DONE * entries, 1, sem="release")
         before, src, dst = before_then, src_then, dst_then
@@ -130,6 +139,7 @@ def launch_fetch(
     block = _block(record, block_bytes)
     ledger, todo, bounds = loads
     _fetch_kernel[(programs,)](
-        host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, ledger.entries,
-        record=record, block=block, wait=wait, threads=32 * warps, num_warps=warps,
+        host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, todo if ledger.lines is None else ledger.lines,
+        ledger.entries, record=record, block=block, wait=wait, unequal=ledger.lines is not None, threads=32 * warps,
+        num_warps=warps,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """The loads of a step as one list: which record goes into which slot, how many blocks are taken, how many are done.
 
-Records move in blocks. Any idle program takes the next free block of a load: one of the copy stream of loads ahead, or
+Records move in blocks, all in as many, whose size goes by the layer's record. Any idle program takes the next free block of a load: one of the copy stream of loads ahead, or
 one of a layer that needs the record now. A layer waits only for blocks that a running program carries, so it never
 waits for a kernel that has not begun. A load whose expert was evicted again is called off: no more of its blocks are
 taken, and the slot's next load waits for the blocks under way.
@@ -12,6 +12,7 @@ and records beyond their blocks.
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ SRC, DST, TAKEN, DONE, PRIOR, CARRIED = range(6)
 the same slot that was called off before, or -1. Last, how many blocks of this load were taken when it was called off."""
 CALLED_OFF = 1 << 28
 """Added to TAKEN to call a load off; more than the blocks of any record."""
+LINE = 256
+"""Bytes that sizes of records are counted in."""
 BLOCK_BYTES = 32768
 """Bytes of a block, which a program of `kernels.fetch` has in flight at a time."""
 
@@ -31,17 +34,20 @@ class Ledger:
     Attributes:
         table: int32 `[6, N]`, an entry a column.
         count: int32 `[1]`, entries written.
+        lines: int32 `[records]`, the lines of `LINE` bytes that a load of each record moves; None: as many as a slot has.
     """
 
     table: Tensor
     count: Tensor
+    lines: Tensor | None = None
 
     @classmethod
-    def allocate(cls, entries: int, device: torch.device) -> Self:
+    def allocate(cls, entries: int, device: torch.device, lines: Tensor | None = None) -> Self:
         """Allocate room for `entries` loads."""
         return cls(
             torch.zeros(6, entries, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
+            lines,
         )
 
     @classmethod
@@ -56,6 +62,12 @@ class Ledger:
     def entries(self) -> int:
         """N, the most loads it has room for."""
         return self.table.shape[1]
+
+    def moved(self) -> int:
+        """What the loads moved so far: blocks done, each times the lines of its record where records are unequal."""
+        table = self.table.cpu().numpy()
+        done = table[DONE].astype(np.int64)
+        return int(done.sum() if self.lines is None else done @ self.lines.cpu().numpy()[table[SRC]].astype(np.int64))
 
     def renew(self) -> None:
         """Mark the same loads as not begun."""

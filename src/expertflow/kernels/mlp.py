@@ -4,7 +4,7 @@ Must not know layers and slots, and which side decides.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Self
 
@@ -19,6 +19,10 @@ UP_NAMES = ("gate_up_proj", "up_proj", "wi")
 DOWN_NAMES = ("down_proj", "wo")
 MAX_PAIRS = 1024
 """(token, rank) pairs of a call at most: every program of the kernels looks at all of them, in its registers."""
+CHUNKS = 4
+"""Parts at most in which the inputs of a projection are summed, each by itself; programs may share a product by them."""
+SHARED_PAIRS = 16
+"""(token, rank) pairs of a call up to which they do."""
 CLAMPED_SWIGLU = "clamped_swiglu"
 """GPT-OSS: gate clamped above and up clamped on both sides, `gate * sigmoid(alpha * gate) * (up + 1)`."""
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
@@ -166,20 +170,35 @@ class Workspace:
     Attributes:
         inner: what lies between up and down projection, `[T * K, I]` in the dtype of the weights.
         parts: what each (token, rank) pair's expert gave, `[T, K, H]` float32, before the router's weight.
+        sums: of the chunks of a projection that programs share, `[pairs, CHUNKS, outputs]` float32.
+        counts: programs of each such product that have ended, int32; 0 between launches.
     """
 
     inner: Tensor
     parts: Tensor
+    sums: Tensor = field(default_factory=lambda: torch.empty(0))
+    counts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     @classmethod
     def allocate(cls, mlp: ExpertMlp, tokens: int, top_k: int, device: torch.device) -> Self:
         """Buffers for `tokens` tokens of `top_k` experts."""
+        sums, counts = cls._shared(mlp, tokens * top_k)
         return cls(
             torch.empty(tokens * top_k, mlp.width, dtype=mlp.torch_dtype, device=device),
             torch.empty(tokens, top_k, mlp.hidden, dtype=torch.float32, device=device),
+            torch.empty(sums, dtype=torch.float32, device=device),
+            torch.zeros(counts, dtype=torch.int32, device=device),
         )
 
     @staticmethod
     def nbytes(mlp: ExpertMlp, tokens: int, top_k: int) -> int:
         """Bytes `allocate` takes: what a planner counts."""
-        return tokens * top_k * (mlp.width * mlp.torch_dtype.itemsize + mlp.hidden * 4)
+        each = mlp.width * mlp.torch_dtype.itemsize + mlp.hidden * 4
+        return tokens * top_k * each + 4 * sum(Workspace._shared(mlp, tokens * top_k))
+
+    @staticmethod
+    def _shared(mlp: ExpertMlp, pairs: int) -> tuple[int, int]:
+        """Numbers in `sums` and in `counts`; a program has at least 16 outputs."""
+        if pairs > SHARED_PAIRS:
+            return 0, 0
+        return pairs * CHUNKS * max(mlp.inner, mlp.hidden), pairs * -(-max(mlp.width, mlp.hidden) // 16)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertflow.formats.format import Format
-from expertflow.kernels.ledger import DONE, SRC, TAKEN, Ledger
+from expertflow.kernels.ledger import DONE, LINE, SRC, TAKEN, Ledger
 from expertflow.kernels.mlp import ACTIVATIONS, CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.kernels.prompts.pairs import SortedPairs
 
@@ -146,5 +146,6 @@ def fetch_records(
     for entry in todo[begin:end].tolist():
         src, dst, taken = ledger.table[SRC : TAKEN + 1, entry].tolist()
         if not taken:
-            pool[dst].copy_(host[src])
+            size = host.shape[1] if ledger.lines is None else int(ledger.lines[src]) * LINE
+            pool[dst, :size].copy_(host[src, :size])
             ledger.table[TAKEN : DONE + 1, entry] = 1

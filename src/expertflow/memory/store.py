@@ -105,7 +105,9 @@ def memory_reported() -> Iterator[None]:
 
 
 class HostStore:
-    """Records of all experts in host memory, `[L * E, record_bytes]` bytes, page-aligned.
+    """Records of all experts in host memory, `[L * E, record_bytes]` bytes, page-aligned; those of large layers by themselves.
+
+    Rows of large layers are address space alone: nothing writes or locks them.
 
     Args:
         layout: what a record of each layer holds.
@@ -119,49 +121,80 @@ class HostStore:
     def __init__(self, layout: StoreLayout, records: int, *, pin: bool) -> None:
         """Reserve the memory; pages are touched when records are written."""
         self.layout = layout
-        try:
-            # private: shared anonymous memory counts as a file, and gets no huge pages
-            memory = mmap.mmap(-1, records * layout.record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise HostMemoryError(
-                f"the host refused {format_bytes(records * layout.record_bytes)} for the experts: {error}",
-                "Free memory, use a smaller dtype, or a machine with more of it.",
-            ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self.buffer = torch.frombuffer(memory, dtype=torch.uint8).view(records, layout.record_bytes)
+        self._experts = records // len(layout.layers)
+        self.buffer = _reserve(records, layout.record_bytes)
+        self._large = {layer: _reserve(self._experts, layout.layers[layer].record_bytes) for layer in layout.large}
         self._pin = pin
-        self._unlock: weakref.finalize[..., HostStore] | None = None
+        self._unlock: list[weakref.finalize[..., HostStore]] = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all records."""
-        return self.buffer.numel()
+        """Bytes of all records; 0 once the store was closed."""
+        return self.layout.store_bytes(self._experts) if len(self.buffer) else 0
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """Every block of memory of the store."""
+        return [self.buffer, *self._large.values()]
 
     def record(self, number: int) -> Tensor:
-        """Return one record, uint8 `[record_bytes]`; `number` is `layer * E + expert`."""
+        """Return one record, uint8 `[record_bytes]` of its layer; `number` is `layer * E + expert`."""
+        if self._large and (large := self._large.get(number // self._experts)) is not None:
+            return large[number % self._experts]
         return self.buffer[number]
 
     def lock(self) -> None:
-        """Page-lock the filled records if this store was made for a CUDA device.
+        """Page-lock the filled records that are loaded into slots, if this store was made for a CUDA device.
 
         Raises:
             HostMemoryError: if the driver refuses.
         """
-        if not self._pin or self._unlock is not None:
+        if not self._pin or self._unlock:
             return
-        address = self.buffer.data_ptr()
-        code = torch.cuda.cudart().cudaHostRegister(address, self.nbytes, 0)
-        if int(code) != 0:
-            raise HostMemoryError(
-                f"the driver refused to page-lock {format_bytes(self.nbytes)} (CUDA error {int(code)})",
-                "Raise the limit on locked memory (ulimit -l) or free host memory.",
-            )
-        # also if the store is dropped without being closed: registered memory must not be freed
-        self._unlock = weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
+        for address, size in self._ranges():
+            code = torch.cuda.cudart().cudaHostRegister(address, size, 0)
+            if int(code) != 0:
+                raise HostMemoryError(
+                    f"the driver refused to page-lock {format_bytes(size)} (CUDA error {int(code)})",
+                    "Raise the limit on locked memory (ulimit -l) or free host memory.",
+                )
+            # also if the store is dropped without being closed: registered memory must not be freed
+            self._unlock.append(weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address))
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        """Address and bytes of each run of layers that are not large; runs that would share a page are one."""
+        layer, page = self._experts * self.buffer.shape[1], mmap.PAGESIZE
+        begin = end = 0
+        for number in sorted(set(range(len(self.layout.layers))) - set(self.layout.large)):
+            first, last = number * layer // page * page, (number + 1) * layer
+            if first > end:
+                if end:
+                    yield self.buffer.data_ptr() + begin, end - begin
+                begin = first
+            end = min(-(-last // page) * page, self.buffer.numel())
+        yield self.buffer.data_ptr() + begin, end - begin
 
     def close(self) -> None:
         """Free the memory; later use of a record is an error."""
-        if self._unlock is not None:
-            self._unlock()
-        self.buffer = torch.empty(0, 0, dtype=torch.uint8)
+        for unlock in self._unlock:
+            unlock()
+        self.buffer, self._large = torch.empty(0, 0, dtype=torch.uint8), {}
+
+
+def _reserve(rows: int, row: int) -> Tensor:
+    """Anonymous memory, uint8 `[rows, row]`.
+
+    Raises:
+        HostMemoryError: if the host refuses it.
+    """
+    try:
+        # private: shared anonymous memory counts as a file, and gets no huge pages
+        memory = mmap.mmap(-1, rows * row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise HostMemoryError(
+            f"the host refused {format_bytes(rows * row)} for the experts: {error}",
+            "Free memory, use a smaller dtype, or a machine with more of it.",
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(rows, row)

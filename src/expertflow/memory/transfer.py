@@ -27,7 +27,7 @@ class Transfer(Protocol):
         """Whether the slot's last copy is over; does not wait."""
 
     def release(self, slot: int) -> None:
-        """State that computation queued so far is the last that reads the slot; a copy may follow it."""
+        """State that computation queued so far is the last that reads the slot or place; a copy may follow it."""
 
     def settle(self) -> None:
         """Wait for the copies under way."""
@@ -48,7 +48,8 @@ class PlainTransfer:
             layer = record // self._experts
             self._pool.put(slot, layer, self._store.layout.layers[layer].weights(self._store.record(record)))
         else:
-            self._pool.slot(slot).copy_(self._store.record(record))
+            size = self._store.layout.layer_bytes[record // self._experts]
+            self._pool.slot(slot)[:size].copy_(self._store.record(record)[:size])
 
     def wait(self, slot: int) -> None:
         """Do nothing: the copy is done."""
@@ -74,11 +75,13 @@ class StreamTransfer:
     def __init__(self, store: ExpertStore, pool: SlotPool) -> None:
         """Copy from `store` (page-locked) to `pool` (CUDA)."""
         device = pool.buffer.device
-        self._records, self._slots = store.buffer.unbind(), pool.buffer.unbind()
+        sizes, experts = store.layout.layer_bytes, len(store.buffer) // len(store.layout.layers)
+        self._records = [row[: sizes[number // experts]] for number, row in enumerate(store.buffer.unbind())]
+        self._slots = {size: [row[:size] for row in pool.buffer.unbind()] for size in set(sizes)}
         self._device = device.index
         self._stream = torch.cuda.Stream(device)
-        self._loaded = [torch.cuda.Event() for _ in self._slots]
-        self._released = [torch.cuda.Event() for _ in self._slots]
+        self._loaded = [torch.cuda.Event() for _ in pool.buffer]
+        self._released = [torch.cuda.Event() for _ in pool.buffer]
         # the pool's memory may have been used by work queued before it was allocated
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -88,7 +91,8 @@ class StreamTransfer:
         computing = torch.cuda.current_stream(self._device)
         try:
             torch.cuda.set_stream(self._stream)
-            self._slots[slot].copy_(self._records[record], non_blocking=True)
+            source = self._records[record]
+            self._slots[len(source)][slot].copy_(source, non_blocking=True)
         finally:
             torch.cuda.set_stream(computing)
         self._loaded[slot].record(self._stream)
@@ -102,8 +106,9 @@ class StreamTransfer:
         return bool(self._loaded[slot].query())
 
     def release(self, slot: int) -> None:
-        """Mark the current stream's position as the last that reads the slot."""
-        self._released[slot].record(torch.cuda.current_stream(self._device))
+        """Mark the current stream's position as the last that reads the slot; a place behind the slots is never written again."""
+        if slot < len(self._released):
+            self._released[slot].record(torch.cuda.current_stream(self._device))
 
     def settle(self) -> None:
         """Wait for the copy stream."""

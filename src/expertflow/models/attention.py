@@ -8,6 +8,7 @@ get are looked at. Must not know KV rows, steps and devices.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -23,10 +24,50 @@ STATE_ONLY = frozenset({"linear_attention", "conv"})
 """Kinds of layers that keep a state and no keys and values."""
 EMPTY = frozenset({"moe", "mlp", "dummy"})
 """Kinds of layers that keep nothing."""
+_WIDEST = 256
+"""Elements of a head that the kernel of passes over prompts takes at most."""
 _USUAL, _LONGEST = 1 << 17, 1 << 24
 """Positions that are looked at where the config states no context, and at most; a window of more than these is none."""
 _PROBED = (0, 1, 2, 3)
 """Distances before the longest position that are looked at as well: a chunk's length changes there, a window's does not."""
+
+
+class AttentionForm(Enum):
+    """What an attention module gives to the function that attends.
+
+    HEADS: keys and values as they are cached, in heads whose width is a power of two. WIDE: likewise, of more than 256 elements.
+    RAGGED: of another width. LATENT: made from cached latents. OTHER: nothing that a kernel takes.
+    """
+
+    HEADS = auto()
+    WIDE = auto()
+    RAGGED = auto()
+    LATENT = auto()
+    OTHER = auto()
+
+
+def attention_form(module: nn.Module) -> AttentionForm | None:
+    """The form of an attention module; None if it is none that keeps keys and values."""
+    if not all(hasattr(module, name) for name in ("config", "layer_idx", "scaling", "is_causal")):
+        return None
+    latent = getattr(module.config, "kv_lora_rank", None)
+    name = "qk_head_dim" if latent else "head_dim" if hasattr(module, "head_dim") else "key_value_proj_dim"
+    width = int(getattr(module, name, 0))
+    if not latent and width >= 16 and width & (width - 1) == 0:
+        return AttentionForm.HEADS if width <= _WIDEST else AttentionForm.WIDE
+    if not 0 < width <= _WIDEST:
+        return AttentionForm.OTHER
+    return AttentionForm.LATENT if latent else AttentionForm.RAGGED
+
+
+PROMPT_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.RAGGED, AttentionForm.LATENT})
+"""Forms that the kernel of passes over prompts takes."""
+
+
+def prompts_by_kernel(model: PreTrainedModel, layers: int) -> bool:
+    """Whether a kernel takes the attention of passes over prompts in all of a decoder's layers, so that no mask is needed."""
+    forms = [form for module in model.get_decoder().modules() if (form := attention_form(module)) is not None]
+    return len(forms) == layers and PROMPT_FORMS.issuperset(forms)
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:

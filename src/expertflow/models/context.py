@@ -5,13 +5,15 @@ rotary embeddings and position biases read `now`. Between passes `now` is `NOTHI
 own forward. Must not know which code sets it, and what for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from expertflow.models.attention import AttentionForm
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called before a layer runs: its number, its experts `[T, K]` in host memory, their weights `[T, K]` where they are."""
@@ -26,20 +28,26 @@ class DenseKernels(Protocol):
     """Single kernels in place of a module's own attention and norm.
 
     Attributes:
-        attends: attention is computed here too, and finds its KV rows among all of them by itself.
+        forms: forms of attention that are computed here.
     """
+
+    forms: frozenset[AttentionForm]
 
     @property
     def attends(self) -> bool:
-        """Whether attention is computed here too."""
+        """Whether attention is computed here, and goes by positions instead of masks."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it then finds its KV rows among all of them by itself."""
 
     def norm(self, module: Any, states: Tensor) -> Tensor:
         """What the norm's own forward computes, `[..., H]`."""
 
     def attend(
-        self, module: Any, query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None
+        self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float, more: Mapping[str, Any]
     ) -> Tensor:
-        """`[B, Q, 1, D]` over keys and values of all KV rows to `[B, 1, Q, D]`; `bias` is `[1, Q, 1, M]`, by distance."""
+        """Queries `[B, Q, C, D]` over keys and values to `[B, C, Q, V]`; `more` is what transformers gives by name."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,7 +84,12 @@ class Carried:
 
     @property
     def all_rows(self) -> bool:
-        """Attention is given the keys and values of all KV rows, and goes by positions instead of masks."""
+        """Attention is given the keys and values of all KV rows."""
+        return self.dense is not None and self.dense.in_place
+
+    @property
+    def unmasked(self) -> bool:
+        """Attention goes by positions instead of masks."""
         return self.dense is not None and self.dense.attends
 
 

@@ -15,10 +15,18 @@ from transformers import PreTrainedModel
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
 from expertflow.formats.records import StoreLayout
-from expertflow.models.attention import EMPTY, KEYS_AND_VALUES, RECURRENT, attention_windows, layer_kinds
+from expertflow.models.attention import (
+    EMPTY,
+    KEYS_AND_VALUES,
+    RECURRENT,
+    attention_windows,
+    layer_kinds,
+    prompts_by_kernel,
+)
 from expertflow.models.bounds import describing
 from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
+from expertflow.types import LARGE
 from expertflow.units import format_bytes
 
 
@@ -64,6 +72,7 @@ class ModelShape:
         unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
         in_rows: whether keys and values can be kept in KV rows, so that sequences may join or end at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
+        prompt_kernel: whether graph execution has a kernel for the attention of passes over prompts, in all layers.
         expert_format: name of the format that experts are quantised to on loading; empty: they stay as they are stored.
         notes: remarks for the user on how it runs, one sentence each.
     """
@@ -90,6 +99,7 @@ class ModelShape:
     unserved: tuple[str, ...]
     in_rows: bool
     windows: tuple[int | None, ...] = ()
+    prompt_kernel: bool = False
     expert_format: str = ""
     notes: tuple[str, ...] = ()
 
@@ -143,6 +153,9 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         unserved=() if skeleton.encoder_decoder else _unserved(skeleton, config, unplanned),
         in_rows=in_rows,
         windows=windows or (),
+        prompt_kernel=in_rows
+        and not skeleton.encoder_decoder
+        and prompts_by_kernel(skeleton.model, len(windows or ())),
         expert_format="" if skeleton.expert_format is None else skeleton.expert_format.name,
         notes=(
             *skeleton.notes,
@@ -154,16 +167,19 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
 
 
 def _record_notes(records: StoreLayout, experts: int) -> tuple[str, ...]:
-    """What it costs that any slot holds any record, where layers have records of several sizes."""
-    if not records.smaller:
-        return ()
-    size, usual = records.record_bytes, median(layout.used_bytes for layout in records.layers)
-    empty = sum(size - used for used in records.smaller) * experts
-    note = (
-        f"layers have records of unequal size: every record has the largest's {format_bytes(size)} (the median is {format_bytes(usual)}), "
-        f"{len(records.smaller)} of {len(records.layers)} layers need less, and {format_bytes(empty)} of the host's records stay empty"
-    )
-    return (note,)
+    """What layers with records of several sizes cost: some are large, others leave a part of their slots and of the host's records empty."""
+    slot, sizes, notes = records.record_bytes, records.layer_bytes, []
+    if records.large:
+        notes.append(
+            f"records of layers {', '.join(map(str, records.large))} are larger than {LARGE:g} times the median of {format_bytes(median(sizes))}: "
+            f"these layers are always resident, {format_bytes(records.large_bytes * experts)} as they are stored"
+        )
+    if smaller := [size for size in sizes if size < slot]:
+        notes.append(
+            f"records of {len(smaller)} of {len(sizes)} layers are smaller than a slot of {format_bytes(slot)}: a load moves what they have, "
+            f"and {format_bytes(sum(slot - size for size in smaller) * experts)} of the host's records stay empty"
+        )
+    return tuple(notes)
 
 
 def _attention(skeleton: Skeleton, config: Any) -> tuple[tuple[str, ...], tuple[int | None, ...] | None]:

@@ -26,17 +26,19 @@ class StepPrices:
 
     Attributes:
         slots: experts that can be kept.
-        load: one expert over the link.
+        load: one expert over the link, of all layers or of each.
         step: a step without its experts.
         expert: one expert computed, for any number of tokens.
         divide: a division of the live sequences by route.
+        large: layers whose experts are always resident, outside the slots.
     """
 
     slots: int
-    load: float
+    load: float | tuple[float, ...]
     step: float
     expert: float
     divide: float = 0.0
+    large: tuple[int, ...] = ()
 
 
 class Division(NamedTuple):
@@ -71,11 +73,25 @@ def expected_loads(uses: npt.NDArray[np.float64], slots: int) -> float:
     return float(often[: max(0, len(often) - slots)].sum())
 
 
+def loads_by_layer(uses: npt.NDArray[np.float64], slots: int, large: tuple[int, ...] = ()) -> npt.NDArray[np.float64]:
+    """`expected_loads` of each layer, `[L]`; the `large` ones need none."""
+    often = uses.sum(axis=0)
+    often[list(large)] = 0
+    order = np.argsort(-often, axis=None, kind="stable")
+    often.reshape(-1)[order[:slots]] = 0
+    return np.asarray(often.sum(axis=1))
+
+
 def price(chances: Chances, groups: Groups, count: int, rates: StepPrices) -> Division:
     """What a division is expected to cost."""
     uses = used(chances, groups, count)
-    loads = expected_loads(uses, rates.slots)
-    seconds = count * rates.step + float(uses.sum()) * rates.expert + loads * rates.load
+    if isinstance(rates.load, tuple):
+        each = loads_by_layer(uses, rates.slots, rates.large)
+        loads, moving = float(each.sum()), float(each @ rates.load)
+    else:
+        loads = expected_loads(uses, rates.slots)
+        moving = loads * rates.load
+    seconds = count * rates.step + float(uses.sum()) * rates.expert + moving
     return Division(groups, loads, seconds)
 
 

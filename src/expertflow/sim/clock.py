@@ -13,10 +13,11 @@ import numpy.typing as npt
 from expertflow.cache.core import HIT, LAYER, MISS, PREFETCH, WASTED
 from expertflow.cache.shared import shared
 from expertflow.errors import ConfigError
+from expertflow.types import large_layers
 
 NOW, LINK, STALL, BUSY = 0, 1, 2, 3
 """Indexes into `Clock.time`, microseconds."""
-NEEDED, HITS, FRESH, MISSES, PREFETCHED, WASTES, LATE, CLEAN = 0, 1, 2, 3, 4, 5, 6, 7
+NEEDED, HITS, FRESH, MISSES, PREFETCHED, WASTES, LATE, CLEAN, MOVED = range(9)
 """Indexes into `Clock.tally`."""
 HEAD, TAIL = 0, 1
 """Indexes into `Clock.ends`."""
@@ -32,6 +33,7 @@ class Cost:
         copy_us: fixed cost of a copy, microseconds.
         layer_us: a layer without its experts (attention, router, norms), microseconds.
         expert_us: one expert's computation, microseconds.
+        layer_bytes: bytes of one record of each layer; empty: `row_bytes` in all of them.
     """
 
     row_bytes: int = 49_800_000
@@ -39,6 +41,7 @@ class Cost:
     copy_us: float = 10.0
     layer_us: float = 25.0
     expert_us: float = 17.0
+    layer_bytes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -58,15 +61,21 @@ class Cost:
                 )
 
     @property
-    def load_us(self) -> float:
-        """Microseconds that one record takes over the link."""
-        return self.copy_us + self.row_bytes / (self.link_gbps * 1e3)
+    def large(self) -> tuple[int, ...]:
+        """The layers whose experts are always resident, outside the slots."""
+        return large_layers(self.layer_bytes) if self.layer_bytes else ()
+
+    def durations(self, layers: int) -> "Durations":
+        """The same for compiled code, for a model of so many layers."""
+        size = np.array(self.layer_bytes or (self.row_bytes,) * layers, dtype=np.int64)
+        return Durations(self.copy_us + size / (self.link_gbps * 1e3), size, self.layer_us, self.expert_us)
 
 
 class Durations(NamedTuple):
-    """A `Cost` in microseconds, for compiled code."""
+    """A `Cost` in microseconds, for compiled code; `load` and `size` (bytes) are those of each layer's records, `[L]`."""
 
-    load: float
+    load: npt.NDArray[np.float64]
+    size: npt.NDArray[np.int64]
     layer: float
     expert: float
 
@@ -76,11 +85,12 @@ class Clock(NamedTuple):
 
     Attributes:
         time: `[4]` float64, see `NOW`.
-        tally: `[8]` int64, see `NEEDED`; CLEAN counts steps that found everything in its slot.
+        tally: `[9]` int64, see `NEEDED`; CLEAN counts steps that found everything in its slot, MOVED bytes.
         arrival: `[S]` float64, when the slot's record has arrived.
         done: `[E]` float64, when each access of the running layer ends.
         queue: `[Q]` int32, slots whose loads ahead wait for the link.
         issued: `[Q]` float64, when each load was issued.
+        lasts: `[Q]` float64, how long the link takes for each.
         ends: `[2]` int64, the queue's head and tail, which only grow.
         waiting: `[S]` int64, the position in the queue of a slot's load, or -1.
     """
@@ -91,6 +101,7 @@ class Clock(NamedTuple):
     done: npt.NDArray[np.float64]
     queue: npt.NDArray[np.int32]
     issued: npt.NDArray[np.float64]
+    lasts: npt.NDArray[np.float64]
     ends: npt.NDArray[np.int64]
     waiting: npt.NDArray[np.int64]
 
@@ -99,23 +110,23 @@ def make_clock(experts: int, slots: int) -> Clock:
     """Make a clock at time zero, link and queue empty."""
     room = 8 * slots + 64
     return Clock(
-        time=np.zeros(4), tally=np.zeros(8, dtype=np.int64), arrival=np.zeros(slots), done=np.zeros(experts),
-        queue=np.zeros(room, dtype=np.int32), issued=np.zeros(room), ends=np.zeros(2, dtype=np.int64),
+        time=np.zeros(4), tally=np.zeros(9, dtype=np.int64), arrival=np.zeros(slots), done=np.zeros(experts),
+        queue=np.zeros(room, dtype=np.int32), issued=np.zeros(room), lasts=np.zeros(room), ends=np.zeros(2, dtype=np.int64),
         waiting=np.full(slots, -1, dtype=np.int64),
     )  # fmt: skip
 
 
 @shared
-def carry(c: Clock, costs: Durations, slot: int, start: float) -> float:
+def carry(c: Clock, lasts: float, slot: int, start: float) -> float:
     """Send a record over the link, not before `start`; return when it arrives."""
-    c.time[LINK] = max(c.time[LINK], start) + costs.load
-    c.time[BUSY] += costs.load
+    c.time[LINK] = max(c.time[LINK], start) + lasts
+    c.time[BUSY] += lasts
     c.arrival[slot] = c.time[LINK]
     return float(c.time[LINK])
 
 
 @shared
-def drain(c: Clock, costs: Durations, until: float) -> None:
+def drain(c: Clock, until: float) -> None:
     """Start the loads ahead that the link has time for before `until`."""
     size = c.queue.shape[0]
     while c.ends[HEAD] < c.ends[TAIL]:
@@ -124,20 +135,20 @@ def drain(c: Clock, costs: Durations, until: float) -> None:
         if slot >= 0:
             if max(c.time[LINK], c.issued[place]) >= until:
                 return
-            carry(c, costs, slot, c.issued[place])
+            carry(c, c.lasts[place], slot, c.issued[place])
             if c.waiting[slot] == c.ends[HEAD]:
                 c.waiting[slot] = -1
         c.ends[HEAD] += 1
 
 
 @shared
-def enqueue(c: Clock, costs: Durations, slot: int) -> None:
+def enqueue(c: Clock, lasts: float, slot: int) -> None:
     """Queue a load ahead."""
     size = c.queue.shape[0]
     if c.ends[TAIL] - c.ends[HEAD] == size:
-        drain(c, costs, c.time[LINK] + costs.load)
+        drain(c, c.time[LINK] + lasts)
     place = c.ends[TAIL] % size
-    c.queue[place], c.issued[place] = slot, c.time[NOW]
+    c.queue[place], c.issued[place], c.lasts[place] = slot, c.time[NOW], lasts
     c.waiting[slot] = c.ends[TAIL]
     c.ends[TAIL] += 1
 
@@ -147,13 +158,13 @@ def tick(c: Clock, costs: Durations, log: npt.NDArray[np.int32], begin: int, end
     """Advance the clock over the log entries `begin` to `end`: those of a layer, or those before the first layer."""
     position, accesses, start = 0, 0, 0.0
     for entry in range(begin, end):
-        kind, slot, detail = log[entry, 0], log[entry, 3], log[entry, 4]
+        kind, layer, slot, detail = log[entry, 0], log[entry, 1], log[entry, 3], log[entry, 4]
         if kind == LAYER:
             accesses = detail
             c.tally[NEEDED] += accesses
             start = c.time[NOW] + costs.layer  # the router has chosen
             c.time[NOW] = start
-            drain(c, costs, start)
+            drain(c, start)
         elif kind == HIT:
             ready = start
             c.tally[HITS] += 1
@@ -162,7 +173,7 @@ def tick(c: Clock, costs: Durations, log: npt.NDArray[np.int32], begin: int, end
                 if c.waiting[slot] >= 0:  # queued, not begun: now it goes first
                     c.queue[c.waiting[slot] % c.queue.shape[0]] = -1
                     c.waiting[slot] = -1
-                    carry(c, costs, slot, start)
+                    carry(c, costs.load[layer], slot, start)
                 if c.arrival[slot] > start:
                     c.tally[LATE] += 1
                     ready = c.arrival[slot]
@@ -171,14 +182,16 @@ def tick(c: Clock, costs: Durations, log: npt.NDArray[np.int32], begin: int, end
             position += 1
         elif kind == MISS:
             c.tally[MISSES] += 1
+            c.tally[MOVED] += costs.size[layer]
             free = start if detail < 0 else max(start, c.done[detail])
-            ready = carry(c, costs, slot, free)
+            ready = carry(c, costs.load[layer], slot, free)
             c.time[NOW] = max(c.time[NOW], ready) + costs.expert
             c.done[position] = c.time[NOW]
             position += 1
         elif kind == PREFETCH:
             c.tally[PREFETCHED] += 1
-            enqueue(c, costs, slot)
+            c.tally[MOVED] += costs.size[layer]
+            enqueue(c, costs.load[layer], slot)
         elif kind == WASTED:
             c.tally[WASTES] += 1
     if accesses:

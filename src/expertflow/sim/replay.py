@@ -24,6 +24,7 @@ from expertflow.sim.clock import (
     HITS,
     LATE,
     MISSES,
+    MOVED,
     NEEDED,
     NOW,
     PREFETCHED,
@@ -59,6 +60,7 @@ class Outcome:
         late: of those, not yet arrived when their layer ran.
         clean_steps: steps without a miss.
         row_bytes: bytes of one expert's record; the name is that of result files.
+        moved_bytes: bytes over the link, each load's layer's record.
         seconds: virtual time.
         stall_seconds: of it, waiting for records.
         link_seconds: of it, link busy.
@@ -81,6 +83,7 @@ class Outcome:
     late: int
     clean_steps: int
     row_bytes: int
+    moved_bytes: int
     seconds: float
     stall_seconds: float
     link_seconds: float
@@ -104,7 +107,7 @@ class Outcome:
     @property
     def bytes_per_token(self) -> float:
         """Bytes over the link."""
-        return self.loads * self.row_bytes / max(self.tokens, 1)
+        return self.moved_bytes / max(self.tokens, 1)
 
     @property
     def clean_share(self) -> float:
@@ -179,10 +182,12 @@ def check_slots(workload: Workload, slots: int) -> None:
         )
 
 
-def setting_of(workload: Workload, gate_recall: float = GATE_RECALL) -> Setting:
+def setting_of(workload: Workload, gate_recall: float = GATE_RECALL, large: tuple[int, ...] = ()) -> Setting:
     """Return the facts a replay's forecast is made from, the recorded future included."""
     header = workload.trace.header
-    return Setting(layers=header.layers, experts=header.experts, future=workload.needed, gate_recall=gate_recall)
+    return Setting(
+        layers=header.layers, experts=header.experts, future=workload.needed, gate_recall=gate_recall, large=large
+    )
 
 
 def replay(
@@ -235,17 +240,17 @@ def replay_sizes(
     for slots in sizes:
         check_slots(workload, slots)
     header = workload.trace.header
-    ranker = Ranker(strategy, setting_of(workload, gate_recall), forecast)
+    ranker = Ranker(strategy, setting_of(workload, gate_recall, cost.large), forecast)
     divided = strategy.partition == "layer"
     pools = [
         (
-            make_tables(header.layers, header.experts, slots, divided=divided),
-            strategy.rules(header.layers, slots),
+            make_tables(header.layers, header.experts, slots, divided=divided, large=cost.large),
+            strategy.rules(header.layers, slots, len(cost.large)),
             make_clock(header.experts, slots),
         )
         for slots in sizes
     ]
-    costs = Durations(cost.load_us, cost.layer_us, cost.expert_us)
+    costs = cost.durations(header.layers)
     for number in range(len(workload)):
         planes, demand = ranker.rank(workload.before(number))
         needed = workload.needed[number]
@@ -265,7 +270,7 @@ def _outcome(workload: Workload, strategy: Strategy, slots: int, cost: Cost, clo
         batch=workload.batch,
         groups=workload.groups,
         slots=slots,
-        share=slots / (header.layers * header.experts),
+        share=slots / ((header.layers - len(cost.large)) * header.experts),
         steps=len(workload),
         tokens=workload.tokens,
         needed=count[NEEDED],
@@ -277,6 +282,7 @@ def _outcome(workload: Workload, strategy: Strategy, slots: int, cost: Cost, clo
         late=count[LATE],
         clean_steps=count[CLEAN],
         row_bytes=cost.row_bytes,
+        moved_bytes=count[MOVED],
         seconds=float(clock.time[NOW]) / 1e6,
         stall_seconds=float(clock.time[STALL]) / 1e6,
         link_seconds=float(clock.time[BUSY]) / 1e6,
@@ -285,7 +291,13 @@ def _outcome(workload: Workload, strategy: Strategy, slots: int, cost: Cost, clo
 
 
 def replay_events(
-    workload: Workload, strategy: Strategy, slots: int, record_bytes: int = 1, forecast: Forecast | None = None
+    workload: Workload,
+    strategy: Strategy,
+    slots: int,
+    record_bytes: int | Sequence[int] = 1,
+    forecast: Forecast | None = None,
+    *,
+    large: tuple[int, ...] = (),
 ) -> list[Event]:
     """Return the events of a replay from the compiled decisions; the engine emits the same on the same routing.
 
@@ -293,13 +305,14 @@ def replay_events(
         workload: the steps.
         strategy: entry of the strategy table.
         slots: slots in all.
-        record_bytes: bytes of one expert's record.
+        record_bytes: bytes of one expert's record, of all layers or of each.
         forecast: replaces the strategy's own.
+        large: layers whose experts are always resident, outside the slots.
     """
     header = workload.trace.header
-    ranker = Ranker(strategy, setting_of(workload), forecast)
-    tables = make_tables(header.layers, header.experts, slots, divided=strategy.partition == "layer")
-    rules = strategy.rules(header.layers, slots)
+    ranker = Ranker(strategy, setting_of(workload, large=large), forecast)
+    tables = make_tables(header.layers, header.experts, slots, divided=strategy.partition == "layer", large=large)
+    rules = strategy.rules(header.layers, slots, len(large))
     events: list[Event] = []
 
     def collect(number: int) -> None:

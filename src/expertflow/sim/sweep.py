@@ -21,7 +21,7 @@ from expertflow.schedule.cluster import METHODS
 from expertflow.sim.clock import Cost
 from expertflow.sim.replay import Outcome, check_slots, replay_sizes
 from expertflow.sim.workload import Workload, as_recorded, live_sequences, regrouped
-from expertflow.trace.format import load_trace
+from expertflow.trace.format import Header, load_trace
 from expertflow.units import parse_slots
 
 AS_RECORDED = 0
@@ -115,7 +115,7 @@ def _check(grid: Grid) -> None:
     for batch in grid.batches:
         workload = live_sequences(trace, batch, grid.groups, grid.seed) if batch else as_recorded(trace)
         for text in grid.slots:
-            check_slots(workload, parse_slots(text, trace.header.layers, trace.header.experts))
+            check_slots(workload, _slots(text, grid, trace.header))
     if grid.grouping and grid.grouping not in METHODS:
         raise ConfigError(f"grouping {grid.grouping!r} is unknown", nearest(grid.grouping, METHODS))
     if grid.grouping and grid.groups < 2:
@@ -124,11 +124,16 @@ def _check(grid: Grid) -> None:
         raise ConfigError("there is nothing to simulate", "Give at least one slot count and one batch size.")
 
 
+def _slots(text: str, grid: Grid, header: Header) -> int:
+    """A number of slots, of the layers that are not always resident."""
+    return parse_slots(text, header.layers - len(grid.cost.large), header.experts)
+
+
 def _column(grid: Grid, batch: int, name: str) -> list[Outcome]:
     """Replay one strategy and batch with every number of slots."""
     workload = _workload(grid, batch)
     header = workload.trace.header
-    sizes = sorted({parse_slots(text, header.layers, header.experts) for text in grid.slots})
+    sizes = sorted({_slots(text, grid, header) for text in grid.slots})
     return replay_sizes(workload, find_strategy(name), sizes, grid.cost, gate_recall=grid.gate_recall)
 
 
@@ -143,10 +148,9 @@ def _workload(grid: Grid, batch: int) -> Workload:
     return regrouped(workload, grid.grouping) if grid.grouping else workload
 
 
-def bound_tokens_per_second(outcome: Outcome, belady: Outcome, cost: Cost) -> float:
+def bound_tokens_per_second(outcome: Outcome, belady: Outcome) -> float:
     """Return a bound for every strategy with these slots: Belady's bytes over the link, or the computation, the longer."""
-    link = belady.loads * cost.load_us / 1e6
-    return outcome.tokens / max(link, outcome.compute_seconds)
+    return outcome.tokens / max(belady.link_seconds, outcome.compute_seconds)
 
 
 def as_result(grid: Grid, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def as_result(grid: Grid, outcomes: Sequence[Outcome], seconds: float) -> dict[s
     cells = []
     for outcome in outcomes:
         best = belady.get((outcome.batch, outcome.slots))
-        bound = None if best is None else bound_tokens_per_second(outcome, best, grid.cost)
+        bound = None if best is None else bound_tokens_per_second(outcome, best)
         cells.append(
             {
                 **asdict(outcome),

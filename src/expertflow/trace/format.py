@@ -4,7 +4,7 @@ A trace is a zip archive:
 
 * `header.json`: `format` ("expertflow-trace"), `version` (1), `layers`, `experts`, `top_k`, `model` (a name),
   `fingerprint` (of the model's weights; may be empty), `source` and `licence` (free text), `record_bytes` (all tensors
-  of one expert; 0 or absent: unknown).
+  of one expert; 0 or absent: unknown), `layer_bytes` (a list: those of each layer, if they differ).
 * `NNNNNN/<column>.npy`, chunk by chunk, n rows each; a row is one token in one forward pass:
   `experts` `[n, L, K]` uint8 or uint16, descending router weight, the value E means none;
   `weights` `[n, L, K]` float16; `tokens` `[n]` int32, the token fed in, -1 unknown; `phase` `[n]` uint8, 0 prefill,
@@ -65,6 +65,7 @@ class Header:
         source: where the data comes from.
         licence: terms of the data.
         record_bytes: bytes of one expert's record in the model that ran; 0 if unknown.
+        layer_bytes: the same of each layer, if they differ; then `record_bytes` is the largest that a slot holds.
     """
 
     layers: int
@@ -75,6 +76,7 @@ class Header:
     source: str = ""
     licence: str = ""
     record_bytes: int = 0
+    layer_bytes: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> npt.DTypeLike:
@@ -138,7 +140,8 @@ class TraceWriter:
         self._path, self._part = path, path.with_name(path.name + ".part")
         with self._written():
             self._zip = zipfile.ZipFile(self._part, "w", zipfile.ZIP_DEFLATED)
-            self._write_json("header.json", {"format": FORMAT, "version": VERSION, **asdict(header)})
+            known = {name: value for name, value in asdict(header).items() if value != ()}
+            self._write_json("header.json", {"format": FORMAT, "version": VERSION, **known})
         self._waiting: list[Rows] = []
         self._chunks: list[int] = []
         self.sequences: list[dict[str, Any]] = []
@@ -360,7 +363,8 @@ def _parse_header(path: Path, header: Any) -> Header:
     texts = {name: str(header.get(name, "")) for name in ("model", "fingerprint", "source", "licence")}
     sizes = {name: header.get(name) for name in ("layers", "experts", "top_k")}
     sizes["record_bytes"] = header.get("record_bytes", 0)
-    found = Header(**sizes, **texts)  # type: ignore[arg-type]  # checked next
+    each = header.get("layer_bytes", [])
+    found = Header(**sizes, **texts, layer_bytes=tuple(each) if isinstance(each, list) else (-1,))  # type: ignore[arg-type]  # checked next
     check_sizes(found, path)
     return found
 
@@ -379,6 +383,12 @@ def check_sizes(header: Header, where: Path) -> None:
         value = getattr(header, name)
         if not outside.whole(value, least, most):
             raise TraceError(f"{where}: the header states {name}={str(value)[:80]}, {least} to {most} can be", _FOREIGN)
+    least, most = _SIZES["record_bytes"]
+    each = header.layer_bytes
+    if each and (len(each) != header.layers or not all(outside.whole(size, least + 1, most) for size in each)):
+        raise TraceError(
+            f"{where}: the header states layer_bytes={str(each)[:80]}, a size for each layer can be", _FOREIGN
+        )
     if header.top_k > header.experts or header.layers * header.experts > _MOST_EXPERTS:
         raise TraceError(
             f"{where}: the header states {header.layers} x {header.experts} experts, top-{header.top_k}", _FOREIGN

@@ -1,22 +1,25 @@
-"""The dense part of a captured step: the model's own modules, with attention and norms as single kernels.
+"""The dense part of a captured step, and of a pass over prompts beside such steps: attention and norms as single kernels.
 
-A module computes what its class computes, in fewer launches. A module of a form that the kernels support reads from the
-pass's context whether they run; in every other pass its class's own forward runs. Must not know families.
+A module computes what its class computes, in fewer launches; over prompts, in memory linear in length. A module of a form that the
+kernels support reads from the pass's context whether they run; in every other pass its class's own forward runs. Must not know
+families.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from expertflow.kernels.backend import Backend, backend
+from expertflow.models.attention import PROMPT_FORMS, AttentionForm, attention_form, prompts_by_kernel
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
 from expertflow.models.skeleton import Skeleton
 
-ATTENTION = "expertflow_decode"
+ATTENTION = "expertflow"
 _NORMS = ("RMSNorm", "SwitchTransformersLayerNorm")
 """How the names of norms end that divide by the root of the mean square and have no bias."""
 _WIDE_NORMS = ("gpt_oss",)
@@ -31,7 +34,12 @@ class DenseParts:
         skeleton: of it.
         windows: each attention layer's sliding window, or None.
         context: what the model's passes carry.
+
+    Attributes:
+        forms: forms of attention that are computed here.
     """
+
+    forms = frozenset({AttentionForm.HEADS, AttentionForm.WIDE})
 
     def __init__(
         self, model: PreTrainedModel, skeleton: Skeleton, windows: Sequence[int | None], context: ForwardContext
@@ -42,26 +50,33 @@ class DenseParts:
         self._wide = skeleton.config.model_type in _WIDE_NORMS
         stepping = list(model.get_decoder().modules())
         self._norms: list[Any] = [module for module in stepping if _is_norm(module)]
-        self._attentions: list[Any] = [module for module in stepping if _is_attention(module)]
+        found = {module: attention_form(module) for module in stepping}
+        self._attentions: list[Any] = [module for module, form in found.items() if form in self.forms]
         for norm in self._norms:
             norm.forward = _norm_forward(norm, context)
         for attention in self._attentions:
-            attention.config = AttentionConfig(getattr(attention.config, "own", attention.config), context)
+            own, form = getattr(attention.config, "own", attention.config), found[attention]
+            attention.config = AttentionConfig(own, context, form)
 
     @property
     def attends(self) -> bool:
-        """Whether attention is computed here; it then finds its KV rows among all of them."""
+        """Whether attention is computed here, and goes by positions instead of masks."""
         return bool(self._attentions)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether attention finds its KV rows among all of them by itself."""
+        return self.attends
 
     def norm(self, module: Any, states: Tensor) -> Tensor:
         """What the norm's own forward computes, `[..., H]`."""
         return self._kernels.rms_norm(states, module.weight, module.variance_epsilon, wide=self._wide)
 
     def attend(
-        self, module: Any, query: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None
+        self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float, more: Mapping[str, Any]
     ) -> Tensor:
-        """`[B, Q, 1, D]` over keys and values of all KV rows to `[B, 1, Q, D]`; `bias` is `[1, Q, 1, M]`, by distance."""
-        now = self._context.now
+        """`[B, Q, 1, D]` over keys and values of all KV rows to `[B, 1, Q, D]`; a bias is `[1, Q, 1, M]`, by distance."""
+        (query, keys, values), now, bias = given, self._context.now, more.get("position_bias")
         queries, attend = query[:, :, 0].contiguous(), self._kernels.decode_attention
         if not module.is_causal:  # over what the encoder has read, all of it
             assert now.lasts is not None
@@ -72,17 +87,54 @@ class DenseParts:
         return attend(queries, keys, values, where, scale, window, sinks, by_distance)[:, None]
 
 
+class PromptParts(DenseParts):
+    """The same of passes over prompts, whose sequences have several tokens each, padded on the left."""
+
+    forms = PROMPT_FORMS
+
+    def __init__(
+        self, model: PreTrainedModel, skeleton: Skeleton, windows: Sequence[int | None], context: ForwardContext
+    ) -> None:
+        """Make the modules look at the context, unless some layer's attention has no form that the kernel takes: then all keep theirs."""
+        super().__init__(model, skeleton, windows, context)
+        self._attends = prompts_by_kernel(model, len(windows))
+        self._latent = any(module.config.form is AttentionForm.LATENT for module in self._attentions)
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention of every layer is computed here."""
+        return self._attends
+
+    @property
+    def in_place(self) -> bool:
+        """Not where keys and values are made from latents, for the sequences of a pass."""
+        return self._attends and not self._latent
+
+    def attend(
+        self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float, more: Mapping[str, Any]
+    ) -> Tensor:
+        """`[B, Q, C, D]` over keys and values of all KV rows, or of those of the pass, to `[B, C, Q, V]`."""
+        now = self._context.now
+        assert more.get("position_bias") is None
+        rows = now.rows if self.in_place else torch.arange(len(now.rows), device=now.rows.device)
+        return self._kernels.prompt_attention(
+            *given, (rows, now.positions[:, -1]), scale, self._windows[module.layer_idx], sinks=getattr(module, "sinks", None),
+            softcap=more.get("softcap"),
+        )  # fmt: skip
+
+
 class AttentionConfig(Uncopied):
-    """An attention module's config, which names our implementation in passes that carry `dense`.
+    """An attention module's config, which names our implementation in passes that carry `dense` for modules of its form.
 
     Args:
         own: the module's config; every other question goes to it.
         context: what the model's passes carry.
+        form: the module's.
     """
 
-    def __init__(self, own: Any, context: ForwardContext) -> None:
+    def __init__(self, own: Any, context: ForwardContext, form: AttentionForm | None) -> None:
         """Stand in for `own`."""
-        self.own, self.context = own, context
+        self.own, self.context, self.form = own, context, form
 
     def __getattr__(self, name: str) -> Any:
         """As of the module's config."""
@@ -90,7 +142,9 @@ class AttentionConfig(Uncopied):
 
     @property
     def _attn_implementation(self) -> Any:  # transformers offers no other way to choose it
-        return self.own._attn_implementation if self.context.now.dense is None else ATTENTION  # noqa: SLF001
+        dense = self.context.now.dense
+        taken = dense is not None and dense.attends and self.form in dense.forms
+        return ATTENTION if taken else self.own._attn_implementation  # noqa: SLF001
 
 
 def _norm_forward(module: nn.Module, context: ForwardContext) -> Callable[[Tensor], Tensor]:
@@ -109,23 +163,13 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith(_NORMS) and hasattr(module, "variance_epsilon")
 
 
-def _is_attention(module: Any) -> bool:
-    """Whether keys and values are cached as attention reads them, in heads of a width the kernel takes."""
-    if not all(hasattr(module, name) for name in ("config", "layer_idx", "scaling", "is_causal")):
-        return False
-    if getattr(module.config, "kv_lora_rank", None):
-        return False
-    width = getattr(module, "head_dim", getattr(module, "key_value_proj_dim", 0))
-    return width >= 16 and width & (width - 1) == 0
-
-
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **more: Any
 ) -> tuple[Tensor, None]:
-    """The attention implementation `expertflow_decode`; the mask is not read, because positions and windows imply it."""
+    """The attention implementation `expertflow`; the mask is not read, because positions and windows imply it."""
     del attention_mask
     dense = module.config.context.now.dense
-    return dense.attend(module, query, key, value, scaling, more.get("position_bias")), None
+    return dense.attend(module, (query, key, value), scaling, more), None
 
 
 AttentionInterface.register(ATTENTION, attend)

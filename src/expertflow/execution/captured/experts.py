@@ -64,12 +64,12 @@ class DeviceExperts:
 
     def __init__(self, mlps: tuple[ExpertMlp, ...], shared: SharedParts, batch: int, top_k: int, *, log: bool) -> None:
         """Allocate everything a step needs but what the model itself allocates."""
-        device = shared.pool.buffer.device
+        device, layout = shared.pool.buffer.device, shared.store.layout
         self._mlps, self._shared, self._top_k = mlps, shared, top_k
         controller, strategy = shared.controller, shared.controller.strategy.on_device()
         self.state = CacheState.allocate(
             strategy, controller.tables, device, log=log, future=controller.future, reached=controller.reached,
-            given=shared.forecast is not None,
+            given=shared.forecast is not None, layer_bytes=() if layout.equal else layout.layer_bytes,
         )  # fmt: skip
         self._kernels = backend(device)
         live_predictor = shared.live_predictor
@@ -93,6 +93,7 @@ class DeviceExperts:
         self.fixed = self.paused = False
         self.updated = 0
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
+        self._find_large()
         self._padding = torch.zeros(0)
         self._prefetches = strategy.prefetch != "none"
         self._corrections, self._plans, self._ahead = Lane(device), Lane(device), Lane(device)
@@ -136,9 +137,16 @@ class DeviceExperts:
     def look_up_residents(self) -> None:
         """Look up, in tables just borrowed, whether every expert is resident and stays: then nothing has to be decided."""
         state = self.state
-        self.fixed = state.strategy.retain and int(state.resident) == state.slots == state.layers * state.experts
+        competing = (state.layers - len(state.large)) * state.experts
+        self.fixed = state.strategy.retain and int(state.resident) == state.slots == competing
         if self.fixed:
             self._places[:, :-1] = state.slot_of
+            self._find_large()
+
+    def _find_large(self) -> None:
+        """Number the places of large layers, each from the first place in its own pool."""
+        for layer in self.state.large:
+            self._places[layer, :-1] = torch.arange(self.state.experts, device=self._places.device)
 
     def blocks_of(self, record_bytes: int) -> int:
         """Blocks that a record is carried in; the tally counts them."""
@@ -165,8 +173,9 @@ class DeviceExperts:
     def open_step(self, batch: int) -> None:
         """Begin a step of `batch` sequences, of which `live` count: forecast, plan, begin to load."""
         self._schedule = self._schedules[batch]
-        if self.fixed:
+        if self.fixed or self.state.large:
             self._padding = torch.arange(batch, device=self.live.device)[:, None] >= self.live
+        if self.fixed:
             return
         with self._plans.work():  # beside the first layer's attention
             live_predictor, inputs = self._shared.live_predictor, self._inputs
@@ -185,13 +194,17 @@ class DeviceExperts:
         """Compute a layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
         schedule, kernels, mlp = self._schedule, self._kernels, self._mlps[layer]
         assert schedule is not None
-        hidden, index, pool = hidden.contiguous(), index.contiguous(), self._shared.pool.buffer
-        if self.fixed:
-            slots = torch.take(self._places[layer], index).masked_fill_(self._padding, -1)
-            kernels.expert_pairs(mlp, hidden, slots, pool, self._work)
-        else:
+        hidden, index = hidden.contiguous(), index.contiguous()
+        if not self.fixed:
             self._plans.join()
             self._twin.run_layer(layer, index, schedule)
+        if self.fixed or layer in self.state.large:
+            if not self.fixed and self._looks_ahead:
+                with self._plans.work():
+                    self._twin.bind(layer)
+            slots = torch.take(self._places[layer], index).masked_fill_(self._padding, -1)
+            kernels.expert_pairs(mlp, hidden, slots, self._shared.pool.of(layer)[0], self._work)
+        else:
             self._by_phases(layer, hidden, schedule)
         out = torch.empty_like(hidden)
         kernels.combine(self._work.parts, index, weights, self.state.experts, out)

@@ -68,7 +68,7 @@ class Awq(Int4):
         """Of inputs side by side, output by output."""
         inputs, words = stored.shape
         fields = as_bytes(stored).view(inputs, words, PER_WORD // 2)
-        made = torch.empty(words, PER_WORD, inputs // 2, dtype=torch.uint8)
+        made = torch.empty(words, PER_WORD, inputs // 2, dtype=torch.uint8, device=stored.device)
         for byte in range(PER_WORD // 2):
             even, odd = fields[0::2, :, byte], fields[1::2, :, byte]
             made[:, FIELDS[2 * byte]] = (even & 15 | odd << 4).t()

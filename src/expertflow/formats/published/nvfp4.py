@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,8 +142,8 @@ class ModeloptNvfp4(_Nvfp4):
 
     def pairs(self, stored: Tensor) -> Tensor:
         """-0 is stored as 0."""
-        low, high = (np.where(codes == _MINUS_ZERO, 0, codes) for codes in (np.arange(256) & 15, np.arange(256) >> 4))
-        return torch.from_numpy(np.take((low | high << 4).astype(np.uint8), stored.numpy()))
+        low = torch.where(stored & 15 == _MINUS_ZERO, stored & 240, stored)
+        return torch.where(low >> 4 == _MINUS_ZERO, low & 15, low)
 
 
 NVFP4 = Nvfp4()

@@ -49,7 +49,7 @@ def _up_kernel(
     hidden, order, pool, inner, tiles, begin, end, slot, tok: tl.constexpr, top_k: tl.constexpr,
     h: tl.constexpr, i: tl.constexpr, size: tl.constexpr, multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr,
     about: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr, transposed: tl.constexpr,
-    activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr,
 ):  # fmt: skip
     """`inner[place] = activation(up(hidden[order[place] // top_k]))`, a block of inner elements of a tile of tokens a program."""
     place, end, slot = _place(tiles, begin, end, slot, tok)
@@ -60,7 +60,7 @@ def _up_kernel(
     n: tl.constexpr = 2 * i if gated else i
     exact: tl.constexpr = i % block_n == 0
     outs = up_outputs(first, block_n, i, gated, interleaved)
-    out = multiply(inputs, valid, record, load, at, about, outs, n, h, transposed, exact, block_k)
+    out = multiply(inputs, valid, record, load, at, about, outs, n, h, transposed, exact, block_k, chunk, False, 0)
     out = activated(add_bias(out, record, bias, outs, n), gated, interleaved, activation, alpha, limit, block_n)
     cols = first + tl.arange(0, block_n)
     target = inner + place.to(tl.int64)[None, :] * i + cols[:, None]
@@ -71,7 +71,7 @@ def _up_kernel(
 def _down_kernel(
     inner, order, pool, parts, tiles, begin, end, slot, tok: tl.constexpr, h: tl.constexpr,
     i: tl.constexpr, size: tl.constexpr, multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr,
-    bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
+    bias: tl.constexpr, transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr,
 ):  # fmt: skip
     """`parts[order[place]] = down(inner[place])`, a block of outputs of a tile of tokens a program."""
     place, end, slot = _place(tiles, begin, end, slot, tok)
@@ -80,7 +80,9 @@ def _down_kernel(
     record = pool + slot * size
     outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
     inputs = inner + place.to(tl.int64) * i
-    out = multiply(inputs, valid, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k)
+    out = multiply(
+        inputs, valid, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k, chunk, False, 0
+    )
     out = add_bias(out, record, bias, outs, h)
     tl.store(parts + pairs[None, :] * h + outs[:, None], out, mask=valid[None, :] & (outs[:, None] < h))
 
@@ -172,7 +174,7 @@ def launches(mlp: ExpertMlp, tile: int, cuts: tuple[Tiling, Tiling]) -> tuple[La
         return {
             "tok": tile, "h": mlp.hidden, "i": mlp.width, "size": mlp.record_bytes // size, "transposed": mlp.transposed,
             "bias": -1 if projection.bias is None else projection.bias // size, **read_arguments(projection),
-            "block_n": cut.block_n, "block_k": cut.block_k, "num_warps": cut.warps, "num_stages": cut.stages,
+            "block_n": cut.block_n, "block_k": cut.block_k, "chunk": cut.chunk, "num_warps": cut.warps, "num_stages": cut.stages,
         }  # fmt: skip
 
     between = {
@@ -220,4 +222,4 @@ def _wider(cut: Tiling, outputs: int, tile: int, room: int) -> Tiling:
         rows = _OUTPUTS if room > 2 * _ROOM or tile < TILES[-1] else 64
     step = (rows + tile) * cut.block_k * 2
     stages = max(1, min(cut.stages, room // step))
-    return Tiling(rows // outputs, cut.block_k, 8 if rows * tile > 64 * 128 else 4, stages)
+    return Tiling(rows // outputs, cut.block_k, 8 if rows * tile > 64 * 128 else 4, stages, cut.chunk)

@@ -9,7 +9,17 @@ import triton.language as tl
 from triton.language.extra.cuda import num_warps
 from triton.language.target_info import cuda_capability_geq
 
-from expertflow.kernels.reading.tiles import INTERPRETED, add_product, as_loaded, load_tokens, rounded
+from expertflow.kernels.reading.tiles import (
+    INTERPRETED,
+    add_product,
+    as_loaded,
+    begin_of_chunk,
+    first_of,
+    last_of,
+    load_tokens,
+    rounded,
+    with_last_chunk,
+)
 from expertflow.kernels.reading.words import by_threads, in_record, load_four, number_type, warps_of
 
 STEP = tl.constexpr(64)
@@ -105,20 +115,23 @@ def load_bytes(
 @triton.jit
 def multiply_bytes(
     inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,  # noqa: ARG001
-    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,  # noqa: ARG001
+    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,  # noqa: ARG001
 ):  # fmt: skip
     """As `multiply_tiles` with `load_bytes`, which would look for the first input in every step: by words where that gives its bits."""
     # the interpreter's sums go by the size of a step
     fitting: tl.constexpr = outs.shape[0] % 64 == 0 and (not INTERPRETED or block_k == STEP)
     if fitting and by_words(about, number_type(record.dtype.element_ty), k, block_k):
-        acc = _multiply_words(inputs, valid, record, at, about, outs, n, k, exact, block_k)
+        acc = _multiply_words(inputs, valid, record, at, about, outs, n, k, exact, block_k, chunk, alone, part)
     else:
         acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
-        for begin in range(0, k, block_k):
+        total = acc
+        for begin in range(first_of(part, chunk, alone), last_of(part, k, chunk, alone), block_k):
             tokens = load_tokens(inputs, valid, begin, k, block_k)
             cols = begin + tl.arange(0, block_k)
             tile = _tile(record, at, about, outs, cols, begin, n, k, exact and k % block_k == 0)
+            total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
             acc = add_product(acc, tile, tokens)
+        acc = with_last_chunk(total, acc, k, chunk, alone)
     return acc
 
 
@@ -224,9 +237,9 @@ sub.rn.f32 d, d, 0f4B000080;
 
 
 @triton.jit
-def _multiply_words(
+def _multiply_words(  # noqa: C901 - most branches are known when compiling
     inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
-    block_k: tl.constexpr,
+    block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,
 ):  # fmt: skip
     """The product by words: a tile is made in the registers of the threads that multiply it, see `kernels.reading.words`."""
     each: tl.constexpr = about[0]
@@ -245,63 +258,67 @@ def _multiply_words(
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
     if grid_cols == 1:
         scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
-        scale = widened(tl.load(scales + place, mask=inside, other=0))[None, :]
-    for begin in range(0, k // block_k * block_k, block_k):
+        scale = widened(tl.load(scales + place, mask=inside, other=0))
+    total = acc
+    full: tl.constexpr = k // block_k * block_k
+    for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), block_k):
         if grid_cols > 1:
-            scale = _scales(start, at, about, place, begin, inside, exact, block_k // STEP)
-        tile = _numbers(codes + begin, scale, inside, about, exact, block_k // STEP, 4, dtype)
+            scale = _scales(start, at, about, place, begin, inside, exact)
+        tile = _numbers(codes + begin, scale, inside, about, exact, 4, dtype)
+        if block_k > STEP:
+            if about[10] < block_k:
+                scale = _scales(start, at, about, place, begin + STEP, inside, exact)
+            tile = _side_by_side(tile, _numbers(codes + (begin + STEP), scale, inside, about, exact, 4, dtype))
+        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
         acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
-    if k % block_k >= 64:  # a step of 64 inputs of a larger one
-        half: tl.constexpr = k // block_k * block_k
-        if grid_cols > 1:
-            scale = _scales(start, at, about, place, half, inside, exact, 1)
-        tile = _numbers(codes + half, scale, inside, about, exact, 1, 4, dtype)
-        acc = add_product(acc, tile, load_tokens(inputs, valid, half, k, 64))
-    if k % 64 != 0:
-        last: tl.constexpr = k // 64 * 64
-        wide: tl.constexpr = k % 64 // 16
-        if grid_cols > 1:
-            scale = _scales(start, at, about, place, last, inside, exact, 1)
-        tile = _numbers(codes + last, scale, inside, about, exact, 1, wide, dtype)
-        acc = add_product(acc, tile, load_tokens(inputs, valid, last, k, 64))
-    return acc
+    if full < k:  # noqa: SIM102 - known when compiling
+        if not alone or part * chunk + chunk >= k:
+            total, acc = begin_of_chunk(total, acc, full, k, chunk, alone)
+            if k % block_k >= 64:  # a step of 64 inputs of a larger one
+                if grid_cols > 1:
+                    scale = _scales(start, at, about, place, full, inside, exact)
+                tile = _numbers(codes + full, scale, inside, about, exact, 4, dtype)
+                acc = add_product(acc, tile, load_tokens(inputs, valid, full, k, 64))
+            if k % 64 != 0:
+                last: tl.constexpr = k // 64 * 64
+                wide: tl.constexpr = k % 64 // 16
+                if grid_cols > 1:
+                    scale = _scales(start, at, about, place, last, inside, exact)
+                tile = _numbers(codes + last, scale, inside, about, exact, wide, dtype)
+                acc = add_product(acc, tile, load_tokens(inputs, valid, last, k, 64))
+    return with_last_chunk(total, acc, k, chunk, alone)
 
 
 @triton.jit
-def _scales(
-    start, at: tl.constexpr, about: tl.constexpr, place, first, inside, exact: tl.constexpr, steps: tl.constexpr
-):
-    """Scales of steps from input `first` on, for rows of scales that begin at `place` `[R]`: float32 `[steps or 1, R]`.
+def _scales(start, at: tl.constexpr, about: tl.constexpr, place, first, inside, exact: tl.constexpr):
+    """Scales of the step from input `first` on, for rows of scales that begin at `place` `[R]`: float32 `[R]`.
 
     They are read four bytes at a time, because copies of fewer cannot be in flight while others are computed with.
     """
     words = (start + at[1]).to(tl.pointer_type(tl.int32), bitcast=True)
-    apart: tl.constexpr = steps if about[10] < steps * STEP else 1
-    place = place[None, :] + ((first + tl.arange(0, apart) * STEP) // about[2])[:, None]
+    place += first // about[2]
     if about[6] == "float32":
-        bits = load_four(words + place, inside[None, :], exact)
+        bits = load_four(words + place, inside, exact)
     else:  # two bfloat16 in four bytes; that part of a record ends with whole ones
-        bits = (load_four(words + place // 2, inside[None, :], exact) >> (place % 2 * 16)) << 16
+        bits = (load_four(words + place // 2, inside, exact) >> (place % 2 * 16)) << 16
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _numbers(
-    codes, scale, inside, about: tl.constexpr, exact: tl.constexpr, steps: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """The tile `[R, 64 * steps]` of steps: `codes` are pointers `[R]` to their first bytes, `scale` is `[1, R]` or `[steps, R]`.
+def _numbers(codes, scale, inside, about: tl.constexpr, exact: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr):
+    """The tile `[R, 64]` of a step: `codes` are pointers `[R]` to its first bytes, `scale` is `[R]`.
 
-    A step has `wide` words for each thread, and four are read; the tokens are 0 where one is missing.
+    The step has `wide` words for each thread, and four are read; the tokens are 0 where one is missing. A row's 64 bytes are loaded by
+    themselves: of more, compilers would give a thread others than it multiplies.
     """
     rows: tl.constexpr = codes.shape[0]
     i = tl.arange(0, 64)
-    where = codes[None, :, None] + (tl.arange(0, steps) * STEP)[:, None, None]
     if exact and wide == 4:
-        code = tl.load(where + i[None, None, :])
+        code = tl.load(codes[:, None] + i[None, :])
     else:
-        mask = inside[None, :, None] & (i % 16 < 4 * wide)[None, None, :]
-        code = tl.load(where + (i // 16 * (4 * wide) + i % 16)[None, None, :], mask=mask, other=0)
-    scale = tl.broadcast_to(scale[:, :, None], code.shape)
+        mask = inside[:, None] & (i % 16 < 4 * wide)[None, :]
+        code = tl.load(codes[:, None] + (i // 16 * (4 * wide) + i % 16)[None, :], mask=mask, other=0)
+    scale = tl.broadcast_to(scale[:, None], code.shape)
     if INTERPRETED:
         tile = rounded(_values(code.to(tl.int32), about) * scale, dtype)
     else:
@@ -311,8 +328,14 @@ def _numbers(
             dtype=tl.int16, is_pure=False, pack=4,
         ).to(dtype, bitcast=True)  # fmt: skip
     warps: tl.constexpr = 1 if INTERPRETED else warps_of(rows, num_warps())
-    tile = tl.reshape(tile, [steps, rows // (16 * warps), 2, warps, 8, 4, 4, 2, 2])
-    return tl.reshape(tl.permute(tile, (1, 3, 2, 4, 0, 6, 7, 5, 8)), [rows, 64 * steps])
+    tile = tl.reshape(tile, [rows // (16 * warps), 2, warps, 8, 4, 4, 2, 2])
+    return tl.reshape(tl.permute(tile, (0, 2, 1, 3, 5, 6, 4, 7)), [rows, 64])
+
+
+@triton.jit
+def _side_by_side(first, second):
+    """Two tiles `[R, 64]` as one `[R, 128]`."""
+    return as_loaded(tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [first.shape[0], 128]))
 
 
 @triton.constexpr_function

@@ -57,22 +57,56 @@ def add_product(acc, tile, tokens):
 
 
 @triton.jit
+def first_of(part, chunk: tl.constexpr, alone: tl.constexpr):
+    """The first input of a product that is of chunk `part` alone, or of all."""
+    return part * chunk if alone else 0
+
+
+@triton.jit
+def last_of(part, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
+    """Where the inputs of the same product end, of `k`."""
+    return tl.minimum(part * chunk + chunk, k) if alone else k
+
+
+@triton.jit
+def begin_of_chunk(total, acc, begin, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
+    """The chunks' sum and the sum within a chunk, before the products of the step from input `begin` on are added.
+
+    It has to come before the step's product: behind it, Triton 3.6 would read sums that Hopper's tensor cores are still at.
+    """
+    if chunk < k and not alone:  # noqa: SIM102 - known when compiling
+        if begin % chunk == 0:
+            total += acc
+            acc = tl.zeros_like(acc)
+    return total, acc
+
+
+@triton.jit
+def with_last_chunk(total, acc, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
+    """The sum of all chunks. Before the first one, zeros were added to zeros."""
+    return total + acc if chunk < k and not alone else acc
+
+
+@triton.jit
 def multiply_tiles(
     inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,
-    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
+    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,
 ):  # fmt: skip
     """Outputs `[R]` of a weight of `n` outputs and `k` inputs times tokens: `[R, TOK]` in float32, `block_k` inputs a step.
 
     `inputs` are pointers `[TOK]` to each token's first number, `valid` says where there is a token, others give 0. `exact`: no output
-    lies outside. The others are as a tile loader has them.
+    lies outside. Every `chunk` inputs are summed by themselves, and then the chunks' sums in their order; or, `alone`, chunk `part` is
+    all there is. The others are as a tile loader has them.
     """
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
-    for begin in range(0, k, block_k):
+    total = acc
+    for begin in range(first_of(part, chunk, alone), last_of(part, k, chunk, alone), block_k):
         tokens = load_tokens(inputs, valid, begin, k, block_k)
         cols = begin + tl.arange(0, block_k)
         tile = load(record, at, about, outs, cols, n, k, transposed, exact and k % block_k == 0)
+        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
         acc = add_product(acc, tile, tokens)
-    return acc
+    return with_last_chunk(total, acc, k, chunk, alone)
 
 
 @triton.jit

@@ -8,7 +8,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import num_warps
 
-from expertflow.kernels.reading.tiles import INTERPRETED, add_product, as_loaded, load_tokens, multiply_tiles, rounded
+from expertflow.kernels.reading.tiles import (
+    INTERPRETED,
+    add_product,
+    as_loaded,
+    begin_of_chunk,
+    first_of,
+    last_of,
+    load_tokens,
+    multiply_tiles,
+    rounded,
+    with_last_chunk,
+)
 
 STEP = tl.constexpr(128)
 """Inputs whose scales lie side by side, as in `formats.words`."""
@@ -233,20 +244,23 @@ def by_threads(outs):
 @triton.jit
 def multiply_words(
     inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,
-    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr,
+    transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,
 ):  # fmt: skip
     """As `multiply_tiles`, with the bits of `load_words`: two codes at a time where that gives them."""
     fitting: tl.constexpr = not INTERPRETED and block_k == STEP and outs.shape[0] % 64 == 0
     if fitting and by_halves(about, number_type(record.dtype.element_ty)):
-        acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact)
+        acc = _multiply_halves(inputs, valid, record, at, about, outs, n, k, exact, chunk, alone, part)
     else:
-        acc = multiply_tiles(inputs, valid, record, load, at, about, outs, n, k, transposed, exact, block_k)
+        acc = multiply_tiles(
+            inputs, valid, record, load, at, about, outs, n, k, transposed, exact, block_k, chunk, alone, part
+        )
     return acc
 
 
 @triton.jit
 def _multiply_halves(
     inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
+    chunk: tl.constexpr, alone: tl.constexpr, part,
 ):  # fmt: skip
     """`multiply_words` where `by_halves` holds."""
     joined: tl.constexpr = about[5]
@@ -264,18 +278,31 @@ def _multiply_halves(
         globals_at = (start + at[2]).to(tl.pointer_type(tl.float32), bitcast=True)
         whole = tl.load(globals_at + mine // one, mask=inside, other=1.0)
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
-    for begin in range(0, k // STEP * STEP, STEP):
+    total = acc
+    full: tl.constexpr = k // STEP * STEP
+    for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), STEP):
         tokens = load_tokens(inputs, valid, begin, k, STEP)
         tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, whole, at, about, exact, 4, dtype)
+        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
         acc = add_product(acc, tile, tokens)
-    if k % STEP != 0:
-        last: tl.constexpr = k // STEP * STEP
-        tokens = load_tokens(inputs, valid, last, k, STEP)
-        tile = _tile(
-            start, words + last // 8, row + last // STEP * one, inside, whole, at, about, exact, k % STEP // 32, dtype
-        )
-        acc = add_product(acc, tile, tokens)
-    return acc
+    if full < k:  # noqa: SIM102 - known when compiling
+        if not alone or part * chunk + chunk >= k:
+            tokens = load_tokens(inputs, valid, full, k, STEP)
+            tile = _tile(
+                start,
+                words + full // 8,
+                row + full // STEP * one,
+                inside,
+                whole,
+                at,
+                about,
+                exact,
+                k % STEP // 32,
+                dtype,
+            )
+            total, acc = begin_of_chunk(total, acc, full, k, chunk, alone)
+            acc = add_product(acc, tile, tokens)
+    return with_last_chunk(total, acc, k, chunk, alone)
 
 
 @triton.jit

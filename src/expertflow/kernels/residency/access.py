@@ -161,11 +161,12 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         position = tl.where(hit, 0, nothing)  # found where it is needed: rarely
         if LOG or not JOINT:
             position = _positions(hit, position)
+        order = position  # `Tables.order`
         uses_upper, uses_lower = key_of(tl.where(missing, rank_used, infinite))
         if JOINT:
             uppers, lowers = key_of(tl.where((slot >= 0) & (need == 0), after, infinite))
         else:
-            uppers, lowers = key_of(tl.where(slot >= 0, after - _NUDGE * (position + 1).to(tl.float64), infinite))
+            uppers, lowers = key_of(tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite))
         own_upper, own_lower, own_at = smallest(uppers, lowers, column)
         number = 0
         while number < loads:  # the interpreter has no `range` over values of the device
@@ -173,8 +174,8 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
             chosen = column == expert
             uses_upper = tl.where(chosen, _LAST, uses_upper)
             if (number > 0) & (number % wave == 0):
-                position = _positions(hit, position)
-                uppers, lowers = key_of(tl.where(slot >= 0, after - _NUDGE * (position + 1).to(tl.float64), infinite))
+                order = _positions(hit, order)
+                uppers, lowers = key_of(tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite))
                 own_upper, own_lower, own_at = smallest(uppers, lowers, column)
             before, behind = -1, -1  # position and phase of the last access that uses the slot
             prior = -1
@@ -190,10 +191,8 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                 lows_lower = tl.where(other == layer, own_lower, lows_lower)
                 low_upper, _, low_at = smallest(lows_upper, lows_lower, other)
                 if tl.where(allowed < slots, own_upper, low_upper) >= _INFINITE:  # the wave has to end here
-                    position = _positions(hit, position)
-                    uppers, lowers = key_of(
-                        tl.where(slot >= 0, after - _NUDGE * (position + 1).to(tl.float64), infinite)
-                    )
+                    order = _positions(hit, order)
+                    uppers, lowers = key_of(tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite))
                     own_upper, own_lower, own_at = smallest(uppers, lowers, column)
                     lows_upper = tl.where(other == layer, own_upper, lows_upper)
                     lows_lower = tl.where(other == layer, own_lower, lows_lower)
@@ -248,6 +247,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                 tl.store(bounds + phase, awaited + number, mask=phase <= PHASES)
             slot = tl.where(chosen, place, slot)
             position = tl.where(chosen, hits + number, position)
+            order = tl.where(chosen, hits + number - 2 * (number % wave) + wave - 1, order)
             slot_at = tl.where(chosen, place, slot_at)
             phase_at = tl.where(chosen, phase, phase_at)
             table_at = tl.where(chosen, 1 + phase, table_at)
@@ -273,7 +273,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         ranks = tl.where(slot >= 0, after, infinite)
     else:
         last = tl.load(older + slots)
-        leaving = tl.sum((slot >= 0).to(tl.int32), 0)
+        leaving = tl.sum(((slot >= 0) & (allowed > 0)).to(tl.int32), 0)  # those of a large layer stay
         left = leaving
         while left > 0:
             victim = tl.argmax((slot >= 0).to(tl.int32), 0).to(tl.int32)

@@ -31,7 +31,7 @@ class Residency:
         self.state, self._routing = state, routing
         self._expert_slot = state.slot_of.new_zeros(state.experts)
         self._expert_table = state.slot_of.new_zeros(state.experts)
-        self._rules = state.strategy.rules(state.layers, state.slots)
+        self._rules = state.strategy.rules(state.layers, state.slots, len(state.large))
         planned = (state.layers, state.experts) if self._rules.prefetch else (0, 0)
         self._counts = state.slot_of.new_zeros(len(lookahead.COUNTS), planned[0])
         self._sweep_low = state.clock.new_zeros(planned[0])
@@ -70,8 +70,10 @@ class Residency:
         ranks.open_step[(s.layers,)](
             s.slot_of, s.last_use, s.count, s.recent, s.steady, s.waits, s.used, s.unused, s.limit, s.demand, s.known,
             s.pinned, s.fresh, s.rank, s.low, s.lowest, s.clock, s.future, s.following, s.ledger.table, s.ledger.count, s.entry,
-            s.ahead, s.waiting, s.tally, s.layers, s.experts, len(s.future), s.ledger.entries, s.slots,
-            POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, **self._layer_options,
+            s.ahead, s.waiting, s.tally, s.share, s.share if s.ledger.lines is None else s.ledger.lines,
+            s.layers, s.experts, len(s.future), s.ledger.entries, s.slots,
+            POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, LARGE=bool(s.large),
+            UNEQUAL=s.ledger.lines is not None, **self._layer_options,
         )  # fmt: skip
         if self._rules.prefetch and ahead:
             self._look_ahead(-1, plan=True)

@@ -25,7 +25,7 @@ from expertflow.cache.policy import (
     lru,
     next_use,
 )
-from expertflow.kernels.ledger import DONE, TAKEN
+from expertflow.kernels.ledger import DONE, SRC, TAKEN
 from expertflow.kernels.residency.access import key_of, rank_of, smallest
 from expertflow.kernels.residency.state import (
     AHEAD,
@@ -58,7 +58,7 @@ _LOG_DISCOUNT = tl.constexpr(math.log(DISCOUNT))
 _HIDDEN = tl.constexpr(HIDDEN)
 _GRAIN = tl.constexpr(GRAIN)
 _LEAST_RATE, _LEAST_WORTH, _LEAST_LEFT = (tl.constexpr(least) for least in (LEAST_RATE, LEAST_WORTH, LEAST_LEFT))
-_TAKEN, _DONE = tl.constexpr(TAKEN), tl.constexpr(DONE)
+_SRC, _TAKEN, _DONE = tl.constexpr(SRC), tl.constexpr(TAKEN), tl.constexpr(DONE)
 _FURTHER = tl.constexpr(STEPS_KNOWN - 1)
 _STEPS_KNOWN = tl.constexpr(STEPS_KNOWN)
 _BLIND, _BLOCKS, _LOADS, _AHEAD, _FRESH = (tl.constexpr(place) for place in (BLIND, BLOCKS, LOADS, AHEAD, FRESH))
@@ -85,12 +85,13 @@ def _as_gap(worth):
 
 
 @triton.jit(do_not_specialize=["layers", "experts", "steps", "entries", "slots"])
-# many parameters: 34; as `access.run_layer`
+# many parameters: 38; as `access.run_layer`
 def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the compiler keeps one
     slot_of, last_use, count, recent, steady, waits, used, unused, limit, demand, known, pinned, fresh, rank, low, lowest,
-    clock, future, following, ledger, filled, entry, ahead, waiting, tally,
+    clock, future, following, ledger, filled, entry, ahead, waiting, tally, share, lines,
     layers, experts, steps, entries, slots,
-    POLICY: tl.constexpr, SOURCE: tl.constexpr, PREFETCH: tl.constexpr, EP: tl.constexpr,  # noqa: N803
+    POLICY: tl.constexpr, SOURCE: tl.constexpr, PREFETCH: tl.constexpr, LARGE: tl.constexpr, UNEQUAL: tl.constexpr,  # noqa: N803
+    EP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """Planes as `policy` makes them, ranks as `core.begin_step` does; an empty ledger."""
     layer = tl.program_id(0)
@@ -107,16 +108,19 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
     mask = column < experts
     at = layer * experts + column
     zero = tl.zeros([EP], tl.int32)
+    blocks = tl.zeros([EP], tl.int64)
     begin = layer * tl.cdiv(entries, layers)
     end = tl.minimum(begin + tl.cdiv(entries, layers), entries)
-    blocks = zero
     while begin < end:  # reset the counts of blocks taken and done of all loads
         done = ledger + _DONE * entries + begin + column
-        blocks += tl.load(done, mask=begin + column < end, other=0)
+        carried = tl.load(done, mask=begin + column < end, other=0)
+        if UNEQUAL:
+            carried *= tl.load(lines + tl.load(ledger + _SRC * entries + begin + column, mask=carried > 0, other=0))
+        blocks += carried
         tl.store(done, zero, mask=begin + column < end)
         tl.store(ledger + _TAKEN * entries + begin + column, zero, mask=begin + column < end)
         begin += EP
-    tl.atomic_add(tally + _BLOCKS, tl.sum(blocks, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(tally + _BLOCKS, tl.sum(blocks, 0), sem="relaxed")
     if PREFETCH:
         begin = layer * tl.cdiv(slots, layers)
         end = tl.minimum(begin + tl.cdiv(slots, layers), slots)
@@ -201,6 +205,14 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
                 before = -(now + (wait_known * layers.to(tl.float32)).to(tl.float64))
                 after_used = -(coming + (later * layers.to(tl.float32)).to(tl.float64))
                 after_unused, most = after_used, before
+    if LARGE:  # `policy.keep`, and no demand for slots
+        apart = (tl.load(share + layer) == 0) & mask
+        before, most = tl.where(apart, float("inf"), before), tl.where(apart, float("inf"), most)
+        after_used, after_unused = (
+            tl.where(apart, float("inf"), after_used),
+            tl.where(apart, float("inf"), after_unused),
+        )
+        tl.store(demand + at, tl.zeros([EP], tl.float64), mask=apart)
     tl.store(used + at, after_used, mask=mask)
     tl.store(unused + at, after_unused, mask=mask)
     present = tl.load(slot_of + at, mask=mask, other=-1) >= 0

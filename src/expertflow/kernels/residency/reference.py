@@ -22,7 +22,7 @@ from expertflow.cache.core import (
     make_tables,
 )
 from expertflow.cache.horizon import STEPS_KNOWN, hazards, take_turns, unite
-from expertflow.cache.policy import Outlook, Usage
+from expertflow.cache.policy import Outlook, Usage, keep
 from expertflow.cache.prefetch import open_step, pass_layer
 from expertflow.kernels.ledger import CALLED_OFF, CARRIED, DONE, DST, PRIOR, SRC, TAKEN
 from expertflow.kernels.residency.state import (
@@ -49,11 +49,11 @@ class Residency:
     def __init__(self, state: CacheState, routing: RoutingOutput | None = None) -> None:
         """View the state's tensors as the arrays that `core` works on, without copying."""
         self.state, self._routing = state, routing
-        own = make_tables(state.layers, state.experts, state.slots, divided=False)
+        own = make_tables(state.layers, state.experts, state.slots, divided=False, large=state.large)
         shared = ("slot_of", "owner", "rank", "per_layer", "share", "low", "lowest", "newer", "older", "pending")
         marks = {name: getattr(state, name).numpy().view(np.bool_) for name in ("pinned", "fresh")}
         self._tables: Tables = own._replace(**{name: getattr(state, name).numpy() for name in shared}, **marks)
-        self._rules = state.strategy.rules(state.layers, state.slots)
+        self._rules = state.strategy.rules(state.layers, state.slots, len(state.large))
         self._usage = Usage(layers=state.layers, experts=state.experts)
         for name in ("last_use", "count", "recent", "steady"):
             setattr(self._usage, name, getattr(state, name).numpy())
@@ -79,10 +79,13 @@ class Residency:
         state = self.state
         self._usage.step = int(state.clock[1])
         outlook = self._outlook(self._usage.step)
-        for kept, made in zip(self._planes, state.strategy.policy(self._usage, outlook), strict=True):
+        for kept, made in zip(
+            self._planes, keep(state.strategy.policy(self._usage, outlook), state.large), strict=True
+        ):
             kept[:] = made
         state.demand[0] = 0 if outlook is None else state.demand.new_tensor(outlook.demand[0])
-        state.tally[BLOCKS] += state.ledger.table[DONE].sum()
+        state.demand[0, list(state.large)] = 0
+        state.tally[BLOCKS] += state.ledger.moved()
         state.ledger.renew()
         state.ledger.count.zero_()
         state.entry.fill_(-1)

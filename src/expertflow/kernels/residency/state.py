@@ -21,13 +21,13 @@ from expertflow.cache.forecast import LayerOrder, NoForecast, Recorded, Step, ne
 from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.policy import DISCOUNT, Policy, Usage, belady, discounted_use, layer_order, lfu, lru, next_use
 from expertflow.cache.strategy import Setting, Strategy
-from expertflow.kernels.ledger import DONE, Ledger
+from expertflow.kernels.ledger import DONE, LINE, Ledger
 
 POLICIES: dict[Policy, int] = {lru: 0, lfu: 1, next_use: 2, belady: 3, discounted_use: 4, layer_order: 5}
 """Policies with a device twin, and their numbers in the kernels."""
 HITS, LOADS, EVICTIONS, PHASES, BROKEN, AHEAD, FRESH, WASTES, BLIND, BLOCKS = range(10)
 """Indexes into `CacheState.tally`. FRESH counts hits that a load ahead brought, BLIND steps whose forecast had a NaN,
-BLOCKS the blocks carried of all loads. A load that was called off is not carried whole."""
+BLOCKS the blocks carried of all loads, or what `Ledger.moved` counts where records are unequal. A load that was called off is not carried whole."""
 UNKNOWN, RECORDED, CONSTANT, GIVEN = range(4)
 """The source of a step's demand: none, a recording, a recording of one step for all, or a caller that writes
 `CacheState.demand`."""
@@ -71,13 +71,13 @@ def source_of(strategy: Strategy, setting: Setting, *, given: bool = False) -> t
     return RECORDED, np.stack([o.demand[0] > 0 for o in each if o is not None])
 
 
-def phase_bound(strategy: Strategy, layers: int, slots: int, needed: int) -> int:
+def phase_bound(strategy: Strategy, layers: int, slots: int, needed: int, large: int = 0) -> int:
     """Return the most phases that a layer with `needed` needed experts can take.
 
     A phase ends with each wave of loads. One more phase ends if hits and loads fill the layer's share of the slots, or
     the slots that the plan keeps free, before the first wave is over.
     """
-    rules = strategy.rules(layers, slots)
+    rules = strategy.rules(layers, slots, large)
     if rules.joint and needed <= rules.wave:
         return 1
     return 1 + -(-needed // rules.wave)
@@ -104,7 +104,7 @@ class Schedule:
     def allocate(cls, state: "CacheState", tokens: int, top_k: int) -> Self:
         """Allocate for steps of `tokens` tokens with `top_k` experts a layer, all of them live."""
         needed = min(tokens * top_k, state.experts)
-        phases = phase_bound(state.strategy, state.layers, state.slots, needed)
+        phases = phase_bound(state.strategy, state.layers, state.slots, needed, len(state.large))
 
         def numbers(*shape: int, value: int = 0) -> Tensor:
             return torch.full(shape, value, dtype=torch.int32, device=state.slot_of.device)
@@ -142,6 +142,7 @@ class CacheState:
     Attributes:
         strategy: the entry that decides, from `Strategy.on_device` or any other that `refusal` allows.
         source: the source of the demand: `UNKNOWN`, `RECORDED`, `CONSTANT` or `GIVEN`.
+        large: layers whose experts are always resident, outside the slots.
         slot_of: int32 `[L, E]`.
         owner: int32 `[S]`.
         rank: float64 `[L, E]`.
@@ -183,6 +184,7 @@ class CacheState:
 
     strategy: Strategy
     source: int
+    large: tuple[int, ...]
     slot_of: Tensor
     owner: Tensor
     rank: Tensor
@@ -231,6 +233,7 @@ class CacheState:
         future: np.ndarray | None = None,
         reached: Sequence[bool] | None = None,
         given: bool = False,
+        layer_bytes: Sequence[int] = (),
     ) -> Self:
         """Allocate the state for tables of this size; `copy_from` fills it.
 
@@ -242,9 +245,13 @@ class CacheState:
             future: bool `[N, L, E]`, the run's routing, for a strategy that needs it.
             reached: for each layer, whether a step runs it (an encoder's are not run); None: all.
             given: whether the caller writes `demand` and `known` before every step, in place of the strategy's forecast.
+            layer_bytes: `[L]`, what a load of each layer's record moves, if it is not always a slot's bytes.
         """
         (layers, experts), slots = tables.slot_of.shape, len(tables.owner)
-        setting = Setting(layers=layers, experts=experts, future=future, reached=reached)
+        large = tuple(np.flatnonzero(tables.share == 0).tolist())
+        setting = Setting(layers=layers, experts=experts, future=future, reached=reached, large=large)
+        lines = torch.tensor(layer_bytes, dtype=torch.int64, device=device) // LINE
+        each = lines.to(torch.int32).repeat_interleave(experts) if layer_bytes else None
         source, recorded = source_of(strategy, setting, given=given)
         following = next_uses(recorded) if strategy.policy is belady else np.zeros((0, layers, experts), np.float32)
         entries = _entries(strategy, layers, experts)
@@ -254,7 +261,8 @@ class CacheState:
         return cls(
             strategy=strategy,
             source=source,
-            ledger=Ledger.allocate(entries, device),
+            large=large,
+            ledger=Ledger.allocate(entries, device, each),
             order=torch.arange(entries, dtype=torch.int32, device=device),
             made=torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda"),
             future=torch.from_numpy(recorded.astype(np.uint8)).to(device),
@@ -265,16 +273,8 @@ class CacheState:
     @staticmethod
     def nbytes(layers: int, experts: int, slots: int) -> int:
         """Return the bytes `allocate` and the plan's copy take, with a log and without a recorded future, for the planner."""
-        planes = (
-            8 * 8
-            + _SWEEP_BYTES
-            + STEPS_KNOWN * 8
-            + 3
-            + 4
-            + 3 * 4
-            + _LEDGER_FULL * 7 * 4
-            + (4 + 3 * _LEDGER_FULL) * 5 * 4
-        )
+        ledger = _LEDGER_FULL * 7 * 4 + 4 + (4 + 3 * _LEDGER_FULL) * 5 * 4
+        planes = 8 * 8 + _SWEEP_BYTES + STEPS_KNOWN * 8 + 3 + 4 + 3 * 4 + ledger
         return layers * experts * planes + layers * 64 + slots * 16 + 256
 
     @property
@@ -335,7 +335,7 @@ class CacheState:
     def read_tally(self) -> list[int]:
         """The totals since the last `take_tally`, between two steps; nothing is changed, and nothing allocated there."""
         totals: list[int] = self.tally.tolist()
-        totals[BLOCKS] += int(self.ledger.table[DONE].cpu().numpy().sum(dtype=np.int64))
+        totals[BLOCKS] += self.ledger.moved()
         return totals
 
     @torch.inference_mode()

@@ -5,7 +5,6 @@ without a second copy. Dense tensors are handed to transformers by key, so that 
 """
 
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,9 +32,10 @@ from expertflow.models.gguf.header import is_gguf
 from expertflow.models.gguf.view import GgufStored
 from expertflow.models.places import described_by
 from expertflow.models.skeleton import Skeleton
-from expertflow.models.weights.dense import DecodedOnRead, PackedTensor, pack_part
+from expertflow.models.weights.dense import DecodedOnRead, PackedTensor
 from expertflow.models.weights.encode import encode_piece
 from expertflow.models.weights.mapping import ExpertPiece
+from expertflow.models.weights.packing import Packing
 
 _NAMED = 5
 """Tensors that a warning names."""
@@ -134,12 +134,15 @@ def _load_generation_config(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder, **known)
 
 
-def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: ContentHash, advance: _Advance) -> None:
+def fill_records(
+    pieces: Sequence[ExpertPiece], records: ExpertStore, content: ContentHash, device: torch.device, advance: _Advance
+) -> None:
     """Read every part of every expert into its record.
 
     Args:
         pieces: what to read, in file order.
         records: where it goes.
+        device: of the model; a GPU helps to pack.
         content: takes the hash of every piece.
         advance: called with the bytes read, from several threads.
 
@@ -147,10 +150,10 @@ def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: C
         CheckpointError: if a file ends early or cannot be read.
     """
     descriptors: dict[Path, int] = {}
-    by_span, landing = {piece.span: piece for piece in pieces}, _Landing()
+    by_span, packing = {piece.span: piece for piece in pieces}, Packing(device)
 
     def read(span: Span) -> None:
-        _read_piece(descriptors[span.tensor.file], by_span[span], records, content, landing)
+        _read_piece(descriptors[span.tensor.file], by_span[span], records, content, packing)
         advance(span.nbytes)
 
     try:
@@ -161,6 +164,7 @@ def fill_records(pieces: Sequence[ExpertPiece], records: ExpertStore, content: C
     except OSError as error:
         raise CheckpointError(f"expert weights cannot be read: {error}", "Check the files and the disk.") from error
     finally:
+        packing.close()
         for descriptor in descriptors.values():
             os.close(descriptor)
 
@@ -176,26 +180,13 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Landing(threading.local):
-    """Where a thread reads what has to be packed: taken once, because the pages of new memory cost as much as reading."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def of(self, nbytes: int) -> Tensor:
-        """As many bytes, uint8; what was in them before is lost."""
-        if len(self._memory) < nbytes:
-            self._memory = torch.empty(nbytes, dtype=torch.uint8)
-        return self._memory[:nbytes]
-
-
 def _read_piece(
-    descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash, landing: _Landing
+    descriptor: int, piece: ExpertPiece, records: ExpertStore, content: ContentHash, packing: Packing
 ) -> None:
     source, part, spec = piece.source, piece.part, piece.spec
     stored = getattr(torch, BY_STORED_NAME[source.dtype])
     if piece.encoded is not None:
-        read = landing.of(piece.nbytes)
+        read = packing.landing(piece.nbytes)
         _read_hashed(descriptor, read, piece, content)
         numbers = read.view(stored).view(piece.stored)
         encode_piece(piece, numbers, records.layout.layers[piece.layer], records.record(piece.record))
@@ -206,11 +197,11 @@ def _read_piece(
     if exact and part.name not in spec.format.repacked and not also:
         _read_hashed(descriptor, target.view(torch.uint8), piece, content)
         return
-    read = landing.of(piece.nbytes)
+    read = packing.landing(piece.nbytes)
     _read_hashed(descriptor, read, piece, content)
     one = spec.one if piece.joined else spec
     for each in (part, *also):
-        _target(records, piece, each).copy_(pack_part(one, each, source, read.view(stored).view(piece.stored)))
+        packing.pack(one, each, source, read.view(stored).view(piece.stored), _target(records, piece, each))
 
 
 def _target(records: ExpertStore, piece: ExpertPiece, part: Part) -> Tensor:

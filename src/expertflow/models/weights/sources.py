@@ -166,7 +166,7 @@ class FileWeights:
         self,
         located: Located,
         allocate: Callable[[], ExpertStore],
-        device: torch.device,  # noqa: ARG002 - the protocol's
+        device: torch.device,
         *,
         show: bool,
     ) -> tuple[ExpertStore, str]:
@@ -174,7 +174,7 @@ class FileWeights:
         store, content = allocate(), ContentHash()
         total = sum(piece.nbytes for piece in located.pieces)
         with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
-            fill_records(located.pieces, store, content, bar.advance)
+            fill_records(located.pieces, store, content, device, bar.advance)
         store.lock()
         content.read(spans_of(located.dense))
         return store, _identity(content, located)

@@ -1,0 +1,169 @@
+"""Tables of packed experts on an H200, from the files of `engine_h100.py --formats`, `first_token.py` and `packed_kernels.py`."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
+SHAPES = {
+    "gpt-oss-20b": "engine_g_packed_h200",
+    "gpt-oss-120b": "engine_g120_h200",
+    "Qwen3-30B-A3B": "engine_q30_h200",
+}
+"""Result files by shape."""
+BATCHES = (1, 4, 8, 16)
+PEERS = (
+    ("gpt-oss-20b", "mxfp4", "FreeToken 0.2.1, 50 % of the experts", 11183 / 1024, (179, 171, 69, 100)),
+    ("gpt-oss-20b", "mxfp4", "llama.cpp 0.5.0, half of the layers' experts on 16 cores", 8751 / 1024, (30, 72, 75, 79)),
+)  # fmt: skip
+"""Measured on another H200 on 2026-11-29: tokens a second at each batch, and GiB as the driver counts them."""
+
+
+def read(name: str) -> dict[str, Any]:
+    """A result file."""
+    return dict(json.loads((RESULTS / f"{name}.json").read_text()))
+
+
+def bound(result: dict[str, Any], row: dict[str, Any]) -> float:
+    """Milliseconds a step takes at least: its loads at the link's best, or the step with every expert resident."""
+    loads = statistics.median(row["carried"])
+    return float(max(row["resident_ms"], loads * row["record_bytes"] / result["bounds"]["link_bytes_per_second"] * 1e3))
+
+
+def packed_lines(best_only: bool) -> list[str]:  # noqa: FBT001 - one table in two lengths
+    """Tokens a second by shape, format, memory and strategy; behind each the share of its bound."""
+    lines = ["| shape | experts | GPU memory | what | 1 | 4 | 8 | 16 |", "|---" * 8 + "|"]
+    for shape, name in SHAPES.items():
+        result = read(name)
+        rows: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+        shares = result["config"]["shares"].split(",")
+        count = {}
+        for row in result["rows"]:  # rows are in order of share, then batch, strategy, format
+            key = row["format"], row["strategy"], row["batch"]
+            place = count[key] = count.get(key, -1) + 1
+            rows.setdefault((row["format"], shares[place], row["strategy"]), {})[row["batch"]] = row
+        resident = result["resident_ms"]
+        for packed in dict.fromkeys(kind[0] for kind in rows):
+            shown = [
+                f"{batch / statistics.median(resident[f'{packed} {batch}']) * 1e3:.0f}"
+                if f"{packed} {batch}" in resident else "" for batch in BATCHES
+            ]  # fmt: skip
+            whole = max(
+                row["peak_bytes"] + (result["experts"] - row["slots"]) * row["record_bytes"]
+                for kind, of in rows.items() if kind[0] == packed for row in of.values()
+            )  # fmt: skip
+            lines.append(f"| {shape} | {packed} | {whole / GIB:.1f} GiB | all resident | {' | '.join(shown)} |")
+            best = [kind for kind in rows if kind[0] == packed]
+            if best_only:
+                names = {kind[2] for kind in best}
+                best = [kind for kind in best if kind[2] == ("plec" if "plec" in names else "next-use")]
+            for kind in best:
+                of = rows[kind]
+                peak = max(row["peak_bytes"] for row in of.values())
+                cells = [_cell(result, of[batch]) if batch in of else "" for batch in BATCHES]
+                share = f", {float(kind[1]):.0%}" if not kind[1].endswith("B") else ""
+                lines.append(f"| {shape} | {packed}{share} | {peak / GIB:.1f} GiB | {kind[2]} | {' | '.join(cells)} |")
+        lines += [
+            f"| {shape} | {packed} | {memory:.1f} GiB | {who} | {' | '.join(map(str, speeds))} |"
+            for of, packed, who, memory, speeds in PEERS if of == shape
+        ]  # fmt: skip
+    return lines
+
+
+def _cell(result: dict[str, Any], row: dict[str, Any]) -> str:
+    speed = row["batch"] / statistics.median(row["ms"]) * 1e3
+    return f"{speed:.0f} ({bound(result, row) / statistics.median(row['ms']):.2f})"
+
+
+def notes() -> str:
+    """Machine, exactness and memory, as a paragraph."""
+    results = [read(name) for name in SHAPES.values()]
+    rows = [row for result in results for row in result["rows"]]
+    exact = all(row["tokens_equal"] and row["logits_equal"] for row in rows)
+    inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
+    machine, versions = results[0]["machine"], results[0]["versions"]
+    return (
+        f"{machine['device']}, torch {versions['torch']}, Triton {versions['triton']}. Decoded tokens a second, medians of 3 windows; in "
+        "brackets the share of the bound: the step's loads at the link's best, or the all-resident step, whichever is longer. Routing of "
+        "gpt-oss-20b is recorded; the others route random tokens, embeddings 60 times wider than drawn. Every token and the checked logits "
+        f"equal to the all-resident graph's in every row: {'yes' if exact else 'NO'}; measured peak within the plan in every row: "
+        f"{'yes' if inside else 'NO'}. FreeToken and llama.cpp ran on another H200 on 2026-11-29; llama.cpp routes by its own random router."
+    )
+
+
+def packed() -> str:
+    """Packed experts and plain ones, the best strategy."""
+    return "\n".join([*packed_lines(best_only=True), "", notes()])
+
+
+def packed_whole() -> str:
+    """Packed experts and plain ones, every strategy."""
+    return "\n".join([*packed_lines(best_only=False), "", notes()])
+
+
+def packed_loads() -> str:
+    """Loads and the link of every row."""
+    lines = [
+        "| shape | experts | slots | sequences | strategy | ms a step | loads (ahead) | link GB/s | all-resident ms | GiB (budget) |",
+        "|---" * 10 + "|",
+    ]
+    for shape, name in SHAPES.items():
+        for row in read(name)["rows"]:
+            ms, loads, ahead = (statistics.median(row[key]) for key in ("ms", "carried", "ahead"))
+            lines.append(
+                f"| {shape} | {row['format']} | {row['slots']} | {row['batch']} | {row['strategy']} | {ms:.2f} "
+                f"({min(row['ms']):.2f}-{max(row['ms']):.2f}) | {loads:.1f} ({ahead:.1f}) | "
+                f"{loads * row['record_bytes'] / ms / 1e6:.1f} | {row['resident_ms']:.2f} | "
+                f"{row['peak_bytes'] / GIB:.2f} ({row['budget_bytes'] / GIB:.2f}) |"
+            )
+    return "\n".join(lines)
+
+
+def front_lines() -> list[str]:
+    """The README's table: gpt-oss-20b as published, beside its rivals."""
+    result = read(SHAPES["gpt-oss-20b"])
+    lines = ["| gpt-oss-20b, MXFP4 | GPU memory | 1 sequence | 4 | 8 | 16 |", "|---" * 6 + "|"]
+    rows = [row for row in result["rows"] if row["format"] == "mxfp4" and row["strategy"] == "plec"]
+    resident = [batch / statistics.median(result["resident_ms"][f"mxfp4 {batch}"]) * 1e3 for batch in BATCHES]
+    whole = max(row["peak_bytes"] + (result["experts"] - row["slots"]) * row["record_bytes"] for row in rows)
+    lines.append(
+        f"| ExpertFlow, every expert on the GPU | {whole / GIB:.1f} GiB | {' | '.join(f'{s:.0f}' for s in resident)} |"
+    )
+    for slots in sorted({row["slots"] for row in rows}, reverse=True):
+        of = {row["batch"]: row for row in rows if row["slots"] == slots}
+        peak = max(row["peak_bytes"] for row in of.values())
+        speeds = [f"**{batch / statistics.median(of[batch]['ms']) * 1e3:.0f}**" for batch in BATCHES]
+        lines.append(
+            f"| ExpertFlow, {slots / result['experts']:.0%} of the experts | {peak / GIB:.1f} GiB | {' | '.join(speeds)} |"
+        )
+    lines += [f"| {who} | {memory:.1f} GiB | {' | '.join(map(str, speeds))} |" for _, _, who, memory, speeds in PEERS]
+    return lines
+
+
+def front() -> str:
+    """The README's table, with what it says below."""
+    result = read(SHAPES["gpt-oss-20b"])
+    rows = [row for row in result["rows"] if row["format"] == "mxfp4"]
+    exact = all(row["tokens_equal"] and row["logits_equal"] for row in rows)
+    inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
+    return "\n".join([*front_lines(), "", (
+        f"Decoded tokens a second on one {result['machine']['device']}, medians of 3 windows; random weights, routing and tokens of 28 "
+        "recorded sequences that the predictor has not seen. FreeToken and llama.cpp ran on another H200 on 2026-11-29 (llama.cpp with "
+        f"its own random router). Every token equal to the all-resident model's: {'yes' if exact else 'NO'}; peak within the plan: "
+        f"{'yes' if inside else 'NO'}."
+    )])  # fmt: skip
+
+
+def first_token() -> str:
+    """Seconds to the first token of a prompt, beside the link's time for what is loaded."""
+    result = read("first_token_h200")
+    lines = ["| experts | tokens | seconds (smallest-largest) | link's time | GB loaded |", "|---" * 5 + "|"]
+    for row in result["rows"]:
+        seconds = row["seconds"]
+        lines.append(
+            f"| {row['format']} | {row['tokens']:,} | {statistics.median(seconds):.3f} ({min(seconds):.3f}-{max(seconds):.3f}) | "
+            f"{statistics.median(row['link_seconds']):.3f} | {statistics.median(row['bytes_moved']) / 1e9:.2f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""Where what threads read from a checkpoint is packed: on the processor, or on the model's GPU where a format can.
+
+A core packs about half a GB of codes a second, and the small operations of many threads wait for one another in Python. A GPU packs them
+as fast as the link brings them. Must not know files and records.
+"""
+
+import queue
+import threading
+
+import torch
+from torch import Tensor
+
+from expertflow.formats.format import Part, TensorSpec
+from expertflow.models.files.checkpoint import StoredTensor
+from expertflow.models.weights.dense import pack_part
+
+_PLACES = 3
+"""Parts that are on the GPU at once: one comes, one is packed, one goes."""
+_LEAST = 1 << 18
+"""Bytes of a part that are worth the way to the GPU."""
+
+
+class Packing:
+    """Packs what threads have read, and gives each a place to read it to.
+
+    Args:
+        device: of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Nothing is taken yet."""
+        self._device, self._mine = device, threading.local()
+        self._places = queue.SimpleQueue[_Place]()
+        for _ in range(_PLACES if device.type == "cuda" else 0):
+            self._places.put(_Place(device))
+
+    def landing(self, nbytes: int) -> Tensor:
+        """Where the thread reads as many bytes, uint8; what it read before is lost.
+
+        Memory is taken once, because the pages of new memory cost as much as reading.
+        """
+        memory: Tensor | None = getattr(self._mine, "memory", None)
+        if memory is None or len(memory) < nbytes:
+            memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            self._mine.memory = memory
+        return memory[:nbytes]
+
+    def pack(self, spec: TensorSpec, part: Part, source: StoredTensor, stored: Tensor, target: Tensor) -> None:
+        """Pack a part into its record. See `pack_part`.
+
+        Args:
+            spec: the tensor; one of them where several are joined.
+            part: the part.
+            source: the checkpoint tensor that its numbers come from.
+            stored: as in the checkpoint.
+            target: flat, in the part's dtype.
+
+        Raises:
+            CheckpointError: if it cannot be decoded.
+        """
+        far = self._device.type == "cuda" and part.name in spec.format.packed_anywhere
+        if not far or stored.nbytes < _LEAST:
+            target.copy_(pack_part(spec, part, source, stored))
+            return
+        place = self._places.get()
+        try:
+            with torch.cuda.stream(place.stream):
+                packed = pack_part(spec, part, source, stored.to(self._device, non_blocking=True))
+                target.copy_(place.bring(packed))
+        finally:
+            self._places.put(place)
+
+    def close(self) -> None:
+        """Give the GPU its memory back."""
+        while not self._places.empty():
+            self._places.get()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class _Place:
+    """A stream of the GPU, and page-locked memory for what comes back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream, self._back = torch.cuda.Stream(device), torch.empty(0, dtype=torch.uint8)
+
+    def bring(self, packed: Tensor) -> Tensor:
+        """Numbers of the GPU in host memory, until the next call."""
+        raw = packed.reshape(-1).view(torch.uint8)
+        if len(self._back) < len(raw):
+            self._back = torch.empty(len(raw), dtype=torch.uint8, pin_memory=True)
+        target = self._back[: len(raw)]
+        target.copy_(raw, non_blocking=True)
+        self.stream.synchronize()
+        return target.view(packed.dtype)
