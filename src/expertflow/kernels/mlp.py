@@ -198,7 +198,6 @@ class Workspace:
 
     @staticmethod
     def _shared(mlp: ExpertMlp, pairs: int) -> tuple[int, int]:
-        """Numbers in `sums` and in `counts`; a program has at least 16 outputs."""
-        if pairs > SHARED_PAIRS:
-            return 0, 0
-        return pairs * CHUNKS * max(mlp.inner, mlp.hidden), pairs * -(-max(mlp.width, mlp.hidden) // 16)
+        """Numbers in `sums` and in `counts`, enough for any call of so many pairs or fewer; a program has at least 16 outputs."""
+        shared = min(pairs, SHARED_PAIRS)
+        return shared * CHUNKS * max(mlp.inner, mlp.hidden), shared * -(-max(mlp.width, mlp.hidden) // 16)
