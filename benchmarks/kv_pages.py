@@ -122,7 +122,7 @@ def prompt(name: str, tokens: int) -> dict[str, Any]:
     shape = SHAPES[name]
     drawn = Drawn(shape, 1, tokens)
     query = torch.randn(1, tokens, shape.heads, shape.width, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
-    usual = tiling(shape.width, shape.width, torch.bfloat16)
+    usual = tiling(shape.width, shape.width, torch.bfloat16, paged=True)
 
     def rows() -> Tensor:
         return prompt_attention(query, drawn.keys, drawn.values, drawn.where, 0.1, shape.window)

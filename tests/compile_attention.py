@@ -39,7 +39,7 @@ OPTIONS = {"page": 64, "window": 0, "sink": False, "joined": False, "cap": 0.0, 
 def compile_case(case: str, dtype: torch.dtype, arch: int, stages: int | None = None) -> Any:
     """The kernel of a case, compiled for a compute capability."""
     width, value_width, groups, more = CASES[case]
-    cut, parts = attention.tiling(width, value_width, dtype), attention.parts(width, value_width)
+    cut, parts = attention.tiling(width, value_width, dtype, paged=True), attention.parts(width, value_width)
     given = {
         **OPTIONS, **more, **parts, "heads": 8 * groups, "groups": groups, "block_m": cut.block_m, "block_n": cut.block_n,
     }  # fmt: skip

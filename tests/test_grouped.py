@@ -327,8 +327,10 @@ def test_residents_come_together_and_arrivals_as_they_are_there() -> None:
             if not late:
                 link.settle()  # what is under way arrives while a group is computed
         assert link.log[:5] == ["group [11]", "start 12", "group [10]", "start 13", "group [8, 9]"]
-        first = ["group [12]", "group [13]"] if late else ["group [12, 13]"]
-        assert link.log[5:] == [*first, "start 14", "start 15", "group [14]", "group [15]"]
+        arrived = (
+            ["group [12]", "start 14", "group [13]", "start 15"] if late else ["group [12, 13]", "start 14", "start 15"]
+        )
+        assert link.log[5:] == [*arrived, "group [14]", "group [15]"]
 
 
 def test_residents_do_not_wait_for_every_copy_to_start() -> None:

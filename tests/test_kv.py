@@ -3,13 +3,16 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from expertflow import LLM, SamplingParams
 from expertflow.config import EngineConfig
+from expertflow.engine.plan import make_plan
 from expertflow.engine.prepare import prepare
 from expertflow.errors import ConfigError
 from expertflow.execution.kv import layout as layouts
@@ -20,6 +23,8 @@ from expertflow.execution.runner import Executor, PromptChunk
 from expertflow.kernels import dense, dense_reference
 from expertflow.kernels.prompts.attention import prompt_attention
 from expertflow.models.context import ForwardContext
+from expertflow.models.shape import shape_of
+from expertflow.models.skeleton import build_skeleton
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from helpers import DEVICE, MakeCheckpoint
 
@@ -271,7 +276,9 @@ def test_copied_out_and_in_a_sequence_goes_on(family: str, execution: str, make_
         cache.open(3, 60)
         cache.share(1, 3, 29)
         expected = steps(executor, 1, 29, tokens)
-        assert all(map(torch.equal, steps(executor, 3, 29, tokens), expected)), "shared"
+        assert all(map(torch.equal, steps(executor, 3, 29, tokens[:3]), expected)), "shared"
+        found = executor.prefill([PromptChunk(3, tokens[3:], 3, 32)])
+        torch.testing.assert_close(found, expected[-1], atol=1e-4, rtol=1e-4)
         executor.leave(1)
         read(executor, 1, PROMPTS[2], 0)  # into the pages of the sequence that left
         steps(executor, 0, 40, [3] * 9)
@@ -306,21 +313,24 @@ def test_a_shared_beginning_takes_no_pages() -> None:
     assert book.pool.free == 20
 
 
-def test_admission_goes_by_need(make_checkpoint: MakeCheckpoint) -> None:
-    """Requests wait until their tokens fit, keep what they were promised, and get the answers they have alone."""
-    with opened(make_checkpoint, "gpt_oss", "host", 4, max_batch=1) as llm:
+@pytest.mark.parametrize("execution", ["host", "graph"])
+def test_admission_goes_by_need(execution: str, make_checkpoint: MakeCheckpoint) -> None:
+    """Requests wait until their tokens fit, keep what they were promised, and get the answers they have alone; cancelled ones leave."""
+    with opened(make_checkpoint, "gpt_oss", execution, 4, max_batch=1) as llm:
         alone = [llm.generate([prompt], PARAMS)[0].token_ids for prompt in PROMPTS]
     # 29 + 11 tokens are 10 pages, 3 + 11 are 4, 40 + 11 are 13, 11 + 11 are 6, 18 + 11 are 8
-    with opened(make_checkpoint, "gpt_oss", "host", 4, kv_tokens=64, max_batch=4, prefill_chunk=16) as llm:
+    with opened(make_checkpoint, "gpt_oss", execution, 4, kv_tokens=64, max_batch=4, prefill_chunk=16) as llm:
         engine, books, most = llm.engine, llm._offloaded.handover.rows.cache.books, 0
-        for prompt in PROMPTS:
-            engine.add(llm.request(prompt, PARAMS))
-        outputs = {}
+        outputs, cancelled = {}, [engine.add(llm.request(PROMPTS[2], PARAMS))]
+        engine.step()
+        numbers = [engine.add(llm.request(prompt, PARAMS)) for prompt in PROMPTS]
+        cancelled.append(engine.add(llm.request(PROMPTS[0], PARAMS)))
+        assert all(map(engine.cancel, cancelled))
         while engine.unfinished:
             outputs |= {number: output.output for number, output in engine.step() if output.output}
             most = max(most, engine._scheduler.live)
             assert sum(engine._scheduler._live[number].pages for number in engine._scheduler._live) <= 16
-        assert [outputs[number].token_ids for number in range(5)] == alone
+        assert [outputs[number].token_ids for number in numbers] == alone
         assert 2 <= most <= 3
         assert all(book.pool.free == book.kind.pages - SPARE for book in books)
 
@@ -390,6 +400,23 @@ def test_long_sequences_stay_within_the_plan(family: str, execution: str, make_c
         ]
         llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))
         assert 0.3 * llm.plan.total <= llm.stats.peak_bytes <= llm.plan.total
+
+
+def test_short_chats_and_a_long_one_fit_one_budget(tmp_path: Path) -> None:
+    """At gpt-oss-20b's size 32 chats of 2k tokens and one of 100k take a fortieth of rows of full length, and 8 GiB in all."""
+    sizes = {"num_hidden_layers": 24, "hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4,
+             "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "vocab_size": 201088}  # fmt: skip
+    config = AutoConfig.for_model("gpt_oss", **sizes, architectures=["GptOssForCausalLM"])
+    config.save_pretrained(tmp_path)
+    shape = shape_of(build_skeleton(tmp_path, "bfloat16"))
+    chats = {"max_batch": 8, "max_live": 33, "max_length": 100 * 1024, "kv_tokens": 32 * 2048 + 100 * 1024}
+    plan = make_plan(EngineConfig(**chats, gpu_memory="8GiB"), shape, "cuda", "next-use")
+    assert plan.execution == "graph"
+    assert plan.total <= 8 << 30
+    a_token = 24 * 2 * 8 * 64 * 2
+    assert 33 * 100 * 1024 * a_token > 37 * plan.kv
+    # half of the layers keep all tokens; in the others a window of 128 reaches into 3 pages
+    assert plan.kv < (168 * 1024 + 3 * 64 * 33 + 512 + 33 * 64) * a_token // 2 * 1.01 + 2 * 33 * 1600 * 4
 
 
 def test_a_budget_shares_what_is_left(make_checkpoint: MakeCheckpoint) -> None:

@@ -642,6 +642,13 @@ def test_inputs_written_over_earlier_ones_equal_new_ones() -> None:
         assert torch.equal(inputs.updated_tokens[:count_updated], fresh.updated_tokens[:count_updated])
 
 
+def test_owners_of_joined_prompts() -> None:
+    """Prompts of one pass, one behind the other: no padding."""
+    owners = BatchOwners()
+    owners.expect(NextBatch([8, 3, 5], [2, 3, 1], joined=True))
+    assert owners.take(6).tolist() == [8, 8, 3, 3, 3, 5]
+
+
 def test_owners_of_rows() -> None:
     """Left and right padding, passes of a prompt, decoding, and the decoder's first token behind an encoder."""
     owners = BatchOwners()

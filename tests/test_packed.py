@@ -85,6 +85,24 @@ def test_packed_gives_the_stock_models_bits(name: str, twins: Twins) -> None:
     model.expertflow.close()
 
 
+def test_kimi_k2_is_read_as_deepseek_v3(twins: Twins, tmp_path: Path) -> None:
+    """As published: a type that transformers has no code for, the code of DeepSeek-V3, and a map to code that is never run."""
+    packed, decoded = twins("int4 g128 with attention")
+    config = json.loads((packed / "config.json").read_text())
+    assert config["model_type"] == "deepseek_v3"
+    folder = write(tmp_path / "kimi", packed, load_file(packed / "model.safetensors"))
+    named = {
+        "model_type": "kimi_k2",
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModel": "modeling_deepseek.X"},
+    }
+    (folder / "config.json").write_text(json.dumps(config | named))
+    found = []
+    for place in (decoded, folder):
+        with LLM(place, slots=4, device="cpu", max_length=32, max_batch=3) as llm:
+            found.append([output.token_ids for output in llm.generate(PROMPTS, PARAMS)])
+    assert found[0] == found[1]
+
+
 def write(place: Path, packed: Path, state: dict[str, Tensor], quantization: Any = None) -> Path:
     """The packed folder with other tensors or another quantisation config."""
     place.mkdir()

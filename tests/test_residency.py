@@ -224,6 +224,24 @@ def test_kernels_decide_as_the_replay_on_random_routing(name: str) -> None:
         assert schedules == cut
 
 
+@pytest.mark.parametrize(("name", "slots"), [("next-use", 700), ("oracle-step", 700), ("oracle-step", 60)])
+def test_kernels_decide_as_the_replay_over_many_experts(name: str, slots: int) -> None:
+    """512 experts a layer, 10 a token: more than a warp's threads, with waves of 21 and 16."""
+    members = np.arange(6).reshape(2, 3)
+    workload = Workload(trace=make_trace(6, layers=3, experts=512, top_k=10), members=members, batch=3)
+    strategy = STRATEGIES[name].on_device()
+    events, _ = run("kernels", strategy, slots, workload)
+    assert events == expected(workload, strategy, slots)
+
+
+def test_many_slots_make_few_phases() -> None:
+    """16 sequences of 10 experts a layer in one phase at half and a quarter of 48 x 512 experts; a small pool keeps waves of 16."""
+    for name in ("plec", "next-use"):
+        strategy = STRATEGIES[name].on_device()
+        assert [phase_bound(strategy, 48, slots, 160) for slots in (12_288, 6_144, 384)] == [1, 1, 11]
+        assert strategy.rules(48, 6_144).reserve >= strategy.rules(48, 6_144).wave >= 160
+
+
 @given(seed=st.integers(0, 999), slots=st.integers(1, 21), name=st.sampled_from(ON_DEVICE), variant=st.integers(0, 2))
 @settings(max_examples=40)
 def test_reference_decides_as_the_replay(seed: int, slots: int, name: str, variant: int) -> None:

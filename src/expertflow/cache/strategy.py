@@ -21,7 +21,9 @@ DEFAULT, PREDICTED_DEFAULT = "next-use", "plec"
 ALL_LAYERS = 1 << 20
 """A reach of prefetches that covers every model."""
 DEVICE_WAVE = 16
-"""Loads a wave of the device execution; few waves are few kernels. docs/lab-notes.md has the price in loads."""
+"""Least loads of a wave of the device execution; few waves are few kernels. docs/lab-notes.md has the price in loads."""
+DEVICE_WAVES = 32
+"""Waves that fill the pool, at most: with many slots a wave holds more loads, and a layer of many experts is one phase."""
 GATE_RECALL = 0.85
 """Share of a layer's path that a replayed next-layer gate predicts, unless stated otherwise."""
 
@@ -69,6 +71,7 @@ class Strategy:
         reserve: slots the plan keeps free for corrections.
         wave: loads of a layer after which its own slots may be used again within it.
         predicted: whether a trained predictor may replace its forecast.
+        waves: waves that fill the pool, at most; larger pools have larger waves, and as large a reserve.
         joint: whether a layer's hits are computed together with its first wave of loads.
         reads_ahead: whether a pass over so many tokens that it needs every expert loads each layer while the one before runs.
     """
@@ -86,13 +89,14 @@ class Strategy:
     wraps: bool = False
     reserve: int = 4
     wave: int = 1
+    waves: int | None = None
     predicted: bool = False
     joint: bool = False
     reads_ahead: bool = False
 
     def on_device(self) -> Self:
         """Return the entry with large waves and as many reserved slots, so that a CUDA graph needs few phases."""
-        return replace(self, wave=DEVICE_WAVE, reserve=max(self.reserve, DEVICE_WAVE), joint=True)
+        return replace(self, wave=DEVICE_WAVE, waves=DEVICE_WAVES, reserve=max(self.reserve, DEVICE_WAVE), joint=True)
 
     def double_buffered(self) -> Self:
         """Return the entry with waves of two: where copies run beside computation, one slot is filled while one is read."""
@@ -102,7 +106,8 @@ class Strategy:
         """Return the numbers `core` works with, for `layers` MoE layers, so many `large` ones among them, and a pool of `slots`."""
         sharing = layers - large
         share = slots // sharing if self.partition == "layer" and slots >= sharing else slots
-        reserve = max(1, min(self.reserve, slots // 2))
+        least = slots // self.waves if self.waves else 0
+        reserve = max(1, min(max(self.reserve, least), slots // 2))
         return Rules(
             retain=self.retain,
             prefetch=self.prefetch != "none",
@@ -111,7 +116,9 @@ class Strategy:
             ahead=min(self.ahead, layers),
             rolling=self.prefetch == "layer",
             wraps=self.wraps,
-            wave=min(self.wave, share if self.prefetch == "none" else reserve),  # a wave never waits for planned slots
+            wave=min(
+                max(self.wave, least), share if self.prefetch == "none" else reserve
+            ),  # a wave never waits for planned slots
             joint=self.joint,
         )
 

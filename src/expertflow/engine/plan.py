@@ -196,14 +196,29 @@ def make_plan(
             _sized(config, shape, device, strategy, budget, graph=False),
             graph_unavailable_reason=no_graph if preferred else "",
         )
-    host = _sized(config, shape, device, strategy, budget, graph=False)
-    try:
-        graph = _sized(config, shape, device, strategy, budget, graph=True, predictor=predictor)
-    except BudgetError as error:
-        return replace(
-            host,
-            graph_unavailable_reason=f"the budget holds no captured steps, {format_bytes(error.least_bytes)} would",
-        )
+    found: list[Plan | BudgetError] = []
+    for captured in (False, True):
+        try:
+            room = predictor if captured else 0
+            found.append(_sized(config, shape, device, strategy, budget, graph=captured, predictor=room))
+        except BudgetError as error:
+            found.append(error)
+    return _better(*found)
+
+
+def _better(host: Plan | BudgetError, graph: Plan | BudgetError) -> Plan:
+    """What execution='auto' takes: captured steps, unless they leave too few slots.
+
+    Raises:
+        BudgetError: if the budget holds neither, by the smaller need.
+    """
+    if isinstance(host, BudgetError):  # such as the scores of long prompts, which a kernel needs no memory for
+        if isinstance(graph, BudgetError):
+            raise min(host, graph, key=lambda error: error.least_bytes)
+        return graph
+    if isinstance(graph, BudgetError):
+        reason = f"the budget holds no captured steps, {format_bytes(graph.least_bytes)} would"
+        return replace(host, graph_unavailable_reason=reason)
     if graph.slots < host.slots * _WORTH:
         return replace(host, graph_unavailable_reason=f"captured steps would leave {graph.slots} of {host.slots} slots")
     return graph

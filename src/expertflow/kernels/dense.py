@@ -50,10 +50,12 @@ def _attend(
     column = tl.maximum(split * span, first // BLOCK * BLOCK)
     end = tl.minimum(split * span + span, position + 1)
     sequence = tl.load(rows + row).to(tl.int64)
+    following = _begin(table, sequence, tl.minimum(column, position), row_stride, table_stride, page, width)
     while column < end:
+        begin = following  # looked up a block ahead, so that keys need not wait for it
+        following = _begin(table, sequence, tl.minimum(column + BLOCK, position), row_stride, table_stride, page, width)
         here = column + line
         seen = (here <= position) & (here >= first)
-        begin = _begin(table, sequence, column, row_stride, table_stride, page, width)
         where = begin + head * head_stride + here[:, None] * width + cell[None, :]
         key = tl.load(keys + where, mask=seen[:, None], other=0.0)
         value = tl.load(values + where, mask=seen[:, None], other=0.0)

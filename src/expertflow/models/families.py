@@ -89,11 +89,11 @@ _ENTRIES = (
         tiny=MappingProxyType({**_MLA, "topk_method": "greedy"}),
     ),
     Family(
-        model_type="deepseek_v3", title="DeepSeek-V3", examples="DeepSeek-V3, R1 (bf16), Moonlight, Kimi-K2 (bf16)",
+        model_type="deepseek_v3", title="DeepSeek-V3", examples="DeepSeek-V3, R1, Moonlight, Kimi-K2",
         tiny=MappingProxyType(_MLA),
     ),
     _family(
-        "gpt_oss", "GPT-OSS", "gpt-oss-20b, 120b (bf16)", intermediate_size=32, num_local_experts=8,
+        "gpt_oss", "GPT-OSS", "gpt-oss-20b, 120b", intermediate_size=32, num_local_experts=8,
         num_experts_per_tok=4, head_dim=16, sliding_window=8, activation="clamped_swiglu",
     ),
     _family(
@@ -114,7 +114,7 @@ _ENTRIES = (
         moe_k=4, moe_num_shared_experts=1, intermediate_size=64,
     ),
     _family(
-        "minimax_m2", "MiniMax M2", "MiniMax-M2 (bf16)", intermediate_size=32, num_local_experts=8,
+        "minimax_m2", "MiniMax M2", "MiniMax-M2", intermediate_size=32, num_local_experts=8,
         num_experts_per_tok=4, head_dim=16, rotary_dim=16,
     ),
     Family(
@@ -127,6 +127,8 @@ _ENTRIES = (
         }),
     ),
 )  # fmt: skip
+READ_AS = MappingProxyType({"kimi_k2": "deepseek_v3"})
+"""Types that transformers has no code for, and the type whose code and config they have."""
 FAMILIES = {family.model_type: family for family in _ENTRIES}
 REFUSED = {"minimax": "its linear attention needs a cache class of its own"}
 """Registry families that the engine's caches cannot serve, and why."""

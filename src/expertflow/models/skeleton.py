@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -27,7 +27,7 @@ from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.attention import EMPTY, STATE_ONLY, layer_kinds
 from expertflow.models.bounds import check_config, describing
 from expertflow.models.experts import is_registry_experts, offload
-from expertflow.models.families import FAMILIES, REFUSED, Family
+from expertflow.models.families import FAMILIES, READ_AS, REFUSED, Family
 from expertflow.models.files.checkpoint import StoredTensor, read_json
 from expertflow.models.gguf.header import is_gguf
 from expertflow.models.places import described_by, raw_config, walk
@@ -193,6 +193,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         with describing(described_by(folder), "cannot be used"):
             if is_gguf(folder):
                 return AutoConfig.for_model(**raw)
+            if family := READ_AS.get(str(raw.get("model_type"))):
+                return CONFIG_MAPPING[family].from_dict({**raw, "model_type": family})
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except CheckpointError as error:
         if "auto_map" in raw:

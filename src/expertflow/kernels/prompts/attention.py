@@ -161,9 +161,14 @@ def attend(
     tl.store(result[:, None] + cell[None, :], done.to(out.dtype.element_ty), mask=inside)
 
 
-def tiling(key_width: int, value_width: int, dtype: torch.dtype) -> Tiling:
+def tiling(key_width: int, value_width: int, dtype: torch.dtype, *, paged: bool = False) -> Tiling:
     """How a pass is cut. `block_n` depends on the model alone, because it enters the arithmetic."""
-    widest = max(key_width, value_width)
+    cut = _tiling(max(key_width, value_width), dtype)
+    # Triton counts the look-up of a page as a stage before each stage of its block: so as many blocks are in flight as without
+    return cut._replace(stages=2 * cut.stages - 1) if paged else cut
+
+
+def _tiling(widest: int, dtype: torch.dtype) -> Tiling:
     if dtype == torch.float32:  # no tensor cores: tiles live in registers
         return Tiling(32 if widest <= 64 else 16, 32, 4, 1)
     if widest <= 64:
@@ -219,7 +224,7 @@ def prompt_attention(
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1
     assert rows.is_contiguous()
     assert scale > 0
-    cut = cut or tiling(width, value_width, query.dtype)
+    cut = cut or tiling(width, value_width, query.dtype, paged=table is not None)
     assert table is None or keys.shape[2] % cut.block_n == 0
     groups = heads // kv_heads
     out = query.new_empty(batch, tokens, heads, value_width)

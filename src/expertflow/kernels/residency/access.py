@@ -17,6 +17,10 @@ _HITS, _LOADS, _EVICTIONS, _PHASES, _BROKEN, _FRESH, _WASTES = (
 )
 _NUDGE = tl.constexpr(NUDGE)
 _CALLED_OFF = tl.constexpr(CALLED_OFF)
+_INFINITE = tl.constexpr(0x7FF00000)
+"""The upper half of an infinite rank's key."""
+_LAST = tl.constexpr(0x7FFFFFFF)
+"""Larger than any half of a rank's key, and any index."""
 _SRC, _DST, _TAKEN, _PRIOR, _CARRIED = (tl.constexpr(field) for field in (SRC, DST, TAKEN, PRIOR, CARRIED))
 
 
@@ -35,6 +39,39 @@ def write_log(log, entry, kind, layer, expert, slot, detail, mask):
 def add_to(total, amount):
     """Add to a total in `CacheState.tally`."""
     tl.atomic_add(total, amount.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def key_of(rank):
+    """Two int32 that order float64 as they are; the second decides where the first are equal.
+
+    A GPU finds the least int32 of a warp in one instruction, and the least float64 in five rounds.
+    """
+    bits = (rank + 0.0).to(tl.int64, bitcast=True)  # both zeros are one
+    bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    return (bits >> 32).to(tl.int32), (bits ^ 0x80000000).to(tl.int32)
+
+
+@triton.jit
+def rank_of(upper, lower):
+    """The float64 of a key."""
+    bits = (upper.to(tl.int64) << 32) | ((lower.to(tl.int64) & 0xFFFFFFFF) ^ 0x80000000)
+    bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    return bits.to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def smallest(uppers, lowers, index):
+    """The smallest key, and the lowest index that has it."""
+    upper = tl.min(uppers, 0)
+    lower = tl.min(tl.where(uppers == upper, lowers, _LAST), 0)
+    return upper, lower, tl.min(tl.where((uppers == upper) & (lowers == lower), index, _LAST), 0)
+
+
+@triton.jit
+def _positions(hit, position):
+    """The places of a layer's accesses in their order, with those of its hits."""
+    return tl.where(hit, tl.cumsum(hit.to(tl.int32), 0) - 1, position)
 
 
 @triton.jit
@@ -66,6 +103,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
 ):  # fmt: skip
     """`core.access`: the running layer's experts are in registers, those of the other layers in memory."""
     infinite = tl.full([1], float("inf"), tl.float64)
+    nothing = tl.full([1], -1, tl.int32)
     column, other, pair = tl.arange(0, EP), tl.arange(0, LP), tl.arange(0, NP)
     base = layer * experts
     # read first what does not depend on the needed experts: reads after writes would wait for one another
@@ -76,6 +114,8 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     rank_used = tl.load(used + base + column, mask=mine, other=0.0)
     rank_unused = tl.load(unused + base + column, mask=mine, other=0.0)
     new = tl.load(fresh + base + column, mask=mine, other=0) != 0
+    lows = tl.load(low + other, mask=other < layers, other=float("inf"))
+    at_low = tl.load(lowest + other, mask=other < layers, other=0)
     holding, first, allowed = tl.load(per_layer + layer), tl.load(filled), tl.load(share + layer)
     # the needed experts
     alive = (pair < pairs) & (pair // top_k < count) & (choice >= 0) & (choice < experts)
@@ -91,8 +131,6 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     missing = need & (slot < 0)
     hits = tl.sum(hit.to(tl.int32), 0)
     loads = tl.sum(missing.to(tl.int32), 0)
-    position = tl.where(hit, tl.cumsum(hit.to(tl.int32), 0) - 1, -1)
-    order = position  # `Tables.order`
     slot_at = tl.where(hit, slot, -1)  # the slot of each needed expert when it is computed
     phase_at = tl.where(hit, 0, -1)
     table_at = phase_at  # hits that wait for no copy are in a table of their own, before the phases
@@ -102,12 +140,14 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         under_way = tl.load(entry + slot, mask=hit & new, other=-1)
         late = under_way >= 0
         awaited = tl.sum(late.to(tl.int32), 0)
-        tl.store(todo + tl.cumsum(late.to(tl.int32), 0) - 1, under_way, mask=late)
+        if awaited > 0:
+            tl.store(todo + tl.cumsum(late.to(tl.int32), 0) - 1, under_way, mask=late)
         table_at = tl.where(late, 1, table_at)
     after = tl.where(need, rank_used, rank_unused)
     logged = 0
     if LOG:
         logged = tl.load(log_count)
+        position = tl.cumsum(hit.to(tl.int32), 0) - 1
         write_log(log, logged, _LAYER, layer, -1, -1, hits + loads, None)
         write_log(log, logged + 1 + position, _HIT, layer, column, slot, new.to(tl.int32), hit)
         logged += 1 + hits
@@ -117,19 +157,26 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     evictions, wasted, broken = phase, phase, phase
     tl.store(bounds, 0)
     if loads > 0:
-        lows = tl.load(low + other, mask=other < layers, other=float("inf"))
-        at_low = tl.load(lowest + other, mask=other < layers, other=0)
+        lows_upper, lows_lower = key_of(lows)
+        position = tl.where(hit, 0, nothing)  # found where it is needed: rarely
+        if LOG or not JOINT:
+            position = _positions(hit, position)
+        order = position  # `Tables.order`
+        uses_upper, uses_lower = key_of(tl.where(missing, rank_used, infinite))
         if JOINT:
-            ranks = tl.where((slot >= 0) & (need == 0), after, infinite)
+            uppers, lowers = key_of(tl.where((slot >= 0) & (need == 0), after, infinite))
         else:
-            ranks = tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite)
+            uppers, lowers = key_of(tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite))
+        own_upper, own_lower, own_at = smallest(uppers, lowers, column)
         number = 0
         while number < loads:  # the interpreter has no `range` over values of the device
-            expert = tl.argmin(tl.where(missing, rank_used, infinite), 0).to(tl.int32)
+            _, _, expert = smallest(uses_upper, uses_lower, column)
             chosen = column == expert
-            missing = missing & (column != expert)
+            uses_upper = tl.where(chosen, _LAST, uses_upper)
             if (number > 0) & (number % wave == 0):
-                ranks = tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite)
+                order = _positions(hit, order)
+                uppers, lowers = key_of(tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite))
+                own_upper, own_lower, own_at = smallest(uppers, lowers, column)
             before, behind = -1, -1  # position and phase of the last access that uses the slot
             prior = -1
             if (count < slots) & (holding < allowed):
@@ -140,40 +187,49 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                 count += 1
                 holding += 1
             else:
-                own = tl.min(ranks, 0)
-                lows = tl.where(other == layer, own, lows)
-                if tl.where(allowed < slots, own, tl.min(lows, 0)) == float("inf"):  # the wave has to end here
-                    ranks = tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite)
-                    own = tl.min(ranks, 0)
-                    lows = tl.where(other == layer, own, lows)
-                    if tl.where(allowed < slots, own, tl.min(lows, 0)) == float("inf"):
+                lows_upper = tl.where(other == layer, own_upper, lows_upper)
+                lows_lower = tl.where(other == layer, own_lower, lows_lower)
+                low_upper, _, low_at = smallest(lows_upper, lows_lower, other)
+                if tl.where(allowed < slots, own_upper, low_upper) >= _INFINITE:  # the wave has to end here
+                    order = _positions(hit, order)
+                    uppers, lowers = key_of(tl.where(slot >= 0, after - _NUDGE * (order + 1).to(tl.float64), infinite))
+                    own_upper, own_lower, own_at = smallest(uppers, lowers, column)
+                    lows_upper = tl.where(other == layer, own_upper, lows_upper)
+                    lows_lower = tl.where(other == layer, own_lower, lows_lower)
+                    low_upper, _, low_at = smallest(lows_upper, lows_lower, other)
+                    if tl.where(allowed < slots, own_upper, low_upper) >= _INFINITE:
                         broken = 1  # cannot happen: the plan keeps slots free for corrections
-                victim_layer = tl.where(allowed < slots, layer, tl.argmin(lows, 0).to(tl.int32))
+                victim_layer = tl.where(allowed < slots, layer, low_at)
                 was_fresh = 0
                 if victim_layer == layer:
-                    victim = tl.argmin(ranks, 0).to(tl.int32)
+                    victim = own_at
                     leaves = column == victim
                     place = tl.sum(tl.where(leaves, slot, 0), 0)
-                    before = tl.sum(tl.where(leaves, position, 0), 0)
+                    if LOG:
+                        before = tl.sum(tl.where(leaves, position, 0), 0)
                     behind = tl.sum(tl.where(leaves, phase_at, 0), 0)
                     was_fresh = tl.sum((leaves & new).to(tl.int32), 0)
                     new = new & (column != victim)
                     slot = tl.where(leaves, -1, slot)
-                    ranks = tl.where(leaves, infinite, ranks)
+                    uppers = tl.where(leaves, _INFINITE, uppers)
+                    lowers = tl.where(leaves, -1 - _LAST, lowers)
+                    own_upper, own_lower, own_at = smallest(uppers, lowers, column)
                 else:
                     victim = tl.sum(tl.where(other == victim_layer, at_low, 0), 0)
                     theirs = victim_layer * experts
                     place = tl.load(slot_of + theirs + victim)
-                    their_ranks = tl.load(rank + theirs + column, mask=mine, other=float("inf"))
-                    their_ranks = tl.where(column == victim, infinite, their_ranks)
-                    lows = tl.where(other == victim_layer, tl.min(their_ranks, 0), lows)
-                    at_low = tl.where(other == victim_layer, tl.argmin(their_ranks, 0).to(tl.int32), at_low)
-                    tl.store(slot_of + theirs + victim, -1)
-                    tl.store(rank + theirs + victim, float("inf"))
-                    tl.store(per_layer + victim_layer, tl.load(per_layer + victim_layer) - 1)
-                    holding += 1
                     if PREFETCH:
                         was_fresh = tl.load(fresh + theirs + victim).to(tl.int32)
+                    their_ranks = tl.load(rank + theirs + column, mask=mine, other=float("inf"))
+                    upper, lower, at = smallest(*key_of(tl.where(column == victim, infinite, their_ranks)), column)
+                    lows_upper = tl.where(other == victim_layer, upper, lows_upper)
+                    lows_lower = tl.where(other == victim_layer, lower, lows_lower)
+                    at_low = tl.where(other == victim_layer, at, at_low)
+                    tl.store(slot_of + theirs + victim, -1)
+                    tl.store(rank + theirs + victim, float("inf"))
+                    tl.atomic_add(per_layer + victim_layer, -1, sem="relaxed")
+                    holding += 1
+                    if PREFETCH:
                         tl.store(fresh + theirs + victim, tl.full([], 0, tl.uint8))
                 evictions += 1
                 if PREFETCH:  # noqa: SIM102 - one is known to the compiler, the other to the device
@@ -206,7 +262,7 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
                 logged += 1
             number += 1
             tl.debug_barrier()
-        tl.store(low + other, lows, mask=other < layers)
+        tl.store(low + other, rank_of(lows_upper, lows_lower), mask=other < layers)
         tl.store(lowest + other, at_low, mask=other < layers)
         tl.store(filled, first + loads)
         tl.debug_barrier()
@@ -240,8 +296,10 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         ranks = tl.where(slot >= 0, after, infinite)
     tl.store(slot_of + base + column, slot, mask=mine)
     tl.store(rank + base + column, ranks, mask=mine)
-    tl.store(low + layer, tl.min(ranks, 0))
-    tl.store(lowest + layer, tl.argmin(ranks, 0).to(tl.int32))
+    uppers, lowers = key_of(ranks)
+    own_upper, own_lower, own_at = smallest(uppers, lowers, column)
+    tl.store(low + layer, rank_of(own_upper, own_lower))
+    tl.store(lowest + layer, own_at)
     tl.store(per_layer + layer, holding)
     tl.store(resident, count)
     add_to(tally + _HITS, hits)

@@ -6,6 +6,7 @@ The router's choice never leaves the device. Every call only launches: `kernels.
 Twin of `kernels.residency.reference`, which calls `cache.core` itself. Must not know records and weights.
 """
 
+import torch
 import triton
 from torch import Tensor
 
@@ -13,8 +14,8 @@ from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.kernels.residency import access, lookahead, ranks
 from expertflow.kernels.residency.state import POLICIES, CacheState, RoutingOutput, Schedule
 
-_PLAN_CELLS = 256
-"""Experts of all layers a warp of the plan handles."""
+_LAYER_CELLS, _MOST_WARPS = 64, 8
+"""Experts that a warp handles where a program has a layer, and such a program's warps at most."""
 
 
 class Residency:
@@ -26,16 +27,23 @@ class Residency:
     """
 
     def __init__(self, state: CacheState, routing: RoutingOutput | None = None) -> None:
-        """Allocate what a layer's program passes from its experts to its pairs."""
+        """Allocate what a layer's program passes from its experts to its pairs, and the plan's copy of the tables."""
         self.state, self._routing = state, routing
         self._expert_slot = state.slot_of.new_zeros(state.experts)
         self._expert_table = state.slot_of.new_zeros(state.experts)
         self._rules = state.strategy.rules(state.layers, state.slots, len(state.large))
+        planned = (state.layers, state.experts) if self._rules.prefetch else (0, 0)
+        self._counts = state.slot_of.new_zeros(len(lookahead.COUNTS), planned[0])
+        self._sweep_low = state.clock.new_zeros(planned[0])
+        self._sweep_rank = state.clock.new_zeros(2, *planned)
+        self._sweep_slot = torch.zeros_like(state.slot_of[: planned[0]])
         self._options = {
             "EP": triton.next_power_of_2(state.experts),
             "num_warps": 1,  # one thread writes what all have read: threads of one warp do not lag
             "enable_fp_fusion": False,
         }
+        warps = max(1, min(_MOST_WARPS, state.experts // _LAYER_CELLS))
+        self._layer_options = {**self._options, "num_warps": warps}  # of programs that handle a layer each
 
     def expect(self, probabilities: Tensor, members: Tensor, group_bounds: Tensor) -> None:
         """Compute the demand of this step and further ones from chances of single sequences.
@@ -49,7 +57,7 @@ class Residency:
         s = self.state
         s.known.fill_(STEPS_KNOWN)
         ranks.expect[(s.layers,)](
-            probabilities, members, group_bounds, s.demand, s.known, s.tally, s.layers, s.experts, **self._options
+            probabilities, members, group_bounds, s.demand, s.known, s.tally, s.layers, s.experts, **self._layer_options
         )
 
     def open_step(self, *, ahead: bool = True) -> None:
@@ -65,7 +73,7 @@ class Residency:
             s.ahead, s.waiting, s.tally, s.share, s.share if s.ledger.lines is None else s.ledger.lines,
             s.layers, s.experts, len(s.future), s.ledger.entries, s.slots,
             POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, LARGE=bool(s.large),
-            UNEQUAL=s.ledger.lines is not None, **self._options,
+            UNEQUAL=s.ledger.lines is not None, **self._layer_options,
         )  # fmt: skip
         if self._rules.prefetch and ahead:
             self._look_ahead(-1, plan=True)
@@ -100,15 +108,22 @@ class Residency:
         s, rules = self.state, self._rules
         last = now + 1 + rules.ahead if rules.rolling else s.layers
         last = min(last, now + s.layers) if rules.wraps else min(last, s.layers)
-        cells = triton.next_power_of_2(s.layers * s.experts)
+        room, most = s.slots - rules.reserve, triton.next_power_of_2(s.layers)
+        copy = self._counts, self._sweep_low, self._sweep_rank, self._sweep_slot
+        if plan:
+            sizes, options = (s.layers, s.experts), {"THRESHOLD": rules.threshold, **self._layer_options}
+            lookahead.count_pins[(s.layers,)](s.demand, s.known, s.slot_of, s.pinned, self._counts, *sizes, **options)
+            lookahead.pin_residents[(s.layers,)](
+                s.demand, s.known, s.slot_of, s.pinned, s.rank, s.low, s.lowest, s.used, s.unused, *copy,
+                now, *sizes, room, LP=most, **options,
+            )  # fmt: skip
         lookahead.look_ahead[(1,)](
             s.slot_of, s.owner, s.rank, s.low, s.lowest, s.per_layer, s.newer, s.older, s.pinned, s.fresh, s.resident,
-            s.demand, s.known, s.limit, s.used, s.unused, s.pending, s.waiting, s.ledger.table, s.ledger.count,
-            s.entry, s.ahead, s.tally, s.log, s.log_count,
-            now, last, s.layers, s.experts, s.slots, s.slots - rules.reserve, rules.ahead, s.ledger.entries,
-            THRESHOLD=rules.threshold, PLAN=plan, ROLLING=rules.rolling, CELLS=cells,
-            PLACES=triton.next_power_of_2(2 * s.layers), EP=self._options["EP"], LOG=len(s.log) > 0,
-            num_warps=max(1, min(8, cells // _PLAN_CELLS)), enable_fp_fusion=False,
+            s.demand, s.limit, s.used, s.pending, s.waiting, *copy, s.ledger.table, s.ledger.count, s.entry, s.ahead,
+            s.tally, s.log, s.log_count,
+            now, last, s.layers, s.experts, s.slots, room, rules.ahead, s.ledger.entries,
+            THRESHOLD=rules.threshold, PLAN=plan, ROLLING=rules.rolling,
+            PLACES=triton.next_power_of_2(2 * s.layers), LOG=len(s.log) > 0, LP=most, **self._options,
         )  # fmt: skip
 
     def close_step(self) -> None:
@@ -125,5 +140,5 @@ class Residency:
             s.made,
             s.layers,
             s.experts,
-            **self._options,
+            **self._layer_options,
         )

@@ -26,6 +26,7 @@ from expertflow.cache.policy import (
     next_use,
 )
 from expertflow.kernels.ledger import DONE, SRC, TAKEN
+from expertflow.kernels.residency.access import key_of, rank_of, smallest
 from expertflow.kernels.residency.state import (
     AHEAD,
     BLIND,
@@ -143,10 +144,10 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
             tl.store(known, planes)
         tl.debug_barrier()
     # ranks before and after the layer
-    place = layer.to(tl.float64)
+    behind = layer.to(tl.float64)
     scale = layers.to(tl.float64)
-    now = (step * layers).to(tl.float64) + place
-    coming = ((step + 1) * layers).to(tl.float64) + place
+    now = (step * layers).to(tl.float64) + behind
+    coming = ((step + 1) * layers).to(tl.float64) + behind
     chance = tl.load(demand + at, mask=mask & (planes > 0), other=0.0)
     if POLICY == _LRU:
         after_unused = tl.load(last_use + at, mask=mask, other=0.0)
@@ -223,8 +224,9 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
         present = present & (pin == 0)
     ranks = tl.where(present, before, float("inf"))
     tl.store(rank + at, ranks, mask=mask)
-    tl.store(low + layer, tl.min(ranks, 0))
-    tl.store(lowest + layer, tl.argmin(ranks, 0).to(tl.int32))
+    upper, lower, place = smallest(*key_of(ranks), column)
+    tl.store(low + layer, rank_of(upper, lower))
+    tl.store(lowest + layer, place)
 
 
 @triton.jit(do_not_specialize=["layers", "experts"])

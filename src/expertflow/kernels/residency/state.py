@@ -272,9 +272,10 @@ class CacheState:
 
     @staticmethod
     def nbytes(layers: int, experts: int, slots: int) -> int:
-        """Return the bytes `allocate` takes, with a log and without a recorded future, for the planner."""
-        planes = 8 * 8 + STEPS_KNOWN * 8 + 3 + 4 + 3 * 4 + _LEDGER_FULL * 7 * 4 + 4 + (4 + 3 * _LEDGER_FULL) * 5 * 4
-        return layers * experts * planes + layers * 32 + slots * 16 + 256
+        """Return the bytes `allocate` and the plan's copy take, with a log and without a recorded future, for the planner."""
+        ledger = _LEDGER_FULL * 7 * 4 + 4 + (4 + 3 * _LEDGER_FULL) * 5 * 4
+        planes = 8 * 8 + _SWEEP_BYTES + STEPS_KNOWN * 8 + 3 + 4 + 3 * 4 + ledger
+        return layers * experts * planes + layers * 64 + slots * 16 + 256
 
     @property
     def layers(self) -> int:
@@ -347,6 +348,8 @@ class CacheState:
         return totals
 
 
+_SWEEP_BYTES = 2 * 8 + 4
+"""Of an expert in the plan's copy of the tables: a rank before and after its layer, and a slot."""
 _LEDGER_FULL = 4
 """Loads of a step over experts, at most: loads that layers need, and loads ahead for this step and the next one."""
 
