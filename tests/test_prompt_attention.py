@@ -140,7 +140,10 @@ def test_bits_do_not_depend_on_how_a_prompt_is_cut(case: str, dtype: torch.dtype
 @pytest.mark.parametrize("case", ["window and sinks", "width 80"])
 def test_unequal_pieces_of_one_pass_are_as_alone(case: str, paged: bool, kind: str) -> None:
     """70, 1 and 9 tokens behind one another have the bits that each has alone, and read no other's keys and values."""
-    drawn, attend = Drawn(case, torch.bfloat16, tokens=80), kernel() if kind == "kernel" else dense_reference.prompt_attention
+    drawn, attend = (
+        Drawn(case, torch.bfloat16, tokens=80),
+        kernel() if kind == "kernel" else dense_reference.prompt_attention,
+    )
     query, given, table = drawn.query[1:].contiguous(), [kept.nan_to_num() for kept in (drawn.keys, drawn.values)], None
     if paged:  # row r's columns 64 m .. 64 m + 63 are page 2 r + m
         given = [kept[:, :, :128].unflatten(2, (2, 64)).transpose(1, 2).flatten(0, 1) for kept in given]

@@ -47,6 +47,18 @@ def chances_of(numbers: Sequence[int]) -> npt.NDArray[np.float64]:
     return found
 
 
+def check_pass(scheduler: Scheduler, turn: Prefill) -> None:
+    """Each sequence once, no more tokens than a pass has; unequal parts leave no room while a prompt is unread."""
+    assert len({part.sequence for part in turn.parts}) == len(turn.parts) <= max(scheduler.batch, 1)
+    sizes = [part.end - part.begin for part in turn.parts]
+    if scheduler.unequal:
+        unread = sum(one.prompt - one.read for one in scheduler._live.values())
+        assert sum(sizes) <= scheduler.chunk
+        assert sum(sizes) in (scheduler.chunk, unread) or len(sizes) == scheduler.batch
+    else:
+        assert not scheduler.joins or max(sizes) * len(sizes) <= max(scheduler.chunk, len(sizes))
+
+
 def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int], int]:
     """Requests of random lengths come, are cancelled and finish at random; tokens each finished one got, and steps made."""
     draw = random.Random(seed)
@@ -70,16 +82,7 @@ def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int],
         if turn is None:
             continue
         if isinstance(turn, Prefill):
-            assert len({part.sequence for part in turn.parts}) == len(turn.parts) <= max(scheduler.batch, 1)
-            longest = max(part.end - part.begin for part in turn.parts)
-            if scheduler.unequal:
-                tokens = sum(part.end - part.begin for part in turn.parts)
-                left = sum(one.prompt - one.read for one in list(scheduler._live.values())) - tokens
-                full = tokens == scheduler.chunk or len(turn.parts) == scheduler.batch
-                assert tokens <= scheduler.chunk
-                assert full or not left
-            else:
-                assert not scheduler.joins or longest * len(turn.parts) <= max(scheduler.chunk, len(turn.parts))
+            check_pass(scheduler, turn)
             stalled.update(stepping)
             assert all(stalled[number] <= 1 for number in stepping)  # one pass at most between two tokens of a sequence
             scheduler.done(turn)

@@ -220,16 +220,14 @@ def prompt_attention(
         `[B, C, Q, V]`; with pieces `[1, T, Q, V]`.
     """
     (batch, heads, tokens, width), (kv_heads, value_width) = query.shape, (keys.shape[1], values.shape[3])
-    rows, lasts = where
+    (rows, lasts), groups = where, heads // kv_heads
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1
-    assert rows.is_contiguous()
     assert scale > 0
     cut = cut or tiling(width, value_width, query.dtype, paged=table is not None)
     assert table is None or keys.shape[2] % cut.block_n == 0
-    groups = heads // kv_heads
     out = query.new_empty(batch, tokens, heads, value_width)
     bounds, longest = (rows, tokens) if pieces is None else pieces
-    assert bounds.is_contiguous()
+    assert rows.is_contiguous() and bounds.is_contiguous()  # noqa: PT018
     grid, stages = (kv_heads, triton.cdiv(longest * groups, cut.block_m), len(rows)), cut.stages
     while True:
         try:
