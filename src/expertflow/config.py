@@ -252,6 +252,10 @@ class EngineConfig(_Checked):
         default=None,
         none="as many as are computed while missing experts are copied; 512 to 8192, or what an eighth of the budget holds",
     )
+    batch_invariant: bool = doc(
+        "Let no bit of an answer depend on other requests: decode steps of one size, one prompt a pass. Needs graph execution.",
+        default=False,
+    )
     device: str = doc("auto, cpu, cuda, or cuda:N.", default="auto")
     dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16.", default="auto")
     expert_format: str | None = doc(

@@ -164,7 +164,7 @@ class OffloadedModel(Uncopied):
         bind_experts(model, skeleton, provider, self._context)
         self.handover = Handover(
             shared, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
-            reason=plan.graph_unavailable_reason, measured=self.meter.watch,
+            reason=plan.graph_unavailable_reason, one_size=plan.batch_invariant, measured=self.meter.watch,
         )  # fmt: skip
         self.passes = Passes(self.handover.begin_pass, self.handover.end_pass)
         self.passes.device = self.device

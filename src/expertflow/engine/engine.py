@@ -128,6 +128,7 @@ class Engine:
             joins=self._executor.joins,
             whole=self._executor.whole,
             unequal=self._executor.unpadded,
+            prompts=1 if plan.batch_invariant else plan.max_batch,
             top_k=plan.shape.top_k,
             rates=rates(plan),
             expected=_weakly(self._paths) if predicts else None,

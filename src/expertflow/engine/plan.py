@@ -9,9 +9,6 @@ from dataclasses import dataclass, replace
 from expertflow.config import EngineConfig
 from expertflow.engine.planning.kv import Sequences, plan_kv
 from expertflow.engine.planning.pass_size import (
-    LEFT_SHARE,
-    MOST,
-    SHARE,
     SMALLEST,
     PassWork,
     Speeds,
@@ -60,6 +57,7 @@ class Plan:
         schedule: how live sequences that take turns are grouped: `fifo`, `group` or `auto`.
         least: the smallest budget for which the same options work: with a single slot, the least keys and values, and the least tokens a pass.
         kv_layout: how keys and values lie in pages; None: they lie in rows, or in the model's own cache.
+        batch_invariant: whether no bit of an answer depends on other requests.
         graph_unavailable_reason: why execution='auto' fell back to the host; empty otherwise.
     """
 
@@ -83,6 +81,7 @@ class Plan:
     predictor: int = 0
     least: int = 0
     kv_layout: Layout | None = None
+    batch_invariant: bool = False
     graph_unavailable_reason: str = ""
 
     @property
@@ -187,6 +186,17 @@ def make_plan(
     """
     if config.execution == "graph" and no_graph:
         raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
+    plan = _chosen(config, shape, device, strategy, no_graph, predictor)
+    if config.batch_invariant and plan.execution == "host":
+        reason = no_graph or plan.graph_unavailable_reason or "this is host execution"
+        raise ConfigError(
+            f"batch_invariant cannot be had: {reason}", "Use execution='graph', or leave batch_invariant out."
+        )
+    return plan
+
+
+def _chosen(config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str, predictor: int) -> Plan:
+    """The plan of the stated execution, or of the one that 'auto' takes."""
     budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
     if config.execution == "graph":
         return _sized(config, shape, device, strategy, budget, graph=True, predictor=predictor)
@@ -250,11 +260,8 @@ def _sized(  # noqa: PLR0913 - two by keyword
     found = smallest = plan(min(SMALLEST, together))
     if device != "cuda" or shape.unplanned or shape.encoder_decoder:  # the last two read prompts whole
         return found
-    limit = largest_pass(
-        lambda chunk: _workspace(config, shape, length, chunk, graph=graph),
-        _UNBOUNDED if budget is None else int(min(budget * SHARE, (budget - smallest.least) * LEFT_SHARE)),
-        min(together, MOST) if budget is None else together,
-    )
+    memory = None if budget is None else (budget, smallest.least)
+    limit = largest_pass(lambda chunk: _workspace(config, shape, length, chunk, graph=graph), memory, together)
     for _ in range(_ROUNDS):
         wanted = pass_tokens(found.pass_work, pass_speeds(found), limit)
         if wanted <= found.prefill_chunk:
@@ -316,6 +323,7 @@ def _plan(  # noqa: PLR0913 - two by keyword
         prefill_chunk=chunk,
         host=shape.records.store_bytes(shape.experts),
         schedule=config.schedule,
+        batch_invariant=config.batch_invariant,
         graph=captured,
         predictor=for_predictor,
         least=beside
@@ -364,7 +372,6 @@ _FLOAT32 = 0.1
 """The share of it that float32 is taken to reach: a guess."""
 _ROUNDS = 8
 """Sizes of a pass that are tried at most."""
-_UNBOUNDED = 1 << 62
 
 
 def pass_speeds(plan: Plan) -> Speeds:

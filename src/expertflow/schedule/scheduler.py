@@ -101,6 +101,7 @@ class Scheduler:
         policy: how live sequences are divided into groups: `fifo` by arrival, `group` by route, `auto` what is cheapest.
         joins: whether sequences may join while others live; if not, they come and step in cohorts.
         whole: whether a prompt has to be read in one pass, however long; so is a cohort's.
+        prompts: parts of a pass at most; None: as many as a step has sequences.
         unequal: whether parts of a pass may have any sizes; if not, all have room for as many tokens.
         patience: how often a waiting request may be passed over by a later one.
         top_k: experts a token uses a layer.
@@ -121,6 +122,7 @@ class Scheduler:
     policy: Grouping = "fifo"
     joins: bool = True
     whole: bool = False
+    prompts: int | None = None
     unequal: bool = False
     patience: int = 4
     top_k: int = 1
@@ -274,6 +276,7 @@ class Scheduler:
         reading = [sequence for sequence in self._live if not self._decodes(sequence)]
         if not reading:
             return None
+        reading = reading[: self.prompts]
         if self.unequal and self.joins and not self.whole:
             return Prefill(tuple(self._fill(reading[: self.batch])))
         if self.whole or not self.joins:

@@ -2,7 +2,7 @@
 
 Where experts are missing, a pass copies most of them, however few its tokens are. So it has as many tokens as are computed
 while they are copied: fewer would copy the same for less, and more would only keep the other sequences waiting. Pure
-numbers. Must not know budgets, slots and what a workspace is made of.
+numbers. Must not know slots, and what a workspace is made of.
 """
 
 from collections.abc import Callable
@@ -66,14 +66,18 @@ def pass_tokens(work: PassWork, speeds: Speeds, limit: int) -> int:
     return min(limit, max(SMALLEST, balanced(work, speeds)) if work.copied else ALL_RESIDENT)
 
 
-def largest_pass(workspace: Callable[[int], int], more: int, most: int) -> int:
-    """The most tokens whose workspace exceeds that of a pass of `SMALLEST` tokens by `more` bytes at most.
+def largest_pass(workspace: Callable[[int], int], memory: tuple[int, int] | None, most: int) -> int:
+    """The most tokens of a pass that memory allows.
 
     Args:
         workspace: bytes, by tokens; never less for more tokens.
-        more: bytes.
+        memory: the budget, and the least that works; None: no budget.
         most: tokens at most; what is returned is `SMALLEST` at least, unless `most` is less.
     """
+    if memory is None:
+        return min(most, MOST)
+    budget, least = memory
+    more = int(min(budget * SHARE, (budget - least) * LEFT_SHARE))
     if most <= SMALLEST or workspace(most) - workspace(SMALLEST) <= more:
         return most
     low, high = SMALLEST // GRAIN, most // GRAIN
