@@ -280,9 +280,8 @@ def test_pages_change_no_bit(family: str, execution: str, device: str, make_chec
 
     with opened(make_checkpoint, family, execution, 64, device=device) as llm:
         expected = story(llm)
-    for page in (4, 16):
-        with opened(make_checkpoint, family, execution, page, device=device) as llm:
-            assert all(torch.equal(a, b) for a, b in zip(story(llm), expected, strict=True)), page
+    with opened(make_checkpoint, family, execution, 4, device=device) as llm:
+        assert all(torch.equal(a, b) for a, b in zip(story(llm), expected, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
