@@ -19,14 +19,14 @@ from expertflow.execution.kv import layout as layouts
 from expertflow.execution.kv.layout import SPARE, WASTE, ZEROS, Layout
 from expertflow.execution.kv.paged import PagedCache, Span
 from expertflow.execution.kv_rows import DecodeInput
-from expertflow.execution.runner import Executor, PromptChunk
+from expertflow.execution.runner import PromptChunk
 from expertflow.kernels import dense, dense_reference
 from expertflow.kernels.prompts.attention import prompt_attention
 from expertflow.models.context import ForwardContext
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import build_skeleton
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
-from helpers import DEVICE, MakeCheckpoint
+from helpers import DEVICE, DEVICES, MakeCheckpoint
 
 FAMILIES = ["gpt_oss", "qwen3_moe", "deepseek_v2"]
 """With windows of 8 tokens, without, and with latents."""
@@ -217,81 +217,107 @@ def test_attention_in_pages_has_the_bits_of_rows(window: int | None, kernels: st
 
 @contextmanager
 def opened(make_checkpoint: MakeCheckpoint, family: str, execution: str, page: int, **options: object) -> Iterator[LLM]:
+    """A model whose pages hold so many tokens; on a GPU everything is 16 times as long, because kernels read blocks of 64."""
+    times = scale(options.get("device", "cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layouts, "PAGE", page)
-        patch.setattr("expertflow.engine.planning.kv.PAGE", page)
-        folder = make_checkpoint(family, spread=0.3)
-        given = {"device": "cpu", "slots": 9, "max_length": 64, "max_batch": 4, "execution": execution, **options}
+        patch.setattr(layouts, "PAGE", page * times)
+        patch.setattr("expertflow.engine.planning.kv.PAGE", page * times)
+        folder = make_checkpoint(family, spread=0.3, **({"max_position_embeddings": 2048} if times > 1 else {}))
+        given = {
+            "device": "cpu",
+            "slots": 9,
+            "max_length": 64 * times,
+            "max_batch": 4,
+            "execution": execution,
+            **options,
+        }
         with LLM(folder, **given) as llm:
             yield llm
 
 
-def read(executor: Executor, sequence: int, tokens: list[int], row: int, cut: int = 9) -> torch.Tensor:
-    for begin in range(0, len(tokens), cut):
-        piece = tokens[begin : begin + cut]
-        logits = executor.prefill([PromptChunk(sequence, piece, row, begin, len(tokens) - begin - len(piece))])
-    return logits.clone()
+def scale(device: object) -> int:
+    return 1 if device == "cpu" else 16
 
 
-def steps(executor: Executor, row: int, position: int, tokens: list[int]) -> list[torch.Tensor]:
-    return [executor.decode([DecodeInput(row, token, row, position + n)]).clone() for n, token in enumerate(tokens)]
+class Driver:
+    """Runs passes and steps of chosen rows; positions are in units of the scale."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.executor, self.times = llm._engine._executor, scale(llm.plan.device)
+        self.cache = llm._offloaded.handover.rows.cache
+
+    def read(self, count: int, row: int) -> torch.Tensor:
+        """A prompt of so many units, in passes."""
+        tokens, cut = [5 + 7 * place % 80 for place in range(count * self.times)], 9 * self.times
+        for begin in range(0, len(tokens), cut):
+            piece = tokens[begin : begin + cut]
+            chunk = PromptChunk(row, piece, row, begin, len(tokens) - begin - len(piece))
+            logits = self.executor.prefill([chunk])
+        return logits.clone()
+
+    def step(self, *fed: tuple[int, int, int]) -> torch.Tensor:
+        """A row, a token, and the token's position."""
+        return self.executor.decode([DecodeInput(row, token, row, position) for row, token, position in fed]).clone()
+
+    def steps(self, row: int, position: int, tokens: list[int]) -> list[torch.Tensor]:
+        return [self.step((row, token, position + place)) for place, token in enumerate(tokens)]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pages_change_no_bit(family: str, execution: str, make_checkpoint: MakeCheckpoint) -> None:
+def test_pages_change_no_bit(family: str, execution: str, device: str, make_checkpoint: MakeCheckpoint) -> None:
     """Sequences that come and go in small pages have the logits of those whose pages hold all of their tokens."""
 
     def story(llm: LLM) -> list[torch.Tensor]:
-        executor, found = llm._engine._executor, []
-        found.append(read(executor, 0, PROMPTS[0], 2))
-        found.append(read(executor, 1, PROMPTS[1], 0))
-        found += steps(executor, 2, 29, [7, 8, 9])
-        found.append(read(executor, 2, PROMPTS[2], 3))
-        executor.leave(2)
-        fed = [DecodeInput(1, 8, 0, 3), DecodeInput(2, 9, 3, 40)]
-        found.append(executor.decode(fed).clone())
-        found.append(read(executor, 3, PROMPTS[3], 2))
+        driver, times = Driver(llm), scale(device)
+        found = [driver.read(29, 2), driver.read(3, 0), *driver.steps(2, 29 * times, [7, 8, 9]), driver.read(40, 3)]
+        driver.executor.leave(2)
+        found += [driver.step((0, 8, 3 * times), (3, 9, 40 * times)), driver.read(11, 2)]
         for step in range(20):
-            fed = [DecodeInput(3, 7 + step, 2, 11 + step), DecodeInput(1, 60 - step, 0, 4 + step)]
-            found.append(executor.decode(fed).clone())
+            found.append(driver.step((2, 7 + step, 11 * times + step), (0, 60 - step, 3 * times + 1 + step)))
         return found
 
-    with opened(make_checkpoint, family, execution, 64) as llm:
+    with opened(make_checkpoint, family, execution, 64, device=device) as llm:
         expected = story(llm)
-    for page in (4, 16):
-        with opened(make_checkpoint, family, execution, page) as llm:
-            assert all(torch.equal(a, b) for a, b in zip(story(llm), expected, strict=True)), page
+    with opened(make_checkpoint, family, execution, 4, device=device) as llm:
+        assert all(torch.equal(a, b) for a, b in zip(story(llm), expected, strict=True))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_copied_out_and_in_a_sequence_goes_on(family: str, execution: str, make_checkpoint: MakeCheckpoint) -> None:
+def test_copied_out_and_in_a_sequence_goes_on(
+    family: str, execution: str, device: str, make_checkpoint: MakeCheckpoint
+) -> None:
     """From host memory in another row, and from a shared beginning, a sequence goes on with the bits it would have had."""
-    tokens = [20, 30, 40, 50, 60, 70, 80]
-    with opened(make_checkpoint, family, execution, 4) as llm:
-        executor, cache = llm._engine._executor, llm._offloaded.handover.rows.cache
-        read(executor, 0, PROMPTS[0], 1)
-        kept, window = [cache.copy_out(1, begin, end) for begin, end in ((0, 10), (10, 29))], cache.snapshot(1, 29)
-        cache.open(3, 60)
-        cache.share(1, 3, 29)
-        expected = steps(executor, 1, 29, tokens)
-        assert all(map(torch.equal, steps(executor, 3, 29, tokens[:3]), expected)), "shared"
-        found = executor.prefill([PromptChunk(3, tokens[3:], 3, 32)])
+    tokens, times = [20, 30, 40, 50, 60, 70, 80], scale(device)
+    with opened(make_checkpoint, family, execution, 4, device=device) as llm:
+        driver = Driver(llm)
+        cache, end, room = driver.cache, 29 * times, 60 * times
+        driver.read(29, 1)
+        kept = [cache.copy_out(1, begin, behind) for begin, behind in ((0, 10 * times), (10 * times, end))]
+        window = cache.snapshot(1, end)
+        cache.open(3, room)
+        cache.share(1, 3, end)
+        expected = driver.steps(1, end, tokens)
+        assert all(map(torch.equal, driver.steps(3, end, tokens[:3]), expected)), "shared"
+        found = driver.executor.prefill([PromptChunk(3, tokens[3:], 3, end + 3)])
         torch.testing.assert_close(found, expected[-1], atol=1e-4, rtol=1e-4)
-        executor.leave(1)
-        read(executor, 1, PROMPTS[2], 0)  # into the pages of the sequence that left
-        steps(executor, 0, 40, [3] * 9)
-        cache.open(2, 60)
+        driver.executor.leave(1)
+        driver.read(40, 0)  # into the pages of the sequence that left
+        driver.steps(0, 40 * times, [3] * 9)
+        cache.open(2, room)
         for part in kept:
             cache.copy_in(2, part)
         cache.restore(2, window)
-        assert all(map(torch.equal, steps(executor, 2, 29, tokens), expected)), "copied"
+        assert all(map(torch.equal, driver.steps(2, end, tokens), expected)), "copied"
         if window.parts:
-            with pytest.raises(ConfigError, match="does not keep tokens 22 to 28"):
-                cache.snapshot(3, 29)
+            driver.read(40, 2)
+            with pytest.raises(ConfigError, match=f"does not keep tokens {end - 7} to {end - 1}"):
+                cache.snapshot(2, end)
         for row in range(4):
-            executor.leave(row)
+            driver.executor.leave(row)
         assert [book.pool.free for book in cache.books] == [kind.pages - SPARE for kind in cache.layout.kinds]
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
 
 BLOCK = tl.constexpr(64)
+AHEAD = tl.constexpr(8)
+_PIECE = 32
+"""Elements of a head that a program joins."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -24,6 +27,14 @@ def _begin(table, sequence, column, row_stride, table_stride, page: tl.constexpr
         begin = tl.load(table + sequence * table_stride + column // page).to(tl.int64) * row_stride
         begin -= column // page * page * width
     return begin
+
+
+@triton.jit
+def _keep(place, cell, most, total, acc, kept):
+    """Store what a span gave."""
+    tl.store(place, most, mask=kept)
+    tl.store(place + 1, total, mask=kept)
+    tl.store(place[:, None] + 2 + cell[None, :], acc, mask=kept[:, None])
 
 
 @triton.jit
@@ -47,8 +58,9 @@ def _attend(
             most = tl.load(sinks + head * groups + lane, mask=lane < groups, other=0.0).to(tl.float32)
             total += 1.0
     first = tl.maximum(position - window + 1, 0) if window > 0 else position * 0
-    column = tl.maximum(split * span, first // BLOCK * BLOCK)
-    end = tl.minimum(split * span + span, position + 1)
+    behind = (first // span + split) * span
+    column = tl.maximum(behind, first // BLOCK * BLOCK)
+    end = tl.minimum(behind + span, position + 1)
     sequence = tl.load(rows + row).to(tl.int64)
     following = _begin(table, sequence, tl.minimum(column, position), row_stride, table_stride, page, width)
     while column < end:
@@ -78,36 +90,45 @@ def _attend(
         done = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + mine[:, None] * width + cell[None, :], done, mask=lane[:, None] < groups)
     else:
-        place = part + ((tl.program_id(0) * splits + split) * padded + lane) * (width + 2)
-        tl.store(place, most)
-        tl.store(place + 1, total)
-        tl.store(place[:, None] + 2 + cell[None, :], acc)
+        place = part + ((tl.program_id(0).to(tl.int64) * splits + split) * padded + lane) * (width + 2)
+        _keep(place, cell, most, total, acc, (lane < groups) & (behind <= position))
 
 
 @triton.jit
 def _join(
-    part, out, splits, groups: tl.constexpr, width: tl.constexpr, padded: tl.constexpr
+    part, positions, out, splits, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, piece: tl.constexpr,
+    padded: tl.constexpr, span: tl.constexpr, window: tl.constexpr,
 ):  # fmt: skip
-    """Add the spans of one sequence and key head, in their order."""
-    lane, cell = tl.arange(0, padded), tl.arange(0, width)
-    begin = part + (tl.program_id(0) * splits * padded + lane) * (width + 2)
+    """Add the spans of one sequence and key head, in their order; a piece of the width."""
+    program = tl.program_id(0)
+    lane, cell, some = tl.arange(0, padded), tl.program_id(1) * piece + tl.arange(0, piece), tl.arange(0, AHEAD)
+    position = tl.load(positions + program // kv_heads).to(tl.int32)
+    first = tl.maximum(position - window + 1, 0) if window > 0 else position * 0
+    count = position // span - first // span + 1
+    begin = part + (program.to(tl.int64) * splits * padded + lane) * (width + 2)
     step = padded * (width + 2)
-    most = tl.full([padded], float("-inf"), tl.float32)
+    most = tl.where(lane < groups, float("-inf"), 0.0)
     split = 0
-    while split < splits:
-        most = tl.maximum(most, tl.load(begin + split * step))
-        split += 1
-    total = tl.zeros([padded], tl.float32)
-    acc = tl.zeros([padded, width], tl.float32)
+    while split < count:
+        here = split + some
+        seen = (here[:, None] < count) & (lane[None, :] < groups)
+        most = tl.maximum(
+            most, tl.max(tl.load(begin[None, :] + here[:, None] * step, mask=seen, other=float("-inf")), 0)
+        )
+        split += AHEAD
+    total = tl.where(lane < groups, 0.0, 1.0)
+    acc = tl.zeros([padded, piece], tl.float32)
     split = 0
-    while split < splits:
-        place = begin + split * step
-        fade = tl.exp(tl.load(place) - most)
-        total += tl.load(place + 1) * fade
-        acc += tl.load(place[:, None] + 2 + cell[None, :]) * fade[:, None]
-        split += 1
+    while split < count:
+        for ahead in tl.static_range(AHEAD):  # so many loads are under way
+            seen = (lane < groups) & (split + ahead < count)
+            place = begin + (split + ahead) * step
+            fade = tl.exp(tl.load(place, mask=seen, other=float("-inf")) - most)
+            total += tl.load(place + 1, mask=seen, other=0.0) * fade
+            acc += tl.load(place[:, None] + 2 + cell[None, :], mask=seen[:, None], other=0.0) * fade[:, None]
+        split += AHEAD
     done = (acc / total[:, None]).to(out.dtype.element_ty)
-    mine = tl.program_id(0) * groups + lane
+    mine = program * groups + lane
     tl.store(out + mine[:, None] * width + cell[None, :], done, mask=lane[:, None] < groups)
 
 
@@ -151,6 +172,8 @@ def decode_attention(
     assert keys.stride()[2:] == (width, 1)
     assert bias is None or bias.stride(1) == 1
     groups, splits = heads // kv_heads, triton.cdiv(length, SPAN)
+    if window:  # spans that one token's window reaches into
+        splits = min(splits, (window - 2) // SPAN + 2)
     padded = max(LEAST_HEADS, int(triton.next_power_of_2(groups)))
     out = torch.empty_like(query)
     part = query.new_empty((rows * kv_heads, splits, padded, width + 2) if splits > 1 else (1,), dtype=torch.float32)
@@ -161,7 +184,11 @@ def decode_attention(
         biased=bias is not None, single=splits == 1, num_warps=4,
     )  # fmt: skip
     if splits > 1:
-        _join[(rows * kv_heads,)](part, out, splits, groups=groups, width=width, padded=padded, num_warps=4)
+        piece = min(width, _PIECE)
+        _join[(rows * kv_heads, width // piece)](
+            part, position, out, splits, groups=groups, kv_heads=kv_heads, width=width, piece=piece, padded=padded, span=SPAN,
+            window=window or 0, num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -9,6 +9,7 @@ get rows. Pure: numbers in, numbers out, no clock, no tensors. Must not know tok
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ Chances = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
 """How likely the next token of each sequence uses an expert, `[N, L, E]`; None where they are unknown."""
 _CANDIDATES = 16
 """Waiting requests that are compared when some are to be admitted by route."""
+_LOOKED_AT = 256
+"""Waiting requests that are looked at for some that fit, at most."""
 _LONGEST_PAUSE = 32
 """Rounds that `auto` steps by arrival before it looks at routes again, at most: 1 when that was cheaper, then 2, 4, ..."""
 
@@ -327,9 +330,9 @@ class Scheduler:
         return Moment(len(self._free), self._admissible(), len(self._live), stepping)
 
     def _admissible(self) -> int:
-        """Waiting requests that free rows and pages would take, as they came; as many as there are rows at most."""
+        """Waiting requests that free rows and pages would take, as they came; all of them where rows are what is short."""
         left, count = self._left, 0
-        for known in self._waiting.values():
+        for known in islice(self._waiting.values(), _LOOKED_AT):
             if count == len(self._free) or (known.pages > left and known.passed >= self.patience):
                 break
             if known.pages <= left:
@@ -339,7 +342,7 @@ class Scheduler:
     def _fitting(self) -> list[int]:
         """Waiting requests that may be admitted now, as they came: those that fit, but none past one that lost its patience."""
         found: list[int] = []
-        for sequence, known in self._waiting.items():
+        for sequence, known in islice(self._waiting.items(), _LOOKED_AT):
             if known.pages <= self._left:
                 found.append(sequence)
             elif known.passed >= self.patience:

@@ -39,11 +39,18 @@ class Kept:
         begin: its first token.
         end: the token behind its last.
         parts: by kind: first token of the part, keys and values, `[pages, layers, heads, page, width]` each, places as on the device.
+        copied: comes when the device has written all of it; None: it has.
     """
 
     begin: int
     end: int
     parts: dict[int, tuple[int, Tensor, Tensor]]
+    copied: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Wait until everything is here."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
     @property
     def nbytes(self) -> int:
@@ -260,14 +267,14 @@ class PagedCache(Cache):
     def copy_out(self, row: int, begin: int, end: int) -> Kept:
         """Copy what layers without a window keep of tokens `begin .. end - 1` to host memory, page-locked on CUDA.
 
-        Waits for the copies, and so for the passes that are queued.
+        Copies are queued behind the passes before them, and pages may change hands at once; `Kept.wait` waits for them.
         """
         kinds = [number for number, book in enumerate(self.books) if book.kind.window is None]
         return self._out(row, begin, end, dict.fromkeys(kinds, begin))
 
     @torch.inference_mode()
     def snapshot(self, row: int, token: int) -> Kept:
-        """Copy what layers with a window keep for token number `token`, which comes next. Waits as `copy_out` does.
+        """Copy what layers with a window keep for token number `token`, which comes next; queued as by `copy_out`.
 
         Raises:
             ConfigError: if the sequence has gone on so far that part of it was given back.
@@ -283,7 +290,7 @@ class PagedCache(Cache):
 
     @torch.inference_mode()
     def copy_in(self, row: int, kept: Kept) -> None:
-        """Write what `copy_out` gave into an open row. The host memory may go or change once the device has come there."""
+        """Write what `copy_out` gave into an open row; queued. Keep the host memory until the device has come there."""
         for kind, (begin, keys, values) in kept.parts.items():
             stack = self._stacks[kind]
             for number, (page, there) in enumerate(self._runs(kind, row, begin, kept.end)):
@@ -358,9 +365,8 @@ class PagedCache(Cache):
                 keys[number, :, :, there].copy_(stack.keys[:, page, :, there], non_blocking=cuda)
                 values[number, :, :, there].copy_(stack.values[:, page, :, there], non_blocking=cuda)
             parts[kind] = first, keys, values
-        if cuda:
-            torch.cuda.current_stream(self._device).synchronize()
-        return Kept(begin=begin, end=end, parts=parts)
+        copied = torch.cuda.current_stream(self._device).record_event() if cuda else None
+        return Kept(begin=begin, end=end, parts=parts, copied=copied)
 
     def _runs(self, kind: int, row: int, begin: int, end: int) -> Iterator[tuple[int, slice]]:
         """The pages of a range of tokens, and the range's places in each."""
