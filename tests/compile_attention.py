@@ -22,6 +22,7 @@ CASES = {
 }
 FLOATS, WHOLE = ("query", "keys", "values", "sinks", "out"), ("rows", "lasts")
 ALIGNED = {
+    "table_stride",
     "query_batch",
     "query_head",
     "query_token",
@@ -32,20 +33,25 @@ ALIGNED = {
     "value_head",
     "value_column",
 }
-OPTIONS = {"window": 0, "sink": False, "cap": 0.0, "scale": 0.125}
+OPTIONS = {"page": 64, "window": 0, "sink": False, "cap": 0.0, "scale": 0.125}
 
 
 def compile_case(case: str, dtype: torch.dtype, arch: int, stages: int | None = None) -> Any:
     """The kernel of a case, compiled for a compute capability."""
     width, value_width, groups, more = CASES[case]
-    cut, parts = attention.tiling(width, value_width, dtype), attention.parts(width, value_width)
+    cut, parts = attention.tiling(width, value_width, dtype, paged=True), attention.parts(width, value_width)
     given = {
         **OPTIONS, **more, **parts, "heads": 8 * groups, "groups": groups, "block_m": cut.block_m, "block_n": cut.block_n,
     }  # fmt: skip
     kernel = attention.attend
     names = kernel.arg_names
     number = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
-    kinds = dict.fromkeys(FLOATS, number) | dict.fromkeys(WHOLE, "*i64") | dict.fromkeys(given, "constexpr")
+    kinds = (
+        dict.fromkeys(FLOATS, number)
+        | dict.fromkeys(WHOLE, "*i64")
+        | {"table": "*i32"}
+        | dict.fromkeys(given, "constexpr")
+    )
     constants = {(names.index(name),): value for name, value in given.items()}
     aligned = {
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in {*FLOATS, *WHOLE, *ALIGNED}

@@ -48,8 +48,8 @@ def test_measured_peak_is_within_the_plan(
         "execution": execution,
     }
     least = prepare(folder, EngineConfig(**options, slots=3)).plan.total
-    with LLM(folder, gpu_memory=least, **options) as llm:
-        assert llm.plan.slots == 3
+    with LLM(folder, gpu_memory=least, slots=3, **options) as llm:
+        assert llm.plan.kv_tokens >= BATCH * LENGTH  # stated slots leave the rest to keys and values
         assert llm.plan.total <= least
         _fill_everything(llm)
         assert llm.stats.peak_bytes <= least
@@ -76,8 +76,11 @@ def test_keys_and_values_are_as_planned(model_type: str, make_checkpoint: MakeCh
     with LLM(make_checkpoint(model_type, "bfloat16"), **options) as llm:
         llm.generate([3, 4, 5], SamplingParams(max_tokens=1))
         rows = llm._offloaded.handover.rows
-        caches = [rows.cache, *([rows._read] if llm.plan.shape.encoder_decoder else [])]
-        tensors = [t for cache in caches for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)]
+        if llm.plan.shape.encoder_decoder:
+            layers = [*rows.cache.layers, *rows._read.layers]
+            tensors = [tensor for layer in layers for tensor in vars(layer).values() if torch.is_tensor(tensor)]
+        else:
+            tensors = rows.cache.tensors
         assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) == llm.plan.kv
 
 
@@ -99,7 +102,7 @@ def test_cuda_peak_is_within_the_budget(model_type: str, make_checkpoint: MakeCh
     folder = make_checkpoint(model_type, "bfloat16")
     options = {"device": cuda.type, "max_length": LENGTH, "max_batch": BATCH, "prefill_chunk": CHUNK}
     least = prepare(folder, EngineConfig(**options, slots=3)).plan.total
-    with LLM(folder, gpu_memory=least, **options) as llm:
+    with LLM(folder, gpu_memory=least, slots=3, **options) as llm:
         _fill_everything(llm)
         assert torch.cuda.max_memory_allocated() <= least
 

@@ -43,6 +43,23 @@ def test_attention_bits_depend_on_the_sequence_alone() -> None:
     assert torch.equal(whole[2:], alone)
 
 
+@pytest.mark.parametrize("window", [1, 2, 257, 600])
+def test_a_window_far_from_the_beginning_is_all_that_is_read(window: int) -> None:
+    """Spans are counted from the window's first column; what lies before it is no number. Sinks count once."""
+    random = torch.Generator().manual_seed(7)
+    query = torch.randn(2, 6, 16, generator=random).to(DEVICE)
+    keys, values = torch.randn(2, 3, 2, 1300, 16, generator=random).to(DEVICE)
+    sinks = torch.randn(6, generator=random).to(DEVICE)
+    where = torch.tensor([2, 0], device=DEVICE), torch.tensor([1290, 511], device=DEVICE)
+    expected = dense_reference.decode_attention(query, keys, values, where, 0.3, window, sinks)
+    for row, position in zip(*(one.tolist() for one in where), strict=True):
+        for kept in (keys, values):
+            kept[row, :, : max(0, position - window + 1)] = kept[row, :, position + 1 :] = torch.nan
+    for columns in (1300, 1291):
+        found = dense.decode_attention(query, keys[:, :, :columns], values[:, :, :columns], where, 0.3, window, sinks)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("window", [None, 90])
 def test_attention_adds_a_bias_by_distance(dtype: torch.dtype, window: int | None) -> None:

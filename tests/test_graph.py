@@ -115,10 +115,10 @@ def test_dense_kernels_compute_what_the_modules_do(
     folder, found = make_checkpoint(model_type), []
     attended = 0
 
-    def attend(*given: object) -> torch.Tensor:
+    def attend(*given: object, **more: object) -> torch.Tensor:
         nonlocal attended
         attended += 1
-        return kernels.decode_attention(*given)
+        return kernels.decode_attention(*given, **more)
 
     for dense in (False, True):
         with open_llm(folder, device, slots=1000) as llm:
@@ -145,8 +145,7 @@ def test_peak_is_within_the_plan(model_type: str, device: str, make_checkpoint: 
     options = {"max_length": 48, "max_batch": 3, "prefill_chunk": 60, "execution": "graph", "device": device}
     least = prepare(folder, EngineConfig(**options, slots=3)).plan.total
     generator = torch.Generator().manual_seed(0)
-    with LLM(folder, gpu_memory=least, **options) as llm:
-        assert llm.plan.slots == 3
+    with LLM(folder, gpu_memory=least, slots=3, **options) as llm:
         prompts = [torch.randint(3, 90, (40,), generator=generator).tolist() for _ in range(3)]
         for temperature in (0.0, 1.0):
             llm.generate(prompts, SamplingParams(max_tokens=48, temperature=temperature, ignore_eos=True))
@@ -299,7 +298,7 @@ def test_a_step_sees_its_past_and_no_more() -> None:
 def test_a_budget_without_room_for_graphs_runs_on_the_host(make_checkpoint: MakeCheckpoint) -> None:
     """On CUDA a graph is hoped for; a budget that holds only the host execution gets that, and the plan says why."""
     shape = shape_of(build_skeleton(make_checkpoint("mixtral"), "auto"))
-    wish = {"max_length": 32, "max_batch": 2, "slots": 5}
+    wish = {"max_length": 32, "max_batch": 2, "kv_tokens": 128, "slots": 5}
     host = make_plan(EngineConfig(**wish, execution="host"), shape, "cuda", "lru")
     graph = make_plan(EngineConfig(**wish, execution="auto"), shape, "cuda", "lru")
     assert (host.execution, graph.execution, graph.graph_unavailable_reason) == ("host", "graph", "")
@@ -316,7 +315,7 @@ def test_a_budget_without_room_for_graphs_runs_on_the_host(make_checkpoint: Make
         ).graph_unavailable_reason
         == "it is Tuesday"
     )
-    free = {"max_length": 32, "max_batch": 2, "execution": "auto"}
+    free = {"max_length": 32, "max_batch": 2, "kv_tokens": 128, "execution": "auto"}
     few = make_plan(EngineConfig(**free, gpu_memory=graph.fixed + 5 * graph.record_bytes), shape, "cuda", "lru")
     assert (few.execution, few.slots) == ("host", shape.total_experts)  # more than twice what graphs would leave
     assert "slots" in few.graph_unavailable_reason

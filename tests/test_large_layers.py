@@ -142,7 +142,7 @@ def test_totals_without_a_listener_have_each_layers_bytes(plain: tuple[int, ...]
 
 def test_a_budget_has_room_for_large_layers(twins: Twins) -> None:
     """A byte below the least is refused with the layers and their bytes; the least itself gives one slot, and runs."""
-    config, folder = {**OPTIONS, "execution": "graph", "device": "cpu"}, twins((LARGE,))[0]
+    config, folder = {**OPTIONS, "execution": "graph", "device": "cpu", "kv_tokens": 128}, twins((LARGE,))[0]
     plan = prepare(folder, EngineConfig(**config, slots=1)).plan
     assert plan.large >= EXPERTS * plan.shape.records.layer_bytes[LARGE] > EXPERTS * plan.record_bytes
     with pytest.raises(BudgetError, match=rf"large layers \({LARGE}\).* always resident") as refused:

@@ -242,6 +242,11 @@ class EngineConfig(_Checked):
     max_length: int | None = doc(
         "Tokens of a sequence, prompt included.", default=None, none="the model's context, at most 4096"
     )
+    kv_tokens: int | None = doc(
+        "Tokens of keys and values of all live sequences together. A request is admitted once its prompt and answer fit.",
+        default=None,
+        none="`max_live` x `max_length`, or what half of the budget left beside weights and workspace holds",
+    )
     prefill_chunk: int = doc("Tokens of one prefill pass, over all its sequences.", default=512)
     device: str = doc("auto, cpu, cuda, or cuda:N.", default="auto")
     dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16.", default="auto")
@@ -284,13 +289,24 @@ class EngineConfig(_Checked):
         for name in ("max_batch", "prefill_chunk"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} is too small", "Use 1 or more.")
-        for name, most in (("max_batch", 2**20), ("max_live", 2**20), ("prefill_chunk", 2**31), ("max_length", 2**31)):
+        for name, most in (
+            ("max_batch", 2**20),
+            ("max_live", 2**20),
+            ("prefill_chunk", 2**31),
+            ("max_length", 2**31),
+            ("kv_tokens", 2**40),
+        ):
             value = getattr(self, name) or 0
             _require(value <= most, f"{name}={value} is too large", f"Use {most} or less.")
         _require(
             self.max_length is None or self.max_length >= 2,
             f"max_length={self.max_length} is too small",
             "Leave room for one prompt token and one generated token.",
+        )
+        _require(
+            self.kv_tokens is None or self.kv_tokens >= (self.max_length or 2),
+            f"kv_tokens={self.kv_tokens} is less than max_length={self.max_length or 2}: one such sequence would not fit",
+            "Raise kv_tokens, or lower max_length.",
         )
         if self.gpu_memory is not None:
             parse_bytes(self.gpu_memory, "gpu_memory")

@@ -47,7 +47,16 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     )
     sizes = {
         name: getattr(plan, name)
-        for name in (*names, "resident_total", "max_batch", "max_live", "schedule", "max_length", "prefill_chunk")
+        for name in (
+            *names,
+            "resident_total",
+            "max_batch",
+            "max_live",
+            "schedule",
+            "max_length",
+            "kv_tokens",
+            "prefill_chunk",
+        )
     }
     shape = plan.shape
     return {
@@ -96,7 +105,7 @@ def _show(prepared: Prepared, name: str) -> None:
     table.add_column("where", overflow="fold")
     table.add_column("what", overflow="fold")
     table.add_column("bytes", justify="right", overflow="fold")
-    sequences = f"{plan.max_live} x {plan.max_length} tokens"
+    sequences = f"{plan.kv_tokens} tokens of {plan.max_live} sequences of up to {plan.max_length}"
     table.add_row("device", "dense weights", format_bytes(plan.dense))
     table.add_row("device", f"keys and values, {sequences}", format_bytes(plan.kv))
     workspace = f"workspace, {plan.prefill_chunk} tokens a prefill pass, attention by the {plan.prompt_attention}"

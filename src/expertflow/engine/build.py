@@ -226,12 +226,18 @@ class OffloadedModel(Uncopied):
         if not plan.shape.in_rows:
             return CohortExecutor(self.model, plan.prefill_chunk, self._context)
         if self.handover.rows is None:
-            kind = EncoderDecoderRows if plan.shape.encoder_decoder else RowModel
-            self.handover.rows = kind(self.model, self.skeleton, plan.max_live, plan.max_length, self._context)
+            with self.meter.watch():
+                self.handover.rows = self._rows()
         rows = self.handover.rows
         if isinstance(rows, EncoderDecoderRows):
             return EncoderDecoderExecutor(rows, self.handover)
         return RowExecutor(rows, self.handover)
+
+    def _rows(self) -> RowModel | EncoderDecoderRows:
+        plan, given = self.plan, (self.model, self.skeleton)
+        if plan.kv_layout is None:
+            return EncoderDecoderRows(*given, plan.max_live, plan.max_length, self._context)
+        return RowModel(*given, plan.kv_layout, self._context)
 
     def playback(self, replay: Replay) -> Playback:
         """Make every layer use recorded experts, if the replay has some. The executor has to be made before."""
@@ -301,6 +307,7 @@ def load_model(
     *,
     weights: WeightsSource | None = None,
     formats: Formats = FORMATS,
+    own_cache: bool = False,
 ) -> OffloadedModel:
     """Plan, check, load and wire.
 
@@ -310,11 +317,13 @@ def load_model(
         forecast: replaces the strategy's own source of expectations; how a recorded future gets in.
         weights: where the weights come from; None: the folder's files.
         formats: how weights may be stored.
+        own_cache: whether the caller brings the cache of keys and values.
 
     Raises:
         ExpertFlowError: before anything is loaded, if the model, the budget, the device or the host cannot do it.
     """
-    return OffloadedModel(prepare(model, config, forecast, weights=weights, formats=formats), config, forecast)
+    prepared = prepare(model, config, forecast, weights=weights, formats=formats, own_cache=own_cache)
+    return OffloadedModel(prepared, config, forecast)
 
 
 def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.device) -> None:

@@ -132,6 +132,8 @@ class Engine:
             expected=_weakly(self._paths) if predicts else None,
             preview=_weakly(self._usual) if predicts else None,
             admission=make_admission(admission, self._durations.costs),
+            pages=None if plan.kv_layout is None else plan.kv_layout.pages,
+            page=1 if plan.kv_layout is None else plan.kv_layout.page,
         )
 
     def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:
@@ -194,15 +196,16 @@ class Engine:
             Its number, by which it can be cancelled.
 
         Raises:
-            ConfigError: if it has no recording to replay, or runs beyond its end.
+            ConfigError: if it has no recording to replay, or runs beyond its end; or if its keys and values can never fit.
         """
         if self._playback is not None:
             self._playback.check(request.index, len(request.prompt_token_ids) + request.limit - 1)
         with self.lock:
-            number, self._next = self._next, self._next + 1
+            number = self._next
+            self._scheduler.add(number, len(request.prompt_token_ids), request.kept)
+            self._next += 1
             channel = partial(_keep, self._outbox, number) if channel is None else channel
             self._running[number] = _Running(request=request, added=time.perf_counter(), channel=channel)
-            self._scheduler.add(number, len(request.prompt_token_ids))
             self._totals.prompt_tokens += len(request.prompt_token_ids)
         return number
 
@@ -234,6 +237,8 @@ class Engine:
                 self.lock.release()
 
     def _remove(self, number: int) -> None:
+        if self._scheduler.lives(number):
+            self._executor.leave(self._scheduler.row(number))
         self._scheduler.remove(number)
         del self._running[number]
         if self._offloaded.live_predictor is not None:
@@ -307,7 +312,7 @@ class Engine:
             read = tokens[part.begin : part.end]
             if self._playback is not None and part.begin == 0:
                 self._playback.begin(request.index, row)
-            chunks.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.begin - len(read)))
+            chunks.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.end, request.kept))
         self._announce(
             NextBatch(
                 [chunk.sequence for chunk in chunks],

@@ -69,7 +69,7 @@ def from_pretrained(
             nearest(str(attn_implementation), ATTENTIONS),
         )
     offloaded = load_model(
-        SHIPPED_MODEL if model is None else model, config, forecast, weights=weights, formats=formats
+        SHIPPED_MODEL if model is None else model, config, forecast, weights=weights, formats=formats, own_cache=True
     )
     if attn_implementation is not None:
         try:

@@ -1,16 +1,17 @@
 """Plan a run: options and a model's figures in, every number of the run out.
 
 It is pure: no weights, no device, nothing allocated. The engine builds from the plan, and `expertflow plan` prints it.
-The workspace is an upper bound from tensor sizes; tests compare it with measured peaks (law 3).
+What a step and keys and values take: `engine.planning`.
 """
 
 from dataclasses import dataclass, replace
 
 from expertflow.config import EngineConfig
+from expertflow.engine.planning.kv import Sequences, plan_kv
+from expertflow.engine.planning.workspace import CUDA_LIBRARY_BYTES, graph_bytes, workspace_bytes
 from expertflow.errors import BudgetError, ConfigError
-from expertflow.formats.dtypes import DTYPES
+from expertflow.execution.kv.layout import Layout
 from expertflow.formats.records import StoreLayout
-from expertflow.kernels.residency.state import CacheState
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
 from expertflow.schedule.cost import StepPrices
@@ -18,14 +19,8 @@ from expertflow.units import format_bytes, parse_bytes, parse_slots
 
 DEFAULT_CONTEXT = 4096
 """Longest sequence planned for when the user states none and the model allows it."""
-CUDA_LIBRARY_BYTES = 40 * 2**20
-"""cuBLAS keeps 32 MiB in the allocator on an H100 (benchmarks/results/host_execution_h100.json), plus 8 MiB of room."""
-GRAPH_POOL_BYTES = 64 * 2**20
-"""The allocator takes a graph's memory in blocks of 2 and 20 MiB that it does not give back."""
 _WORTH = 0.5
 """Share of the host execution's slots that must remain beside captured steps, for execution='auto' to choose them."""
-_SLACK = 1.1
-"""Factor on counted temporaries: allocators round up, and operators are counted by name, not by trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +33,21 @@ class Plan:
         strategy: name of the strategy.
         budget: the stated budget, or None.
         dense: dense weights on the device.
-        kv: keys and values of `max_live` sequences of `max_length` tokens.
+        kv: keys and values of `kv_tokens` tokens, and tables of their pages.
         workspace: activations of the largest step, logits and sampling.
         record_bytes: one expert of the layers that slots are for, as it is stored; the largest, if they differ.
         slots: number of slots.
         max_batch: sequences of a step.
         max_live: sequences that have keys and values at once.
         max_length: tokens of a sequence.
+        kv_tokens: tokens of keys and values of all live sequences together.
         prefill_chunk: tokens of a prefill pass.
         host: the expert store in host memory.
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
         predictor: weights, state and working memory of the predictor, where it is on the device.
         schedule: how live sequences that take turns are grouped: `fifo`, `group` or `auto`.
+        kv_least: what `kv` would be with the least tokens that the options allow.
+        kv_layout: how keys and values lie in pages; None: they lie in rows, or in the model's own cache.
         graph_unavailable_reason: why execution='auto' fell back to the host; empty otherwise.
     """
 
@@ -65,11 +63,14 @@ class Plan:
     max_batch: int
     max_live: int
     max_length: int
+    kv_tokens: int
     prefill_chunk: int
     host: int
     schedule: str = "fifo"
     graph: int = 0
     predictor: int = 0
+    kv_least: int = 0
+    kv_layout: Layout | None = None
     graph_unavailable_reason: str = ""
 
     @property
@@ -125,8 +126,8 @@ class Plan:
 
     @property
     def least(self) -> int:
-        """The smallest budget for which the same run works, with a single slot."""
-        return self.fixed + SlotPool.nbytes(self.slot_layout.record_bytes, 1)
+        """The smallest budget for which the same options work, with a single slot and the least keys and values."""
+        return self.fixed - self.kv + self.kv_least + SlotPool.nbytes(self.slot_layout.record_bytes, 1)
 
     @property
     def resident_total(self) -> int:
@@ -167,14 +168,29 @@ def make_plan(
             _plan(config, shape, device, strategy, budget, graph=False),
             graph_unavailable_reason=no_graph if preferred else "",
         )
-    host = _plan(config, shape, device, strategy, budget, graph=False)
-    try:
-        graph = _plan(config, shape, device, strategy, budget, graph=True, predictor=predictor)
-    except BudgetError as error:
-        return replace(
-            host,
-            graph_unavailable_reason=f"the budget holds no captured steps, {format_bytes(error.least_bytes)} would",
-        )
+    found: list[Plan | BudgetError] = []
+    for captured in (False, True):
+        try:
+            room = predictor if captured else 0
+            found.append(_plan(config, shape, device, strategy, budget, graph=captured, predictor=room))
+        except BudgetError as error:
+            found.append(error)
+    return _better(*found)
+
+
+def _better(host: Plan | BudgetError, graph: Plan | BudgetError) -> Plan:
+    """What execution='auto' takes: captured steps, unless they leave too few slots.
+
+    Raises:
+        BudgetError: if the budget holds neither, by the smaller need.
+    """
+    if isinstance(host, BudgetError):  # such as the scores of long prompts, which a kernel needs no memory for
+        if isinstance(graph, BudgetError):
+            raise min(host, graph, key=lambda error: error.least_bytes)
+        return graph
+    if isinstance(graph, BudgetError):
+        reason = f"the budget holds no captured steps, {format_bytes(graph.least_bytes)} would"
+        return replace(host, graph_unavailable_reason=reason)
     if graph.slots < host.slots * _WORTH:
         return replace(host, graph_unavailable_reason=f"captured steps would leave {graph.slots} of {host.slots} slots")
     return graph
@@ -193,12 +209,14 @@ def _plan(  # noqa: PLR0913 - two by keyword
     max_length = sequence_length(config, shape)
     record_bytes = shape.records.record_bytes
     live = _max_live(config, shape)
-    kv = shape.kv_bytes(max_length) * live
     # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
     chunk = max(config.prefill_chunk, config.max_batch * max_length) if shape.unplanned else config.prefill_chunk
-    workspace = workspace_bytes(shape, config.max_batch, max_length, chunk, grouped=graph)
+    linear = graph and shape.prompt_kernel
+    workspace = workspace_bytes(shape, config.max_batch, max_length, chunk, grouped=graph, linear=linear)
     if graph:  # a step whose routing is observed is the host's
-        steps_of_host = workspace_bytes(shape, config.max_batch, max_length, config.max_batch, prompts=False)
+        steps_of_host = workspace_bytes(
+            shape, config.max_batch, max_length, config.max_batch, prompts=False, linear=linear
+        )
         workspace = max(workspace, steps_of_host)
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
@@ -212,26 +230,31 @@ def _plan(  # noqa: PLR0913 - two by keyword
     for_predictor = (
         predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
     )  # on a stream of its own
-    fixed = shape.dense_bytes + kv + workspace + captured + for_predictor
-    slots = _slots(config, shape, slot_layout(shape, device, graph=graph), fixed, budget)
+    beside, layout = shape.dense_bytes + workspace + captured + for_predictor, slot_layout(shape, device, graph=graph)
+    left = None if budget is None else budget - beside - _least_slots(config, shape, layout)
+    kv = plan_kv(config, shape, Sequences(live, max_length, chunk), left)
+    slots = _slots(config, shape, layout, beside + kv.nbytes, budget)
     return Plan(
         shape=shape,
         device=device,
         strategy=strategy,
         budget=budget,
         dense=shape.dense_bytes,
-        kv=kv,
+        kv=kv.nbytes,
         workspace=workspace,
         record_bytes=record_bytes,
         slots=slots,
         max_batch=config.max_batch,
         max_live=live,
         max_length=max_length,
+        kv_tokens=kv.tokens,
         prefill_chunk=chunk,
         host=shape.records.store_bytes(shape.experts),
         schedule=config.schedule,
         graph=captured,
         predictor=for_predictor,
+        kv_least=kv.least,
+        kv_layout=kv.layout,
     )
 
 
@@ -260,24 +283,6 @@ _SPEEDS = {"cuda": (50e9, 3e12, 1e-3, 4e-3), "cpu": (10e9, 10e9, 1e-3, 4e-3)}
 and fixed seconds of a step and of a division into groups."""
 
 
-def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
-    """Return an upper bound on the bytes of decode steps as graphs, beside weights, keys and values, and slots.
-
-    The host execution's workspace is not in it: prompts run while the graphs keep their memory.
-    """
-    pairs = rows * shape.top_k
-    state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
-    buffers = pairs * (shape.expert_width * DTYPES[shape.dtype].nbytes + shape.hidden * 4)
-    buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
-    buffers += shape.layers * (shape.experts + 1) * 4
-    buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
-    if device != "cuda":  # an expert is decoded, and computed in float32; so is a token's attention to its past
-        attention = length * (4 * shape.heads * 4 + 2 * max((layer.read_per_token for layer in shape.kv), default=0))
-        return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4 + 2 * attention
-    captured = workspace_bytes(shape, rows, length, rows, prompts=False)
-    return state + buffers + captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES
-
-
 def _max_live(config: EngineConfig, shape: ModelShape) -> int:
     live = config.max_live or config.max_batch
     if live > config.max_batch and not shape.in_rows:
@@ -296,13 +301,24 @@ def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
         ConfigError: if the model's context is shorter than stated.
     """
     if config.max_length is None:
-        return min(shape.context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        return min(shape.context or DEFAULT_CONTEXT, DEFAULT_CONTEXT, config.kv_tokens or DEFAULT_CONTEXT)
     if shape.context is not None and config.max_length > shape.context:
         raise ConfigError(
             f"max_length={config.max_length} is more than the model's context of {shape.context} tokens",
             f"Use {shape.context} or less.",
         )
     return config.max_length
+
+
+def _stated_slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout) -> int | None:
+    sharing = shape.layers - len(layout.large)
+    return None if config.slots is None else parse_slots(config.slots, sharing, shape.experts)
+
+
+def _least_slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout) -> int:
+    """Bytes of the stated slots, or of one, and of large layers."""
+    slots = SlotPool.nbytes(layout.record_bytes, _stated_slots(config, shape, layout) or 1)
+    return slots + SlotPool.large_nbytes(layout, shape.experts)
 
 
 def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: int, budget: int | None) -> int:
@@ -313,7 +329,7 @@ def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: 
     """
     slot_bytes, sharing = layout.record_bytes, shape.layers - len(layout.large)
     total, large = sharing * shape.experts, SlotPool.large_nbytes(layout, shape.experts)
-    stated = None if config.slots is None else parse_slots(config.slots, sharing, shape.experts)
+    stated = _stated_slots(config, shape, layout)
     taken = f"dense weights, KV and workspace take {format_bytes(fixed)}, "
     if large:
         taken += (
@@ -325,8 +341,8 @@ def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: 
         need = f"{stated} slots" if stated else "a single slot"
         raise BudgetError(
             f"gpu_memory={format_bytes(budget)} is too small: {taken}and {need} of {format_bytes(slot_bytes)} must fit beside them",
-            f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length or "
-            "prefill_chunk lowers it.",
+            f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length, "
+            "kv_tokens or prefill_chunk lowers it.",
             least,
         )
     if stated is not None:
@@ -334,70 +350,3 @@ def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: 
     if budget is None:
         return total
     return min(total, (budget - fixed - SlotPool.nbytes(slot_bytes, 0)) // slot_bytes)
-
-
-def workspace_bytes(
-    shape: ModelShape, batch: int, length: int, chunk: int, *, prompts: bool = True, grouped: bool = False
-) -> int:
-    """Return an upper bound on the temporary device memory of one step, bytes.
-
-    The phases of a layer follow one another, so the largest counts; tensors that live through all of them are added.
-
-    Args:
-        shape: the model's figures.
-        batch: sequences.
-        length: tokens of a sequence, prompt included.
-        chunk: tokens of a prefill pass over all sequences.
-        prompts: whether the step may be one over prompts.
-        grouped: whether kernels compute the pass, all tokens of an expert at once and attention without scores in memory.
-    """
-    element = DTYPES[shape.dtype].nbytes
-    tokens = max(chunk, batch)
-    if shape.encoder_decoder and prompts:
-        tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
-    columns = max(1, tokens // batch)
-    state = tokens * shape.hidden
-    linear = grouped and shape.prompt_kernel
-    # residual, normed input, positions, masks and what they are made of
-    steady = state * element * 6 + state * 4 * 2 + tokens * 8 * 8
-    if not linear:
-        steady += batch * columns * length * (2 * element + 8)
-    attention = _attention(shape, batch, length, columns, linear=linear)
-    return int(_SLACK * (steady + max(attention, _moe(shape, tokens, grouped=grouped), _head(shape, batch))))
-
-
-def _attention(shape: ModelShape, batch: int, length: int, columns: int, *, linear: bool) -> int:
-    element = DTYPES[shape.dtype].nbytes
-    tokens = batch * columns
-    # queries, keys, values and their rotated copies (in float32 while rotating)
-    heads = tokens * shape.head_width * (6 * element + 3 * 4)
-    if linear:  # rows are read where they lie; only latents are gathered, and expanded to values and to parts of keys that are joined
-        expanded = max(
-            (layer.read_per_token for layer in shape.kv if layer.read_per_token > layer.bytes_per_token), default=0
-        )
-        return heads + (expanded + shape.head_width * element) * batch * length * (expanded > 0)
-    # a layer's KV rows of the sequences that step are gathered; keys and values are repeated over grouped heads
-    cache = max((layer.read_per_token for layer in shape.kv), default=0) * batch * length
-    repeated = 3 * batch * length * shape.head_width * element
-    scores = batch * shape.heads * columns * length * (4 if not shape.encoder_decoder and not shape.scores else 16)
-    return heads + cache + repeated + scores
-
-
-def _moe(shape: ModelShape, tokens: int, *, grouped: bool) -> int:
-    element = DTYPES[shape.dtype].nbytes
-    pairs = tokens * shape.top_k
-    router = tokens * shape.experts * 4 * 5
-    sorting = pairs * 8 * 6 + pairs * 4 * 2
-    dense = tokens * shape.dense_width * element * 4
-    if grouped:  # what each pair's expert made, and what lies between its projections; then their sum
-        between = pairs * (shape.hidden * 4 + shape.expert_width * element)
-        return router + sorting + 2 * tokens * shape.hidden * element + max(between, dense)
-    parts = pairs * shape.hidden * element + 3 * tokens * shape.hidden * element
-    # one expert may get every token: its input (a copy where token rows are not aligned), inner states, output; weighting them
-    expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
-    return router + sorting + parts + max(expert + shape.records.decode_bytes, dense)
-
-
-def _head(shape: ModelShape, batch: int) -> int:
-    # logits, their float32 copy, probabilities, sorted values, indices and running sums of one sequence at a time
-    return batch * shape.vocabulary * (DTYPES[shape.dtype].nbytes + 8) + shape.vocabulary * 40

@@ -105,6 +105,7 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
     routing: Replay | None = None,
     formats: Formats = FORMATS,
     fetch: bool = True,
+    own_cache: bool = False,
 ) -> Prepared:
     """Read config and shard headers, check them against each other, and plan. Loads no weights.
 
@@ -116,6 +117,7 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
         routing: recorded routing that is replayed; None: the router decides.
         formats: how weights may be stored.
         fetch: whether an id that is not in the local cache may be fetched.
+        own_cache: whether the caller brings the cache of keys and values, as programs of transformers do.
 
     Raises:
         ExpertFlowError: for anything that would make loading or running fail later.
@@ -130,6 +132,8 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
     located = weights.locate(skeleton, convert=config.dtype != "auto")
     with describing(described_by(skeleton.folder), "describes no model that can be run"):
         shape = shape_of(skeleton, located.layers)
+    if own_cache:
+        shape = shape.without_pages()
     if routing is not None:
         shape = routing.counted(shape)
     predictor = None if forecast is not None else _choose_predictor(config, skeleton.folder)

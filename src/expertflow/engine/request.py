@@ -190,6 +190,11 @@ class Request:
         """The tokens a pass over the prompt reads: with those generated so far, where the sequence is read anew."""
         return (*self.prompt_token_ids, *self.token_ids) if self.continues else self.prompt_token_ids
 
+    @property
+    def kept(self) -> int:
+        """Tokens whose keys and values it needs at most: the last one's are never read."""
+        return (len(self.prompt_token_ids) if self.continues else 1) + self.limit - 1
+
     def fail(self) -> StreamOutput:
         """End without a result: the logits of the next token are no numbers."""
         error = NonFiniteError(self.index, len(self.token_ids) + 1)

@@ -7,15 +7,20 @@ allow that, so it is computed here row by row. Must not know requests, experts a
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import EncoderDecoderCache, PreTrainedModel
 
-from expertflow.execution.kv_rows import ForwardInput, OfModel, RowCache, RowLayer, step_masks
+from expertflow.execution.kv.paged import Span
+from expertflow.execution.kv.rows import RowCache, RowLayer
+from expertflow.execution.kv_rows import ForwardInput, OfModel, step_masks
 from expertflow.models.attention import cache_argument
 from expertflow.models.context import ForwardContext
 from expertflow.models.skeleton import Skeleton
@@ -97,7 +102,10 @@ class EncoderDecoderRows(OfModel):
         nowhere: the column that padding writes to.
         windows: each decoder layer's sliding window: None.
         cache: the decoder's own keys and values.
+        cell_lines: 0: keys and values lie in rows, not in pages.
     """
+
+    cell_lines = 0
 
     def __init__(
         self, model: PreTrainedModel, skeleton: Skeleton, rows: int, length: int, context: ForwardContext
@@ -119,10 +127,26 @@ class EncoderDecoderRows(OfModel):
                 module.compute_bias = _row_bias(module, context)
         self._unread = torch.zeros(1, 1, 1, 1, dtype=self._dtype, device=model.device)
 
-    def clear(self, row: int) -> None:
+    def open(self, row: int, tokens: int) -> None:  # noqa: ARG002 - as of rows in pages
         """Clear a row for a new sequence: what the former one wrote, and what its encoder had read."""
         self.cache.clear(row)
         self._read.clear(row)
+
+    def leave(self, row: int) -> None:
+        """Nothing: a row has its memory for good."""
+
+    @contextmanager
+    def passing(self, spans: Sequence[Span], columns: npt.NDArray[np.int64]) -> Iterator[Tensor]:
+        """Note what a step writes; there are no cells."""
+        for span in spans:
+            self.cache.note(span.row, span.end)
+        yield torch.zeros(0, *columns.shape, dtype=torch.long)
+
+    def step_cells(self, rows: Sequence[int], positions: Sequence[int], out: npt.NDArray[np.int64]) -> None:
+        """Note what a step writes; there are no cells."""
+        del out
+        for row, position in zip(rows, positions, strict=True):
+            self.cache.note(row, position + 1)
 
     def drop(self) -> None:
         """Free keys and values; nothing can be run afterwards."""
@@ -171,7 +195,7 @@ class EncoderDecoderRows(OfModel):
         return self._run(run, given, None)
 
     def _run(self, run: Callable[..., Any], given: ForwardInput, encoded: Tensor | None) -> Tensor:
-        tokens, rows, positions, columns, end, reach = given
+        tokens, rows, positions, columns, end, reach, _ = given
         self._both.is_updated = dict.fromkeys(range(len(self.windows)), encoded is None)
         lasts = self._lasts[rows]
         if self.context.now.all_rows:

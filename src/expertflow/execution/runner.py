@@ -5,9 +5,12 @@ end at any step, in host or graph execution. Others run in cohorts: sequences th
 last one is over. Must not know text, sampling and schedules.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -21,6 +24,7 @@ from transformers.cache_utils import (
 
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
 from expertflow.execution.handover import Handover
+from expertflow.execution.kv.paged import Span
 from expertflow.execution.kv_rows import DecodeInput, ForwardInput, RowModel
 from expertflow.execution.rope import use_own_lengths
 from expertflow.models.attention import cache_argument
@@ -30,7 +34,8 @@ from expertflow.models.context import ForwardContext
 class PromptChunk(NamedTuple):
     """Tokens of a prompt, from position `begin` on: the sequence, the tokens, and its KV row.
 
-    `rest` counts the prompt's tokens that later passes read.
+    `rest` counts the prompt's tokens that later passes read; `room` the tokens that the whole sequence keeps at most, 0: as many
+    as there may be.
     """
 
     sequence: int
@@ -38,6 +43,7 @@ class PromptChunk(NamedTuple):
     row: int
     begin: int
     rest: int = 0
+    room: int = 0
 
     @property
     def length(self) -> int:
@@ -64,6 +70,9 @@ class Executor(Protocol):
     def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence; logits of the next."""
 
+    def leave(self, row: int) -> None:
+        """Let other sequences have what a sequence that is over kept in its KV row."""
+
     def best(self) -> Int[Tensor, " B"] | None:
         """The most probable next tokens, if the last step has them ready."""
 
@@ -88,29 +97,38 @@ class RowExecutor:
     @torch.inference_mode()
     def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
         """Run parts of prompts, the shorter ones padded on the left; padding uses no expert."""
-        nowhere = self._rows.nowhere
         ids, mask = _padded([piece.tokens for piece in pieces], torch.device("cpu"), left=True)
-        positions, columns = torch.zeros_like(ids), torch.full_like(ids, nowhere)
+        columns, spans = np.full(ids.shape, -1), []
         for place, piece in enumerate(pieces):
-            skip = ids.shape[1] - len(piece.tokens)
-            columns[place, skip:] = torch.arange(piece.begin, piece.begin + len(piece.tokens))
-            positions[place, skip:] = columns[place, skip:]
-        end = max(piece.begin + len(piece.tokens) for piece in pieces)
-        for piece in pieces:
+            span = Span(piece.row, piece.begin, piece.begin + len(piece.tokens))
+            columns[place, ids.shape[1] - len(piece.tokens) :] = np.arange(span.begin, span.end)
+            spans.append(span)
             if piece.begin == 0:
-                self._rows.clear(piece.row)
-            self._rows.cache.note(piece.row, piece.begin + len(piece.tokens))
-        device = self._rows.model.device
-        rows = torch.tensor([piece.row for piece in pieces], device=device)
+                self._rows.open(piece.row, piece.room)
         self._best = None
-        given = ForwardInput(ids.to(device), rows, positions.to(device), columns.to(device), end)
-        padding, lengths = self._padding(mask == 0), [piece.length for piece in pieces]
-        handover = self._handover
+        lengths, handover = [piece.length for piece in pieces], self._handover
         experts, dense = handover.prompt_experts(), handover.prompt_dense()
-        with self._context.carry(padding=padding, lengths=lengths, experts=experts, dense=dense):
+        with (
+            self._given(ids, spans, columns) as given,
+            self._context.carry(padding=self._padding(mask == 0), lengths=lengths, experts=experts, dense=dense),
+        ):
             logits = self._rows.forward(self._rows.model, given)
         self._handover.pass_queued()
         return logits
+
+    @contextmanager
+    def _given(
+        self, ids: Tensor, spans: Sequence[Span], columns: npt.NDArray[np.int64], reach: int = 0
+    ) -> Iterator[ForwardInput]:
+        """What a pass is fed, on the device, with room for what it writes; columns of padding are -1."""
+        device, at = self._rows.model.device, torch.from_numpy(columns)
+        rows = torch.tensor([span.row for span in spans], device=device)
+        nowhere, end = self._rows.nowhere, max(span.end for span in spans)
+        with self._rows.passing(spans, columns) as cells:
+            yield ForwardInput(
+                ids.to(device), rows, at.clamp(min=0).to(device), torch.where(at < 0, nowhere, at).to(device), end, reach,
+                cells.to(device),
+            )  # fmt: skip
 
     def _padding(self, padding: Bool[Tensor, "B C"]) -> Bool[Tensor, " T"] | None:
         """The tokens of a pass that are of no sequence, on the device; None if there are none."""
@@ -119,19 +137,23 @@ class RowExecutor:
     @torch.inference_mode()
     def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence."""
-        for one in fed:
-            self._rows.cache.note(one.row, one.position + 1)
         decided = self._handover.step(fed)
         if decided is not None:
             self._best = decided.best[: len(fed)]
             return decided.logits[: len(fed)]
         self._best = None
-        device = self._rows.model.device
-        _, tokens, rows, positions = torch.tensor(fed, device=device).unbind(1)
-        end, at = max(one.position for one in fed) + 1, positions[:, None]
-        reach = self._rows.reach([one.row for one in fed])
-        with self._context.carry(lengths=[one.position + 1 for one in fed]):
-            return self._rows.forward(self._rows.model, ForwardInput(tokens[:, None], rows, at, at, end, reach))
+        _, tokens, rows, positions = zip(*fed, strict=True)
+        spans = [Span(row, position, position + 1) for row, position in zip(rows, positions, strict=True)]
+        ids, columns, reach = torch.tensor(tokens)[:, None], np.array(positions)[:, None], self._rows.reach(rows)
+        with (
+            self._given(ids, spans, columns, reach) as given,
+            self._context.carry(lengths=[one.position + 1 for one in fed], dense=self._handover.prompt_dense()),
+        ):
+            return self._rows.forward(self._rows.model, given)
+
+    def leave(self, row: int) -> None:
+        """Give back what the sequence in a row kept."""
+        self._rows.leave(row)
 
     def best(self) -> Int[Tensor, " B"] | None:
         """The most probable next tokens, if a graph has them ready."""
@@ -154,7 +176,7 @@ class EncoderDecoderExecutor(RowExecutor):
         """Run whole prompts through the encoder, the shorter ones padded on the right, then the decoder's first token."""
         model, prompts = self._encoder.model, [piece.tokens for piece in pieces]
         for piece in pieces:
-            self._encoder.clear(piece.row)
+            self._encoder.open(piece.row, piece.room)
         ids, mask = _padded(prompts, model.device, left=False)
         self._best = None
         experts = self._handover.prompt_experts()
@@ -195,6 +217,9 @@ class CohortExecutor:
             self._batch.keep([self._members.index(sequence) for sequence in wanted])
             self._members = wanted
         return self._batch.decode([one.token for one in fed])
+
+    def leave(self, row: int) -> None:
+        """Nothing: a step drops what belongs to sequences that are not in it."""
 
     def best(self) -> None:
         """Not computed on the way."""

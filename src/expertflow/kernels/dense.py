@@ -1,7 +1,7 @@
 """Attention of one token and RMS norm, one launch each: what the dense part of a decode step spends its time on.
 
-Attention reads keys and values where they lie (no repetition over grouped heads) and no further than a sequence is
-long. It is cut into spans of fixed size, so its bits depend neither on the columns a step is captured for nor on other
+Attention reads keys and values where they lie, in rows or in pages (no repetition over grouped heads), and no further than a
+sequence is long. It is cut into spans of fixed size, so its bits depend neither on the columns a step is captured for nor on other
 sequences. Twins of `kernels.dense_reference`. Must not know models and caches.
 """
 
@@ -10,18 +10,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPAN = 256
-"""Columns a program attends to; fixed, because it enters the arithmetic."""
+from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
+
 BLOCK = tl.constexpr(64)
-_LEAST_HEADS = 16
-"""Rows of the narrowest tensor-core product."""
+AHEAD = tl.constexpr(8)
+_PIECE = 32
+"""Elements of a head that a program joins."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def _begin(table, sequence, column, row_stride, table_stride, page: tl.constexpr, width: tl.constexpr):
+    """Elements from row or page 0 to where column 0 of a sequence would be, for a block that begins at `column` and lies in one page."""
+    begin = sequence * row_stride
+    if page > 0:
+        begin = tl.load(table + sequence * table_stride + column // page).to(tl.int64) * row_stride
+        begin -= column // page * page * width
+    return begin
+
+
+@triton.jit
+def _keep(place, cell, most, total, acc, kept):
+    """Store what a span gave."""
+    tl.store(place, most, mask=kept)
+    tl.store(place + 1, total, mask=kept)
+    tl.store(place[:, None] + 2 + cell[None, :], acc, mask=kept[:, None])
+
+
+@triton.jit
 def _attend(
-    query, keys, values, rows, positions, sinks, bias, out, part, row_stride, head_stride, bias_stride, splits,
-    scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
+    query, keys, values, rows, positions, table, sinks, bias, out, part, row_stride, head_stride, table_stride, bias_stride, splits,
+    page: tl.constexpr, scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
     span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, biased: tl.constexpr, single: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one key head with its query heads, one span of columns: maximum, sum and weighted values."""
@@ -39,13 +58,17 @@ def _attend(
             most = tl.load(sinks + head * groups + lane, mask=lane < groups, other=0.0).to(tl.float32)
             total += 1.0
     first = tl.maximum(position - window + 1, 0) if window > 0 else position * 0
-    column = tl.maximum(split * span, first // BLOCK * BLOCK)
-    end = tl.minimum(split * span + span, position + 1)
-    at = tl.load(rows + row).to(tl.int64) * row_stride + head * head_stride
+    behind = (first // span + split) * span
+    column = tl.maximum(behind, first // BLOCK * BLOCK)
+    end = tl.minimum(behind + span, position + 1)
+    sequence = tl.load(rows + row).to(tl.int64)
+    following = _begin(table, sequence, tl.minimum(column, position), row_stride, table_stride, page, width)
     while column < end:
+        begin = following  # looked up a block ahead, so that keys need not wait for it
+        following = _begin(table, sequence, tl.minimum(column + BLOCK, position), row_stride, table_stride, page, width)
         here = column + line
         seen = (here <= position) & (here >= first)
-        where = at + here[:, None] * width + cell[None, :]
+        where = begin + head * head_stride + here[:, None] * width + cell[None, :]
         key = tl.load(keys + where, mask=seen[:, None], other=0.0)
         value = tl.load(values + where, mask=seen[:, None], other=0.0)
         left = asked
@@ -67,36 +90,45 @@ def _attend(
         done = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + mine[:, None] * width + cell[None, :], done, mask=lane[:, None] < groups)
     else:
-        place = part + ((tl.program_id(0) * splits + split) * padded + lane) * (width + 2)
-        tl.store(place, most)
-        tl.store(place + 1, total)
-        tl.store(place[:, None] + 2 + cell[None, :], acc)
+        place = part + ((tl.program_id(0).to(tl.int64) * splits + split) * padded + lane) * (width + 2)
+        _keep(place, cell, most, total, acc, (lane < groups) & (behind <= position))
 
 
 @triton.jit
 def _join(
-    part, out, splits, groups: tl.constexpr, width: tl.constexpr, padded: tl.constexpr
+    part, positions, out, splits, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, piece: tl.constexpr,
+    padded: tl.constexpr, span: tl.constexpr, window: tl.constexpr,
 ):  # fmt: skip
-    """Add the spans of one sequence and key head, in their order."""
-    lane, cell = tl.arange(0, padded), tl.arange(0, width)
-    begin = part + (tl.program_id(0) * splits * padded + lane) * (width + 2)
+    """Add the spans of one sequence and key head, in their order; a piece of the width."""
+    program = tl.program_id(0)
+    lane, cell, some = tl.arange(0, padded), tl.program_id(1) * piece + tl.arange(0, piece), tl.arange(0, AHEAD)
+    position = tl.load(positions + program // kv_heads).to(tl.int32)
+    first = tl.maximum(position - window + 1, 0) if window > 0 else position * 0
+    count = position // span - first // span + 1
+    begin = part + (program.to(tl.int64) * splits * padded + lane) * (width + 2)
     step = padded * (width + 2)
-    most = tl.full([padded], float("-inf"), tl.float32)
+    most = tl.where(lane < groups, float("-inf"), 0.0)
     split = 0
-    while split < splits:
-        most = tl.maximum(most, tl.load(begin + split * step))
-        split += 1
-    total = tl.zeros([padded], tl.float32)
-    acc = tl.zeros([padded, width], tl.float32)
+    while split < count:
+        here = split + some
+        seen = (here[:, None] < count) & (lane[None, :] < groups)
+        most = tl.maximum(
+            most, tl.max(tl.load(begin[None, :] + here[:, None] * step, mask=seen, other=float("-inf")), 0)
+        )
+        split += AHEAD
+    total = tl.where(lane < groups, 0.0, 1.0)
+    acc = tl.zeros([padded, piece], tl.float32)
     split = 0
-    while split < splits:
-        place = begin + split * step
-        fade = tl.exp(tl.load(place) - most)
-        total += tl.load(place + 1) * fade
-        acc += tl.load(place[:, None] + 2 + cell[None, :]) * fade[:, None]
-        split += 1
+    while split < count:
+        for ahead in tl.static_range(AHEAD):  # so many loads are under way
+            seen = (lane < groups) & (split + ahead < count)
+            place = begin + (split + ahead) * step
+            fade = tl.exp(tl.load(place, mask=seen, other=float("-inf")) - most)
+            total += tl.load(place + 1, mask=seen, other=0.0) * fade
+            acc += tl.load(place[:, None] + 2 + cell[None, :], mask=seen[:, None], other=0.0) * fade[:, None]
+        split += AHEAD
     done = (acc / total[:, None]).to(out.dtype.element_ty)
-    mine = tl.program_id(0) * groups + lane
+    mine = program * groups + lane
     tl.store(out + mine[:, None] * width + cell[None, :], done, mask=lane[:, None] < groups)
 
 
@@ -109,40 +141,54 @@ def decode_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    *,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a sequence over the columns up to its position.
 
     Args:
         query: `[B, Q, D]` contiguous, D a power of two from 16 on.
-        keys: `[R, G, N, D]`, any strides but unit columns; Q a multiple of G.
+        keys: `[R, G, N, D]`, any strides but unit columns; Q a multiple of G. With a table `[P, G, N, D]`, pages of N columns, N a
+            multiple of 64.
         values: the same shape and strides.
         where: integer `[B]` each: which of the R rows, and the token's position there, less than N.
         scale: of the scores.
         window: columns seen, the token's own included; None: all.
         sinks: `[Q]`, a score a head gives to nothing; None: no such.
         bias: `[Q, M]` with unit columns, what is added to a score by how far back its column is, each less than M; None: nothing.
+        table: int32 `[R, m]` with unit columns, the pages of each row; None: keys and values lie in rows.
 
     Returns:
         `[B, Q, D]`.
     """
     (rows, heads, width), (kv_heads, length) = query.shape, keys.shape[1:3]
+    page = 0
+    if table is not None:
+        assert length % BLOCK.value == 0
+        page, length = length, length * table.shape[1]
     row, position = where
     assert query.is_contiguous()
     assert keys.stride() == values.stride()
     assert keys.stride()[2:] == (width, 1)
     assert bias is None or bias.stride(1) == 1
     groups, splits = heads // kv_heads, triton.cdiv(length, SPAN)
-    padded = max(_LEAST_HEADS, int(triton.next_power_of_2(groups)))
+    if window:  # spans that one token's window reaches into
+        splits = min(splits, (window - 2) // SPAN + 2)
+    padded = max(LEAST_HEADS, int(triton.next_power_of_2(groups)))
     out = torch.empty_like(query)
     part = query.new_empty((rows * kv_heads, splits, padded, width + 2) if splits > 1 else (1,), dtype=torch.float32)
     _attend[(rows * kv_heads, splits)](
-        query, keys, values, row, position, query if sinks is None else sinks, query if bias is None else bias, out, part,
-        keys.stride(0), keys.stride(1), 0 if bias is None else bias.stride(0), splits, scale=scale, groups=groups,
-        kv_heads=kv_heads, width=width, padded=padded, span=SPAN, window=window or 0, sink=sinks is not None,
+        query, keys, values, row, position, row if table is None else table, query if sinks is None else sinks,
+        query if bias is None else bias, out, part, keys.stride(0), keys.stride(1), 0 if table is None else table.stride(0),
+        0 if bias is None else bias.stride(0), splits, page=page, scale=scale, groups=groups, kv_heads=kv_heads, width=width, padded=padded, span=SPAN, window=window or 0, sink=sinks is not None,
         biased=bias is not None, single=splits == 1, num_warps=4,
     )  # fmt: skip
     if splits > 1:
-        _join[(rows * kv_heads,)](part, out, splits, groups=groups, width=width, padded=padded, num_warps=4)
+        piece = min(width, _PIECE)
+        _join[(rows * kv_heads, width // piece)](
+            part, position, out, splits, groups=groups, kv_heads=kv_heads, width=width, piece=piece, padded=padded, span=SPAN,
+            window=window or 0, num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+SPAN = 256
+"""Columns a program of the kernel attends to; fixed, because it enters the arithmetic."""
+LEAST_HEADS = 16
+"""Rows of its narrowest tensor-core product."""
+
 
 def decode_attention(
     query: Tensor,
@@ -13,11 +18,14 @@ def decode_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    *,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Attention of one token a sequence over the columns up to its position. See the twin; float32 inside."""
-    (rows, heads, width), (kv_heads, length) = query.shape, keys.shape[1:3]
+    (rows, heads, width), kv_heads = query.shape, keys.shape[1]
     row, positions = where
-    keys, values = keys[row], values[row]
+    keys, values = (kept[row] if table is None else _joined(kept, table[row]) for kept in (keys, values))
+    length = keys.shape[2]
     grouped = query.float().view(rows, kv_heads, heads // kv_heads, width)
     scores = grouped @ keys.float().transpose(2, 3) * scale
     distance = positions[:, None] - torch.arange(length, device=query.device)
@@ -42,6 +50,7 @@ def prompt_attention(
     *,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last C tokens of each of B sequences. See the twin; float32 inside.
 
@@ -54,14 +63,30 @@ def prompt_attention(
             end = last + 2 - count + token
             seen = slice(max(0, end - window) if window else 0, end)
             asked = query[place, :, token].float().view(keys.shape[1], -1, query.shape[3])
-            scores = asked @ _copy(keys[row, :, seen]).transpose(1, 2) * scale
+            key, value = (_columns(kept, row, seen, table) for kept in (keys, values))
+            scores = asked @ _copy(key).transpose(1, 2) * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             if sinks is not None:
                 scores = torch.cat([scores, sinks.float().view(*scores.shape[:2], 1)], dim=2)
             shares = scores.softmax(dim=2)[..., : end - seen.start]
-            out[place, token] = (shares @ _copy(values[row, :, seen])).flatten(0, 1).to(query.dtype)
+            out[place, token] = (shares @ _copy(value)).flatten(0, 1).to(query.dtype)
     return out
+
+
+def _joined(kept: Tensor, pages: Tensor) -> Tensor:
+    """Pages `[B, m]` of `[P, G, N, D]` as rows `[B, G, m * N, D]`."""
+    return kept[pages.long()].transpose(1, 2).flatten(2, 3)
+
+
+def _columns(kept: Tensor, row: int, seen: slice, table: Tensor | None) -> Tensor:
+    """Columns of a row, `[G, n, D]`, in rows or in pages."""
+    if table is None:
+        return kept[row, :, seen]
+    page = kept.shape[2]
+    first = seen.start // page
+    joined = _joined(kept, table[row, first : -(-seen.stop // page)][None])[0]
+    return joined[:, seen.start - first * page : seen.stop - first * page]
 
 
 def _copy(tensor: Tensor) -> Tensor:

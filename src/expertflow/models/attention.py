@@ -6,7 +6,7 @@ get are looked at. Must not know KV rows, steps and devices.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Any
@@ -60,14 +60,22 @@ def attention_form(module: nn.Module) -> AttentionForm | None:
     return AttentionForm.LATENT if latent else AttentionForm.RAGGED
 
 
+STEP_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.WIDE})
+"""Forms that the kernel of decode steps takes."""
 PROMPT_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.RAGGED, AttentionForm.LATENT})
 """Forms that the kernel of passes over prompts takes."""
 
 
-def prompts_by_kernel(model: PreTrainedModel, layers: int) -> bool:
-    """Whether a kernel takes the attention of passes over prompts in all of a decoder's layers, so that no mask is needed."""
+def by_kernel(model: PreTrainedModel, layers: int, taken: Collection[AttentionForm] = PROMPT_FORMS) -> bool:
+    """Whether a kernel takes the attention of all of a decoder's layers, so that no mask is needed.
+
+    Args:
+        model: a decoder-only model.
+        layers: of its decoder.
+        taken: forms that the kernel takes; those of the kernel for prompts.
+    """
     forms = [form for module in model.get_decoder().modules() if (form := attention_form(module)) is not None]
-    return len(forms) == layers and PROMPT_FORMS.issuperset(forms)
+    return len(forms) == layers and set(taken).issuperset(forms)
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:

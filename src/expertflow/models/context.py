@@ -50,6 +50,19 @@ class DenseKernels(Protocol):
         """Queries `[B, Q, C, D]` over keys and values to `[B, C, Q, V]`; `more` is what transformers gives by name."""
 
 
+class KvPages(Protocol):
+    """Where one pass writes and reads keys and values that lie in pages."""
+
+    def table(self, layer: int) -> Tensor:
+        """The page table of a layer, int32 `[R, m]`, as far as the pass looks."""
+
+    def written(self, kind: int) -> tuple[Tensor, Tensor]:
+        """Where each token's keys and values go: pages and places, `[B, C]` each."""
+
+    def seen(self, kind: int, kept: Tensor) -> Tensor:
+        """Copy what the pass's rows have, `[P, G, page, D]`, to `[B, G, end, D]`."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Carried:
     """What one pass carries.
@@ -59,6 +72,7 @@ class Carried:
         positions: int64 `[B, C]`, of the tokens.
         columns: int64 `[B, C]`, where the tokens' keys and values go.
         end: columns of the rows that attention looks at.
+        pages: where keys and values lie, if it is in pages; None: in rows.
         reach: columns that it looks at of what an encoder has read; 0 without one.
         lasts: int64 `[B]`, position of the last token that an encoder has read; None without one.
         lengths: tokens of each sequence, by which its rotary table is chosen; None: the module's own choice.
@@ -73,6 +87,7 @@ class Carried:
     positions: Tensor = _NONE
     columns: Tensor = _NONE
     end: int = 0
+    pages: KvPages | None = None
     reach: int = 0
     lasts: Tensor | None = None
     lengths: Sequence[int] | None = None
@@ -84,7 +99,7 @@ class Carried:
 
     @property
     def all_rows(self) -> bool:
-        """Attention is given the keys and values of all KV rows."""
+        """Attention is given the keys and values of all KV rows, or all pages."""
         return self.dense is not None and self.dense.in_place
 
     @property

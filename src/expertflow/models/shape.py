@@ -19,9 +19,10 @@ from expertflow.models.attention import (
     EMPTY,
     KEYS_AND_VALUES,
     RECURRENT,
+    STEP_FORMS,
     attention_windows,
+    by_kernel,
     layer_kinds,
-    prompts_by_kernel,
 )
 from expertflow.models.bounds import describing
 from expertflow.models.places import described_by
@@ -37,11 +38,13 @@ class KvLayer:
     Attributes:
         bytes_per_token: of keys and values together, for one sequence.
         read_per_token: the same as attention reads them: latents are kept as they are and expanded in each pass.
+        in_pages: whether they lie in pages, of which a sequence has as many as it needs.
         source_length: whether the layer holds the encoder's tokens (cross-attention) instead of generated ones.
     """
 
     bytes_per_token: int
     read_per_token: int
+    in_pages: bool = False
     source_length: bool = False
 
 
@@ -73,6 +76,7 @@ class ModelShape:
         in_rows: whether keys and values can be kept in KV rows, so that sequences may join or end at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
         prompt_kernel: whether graph execution has a kernel for the attention of passes over prompts, in all layers.
+        decode_kernel: whether it has one for that of decode steps, in all layers.
         expert_format: name of the format that experts are quantised to on loading; empty: they stay as they are stored.
         notes: remarks for the user on how it runs, one sentence each.
     """
@@ -100,6 +104,7 @@ class ModelShape:
     in_rows: bool
     windows: tuple[int | None, ...] = ()
     prompt_kernel: bool = False
+    decode_kernel: bool = False
     expert_format: str = ""
     notes: tuple[str, ...] = ()
 
@@ -109,12 +114,17 @@ class ModelShape:
         return self.layers * self.experts
 
     def kv_bytes(self, length: int) -> int:
-        """Bytes of one sequence's keys and values at `length` tokens; every layer keeps all of them, windows or not.
+        """Bytes of one sequence's keys and values at `length` tokens, outside pages; every layer keeps all of them, windows or not.
 
         In KV rows a layer has one more column, which padding writes to; what an encoder has read has none.
         """
-        spare = [int(self.in_rows and not layer.source_length) for layer in self.kv]
-        return sum(layer.bytes_per_token * (length + more) for layer, more in zip(self.kv, spare, strict=True))
+        layers = [layer for layer in self.kv if not layer.in_pages]
+        spare = [int(self.in_rows and not layer.source_length) for layer in layers]
+        return sum(layer.bytes_per_token * (length + more) for layer, more in zip(layers, spare, strict=True))
+
+    def without_pages(self) -> "ModelShape":
+        """The figures of a model that is run with a cache of its caller's, which keeps every token."""
+        return replace(self, kv=tuple(replace(layer, in_pages=False) for layer in self.kv))
 
 
 def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None = None) -> ModelShape:
@@ -130,6 +140,7 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
     key_width, value_width, head_width = _head_widths(config, heads)
     unplanned, windows = ((), ()) if skeleton.encoder_decoder else _attention(skeleton, config)
     in_rows = skeleton.family is not None and not unplanned and windows is not None
+    paged = in_rows and not skeleton.encoder_decoder
     records = StoreLayout.of(layers or [skeleton.specs] * len(skeleton.expert_modules))
     return ModelShape(
         model_type=skeleton.config.model_type,
@@ -140,7 +151,7 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         records=records,
         dtype=skeleton.dtype,
         dense_bytes=_dense_bytes(skeleton),
-        kv=_kv_layers(skeleton, (key_width + value_width) * element, element),
+        kv=_kv_layers(skeleton, (key_width + value_width) * element, element, in_pages=paged),
         hidden=int(config.hidden_size),
         expert_width=max(max(spec.shape) for spec in skeleton.specs),
         dense_width=_dense_width(skeleton.model),
@@ -153,9 +164,8 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         unserved=() if skeleton.encoder_decoder else _unserved(skeleton, config, unplanned),
         in_rows=in_rows,
         windows=windows or (),
-        prompt_kernel=in_rows
-        and not skeleton.encoder_decoder
-        and prompts_by_kernel(skeleton.model, len(windows or ())),
+        prompt_kernel=paged and by_kernel(skeleton.model, len(windows or ())),
+        decode_kernel=paged and by_kernel(skeleton.model, len(windows or ()), STEP_FORMS),
         expert_format="" if skeleton.expert_format is None else skeleton.expert_format.name,
         notes=(
             *skeleton.notes,
@@ -230,7 +240,7 @@ def _head_widths(config: Any, heads: int) -> tuple[int, int, int]:
     return kv_heads * head_dim, kv_heads * head_dim, heads * head_dim
 
 
-def _kv_layers(skeleton: Skeleton, read: int, element: int) -> tuple[KvLayer, ...]:
+def _kv_layers(skeleton: Skeleton, read: int, element: int, *, in_pages: bool) -> tuple[KvLayer, ...]:
     """The decoder's layers, whose attention reads `read` bytes a token.
 
     Latents are kept one for all heads by the families of the table; other families may keep them expanded, which is more.
@@ -242,7 +252,7 @@ def _kv_layers(skeleton: Skeleton, read: int, element: int) -> tuple[KvLayer, ..
         return (own, cross) * int(config.num_decoder_layers)
     rank = getattr(config, "kv_lora_rank", None) if skeleton.family is not None else None
     kept = read if rank is None else (rank + config.qk_rope_head_dim) * element
-    layer = KvLayer(bytes_per_token=kept, read_per_token=read if rank is None else read + kept)
+    layer = KvLayer(bytes_per_token=kept, read_per_token=read if rank is None else read + kept, in_pages=in_pages)
     return tuple(layer for _ in layer_kinds(config))
 
 

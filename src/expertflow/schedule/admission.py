@@ -20,7 +20,7 @@ class Moment(NamedTuple):
 
     Attributes:
         free: KV rows without a sequence.
-        waiting: requests without a KV row.
+        waiting: requests without a KV row; where pages are short, those that fit.
         live: sequences with a KV row.
         stepping: of these, the ones whose prompts are read.
     """

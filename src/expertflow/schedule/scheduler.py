@@ -9,6 +9,7 @@ get rows. Pure: numbers in, numbers out, no clock, no tensors. Must not know tok
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ Chances = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
 """How likely the next token of each sequence uses an expert, `[N, L, E]`; None where they are unknown."""
 _CANDIDATES = 16
 """Waiting requests that are compared when some are to be admitted by route."""
+_LOOKED_AT = 256
+"""Waiting requests that are looked at for some that fit, at most."""
 _LONGEST_PAUSE = 32
 """Rounds that `auto` steps by arrival before it looks at routes again, at most: 1 when that was cheaper, then 2, 4, ..."""
 
@@ -84,6 +87,7 @@ class _Sequence:
     """A waiting or live sequence."""
 
     prompt: int
+    pages: int = 0
     row: int = -1
     read: int = 0
     passed: int = 0
@@ -106,6 +110,8 @@ class Scheduler:
         expected: expected routes of live sequences, for `group` and `auto`.
         preview: the same of waiting ones, over their prompts' ends; None: requests are admitted as they came.
         admission: when waiting requests get free rows.
+        pages: of keys and values, for all live sequences; None: a row is all that a sequence needs.
+        page: tokens of one.
 
     Raises:
         ConfigError: if a number is impossible.
@@ -123,6 +129,8 @@ class Scheduler:
     expected: Chances | None = None
     preview: Chances | None = None
     admission: Admission = field(default_factory=AtOnce)
+    pages: int | None = None
+    page: int = 1
     _waiting: dict[int, _Sequence] = field(default_factory=dict)
     _live: dict[int, _Sequence] = field(default_factory=dict)
     _round: list[list[int]] = field(default_factory=list)
@@ -142,6 +150,7 @@ class Scheduler:
                 "Use as many live sequences as the batch has.",
             )
         self._free = list(range(self.rows))
+        self._left = self.pages or 0
 
     @property
     def waiting(self) -> int:
@@ -153,11 +162,27 @@ class Scheduler:
         """Sequences with a KV row."""
         return len(self._live)
 
-    def add(self, sequence: int, prompt: int) -> None:
-        """Queue a request: its number, never used before, and the tokens of its prompt."""
+    def add(self, sequence: int, prompt: int, tokens: int = 0) -> None:
+        """Queue a request.
+
+        Args:
+            sequence: its number, never used before.
+            prompt: tokens of its prompt.
+            tokens: whose keys and values it keeps at most, with the prompt's.
+
+        Raises:
+            ConfigError: if it can never be admitted, because it needs more pages than there are.
+        """
         assert sequence not in self._waiting
         assert sequence not in self._live
-        self._waiting[sequence] = _Sequence(prompt=prompt)
+        need = 0 if self.pages is None else -(-max(prompt, tokens) // self.page)
+        if self.pages is not None and need > self.pages:
+            raise ConfigError(
+                f"a request of {max(prompt, tokens)} tokens, answer included, cannot fit: keys and values of "
+                f"{self.pages * self.page} are kept",
+                "Shorten it, lower max_tokens, or raise kv_tokens.",
+            )
+        self._waiting[sequence] = _Sequence(prompt=prompt, pages=need)
 
     def remove(self, sequence: int) -> bool:
         """Forget a request that finished or was cancelled; False if it neither waits nor lives."""
@@ -166,6 +191,7 @@ class Scheduler:
         gone = self._live.pop(sequence, None)
         if gone is None:
             return False
+        self._left += gone.pages
         self._free.append(gone.row)
         self._free.sort()
         self._leave_round(sequence)
@@ -180,6 +206,10 @@ class Scheduler:
         for members in self._round:
             if sequence in members:
                 members.remove(sequence)
+
+    def lives(self, sequence: int) -> bool:
+        """Whether a sequence has a KV row."""
+        return sequence in self._live
 
     def row(self, sequence: int) -> int:
         """The KV row of a live sequence."""
@@ -274,28 +304,49 @@ class Scheduler:
 
     def _moment(self) -> Moment:
         stepping = sum(self._decodes(sequence) for sequence in self._live)
-        return Moment(len(self._free), len(self._waiting), len(self._live), stepping)
+        return Moment(len(self._free), self._admissible(), len(self._live), stepping)
+
+    def _admissible(self) -> int:
+        """Waiting requests that free rows and pages would take, as they came; all of them where rows are what is short."""
+        left, count = self._left, 0
+        for known in islice(self._waiting.values(), _LOOKED_AT):
+            if count == len(self._free) or (known.pages > left and known.passed >= self.patience):
+                break
+            if known.pages <= left:
+                left, count = left - known.pages, count + 1
+        return count if count < len(self._free) else len(self._waiting)
+
+    def _fitting(self) -> list[int]:
+        """Waiting requests that may be admitted now, as they came: those that fit, but none past one that lost its patience."""
+        found: list[int] = []
+        for sequence, known in islice(self._waiting.items(), _LOOKED_AT):
+            if known.pages <= self._left:
+                found.append(sequence)
+            elif known.passed >= self.patience:
+                break
+            if len(found) == _CANDIDATES:
+                break
+        return found
 
     def _admit(self) -> None:
-        """Give free rows to waiting requests: as they came, or those whose routes are most like the live ones'."""
-        while self._free and self._waiting:
-            sequence = self._choose()
+        """Give free rows to waiting requests that fit: as they came, or those whose routes are most like the live ones'."""
+        while self._free and (candidates := self._fitting()):
+            sequence = self._choose(candidates)
             for earlier in self._waiting:
                 if earlier == sequence:
                     break
                 self._waiting[earlier].passed += 1
             chosen = self._waiting.pop(sequence)
-            chosen.row = self._free.pop(0)
+            chosen.row, self._left = self._free.pop(0), self._left - chosen.pages
             self._live[sequence] = chosen
 
-    def _choose(self) -> int:
-        oldest = next(iter(self._waiting))
+    def _choose(self, candidates: list[int]) -> int:
+        oldest = candidates[0]
         if self.preview is None or len(self._waiting) <= len(self._free) or not self._live:
             return oldest
-        for sequence, known in self._waiting.items():
-            if known.passed >= self.patience:
+        for sequence in candidates:
+            if self._waiting[sequence].passed >= self.patience:
                 return sequence
-        candidates = list(self._waiting)[:_CANDIDATES]
         chances = self.preview([*self._live, *candidates])
         if chances is None:
             return oldest

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from expertflow.kernels.backend import Backend, backend
-from expertflow.models.attention import PROMPT_FORMS, AttentionForm, attention_form, prompts_by_kernel
+from expertflow.models.attention import PROMPT_FORMS, STEP_FORMS, AttentionForm, attention_form, by_kernel
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
 from expertflow.models.skeleton import Skeleton
@@ -39,7 +39,7 @@ class DenseParts:
         forms: forms of attention that are computed here.
     """
 
-    forms = frozenset({AttentionForm.HEADS, AttentionForm.WIDE})
+    forms = STEP_FORMS
 
     def __init__(
         self, model: PreTrainedModel, skeleton: Skeleton, windows: Sequence[int | None], context: ForwardContext
@@ -83,8 +83,13 @@ class DenseParts:
             return attend(queries, keys, values, (now.rows, now.lasts), scale)[:, None]
         window, sinks = self._windows[module.layer_idx], getattr(module, "sinks", None)
         by_distance = None if bias is None else bias[0, :, 0]
-        where = now.rows, now.positions[:, 0]
-        return attend(queries, keys, values, where, scale, window, sinks, by_distance)[:, None]
+        where, table = (now.rows, now.positions[:, 0]), self._table(module)
+        return attend(queries, keys, values, where, scale, window, sinks, by_distance, table=table)[:, None]
+
+    def _table(self, module: Any) -> Tensor | None:
+        """The page table of an attention layer; None where keys and values lie in rows."""
+        pages = self._context.now.pages
+        return None if pages is None else pages.table(module.layer_idx)
 
 
 class PromptParts(DenseParts):
@@ -97,7 +102,7 @@ class PromptParts(DenseParts):
     ) -> None:
         """Make the modules look at the context, unless some layer's attention has no form that the kernel takes: then all keep theirs."""
         super().__init__(model, skeleton, windows, context)
-        self._attends = prompts_by_kernel(model, len(windows))
+        self._attends = by_kernel(model, len(windows))
         self._latent = any(module.config.form is AttentionForm.LATENT for module in self._attentions)
 
     @property
@@ -116,10 +121,12 @@ class PromptParts(DenseParts):
         """`[B, Q, C, D]` over keys and values of all KV rows, or of those of the pass, to `[B, C, Q, V]`."""
         now = self._context.now
         assert more.get("position_bias") is None
-        rows = now.rows if self.in_place else torch.arange(len(now.rows), device=now.rows.device)
+        rows, table = now.rows, self._table(module)
+        if not self.in_place:  # what the pass's own rows have was copied
+            rows, table = torch.arange(len(now.rows), device=now.rows.device), None
         return self._kernels.prompt_attention(
             *given, (rows, now.positions[:, -1]), scale, self._windows[module.layer_idx], sinks=getattr(module, "sinks", None),
-            softcap=more.get("softcap"),
+            softcap=more.get("softcap"), table=table,
         )  # fmt: skip
 
 

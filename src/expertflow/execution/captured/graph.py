@@ -1,8 +1,8 @@
 """Decode steps as graphs: the whole step, routing included, is captured once a shape and replayed.
 
 A step reads tokens, rows and positions from fixed buffers, and writes logits and the most probable tokens to others.
-The predictor, the plan and the loads of the experts are part of it (`execution.captured.experts`). Keys and values are
-in rows that never move (`execution.kv_rows`). A step is captured once for each number of sequences and of columns
+The predictor, the plan and the loads of the experts are part of it (`execution.captured.experts`). Keys and values, and the
+tables of their pages, are in buffers that never move (`execution.kv`). A step is captured once for each number of sequences and of columns
 looked at, both rounded up to a few sizes. It is captured once more for a predictor that is paused. The first step of a
 shape runs eagerly and is captured afterwards. On a CPU every step runs eagerly: the same code without the capture. Must
 not know requests, and which side decides (`execution.handover`).
@@ -19,13 +19,14 @@ from expertflow.execution.captured.capture import capture, graph_pool, kept_byte
 from expertflow.execution.captured.dense import DenseParts
 from expertflow.execution.captured.experts import DeviceExperts
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
+from expertflow.execution.kv.layout import WASTE
 from expertflow.execution.kv_rows import DecodeInput, ForwardInput, RowModel
 from expertflow.execution.passes import stock_forward
 from expertflow.execution.sampler import most_probable
 
 LEAST_COLUMNS = 128
 """Columns the shortest captured step looks at; longer ones double."""
-TOKENS, ROWS, POSITIONS, COLUMNS = range(4)
+TOKENS, ROWS, POSITIONS, COLUMNS, CELLS = range(5)
 """Places in `GraphDecoder.inputs`."""
 
 
@@ -47,7 +48,8 @@ class GraphDecoder:
         dense: run attention and norms by our kernels where they support a module's form; else by the model's own.
 
     Attributes:
-        inputs: int64 `[4, batch]` on the device, what the next step is fed: tokens, rows, positions, columns.
+        inputs: int64 `[4 + K, batch]` on the device, what the next step is fed: tokens, rows, positions, columns, and K lines of
+            cells, see `ForwardInput`.
         logits: `[batch, V]` of the last step.
         best: int64 `[batch]`, its most probable next tokens, as `sampler.most_probable` finds them.
     """
@@ -58,9 +60,9 @@ class GraphDecoder:
         """Make the buffers that graphs point at."""
         self.rows, self.experts, self._batch = rows, experts, batch
         device, length = rows.model.device, rows.nowhere
-        self.inputs = torch.zeros(4, batch, dtype=torch.long, device=device)
-        self.inputs[COLUMNS] = length
-        self._staged = torch.zeros(4, batch, dtype=torch.long)
+        self._staged = torch.zeros(CELLS + rows.cell_lines, batch, dtype=torch.long)
+        self._staged[COLUMNS] = length
+        self.inputs = self._staged.to(device, copy=True)
         vocabulary = int(rows.skeleton.config.get_text_config(decoder=True).vocab_size)
         dtype = getattr(torch, rows.skeleton.dtype)
         self.logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
@@ -86,6 +88,8 @@ class GraphDecoder:
         staged[:, count:] = 0
         staged[TOKENS, :count], staged[ROWS, :count], staged[POSITIONS, :count] = tokens, rows, positions
         staged[COLUMNS, :count], staged[COLUMNS, count:] = positions, length
+        staged[CELLS:-1, count:] = WASTE
+        self.rows.step_cells(rows, positions, staged[CELLS:, :count])
         self.inputs.copy_(self._staged)  # ordinary memory: it may be used again at once
         self.launch(batch, columns)
         return self.logits[:count]
@@ -118,12 +122,13 @@ class GraphDecoder:
             raise
 
     def _step(self, batch: int, columns: int) -> None:
-        tokens, rows, positions, where = (self.inputs[place, :batch] for place in range(4))
+        tokens, rows, positions, where = (self.inputs[place, :batch] for place in range(CELLS))
+        cells = self.inputs[CELLS:, :batch, None]
         self.experts.open_step(batch)  # padding attends to whatever lies in row 0; what it gives is not read
         with self.rows.context.carry(experts=self.experts.run, dense=self._dense):
             logits = self.rows.forward(
                 stock_forward(self.rows.model),  # a pass would begin a step of the host execution
-                ForwardInput(tokens[:, None], rows, positions[:, None], where[:, None], columns, self._reach),
+                ForwardInput(tokens[:, None], rows, positions[:, None], where[:, None], columns, self._reach, cells),
             )
         self.experts.close_step()
         self.logits[:batch].copy_(logits)

@@ -31,9 +31,16 @@ class Tiling(NamedTuple):
 
 
 @triton.jit
-def at(rows, sequence, column, row_stride, column_stride):
-    """Elements from a head's first one in row 0 to `column` of a sequence; keys and values in pages would change only this."""
-    return tl.load(rows + sequence).to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+def at(rows, table, table_stride, sequence, column, here, row_stride, column_stride, page: tl.constexpr):
+    """Elements from a head's first one in row or page 0 to columns `here` of a sequence, a block that begins at `column`.
+
+    With pages a block lies in one of them.
+    """
+    row = tl.load(rows + sequence).to(tl.int64)
+    if page > 0:
+        row = tl.load(table + row * table_stride + column // page).to(tl.int64)
+        here -= column // page * page
+    return row * row_stride + here.to(tl.int64) * column_stride
 
 
 @triton.jit
@@ -55,14 +62,14 @@ def _product(left, right, acc):
 
 @triton.jit
 def _block(
-    query, query_end, keys, values, rows, sequence, column, end, position, most, total, acc, key_row, key_column, value_row, value_column,
-    scale: tl.constexpr, cap: tl.constexpr, window: tl.constexpr, key_width: tl.constexpr, wide: tl.constexpr, tail: tl.constexpr,
-    value_width: tl.constexpr, padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, masked: tl.constexpr,
+    query, query_end, keys, values, rows, table, table_stride, sequence, column, end, position, most, total, acc, key_row, key_column, value_row, value_column,
+    page: tl.constexpr, scale: tl.constexpr, cap: tl.constexpr, window: tl.constexpr, key_width: tl.constexpr, wide: tl.constexpr,
+    tail: tl.constexpr, value_width: tl.constexpr, padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     """Take in one block of columns: a tile's maximum, sum and weighted values. `masked`: not every row sees every column."""
     here = column + tl.arange(0, block_n)
     inside = here < end
-    pointers = keys + at(rows, sequence, here, key_row, key_column)
+    pointers = keys + at(rows, table, table_stride, sequence, column, here, key_row, key_column, page)
     key = _tile(pointers, 0, key_width, wide, inside, not masked)
     score = _product(query, tl.trans(key), tl.zeros([block_m, block_n], tl.float32))
     if tail > 0:
@@ -83,9 +90,8 @@ def _block(
     share = tl.exp2(score * factor - base[:, None])
     fade = tl.exp2(most - base)
     total = total * fade + tl.sum(share, 1)
-    value = _tile(
-        values + at(rows, sequence, here, value_row, value_column), 0, value_width, padded, inside, not masked
-    )
+    pointers = values + at(rows, table, table_stride, sequence, column, here, value_row, value_column, page)
+    value = _tile(pointers, 0, value_width, padded, inside, not masked)
     acc = _product(share.to(value.dtype), value, acc * fade[:, None])
     return higher, total, acc
 
@@ -93,8 +99,8 @@ def _block(
 # many parameters: three strides a tensor, and a width in parts
 @triton.jit(do_not_specialize=["tokens", "lasts_stride"], do_not_specialize_on_alignment=["rows", "lasts"])
 def attend(
-    query, keys, values, rows, lasts, sinks, out, tokens, query_batch, query_head, query_token, key_row, key_head, key_column, value_row,
-    value_head, value_column, lasts_stride, heads: tl.constexpr, groups: tl.constexpr, scale: tl.constexpr, cap: tl.constexpr,
+    query, keys, values, rows, lasts, table, sinks, out, tokens, query_batch, query_head, query_token, key_row, key_head, key_column, value_row,
+    value_head, value_column, lasts_stride, table_stride, page: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, scale: tl.constexpr, cap: tl.constexpr,
     window: tl.constexpr, sink: tl.constexpr, key_width: tl.constexpr, wide: tl.constexpr, tail: tl.constexpr, value_width: tl.constexpr,
     padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
 ):  # fmt: skip
@@ -131,14 +137,14 @@ def attend(
         full = tl.maximum(earliest + 1, 0) // block_n * block_n
         for column in tl.range(0, full, block_n):
             most, total, acc = _block(
-                mine, mine_end, keys, values, rows, sequence, column, end, position, most, total, acc, key_row, key_column, value_row,
-                value_column, scale, cap, window, key_width, wide, tail, value_width, padded, block_m, block_n, False,
+                mine, mine_end, keys, values, rows, table, table_stride, sequence, column, end, position, most, total, acc, key_row, key_column, value_row,
+                value_column, page, scale, cap, window, key_width, wide, tail, value_width, padded, block_m, block_n, False,
             )  # fmt: skip
         cut = full
     for column in tl.range(cut, end, block_n):
         most, total, acc = _block(
-            mine, mine_end, keys, values, rows, sequence, column, end, position, most, total, acc, key_row, key_column, value_row,
-            value_column, scale, cap, window, key_width, wide, tail, value_width, padded, block_m, block_n, True,
+            mine, mine_end, keys, values, rows, table, table_stride, sequence, column, end, position, most, total, acc, key_row, key_column, value_row,
+            value_column, page, scale, cap, window, key_width, wide, tail, value_width, padded, block_m, block_n, True,
         )  # fmt: skip
     done = acc / tl.where(total == 0, 1.0, total)[:, None]
     cell = tl.arange(0, padded)
@@ -147,9 +153,14 @@ def attend(
     tl.store(result[:, None] + cell[None, :], done.to(out.dtype.element_ty), mask=inside)
 
 
-def tiling(key_width: int, value_width: int, dtype: torch.dtype) -> Tiling:
+def tiling(key_width: int, value_width: int, dtype: torch.dtype, *, paged: bool = False) -> Tiling:
     """How a pass is cut. `block_n` depends on the model alone, because it enters the arithmetic."""
-    widest = max(key_width, value_width)
+    cut = _tiling(max(key_width, value_width), dtype)
+    # Triton counts the look-up of a page as a stage before each stage of its block: so as many blocks are in flight as without
+    return cut._replace(stages=2 * cut.stages - 1) if paged else cut
+
+
+def _tiling(widest: int, dtype: torch.dtype) -> Tiling:
     if dtype == torch.float32:  # no tensor cores: tiles live in registers
         return Tiling(32 if widest <= 64 else 16, 32, 4, 1)
     if widest <= 64:
@@ -176,6 +187,7 @@ def prompt_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
     cut: Tiling | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last C tokens of each of B sequences over the columns up to each token's position.
 
@@ -190,6 +202,8 @@ def prompt_attention(
         sinks: `[Q]`, a score a head gives to nothing; None: no such.
         softcap: scores are `softcap * tanh(score / softcap)`; None: as they are.
         cut: None: as `tiling` says.
+        table: int32 `[R, m]` with unit columns, the pages of each row: keys and values are `[P, G, N, D]`, pages of N columns, N a multiple
+            of 64; None: they lie in rows.
 
     Returns:
         `[B, C, Q, V]`.
@@ -199,15 +213,17 @@ def prompt_attention(
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1
     assert rows.is_contiguous()
     assert scale > 0
-    cut = cut or tiling(width, value_width, query.dtype)
+    cut = cut or tiling(width, value_width, query.dtype, paged=table is not None)
+    assert table is None or keys.shape[2] % cut.block_n == 0
     groups = heads // kv_heads
     out = query.new_empty(batch, tokens, heads, value_width)
     grid, stages = (kv_heads, triton.cdiv(tokens * groups, cut.block_m), batch), cut.stages
     while True:
         try:
             attend[grid](
-                query, keys, values, rows, lasts, query if sinks is None else sinks, out, tokens, query.stride(0), query.stride(1),
-                query.stride(2), *keys.stride()[:3], *values.stride()[:3], lasts.stride(0), heads=heads, groups=groups, scale=scale,
+                query, keys, values, rows, lasts, rows if table is None else table, query if sinks is None else sinks, out, tokens, query.stride(0), query.stride(1),
+                query.stride(2), *keys.stride()[:3], *values.stride()[:3], lasts.stride(0), 0 if table is None else table.stride(0),
+                page=0 if table is None else keys.shape[2], heads=heads, groups=groups, scale=scale,
                 cap=softcap or 0.0, window=window or 0, sink=sinks is not None, block_m=cut.block_m, block_n=cut.block_n,
                 num_warps=cut.warps, num_stages=stages, **parts(width, value_width),
             )  # fmt: skip

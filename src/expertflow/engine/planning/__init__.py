@@ -1,0 +1,1 @@
+"""Parts of a plan: keys and values, and the memory of a step. Pure."""

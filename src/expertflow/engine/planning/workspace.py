@@ -1,0 +1,122 @@
+"""The temporary memory of a pass over prompts and of a step, bytes: upper bounds from tensor sizes, compared with measured peaks.
+
+Pure. Must not know budgets and slots.
+"""
+
+from expertflow.execution.kv.layout import pages_of
+from expertflow.formats.dtypes import DTYPES
+from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
+from expertflow.kernels.residency.state import CacheState
+from expertflow.models.shape import ModelShape
+
+CUDA_LIBRARY_BYTES = 40 * 2**20
+"""cuBLAS keeps 32 MiB in the allocator on an H100 (benchmarks/results/host_execution_h100.json), plus 8 MiB of room."""
+GRAPH_POOL_BYTES = 64 * 2**20
+"""The allocator takes a graph's memory in blocks of 2 and 20 MiB that it does not give back."""
+_SLACK = 1.1
+"""Factor on counted temporaries: allocators round up, and operators are counted by name, not by trace."""
+
+
+def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
+    """Return an upper bound on the bytes of decode steps as graphs, beside weights, keys and values, and slots.
+
+    The host execution's workspace is not in it: prompts run while the graphs keep their memory.
+    """
+    pairs = rows * shape.top_k
+    state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
+    buffers = pairs * (shape.expert_width * DTYPES[shape.dtype].nbytes + shape.hidden * 4)
+    buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
+    buffers += shape.layers * (shape.experts + 1) * 4
+    buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
+    if device != "cuda":  # an expert is decoded, and computed in float32; so is a token's attention to its past
+        attention = length * (4 * shape.heads * 4 + 2 * max((layer.read_per_token for layer in shape.kv), default=0))
+        return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4 + 2 * attention
+    captured = workspace_bytes(shape, rows, length, rows, prompts=False, linear=shape.decode_kernel)
+    if shape.decode_kernel:
+        captured += attention_parts(shape, rows, length)
+    return state + buffers + captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES
+
+
+def attention_parts(shape: ModelShape, rows: int, length: int) -> int:
+    """Return the bytes in which a captured step's attention keeps the sums of a sequence's spans; none if there is one span."""
+    spans, width = pages_of(length, SPAN), shape.head_width // shape.heads
+    heads = max(layer.read_per_token for layer in shape.kv) // (2 * DTYPES[shape.dtype].nbytes * width)
+    padded = max(LEAST_HEADS, 1 << (shape.heads // heads - 1).bit_length())
+    return rows * heads * spans * padded * (width + 2) * 4 if spans > 1 else 0
+
+
+def workspace_bytes(  # noqa: PLR0913 - three by keyword
+    shape: ModelShape,
+    batch: int,
+    length: int,
+    chunk: int,
+    *,
+    prompts: bool = True,
+    grouped: bool = False,
+    linear: bool = False,
+) -> int:
+    """Return an upper bound on the temporary device memory of one step, bytes.
+
+    The phases of a layer follow one another, so the largest counts; tensors that live through all of them are added.
+
+    Args:
+        shape: the model's figures.
+        batch: sequences.
+        length: tokens of a sequence, prompt included.
+        chunk: tokens of a prefill pass over all sequences.
+        prompts: whether the step may be one over prompts.
+        grouped: whether kernels compute all tokens of an expert at once, from slots.
+        linear: whether a kernel computes attention, without scores and masks in memory.
+    """
+    element = DTYPES[shape.dtype].nbytes
+    tokens = max(chunk, batch)
+    if shape.encoder_decoder and prompts:
+        tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
+    columns = max(1, tokens // batch)
+    state = tokens * shape.hidden
+    # residual, normed input, positions, masks and what they are made of
+    steady = state * element * 6 + state * 4 * 2 + tokens * 8 * 8
+    if not linear:
+        steady += batch * columns * length * (2 * element + 8)
+    if any(layer.in_pages for layer in shape.kv):  # where a pass's keys and values lie in their pages
+        gathered = not linear or any(layer.read_per_token > layer.bytes_per_token for layer in shape.kv)
+        steady += tokens * 8 * 8 + gathered * batch * length * (shape.heads + 4) * 8 * len(set(shape.windows))
+    attention = _attention(shape, batch, length, columns, linear=linear)
+    return int(_SLACK * (steady + max(attention, _moe(shape, tokens, grouped=grouped), _head(shape, batch))))
+
+
+def _attention(shape: ModelShape, batch: int, length: int, columns: int, *, linear: bool) -> int:
+    element = DTYPES[shape.dtype].nbytes
+    tokens = batch * columns
+    # queries, keys, values and their rotated copies (in float32 while rotating)
+    heads = tokens * shape.head_width * (6 * element + 3 * 4)
+    if linear:  # rows are read where they lie; only latents are gathered, and expanded to values and to parts of keys that are joined
+        expanded = max(
+            (layer.read_per_token for layer in shape.kv if layer.read_per_token > layer.bytes_per_token), default=0
+        )
+        return heads + (expanded + shape.head_width * element) * batch * length * (expanded > 0)
+    # a layer's KV rows of the sequences that step are gathered; keys and values are repeated over grouped heads
+    cache = max((layer.read_per_token for layer in shape.kv), default=0) * batch * length
+    repeated = 3 * batch * length * shape.head_width * element
+    scores = batch * shape.heads * columns * length * (4 if not shape.encoder_decoder and not shape.scores else 16)
+    return heads + cache + repeated + scores
+
+
+def _moe(shape: ModelShape, tokens: int, *, grouped: bool) -> int:
+    element = DTYPES[shape.dtype].nbytes
+    pairs = tokens * shape.top_k
+    router = tokens * shape.experts * 4 * 5
+    sorting = pairs * 8 * 6 + pairs * 4 * 2
+    dense = tokens * shape.dense_width * element * 4
+    if grouped:  # what each pair's expert made, and what lies between its projections; then their sum
+        between = pairs * (shape.hidden * 4 + shape.expert_width * element)
+        return router + sorting + 2 * tokens * shape.hidden * element + max(between, dense)
+    parts = pairs * shape.hidden * element + 3 * tokens * shape.hidden * element
+    # one expert may get every token: its input (a copy where token rows are not aligned), inner states, output; weighting them
+    expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
+    return router + sorting + parts + max(expert + shape.records.decode_bytes, dense)
+
+
+def _head(shape: ModelShape, batch: int) -> int:
+    # logits, their float32 copy, probabilities, sorted values, indices and running sums of one sequence at a time
+    return batch * shape.vocabulary * (DTYPES[shape.dtype].nbytes + 8) + shape.vocabulary * 40

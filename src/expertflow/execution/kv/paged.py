@@ -1,0 +1,372 @@
+"""A transformers cache whose keys and values lie in pages, and what is copied out of it and in again.
+
+All layers of a kind are one tensor of keys and one of values, so that clearing and copying pages is one launch each. Page
+tables are device buffers at fixed addresses: captured steps stay valid while pages change hands. Where a pass writes is
+worked out on the host and comes with its tokens. Must not know requests, experts and graphs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from expertflow.errors import ConfigError
+from expertflow.execution.kv.layout import WASTE, Layout
+from expertflow.execution.kv.pages import PageTable
+from expertflow.models.context import ForwardContext
+
+
+class Span(NamedTuple):
+    """Tokens `begin .. end - 1` of the sequence in a row, which a pass writes."""
+
+    row: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """Keys and values of a range of tokens in host memory, of the layers of some kinds.
+
+    Attributes:
+        begin: its first token.
+        end: the token behind its last.
+        parts: by kind: first token of the part, keys and values, `[pages, layers, heads, page, width]` each, places as on the device.
+        copied: comes when the device has written all of it; None: it has.
+    """
+
+    begin: int
+    end: int
+    parts: dict[int, tuple[int, Tensor, Tensor]]
+    copied: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        """Wait until everything is here."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(keys.nbytes + values.nbytes for _, keys, values in self.parts.values())
+
+
+class Stack:
+    """Keys and values of all layers of one kind, `[layers, pages, heads, page, width]`; made when the first keys come."""
+
+    def __init__(self, layers: int, pages: int, page: int) -> None:
+        """Remember the sizes."""
+        self._size = layers, pages, page
+        self.keys = self.values = torch.zeros(0)
+
+    @property
+    def made(self) -> bool:
+        """Whether there are tensors."""
+        return self.keys.ndim > 1
+
+    def make(self, keys: Tensor, values: Tensor) -> None:
+        """Allocate for keys and values like these, `[B, heads, C, width]`; zeros, because what is masked must still be finite."""
+        layers, pages, page = self._size
+        if not self.made:
+            shape = layers, pages, keys.shape[1], page
+            self.keys, self.values = keys.new_zeros(*shape, keys.shape[3]), values.new_zeros(*shape, values.shape[3])
+        assert self.keys.shape[2] == keys.shape[1], "layers of one kind have heads of one number"
+        assert (self.keys.shape[4], self.values.shape[4]) == (keys.shape[3], values.shape[3]), "and of one width"
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Zero pages that another sequence had: NaN, times a weight of zero, would still be NaN."""
+        if self.made and pages:
+            where = torch.tensor(pages, device=self.keys.device)
+            self.keys.index_fill_(1, where, 0)
+            self.values.index_fill_(1, where, 0)
+
+
+class PassPages:
+    """Where one pass writes and reads; what it looks up is looked up once for all layers of a kind.
+
+    Args:
+        layout: of the cache.
+        tables: int32 `[rows, columns]` on the device, of each kind.
+        cells: int64 `[kinds + 1, B, C]`: the page of each token in each kind, then its place in the page.
+        rows: int64 `[B]`, of the pass.
+        end: columns that are looked at.
+    """
+
+    def __init__(self, layout: Layout, tables: Sequence[Tensor], cells: Tensor, rows: Tensor, end: int) -> None:
+        """Look up nothing yet."""
+        self._layout, self._tables, self._cells, self._rows, self._end = layout, tables, cells, rows, end
+        self._seen: dict[tuple[int, int], Tensor] = {}
+
+    def table(self, layer: int) -> Tensor:
+        """The page table of a layer, as far as the pass looks: `[rows, m]`."""
+        return self._tables[self._layout.layers[layer]][:, : -(-self._end // self._layout.page)]
+
+    def written(self, kind: int) -> tuple[Tensor, Tensor]:
+        """Where each token's keys and values go: pages and places, `[B, C]` each."""
+        return self._cells[kind], self._cells[-1]
+
+    def seen(self, kind: int, kept: Tensor) -> Tensor:
+        """Copy what the pass's rows have, `[pages, heads, page, width]`, to `[B, heads, end, width]`."""
+        heads, page, width = kept.shape[1:]
+        if (kind, heads) not in self._seen:
+            column = torch.arange(self._end, device=kept.device)
+            pages = self._tables[kind][self._rows][:, column // page].long()
+            head = torch.arange(heads, device=kept.device)[:, None]
+            self._seen[kind, heads] = ((pages[:, None] * heads + head) * page + column % page).flatten()
+        copy = kept.view(-1, width).index_select(0, self._seen[kind, heads])
+        return copy.view(len(self._rows), heads, self._end, width)
+
+
+class PagedLayer(CacheLayerMixin):
+    """One attention layer's pages. Which of them a pass works on is in the pass's context."""
+
+    is_sliding = False
+
+    def __init__(self, stack: Stack, place: int, kind: int, context: ForwardContext) -> None:
+        """A layer of a stack, whose memory is taken when the first keys come."""
+        super().__init__()
+        self._stack, self._place, self._kind, self._context = stack, place, kind, context
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for all layers of the kind."""
+        self._stack.make(key_states, value_states)
+        self.keys, self.values = self._stack.keys[self._place], self._stack.values[self._place]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write a pass's keys and values, `[B, heads, C, width]`; what attention looks at comes back."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        now = self._context.now
+        assert now.pages is not None
+        pages, places = now.pages.written(self._kind)
+        self.keys[pages, :, places] = key_states.transpose(1, 2)
+        self.values[pages, :, places] = value_states.transpose(1, 2)
+        if now.all_rows:
+            return self.keys, self.values
+        return now.pages.seen(self._kind, self.keys), now.pages.seen(self._kind, self.values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
+        """Columns a pass looks at, and where they begin."""
+        return self.get_seq_length(), 0
+
+    def get_seq_length(self) -> int:
+        """Columns a pass looks at: every sequence has a length of its own."""
+        return self._context.now.end
+
+    def get_max_length(self) -> int:
+        """No bound of the layer's own."""
+        return -1
+
+
+class PagedCache(Cache):
+    """All layers' pages, and who has them.
+
+    Args:
+        layout: sizes.
+        context: what the model's passes carry.
+        device: where keys and values are.
+
+    Attributes:
+        layout: sizes.
+        tables: int32 `[rows, columns]` on the device, of each kind; they never move.
+        books: the same on the host, with who has which page.
+    """
+
+    def __init__(self, layout: Layout, context: ForwardContext, device: torch.device) -> None:
+        """Start with no row open."""
+        self.layout, self._device = layout, device
+        self.books = [PageTable(layout, kind) for kind in layout.kinds]
+        self.tables = [torch.from_numpy(book.entries).to(device, copy=True) for book in self.books]
+        self._stacks = [
+            Stack(layout.layers.count(number), kind.pages, layout.page) for number, kind in enumerate(layout.kinds)
+        ]
+        counts = [0] * len(layout.kinds)
+        layers = []
+        for kind in layout.layers:
+            layers.append(PagedLayer(self._stacks[kind], counts[kind], kind, context))
+            counts[kind] += 1
+        super().__init__(layers=layers)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept on the device."""
+        return [*self.tables, *(part for stack in self._stacks if stack.made for part in (stack.keys, stack.values))]
+
+    def drop(self) -> None:
+        """Free keys and values; nothing can be run afterwards."""
+        self.layers.clear()
+        self._stacks.clear()
+        self.tables.clear()
+
+    def open(self, row: int, tokens: int) -> None:
+        """Begin a sequence of so many tokens at most in a row.
+
+        Raises:
+            ConfigError: if there are too few free pages.
+        """
+        for book in self.books:
+            book.open(row, tokens)
+
+    def leave(self, row: int) -> None:
+        """Give all pages of a row back."""
+        for book in self.books:
+            book.leave(row)
+
+    @contextmanager
+    def passing(self, spans: Sequence[Span], columns: npt.NDArray[np.int64]) -> Iterator[Int[Tensor, "K B C"]]:
+        """Have pages for a pass, which is queued inside; behind it, give back what no later token sees.
+
+        Args:
+            spans: what it writes, a row each.
+            columns: `[B, C]`, each token's column in the row of its span; padding has -1. Lines behind the spans are padding.
+
+        Returns:
+            Where each token's keys and values go, in host memory; see `PassPages`.
+        """
+        for book in self.books:
+            for span in spans:
+                book.advance(*span)
+        try:
+            self._synchronise()
+            yield self._cells(spans, columns)
+        except BaseException:
+            for book in self.books:
+                for span in spans:
+                    book.retreat(span.row, span.begin)
+            raise
+        for book in self.books:
+            for span in spans:
+                book.trim(span.row, span.end)
+
+    def step_cells(self, rows: Sequence[int], positions: Sequence[int], out: npt.NDArray[np.int64]) -> None:
+        """Have room for one token of each row, and write where it goes to `out`, `[kinds + 1, B]`.
+
+        Windows give pages back when they need another one: then they have as many as a token's window takes.
+        """
+        page = self.layout.page
+        for kind, book in enumerate(self.books):
+            out[kind] = [book.page_for(row, position) for row, position in zip(rows, positions, strict=True)]
+        out[-1] = [position % page for position in positions]
+        if any(book.changed for book in self.books):
+            self._synchronise()
+
+    def of_pass(self, cells: Tensor, rows: Tensor, end: int) -> PassPages:
+        """What a pass looks up; `cells` from `passing`, on the device."""
+        return PassPages(self.layout, self.tables, cells, rows, end)
+
+    @torch.inference_mode()
+    def copy_out(self, row: int, begin: int, end: int) -> Kept:
+        """Copy what layers without a window keep of tokens `begin .. end - 1` to host memory, page-locked on CUDA.
+
+        Copies are queued behind the passes before them, and pages may change hands at once; `Kept.wait` waits for them.
+        """
+        kinds = [number for number, book in enumerate(self.books) if book.kind.window is None]
+        return self._out(row, begin, end, dict.fromkeys(kinds, begin))
+
+    @torch.inference_mode()
+    def snapshot(self, row: int, token: int) -> Kept:
+        """Copy what layers with a window keep for token number `token`, which comes next; queued as by `copy_out`.
+
+        Raises:
+            ConfigError: if the sequence has gone on so far that part of it was given back.
+        """
+        kinds = {number: book.needed(token) for number, book in enumerate(self.books) if book.kind.window is not None}
+        for kind, first in kinds.items():
+            if not self.books[kind].keeps(row, first, token):
+                raise ConfigError(
+                    f"row {row} does not keep tokens {first} to {token - 1} any more",
+                    "Take a snapshot behind the pass that ends there.",
+                )
+        return self._out(row, min(kinds.values(), default=token), token, kinds)
+
+    @torch.inference_mode()
+    def copy_in(self, row: int, kept: Kept) -> None:
+        """Write what `copy_out` gave into an open row; queued. Keep the host memory until the device has come there."""
+        for kind, (begin, keys, values) in kept.parts.items():
+            stack = self._stacks[kind]
+            for number, (page, there) in enumerate(self._runs(kind, row, begin, kept.end)):
+                stack.keys[:, page, :, there].copy_(keys[number, :, :, there], non_blocking=True)
+                stack.values[:, page, :, there].copy_(values[number, :, :, there], non_blocking=True)
+
+    @torch.inference_mode()
+    def restore(self, row: int, kept: Kept) -> None:
+        """Write a snapshot into an open row, whose next token is the snapshot's."""
+        for kind in kept.parts:
+            self.books[kind].advance(row, kept.end, kept.end)
+        self._synchronise()
+        self.copy_in(row, kept)
+
+    @torch.inference_mode()
+    def share(self, source: int, row: int, tokens: int) -> None:
+        """Let an open row begin with the first tokens of another: full pages are shared, of the last one its tokens are copied.
+
+        Raises:
+            ConfigError: if the other sequence does not keep what its token number `tokens` saw.
+        """
+        for book in self.books:
+            if not book.keeps(source, book.needed(tokens), tokens):
+                raise ConfigError(
+                    f"row {source} does not keep what token {tokens} sees",
+                    "Share what it keeps, or restore a snapshot.",
+                )
+        left = [book.share(source, row, tokens) for book in self.books]
+        self._synchronise()
+        for stack, (count, old, new) in zip(self._stacks, left, strict=True):
+            if count and stack.made:
+                stack.keys[:, new, :, :count] = stack.keys[:, old, :, :count]
+                stack.values[:, new, :, :count] = stack.values[:, old, :, :count]
+
+    def _synchronise(self) -> None:
+        """Clear pages that change hands, and copy to the device what changed in the tables."""
+        for book, table, stack in zip(self.books, self.tables, self._stacks, strict=True):
+            if book.stale:
+                stack.clear(book.stale)
+                book.stale = []
+            if book.changed:
+                entries = torch.from_numpy(book.entries)
+                if len(book.changed) == 1:
+                    row = next(iter(book.changed))
+                    table[row].copy_(entries[row])
+                else:
+                    table.copy_(entries)
+                book.changed.clear()
+
+    def _cells(self, spans: Sequence[Span], columns: npt.NDArray[np.int64]) -> Tensor:
+        rows = np.zeros(len(columns), dtype=np.int64)
+        rows[: len(spans)] = [span.row for span in spans]
+        padding, page = columns < 0, self.layout.page
+        cells = np.zeros((len(self.books) + 1, *columns.shape), dtype=np.int64)
+        for kind, book in enumerate(self.books):
+            cells[kind] = np.where(padding, WASTE, book.entries[rows[:, None], columns // page])
+        cells[-1] = np.where(padding, 0, columns % page)
+        return torch.from_numpy(cells)
+
+    def _out(self, row: int, begin: int, end: int, kinds: dict[int, int]) -> Kept:
+        parts, cuda = {}, self._device.type == "cuda"
+        for kind, first in kinds.items():
+            stack, runs = self._stacks[kind], list(self._runs(kind, row, first, end))
+            keys, values = (
+                torch.empty((len(runs), kept.shape[0], *kept.shape[2:]), dtype=kept.dtype, pin_memory=cuda)
+                for kept in (stack.keys, stack.values)
+            )
+            for number, (page, there) in enumerate(runs):
+                keys[number, :, :, there].copy_(stack.keys[:, page, :, there], non_blocking=cuda)
+                values[number, :, :, there].copy_(stack.values[:, page, :, there], non_blocking=cuda)
+            parts[kind] = first, keys, values
+        copied = torch.cuda.current_stream(self._device).record_event() if cuda else None
+        return Kept(begin=begin, end=end, parts=parts, copied=copied)
+
+    def _runs(self, kind: int, row: int, begin: int, end: int) -> Iterator[tuple[int, slice]]:
+        """The pages of a range of tokens, and the range's places in each."""
+        book, page = self.books[kind], self.layout.page
+        assert book.keeps(row, begin, end), "these tokens have no pages"
+        for first in range(begin - begin % page, end, page):
+            yield int(book.entries[row, first // page]), slice(max(begin - first, 0), min(end - first, page))
