@@ -17,10 +17,10 @@ from expertflow.kernels.prompts import attention
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
 CASES = {
-    "gpt-oss, window": (64, 64, 8, {"window": 128, "sink": True}),
+    "gpt-oss, window": (64, 64, 8, {"window": 128, "sink": True, "joined": True}),
     "deepseek": (192, 128, 1, {}),
 }
-FLOATS, WHOLE = ("query", "keys", "values", "sinks", "out"), ("rows", "lasts")
+FLOATS, WHOLE = ("query", "keys", "values", "sinks", "out"), ("rows", "lasts", "pieces")
 ALIGNED = {
     "table_stride",
     "query_batch",
@@ -33,7 +33,7 @@ ALIGNED = {
     "value_head",
     "value_column",
 }
-OPTIONS = {"page": 64, "window": 0, "sink": False, "cap": 0.0, "scale": 0.125}
+OPTIONS = {"page": 64, "window": 0, "sink": False, "joined": False, "cap": 0.0, "scale": 0.125}
 
 
 def compile_case(case: str, dtype: torch.dtype, arch: int, stages: int | None = None) -> Any:

@@ -21,7 +21,7 @@ from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.live.batch import PredictorBatch, PredictorInputs
 from expertflow.live.pacing import FIRST_BACKOFF, IDLE_STEPS, JUDGED_PREFETCHES, LONGEST_BACKOFF
-from expertflow.live.prompts import group_by_row
+from expertflow.live.prompts import group_by_row, take_in
 from expertflow.memory.meter import CpuMeter
 from expertflow.models.files.checkpoint import walk
 from expertflow.models.files.fingerprint import fingerprint
@@ -209,7 +209,8 @@ def test_a_pass_is_learned_when_it_is_queued(
         live_predictor.learn, executor.prefill = learned, watched
         llm.generate(PROMPTS, SamplingParams(max_tokens=2, ignore_eos=True))
         assert llm.predictor_failure is None
-    width = len(PROMPTS) * max(map(len, PROMPTS))
+    unpadded = execution == "graph" and model_type == "qwen3_moe"
+    width = sum(map(len, PROMPTS)) if unpadded else len(PROMPTS) * max(map(len, PROMPTS))
     both = [width, len(PROMPTS)][:passes]
     assert seen[: passes + 1] == ([*both, "queued"] if execution == "graph" else [*both[:-1], "queued", both[-1]])
 
@@ -414,9 +415,12 @@ def test_more_sequences_than_the_predictor_has_rows(
         assert (llm.predictor_failure is not None) == fails
 
 
-@pytest.mark.parametrize(("room", "parts"), [(100, [[0, 2, 5]]), (4, [[0, 2], [5]]), (1, [[0], [2], [5]])])
+@pytest.mark.parametrize(
+    ("room", "parts"),
+    [(100, [[0, 2, 5]]), (4, [[0, 2], [5]]), (2, [[0], [2], [5], [5]]), (1, [[0]] * 2 + [[2]] * 2 + [[5]] * 3)],
+)
 def test_prompts_are_taken_in_parts_that_fit(room: int, parts: list[list[int]]) -> None:
-    """Whole rows, each token once and in its order; as many together as there is room for, one at least."""
+    """Rows in as few parts as there is room for, each token once and in its order; as many rows together as there is room for."""
     owners = np.array([5, 0, NO_SEQUENCE, 2, 5, 2, NO_SEQUENCE, 5, 0])
     found = list(group_by_row(owners, room))
     assert [rows.tolist() for _, rows, _ in found] == parts
@@ -427,19 +431,40 @@ def test_prompts_are_taken_in_parts_that_fit(room: int, parts: list[list[int]]) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_predictor_takes_no_more_than_is_planned(kind: str) -> None:
-    """State and working memory of steps and prompts stay within what a planner counts beside the weights."""
+def test_a_long_prompt_may_be_taken_in_in_parts(kind: str) -> None:
+    """Three rows of 23, 9 and 1 tokens and padding, at once and 4 tokens at a time: state and last routes are the same."""
+    artifact = _small(kind)
+    generator = np.random.default_rng(3)
+    rows = generator.permutation([0] * 23 + [2] * 9 + [1] + [NO_SEQUENCE] * 3)
+    tokens, routes = generator.integers(0, 500, 36), generator.integers(0, 32, (36, 6, 4))
+    found = []
+    for room in (1 << 30, 4):
+        online = OnlinePredictor(artifact, 3)
+        last = torch.full((4, 6, 4), 32, dtype=torch.int32)
+        take_in(online, last, rows, tokens, routes, room)
+        found.append([*online.state, last])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts[:3], whole[:3])
+
+
+def _small(kind: str) -> Artifact:
     config = PredictorConfig(kind=kind, layers=6, experts=32, top_k=4, vocabulary=500, width=32, embedding=16)
     shape = Shape(config.layers, config.experts, config.top_k)
-    artifact = Artifact(
+    return Artifact(
         model=make(config).eval(), memory=remember((), shape, 500, 0),
         calibration=torch.ones(2 + SOURCES, OUTPUTS, config.layers, 1),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_predictor_takes_no_more_than_is_planned(kind: str) -> None:
+    """State and working memory of steps and prompts stay within what a planner counts beside the weights."""
+    artifact = _small(kind)
     weights = [*artifact.model.state_dict().values(), *artifact.memory.state_dict().values(), artifact.calibration]
     meter = CpuMeter([])
     with torch.inference_mode(), meter.watch():
         online = OnlinePredictor(artifact, 8)
-        rows, routes = torch.arange(4), torch.zeros(4, *shape[:1], shape.top_k, dtype=torch.long)
+        rows, routes = torch.arange(4), torch.zeros(4, 6, 4, dtype=torch.long)
         for _ in range(3):
             online.step(rows, torch.arange(4), routes)
         online.observe(
@@ -616,6 +641,13 @@ def test_inputs_written_over_earlier_ones_equal_new_ones() -> None:
         assert torch.equal(inputs.state_rows, fresh.state_rows)
         assert torch.equal(inputs.updated_rows, fresh.updated_rows)
         assert torch.equal(inputs.updated_tokens[:count_updated], fresh.updated_tokens[:count_updated])
+
+
+def test_owners_of_joined_prompts() -> None:
+    """Prompts of one pass, one behind the other: no padding."""
+    owners = BatchOwners()
+    owners.expect(NextBatch([8, 3, 5], [2, 3, 1], joined=True))
+    assert owners.take(6).tolist() == [8, 8, 3, 3, 3, 5]
 
 
 def test_owners_of_rows() -> None:

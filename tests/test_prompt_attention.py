@@ -17,6 +17,7 @@ from expertflow.engine.plan import make_plan
 from expertflow.execution.runner import PromptChunk
 from expertflow.kernels import dense_reference
 from expertflow.kernels.backend import backend
+from expertflow.models.context import Pieces
 from expertflow.models.families import FAMILIES
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import build_skeleton
@@ -132,6 +133,35 @@ def test_bits_do_not_depend_on_how_a_prompt_is_cut(case: str, dtype: torch.dtype
         assert torch.equal(piece[-1], whole[1, begin:end]), size
         begin = end
     assert begin == 70
+
+
+@pytest.mark.parametrize("kind", ["kernel", "reference"])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("case", ["window and sinks", "width 80"])
+def test_unequal_pieces_of_one_pass_are_as_alone(case: str, paged: bool, kind: str) -> None:
+    """70, 1 and 9 tokens behind one another have the bits that each has alone, and read no other's keys and values."""
+    drawn, attend = (
+        Drawn(case, torch.bfloat16, tokens=80),
+        kernel() if kind == "kernel" else dense_reference.prompt_attention,
+    )
+    query, given, table = drawn.query[1:].contiguous(), [kept.nan_to_num() for kept in (drawn.keys, drawn.values)], None
+    if paged:  # row r's columns 64 m .. 64 m + 63 are page 2 r + m
+        given = [kept[:, :, :128].unflatten(2, (2, 64)).transpose(1, 2).flatten(0, 1) for kept in given]
+        table = torch.arange(6, dtype=torch.int32, device=DEVICE).view(3, 2)
+    pieces = [(2, 50, 120), (0, 0, 1), (1, 9, 18)]
+    lines = Pieces.of(pieces, DEVICE)
+    assert lines.ends.tolist() == [69, 70, 79]
+    more = {**drawn.more, "table": table}
+    where = lines.rows, lines.lasts
+    joined = attend(query, *given, where, 0.3, drawn.window, **more, pieces=(lines.bounds, lines.longest))
+    assert joined.shape == (1, 80, query.shape[1], drawn.values.shape[3])
+    begin = 0
+    for row, first, end in pieces:
+        mine = query[:, :, begin : begin + end - first]
+        where = torch.tensor([row], device=DEVICE), torch.tensor([end - 1], device=DEVICE)
+        alone = attend(mine, *given, where, 0.3, drawn.window, **more)
+        assert torch.equal(joined[:, begin : begin + end - first], alone)
+        begin += end - first
 
 
 @pytest.mark.cuda

@@ -35,13 +35,17 @@ def recorded(llm: LLM, path: Path) -> list[np.ndarray]:
     return [rows.experts[rows.sequence == number] for number in np.unique(rows.sequence[rows.sequence >= 0])]
 
 
+@pytest.mark.parametrize("execution", ["host", "graph"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2"])
-def test_what_was_recorded_is_used(make_checkpoint: MakeCheckpoint, tmp_path: Path, family: str) -> None:
-    """Every fed token uses its recording's experts, prompts padded and in chunks, sequences in turns and in any KV row."""
+def test_what_was_recorded_is_used(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, family: str, execution: str
+) -> None:
+    """Every fed token uses its recording's experts, prompts padded or unpadded and in chunks, sequences in turns and in any KV row."""
     folder = make_checkpoint(family)
     with LLM(folder, slots=5, execution="host", prefill_chunk=4, **OPTIONS) as llm:
         routes = random_routes(llm, [24] * 3)
-    with LLM(folder, slots=5, execution="host", prefill_chunk=4, routing=Replay(routes), **OPTIONS) as llm:
+    with LLM(folder, slots=5, execution=execution, prefill_chunk=4, routing=Replay(routes), **OPTIONS) as llm:
+        assert llm.engine._executor.unpadded == (execution == "graph" and family != "deepseek_v2")
         for number, found in enumerate(recorded(llm, tmp_path / "a.trace")):
             assert np.array_equal(np.sort(found), np.sort(routes[number][: len(found)]))  # a trace has them by weight
             assert len(found) == len(PROMPTS[number]) + PARAMS.max_tokens - 1

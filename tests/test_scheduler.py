@@ -47,11 +47,23 @@ def chances_of(numbers: Sequence[int]) -> npt.NDArray[np.float64]:
     return found
 
 
+def check_pass(scheduler: Scheduler, turn: Prefill) -> None:
+    """Each sequence once, no more tokens than a pass has; unequal parts leave no room while a prompt is unread."""
+    assert len({part.sequence for part in turn.parts}) == len(turn.parts) <= max(scheduler.batch, 1)
+    sizes = [part.end - part.begin for part in turn.parts]
+    if scheduler.unequal:
+        unread = sum(one.prompt - one.read for one in scheduler._live.values())
+        assert sum(sizes) <= scheduler.chunk
+        assert sum(sizes) in (scheduler.chunk, unread) or len(sizes) == scheduler.batch
+    else:
+        assert not scheduler.joins or max(sizes) * len(sizes) <= max(scheduler.chunk, len(sizes))
+
+
 def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int], int]:
     """Requests of random lengths come, are cancelled and finish at random; tokens each finished one got, and steps made."""
     draw = random.Random(seed)
     wanted, got, finished = {}, Counter(), Counter()
-    coming, cancelled, steps = list(range(requests)), set(), 0
+    coming, cancelled, steps, stalled = list(range(requests)), set(), 0, Counter()
     while coming or scheduler.waiting or scheduler.live:
         for _ in range(draw.choice([0, 0, 1, 3])):
             if coming:
@@ -62,6 +74,7 @@ def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int],
             victim = draw.choice(sorted(wanted))
             if scheduler.remove(victim):
                 cancelled.add(victim)
+        stepping = {number for number, known in scheduler._live.items() if known.read == known.prompt}
         turn = scheduler.next()
         steps += 1
         assert scheduler.live <= scheduler.rows
@@ -69,9 +82,9 @@ def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int],
         if turn is None:
             continue
         if isinstance(turn, Prefill):
-            assert len({part.sequence for part in turn.parts}) == len(turn.parts) <= max(scheduler.batch, 1)
-            longest = max(part.end - part.begin for part in turn.parts)
-            assert not scheduler.joins or longest * len(turn.parts) <= max(scheduler.chunk, len(turn.parts))
+            check_pass(scheduler, turn)
+            stalled.update(stepping)
+            assert all(stalled[number] <= 1 for number in stepping)  # one pass at most between two tokens of a sequence
             scheduler.done(turn)
             sampled = [part.sequence for part in turn.parts if part.last]
         else:
@@ -84,6 +97,7 @@ def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int],
             assert number not in cancelled
             assert finished[number] == 0
             got[number] += 1
+            stalled[number] = 0
             if got[number] == wanted[number]:
                 finished[number] = 1
                 assert scheduler.remove(number)
@@ -99,12 +113,16 @@ def drive(scheduler: Scheduler, seed: int, requests: int) -> tuple[Counter[int],
     policy=st.sampled_from(["fifo", "group", "auto"]),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_no_sequence_is_lost_or_served_twice(rows: int, batch: int, chunk: int, seed: int, policy: str) -> None:
+@pytest.mark.parametrize("unequal", [False, True])
+def test_no_sequence_is_lost_or_served_twice(
+    unequal: bool, rows: int, batch: int, chunk: int, seed: int, policy: str
+) -> None:
     """Random arrivals, cancellations, lengths and limits: each request that is not cancelled gets its tokens, once."""
     scheduler = Scheduler(
         rows=rows,
         batch=batch,
         chunk=chunk,
+        unequal=unequal,
         policy=policy,
         rates=RATES,
         top_k=2,
@@ -389,6 +407,27 @@ def test_long_prompts_do_not_crawl_beside_short_ones() -> None:
             scheduler.done(turn)
     assert len(passes) == 5
     assert sum(passes) == sum(lengths)
+
+
+def test_unequal_parts_fill_a_pass() -> None:
+    """In order of arrival; a prompt that does not end in the pass takes half of what is left, or what the others leave."""
+    scheduler = Scheduler(rows=8, batch=8, chunk=64, unequal=True)
+    for number, prompt in enumerate((200, 5, 5, 40, 30)):
+        scheduler.add(number, prompt)
+    passes = []
+    while isinstance(turn := scheduler.next(), Prefill):
+        passes.append([(part.sequence, part.end - part.begin, part.last) for part in turn.parts])
+        scheduler.done(turn)
+        for part in turn.parts:
+            if part.last:
+                scheduler.remove(part.sequence)
+    assert passes == [
+        [(0, 32, False), (1, 5, True), (2, 5, True), (3, 11, False), (4, 11, False)],
+        [(0, 32, False), (3, 29, True), (4, 3, False)],
+        [(0, 48, False), (4, 16, True)],
+        [(0, 64, False)],
+        [(0, 24, True)],
+    ]
 
 
 @given(rows=st.integers(1, 5), seed=st.integers(0, 99), cost=st.floats(0, 30))

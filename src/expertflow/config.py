@@ -247,7 +247,15 @@ class EngineConfig(_Checked):
         default=None,
         none="`max_live` x `max_length`, or what half of the budget left beside weights and workspace holds",
     )
-    prefill_chunk: int = doc("Tokens of one prefill pass, over all its sequences.", default=512)
+    prefill_chunk: int | None = doc(
+        "Tokens of one prefill pass, over all its sequences.",
+        default=None,
+        none="as many as are computed while missing experts are copied; 512 to 8192, or what an eighth of the budget holds",
+    )
+    batch_invariant: bool = doc(
+        "Let no bit of an answer depend on other requests: decode steps of one size, one prompt a pass. Needs graph execution.",
+        default=False,
+    )
     device: str = doc("auto, cpu, cuda, or cuda:N.", default="auto")
     dtype: str = doc("auto (the checkpoint's), float32, bfloat16 or float16.", default="auto")
     expert_format: str | None = doc(
@@ -288,7 +296,7 @@ class EngineConfig(_Checked):
         )
         for name in ("max_batch", "prefill_chunk"):
             value = getattr(self, name)
-            _require(value >= 1, f"{name}={value} is too small", "Use 1 or more.")
+            _require(value is None or value >= 1, f"{name}={value} is too small", "Use 1 or more.")
         for name, most in (
             ("max_batch", 2**20),
             ("max_live", 2**20),

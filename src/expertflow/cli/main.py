@@ -106,7 +106,7 @@ def run(
             chosen={
                 "max_batch": f"all prompts, at most {EngineConfig.max_batch}",
                 "max_length": "what the run needs",
-                "prefill_chunk": f"the prompts', at most {EngineConfig.prefill_chunk}",
+                "prefill_chunk": "the prompts', or what the plan asks for",
             },
         ),
     ],

@@ -74,6 +74,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "slot": plan.slot_layout.record_bytes,
         "formats": _formats(plan),
         "prompt_attention": plan.prompt_attention,
+        "stall_seconds": plan.stall_seconds,
+        "copies_seconds": plan.copies_seconds,
         "why_host": plan.graph_unavailable_reason,
     }
 
@@ -151,6 +153,11 @@ def _meaning(plan: Plan) -> str:
         f"{a_layer:.1f} slots a layer; a token uses {plan.shape.top_k} of {plan.shape.experts} experts a layer. "
         f"With nothing kept, a token moves {format_bytes(plan.shape.top_k * sum(sizes))}."
     )
+    if plan.stall_seconds is not None:
+        text += (
+            f" A pass of {plan.prefill_chunk} prompt tokens keeps other sequences waiting {plan.stall_seconds:.3f} s at most; "
+            f"its copies alone take {plan.copies_seconds:.3f} s."
+        )
     if plan.slots >= plan.competing:
         return text + " Every expert fits: after the first use nothing is moved."
     return text + f" The least budget that works is {format_bytes(plan.least)} ({plan.least} bytes)."

@@ -147,8 +147,9 @@ class OffloadedModel(Uncopied):
         if prepared.predictor is None:
             return None
         own = self.device if self.plan.execution == "graph" else torch.device("cpu")  # a graph cannot wait for the host
-        online = OnlinePredictor(prepared.predictor, predictor_load(config)[0], own, step_kernels(own))
-        return LivePredictor(online, self.events, aside=self.meter.aside, room=config.prefill_chunk)
+        rows, _, room = predictor_load(config)
+        online = OnlinePredictor(prepared.predictor, rows, own, step_kernels(own))
+        return LivePredictor(online, self.events, aside=self.meter.aside, room=room)
 
     def _wire(self, pool: SlotPool, forecast: Forecast | None) -> None:
         """Connect model, cache and slots."""
@@ -163,7 +164,7 @@ class OffloadedModel(Uncopied):
         bind_experts(model, skeleton, provider, self._context)
         self.handover = Handover(
             shared, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
-            reason=plan.graph_unavailable_reason, measured=self.meter.watch,
+            reason=plan.graph_unavailable_reason, one_size=plan.batch_invariant, measured=self.meter.watch,
         )  # fmt: skip
         self.passes = Passes(self.handover.begin_pass, self.handover.end_pass)
         self.passes.device = self.device

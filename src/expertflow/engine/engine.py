@@ -127,6 +127,8 @@ class Engine:
             policy=schedule,  # type: ignore[arg-type]  # checked when it was stated
             joins=self._executor.joins,
             whole=self._executor.whole,
+            unequal=self._executor.unpadded,
+            prompts=1 if plan.batch_invariant else plan.max_batch,
             top_k=plan.shape.top_k,
             rates=rates(plan),
             expected=_weakly(self._paths) if predicts else None,
@@ -319,6 +321,7 @@ class Engine:
                 [len(chunk.tokens) for chunk in chunks],
                 padded_left=self._executor.padded_left,
                 rows=[chunk.row for chunk in chunks],
+                joined=self._executor.unpadded,
             )
         )
         with self._offloaded.passes.lock:  # callers of the model itself wait

@@ -8,6 +8,15 @@ from dataclasses import dataclass, replace
 
 from expertflow.config import EngineConfig
 from expertflow.engine.planning.kv import Sequences, plan_kv
+from expertflow.engine.planning.pass_size import (
+    SMALLEST,
+    PassWork,
+    Speeds,
+    attention_flops,
+    largest_pass,
+    pass_tokens,
+    token_flops,
+)
 from expertflow.engine.planning.workspace import CUDA_LIBRARY_BYTES, graph_bytes, workspace_bytes
 from expertflow.errors import BudgetError, ConfigError
 from expertflow.execution.kv.layout import Layout
@@ -46,8 +55,9 @@ class Plan:
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
         predictor: weights, state and working memory of the predictor, where it is on the device.
         schedule: how live sequences that take turns are grouped: `fifo`, `group` or `auto`.
-        kv_least: what `kv` would be with the least tokens that the options allow.
+        least: the smallest budget for which the same options work: with a single slot, the least keys and values, and the least tokens a pass.
         kv_layout: how keys and values lie in pages; None: they lie in rows, or in the model's own cache.
+        batch_invariant: whether no bit of an answer depends on other requests.
         graph_unavailable_reason: why execution='auto' fell back to the host; empty otherwise.
     """
 
@@ -69,8 +79,9 @@ class Plan:
     schedule: str = "fifo"
     graph: int = 0
     predictor: int = 0
-    kv_least: int = 0
+    least: int = 0
     kv_layout: Layout | None = None
+    batch_invariant: bool = False
     graph_unavailable_reason: str = ""
 
     @property
@@ -125,11 +136,6 @@ class Plan:
         return self.fixed + self.slot_bytes
 
     @property
-    def least(self) -> int:
-        """The smallest budget for which the same options work, with a single slot and the least keys and values."""
-        return self.fixed - self.kv + self.kv_least + SlotPool.nbytes(self.slot_layout.record_bytes, 1)
-
-    @property
     def resident_total(self) -> int:
         """Device memory the same run takes with every expert resident."""
         return self.fixed + self.competing * self.slot_layout.record_bytes
@@ -138,6 +144,27 @@ class Plan:
     def share(self) -> float:
         """Share that has a slot of the experts that slots are for."""
         return self.slots / self.competing
+
+    @property
+    def pass_work(self) -> PassWork:
+        """What a pass over prompts copies, if it uses every expert, and computes for each token."""
+        large = self.slot_layout.large
+        sizes = [size for layer, size in enumerate(self.shape.records.layer_bytes) if layer not in large]
+        return PassWork((self.competing - self.slots) * sum(sizes) // max(1, len(sizes)), token_flops(self.shape))
+
+    @property
+    def copies_seconds(self) -> float | None:
+        """What the copies of a pass over prompts take alone; None on a CPU, where nothing is known of it."""
+        return self.pass_work.copied / pass_speeds(self).link if self.device == "cuda" else None
+
+    @property
+    def stall_seconds(self) -> float | None:
+        """How long a full pass over prompts keeps other sequences waiting: its copies or its computation, at the end of a longest prompt."""
+        copies = self.copies_seconds
+        if copies is None:
+            return None
+        flops = self.pass_work.flops + attention_flops(self.shape, self.max_length)
+        return max(copies, self.prefill_chunk * flops / pass_speeds(self).compute)
 
 
 def make_plan(
@@ -159,20 +186,31 @@ def make_plan(
     """
     if config.execution == "graph" and no_graph:
         raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
+    plan = _chosen(config, shape, device, strategy, no_graph, predictor)
+    if config.batch_invariant and plan.execution == "host":
+        reason = no_graph or plan.graph_unavailable_reason or "this is host execution"
+        raise ConfigError(
+            f"batch_invariant cannot be had: {reason}", "Use execution='graph', or leave batch_invariant out."
+        )
+    return plan
+
+
+def _chosen(config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str, predictor: int) -> Plan:
+    """The plan of the stated execution, or of the one that 'auto' takes."""
     budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
     if config.execution == "graph":
-        return _plan(config, shape, device, strategy, budget, graph=True, predictor=predictor)
+        return _sized(config, shape, device, strategy, budget, graph=True, predictor=predictor)
     preferred = config.execution == "auto" and device == "cuda"
     if not preferred or no_graph:
         return replace(
-            _plan(config, shape, device, strategy, budget, graph=False),
+            _sized(config, shape, device, strategy, budget, graph=False),
             graph_unavailable_reason=no_graph if preferred else "",
         )
     found: list[Plan | BudgetError] = []
     for captured in (False, True):
         try:
             room = predictor if captured else 0
-            found.append(_plan(config, shape, device, strategy, budget, graph=captured, predictor=room))
+            found.append(_sized(config, shape, device, strategy, budget, graph=captured, predictor=room))
         except BudgetError as error:
             found.append(error)
     return _better(*found)
@@ -196,6 +234,45 @@ def _better(host: Plan | BudgetError, graph: Plan | BudgetError) -> Plan:
     return graph
 
 
+def _sized(  # noqa: PLR0913 - two by keyword
+    config: EngineConfig,
+    shape: ModelShape,
+    device: str,
+    strategy: str,
+    budget: int | None,
+    *,
+    graph: bool,
+    predictor: int = 0,
+) -> Plan:
+    """The plan with the stated tokens a pass, or with those that the plan asks for itself.
+
+    More tokens leave fewer slots, and fewer slots ask for more tokens: sizes grow from the smallest one until that ends.
+    """
+
+    def plan(chunk: int) -> Plan:
+        sized = replace(config, prefill_chunk=chunk)
+        return _plan(sized, shape, device, strategy, budget, graph=graph, predictor=predictor)
+
+    if config.prefill_chunk is not None:
+        return plan(config.prefill_chunk)
+    length = sequence_length(config, shape)
+    together = config.max_batch * length
+    found = smallest = plan(min(SMALLEST, together))
+    if device != "cuda" or shape.unplanned or shape.encoder_decoder:  # the last two read prompts whole
+        return found
+    memory = None if budget is None else (budget, smallest.least)
+    limit = largest_pass(lambda chunk: _workspace(config, shape, length, chunk, graph=graph), memory, together)
+    for _ in range(_ROUNDS):
+        wanted = pass_tokens(found.pass_work, pass_speeds(found), limit)
+        if wanted <= found.prefill_chunk:
+            break
+        try:
+            found = plan(wanted)
+        except BudgetError:  # pages of windows, which grow with the pass
+            break
+    return replace(found, least=smallest.least)
+
+
 def _plan(  # noqa: PLR0913 - two by keyword
     config: EngineConfig,
     shape: ModelShape,
@@ -209,15 +286,10 @@ def _plan(  # noqa: PLR0913 - two by keyword
     max_length = sequence_length(config, shape)
     record_bytes = shape.records.record_bytes
     live = _max_live(config, shape)
-    # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
-    chunk = max(config.prefill_chunk, config.max_batch * max_length) if shape.unplanned else config.prefill_chunk
-    linear = graph and shape.prompt_kernel
-    workspace = workspace_bytes(shape, config.max_batch, max_length, chunk, grouped=graph, linear=linear)
-    if graph:  # a step whose routing is observed is the host's
-        steps_of_host = workspace_bytes(
-            shape, config.max_batch, max_length, config.max_batch, prompts=False, linear=linear
-        )
-        workspace = max(workspace, steps_of_host)
+    chunk = config.prefill_chunk or SMALLEST
+    if shape.unplanned:  # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
+        chunk = max(chunk, config.max_batch * max_length)
+    workspace = _workspace(config, shape, max_length, chunk, graph=graph)
     if device == "cuda":
         workspace += CUDA_LIBRARY_BYTES
     if budget is not None and shape.unplanned:
@@ -251,11 +323,24 @@ def _plan(  # noqa: PLR0913 - two by keyword
         prefill_chunk=chunk,
         host=shape.records.store_bytes(shape.experts),
         schedule=config.schedule,
+        batch_invariant=config.batch_invariant,
         graph=captured,
         predictor=for_predictor,
-        kv_least=kv.least,
+        least=beside
+        + kv.least
+        + SlotPool.nbytes(layout.record_bytes, 1)
+        + SlotPool.large_nbytes(layout, shape.experts),
         kv_layout=kv.layout,
     )
+
+
+def _workspace(config: EngineConfig, shape: ModelShape, length: int, chunk: int, *, graph: bool) -> int:
+    """Workspace of the largest of all passes and steps, without cuBLAS."""
+    linear, batch = graph and shape.prompt_kernel, config.max_batch
+    workspace = workspace_bytes(shape, batch, length, chunk, grouped=graph, linear=linear)
+    if graph:  # a step whose routing is observed is the host's
+        workspace = max(workspace, workspace_bytes(shape, batch, length, batch, prompts=False, linear=linear))
+    return workspace
 
 
 def slot_layout(shape: ModelShape, device: str, *, graph: bool) -> StoreLayout:
@@ -281,6 +366,17 @@ def rates(plan: Plan) -> StepPrices:
 _SPEEDS = {"cuda": (50e9, 3e12, 1e-3, 4e-3), "cpu": (10e9, 10e9, 1e-3, 4e-3)}
 """Bytes a second over the link and in the device's memory (H100: benchmarks/results/kernels_h100.json; a CPU: a guess),
 and fixed seconds of a step and of a division into groups."""
+_COMPUTE = 300e12
+"""Floating-point operations a second of a pass over prompts on an H200, of 16-bit numbers."""
+_FLOAT32 = 0.1
+"""The share of it that float32 is taken to reach: a guess."""
+_ROUNDS = 8
+"""Sizes of a pass that are tried at most."""
+
+
+def pass_speeds(plan: Plan) -> Speeds:
+    """What copies and computes a pass over prompts on CUDA."""
+    return Speeds(_SPEEDS["cuda"][0], _COMPUTE * (_FLOAT32 if plan.shape.dtype == "float32" else 1))
 
 
 def _max_live(config: EngineConfig, shape: ModelShape) -> int:

@@ -11,7 +11,8 @@ import torch
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import DEFAULT, PREDICTED_DEFAULT, Strategy, find_strategy
 from expertflow.config import EngineConfig
-from expertflow.engine.plan import Plan, make_plan, sequence_length
+from expertflow.engine.plan import Plan, make_plan
+from expertflow.engine.planning.pass_size import SMALLEST
 from expertflow.errors import ConfigError, DeviceError
 from expertflow.execution.captured.capturable import graph_refusal
 from expertflow.execution.replay import Replay
@@ -141,10 +142,7 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
         wanted = Shape(shape.layers, shape.experts, skeleton.top_k)
         predictor.check_model(located.fingerprint, wanted, str(skeleton.folder))
     choices = choose(config, skeleton, shape, predictor, forecast)
-    live, batch, chunk = predictor_load(config)
-    if shape.encoder_decoder:  # it reads a prompt in one pass
-        chunk = max(chunk, sequence_length(config, shape))
-    reserved = predictor_bytes(choices.predictor, choices.device, live, batch, chunk)
+    reserved = predictor_bytes(choices.predictor, choices.device, *predictor_load(config))
     plan = make_plan(config, shape, choices.device.type, choices.strategy.name, choices.no_graph, predictor=reserved)
     return Prepared(skeleton=skeleton, weights=weights, located=located, choices=choices, plan=plan)
 
@@ -193,9 +191,9 @@ def predictor_bytes(predictor: Artifact | None, device: torch.device, live: int,
 
 
 def predictor_load(config: EngineConfig) -> tuple[int, int, int]:
-    """Return how many sequences a predictor has state for, how many it updates at once, and the tokens of a pass."""
+    """Return how many sequences a predictor has state for, how many it updates at once, and the prompts' tokens it takes in at once."""
     live = config.max_live or config.max_batch
-    return live, live, config.prefill_chunk
+    return live, live, min(SMALLEST, config.prefill_chunk or SMALLEST)
 
 
 def _choose_predictor(config: EngineConfig, folder: Path) -> Artifact | None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.inputs import Prompt, PromptReader
 from expertflow.engine.plan import DEFAULT_CONTEXT, Plan
+from expertflow.engine.planning.pass_size import SMALLEST
 from expertflow.engine.request import Decoder, Request
 from expertflow.errors import CheckpointError, ConfigError, PromptError
 from expertflow.models.files.identity import beside
@@ -75,7 +76,8 @@ class ModelText:
             params: how many tokens each generates.
 
         Returns:
-            `max_batch` and `prefill_chunk`, at most their defaults, and `max_length`, at most the model's context.
+            `max_batch`, at most its default, `max_length`, at most the model's context, and `prefill_chunk` where prompts are
+            fewer tokens than the smallest pass otherwise.
 
         Raises:
             PromptError: if a prompt fills the model's context.
@@ -91,8 +93,8 @@ class ModelText:
             )
         wanted = longest + (params.max_tokens or DEFAULT_CONTEXT)
         length = max(2, wanted if most is None else min(wanted, most))
-        chunk = min(EngineConfig.prefill_chunk, max(1, longest * batch))
-        return {"max_batch": batch, "max_length": length, "prefill_chunk": chunk}
+        chunk = max(1, longest * batch)
+        return {"max_batch": batch, "max_length": length, **({"prefill_chunk": chunk} if chunk < SMALLEST else {})}
 
 
 class RequestFactory:

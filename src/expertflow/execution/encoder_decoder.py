@@ -195,7 +195,7 @@ class EncoderDecoderRows(OfModel):
         return self._run(run, given, None)
 
     def _run(self, run: Callable[..., Any], given: ForwardInput, encoded: Tensor | None) -> Tensor:
-        tokens, rows, positions, columns, end, reach, _ = given
+        tokens, rows, positions, columns, end, reach, _, _ = given
         self._both.is_updated = dict.fromkeys(range(len(self.windows)), encoded is None)
         lasts = self._lasts[rows]
         if self.context.now.all_rows:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from expertflow.cache.controller import as_event
-from expertflow.errors import ClosedError
+from expertflow.errors import ClosedError, ConfigError
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.execution.captured.capturable import expert_mlps
 from expertflow.execution.captured.dense import PromptParts
@@ -191,6 +191,7 @@ class Handover:
         batch: sequences of a captured step at most.
         captured: whether decode steps are captured.
         reason: why execution='auto' fell back to the host; else empty.
+        one_size: whether every captured step is for `batch` sequences.
         measured: measures device memory while captured steps' buffers are made.
 
     Attributes:
@@ -209,11 +210,13 @@ class Handover:
         batch: int,
         captured: bool,
         reason: str,
+        one_size: bool = False,
         measured: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Let the host decide until the first decode step."""
         self._controller, self._counters, self._context = shared.controller, shared.counters, context
         self._batch, self._captured, self._reason, self._measured = batch, captured, reason, measured
+        self._one_size = one_size
         self._shared: SharedParts | None = shared
         self.provider: CachedExperts | None = provider
         self.rows: RowModel | EncoderDecoderRows | None = None
@@ -329,7 +332,8 @@ class Handover:
             with torch.inference_mode(), self._measured():
                 mlps = expert_mlps(skeleton, shared.store.layout)
                 experts = DeviceExperts(mlps, shared, batch, skeleton.top_k, log=log)
-                self._tables, self.decoder = DeviceTables(shared, experts), GraphDecoder(rows, experts, batch)
+                self._tables = DeviceTables(shared, experts)
+                self.decoder = GraphDecoder(rows, experts, batch, one_size=self._one_size)
         return self.decoder
 
     def settle(self) -> None:
@@ -364,7 +368,13 @@ class Handover:
         return 0 if decoder is None else decoder.pool_bytes
 
     def watch(self, *observers: StepObserver) -> None:
-        """Show `observers` every later pass's tokens and every layer's routing."""
+        """Show `observers` every later pass's tokens and every layer's routing.
+
+        Raises:
+            ConfigError: if steps have to be captured ones: an observed step is the host's.
+        """
+        if observers and self._one_size:
+            raise ConfigError(f"batch_invariant excludes {WATCHED}", "Load the model without it.")
         self.observers = [*self.observers, *observers]
         self._observe = observe_all(self.observers) if self.observers else None
 

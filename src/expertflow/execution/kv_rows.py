@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from expertflow.execution.kv.layout import Layout
 from expertflow.execution.kv.paged import PagedCache, Span
 from expertflow.models.attention import attention_windows, cache_argument, layer_kinds
-from expertflow.models.context import ForwardContext
+from expertflow.models.context import ForwardContext, Pieces
 from expertflow.models.skeleton import Skeleton
 
 
@@ -38,12 +38,13 @@ class ForwardInput(NamedTuple):
 
     Attributes:
         tokens: int64 `[B, C]`.
-        rows: int64 `[B]`, each once, but for padding.
+        rows: int64 `[B]`, each once, but for padding; with `pieces` `[1, T]`, of each token.
         positions: int64 `[B, C]`; each token sees columns up to its own position.
         columns: int64 `[B, C]`, where the tokens' keys and values go: their positions, or nowhere.
         end: columns that are looked at.
         reach: the same of what an encoder has read; 0 without one.
         cells: int64 `[K, B, C]`, where keys and values go in pages, see `PassPages`; of no lines where they lie in rows.
+        pieces: which of `[1, T]` tokens are whose; None: a line each.
     """
 
     tokens: Tensor
@@ -53,6 +54,7 @@ class ForwardInput(NamedTuple):
     end: int
     reach: int = 0
     cells: Tensor = torch.zeros(0, 1, 1, dtype=torch.long)
+    pieces: Pieces | None = None
 
 
 class OfModel:
@@ -135,9 +137,10 @@ class RowModel(OfModel):
             run: the model, or its bare forward.
             given: what is fed in.
         """
-        tokens, rows, positions, columns, end, _, cells = given
+        tokens, rows, positions, columns, end, _, cells, pieces = given
         windows, pages = list(self._kinds.values()), self.cache.of_pass(cells, rows, end)
-        with self.context.carry(rows=rows, positions=positions, columns=columns, end=end, pages=pages):
+        where = {"rows": rows, "positions": positions, "columns": columns, "end": end, "pages": pages, "pieces": pieces}
+        with self.context.carry(**where):
             unread = self.context.now.unmasked
             masks = [self._unread] * len(windows) if unread else step_masks(positions, end, windows, self._dtype)
             by_kind = dict(zip(self._kinds, masks, strict=True))
@@ -146,10 +149,10 @@ class RowModel(OfModel):
                 attention_mask=by_kind if len(by_kind) > 1 else masks[0],
                 position_ids=positions,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=1 if pieces is None else pieces.ends,
                 **{self._argument: self.cache},
             )
-        last: Tensor = out.logits[:, -1]
+        last: Tensor = out.logits[:, -1] if pieces is None else out.logits[0]
         return last
 
 

@@ -215,5 +215,6 @@ class RouteTable:
         now = self._context.now
         if not len(now.rows):  # a caller's own pass over the model: there is no recording of it
             return index
-        found = self._routes[layer][now.rows[:, None], now.columns]
+        rows = now.rows[:, None] if now.pieces is None else now.rows
+        found = self._routes[layer][rows, now.columns]
         return found.reshape(index.shape).to(index.dtype)

@@ -28,7 +28,7 @@ from expertflow.execution.kv.paged import Span
 from expertflow.execution.kv_rows import DecodeInput, ForwardInput, RowModel
 from expertflow.execution.rope import use_own_lengths
 from expertflow.models.attention import cache_argument
-from expertflow.models.context import ForwardContext
+from expertflow.models.context import ForwardContext, Pieces
 
 
 class PromptChunk(NamedTuple):
@@ -58,11 +58,13 @@ class Executor(Protocol):
         joins: whether sequences may join while others live.
         whole: whether a prompt is read in one pass.
         padded_left: on which side the shorter pieces of a pass are padded.
+        unpadded: whether none is: pieces of any sizes follow one another.
     """
 
     joins: bool
     whole: bool
     padded_left: bool
+    unpadded: bool
 
     def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
         """Run parts of prompts; logits behind each part's last token."""
@@ -93,23 +95,25 @@ class RowExecutor:
         self._rows, self._handover, self._context = rows, handover, rows.context
         use_own_lengths(rows.model, rows.context)
         self._best: Tensor | None = None
+        dense = handover.prompt_dense()
+        self.unpadded = dense is not None and dense.in_place  # where a kernel finds each piece's keys and values
 
     @torch.inference_mode()
     def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
-        """Run parts of prompts, the shorter ones padded on the left; padding uses no expert."""
-        ids, mask = _padded([piece.tokens for piece in pieces], torch.device("cpu"), left=True)
-        columns, spans = np.full(ids.shape, -1), []
-        for place, piece in enumerate(pieces):
-            span = Span(piece.row, piece.begin, piece.begin + len(piece.tokens))
-            columns[place, ids.shape[1] - len(piece.tokens) :] = np.arange(span.begin, span.end)
-            spans.append(span)
+        """Run parts of prompts: one behind the other, or the shorter ones padded on the left; padding uses no expert."""
+        spans = [Span(piece.row, piece.begin, piece.begin + len(piece.tokens)) for piece in pieces]
+        prompts, joined = [piece.tokens for piece in pieces], self.unpadded
+        ids, mask = _joined(prompts) if joined else _padded(prompts, torch.device("cpu"), left=True)
+        columns = np.full(ids.shape, -1)
+        columns[mask.numpy() == 1] = np.concatenate([np.arange(span.begin, span.end) for span in spans])
+        for piece in pieces:
             if piece.begin == 0:
                 self._rows.open(piece.row, piece.room)
         self._best = None
-        lengths, handover = [piece.length for piece in pieces], self._handover
+        lengths, handover = None if joined else [piece.length for piece in pieces], self._handover
         experts, dense = handover.prompt_experts(), handover.prompt_dense()
         with (
-            self._given(ids, spans, columns) as given,
+            self._given(ids, spans, columns, joined=joined) as given,
             self._context.carry(padding=self._padding(mask == 0), lengths=lengths, experts=experts, dense=dense),
         ):
             logits = self._rows.forward(self._rows.model, given)
@@ -118,16 +122,26 @@ class RowExecutor:
 
     @contextmanager
     def _given(
-        self, ids: Tensor, spans: Sequence[Span], columns: npt.NDArray[np.int64], reach: int = 0
+        self,
+        ids: Tensor,
+        spans: Sequence[Span],
+        columns: npt.NDArray[np.int64],
+        reach: int = 0,
+        *,
+        joined: bool = False,
     ) -> Iterator[ForwardInput]:
         """What a pass is fed, on the device, with room for what it writes; columns of padding are -1."""
         device, at = self._rows.model.device, torch.from_numpy(columns)
-        rows = torch.tensor([span.row for span in spans], device=device)
+        pieces = Pieces.of(spans, device) if joined else None
+        if pieces is None:
+            rows = torch.tensor([span.row for span in spans], device=device)
+        else:
+            rows = pieces.rows.repeat_interleave(pieces.bounds[1], output_size=ids.numel())[None]
         nowhere, end = self._rows.nowhere, max(span.end for span in spans)
         with self._rows.passing(spans, columns) as cells:
             yield ForwardInput(
                 ids.to(device), rows, at.clamp(min=0).to(device), torch.where(at < 0, nowhere, at).to(device), end, reach,
-                cells.to(device),
+                cells.to(device), pieces,
             )  # fmt: skip
 
     def _padding(self, padding: Bool[Tensor, "B C"]) -> Bool[Tensor, " T"] | None:
@@ -192,7 +206,7 @@ class EncoderDecoderExecutor(RowExecutor):
 class CohortExecutor:
     """A decoder-only model whose sequences begin together and step together; finished ones are dropped."""
 
-    joins = False
+    joins = unpadded = False
     whole = padded_left = True
 
     def __init__(self, model: PreTrainedModel, chunk: int, context: ForwardContext) -> None:
@@ -239,6 +253,12 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device, *, left: boo
         ids[row, place] = torch.tensor(prompt)
         mask[row, place] = 1
     return ids.to(device), mask.to(device)
+
+
+def _joined(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Prompts one behind the other, `[1, T]`, and a mask of ones."""
+    ids = torch.tensor([[token for prompt in prompts for token in prompt]])
+    return ids, torch.ones_like(ids)
 
 
 def _cache_of(model: PreTrainedModel) -> DynamicCache:

@@ -51,11 +51,21 @@ def prompt_attention(
     sinks: Tensor | None = None,
     softcap: float | None = None,
     table: Tensor | None = None,
+    pieces: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Attention of the last C tokens of each of B sequences. See the twin; float32 inside.
 
     Token by token, so that the shapes of the products, on which their bits depend, depend on a token's position alone.
     """
+    if pieces is not None:
+        found = []
+        for place, (begin, count) in enumerate(pieces[0].T.tolist()):
+            mine = where[0][place : place + 1], where[1][place : place + 1]
+            asked = query[:, :, begin : begin + count]
+            found.append(
+                prompt_attention(asked, keys, values, mine, scale, window, sinks=sinks, softcap=softcap, table=table)
+            )
+        return torch.cat(found, dim=1)
     count = query.shape[2]
     out = query.new_zeros(query.shape[0], count, query.shape[1], values.shape[3])
     for place, (row, last) in enumerate(zip(where[0].tolist(), where[1].tolist(), strict=True)):

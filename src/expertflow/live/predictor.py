@@ -57,7 +57,7 @@ class LivePredictor:
         online: the predictor, with a state row for every KV row.
         events: takes the warning event if the predictor is switched off.
         aside: entered while the predictor works, so that a predictor in host memory does not count as device memory.
-        room: tokens of prompts taken in at once, if they are not all of one sequence.
+        room: tokens of prompts taken in at once.
 
     Attributes:
         artifact: the trained predictor.

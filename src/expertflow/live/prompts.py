@@ -32,7 +32,7 @@ def take_in(
         rows: `[T]`, state row of each token, `NO_SEQUENCE` for padding.
         tokens: `[T]`, ids.
         routes: `[T, L, K]`, their experts; E for none.
-        room: tokens taken in at once, if they are not all of one row.
+        room: tokens taken in at once.
     """
     device = online.device
     count = np.bincount(rows[rows != NO_SEQUENCE], minlength=online.rows)
@@ -50,11 +50,11 @@ def take_in(
 
 
 def group_by_row(rows: Rows, room: int) -> Iterator[tuple[Rows, Rows, Rows]]:
-    """Group tokens by state row, in ascending order of rows, each row's in their order, without padding.
+    """Group tokens by state row, in ascending order of rows, each row's in their order, without padding; no group has a row twice.
 
     Args:
         rows: `[T]`, state row of each token, `NO_SEQUENCE` for padding.
-        room: tokens of a group at most; a row with more is a group of its own.
+        room: tokens of a group at most; a row with more goes through several groups.
 
     Yields:
         Places of the group's tokens among the T, its rows, and the number of tokens of each.
@@ -62,6 +62,10 @@ def group_by_row(rows: Rows, room: int) -> Iterator[tuple[Rows, Rows, Rows]]:
     order = np.argsort(rows, kind="stable")
     order = order[rows[order] != NO_SEQUENCE]
     present, counts = np.unique(rows[order], return_counts=True)
+    parts = -(-counts // room)
+    whole, last_parts = np.full(int(parts.sum()), room), np.cumsum(parts) - 1
+    whole[last_parts] = counts - (parts - 1) * room
+    present, counts = np.repeat(present, parts), whole
     ends, first = np.cumsum(counts), 0
     while first < len(present):
         begin = ends[first] - counts[first]

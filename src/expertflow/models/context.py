@@ -8,6 +8,7 @@ own forward. Must not know which code sets it, and what for.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +51,37 @@ class DenseKernels(Protocol):
         """Queries `[B, Q, C, D]` over keys and values to `[B, C, Q, V]`; `more` is what transformers gives by name."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pieces:
+    """The sequences of a pass of `[1, T]` tokens, which follow one another without padding.
+
+    Attributes:
+        bounds: int64 `[2, S]`, first token and number of tokens of each.
+        rows: int64 `[S]`, their KV rows.
+        lasts: int64 `[S]`, the position in its sequence of each one's last token.
+        longest: the most tokens that one has.
+    """
+
+    bounds: Tensor
+    rows: Tensor
+    lasts: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, pieces: Sequence[tuple[int, int, int]], device: torch.device) -> "Pieces":
+        """Pieces by row, position of the first token, and position behind the last; one copy to the device."""
+        rows, firsts, ends = zip(*pieces, strict=True)
+        counts = [end - first for first, end in zip(firsts, ends, strict=True)]
+        begins = [0, *accumulate(counts)][:-1]
+        there = torch.tensor([begins, counts, rows, [end - 1 for end in ends]]).to(device)
+        return cls(bounds=there[:2], rows=there[2], lasts=there[3], longest=max(counts))
+
+    @property
+    def ends(self) -> Tensor:
+        """int64 `[S]`, the last token of each among the T."""
+        return self.bounds.sum(0) - 1
+
+
 class KvPages(Protocol):
     """Where one pass writes and reads keys and values that lie in pages."""
 
@@ -68,7 +100,8 @@ class Carried:
     """What one pass carries.
 
     Attributes:
-        rows: int64 `[B]`, the KV row of each sequence.
+        rows: int64 `[B]`, the KV row of each sequence; with `pieces` `[1, T]`, of each token.
+        pieces: which tokens are whose, if sequences follow one another without padding; None: each has a line.
         positions: int64 `[B, C]`, of the tokens.
         columns: int64 `[B, C]`, where the tokens' keys and values go.
         end: columns of the rows that attention looks at.
@@ -84,6 +117,7 @@ class Carried:
     """
 
     rows: Tensor = _NONE
+    pieces: Pieces | None = None
     positions: Tensor = _NONE
     columns: Tensor = _NONE
     end: int = 0

@@ -61,6 +61,7 @@ class ModelShape:
         records: how they are stored, layer by layer.
         dtype: dtype the model runs in.
         dense_bytes: everything but the experts, buffers included.
+        multiplied: elements of the dense matrices that every token is multiplied with; without the output head.
         kv: attention layers of one sequence.
         hidden: hidden size (H).
         expert_width: elements of the widest intermediate of one token in one expert.
@@ -89,6 +90,7 @@ class ModelShape:
     records: StoreLayout
     dtype: str
     dense_bytes: int
+    multiplied: int
     kv: tuple[KvLayer, ...]
     hidden: int
     expert_width: int
@@ -151,6 +153,7 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         records=records,
         dtype=skeleton.dtype,
         dense_bytes=_dense_bytes(skeleton),
+        multiplied=_multiplied(skeleton.model),
         kv=_kv_layers(skeleton, (key_width + value_width) * element, element, in_pages=paged),
         hidden=int(config.hidden_size),
         expert_width=max(max(spec.shape) for spec in skeleton.specs),
@@ -273,6 +276,13 @@ def _dense_bytes(skeleton: Skeleton) -> int:
             dtype = runs_in
         total += tensor.numel() * dtype.itemsize
     return total
+
+
+def _multiplied(model: PreTrainedModel) -> int:
+    """Elements of all matrices that are no embeddings, and no output head."""
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)] + [model.get_output_embeddings()]
+    known = {id(weight) for table in tables for weight in [getattr(table, "weight", None)]}
+    return sum(one.numel() for one in model.parameters() if one.ndim > 1 and id(one) not in known)
 
 
 def unique_tensors(model: PreTrainedModel) -> Sequence[tuple[str, torch.Tensor]]:

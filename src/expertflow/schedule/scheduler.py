@@ -7,7 +7,7 @@ Groups are made by arrival, by predicted route, or by the cost model. An `admiss
 get rows. Pure: numbers in, numbers out, no clock, no tensors. Must not know tokens, models and caches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -104,6 +104,8 @@ class Scheduler:
         policy: how live sequences are divided into groups: `fifo` by arrival, `group` by route, `auto` what is cheapest.
         joins: whether sequences may join while others live; if not, they come and step in cohorts.
         whole: whether a prompt has to be read in one pass, however long; so is a cohort's.
+        prompts: parts of a pass at most; None: as many as a step has sequences.
+        unequal: whether parts of a pass may have any sizes; if not, all have room for as many tokens.
         patience: how often a waiting request may be passed over by a later one.
         top_k: experts a token uses a layer.
         rates: what a step costs, for `auto`.
@@ -123,6 +125,8 @@ class Scheduler:
     policy: Grouping = "fifo"
     joins: bool = True
     whole: bool = False
+    prompts: int | None = None
+    unequal: bool = False
     patience: int = 4
     top_k: int = 1
     rates: StepPrices | None = None
@@ -275,6 +279,9 @@ class Scheduler:
         reading = [sequence for sequence in self._live if not self._decodes(sequence)]
         if not reading:
             return None
+        reading = reading[: self.prompts]
+        if self.unequal and self.joins and not self.whole:
+            return Prefill(tuple(self._fill(reading[: self.batch])))
         if self.whole or not self.joins:
             reading = reading[: self.batch]
             columns = max(self._live[sequence].prompt for sequence in reading)
@@ -286,6 +293,22 @@ class Scheduler:
             end = min(known.prompt, known.read + columns)
             parts.append(Part(sequence, known.read, end, end == known.prompt))
         return Prefill(tuple(parts))
+
+    def _fill(self, reading: list[int]) -> Iterator[Part]:
+        """Parts of any sizes, as their sequences came, until the pass is full.
+
+        A prompt that would need more than is left takes half of it, or all that those behind it leave: a long one does not
+        keep short ones waiting for all of its passes.
+        """
+        room, needs = self.chunk, [self._live[sequence].prompt - self._live[sequence].read for sequence in reading]
+        for place, (sequence, need) in enumerate(zip(reading, needs, strict=True)):
+            if not room:
+                return
+            behind = sum(needs[place + 1 :])
+            taken = need if need <= room else max(room - behind, room - room // 2)
+            begin = self._live[sequence].read
+            yield Part(sequence, begin, begin + taken, taken == need)
+            room -= taken
 
     def _widest(self, reading: list[int]) -> tuple[list[int], int]:
         """Sequences of a pass, and columns of each: what reads most tokens, with the first sequence among them.

@@ -23,6 +23,7 @@ class NextBatch(NamedTuple):
         padded_left: whether shorter prompts are padded on the left, else on the right.
         following: sequences of the groups that step after this one, group by group, as far as is known.
         rows: KV row of each sequence; empty where nothing needs them.
+        joined: whether prompts follow one another without padding.
     """
 
     sequences: Sequence[int]
@@ -30,6 +31,7 @@ class NextBatch(NamedTuple):
     padded_left: bool = True
     following: Sequence[Sequence[int]] = ()
     rows: Sequence[int] = ()
+    joined: bool = False
 
 
 class BatchOwners:
@@ -47,6 +49,8 @@ class BatchOwners:
     def take(self, count: int) -> npt.NDArray[np.int32]:
         """Return int32 `[count]`, the sequence of each token of the next pass, `NO_SEQUENCE` for padding."""
         sequences, lengths, left = self.coming[:3]
+        if lengths is not None and self.coming.joined:
+            return np.repeat(np.asarray(sequences, dtype=np.int32), lengths)
         columns = count // len(sequences)
         owner = np.repeat(np.asarray(sequences, dtype=np.int32), columns)
         if lengths is None:

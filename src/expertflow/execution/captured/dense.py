@@ -93,7 +93,7 @@ class DenseParts:
 
 
 class PromptParts(DenseParts):
-    """The same of passes over prompts, whose sequences have several tokens each, padded on the left."""
+    """The same of passes over prompts, whose sequences have several tokens each: padded on the left, or without padding."""
 
     forms = PROMPT_FORMS
 
@@ -119,14 +119,17 @@ class PromptParts(DenseParts):
         self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float, more: Mapping[str, Any]
     ) -> Tensor:
         """`[B, Q, C, D]` over keys and values of all KV rows, or of those of the pass, to `[B, C, Q, V]`."""
-        now = self._context.now
+        now, pieces = self._context.now, None
         assert more.get("position_bias") is None
-        rows, table = now.rows, self._table(module)
-        if not self.in_place:  # what the pass's own rows have was copied
+        rows, table, lasts = now.rows, self._table(module), now.positions[:, -1]
+        if now.pieces is not None:
+            assert self.in_place
+            rows, lasts, pieces = now.pieces.rows, now.pieces.lasts, (now.pieces.bounds, now.pieces.longest)
+        elif not self.in_place:  # what the pass's own rows have was copied
             rows, table = torch.arange(len(now.rows), device=now.rows.device), None
         return self._kernels.prompt_attention(
-            *given, (rows, now.positions[:, -1]), scale, self._windows[module.layer_idx], sinks=getattr(module, "sinks", None),
-            softcap=more.get("softcap"), table=table,
+            *given, (rows, lasts), scale, self._windows[module.layer_idx], sinks=getattr(module, "sinks", None),
+            softcap=more.get("softcap"), table=table, pieces=pieces,
         )  # fmt: skip
 
 

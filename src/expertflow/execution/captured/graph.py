@@ -46,6 +46,7 @@ class GraphDecoder:
         experts: of the steps.
         batch: sequences of a step at most.
         dense: run attention and norms by our kernels where they support a module's form; else by the model's own.
+        one_size: run every step for `batch` sequences and all columns, so that the bits of one do not depend on the others.
 
     Attributes:
         inputs: int64 `[4 + K, batch]` on the device, what the next step is fed: tokens, rows, positions, columns, and K lines of
@@ -55,10 +56,17 @@ class GraphDecoder:
     """
 
     def __init__(
-        self, rows: RowModel | EncoderDecoderRows, experts: DeviceExperts, batch: int, *, dense: bool = True
+        self,
+        rows: RowModel | EncoderDecoderRows,
+        experts: DeviceExperts,
+        batch: int,
+        *,
+        dense: bool = True,
+        one_size: bool = False,
     ) -> None:
         """Make the buffers that graphs point at."""
         self.rows, self.experts, self._batch = rows, experts, batch
+        self._least = (batch, rows.nowhere) if one_size else (1, min(LEAST_COLUMNS, rows.nowhere))
         device, length = rows.model.device, rows.nowhere
         self._staged = torch.zeros(CELLS + rows.cell_lines, batch, dtype=torch.long)
         self._staged[COLUMNS] = length
@@ -80,10 +88,10 @@ class GraphDecoder:
         """
         count, length = len(fed), self.rows.nowhere
         _, tokens, rows, positions = map(list, zip(*fed, strict=True))
-        need = max(count, self.experts.updated)
-        batch = round_up(need, 1, self._batch)
-        columns, reach = round_up(max(positions) + 1, min(LEAST_COLUMNS, length), length), self.rows.reach(rows)
-        self._reach = round_up(reach, min(LEAST_COLUMNS, length), length) if reach else 0
+        need, (least, least_columns) = max(count, self.experts.updated), self._least
+        batch = round_up(need, least, self._batch)
+        columns, reach = round_up(max(positions) + 1, least_columns, length), self.rows.reach(rows)
+        self._reach = round_up(reach, least_columns, length) if reach else 0
         staged = self._staged.numpy()
         staged[:, count:] = 0
         staged[TOKENS, :count], staged[ROWS, :count], staged[POSITIONS, :count] = tokens, rows, positions

@@ -227,6 +227,7 @@ class PagedCache(Cache):
         Args:
             spans: what it writes, a row each.
             columns: `[B, C]`, each token's column in the row of its span; padding has -1. Lines behind the spans are padding.
+                Or `[1, T]` of several spans, one behind the other.
 
         Returns:
             Where each token's keys and values go, in host memory; see `PassPages`.
@@ -340,12 +341,15 @@ class PagedCache(Cache):
                 book.changed.clear()
 
     def _cells(self, spans: Sequence[Span], columns: npt.NDArray[np.int64]) -> Tensor:
-        rows = np.zeros(len(columns), dtype=np.int64)
-        rows[: len(spans)] = [span.row for span in spans]
+        rows = np.zeros((len(columns), 1), dtype=np.int64)
+        if len(spans) > len(columns):
+            rows = np.repeat([span.row for span in spans], [span.end - span.begin for span in spans])[None]
+        else:
+            rows[: len(spans), 0] = [span.row for span in spans]
         padding, page = columns < 0, self.layout.page
         cells = np.zeros((len(self.books) + 1, *columns.shape), dtype=np.int64)
         for kind, book in enumerate(self.books):
-            cells[kind] = np.where(padding, WASTE, book.entries[rows[:, None], columns // page])
+            cells[kind] = np.where(padding, WASTE, book.entries[rows, columns // page])
         cells[-1] = np.where(padding, 0, columns % page)
         return torch.from_numpy(cells)
 

@@ -97,16 +97,24 @@ def _block(
 
 
 # many parameters: three strides a tensor, and a width in parts
-@triton.jit(do_not_specialize=["tokens", "lasts_stride"], do_not_specialize_on_alignment=["rows", "lasts"])
+@triton.jit(do_not_specialize=["tokens", "lasts_stride"], do_not_specialize_on_alignment=["rows", "lasts", "pieces"])
 def attend(
-    query, keys, values, rows, lasts, table, sinks, out, tokens, query_batch, query_head, query_token, key_row, key_head, key_column, value_row,
+    query, keys, values, rows, lasts, pieces, table, sinks, out, tokens, query_batch, query_head, query_token, key_row, key_head, key_column, value_row,
     value_head, value_column, lasts_stride, table_stride, page: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, scale: tl.constexpr, cap: tl.constexpr,
     window: tl.constexpr, sink: tl.constexpr, key_width: tl.constexpr, wide: tl.constexpr, tail: tl.constexpr, value_width: tl.constexpr,
-    padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    padded: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, joined: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of a sequence, all query heads of one key head. Programs with the most columns come first."""
     head, sequence = tl.program_id(0), tl.program_id(2)
-    begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * block_m
+    block, start = tl.num_programs(1) - 1 - tl.program_id(1), sequence.to(tl.int64) * tokens
+    if joined:
+        start = tl.load(pieces + sequence).to(tl.int64)
+        tokens = tl.load(pieces + tl.num_programs(2) + sequence).to(tl.int32)
+        block = tl.cdiv(tokens * groups, block_m) - 1 - tl.program_id(1)
+        query += start * query_token
+        if block < 0:  # a shorter piece than the longest has fewer blocks
+            return
+    begin = block * block_m
     place = begin + tl.arange(0, block_m)
     token, lane = place // groups, head * groups + place % groups
     valid = token < tokens
@@ -114,9 +122,9 @@ def attend(
     position = first + token
     earliest = first + begin // groups
     latest = first + tl.minimum(tokens - 1, (begin + block_m - 1) // groups)
-    asked = (
-        query + sequence.to(tl.int64) * query_batch + token.to(tl.int64) * query_token + lane.to(tl.int64) * query_head
-    )
+    asked = query + token.to(tl.int64) * query_token + lane.to(tl.int64) * query_head
+    if not joined:
+        asked += sequence.to(tl.int64) * query_batch
     mine = _tile(asked, 0, key_width, wide, valid, False)
     mine_end = mine
     if tail > 0:
@@ -148,7 +156,7 @@ def attend(
         )  # fmt: skip
     done = acc / tl.where(total == 0, 1.0, total)[:, None]
     cell = tl.arange(0, padded)
-    result = out + ((sequence.to(tl.int64) * tokens + token) * heads + lane) * value_width
+    result = out + ((start + token) * heads + lane) * value_width
     inside = valid[:, None] & (cell[None, :] < value_width)
     tl.store(result[:, None] + cell[None, :], done.to(out.dtype.element_ty), mask=inside)
 
@@ -188,6 +196,7 @@ def prompt_attention(
     softcap: float | None = None,
     cut: Tiling | None = None,
     table: Tensor | None = None,
+    pieces: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Attention of the last C tokens of each of B sequences over the columns up to each token's position.
 
@@ -204,27 +213,29 @@ def prompt_attention(
         cut: None: as `tiling` says.
         table: int32 `[R, m]` with unit columns, the pages of each row: keys and values are `[P, G, N, D]`, pages of N columns, N a multiple
             of 64; None: they lie in rows.
+        pieces: int64 `[2, B]`, contiguous, first token and number of tokens of each sequence, and the longest's number: their tokens
+            follow one another in a query of `[1, Q, T, D]`, without padding; None: all have C.
 
     Returns:
-        `[B, C, Q, V]`.
+        `[B, C, Q, V]`; with pieces `[1, T, Q, V]`.
     """
     (batch, heads, tokens, width), (kv_heads, value_width) = query.shape, (keys.shape[1], values.shape[3])
-    rows, lasts = where
+    (rows, lasts), groups = where, heads // kv_heads
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1
-    assert rows.is_contiguous()
     assert scale > 0
     cut = cut or tiling(width, value_width, query.dtype, paged=table is not None)
     assert table is None or keys.shape[2] % cut.block_n == 0
-    groups = heads // kv_heads
     out = query.new_empty(batch, tokens, heads, value_width)
-    grid, stages = (kv_heads, triton.cdiv(tokens * groups, cut.block_m), batch), cut.stages
+    bounds, longest = (rows, tokens) if pieces is None else pieces
+    assert rows.is_contiguous() and bounds.is_contiguous()  # noqa: PT018
+    grid, stages = (kv_heads, triton.cdiv(longest * groups, cut.block_m), len(rows)), cut.stages
     while True:
         try:
             attend[grid](
-                query, keys, values, rows, lasts, rows if table is None else table, query if sinks is None else sinks, out, tokens, query.stride(0), query.stride(1),
+                query, keys, values, rows, lasts, bounds, rows if table is None else table, query if sinks is None else sinks, out, tokens, query.stride(0), query.stride(1),
                 query.stride(2), *keys.stride()[:3], *values.stride()[:3], lasts.stride(0), 0 if table is None else table.stride(0),
                 page=0 if table is None else keys.shape[2], heads=heads, groups=groups, scale=scale,
-                cap=softcap or 0.0, window=window or 0, sink=sinks is not None, block_m=cut.block_m, block_n=cut.block_n,
+                cap=softcap or 0.0, window=window or 0, sink=sinks is not None, joined=pieces is not None, block_m=cut.block_m, block_n=cut.block_n,
                 num_warps=cut.warps, num_stages=stages, **parts(width, value_width),
             )  # fmt: skip
         except OutOfResources:  # fewer blocks in flight change no bit
