@@ -65,6 +65,8 @@ def packed_lines(best_only: bool) -> list[str]:  # noqa: FBT001 - one table in t
                 best = [kind for kind in best if kind[2] == ("plec" if "plec" in names else "next-use")]
             for kind in best:
                 of = rows[kind]
+                if best_only and len(of) == 1:  # it ended before the others were measured
+                    continue
                 peak = max(row["peak_bytes"] for row in of.values())
                 cells = [_cell(result, of[batch]) if batch in of else "" for batch in BATCHES]
                 share = f", {float(kind[1]):.0%}" if not kind[1].endswith("B") else ""
@@ -89,10 +91,10 @@ def notes() -> str:
     inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
     machine, versions = results[0]["machine"], results[0]["versions"]
     return (
-        f"{machine['device']}, torch {versions['torch']}, Triton {versions['triton']}; tokens a second, medians of 3 windows (share of the bound: loads "
-        "at the link's best, or the all-resident step). Routing of gpt-oss-20b is recorded, that of the others of random tokens. Every token and the "
-        f"checked logits equal to the all-resident graph's: {'yes' if exact else 'NO'}; measured peak within the plan: {'yes' if inside else 'NO'}. "
-        "FreeToken and llama.cpp: another H200, 2026-11-29; llama.cpp routes by its own random router."
+        f"{machine['device']}, torch {versions['torch']}; tokens a second, medians of 3 windows (share of the bound: loads at the link's best, or the "
+        "all-resident step); routing of gpt-oss-20b recorded, else of random tokens. Tokens and logits equal to the all-resident graph's: "
+        f"{'yes' if exact else 'NO'}; peak within the plan: {'yes' if inside else 'NO'}. Rivals: another H200, 2026-11-29; llama.cpp routes by its "
+        "own random router."
     )
 
 
