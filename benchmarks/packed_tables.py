@@ -12,13 +12,18 @@ SHAPES = {
     "gpt-oss-120b": "engine_g120_h200",
     "Qwen3-30B-A3B": "engine_q30_h200",
 }
-"""Result files by shape."""
+"""Result files by shape; those that are not there have no rows."""
 BATCHES = (1, 4, 8, 16)
 PEERS = (
     ("gpt-oss-20b", "mxfp4", "FreeToken 0.2.1, 50 % of the experts", 11183 / 1024, (179, 171, 69, 100)),
-    ("gpt-oss-20b", "mxfp4", "llama.cpp 0.5.0, half of the layers' experts on 16 cores", 8751 / 1024, (30, 72, 75, 79)),
+    ("gpt-oss-20b", "mxfp4", "llama.cpp 0.5.0, half of the layers on 16 cores", 8751 / 1024, (30, 72, 75, 79)),
 )  # fmt: skip
 """Measured on another H200 on 2026-11-29: tokens a second at each batch, and GiB as the driver counts them."""
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """Results by shape."""
+    return {shape: read(name) for shape, name in SHAPES.items() if (RESULTS / f"{name}.json").is_file()}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -35,8 +40,7 @@ def bound(result: dict[str, Any], row: dict[str, Any]) -> float:
 def packed_lines(best_only: bool) -> list[str]:  # noqa: FBT001 - one table in two lengths
     """Tokens a second by shape, format, memory and strategy; behind each the share of its bound."""
     lines = ["| shape | experts | GPU memory | what | 1 | 4 | 8 | 16 |", "|---" * 8 + "|"]
-    for shape, name in SHAPES.items():
-        result = read(name)
+    for shape, result in measured().items():
         rows: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
         shares = result["config"]["shares"].split(",")
         count = {}
@@ -61,6 +65,8 @@ def packed_lines(best_only: bool) -> list[str]:  # noqa: FBT001 - one table in t
                 best = [kind for kind in best if kind[2] == ("plec" if "plec" in names else "next-use")]
             for kind in best:
                 of = rows[kind]
+                if best_only and len(of) == 1:  # it ended before the others were measured
+                    continue
                 peak = max(row["peak_bytes"] for row in of.values())
                 cells = [_cell(result, of[batch]) if batch in of else "" for batch in BATCHES]
                 share = f", {float(kind[1]):.0%}" if not kind[1].endswith("B") else ""
@@ -79,17 +85,16 @@ def _cell(result: dict[str, Any], row: dict[str, Any]) -> str:
 
 def notes() -> str:
     """Machine, exactness and memory, as a paragraph."""
-    results = [read(name) for name in SHAPES.values()]
+    results = [*measured().values()]
     rows = [row for result in results for row in result["rows"]]
     exact = all(row["tokens_equal"] and row["logits_equal"] for row in rows)
     inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
     machine, versions = results[0]["machine"], results[0]["versions"]
     return (
-        f"{machine['device']}, torch {versions['torch']}, Triton {versions['triton']}. Decoded tokens a second, medians of 3 windows; in "
-        "brackets the share of the bound: the step's loads at the link's best, or the all-resident step, whichever is longer. Routing of "
-        "gpt-oss-20b is recorded; the others route random tokens, embeddings 60 times wider than drawn. Every token and the checked logits "
-        f"equal to the all-resident graph's in every row: {'yes' if exact else 'NO'}; measured peak within the plan in every row: "
-        f"{'yes' if inside else 'NO'}. FreeToken and llama.cpp ran on another H200 on 2026-11-29; llama.cpp routes by its own random router."
+        f"{machine['device']}, torch {versions['torch']}; tokens a second, medians of 3 windows (share of the bound: loads at the link's best, or the "
+        "all-resident step); routing of gpt-oss-20b recorded, else of random tokens. Tokens and logits equal to the all-resident graph's: "
+        f"{'yes' if exact else 'NO'}; peak within the plan: {'yes' if inside else 'NO'}. Rivals: another H200, 2026-11-29; llama.cpp routes by its "
+        "own random router."
     )
 
 
@@ -109,8 +114,8 @@ def packed_loads() -> str:
         "| shape | experts | slots | sequences | strategy | ms a step | loads (ahead) | link GB/s | all-resident ms | GiB (budget) |",
         "|---" * 10 + "|",
     ]
-    for shape, name in SHAPES.items():
-        for row in read(name)["rows"]:
+    for shape, result in measured().items():
+        for row in result["rows"]:
             ms, loads, ahead = (statistics.median(row[key]) for key in ("ms", "carried", "ahead"))
             lines.append(
                 f"| {shape} | {row['format']} | {row['slots']} | {row['batch']} | {row['strategy']} | {ms:.2f} "
@@ -119,41 +124,6 @@ def packed_loads() -> str:
                 f"{row['peak_bytes'] / GIB:.2f} ({row['budget_bytes'] / GIB:.2f}) |"
             )
     return "\n".join(lines)
-
-
-def front_lines() -> list[str]:
-    """The README's table: gpt-oss-20b as published, beside its rivals."""
-    result = read(SHAPES["gpt-oss-20b"])
-    lines = ["| gpt-oss-20b, MXFP4 | GPU memory | 1 sequence | 4 | 8 | 16 |", "|---" * 6 + "|"]
-    rows = [row for row in result["rows"] if row["format"] == "mxfp4" and row["strategy"] == "plec"]
-    resident = [batch / statistics.median(result["resident_ms"][f"mxfp4 {batch}"]) * 1e3 for batch in BATCHES]
-    whole = max(row["peak_bytes"] + (result["experts"] - row["slots"]) * row["record_bytes"] for row in rows)
-    lines.append(
-        f"| ExpertFlow, every expert on the GPU | {whole / GIB:.1f} GiB | {' | '.join(f'{s:.0f}' for s in resident)} |"
-    )
-    for slots in sorted({row["slots"] for row in rows}, reverse=True):
-        of = {row["batch"]: row for row in rows if row["slots"] == slots}
-        peak = max(row["peak_bytes"] for row in of.values())
-        speeds = [f"**{batch / statistics.median(of[batch]['ms']) * 1e3:.0f}**" for batch in BATCHES]
-        lines.append(
-            f"| ExpertFlow, {slots / result['experts']:.0%} of the experts | {peak / GIB:.1f} GiB | {' | '.join(speeds)} |"
-        )
-    lines += [f"| {who} | {memory:.1f} GiB | {' | '.join(map(str, speeds))} |" for _, _, who, memory, speeds in PEERS]
-    return lines
-
-
-def front() -> str:
-    """The README's table, with what it says below."""
-    result = read(SHAPES["gpt-oss-20b"])
-    rows = [row for row in result["rows"] if row["format"] == "mxfp4"]
-    exact = all(row["tokens_equal"] and row["logits_equal"] for row in rows)
-    inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
-    return "\n".join([*front_lines(), "", (
-        f"Decoded tokens a second on one {result['machine']['device']}, medians of 3 windows; random weights, routing and tokens of 28 "
-        "recorded sequences that the predictor has not seen. FreeToken and llama.cpp ran on another H200 on 2026-11-29 (llama.cpp with "
-        f"its own random router). Every token equal to the all-resident model's: {'yes' if exact else 'NO'}; peak within the plan: "
-        f"{'yes' if inside else 'NO'}."
-    )])  # fmt: skip
 
 
 def first_token() -> str:
@@ -167,3 +137,18 @@ def first_token() -> str:
             f"{statistics.median(row['link_seconds']):.3f} | {statistics.median(row['bytes_moved']) / 1e9:.2f} |"
         )
     return "\n".join(lines)
+
+
+def kernels() -> str:
+    """Expert kernels by format: microseconds of a layer, and the share of the time that reading the weights takes."""
+    result = read("packed_kernels_h200")
+    lines = ["| shape | experts | projection | 1 token | 4 | 16 | 64 |", "|---" * 7 + "|"]
+    found: dict[tuple[str, str, str], dict[int, str]] = {}
+    for row in result["rows"]:
+        key = row["shape"], row["format"], row["projection"]
+        found.setdefault(key, {})[row["tokens"]] = f"{row['us']:.1f} ({row['share']:.2f})"
+    for (shape, packed, projection), cells in found.items():
+        lines.append(
+            f"| {shape} | {packed} | {projection} | {' | '.join(cells[tokens] for tokens in (1, 4, 16, 64))} |"
+        )
+    return "\n".join([*lines, "", f"Read rate of the same run: {result['read_bytes_per_second'] / 1e12:.2f} TB/s."])

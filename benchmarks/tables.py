@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import packed_tables
 from matplotlib.figure import Figure
 
 from expertflow.bench.pages import figures
@@ -239,11 +240,6 @@ def front() -> str:
 def engine_g() -> str:
     """gpt-oss-20b's shape with real routing replayed: medians."""
     return "\n".join(_engine("g", "plec", whole=False))
-
-
-def engine_q() -> str:
-    """The shape of Qwen3-MoE with random weights and tokens: medians."""
-    return "\n".join(_engine("q", "next-use", whole=False))
 
 
 def engine_g_whole() -> str:
@@ -693,7 +689,7 @@ PAGES: Mapping[str, Tables] = {
     "docs/how-it-works.md": {"modules": modules, "strategies": strategies},
     "docs/benchmarks.md": {
         "engine-g": engine_g,
-        "engine-q": engine_q,
+        "packed": packed_tables.packed,
         "schedule": schedule,
         "predictor": predictor,
         "predictor-simulated": predictor_simulated,
@@ -749,6 +745,11 @@ RESULT_PAGES = {
         "`python benchmarks/engine_h100.py` (`engine_*_h100.json`)",
         (engine_g_whole, engine_q_whole),
     ),
+    "packed": Page(
+        "Packed experts on an H200",
+        "`benchmarks/engine_h100.py --formats`, `first_token.py`, `packed_kernels.py` (`*_h200.json`)",
+        (packed_tables.packed_whole, packed_tables.packed_loads, packed_tables.first_token, packed_tables.kernels),
+    ),
     "host-execution": Page(
         "Host execution at the size of Qwen1.5-MoE-A2.7B",
         "`python benchmarks/host_execution.py` (`host_execution_h100.json`)",
@@ -790,7 +791,7 @@ RESULT_PAGES = {
 
 SMALL = (
     "loading_h200", "threads_cpu", "threads_h200", "invariance_h100", "soak_h100", "prefill_h100", "next_use_halves",
-    "predictor_latency_cpu", "predictor_latency_h100", "engine_compare_h200",
+    "predictor_latency_cpu", "predictor_latency_h100", "engine_compare_h200", "prompt_attention_h200",
 )  # fmt: skip
 """Results that are few enough to be read whole."""
 

@@ -27,43 +27,29 @@ def _until(counter, enough):
         seen = tl.atomic_add(counter, 0, sem="acquire")
 
 
-@triton.jit
-def _fields(entry, entries, real):
-    """The load called off before into the same slot, or -1, the record and the slot of an entry."""
-    before = tl.load(entry + _PRIOR * entries, mask=real, other=-1)
-    src = tl.load(entry + _SRC * entries, mask=real, other=0)
-    return before, src, tl.load(entry + _DST * entries, mask=real, other=0)
-
-
 # parts of a list start at any address; specializing on them might compile a kernel anew during a capture
 @triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["todo", "bounds"])
 def _fetch_kernel(
     host, pool, ledger, todo, bounds, lines, entries,
-    record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr, unequal: tl.constexpr, threads: tl.constexpr,
+    record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr, unequal: tl.constexpr,
 ):  # fmt: skip
-    """Take blocks of at most `block` words from the entries, one after the other; rows are `record` words, a record no more.
-
-    Two loads' fields and a block's words are under way while the counters answer, so that short records keep the link full.
-    """
+    """Take blocks of at most `block` words from the entries, one after the other; rows are `record` words, a record no more."""
     begin = tl.load(bounds)
     end = tl.load(bounds + 1)
     blocks: tl.constexpr = (record + block - 1) // block
     place = begin
-    number = tl.load(todo + place, mask=place < end, other=0)
-    number_then = tl.load(todo + place + 1, mask=place + 1 < end, other=0)
-    before, src, dst = _fields(ledger + number, entries, place < end)
     while place < end:  # the interpreter has no `range` over values of the device
-        entry = ledger + number
-        before_then, src_then, dst_then = _fields(ledger + number_then, entries, place + 1 < end)
-        number, number_then = number_then, tl.load(todo + place + 2, mask=place + 2 < end, other=0)
+        entry = ledger + tl.load(todo + place)
+        before = tl.load(entry + _PRIOR * entries)
         if before >= 0:  # a load into the same slot was called off: wait for its blocks under way
             _until(ledger + _DONE * entries + before, tl.minimum(tl.load(ledger + _CARRIED * entries + before), blocks))
+        src = tl.load(entry + _SRC * entries)
         words, step = record, block
         if unequal:  # as many blocks, but smaller ones, of whole lines
             words = tl.load(lines + src) * _LINE
             step = tl.cdiv(tl.load(lines + src), blocks) * _LINE
         source = host + src.to(tl.int64) * record
-        target = pool + dst.to(tl.int64) * record
+        target = pool + tl.load(entry + _DST * entries).to(tl.int64) * record
         part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
         while part < blocks:
             inside = tl.arange(0, block)
@@ -72,24 +58,17 @@ def _fetch_kernel(
             if unequal:
                 mask = mask & (inside < step)
             moved = tl.load(source + at, mask=mask, cache_modifier=".cg")
-            part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")  # while the words are under way
             tl.store(target + at, moved, mask=mask)
             tl.debug_barrier()  # the whole program has written
             tl.atomic_add(entry + _DONE * entries, 1, sem="release")
-        before, src, dst = before_then, src_then, dst_then
+            part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
         place += 1
     if wait:  # noqa: SIM102 - one is known to the compiler, the other to the device
         if tl.program_id(0) == 0:
-            lane = tl.arange(0, threads)
             place = begin
             while place < end:
-                mine = place + lane < end
-                done = ledger + _DONE * entries + tl.load(todo + place + lane, mask=mine, other=0)
-                least = 0
-                while least < blocks:  # all at once: a counter takes as long to answer as all of them
-                    seen = tl.atomic_add(done, tl.zeros([threads], tl.int32), mask=mine, sem="acquire")
-                    least = tl.min(tl.where(mine, seen, blocks), 0)
-                place += threads
+                _until(ledger + tl.load(todo + place) + _DONE * entries, blocks)
+                place += 1
 
 
 def blocks_of(record_bytes: int) -> int:
@@ -140,6 +119,5 @@ def launch_fetch(
     ledger, todo, bounds = loads
     _fetch_kernel[(programs,)](
         host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, todo if ledger.lines is None else ledger.lines,
-        ledger.entries, record=record, block=block, wait=wait, unequal=ledger.lines is not None, threads=32 * warps,
-        num_warps=warps,
+        ledger.entries, record=record, block=block, wait=wait, unequal=ledger.lines is not None, num_warps=warps,
     )  # fmt: skip
