@@ -62,6 +62,7 @@ def test_sizes_where_nothing_or_much_is_copied(shape: ModelShape) -> None:
     assert plan_of(shape, slots="100%").prefill_chunk == 2048
     assert plan_of(shape, slots=LAYERS * EXPERTS - 1).prefill_chunk == 512
     assert plan_of(shape, slots=1).prefill_chunk == 8192
+    assert plan_of(shape, slots=1, execution="host").prefill_chunk == 2048  # scores take memory
     assert plan_of(shape, "cpu", slots=1).prefill_chunk == 512
     assert plan_of(shape, "cpu", slots=1).stall_seconds is None
     assert plan_of(shape, slots=1, max_length=700, max_batch=3).prefill_chunk == 2100

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from expertflow.config import EngineConfig
 from expertflow.engine.planning.kv import Sequences, plan_kv
 from expertflow.engine.planning.pass_size import (
+    ALL_RESIDENT,
     SMALLEST,
     PassWork,
     Speeds,
@@ -261,6 +262,8 @@ def _sized(  # noqa: PLR0913 - two by keyword
     if device != "cuda" or shape.unplanned or shape.encoder_decoder:  # the last two read prompts whole
         return found
     memory = None if budget is None else (budget, smallest.least)
+    if memory is None and not (graph and shape.prompt_kernel):  # scores are kept, and nothing bounds their memory
+        together = min(together, ALL_RESIDENT)
     limit = largest_pass(lambda chunk: _workspace(config, shape, length, chunk, graph=graph), memory, together)
     for _ in range(_ROUNDS):
         wanted = pass_tokens(found.pass_work, pass_speeds(found), limit)
@@ -366,17 +369,15 @@ def rates(plan: Plan) -> StepPrices:
 _SPEEDS = {"cuda": (50e9, 3e12, 1e-3, 4e-3), "cpu": (10e9, 10e9, 1e-3, 4e-3)}
 """Bytes a second over the link and in the device's memory (H100: benchmarks/results/kernels_h100.json; a CPU: a guess),
 and fixed seconds of a step and of a division into groups."""
-_COMPUTE = 300e12
-"""Floating-point operations a second of a pass over prompts on an H200, of 16-bit numbers."""
-_FLOAT32 = 0.1
-"""The share of it that float32 is taken to reach: a guess."""
+_COMPUTE, _COMPUTE_FLOAT32 = 300e12, 30e12
+"""Floating-point operations a second of a pass over prompts, of 16-bit numbers on an H200; of float32: a guess."""
 _ROUNDS = 8
 """Sizes of a pass that are tried at most."""
 
 
 def pass_speeds(plan: Plan) -> Speeds:
     """What copies and computes a pass over prompts on CUDA."""
-    return Speeds(_SPEEDS["cuda"][0], _COMPUTE * (_FLOAT32 if plan.shape.dtype == "float32" else 1))
+    return Speeds(_SPEEDS["cuda"][0], _COMPUTE_FLOAT32 if plan.shape.dtype == "float32" else _COMPUTE)
 
 
 def _max_live(config: EngineConfig, shape: ModelShape) -> int:
