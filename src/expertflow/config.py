@@ -250,7 +250,7 @@ class EngineConfig(_Checked):
     prefill_chunk: int | None = doc(
         "Tokens of one prefill pass, over all its sequences.",
         default=None,
-        none="as many as are computed while missing experts are copied; 512 to 8192, or what an eighth of the budget holds",
+        none="as many as are computed while missing experts are copied; at least 512, at most 8192 or what an eighth of the budget holds",
     )
     batch_invariant: bool = doc(
         "Let no bit of an answer depend on other requests: decode steps of one size, one prompt a pass. Needs graph execution.",
