@@ -271,21 +271,20 @@ def test_drawn_numbers_have_the_deviation_asked_for(format_: Bytes) -> None:
         (FloatQuantized(block=(1, ALL)), "float32"),
         (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "bfloat16"),
         (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "float16"),
+        (FloatQuantized(block=(ALL, ALL), scale_dtype="float16"), "float16"),
         (FloatQuantized(block=(64, 64)), "bfloat16"),
         (Fp8(block=(48, 128)), "float16"),
         (IntQuantized(block=(1, ALL)), "bfloat16"),
     ],
     ids=str,
 )
-def test_kernels_read_what_a_format_decodes(format_: Bytes, dtype: str) -> None:
-    """The expert kernels give the same bits for packed records as for the same numbers in plain ones, at odd sizes too.
-
-    In steps of 128 inputs the interpreter goes tile by tile, in steps of 64 by words.
-    """
+@pytest.mark.parametrize(("hidden", "width"), [(96, 160), (128, 256)])
+def test_kernels_read_what_a_format_decodes(format_: Bytes, dtype: str, hidden: int, width: int) -> None:
+    """The expert kernels give the same bits for packed records as for the same numbers in plain ones, at odd sizes too."""
     pytest.importorskip("triton", reason="kernels need triton")
     from expertflow.kernels import experts  # noqa: PLC0415
 
-    device, hidden, width = torch.device(DEVICES[-1]), 96, 160
+    device = torch.device(DEVICES[-1])
     shapes = {"gate_up_proj": ((2 * width, hidden), 2), "down_proj": ((hidden, width), 1)}
     packed = [TensorSpec(name=n, shape=s, dtype=dtype, format=format_, joined=j) for n, (s, j) in shapes.items()]
     layouts = [RecordLayout.of(packed), RecordLayout.of([plain(spec.name, spec.shape, dtype) for spec in packed])]

@@ -298,7 +298,8 @@ class LLM:
         left, failed = len(requests), None
         try:
             with self._engine.lock:
-                mine += [self._engine.add(request, arrived.append) for request in requests]
+                # one by one: if one is refused, those before it are cancelled
+                mine.extend(self._engine.add(request, arrived.append) for request in requests)
             while left:
                 self._step_for(arrived, mine, left)
                 while arrived:

@@ -49,7 +49,7 @@ class PromptExperts:
         tokens, top_k = index.shape
         copy, wait = on_host(index)
         order = sort_pairs(index)
-        work = Workspace.allocate(self._mlps[layer], tokens, top_k, hidden.device)
+        work = Workspace.allocate(self._mlps[layer], tokens, top_k, hidden.device, shared=False)
         wait()  # the one host sync of a layer
         if now.observe is not None:
             now.observe(

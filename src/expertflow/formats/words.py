@@ -30,7 +30,7 @@ ROW = 1 << 30
 """The group of a format that has one scale for an output, however many inputs there are; a multiple of a step."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Numbers of the codes of the OCP format FP4: a sign, two bits of exponent, one of mantissa."""
-_BLOCK = 1 << 22
+_BLOCK = 1 << 21
 """Bytes of codes that are packed at a time: this bounds the memory that packing takes on a GPU."""
 _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
     {

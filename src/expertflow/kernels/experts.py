@@ -366,6 +366,7 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
     """The first half of `expert_pairs`, cut as given."""
     size = mlp.torch_dtype.itemsize
     pairs, top_k = slots.numel(), slots.shape[1]
+    assert not cut.split or pairs <= SHARED_PAIRS
     _up_kernel[(cut.programs(mlp.width, mlp.hidden), pairs)](
         hidden, slots, pool.view(mlp.torch_dtype), work.inner, work.sums, work.counts, pairs, padded=_padded(pairs), top_k=top_k,
         h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.up),
@@ -380,6 +381,7 @@ def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cu
     """The second half of `expert_pairs`, cut as given. Nothing may come between: it reads `slots` before it waits."""
     size = mlp.torch_dtype.itemsize
     pairs, early = slots.numel(), _early(pool)
+    assert not cut.split or pairs <= SHARED_PAIRS
     _down_kernel[(cut.programs(mlp.hidden, mlp.width), pairs)](
         work.inner, slots, pool.view(mlp.torch_dtype), work.parts, work.sums, work.counts, pairs, padded=_padded(pairs),
         h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.down),

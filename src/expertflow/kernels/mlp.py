@@ -180,9 +180,9 @@ class Workspace:
     counts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     @classmethod
-    def allocate(cls, mlp: ExpertMlp, tokens: int, top_k: int, device: torch.device) -> Self:
-        """Buffers for `tokens` tokens of `top_k` experts."""
-        sums, counts = cls._shared(mlp, tokens * top_k)
+    def allocate(cls, mlp: ExpertMlp, tokens: int, top_k: int, device: torch.device, *, shared: bool = True) -> Self:
+        """Buffers for `tokens` tokens of `top_k` experts; `shared`: for programs that share a product, too."""
+        sums, counts = cls._shared(mlp, tokens * top_k if shared else 0)
         return cls(
             torch.empty(tokens * top_k, mlp.width, dtype=mlp.torch_dtype, device=device),
             torch.empty(tokens, top_k, mlp.hidden, dtype=torch.float32, device=device),

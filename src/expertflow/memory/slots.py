@@ -35,11 +35,8 @@ class SlotPool:
         self.large = {layer: _allocate(experts, layout.layers[layer].record_bytes, device) for layer in layout.large}
         self._first = {layer: slots + number * experts for number, layer in enumerate(layout.large)}
         # views of plain numbers are made once: making them costs a host execution more than a small expert's computation
-        self._views = {
-            id(one): [one.weights(row) for row in self.buffer]
-            for layer, one in enumerate(layout.layers)
-            if one.is_plain and layer not in self.large
-        }
+        sharing = {id(one): one for layer, one in enumerate(layout.layers) if layer not in self.large}
+        self._views = {key: [one.weights(row) for row in self.buffer] for key, one in sharing.items() if one.is_plain}
         self._large_views = {
             layer: [layout.layers[layer].weights(row) for row in rows]
             for layer, rows in self.large.items()

@@ -6,6 +6,7 @@ Pure. Must not know budgets and slots.
 from expertflow.execution.kv.layout import pages_of
 from expertflow.formats.dtypes import DTYPES
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
+from expertflow.kernels.mlp import CHUNKS, SHARED_PAIRS
 from expertflow.kernels.residency.state import CacheState
 from expertflow.models.shape import ModelShape
 
@@ -25,6 +26,8 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     pairs = rows * shape.top_k
     state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
     buffers = pairs * (shape.expert_width * DTYPES[shape.dtype].nbytes + shape.hidden * 4)
+    shared = min(pairs, SHARED_PAIRS) * max(2 * shape.expert_width, shape.hidden)
+    buffers += shared * CHUNKS * 4 + shared // 4  # chunks' sums of programs that share a product, and counts of those
     buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4
@@ -81,13 +84,13 @@ def workspace_bytes(  # noqa: PLR0913 - three by keyword
     if any(layer.in_pages for layer in shape.kv):  # where a pass's keys and values lie in their pages
         gathered = not linear or any(layer.read_per_token > layer.bytes_per_token for layer in shape.kv)
         steady += tokens * 8 * 8 + gathered * batch * length * (shape.heads + 4) * 8 * len(set(shape.windows))
-    attention = _attention(shape, batch, length, columns, linear=linear)
+    attention = _attention(shape, batch, length, tokens, linear=linear)
     return int(_SLACK * (steady + max(attention, _moe(shape, tokens, grouped=grouped), _head(shape, batch))))
 
 
-def _attention(shape: ModelShape, batch: int, length: int, columns: int, *, linear: bool) -> int:
-    element = DTYPES[shape.dtype].nbytes
-    tokens = batch * columns
+def _attention(shape: ModelShape, batch: int, length: int, tokens: int, *, linear: bool) -> int:
+    element, columns = DTYPES[shape.dtype].nbytes, max(1, tokens // batch)
+    tokens = max(tokens, batch * columns)  # a pass without padding has as many as it is large
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
     if linear:  # rows are read where they lie; only latents are gathered, and expanded to values and to parts of keys that are joined

@@ -118,8 +118,8 @@ def multiply_bytes(
     transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,  # noqa: ARG001
 ):  # fmt: skip
     """As `multiply_tiles` with `load_bytes`, which would look for the first input in every step: by words where that gives its bits."""
-    # the interpreter's sums go by the size of a step
-    fitting: tl.constexpr = outs.shape[0] % 64 == 0 and (not INTERPRETED or block_k == STEP)
+    # the interpreter's sums go by the size of a step, and a short last one is of 64 inputs in words
+    fitting: tl.constexpr = outs.shape[0] % 64 == 0 and (not INTERPRETED or block_k == STEP or k % block_k == 0)
     if fitting and by_words(about, number_type(record.dtype.element_ty), k, block_k):
         acc = _multiply_words(inputs, valid, record, at, about, outs, n, k, exact, block_k, chunk, alone, part)
     else:
@@ -266,7 +266,7 @@ def _multiply_words(  # noqa: C901 - most branches are known when compiling
             scale = _scales(start, at, about, place, begin, inside, exact)
         tile = _numbers(codes + begin, scale, inside, about, exact, 4, dtype)
         if block_k > STEP:
-            if about[10] < block_k:
+            if grid_cols > 1 and about[10] < block_k:
                 scale = _scales(start, at, about, place, begin + STEP, inside, exact)
             tile = _side_by_side(tile, _numbers(codes + (begin + STEP), scale, inside, about, exact, 4, dtype))
         total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)

@@ -41,7 +41,7 @@ class Packing:
         """
         memory: Tensor | None = getattr(self._mine, "memory", None)
         if memory is None or len(memory) < nbytes:
-            memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            memory = torch.empty(nbytes, dtype=torch.uint8)
             self._mine.memory = memory
         return memory[:nbytes]
 
@@ -65,7 +65,7 @@ class Packing:
         place = self._places.get()
         try:
             with torch.cuda.stream(place.stream):
-                packed = pack_part(spec, part, source, stored.to(self._device, non_blocking=True))
+                packed = pack_part(spec, part, source, place.send(stored))
                 target.copy_(place.bring(packed))
         finally:
             self._places.put(place)
@@ -79,10 +79,20 @@ class Packing:
 
 
 class _Place:
-    """A stream of the GPU, and page-locked memory for what comes back."""
+    """A stream of the GPU, and page-locked memory for what goes there and comes back."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream, self._back = torch.cuda.Stream(device), torch.empty(0, dtype=torch.uint8)
+        self.stream, self._device = torch.cuda.Stream(device), device
+        self._out = self._back = torch.empty(0, dtype=torch.uint8)
+
+    def send(self, stored: Tensor) -> Tensor:
+        """Numbers of host memory on the GPU; queued, and until the next call."""
+        raw = stored.contiguous().view(-1).view(torch.uint8)
+        if len(self._out) < len(raw):
+            self._out = torch.empty(len(raw), dtype=torch.uint8, pin_memory=True)
+        page_locked = self._out[: len(raw)]
+        page_locked.copy_(raw)
+        return page_locked.to(self._device, non_blocking=True).view(stored.dtype).view(stored.shape)
 
     def bring(self, packed: Tensor) -> Tensor:
         """Numbers of the GPU in host memory, until the next call."""
