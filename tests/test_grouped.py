@@ -358,10 +358,12 @@ def test_observers_see_the_prompts_routing(
             counted.append(llm.stats.cache)
     assert counted[0] == counted[1]
     rows = [load_trace(tmp_path / execution).rows for execution in ("host", "graph")]
-    assert (rows[1].sequence >= 0).all()  # a pass of kernels has no padding
-    known = rows[0].take(rows[0].sequence >= 0)
-    assert np.array_equal(known.experts, rows[1].experts)
-    assert np.array_equal(known.tokens, rows[1].tokens)
+    assert (rows[1].sequence >= 0).all() == (
+        model_type != "switch_transformers"
+    )  # a decoder's pass of kernels has no padding
+    known = [each.take(each.sequence >= 0) for each in rows]
+    assert np.array_equal(known[0].experts, known[1].experts)
+    assert np.array_equal(known[0].tokens, known[1].tokens)
 
 
 def test_kernels_and_reference_give_a_prompt_the_same_logits(
