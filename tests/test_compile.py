@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT
 
 pytest.importorskip("triton", reason="kernels need triton")
+pytestmark = pytest.mark.xdist_group("compile")  # its fixture takes long: one worker makes it
 
 
 class Program(NamedTuple):
