@@ -261,30 +261,34 @@ def test_drawn_numbers_have_the_deviation_asked_for(format_: Bytes) -> None:
     assert float(format_.decode(spec, drawn).float().std()) == pytest.approx(0.02, rel=0.05)
 
 
+ODD, WHOLE = (96, 160), (128, 256)
+"""Inputs of the projections: in steps of 128 with a shorter last one, and without."""
+
+
 @pytest.mark.parametrize(
-    ("format_", "dtype"),
+    ("format_", "dtype", "sizes"),
     [
-        (FP8, "float32"),
-        (FP8, "bfloat16"),
-        (Fp8(block=(32, 16)), "bfloat16"),
-        (Fp8(block=(ALL, ALL)), "bfloat16"),
-        (FloatQuantized(block=(1, ALL)), "float32"),
-        (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "bfloat16"),
-        (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "float16"),
-        (FloatQuantized(block=(ALL, ALL), scale_dtype="float16"), "float16"),
-        (FloatQuantized(block=(64, 64)), "bfloat16"),
-        (Fp8(block=(48, 128)), "float16"),
-        (IntQuantized(block=(1, ALL)), "bfloat16"),
+        (FP8, "float32", ODD),
+        (FP8, "bfloat16", ODD),
+        (Fp8(block=(32, 16)), "bfloat16", ODD),
+        (Fp8(block=(ALL, ALL)), "bfloat16", ODD),
+        (FloatQuantized(block=(1, ALL)), "float32", ODD),
+        (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "bfloat16", ODD),
+        (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "float16", ODD),
+        (FloatQuantized(block=(1, ALL), scale_dtype="float16"), "float16", WHOLE),
+        (FloatQuantized(block=(ALL, ALL), scale_dtype="float16"), "float16", WHOLE),
+        (FloatQuantized(block=(64, 64)), "bfloat16", ODD),
+        (Fp8(block=(48, 128)), "float16", ODD),
+        (IntQuantized(block=(1, ALL)), "bfloat16", ODD),
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("hidden", "width"), [(96, 160), (128, 256)])
-def test_kernels_read_what_a_format_decodes(format_: Bytes, dtype: str, hidden: int, width: int) -> None:
+def test_kernels_read_what_a_format_decodes(format_: Bytes, dtype: str, sizes: tuple[int, int]) -> None:
     """The expert kernels give the same bits for packed records as for the same numbers in plain ones, at odd sizes too."""
     pytest.importorskip("triton", reason="kernels need triton")
     from expertflow.kernels import experts  # noqa: PLC0415
 
-    device = torch.device(DEVICES[-1])
+    device, (hidden, width) = torch.device(DEVICES[-1]), sizes
     shapes = {"gate_up_proj": ((2 * width, hidden), 2), "down_proj": ((hidden, width), 1)}
     packed = [TensorSpec(name=n, shape=s, dtype=dtype, format=format_, joined=j) for n, (s, j) in shapes.items()]
     layouts = [RecordLayout.of(packed), RecordLayout.of([plain(spec.name, spec.shape, dtype) for spec in packed])]
