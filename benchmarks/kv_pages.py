@@ -10,9 +10,6 @@ Usage: python benchmarks/kv_pages.py --out FILE [--tiny]
 import argparse
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +18,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+from prompt_attention import seconds
 from torch import Tensor
 
 from expertflow.bench.about import about
@@ -52,26 +50,6 @@ SHAPES = {
     "gpt-oss, full": Shape(64, 8, 64, 12),
     "Qwen3-MoE": Shape(32, 4, 128, 12),
 }
-
-
-def seconds(work: Callable[[], Any], calls: int = 5) -> float:
-    """The median time of a call on the device."""
-    if DEVICE.type == "cpu":
-        begin = time.perf_counter()
-        work()
-        return time.perf_counter() - begin
-    for _ in range(2):
-        work()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / calls / 1e3)
-    return statistics.median(times)
 
 
 class Drawn:

@@ -96,8 +96,8 @@ class Case:
         return 2 * pairs * self.shape.heads * (self.shape.width + self.shape.value_width)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """The median time of a call on the device."""
+def seconds(work: Callable[[], Any], calls: int = 3) -> float:
+    """The median time of a call on the device; so many are timed together."""
     if DEVICE == "cpu":
         begin = time.perf_counter()
         work()
@@ -108,11 +108,11 @@ def seconds(work: Callable[[], Any]) -> float:
     for _ in range(REPEATS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(3):
+        for _ in range(calls):
             work()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 3e3)
+        times.append(begin.elapsed_time(end) / calls / 1e3)
     return statistics.median(times)
 
 

@@ -315,7 +315,8 @@ def test_the_workspace_takes_what_it_says() -> None:
     """The bytes a planner counts are the bytes allocated."""
     _, mlp = make("gpt-oss", "bfloat16")
     work = Workspace.allocate(mlp, 5, 3, DEVICE)
-    assert Workspace.nbytes(mlp, 5, 3) == sum(t.untyped_storage().nbytes() for t in vars(work).values())
+    sizes = mlp.width, mlp.inner, mlp.hidden, mlp.torch_dtype.itemsize
+    assert Workspace.nbytes(15, *sizes) == sum(t.untyped_storage().nbytes() for t in vars(work).values())
 
 
 @pytest.mark.cuda

@@ -5,6 +5,7 @@ What a step and keys and values take: `engine.planning`.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from expertflow.config import EngineConfig
 from expertflow.engine.planning.kv import Sequences, plan_kv
@@ -18,6 +19,7 @@ from expertflow.engine.planning.pass_size import (
     pass_tokens,
     token_flops,
 )
+from expertflow.engine.planning.slots import least_slots, plan_slots
 from expertflow.engine.planning.workspace import CUDA_LIBRARY_BYTES, graph_bytes, workspace_bytes
 from expertflow.errors import BudgetError, ConfigError
 from expertflow.execution.kv.layout import Layout
@@ -25,7 +27,7 @@ from expertflow.formats.records import StoreLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
 from expertflow.schedule.cost import StepPrices
-from expertflow.units import format_bytes, parse_bytes, parse_slots
+from expertflow.units import format_bytes, parse_bytes
 
 DEFAULT_CONTEXT = 4096
 """Longest sequence planned for when the user states none and the model allows it."""
@@ -168,6 +170,18 @@ class Plan:
         return max(copies, self.prefill_chunk * flops / pass_speeds(self).compute)
 
 
+class _Wanted(NamedTuple):
+    """What a plan is made from; `predictor` is bytes."""
+
+    config: EngineConfig
+    shape: ModelShape
+    device: str
+    strategy: str
+    budget: int | None
+    graph: bool
+    predictor: int = 0
+
+
 def make_plan(
     config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str = "", *, predictor: int = 0
 ) -> Plan:
@@ -199,19 +213,17 @@ def make_plan(
 def _chosen(config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str, predictor: int) -> Plan:
     """The plan of the stated execution, or of the one that 'auto' takes."""
     budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
+    host = _Wanted(config, shape, device, strategy, budget, graph=False)
+    captured = host._replace(graph=True, predictor=predictor)
     if config.execution == "graph":
-        return _sized(config, shape, device, strategy, budget, graph=True, predictor=predictor)
+        return _sized(captured)
     preferred = config.execution == "auto" and device == "cuda"
     if not preferred or no_graph:
-        return replace(
-            _sized(config, shape, device, strategy, budget, graph=False),
-            graph_unavailable_reason=no_graph if preferred else "",
-        )
+        return replace(_sized(host), graph_unavailable_reason=no_graph if preferred else "")
     found: list[Plan | BudgetError] = []
-    for captured in (False, True):
+    for wanted in (host, captured):
         try:
-            room = predictor if captured else 0
-            found.append(_sized(config, shape, device, strategy, budget, graph=captured, predictor=room))
+            found.append(_sized(wanted))
         except BudgetError as error:
             found.append(error)
     return _better(*found)
@@ -235,30 +247,17 @@ def _better(host: Plan | BudgetError, graph: Plan | BudgetError) -> Plan:
     return graph
 
 
-def _sized(  # noqa: PLR0913 - two by keyword
-    config: EngineConfig,
-    shape: ModelShape,
-    device: str,
-    strategy: str,
-    budget: int | None,
-    *,
-    graph: bool,
-    predictor: int = 0,
-) -> Plan:
+def _sized(wanted: _Wanted) -> Plan:
     """The plan with the stated tokens a pass, or with those that the plan asks for itself.
 
     More tokens leave fewer slots, and fewer slots ask for more tokens: sizes grow from the smallest one until that ends.
     """
-
-    def plan(chunk: int) -> Plan:
-        sized = replace(config, prefill_chunk=chunk)
-        return _plan(sized, shape, device, strategy, budget, graph=graph, predictor=predictor)
-
+    config, shape, device, _, budget, graph, _ = wanted
     if config.prefill_chunk is not None:
-        return plan(config.prefill_chunk)
+        return _plan(wanted, config.prefill_chunk)
     length = sequence_length(config, shape)
     together = config.max_batch * length
-    found = smallest = plan(min(SMALLEST, together))
+    found = smallest = _plan(wanted, min(SMALLEST, together))
     if device != "cuda" or shape.unplanned or shape.encoder_decoder:  # the last two read prompts whole
         return found
     memory = None if budget is None else (budget, smallest.least)
@@ -266,30 +265,21 @@ def _sized(  # noqa: PLR0913 - two by keyword
         together = min(together, ALL_RESIDENT)
     limit = largest_pass(lambda chunk: _workspace(config, shape, length, chunk, graph=graph), memory, together)
     for _ in range(_ROUNDS):
-        wanted = pass_tokens(found.pass_work, pass_speeds(found), limit)
-        if wanted <= found.prefill_chunk:
+        tokens = pass_tokens(found.pass_work, pass_speeds(found), limit)
+        if tokens <= found.prefill_chunk:
             break
         try:
-            found = plan(wanted)
+            found = _plan(wanted, tokens)
         except BudgetError:  # pages of windows, which grow with the pass
             break
     return replace(found, least=smallest.least)
 
 
-def _plan(  # noqa: PLR0913 - two by keyword
-    config: EngineConfig,
-    shape: ModelShape,
-    device: str,
-    strategy: str,
-    budget: int | None,
-    *,
-    graph: bool,
-    predictor: int = 0,
-) -> Plan:
+def _plan(wanted: _Wanted, chunk: int) -> Plan:
+    """The plan with passes of `chunk` tokens."""
+    config, shape, device, strategy, budget, graph, predictor = wanted
     max_length = sequence_length(config, shape)
-    record_bytes = shape.records.record_bytes
     live = _max_live(config, shape)
-    chunk = config.prefill_chunk or SMALLEST
     if shape.unplanned:  # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
         chunk = max(chunk, config.max_batch * max_length)
     workspace = _workspace(config, shape, max_length, chunk, graph=graph)
@@ -306,9 +296,9 @@ def _plan(  # noqa: PLR0913 - two by keyword
         predictor + CUDA_LIBRARY_BYTES if predictor and graph and device == "cuda" else 0
     )  # on a stream of its own
     beside, layout = shape.dense_bytes + workspace + captured + for_predictor, slot_layout(shape, device, graph=graph)
-    left = None if budget is None else budget - beside - _least_slots(config, shape, layout)
+    left = None if budget is None else budget - beside - least_slots(config, shape, layout)
     kv = plan_kv(config, shape, Sequences(live, max_length, chunk), left)
-    slots = _slots(config, shape, layout, beside + kv.nbytes, budget)
+    slots = plan_slots(config, shape, layout, beside + kv.nbytes, budget)
     return Plan(
         shape=shape,
         device=device,
@@ -317,7 +307,7 @@ def _plan(  # noqa: PLR0913 - two by keyword
         dense=shape.dense_bytes,
         kv=kv.nbytes,
         workspace=workspace,
-        record_bytes=record_bytes,
+        record_bytes=shape.records.record_bytes,
         slots=slots,
         max_batch=config.max_batch,
         max_live=live,
@@ -405,45 +395,3 @@ def sequence_length(config: EngineConfig, shape: ModelShape) -> int:
             f"Use {shape.context} or less.",
         )
     return config.max_length
-
-
-def _stated_slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout) -> int | None:
-    sharing = shape.layers - len(layout.large)
-    return None if config.slots is None else parse_slots(config.slots, sharing, shape.experts)
-
-
-def _least_slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout) -> int:
-    """Bytes of the stated slots, or of one, and of large layers."""
-    slots = SlotPool.nbytes(layout.record_bytes, _stated_slots(config, shape, layout) or 1)
-    return slots + SlotPool.large_nbytes(layout, shape.experts)
-
-
-def _slots(config: EngineConfig, shape: ModelShape, layout: StoreLayout, fixed: int, budget: int | None) -> int:
-    """The slots, which large layers need none of.
-
-    Raises:
-        BudgetError: if the budget holds too little.
-    """
-    slot_bytes, sharing = layout.record_bytes, shape.layers - len(layout.large)
-    total, large = sharing * shape.experts, SlotPool.large_nbytes(layout, shape.experts)
-    stated = _stated_slots(config, shape, layout)
-    taken = f"dense weights, KV and workspace take {format_bytes(fixed)}, "
-    if large:
-        taken += (
-            f"large layers ({', '.join(map(str, layout.large))}), which are always resident, {format_bytes(large)}, "
-        )
-    fixed += large
-    least = fixed + SlotPool.nbytes(slot_bytes, stated or 1)
-    if budget is not None and budget < least:
-        need = f"{stated} slots" if stated else "a single slot"
-        raise BudgetError(
-            f"gpu_memory={format_bytes(budget)} is too small: {taken}and {need} of {format_bytes(slot_bytes)} must fit beside them",
-            f"The least that works here is {format_bytes(least)} ({least} bytes); a smaller max_batch, max_length, "
-            "kv_tokens or prefill_chunk lowers it.",
-            least,
-        )
-    if stated is not None:
-        return stated
-    if budget is None:
-        return total
-    return min(total, (budget - fixed - SlotPool.nbytes(slot_bytes, 0)) // slot_bytes)

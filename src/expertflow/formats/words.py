@@ -71,14 +71,13 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
     words = torch.empty(outputs, count // 4, dtype=torch.int32, device=pairs.device)
     rows = max(1, _BLOCK // max(count, 1))
     tables = [torch.from_numpy(_table(code_map, second)).to(pairs.device) for second in (False, True)]
-    look_up = _look_up_on_cpu if pairs.device.type == "cpu" else _look_up
     for first in range(0, outputs, rows):
         for begin, steps, wide in _steps(2 * count):
             size = steps * wide
             part = pairs[first : first + rows, begin // 2 : begin // 2 + 16 * size]
             ordered = part.reshape(len(part), steps, wide, 2, 2, 4).permute(0, 1, 5, 2, 3, 4).contiguous()
             halves = ordered.view(torch.int16).view(len(part), -1, 2)  # two bytes of four codes each
-            words[first : first + rows, begin // 8 : begin // 8 + 4 * size] = look_up(halves, tables)
+            words[first : first + rows, begin // 8 : begin // 8 + 4 * size] = _look_up(halves, tables)
     return words
 
 
@@ -87,13 +86,6 @@ def _look_up(halves: Tensor, tables: Sequence[Tensor]) -> Tensor:
     index = halves.to(torch.int32) & 0xFFFF
     found = [table.index_select(0, index[..., half].flatten()) for half, table in enumerate(tables)]
     return torch.bitwise_or(*found).view(halves.shape[:2])
-
-
-def _look_up_on_cpu(halves: Tensor, tables: Sequence[Tensor]) -> Tensor:
-    """The same in half of the time."""
-    two = halves.numpy().view(np.uint16)
-    low, high = (np.take(table.numpy(), two[..., half]) for half, table in enumerate(tables))
-    return torch.from_numpy(np.bitwise_or(low, high, out=low))
 
 
 @cache

@@ -182,7 +182,7 @@ class Workspace:
     @classmethod
     def allocate(cls, mlp: ExpertMlp, tokens: int, top_k: int, device: torch.device, *, shared: bool = True) -> Self:
         """Buffers for `tokens` tokens of `top_k` experts; `shared`: for programs that share a product, too."""
-        sums, counts = cls._shared(mlp, tokens * top_k if shared else 0)
+        sums, counts = _shared(tokens * top_k if shared else 0, mlp.width, mlp.inner, mlp.hidden)
         return cls(
             torch.empty(tokens * top_k, mlp.width, dtype=mlp.torch_dtype, device=device),
             torch.empty(tokens, top_k, mlp.hidden, dtype=torch.float32, device=device),
@@ -191,13 +191,20 @@ class Workspace:
         )
 
     @staticmethod
-    def nbytes(mlp: ExpertMlp, tokens: int, top_k: int) -> int:
-        """Bytes `allocate` takes: what a planner counts."""
-        each = mlp.width * mlp.torch_dtype.itemsize + mlp.hidden * 4
-        return tokens * top_k * each + 4 * sum(Workspace._shared(mlp, tokens * top_k))
+    def nbytes(pairs: int, width: int, inner: int, hidden: int, itemsize: int) -> int:
+        """Bytes `allocate` takes: what a planner counts.
 
-    @staticmethod
-    def _shared(mlp: ExpertMlp, pairs: int) -> tuple[int, int]:
-        """Numbers in `sums` and in `counts`, enough for any call of so many pairs or fewer; a program has at least 16 outputs."""
-        shared = min(pairs, SHARED_PAIRS)
-        return shared * CHUNKS * max(mlp.inner, mlp.hidden), shared * -(-max(mlp.width, mlp.hidden) // 16)
+        Args:
+            pairs: (token, rank) pairs.
+            width: what lies between the projections.
+            inner: outputs of the up projection.
+            hidden: outputs of the down projection.
+            itemsize: bytes of a weight's number.
+        """
+        return pairs * (width * itemsize + hidden * 4) + 4 * sum(_shared(pairs, width, inner, hidden))
+
+
+def _shared(pairs: int, width: int, inner: int, hidden: int) -> tuple[int, int]:
+    """Numbers in `Workspace.sums` and in `counts`, enough for any call of so many pairs or fewer; a program has at least 16 outputs."""
+    shared = min(pairs, SHARED_PAIRS)
+    return shared * CHUNKS * max(inner, hidden), shared * -(-max(width, hidden) // 16)

@@ -6,7 +6,7 @@ Pure. Must not know budgets and slots.
 from expertflow.execution.kv.layout import pages_of
 from expertflow.formats.dtypes import DTYPES
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
-from expertflow.kernels.mlp import CHUNKS, SHARED_PAIRS
+from expertflow.kernels.mlp import Workspace
 from expertflow.kernels.residency.state import CacheState
 from expertflow.models.shape import ModelShape
 
@@ -25,9 +25,8 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     """
     pairs = rows * shape.top_k
     state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
-    buffers = pairs * (shape.expert_width * DTYPES[shape.dtype].nbytes + shape.hidden * 4)
-    shared = min(pairs, SHARED_PAIRS) * max(2 * shape.expert_width, shape.hidden)
-    buffers += shared * CHUNKS * 4 + shared // 4  # chunks' sums of programs that share a product, and counts of those
+    width = shape.expert_width
+    buffers = Workspace.nbytes(pairs, width, 2 * width, shape.hidden, DTYPES[shape.dtype].nbytes)
     buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4

@@ -1,1 +1,1 @@
-"""The experts of a pass over prompts: all tokens of an expert at once."""
+"""Kernels of passes over prompts: attention, and all tokens of an expert at once."""

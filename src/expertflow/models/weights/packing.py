@@ -1,7 +1,7 @@
 """Where what threads read from a checkpoint is packed: on the processor, or on the model's GPU where a format can.
 
-A core packs about half a GB of codes a second, and the small operations of many threads wait for one another in Python. A GPU packs them
-as fast as the link brings them. Must not know files and records.
+A core packs about half a GB of codes a second, and the small operations of many threads wait for one another in Python. On a GPU each
+part takes a few launches. Must not know files and records.
 """
 
 import queue
