@@ -21,6 +21,7 @@ from expertflow.engine.text import decoder_of, load_tokenizer
 from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
 from expertflow.execution import sampler
 from expertflow.execution.sampler import Draw, Sampler
+from expertflow.kernels.sampling.reference import choose
 from expertflow.models import experts
 from helpers import MakeCheckpoint, random_future
 
@@ -157,8 +158,8 @@ def test_sampling_follows_the_probabilities() -> None:
 
     def frequencies(**options: float) -> torch.Tensor:
         params = SamplingParams(temperature=0.8, **options)
-        draws = _draw(logits.expand(4000, 4), *(Draw(params=params, seed=1, position=n) for n in range(4000)))
-        return torch.bincount(torch.tensor(draws), minlength=4) / 4000
+        rules = torch.tensor([Draw(params=params, seed=1, position=n).rules(4) for n in range(4000)]).double()
+        return torch.bincount(choose(logits.expand(4000, 4), rules), minlength=4) / 4000
 
     assert torch.allclose(frequencies(), expected, atol=0.03)
     two = torch.where(logits > 1.5, expected, 0)

@@ -117,10 +117,20 @@ def choose_each(
     counted: bool = True,
     shared: bool = True,
 ) -> Int[Tensor, " B"]:
-    """As `choose`, one sequence after the other, so that it takes the memory of one; the last two are hints for the kernel."""
+    """As `choose`, for a CPU: one sequence after the other, so that it takes the memory of one, and of its likely tokens alone.
+
+    The last two arguments are hints for the kernel.
+    """
     del counted, shared
-    each = [
-        choose(logits[row : row + 1], rules[row : row + 1], None if mask is None else mask[row : row + 1])
-        for row in range(len(logits))
-    ]
-    return torch.cat(each)
+    chosen = torch.full((len(logits),), NO_TOKEN)
+    for row, (_, count, _, factor, _) in enumerate(rules.tolist()):
+        one = allow(logits[row : row + 1].float(), None if mask is None else mask[row : row + 1])[0]
+        top = one.max()
+        if not top.isfinite():
+            continue
+        below = (one - top).mul_(factor) > -(WEIGHT_BITS + 1)  # all others weigh nothing
+        if 0 < count < len(one):
+            below &= one >= one.topk(int(count)).values[-1]
+        ids = below.nonzero()[:, 0]
+        chosen[row] = ids[choose(one[None, ids], rules[row : row + 1])[0]]
+    return chosen
