@@ -315,7 +315,8 @@ class Engine:
             read = tokens[part.begin : part.end]
             if self._playback is not None and part.begin == 0:
                 self._playback.begin(request.index, row)
-            chunks.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.end, request.kept))
+            scored = request.unscored(part.begin, part.end)
+            chunks.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.end, request.kept, scored))
         self._announce(
             NextBatch(
                 [chunk.sequence for chunk in chunks],
@@ -326,12 +327,15 @@ class Engine:
             )
         )
         with self._offloaded.passes.lock:  # callers of the model itself wait
-            logits = self._executor.prefill(chunks)
+            logits = self._executor.prefill(chunks, partial(self._score, task))
         ended = [place for place, part in enumerate(task.parts) if part.last]
         numbers = [task.parts[place].sequence for place in ended]
         chosen = self._choose(numbers, logits[ended]) if ended else None
         self._scheduler.done(task)
         return 0 if chosen is None else self._send(numbers, chosen)
+
+    def _score(self, task: Prefill, place: int, begin: int, logits: Tensor) -> None:
+        self._running[task.parts[place].sequence].request.score(begin, logits)
 
     def _decode(self, task: Decode) -> int:
         inputs = []

@@ -10,12 +10,13 @@ from typing import Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from torch import Tensor
 
 from expertflow.config import SamplingParams
 from expertflow.errors import MaskError, NonFiniteError, RequestError
 from expertflow.execution.sampler import NO_CHOICE, NO_TOKEN, Draw, draw_seed
 from expertflow.execution.sampling.edits import TokenEdits
-from expertflow.execution.sampling.logprobs import Logprob
+from expertflow.execution.sampling.logprobs import Logprob, log_probabilities
 from expertflow.execution.sampling.masks import TokenMask
 
 _UNFINISHED = "\ufffd"
@@ -229,6 +230,17 @@ class Request:
             params=self.params, seed=self.seed, position=self.position, generated=len(self.token_ids), edits=self._edits,
             mask=self.mask,
         )  # fmt: skip
+
+    def unscored(self, begin: int, end: int) -> range:
+        """Positions from `begin` to before `end` whose next token's log-probability is wanted and not there yet."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        return range(max(begin, len(self.prompt_logprobs) - 1), min(end, len(self.prompt_token_ids) - 1))
+
+    def score(self, begin: int, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt's tokens behind positions from `begin` on; logits `[n, V]`."""
+        tokens = self.prompt_token_ids[begin + 1 : begin + 1 + len(logits)]
+        self.prompt_logprobs += log_probabilities(logits, tokens, [self.params.prompt_logprobs] * len(tokens))
 
     def fail(self, fault: str | None = None) -> StreamOutput:
         """End without a result: the logits of the next token are no numbers, or what is wrong with its mask."""

@@ -143,6 +143,10 @@ class RequestFactory:
             raise ConfigError(
                 f"logit_bias names token {unknown[0]}", f"The model knows tokens 0 to {self._vocabulary - 1}."
             )
+        if self._encoder_decoder and params.prompt_logprobs is not None:
+            raise ConfigError(
+                f"prompt_logprobs={params.prompt_logprobs} of a model whose encoder reads the prompt", "Leave it out."
+            )
         stops = stop_tokens(self.text.tokenizer, params)
         return Request(
             index=index,

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ROWS = 4
-"""Sequences, or positions, that are worked on at once, because of what that takes: see `nbytes`."""
+ROWS = 2
+"""Sequences, or positions, that are worked on at once: it takes up to 17 bytes for each of their logits, and 16 a token."""
 
 
 class Logprob(NamedTuple):
@@ -23,11 +23,6 @@ class Logprob(NamedTuple):
     token_id: int
     logprob: float
     rank: int
-
-
-def nbytes(vocabulary: int) -> int:
-    """Device memory of the work beside the logits, bytes: float32, then integers, of `ROWS` rows."""
-    return ROWS * vocabulary * 16
 
 
 def log_probabilities(
