@@ -8,9 +8,9 @@ import sys
 from typing import Any
 
 import torch
-from compile_tables import TYPES, spilled
 from triton.runtime.jit import JITFunction
 
+from compile_tables import TYPES, spilled
 from expertflow.kernels.sampling import select
 
 VOCABULARY = 201_088

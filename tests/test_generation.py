@@ -189,7 +189,9 @@ def test_a_batch_draws_what_its_sequences_would_draw_alone() -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(3))
     logits[0, 7] = logits[0, 31] = 9.0  # the lowest of equals
     for position in range(3):
-        draws = [Draw(params=SamplingParams(temperature=t), seed=n, position=position) for n, t in enumerate((0, 1, 0, 0.5))]
+        draws = [
+            Draw(params=SamplingParams(temperature=t), seed=n, position=position) for n, t in enumerate((0, 1, 0, 0.5))
+        ]
         one_by_one = [_draw(logits[n : n + 1], draw)[0] for n, draw in enumerate(draws)]
         assert _draw(logits, *draws) == one_by_one
     assert one_by_one[0] == 7

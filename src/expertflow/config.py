@@ -338,7 +338,9 @@ class SamplingParams(_Checked):
     min_p: float = doc(
         "Sample among tokens that are at least this share as probable as the most probable one; 0: all.", default=0.0
     )
-    presence_penalty: float = doc("Taken from the logit of every token that was generated before, -2 to 2.", default=0.0)
+    presence_penalty: float = doc(
+        "Taken from the logit of every token that was generated before, -2 to 2.", default=0.0
+    )
     frequency_penalty: float = doc(
         "Taken from a token's logit for each time that it was generated before, -2 to 2.", default=0.0
     )
@@ -346,7 +348,7 @@ class SamplingParams(_Checked):
         "Divides positive logits, and multiplies others, of tokens of the prompt and of the answer so far; 1: not.",
         default=1.0,
     )
-    logit_bias: dict[int, float] | None = doc(
+    logit_bias: dict[int, float] | None = doc(  # noqa: RUF009 - as every other field
         "What is added to the logits of tokens, by token id, -100 to 100.", default=None, none="nothing", typed=False
     )
     min_tokens: int = doc("Tokens to generate before a token or text may end the generation.", default=0)

@@ -316,7 +316,9 @@ class Engine:
             if self._playback is not None and part.begin == 0:
                 self._playback.begin(request.index, row)
             scored = request.unscored(part.begin, part.end)
-            chunks.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.end, request.kept, scored))
+            chunks.append(
+                PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.end, request.kept, scored)
+            )
         self._announce(
             NextBatch(
                 [chunk.sequence for chunk in chunks],

@@ -39,9 +39,11 @@ class TokenEdits:
         self._numbers = np.zeros((3, _ROOM))
         """A line each: bias, whether it is in prompt or answer, and how often in the answer."""
         for token, bias in (params.logit_bias or {}).items():
-            self._numbers[0, self._place(token)] = bias
+            place = self._place(token)  # first: it may replace the arrays
+            self._numbers[0, place] = bias
         for token in set(prompt) if self._repeats else ():
-            self._numbers[1, self._place(token)] = 1
+            place = self._place(token)
+            self._numbers[1, place] = 1
         for token in self._ends:
             self._place(token)
 

@@ -38,14 +38,19 @@ def log_probabilities(
     Returns:
         For each sequence the token, then the most probable ones, which may have it again; None if not wanted.
     """
-    wanted = [row for row, (token, count) in enumerate(zip(tokens, most, strict=True)) if token >= 0 and count is not None]
+    wanted = [
+        row for row, (token, count) in enumerate(zip(tokens, most, strict=True)) if token >= 0 and count is not None
+    ]
     found: list[tuple[Logprob, ...] | None] = [None] * len(tokens)
     work = [(rows, _begin(logits, rows, tokens, most)) for rows in _slices(wanted)]
     for rows, there in work:  # the device is waited for once
         lines = there.tolist()
         for row, (own, rank, *others) in zip(rows, lines, strict=True):
             ids, values = others[: len(others) // 2], others[len(others) // 2 :]
-            best = [Logprob(int(token), value, place) for place, (token, value) in enumerate(zip(ids, values, strict=True), 1)]
+            best = [
+                Logprob(int(token), value, place)
+                for place, (token, value) in enumerate(zip(ids, values, strict=True), 1)
+            ]
             found[row] = (Logprob(tokens[row], own, int(rank)), *best[: most[row] or 0])
     return found
 

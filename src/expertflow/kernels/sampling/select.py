@@ -39,10 +39,10 @@ def _read(logits, mask, row, cells, size, stride, words, masked: tl.constexpr, s
     x = tl.load(logits + row * stride + cells, mask=inside, other=float("-inf")).to(tl.float32)
     if masked:
         word = tl.load(mask + row * words + cells // 32, mask=inside, other=0)
-        x = tl.where((((word >> (cells % 32)) & 1) == 1) | (x != x), x, float("-inf"))
+        x = tl.where((((word >> (cells % 32)) & 1) == 1) | (x != x), x, float("-inf"))  # noqa: PLR0124 - NaN
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
     key = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    key = tl.where(x != x, 0xFFFFFFFF, key).to(tl.uint32) >> spare
+    key = tl.where(x != x, 0xFFFFFFFF, key).to(tl.uint32) >> spare  # noqa: PLR0124 - NaN
     return x, tl.where(inside, key, 0).to(tl.uint32)
 
 
@@ -118,7 +118,9 @@ def _after_count(counts, count_state, row, steps, pieces, count, padded: tl.cons
 
 
 @triton.jit(do_not_specialize=["pieces"])
-def _peaks(logits, mask, peaks, size, stride, words, pieces, masked: tl.constexpr, spare: tl.constexpr, width: tl.constexpr):
+def _peaks(
+    logits, mask, peaks, size, stride, words, pieces, masked: tl.constexpr, spare: tl.constexpr, width: tl.constexpr
+):
     """The largest key of a piece."""
     piece, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, key = _read(logits, mask, row, piece * width + tl.arange(0, width), size, stride, words, masked, spare)
@@ -303,7 +305,13 @@ def _scratch(batch: int, pieces: int, device: torch.device) -> _Scratch:
 
 
 def choose(
-    logits: Tensor, rules: Tensor, mask: Tensor | None = None, *, counted: bool = True, shared: bool = True, piece: int = PIECE
+    logits: Tensor,
+    rules: Tensor,
+    mask: Tensor | None = None,
+    *,
+    counted: bool = True,
+    shared: bool = True,
+    piece: int = PIECE,
 ) -> Tensor:
     """Pick a token of each sequence, as `reference.choose` does. Waits for nothing.
 
@@ -344,7 +352,17 @@ def choose(
         steps, **fixed, padded=padded, num_warps=_MANY.value,
     )  # fmt: skip
     _pick[(batch,)](
-        logits, bits, rules, made.peaks, made.cuts, *made.shares, out, *sizes, **fixed, padded=padded, num_warps=_MANY.value
+        logits,
+        bits,
+        rules,
+        made.peaks,
+        made.cuts,
+        *made.shares,
+        out,
+        *sizes,
+        **fixed,
+        padded=padded,
+        num_warps=_MANY.value,
     )
     return out
 
