@@ -1,1 +1,1 @@
-"""What changes or restricts the choice of a token, and how likely the chosen one was."""
+"""Penalties, masks and log-probabilities."""

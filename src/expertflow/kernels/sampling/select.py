@@ -169,7 +169,7 @@ def _enough(sums, target, row, step, pieces, share, tied, padded: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pieces", "step", "steps", "shift"])
 def _sum(
-    logits, mask, rules, peaks, counts, sums, out, count_state, state, cuts, target, size, stride, words, pieces, step, steps,
+    logits, mask, rules, peaks, counts, sums, out, count_state, state, cuts, target, size, stride, words, pieces, steps, step,
     shift, masked: tl.constexpr, spare: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
     """A pass of the search for top-p: chances a digit, of tokens that top-k keeps."""
@@ -329,45 +329,31 @@ def choose(
     assert mask is None or (mask.is_contiguous() and mask.shape[1] * 32 >= size)
     pieces, steps = triton.cdiv(size, piece), (32 - spare) // 4
     made, out = _scratch(batch, pieces, logits.device), torch.empty(batch, dtype=torch.int64, device=logits.device)
-    words = 0 if mask is None else mask.shape[1]
-    bits = rules if mask is None else mask
-    sizes = size, logits.stride(0), words, pieces
-    fixed = {"masked": mask is not None, "spare": spare, "width": piece, "enable_fp_fusion": False}
-    padded = int(triton.next_power_of_2(pieces))
-    grid = pieces, batch
-    _peaks[grid](logits, bits, made.peaks, *sizes, **fixed, num_warps=_MANY.value)
+    whole = logits, rules if mask is None else mask
+    sizes = size, logits.stride(0), 0 if mask is None else mask.shape[1], pieces
+    alike = {"masked": mask is not None, "spare": spare, "width": piece, "enable_fp_fusion": False}
+    _peaks[pieces, batch](*whole, made.peaks, *sizes, **alike, num_warps=_MANY.value)
+    given, alike["padded"] = (*whole, rules, made.peaks), int(triton.next_power_of_2(pieces))
     if counted:
-        _passes(steps, lambda step, shift: _count[grid](
-            logits, bits, rules, made.peaks, made.counts[(step + 1) % 2], made.counts[step % 2], made.found[0], *sizes, step, shift,
-            **fixed, padded=padded, num_warps=_FEW.value,
+        _passes(steps, made.counts, lambda before, after, place: _count[pieces, batch](
+            *given, before, after, made.found[0], *sizes, *place, **alike, num_warps=_FEW.value
         ))  # fmt: skip
-    counts, sums = made.counts[(steps + 1) % 2], made.sums[(steps + 1) % 2]
+    counts, sums = made.counts[steps % 2], made.sums[steps % 2]
+    searches = *made.found, made.cuts, made.target
     if shared:
-        _passes(steps, lambda step, shift: _sum[grid](
-            logits, bits, rules, made.peaks, counts, made.sums[(step + 1) % 2], made.sums[step % 2], made.found[0], made.found[1],
-            made.cuts, made.target, *sizes, step, steps, shift, **fixed, padded=padded, num_warps=_FEW.value,
+        _passes(steps, made.sums, lambda before, after, place: _sum[pieces, batch](
+            *given, counts, before, after, *searches, *sizes, steps, *place, **alike, num_warps=_FEW.value
         ))  # fmt: skip
-    _share[grid](
-        logits, bits, rules, made.peaks, counts, sums, made.found[0], made.found[1], made.cuts, made.target, *made.shares, *sizes,
-        steps, **fixed, padded=padded, num_warps=_MANY.value,
+    _share[pieces, batch](
+        *given, counts, sums, *searches, *made.shares, *sizes, steps, **alike, num_warps=_MANY.value
     )  # fmt: skip
-    _pick[(batch,)](
-        logits,
-        bits,
-        rules,
-        made.peaks,
-        made.cuts,
-        *made.shares,
-        out,
-        *sizes,
-        **fixed,
-        padded=padded,
-        num_warps=_MANY.value,
-    )
+    _pick[(batch,)](*given, made.cuts, *made.shares, out, *sizes, **alike, num_warps=_MANY.value)
     return out
 
 
-def _passes(steps: int, launch: Callable[[int, int], None]) -> None:
-    """One pass a digit, from the highest."""
+def _passes(steps: int, parts: Tensor, launch: Callable[[Tensor, Tensor, tuple[int, int]], None]) -> None:
+    """One pass a digit, from the highest. Each reads the parts that the one before it left, and has its number and its shift."""
+    before, after = parts.unbind()
     for step in range(steps):
-        launch(step, 4 * (steps - 1 - step))
+        launch(before, after, (step, 4 * (steps - 1 - step)))
+        before, after = after, before
