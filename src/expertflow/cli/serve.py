@@ -1,0 +1,87 @@
+"""`expertflow serve`: an HTTP server with OpenAI's API in front of a model."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from expertflow.errors import ConfigError
+from expertflow.outside import read_bytes
+from expertflow.serve.app import make_app
+from expertflow.serve.guard import Rules
+from expertflow.serve.run import listen, run
+from expertflow.serve.service import Names, Service
+from expertflow.serve.worker import Bounds, Loading, Worker
+from expertflow.units import format_bytes
+
+_SHIPPED = "novella"
+
+
+def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -> None:
+    """Listen, load, serve until a signal comes."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    console = Console(stderr=True)
+    names = Names(served=server["names"] or [default_name(model)], anything=server["any_model"])
+    rules = Rules(keys=keys_of(server["keys"], server["key_file"]), hosts=server["hosts"])
+    worker = Worker(
+        partial(_load, model, engine, server["share"]),
+        Bounds(server["most_waiting"], server["most_waiting_tokens"]),
+    )
+    service = Service(worker, names)
+    bound = listen(server["host"], server["port"])
+    where = f"http://{'[' + server['host'] + ']' if ':' in server['host'] else server['host']}:{bound.getsockname()[1]}"
+    console.print(f"Listening at {where}; loading {escape(names.served[0])}.", highlight=False, soft_wrap=True)
+
+    def ready() -> None:
+        plan = worker.llm.plan
+        console.print(
+            f"Ready: {where}/v1, model {escape(', '.join(names.served))}, sequences of {plan.max_length} tokens, "
+            f"{plan.slots} of {plan.competing} experts in slots on {plan.device} ({format_bytes(plan.total)} planned).",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+    run(make_app(service, rules), worker, bound, server["grace"], ready)
+    if worker.alive:  # a model is still being loaded: nothing can be lost, and nothing ends it but the process's end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _load(model: str | None, engine: dict[str, Any], share: float | None, loading: Loading) -> Any:
+    """Load in the worker's thread; torch is imported there, while the server answers already."""
+    return import_module("expertflow.serve.load").load(model, engine, loading, share)
+
+
+def default_name(model: str | None) -> str:
+    """The name under which a model is served if none is stated: a folder's or file's own, or the id."""
+    if model is None:
+        return _SHIPPED
+    return Path(model).absolute().name if Path(model).exists() else model
+
+
+def keys_of(stated: Sequence[str], file: Path | None) -> list[str]:
+    """All keys that open the server: those stated, and one a line of a file.
+
+    Raises:
+        ConfigError: if the file cannot be read or holds none, or a key is empty.
+    """
+    keys = list(stated)
+    if file is not None:
+        try:
+            lines = read_bytes(file).decode().splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file} cannot be read: {error}", "Give a text file with a key a line.") from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ConfigError(f"{file} holds no key", "Put one a line.")
+        keys += found
+    if not all(key.strip() for key in keys):
+        raise ConfigError("an API key is empty", "Leave the option out to serve without keys.")
+    return keys
