@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
-import httpx
 from rich.console import Console
 from rich.markup import escape
 
@@ -29,7 +31,6 @@ _HELP = """/reset          forget the chat
 /load FILE      go on with a saved chat
 /exit           end (Ctrl-D too); Ctrl-C stops an answer
 A line that ends with \\ goes on in the next one."""
-_CONNECT_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
 Messages = list[dict[str, str]]
 
@@ -54,49 +55,77 @@ class Server:
         url: with or without `/v1`.
         key: that it needs, or None.
         fields: of every request.
+        opens: opens a request, as `urllib.request.urlopen` does.
 
     Raises:
         ConfigError: if it cannot be reached.
     """
 
-    def __init__(self, url: str, key: str | None, fields: Mapping[str, Any]) -> None:
-        """Ask for its model."""
-        base = url.rstrip("/").removesuffix("/v1") + "/v1"
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        self._client = httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS))
-        self._fields = dict(fields)
-        with self._reached():
-            self._wait()
-            self.name = str(_checked(self._client.get("/models"))["data"][0]["id"])
-
-    def _wait(self) -> None:
-        """Wait until a server that loads its model is ready."""
+    def __init__(
+        self, url: str, key: str | None, fields: Mapping[str, Any], opens: Callable[[Request], Any] = urlopen
+    ) -> None:
+        """Ask for its model, once that is loaded."""
+        self._base = url.rstrip("/").removesuffix("/v1") + "/v1"
+        if not self._base.startswith(("http://", "https://")):
+            raise ConfigError(f"url={url!r} is no address of a server", "Write it like http://127.0.0.1:8000.")
+        self._headers = {"content-type": "application/json"} | (
+            {} if key is None else {"authorization": f"Bearer {key}"}
+        )
+        self._fields, self._opens = dict(fields), opens
         waits = False
-        while (answer := self._client.get("/models")).status_code == httpx.codes.SERVICE_UNAVAILABLE:
-            if answer.json()["error"].get("code") != "loading":
-                return
+        while (found := self._models()) is None:
             if not waits:
                 Console(stderr=True).print("The server is loading its model.")
             waits = True
             time.sleep(_LOOK_SECONDS)
+        self.name = found
+
+    def _models(self) -> str | None:
+        """The first model's name; None while it is being loaded."""
+        try:
+            with self._open("/models") as answer:
+                return str(json.load(answer)["data"][0]["id"])
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise ConfigError(f"{self._base} is no server with OpenAI's API", "Give its address.") from error
+        except _LoadingError:
+            return None
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
+    def _open(self, path: str, body: Any = None) -> Iterator[Any]:
+        """An answer, open; its errors as ours."""
+        data = None if body is None else json.dumps(body).encode()
         try:
-            yield
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as error:
-            raise ConfigError(f"{self._client.base_url} does not answer: {error}", "Is the server running there?") from error
+            with self._opens(Request(self._base + path, data, self._headers)) as answer:  # noqa: S310 - http and https alone
+                yield answer
+        except HTTPError as error:
+            told = _error_of(error)
+            if told.get("code") == "loading":
+                raise _LoadingError from error
+            raise ConfigError(f"the server refused: {told.get('message', error.reason)}", "") from error
+        except (URLError, HTTPException, OSError) as error:
+            why = getattr(error, "reason", error)
+            raise ConfigError(f"{self._base} does not answer: {why}", "Is the server running there?") from error
 
     def answer(self, messages: Messages) -> Iterator[str]:
         """Stream an answer; leaving the iterator ends the request at the server."""
         body = {"model": self.name, "messages": messages, "stream": True, **self._fields}
-        with self._reached(), self._client.stream("POST", "/chat/completions", json=body) as response:
-            if response.status_code != httpx.codes.OK:
-                response.read()
-                _checked(response)
-            for line in response.iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    yield from _piece(json.loads(line[6:]))
+        with self._open("/chat/completions", body) as answer:
+            for line in answer:
+                text = line.decode().rstrip()
+                if text.startswith("data: ") and text != "data: [DONE]":
+                    yield from _piece(json.loads(text[6:]))
+
+
+class _LoadingError(Exception):
+    """The server loads its model."""
+
+
+def _error_of(error: HTTPError) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.load(error)["error"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return found
 
 
 def _piece(chunk: Mapping[str, Any]) -> Iterator[str]:
@@ -106,19 +135,6 @@ def _piece(chunk: Mapping[str, Any]) -> Iterator[str]:
         delta = choice["delta"]
         if text := (delta.get("reasoning_content") or "") + (delta.get("content") or ""):
             yield text
-
-
-def _checked(response: httpx.Response) -> Any:
-    """The body of an answer.
-
-    Raises:
-        ConfigError: if it is an error.
-    """
-    found = response.json()
-    if response.is_error:
-        error = found.get("error", {}) if isinstance(found, dict) else {}
-        raise ConfigError(f"the server refused: {error.get('message', response.status_code)}", "")
-    return found
 
 
 class Chat:
@@ -132,7 +148,11 @@ class Chat:
     """
 
     def __init__(
-        self, backend: Backend, system: str, read: Callable[[str], str] = input, write: Callable[[str], object] | None = None
+        self,
+        backend: Backend,
+        system: str,
+        read: Callable[[str], str] = input,
+        write: Callable[[str], object] | None = None,
     ) -> None:
         """Begin without messages."""
         self._backend, self._system, self._read = backend, system, read
@@ -224,7 +244,7 @@ class Chat:
 @contextmanager
 def _stoppable() -> Iterator[Callable[[], bool]]:
     """Ctrl-C inside is noted, not raised; a second one is raised."""
-    pressed = []
+    pressed: list[bool] = []
 
     def press(*_: object) -> None:
         if pressed:

@@ -34,6 +34,7 @@ from expertflow.cli.options import (
     grouped,
 )
 from expertflow.config import EngineConfig, SamplingParams
+from expertflow.serve.options import ServeConfig
 
 app = typer.Typer(
     name="expertflow",
@@ -144,33 +145,7 @@ def run(
 def serve(
     *,
     model: Model = None,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: at every address of the machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
-    max_model_len: Annotated[
-        str,
-        typer.Option(
-            "--max-model-len", "--max-length",
-            help="Tokens of a sequence, prompt included; auto: the longest that leaves half of the slots with one sequence.",
-        ),
-    ] = "auto",
-    served_model_name: Annotated[
-        list[str] | None, typer.Option(help="Name of the model for clients. May be given several times. Default: its own.")
-    ] = None,
-    any_model: Annotated[bool, typer.Option("--any-model", help="Take every model name that a client asks for.")] = False,
-    api_key: Annotated[
-        list[str] | None, typer.Option(envvar="EXPERTFLOW_API_KEY", help="Key that clients need. May be given several times.")
-    ] = None,
-    api_key_file: Annotated[Path | None, typer.Option(help="File with a key a line.")] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(help="Name of this server that clients may use, *: any. May be given several times. Default: localhost."),
-    ] = None,
-    max_waiting: Annotated[int, typer.Option(help="Sequences that may wait for their first token.", min=1)] = 256,
-    max_waiting_tokens: Annotated[int, typer.Option(help="Prompt tokens that may wait.", min=1)] = 2_000_000,
-    grace: Annotated[float, typer.Option(help="Seconds that running requests have after SIGTERM.", min=0)] = 30.0,
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(help="Share of the GPU's memory, in place of --gpu-memory.", min=0.01, max=1)
-    ] = None,
+    server: Annotated[Given, Fields(ServeConfig, aliases={"max_model_len": "--max-length"})],
     engine: Annotated[
         Given,
         Fields(
@@ -181,19 +156,15 @@ def serve(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(callback=_from_file, is_eager=True, help="YAML file of these options; the command line counts more."),
+        typer.Option(
+            callback=_from_file, is_eager=True, help="YAML file of these options; the command line counts more."
+        ),
     ] = None,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API."""
     del config  # its callback has read it
-    options = import_module("expertflow.cli.served").read_options(engine, max_model_len, gpu_memory_utilization)
-    _arguments().check_engine(options, max_batch=EngineConfig.max_batch)
-    server = {
-        "host": host, "port": port, "names": served_model_name or [], "any_model": any_model, "keys": api_key or [],
-        "key_file": api_key_file, "hosts": allowed_host or [], "most_waiting": max_waiting,
-        "most_waiting_tokens": max_waiting_tokens, "grace": grace, "share": gpu_memory_utilization,
-    }  # fmt: skip
-    _call("serve", model=model, engine=options, server=server)
+    _arguments().check_serve(server, engine)
+    _call("serve", model=model, engine=engine, server=server)
 
 
 @app.command()
@@ -221,7 +192,14 @@ def chat(
     if url is None:
         _arguments().check_engine(engine, max_batch=1)
         _arguments().check_model(model, fetch=True)
-    _call("chat", model=model, server=None if url is None else (url, api_key), system=system, engine=engine, sampling=sampling)
+    _call(
+        "chat",
+        model=model,
+        server=None if url is None else (url, api_key),
+        system=system,
+        engine=engine,
+        sampling=sampling,
+    )
 
 
 @app.command()

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,27 +15,33 @@ from expertflow.errors import ConfigError
 from expertflow.outside import read_bytes
 from expertflow.serve.app import make_app
 from expertflow.serve.guard import Rules
+from expertflow.serve.options import ServeConfig
 from expertflow.serve.run import listen, run
 from expertflow.serve.service import Names, Service
 from expertflow.serve.worker import Bounds, Loading, Worker
 from expertflow.units import format_bytes
 
 _SHIPPED = "novella"
+KEY_VARIABLE = "EXPERTFLOW_API_KEY"
+"""Variable of the environment that holds a key."""
 
 
 def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -> None:
     """Listen, load, serve until a signal comes."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     console = Console(stderr=True)
-    names = Names(served=server["names"] or [default_name(model)], anything=server["any_model"])
-    rules = Rules(keys=keys_of(server["keys"], server["key_file"]), hosts=server["hosts"])
+    options = ServeConfig.from_mapping(server)
+    if options.length is not None:
+        engine = {**engine, "max_length": options.length}
+    names = Names(served=options.served_model_name or [default_name(model)], anything=options.any_model)
+    rules = Rules(keys=keys_of(options), hosts=options.allowed_host)
     worker = Worker(
-        partial(_load, model, engine, server["share"]),
-        Bounds(server["most_waiting"], server["most_waiting_tokens"]),
+        partial(_load, model, engine, options.gpu_memory_utilization),
+        Bounds(options.max_waiting, options.max_waiting_tokens),
     )
-    service = Service(worker, names)
-    bound = listen(server["host"], server["port"])
-    where = f"http://{'[' + server['host'] + ']' if ':' in server['host'] else server['host']}:{bound.getsockname()[1]}"
+    bound = listen(options.host, options.port)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    where = f"http://{host}:{bound.getsockname()[1]}"
     console.print(f"Listening at {where}; loading {escape(names.served[0])}.", highlight=False, soft_wrap=True)
 
     def ready() -> None:
@@ -47,7 +52,7 @@ def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 
-    run(make_app(service, rules), worker, bound, server["grace"], ready)
+    run(make_app(Service(worker, names), rules), worker, bound, options.grace, ready)
     if worker.alive:  # a model is still being loaded: nothing can be lost, and nothing ends it but the process's end
         sys.stdout.flush()
         sys.stderr.flush()
@@ -66,22 +71,21 @@ def default_name(model: str | None) -> str:
     return Path(model).absolute().name if Path(model).exists() else model
 
 
-def keys_of(stated: Sequence[str], file: Path | None) -> list[str]:
-    """All keys that open the server: those stated, and one a line of a file.
+def keys_of(options: ServeConfig) -> list[str]:
+    """All keys that open the server: those stated, that of the environment, and one a line of a file.
 
     Raises:
-        ConfigError: if the file cannot be read or holds none, or a key is empty.
+        ConfigError: if the file cannot be read or holds none.
     """
-    keys = list(stated)
-    if file is not None:
-        try:
-            lines = read_bytes(file).decode().splitlines()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file} cannot be read: {error}", "Give a text file with a key a line.") from error
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise ConfigError(f"{file} holds no key", "Put one a line.")
-        keys += found
-    if not all(key.strip() for key in keys):
-        raise ConfigError("an API key is empty", "Leave the option out to serve without keys.")
-    return keys
+    keys = [key for key in (*options.api_key, os.environ.get(KEY_VARIABLE, "")) if key]
+    if options.api_key_file is None:
+        return keys
+    file = options.api_key_file
+    try:
+        lines = read_bytes(Path(file)).decode().splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}", "Give a text file with a key a line.") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"{file} holds no key", "Put one a line.")
+    return keys + found

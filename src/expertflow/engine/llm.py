@@ -286,7 +286,7 @@ class LLM:
     @property
     def chat_params(self) -> SamplingParams:
         """How `chat` samples if nothing is stated."""
-        return SamplingParams(**{"max_tokens": None, "temperature": 1.0, **self.sampling_defaults})
+        return SamplingParams.from_mapping({"max_tokens": None, "temperature": 1.0, **self.sampling_defaults})
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[None]:

@@ -28,7 +28,11 @@ _log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 15.0
 """Silence after which a stream gets a comment, so that no proxy and no client gives it up."""
 _CLIENT_GONE = 499
-_STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no", "content-type": "text/event-stream; charset=utf-8"}
+_STREAM_HEADERS = {
+    "cache-control": "no-store",
+    "x-accel-buffering": "no",
+    "content-type": "text/event-stream; charset=utf-8",
+}
 
 
 @dataclass(kw_only=True)

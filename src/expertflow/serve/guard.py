@@ -68,7 +68,12 @@ class Guard:
         for name in ("host", "origin"):
             self._check_name(name, headers.get(name))
         if self._digests and scope["path"] not in OPEN and not self._opens(headers):
-            raise ApiError(401, "the API key is missing or wrong", "Send it as `Authorization: Bearer KEY`.", code="invalid_api_key")
+            raise ApiError(
+                401,
+                "the API key is missing or wrong",
+                "Send it as `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
+            )
         length = headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 18 or int(length) > self._most):
             raise self._too_long()
@@ -87,14 +92,18 @@ class Guard:
         if name.rstrip(".") in self._hosts or name.endswith(".localhost") or _is_address(name):
             return
         raise ApiError(
-            403, f"{header} {value!r} is not this server's", "Allow the name with --allowed-host.", code=f"{header}_not_allowed"
+            403,
+            f"{header} {value!r} is not this server's",
+            "Allow the name with --allowed-host.",
+            code=f"{header}_not_allowed",
         )
 
     def _opens(self, headers: Headers) -> bool:
         """Whether a key is right. All keys are compared whole, so that the time taken tells nothing about them."""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        return any([hmac.compare_digest(_digest(given), known) for known in self._digests])  # a list: all are compared
+        found = [hmac.compare_digest(_digest(given), known) for known in self._digests]
+        return any(found)
 
     def _too_long(self) -> ApiError:
         return ApiError(413, f"the body is longer than {self._most} bytes", "Send less.", code="body_too_long")

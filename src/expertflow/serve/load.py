@@ -11,12 +11,13 @@ from transformers.utils import logging as transformers_logging
 from expertflow.config import EngineConfig
 from expertflow.engine.llm import LLM, shipped_model
 from expertflow.engine.plan import DEFAULT_CONTEXT, Plan, make_plan
-from expertflow.engine.planning.length import longest
+from expertflow.engine.planning.length import SHORTEST, longest
 from expertflow.engine.prepare import Prepared, predictor_bytes, predictor_load, prepare
 from expertflow.errors import ConfigError
 from expertflow.limits import free_memory
 from expertflow.memory.devices import free_bytes, resolve_device
 from expertflow.models.files.checkpoint import resolve
+from expertflow.models.places import context_of
 from expertflow.models.weights.sources import FileWeights
 from expertflow.serve.worker import Loading
 
@@ -40,7 +41,8 @@ def load(model: str | None, options: Mapping[str, Any], loading: Loading, share:
         options = {**options, "gpu_memory": _bytes_of(share, options.get("device", "auto"))}
     config = EngineConfig.from_mapping(options)
     if config.max_length is None:
-        config = _lengthened(config, prepare(folder, config))
+        shortest = min(SHORTEST, context_of(folder) or SHORTEST)
+        config = _lengthened(config, prepare(folder, replace(config, max_length=shortest)))
     loading.phase, lock = "loading", threading.Lock()
 
     def watch(count: int, total: int) -> None:
@@ -58,7 +60,10 @@ def load(model: str | None, options: Mapping[str, Any], loading: Loading, share:
 def _bytes_of(share: float, device: str) -> int:
     chosen = resolve_device(device)
     if chosen.type != "cuda":
-        raise ConfigError(f"gpu_memory_utilization={share} is a share of a GPU's memory, and the model runs on {chosen}", "Leave it out.")
+        raise ConfigError(
+            f"gpu_memory_utilization={share} is a share of a GPU's memory, and the model runs on {chosen}",
+            "Leave it out.",
+        )
     return int(share * torch.cuda.mem_get_info(chosen)[1])
 
 

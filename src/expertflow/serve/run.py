@@ -98,7 +98,7 @@ async def _run(
         server.should_exit = True
 
     async def watch() -> None:
-        while worker.loading.phase not in {"ready", "failed"}:
+        while worker.loading.phase not in {"ready", "failed"}:  # noqa: ASYNC110 - another thread writes it
             await asyncio.sleep(_LOOK_SECONDS)
         if worker.error is None:
             ready()

@@ -68,7 +68,11 @@ class Names:
         if self.anything:
             return self.served[0]
         raise ApiError(
-            404, f"the model {wanted!r} does not exist", f"Served: {', '.join(self.served)}.", param="model", code="model_not_found"
+            404,
+            f"the model {wanted!r} does not exist",
+            f"Served: {', '.join(self.served)}.",
+            param="model",
+            code="model_not_found",
         )
 
 
@@ -147,7 +151,9 @@ class Service:
             ids = render(llm, fields).token_ids
         else:
             with_special = fields.get("add_special_tokens", True)
-            ids = _refusing(lambda: llm.requests.text.reader.encode(0, required(fields, "prompt"), special=with_special), "prompt")
+            ids = _refusing(
+                lambda: llm.requests.text.reader.encode(0, required(fields, "prompt"), special=with_special), "prompt"
+            )
         found = {"count": len(ids), "max_model_len": llm.plan.max_length, "tokens": list(ids)}
         if fields.get("return_token_strs") and llm.tokenizer is not None:
             found["token_strs"] = llm.tokenizer.convert_ids_to_tokens(list(ids))

@@ -201,7 +201,9 @@ class Worker:
             raise ApiError(503, "the model could not be loaded", "See the server's log.", code="loading_failed")
         if self._llm is None:
             self.refused["loading"] += 1
-            raise ApiError(503, "the model is still being loaded", "Ask /health how far it is.", code="loading", retry=2)
+            raise ApiError(
+                503, "the model is still being loaded", "Ask /health how far it is.", code="loading", retry=2
+            )
         return self._llm
 
     def submit(self, requests: "Sequence[Request]") -> Outbox:
@@ -253,11 +255,13 @@ class Worker:
         """Refuse new requests, wait for those that run, and cancel what is left after that many seconds."""
         self._draining = True
         end = time.monotonic() + seconds
-        while self._live and time.monotonic() < end:
+        while self._live and time.monotonic() < end:  # noqa: ASYNC110 - twice in a server's life
             await asyncio.sleep(0.02)
         left = list(self._live)
         for ticket in left:
-            ticket.outbox.put(Item(ticket.choice, None, ApiError(503, "the server is shutting down", code="shutting_down")))
+            ticket.outbox.put(
+                Item(ticket.choice, None, ApiError(503, "the server is shutting down", code="shutting_down"))
+            )
         for outbox in {ticket.outbox for ticket in left}:
             self.cancel(outbox)
 
@@ -318,11 +322,11 @@ class Worker:
         try:
             engine.advance()
             self._faults = 0
-        except Exception as error:
-            _log.exception("a step failed")
-            self._faults += 1
+        except Exception as error:  # noqa: BLE001 - the clients are told, and the server goes on
+            _log.error("a step failed", exc_info=error)
+            self._faults = (self._faults + 1) % _FAULTS
             for number, ticket in list(self._running.items()):
-                if self._faults >= _FAULTS or not engine.knows(number):
+                if self._faults == 0 or not engine.knows(number):
                     self._give_up(ticket, error)
                     engine.cancel(number)
 

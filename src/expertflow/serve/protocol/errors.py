@@ -21,7 +21,7 @@ class ApiError(ExpertFlowError):
         retry: seconds after which the client may try again, or None.
     """
 
-    def __init__(  # noqa: PLR0913 - the last ones by keyword
+    def __init__(
         self,
         status: int,
         what: str,

@@ -94,9 +94,9 @@ _SAMPLING: Table = {
     "bad_words": _refused("Leave it out.", []),
     "typical_p": _refused("Leave it out.", 1),
     "mirostat": _refused("Leave it out.", 0),
-    "include_stop_str_in_output": _refused("Stop texts are left out of the answer.", False),  # noqa: FBT003 - a JSON value
-    "spaces_between_special_tokens": _refused("Leave it out.", True),  # noqa: FBT003 - a JSON value
-    "use_beam_search": _refused("There is no beam search.", False),  # noqa: FBT003 - a JSON value
+    "include_stop_str_in_output": _refused("Stop texts are left out of the answer.", False),
+    "spaces_between_special_tokens": _refused("Leave it out.", True),
+    "use_beam_search": _refused("There is no beam search.", False),
     "best_of": _refused("Use n, and choose.", 1),
     "length_penalty": _refused("There is no beam search.", 1),
     "truncate_prompt_tokens": _refused("Shorten the prompt."),
@@ -106,7 +106,7 @@ _SAMPLING: Table = {
     "guided_choice": _refused("Leave it out."),
     "guided_grammar": _refused("Leave it out."),
     "structured_outputs": _refused("Use response_format.", {}),
-    "return_token_ids": _refused("Ask /tokenize.", False),  # noqa: FBT003 - a JSON value
+    "return_token_ids": _refused("Ask /tokenize.", False),
 }
 _REQUEST: Table = {
     "model": _honoured(text),
@@ -129,7 +129,7 @@ CHAT: Table = {
     "continue_final_message": _honoured(boolean),
     "chat_template_kwargs": _honoured(mapping),
     "reasoning_effort": _honoured(text),
-    "logprobs": _refused(_SAMPLER, False),  # noqa: FBT003 - a JSON value
+    "logprobs": _refused(_SAMPLER, False),
     "top_logprobs": _refused(_SAMPLER, 0),
     "response_format": _refused("Ask for the form in a message.", {"type": "text"}),
     "tools": _refused("Tools cannot be called yet.", []),
@@ -140,16 +140,18 @@ CHAT: Table = {
     "modalities": _refused("Answers are text.", ["text"]),
     "audio": _refused("Answers are text."),
     "web_search_options": _refused("There is no search."),
+    "moderation": _refused("There is no moderation here."),
     "verbosity": _refused("Ask for it in a message.", "medium"),
     "chat_template": _refused("A template from a request is never run; the server's own is used."),
     "documents": _refused("Put them into a message.", []),
-    "echo": _refused("Use /v1/completions.", False),  # noqa: FBT003 - a JSON value
+    "echo": _refused("Use /v1/completions.", False),
     "store": _no_effect(_KEPT),
     "include": _no_effect("what it can ask for is not made here"),
     "client_metadata": _no_effect(_NOTE),
     "safety_identifier": _no_effect(_NOTE),
     "service_tier": _no_effect(_SPEED),
     "prompt_cache_key": _no_effect(_SPEED),
+    "prompt_cache_options": _no_effect(_SPEED),
     "prompt_cache_retention": _no_effect(_SPEED),
     "prediction": _no_effect(_SPEED),
 }
@@ -203,13 +205,17 @@ def read_fields(body: Mapping[str, Any], table: Table, inside: str = "") -> dict
     for name, value in body.items():
         field = table.get(name)
         if field is None:
-            raise bad(inside + name, f"the field {inside + name!r} is unknown", nearest(name, table), code="unknown_parameter")
+            raise bad(
+                inside + name, f"the field {inside + name!r} is unknown", nearest(name, table), code="unknown_parameter"
+            )
         if value is None or field.use is Use.NO_EFFECT:
             continue
         if field.use is Use.HONOURED:
             found[name] = field.read(inside + name, value)
         elif not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in field.harmless):
-            raise bad(inside + name, f"the field {inside + name!r} is not supported", field.why, code="unsupported_parameter")
+            raise bad(
+                inside + name, f"the field {inside + name!r} is not supported", field.why, code="unsupported_parameter"
+            )
     return found
 
 
@@ -222,5 +228,3 @@ def required(fields: Mapping[str, Any], name: str) -> Any:
     if name not in fields:
         raise bad(name, f"the field {name!r} is missing", code="missing_required_parameter")
     return fields[name]
-
-
