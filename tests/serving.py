@@ -17,6 +17,7 @@ from expertflow import LLM
 from expertflow.serve.app import make_app
 from expertflow.serve.guard import Rules
 from expertflow.serve.load import load
+from expertflow.serve.metrics import Metrics
 from expertflow.serve.service import Names, Service
 from expertflow.serve.worker import Worker
 from helpers import GUARD
@@ -38,8 +39,10 @@ class Served:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.worker = Worker(partial(load, str(folder), {"device": "cpu", "max_batch": 4, "max_live": 8}))
-        self.service = Service(self.worker, Names(served=NAMES))
+        self.metrics = Metrics(NAMES[0])
+        options = {"device": "cpu", "max_batch": 4, "max_live": 8}
+        self.worker = Worker(partial(load, str(folder), options), watcher=self.metrics)
+        self.service = Service(self.worker, Names(served=NAMES), self.metrics)
         self.app = make_app(self.service, Rules())
         self.worker.start()
         while self.worker.loading.phase not in {"ready", "failed"}:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from expertflow import SamplingParams
 from expertflow.serve import answers, worker
@@ -251,6 +252,55 @@ def test_keys_hosts_origins_and_lengths_are_checked_first(served: "Served") -> N
     assert long.status_code == 413, "also where no length is stated"
     with pytest.raises(openai.AuthenticationError):
         served.run(lambda client: client.models.list(), app=app, key="wrong")
+
+
+def scraped(served: "Served") -> dict[str, float]:
+    """Every sample of `/metrics`, by name and labels but the model's."""
+    text, found = served.send("/metrics").text, {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            assert sample.labels.pop("model_name") == NAMES[0]
+            assert sample.labels.pop("engine") == "0"
+            found[" ".join([sample.name, *sample.labels.values()])] = sample.value
+    return found
+
+
+def test_metrics_count_what_clients_got(served: "Served", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, requests and times by vLLM's names; the cache's totals are the engine's; reading them changes nothing."""
+    monkeypatch.setattr(worker, "_SNAPSHOT_SECONDS", 0.0)
+    before = scraped(served)
+    body = {"prompt": ["one", "three"], "max_tokens": 4, "ignore_eos": True, "temperature": 0}
+    usage = served.send("/v1/completions", body).json()["usage"]
+    served.send("/v1/completions", {**body, "max_tokens": 5, "stop_token_ids": list(range(500))})
+    after = scraped(served)
+    grown = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert grown["expertflow_prompt_tokens_total"] == 2 * usage["prompt_tokens"]
+    assert grown["expertflow_generation_tokens_total"] == usage["completion_tokens"] + 2
+    assert grown["expertflow_request_success_total length"] == grown["expertflow_request_success_total stop"] == 2
+    assert grown["expertflow_time_to_first_token_seconds_count"] == 4
+    assert grown["expertflow_inter_token_latency_seconds_count"] == 2 * 3
+    assert grown["expertflow_iteration_tokens_total_sum"] == usage["completion_tokens"] + 2
+    assert grown["expertflow_e2e_request_latency_seconds_sum"] > 0
+    assert after["expertflow_num_requests_running"] == after["expertflow_num_requests_waiting"] == 0
+    assert after["expertflow_kv_cache_usage_perc"] == 0
+    cache, plan = served.llm.stats.cache, served.llm.plan
+    assert after["expertflow_expert_accesses_total hit"] == cache.hits > before["expertflow_expert_accesses_total hit"]
+    assert after["expertflow_expert_loads_total correction"] == cache.loads
+    assert after["expertflow_expert_slots"] == plan.slots
+    assert scraped(served) == after
+
+    async def main() -> dict[str, float]:
+        client = Leaving(served.app, "/v1/completions", {"prompt": "x", "max_tokens": 300, "ignore_eos": True, "n": 3})
+        await until(lambda: served.worker.running == 3)
+        found = await asyncio.to_thread(scraped, served)
+        client.leave()
+        await client.task
+        return found
+
+    live = asyncio.run(main())
+    assert live["expertflow_num_requests_running"] == 3
+    assert live["expertflow_kv_cache_usage_perc"] == pytest.approx(3 * 5 / (plan.kv_tokens // 64))
+    assert served.metrics._last == {}, "nothing is kept of what is over"
 
 
 @pytest.mark.parametrize("stream", [True, False])

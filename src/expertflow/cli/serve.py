@@ -15,6 +15,7 @@ from expertflow.errors import ConfigError
 from expertflow.outside import read_bytes
 from expertflow.serve.app import make_app
 from expertflow.serve.guard import Rules
+from expertflow.serve.metrics import Metrics
 from expertflow.serve.options import ServeConfig
 from expertflow.serve.run import listen, run
 from expertflow.serve.service import Names, Service
@@ -35,9 +36,11 @@ def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -
         engine = {**engine, "max_length": options.length}
     names = Names(served=options.served_model_name or [default_name(model)], anything=options.any_model)
     rules = Rules(keys=keys_of(options), hosts=options.allowed_host)
+    metrics = Metrics(names.served[0])
     worker = Worker(
         partial(_load, model, engine, options.gpu_memory_utilization),
         Bounds(options.max_waiting, options.max_waiting_tokens),
+        metrics,
     )
     bound = listen(options.host, options.port)
     host = f"[{options.host}]" if ":" in options.host else options.host
@@ -52,7 +55,7 @@ def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 
-    run(make_app(Service(worker, names), rules), worker, bound, options.grace, ready)
+    run(make_app(Service(worker, names, metrics), rules), worker, bound, options.grace, ready)
     if worker.alive:  # a model is still being loaded: nothing can be lost, and nothing ends it but the process's end
         sys.stdout.flush()
         sys.stderr.flush()

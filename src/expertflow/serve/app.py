@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from expertflow import __version__
 from expertflow.serve.answers import Json, answer, as_api_error, refusal
 from expertflow.serve.guard import Guard, Rules
+from expertflow.serve.metrics import CONTENT_TYPE
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.fields import TABLES, Use
 from expertflow.serve.service import Service
@@ -90,6 +91,10 @@ def _add_models(app: FastAPI, service: Service) -> None:
             return Json(body)
         error = ApiError(503, f"the server is not ready: {status}", code=status, retry=2)
         return Json({**body, **error.body}, status_code=503, headers=dict(error.headers))
+
+    @_route(app, "GET", "/metrics")
+    async def metrics(_: Request) -> Response:
+        return Response(await service.metrics.text(service.worker), media_type=CONTENT_TYPE)
 
     def about(name: str) -> dict[str, Any]:
         llm = service.worker.llm

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from expertflow.engine.inputs import Prompt
     from expertflow.engine.llm import LLM
     from expertflow.engine.request import Request
+    from expertflow.serve.metrics import Metrics
     from expertflow.serve.worker import Worker
 
 _T = TypeVar("_T")
@@ -82,14 +83,15 @@ class Service:
     Args:
         worker: owns the engine.
         names: of the model.
+        metrics: the worker's watcher.
 
     Attributes:
         created: when it began to be served, in seconds since 1970.
     """
 
-    def __init__(self, worker: "Worker", names: Names) -> None:
+    def __init__(self, worker: "Worker", names: Names, metrics: "Metrics") -> None:
         """Start the threads that read."""
-        self.created = int(time.time())
+        self.metrics, self.created = metrics, int(time.time())
         self.worker, self.names = worker, names
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
 

@@ -20,13 +20,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from expertflow.serve.protocol.errors import ApiError
 
 if TYPE_CHECKING:
     from expertflow.engine.engine import Engine
     from expertflow.engine.llm import LLM, RunStats
+    from expertflow.engine.plan import Plan
     from expertflow.engine.request import Request, StreamOutput
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,37 @@ class Bounds(NamedTuple):
 
     requests: int = 256
     tokens: int = 2_000_000
+
+
+class Snapshot(NamedTuple):
+    """The engine between two steps.
+
+    Attributes:
+        taken: when, by `time.monotonic`.
+        stats: what it has done.
+        plan: what it was built from.
+        kv_share: share of the pages of keys and values in use.
+        predicted: whether a predictor is at work.
+    """
+
+    taken: float
+    stats: "RunStats"
+    plan: "Plan"
+    kv_share: float
+    predicted: bool
+
+
+class Watcher(Protocol):
+    """Is told what clients get, in the event loop's thread."""
+
+    def output(self, ticket: "Ticket", output: "StreamOutput") -> None:
+        """An output came."""
+
+    def step(self, tokens: int) -> None:
+        """A pass or step gave tokens."""
+
+    def forget(self, tickets: "Sequence[Ticket]") -> None:
+        """Sequences were cancelled or have failed."""
 
 
 class Item(NamedTuple):
@@ -128,21 +160,22 @@ class Worker:
     Args:
         load: loads the model, in the worker's thread; it may say in its argument how far it is.
         bounds: what may wait.
-        watch: called in the event loop's thread with every output and its ticket, for metrics.
+        watcher: is told what clients get, for metrics; None: nobody is.
 
     Attributes:
         loading: how far loading is.
         refused: requests that were refused, by reason.
+        latest: the last snapshot, or None.
     """
 
     def __init__(
         self,
         load: "Callable[[Loading], LLM]",
         bounds: Bounds | None = None,
-        watch: "Callable[[Ticket, StreamOutput], None] | None" = None,
+        watcher: Watcher | None = None,
     ) -> None:
         """Create a worker that has not begun."""
-        self._load, self._bounds, self._watch = load, bounds or Bounds(), watch
+        self._load, self._bounds, self._watcher = load, bounds or Bounds(), watcher
         self.loading = Loading()
         self.refused: dict[str, int] = {"queue": 0, "draining": 0, "loading": 0}
         self._llm: LLM | None = None
@@ -156,7 +189,7 @@ class Worker:
         self._running: dict[int, Ticket] = {}
         self._fresh: list[tuple[Ticket, Item]] = []
         self._faults = 0
-        self._snapshot: tuple[float, RunStats] | None = None
+        self.latest: Snapshot | None = None
 
     def start(self) -> None:
         """Load the model in the worker's thread, then serve."""
@@ -237,19 +270,21 @@ class Worker:
         """End what is not over of an HTTP request; nothing comes to its outbox any more."""
         left = [ticket for ticket in outbox.tickets if ticket in self._live]
         self._live.difference_update(left)
+        if self._watcher is not None:
+            self._watcher.forget(left)
         for ticket in left:
             ticket.dropped = True
         if left:
             self._inbox.put(partial(self._cancel, left))
 
-    async def snapshot(self, seconds: float = 1.0) -> "RunStats | None":
-        """Statistics, read between two steps, at most once a second; older ones if a step takes longer than `seconds`."""
-        found: Future[RunStats] = Future()
+    async def snapshot(self, seconds: float = 1.0) -> Snapshot | None:
+        """What the engine has done, read between two steps, at most once a second; the last one if a step takes longer than `seconds`."""
         if self._llm is not None and self._thread.is_alive():
+            found: Future[None] = Future()
             self._inbox.put(partial(self._read, found))
             with suppress(TimeoutError):
-                return await asyncio.wait_for(asyncio.wrap_future(found), seconds)
-        return None if self._snapshot is None else self._snapshot[1]
+                await asyncio.wait_for(asyncio.wrap_future(found), seconds)
+        return self.latest
 
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, wait for those that run, and cancel what is left after that many seconds."""
@@ -275,6 +310,8 @@ class Worker:
     # in the event loop's thread
 
     def _deliver(self, fresh: list[tuple[Ticket, Item]]) -> None:
+        if self._watcher is not None and (tokens := sum(item.output is not None for _, item in fresh)):
+            self._watcher.step(tokens)
         for ticket, item in fresh:
             if ticket not in self._live:
                 continue
@@ -282,12 +319,14 @@ class Worker:
             if item.output is not None:
                 if ticket.waiting:
                     self._seconds_a_request += 0.1 * (time.perf_counter() - ticket.came - self._seconds_a_request)
-                if self._watch is not None:
-                    self._watch(ticket, item.output)
+                if self._watcher is not None:
+                    self._watcher.output(ticket, item.output)
                 ticket.waiting = False
                 over = item.output.output is not None or item.output.error is not None
             if over:
                 self._live.discard(ticket)
+                if self._watcher is not None:
+                    self._watcher.forget([ticket])
             ticket.outbox.put(item)
 
     # in the worker's thread
@@ -345,13 +384,14 @@ class Worker:
             if ticket.number is not None and self._running.pop(ticket.number, None) is not None:
                 engine.cancel(ticket.number)
 
-    def _read(self, found: "Future[RunStats]", _: "Engine") -> None:
-        now = time.monotonic()
-        if self._snapshot is None or now - self._snapshot[0] >= _SNAPSHOT_SECONDS:
-            assert self._llm is not None
-            self._snapshot = now, self._llm.stats
+    def _read(self, found: "Future[None]", engine: "Engine") -> None:
+        now, llm = time.monotonic(), self._llm
+        assert llm is not None
+        if self.latest is None or now - self.latest.taken >= _SNAPSHOT_SECONDS:
+            works = llm.predictor is not None and llm.predictor_failure is None
+            self.latest = Snapshot(now, llm.stats, llm.plan, engine.kv_share, works)
         if found.set_running_or_notify_cancel():
-            found.set_result(self._snapshot[1])
+            found.set_result(None)
 
     def _take(self, ticket: Ticket, output: "StreamOutput") -> None:
         """The engine's channel of a ticket."""

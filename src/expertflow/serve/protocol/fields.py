@@ -23,7 +23,7 @@ from expertflow.serve.protocol.readers import (
     text,
 )
 
-MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_MESSAGES, MOST_TOOLS = 16, 128, 16, 10_000, 512
+MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_STOP_TOKENS, MOST_MESSAGES, MOST_TOOLS = 16, 128, 16, 1024, 10_000, 512
 """Bounds of lists in a request body."""
 LONGEST_STOP = 1_000
 """Characters of a stop text at most."""
@@ -80,7 +80,7 @@ _SAMPLING: Table = {
     "top_k": _honoured(integer(-1, _WHOLE)),
     "seed": _honoured(integer(-(2**63), 2**64 - 1)),
     "stop": _honoured(several(short_text(LONGEST_STOP), MOST_STOPS, single=True)),
-    "stop_token_ids": _honoured(several(integer(0, _WHOLE), MOST_STOPS)),
+    "stop_token_ids": _honoured(several(integer(0, _WHOLE), MOST_STOP_TOKENS)),
     "ignore_eos": _honoured(boolean),
     "skip_special_tokens": _honoured(boolean),
     "max_tokens": _honoured(integer(1, _WHOLE)),
