@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from engine_h100 import Row, Work, make_work, measure
+from engine_h100 import Work, make_work, measure
 from pass_size import first_tokens, prompts_of
 from stand_ins import SEED, WIDE, StandIn, device, make_config, resized
 from torch import Tensor
@@ -103,13 +103,14 @@ def bits(stand_in: StandIn, requests: int, *, invariant: bool) -> dict[str, Any]
         }
 
 
-def decode_costs(stand_in: StandIn, works: Mapping[int, Work], share: str) -> list[dict[str, Any]]:
-    """Milliseconds a step of 1 and of 8 sequences, off and on in turns."""
-    rows = list[dict[str, Any]]()
+def decode_costs(
+    stand_in: StandIn, works: Mapping[int, Work], share: str, turns: Sequence[bool]
+) -> list[dict[str, Any]]:
+    """Milliseconds a step of one and of several sequences where a step has room for the most, off and on in turns."""
+    rows, room = list[dict[str, Any]](), max(works)
     for sequences, work in works.items():
-        for invariant in TURNS:
-            row: Row
-            more = {"max_batch": COMPANY, "max_live": COMPANY, "prefill_chunk": 512, "batch_invariant": invariant}
+        for invariant in turns:
+            more = {"max_batch": room, "max_live": room, "prefill_chunk": 512, "batch_invariant": invariant}
             row, _ = measure(stand_in, work, "next-use", share, "mxfp4", **more)
             ms = statistics.median(row.ms)
             rows.append({"sequences": sequences, "batch_invariant": invariant, "ms": row.ms, "tokens_per_second": sequences / ms * 1e3,
@@ -117,11 +118,16 @@ def decode_costs(stand_in: StandIn, works: Mapping[int, Work], share: str) -> li
     return rows
 
 
-def prompt_costs(stand_in: StandIn, share: str, *, tiny: bool) -> list[dict[str, Any]]:
+def prompt_costs(stand_in: StandIn, share: str, turns: Sequence[bool], *, tiny: bool) -> list[dict[str, Any]]:
     """Seconds until every prompt has its first token: one long prompt, and eight at once; off and on in turns."""
-    rows, kinds = list[dict[str, Any]](), [[TINY_LONG], [TINY_SEVERAL] * 8] if tiny else [[LONG], [SEVERAL] * 8]
-    for invariant in TURNS:
-        options = {"max_batch": COMPANY, "max_length": max(map(max, kinds)) + 8, "slots": share, "execution": "graph"}
+    rows, kinds = list[dict[str, Any]](), [[TINY_LONG], [TINY_SEVERAL] * 2] if tiny else [[LONG], [SEVERAL] * COMPANY]
+    for invariant in turns:
+        options = {
+            "max_batch": max(map(len, kinds)),
+            "max_length": max(map(max, kinds)) + 8,
+            "slots": share,
+            "execution": "graph",
+        }
         with stand_in.open(strategy="next-use", batch_invariant=invariant, **options) as one:
             for lengths in kinds:
                 prompts, times = prompts_of(one.llm.plan.shape.vocabulary, lengths * 4), list[float]()
@@ -137,7 +143,7 @@ def show(result: dict[str, Any]) -> None:
     for row in result["bits"]:
         found = {name: f"{row[name]} of {row['requests']}" for name in ("with seven others", "staggered")}
         print(
-            f"batch_invariant={row['batch_invariant']}: bit-equal {found}, {row['distinct_tokens']} tokens that differ"
+            f"batch_invariant={row['batch_invariant']}: bit-equal {found}, {row["distinct_tokens"]} distinct tokens"
         )
     for sequences in sorted({row["sequences"] for row in result["decode"]}):
         speeds = {
@@ -188,11 +194,15 @@ def main() -> None:
         print(f"{time.perf_counter() - began:.0f} s: bits compared", flush=True)
     if "costs" in options.parts:
         trace = None if options.trace is None else load_trace(options.trace).without("repetition")
-        works = {count: make_work("g", count, config.vocab_size, trace, tiny=options.tiny) for count in (1, 8)}
+        works = {
+            count: make_work("g", count, config.vocab_size, trace, tiny=options.tiny)
+            for count in ((1, 2) if options.tiny else (1, COMPANY))
+        }
+        turns = TURNS[:2] if options.tiny else TURNS
         with StandIn(config, embedding=1.0 if trace is not None else WIDE) as stand_in:
-            result["decode"] = decode_costs(stand_in, works, str(float(options.share.rstrip("%")) / 100))
+            result["decode"] = decode_costs(stand_in, works, str(float(options.share.rstrip("%")) / 100), turns)
             print(f"{time.perf_counter() - began:.0f} s: decode steps timed", flush=True)
-            result["prompts"] = prompt_costs(stand_in, options.share, tiny=options.tiny)
+            result["prompts"] = prompt_costs(stand_in, options.share, turns, tiny=options.tiny)
     about_it = {
         **about(device())._asdict(),
         "benchmark": "batch_invariant",

@@ -138,7 +138,7 @@ def one(stand_in: StandIn, draw: random.Random, context: int, library: int) -> d
         plan, read = opened.llm.plan, carry_out(opened.llm, draw)
         peak = opened.peak + library
     parts = {name: getattr(plan, name) for name in ("dense", "kv", "workspace", "graph", "large", "slot_bytes")}
-    fixed = FIXED if plan.execution == "graph" else CUDA_LIBRARY_BYTES
+    fixed = 0 if device() == "cpu" else FIXED if plan.execution == "graph" else CUDA_LIBRARY_BYTES
     return {
         "options": options, "memory": memory, "slots": plan.slots, "prefill_chunk": plan.prefill_chunk, "kv_tokens": plan.kv_tokens,
         "parts": parts, **read, "plan_bytes": plan.total, "peak_bytes": peak, "budget_bytes": plan.budget,

@@ -253,10 +253,10 @@ def _sized(wanted: _Wanted) -> Plan:
     More tokens leave fewer slots, and fewer slots ask for more tokens: sizes grow from the smallest one until that ends.
     """
     config, shape, device, _, budget, graph, _ = wanted
-    if config.prefill_chunk is not None:
-        return _plan(wanted, config.prefill_chunk)
     length = sequence_length(config, shape)
-    together = config.max_batch * length
+    together = config.max_batch * length  # no pass has more tokens
+    if config.prefill_chunk is not None:
+        return _plan(wanted, min(config.prefill_chunk, together))
     found = smallest = _plan(wanted, min(SMALLEST, together))
     if device != "cuda" or shape.unplanned or shape.encoder_decoder:  # the last two read prompts whole
         return found
