@@ -142,9 +142,7 @@ def show(result: dict[str, Any]) -> None:
     """A line a comparison."""
     for row in result["bits"]:
         found = {name: f"{row[name]} of {row['requests']}" for name in ("with seven others", "staggered")}
-        print(
-            f"batch_invariant={row['batch_invariant']}: bit-equal {found}, {row["distinct_tokens"]} distinct tokens"
-        )
+        print(f"batch_invariant={row['batch_invariant']}: bit-equal {found}, {row['distinct_tokens']} distinct tokens")
     for sequences in sorted({row["sequences"] for row in result["decode"]}):
         speeds = {
             invariant: [row["tokens_per_second"] for row in result["decode"] if (row["sequences"], row["batch_invariant"]) == (sequences, invariant)]

@@ -31,6 +31,7 @@ from expertflow.bench.shared_host import library_bytes
 from expertflow.engine.plan import Plan
 from expertflow.engine.planning.workspace import CUDA_LIBRARY_BYTES, GRAPH_POOL_BYTES
 from expertflow.engine.prepare import prepare
+from expertflow.execution.kv.layout import PAGE, pages_of
 
 FIXED = 2 * CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES
 """Bytes of cuBLAS on two streams, and of the graphs' memory pool."""
@@ -113,17 +114,24 @@ def draw_memory(draw: random.Random, bare: Plan) -> dict[str, Any]:
     return {"gpu_memory": least if kind < 0.35 else least + int((most - least) * draw.random() ** 2)}
 
 
+def filling(plan: Plan, most: int) -> list[int]:
+    """Lengths of prompts that fill the largest pass, as far as pages of keys and values reach."""
+    pages, wanted, found = plan.kv_tokens // PAGE, MOST_PASSES * plan.prefill_chunk, list[int]()
+    while len(found) < plan.max_batch and pages > 0 and wanted > 0:
+        found.append(max(1, min(most, wanted, pages * PAGE - ANSWER)))
+        pages, wanted = pages - pages_of(found[-1] + ANSWER, PAGE), wanted - found[-1]
+    return found
+
+
 def carry_out(llm: LLM, draw: random.Random) -> dict[str, int]:
     """Prompts of random lengths, then as many tokens as the largest passes take; what was read."""
-    plan, read = llm.plan, 0
-    most = plan.max_length - ANSWER
-    room = min(MOST_PASSES * plan.prefill_chunk, plan.kv_tokens - plan.max_batch * 64)
-    lengths = [min(int(most ** draw.random()), room // plan.max_batch) for _ in range(plan.max_batch + 2)]
-    full = [max(1, min(most, room - done)) for done in range(0, max(1, room), most)][: plan.max_batch]
-    for temperature, wanted in ((0.0, lengths), (0.9, full), (0.0, full)):
-        counts = [max(1, count) for count in wanted]
+    plan, read, most = llm.plan, 0, llm.plan.max_length - ANSWER
+    limit = max(1, min(most, MOST_PASSES * plan.prefill_chunk // plan.max_batch))
+    lengths, full = [int(limit ** draw.random()) for _ in range(plan.max_batch + 2)], filling(plan, most)
+    for temperature, counts in ((0.0, lengths), (0.9, full), (0.0, full)):
         prompts = [[draw.randrange(3, plan.shape.vocabulary) for _ in range(count)] for count in counts]
-        llm.generate(prompts, SamplingParams(max_tokens=ANSWER, temperature=temperature, top_p=0.9 if temperature else 1.0, ignore_eos=True))  # fmt: skip
+        top_p = 0.9 if temperature else 1.0
+        llm.generate(prompts, SamplingParams(max_tokens=ANSWER, temperature=temperature, top_p=top_p, ignore_eos=True))
         read += sum(counts)
     return {"tokens_read": read, "longest": max(*lengths, *full)}
 
