@@ -243,8 +243,8 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--of-a-draw", type=int, default=400, help="steps of one draw")
+    parser.add_argument("--steps", type=int, help="default: 10,000; 240 with --tiny")
+    parser.add_argument("--of-a-draw", type=int, help="steps of one draw; default: 800; 60 with --tiny")
     parser.add_argument("--execution", choices=["host", "graph"], default="graph" if DEVICE == "cuda" else "host")
     parser.add_argument("--deadline", type=float, default=1e9, help="draw no more after so many seconds")
     parser.add_argument("--seed", type=int, default=0)
@@ -256,7 +256,8 @@ def main() -> None:
     """Draw, run, compare, write, print."""
     options, began = read_options(), time.perf_counter()
     sizes = (TINY_LONGEST, TINY_ANSWER) if options.tiny else (LONGEST, ANSWER)
-    steps, of_a_draw = (240, 60) if options.tiny else (options.steps, options.of_a_draw)
+    usual = (240, 60) if options.tiny else (10_000, 800)
+    steps, of_a_draw = options.steps or usual[0], options.of_a_draw or usual[1]
     with tempfile.TemporaryDirectory() as place:
         soak = Soak(Path(place), options.seed, sizes)
         while soak.total["steps"] < steps and time.perf_counter() - began < options.deadline:

@@ -24,8 +24,8 @@ from expertflow.models.shape import ModelShape
 from expertflow.models.weights.sources import RandomWeights
 from helpers import MakeCheckpoint
 
-EXAMPLES = 400
-"""Each makes five plans or more."""
+EXAMPLES = 340
+"""Each makes six plans or more."""
 PAGE, SPARE, ALIGNMENT, FULL = 64, 2, 256, None
 """What the documents say of pages and slots, written down again."""
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -225,11 +225,11 @@ class Drawn(NamedTuple):
 
 
 def drawn_run(seed: int, make_checkpoint: MakeCheckpoint) -> Drawn:
-    """Families take turns; a quarter of the runs are captured steps, and some experts are quantised."""
+    """Families take turns; a fifth of the runs are captured steps, and some experts are quantised."""
     draw = random.Random(seed)
     family = list(FAMILIES)[seed % len(FAMILIES)]
-    graph = seed % 4 == 1 and not FAMILIES[family].no_graph
-    batch, length = draw.choice([1, 2, 3]), draw.randint(8, 120)
+    graph = seed % 5 == 1 and not FAMILIES[family].no_graph
+    batch, length = draw.choice([1, 2, 3]), draw.randint(8, 80)
     live = batch * draw.choice([1, 2])
     paged = family != "switch_transformers"
     options = {
