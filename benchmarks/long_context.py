@@ -42,7 +42,7 @@ LENGTHS, TINY_LENGTHS = (512, 2048, 8192, 32768), (20, 33)
 CONTEXTS, TINY_CONTEXTS = (1024, 8192, 32768, 130944), (12, 40)
 """The last one ends, with the steps behind it, within the 131,072 tokens that gpt-oss-20b reads."""
 BUDGETS, LONG, TINY_LONG = (("mxfp4", "8GiB"), ("bf16", "16GiB")), 100_000, 60
-STALLING, TINY_STALLING = (32768, 98304), (150,)
+STALLING, TINY_STALLING = (32768, 98304), (40,)
 """Tokens of prompts beside which another sequence decodes."""
 REPEATS, PROBES, WARM, STEPS, WINDOWS, TINY_STEPS = 2, 5, 24, 16, 4, 2
 """Timed prompts; probes of the link; steps before windows, of a window, and windows; steps of any of them with small widths."""
