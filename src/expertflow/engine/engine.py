@@ -137,6 +137,7 @@ class Engine:
             admission=make_admission(admission, self._durations.costs),
             pages=None if plan.kv_layout is None else plan.kv_layout.pages,
             page=1 if plan.kv_layout is None else plan.kv_layout.page,
+            pace=plan.pace,
         )
 
     def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:
@@ -176,6 +177,11 @@ class Engine:
     def step_seconds(self) -> float:
         """Median time of the last decode steps, at most 64, in seconds; 0 if there was none. First steps of a shape weigh little."""
         return self._durations.step_seconds
+
+    @property
+    def kv_share(self) -> float:
+        """Share of the pages of keys and values that live requests have, 0 to 1; of the rows where there are no pages."""
+        return self._scheduler.taken
 
     def watch_logits(self, watcher: Callable[[Sequence[int], Tensor], None] | None) -> None:
         """Call `watcher` with requests' numbers and their logits `[B, V]`, before the next tokens are chosen; None: no more.
