@@ -23,7 +23,7 @@ from expertflow.engine.planning.pass_size import (
 from expertflow.engine.planning.slots import least_slots, plan_slots
 from expertflow.engine.planning.workspace import CUDA_LIBRARY_BYTES, graph_bytes, workspace_bytes
 from expertflow.errors import BudgetError, ConfigError
-from expertflow.execution.kv.layout import Layout
+from expertflow.execution.kv.layout import PAGE, Layout, pages_of
 from expertflow.formats.records import StoreLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
@@ -254,9 +254,14 @@ def _better(host: Plan | BudgetError, graph: Plan | BudgetError) -> Plan:
     if isinstance(graph, BudgetError):
         reason = f"the budget holds no captured steps, {format_bytes(graph.least_bytes)} would"
         return replace(host, graph_unavailable_reason=reason)
+    least = min(host.least, graph.least)
     if graph.slots < host.slots * _WORTH:
-        return replace(host, graph_unavailable_reason=f"captured steps would leave {graph.slots} of {host.slots} slots")
-    return graph
+        return replace(
+            host,
+            least=least,
+            graph_unavailable_reason=f"captured steps would leave {graph.slots} of {host.slots} slots",
+        )
+    return replace(graph, least=least)
 
 
 def _sized(wanted: _Wanted) -> Plan:
@@ -265,10 +270,12 @@ def _sized(wanted: _Wanted) -> Plan:
     More tokens leave fewer slots, and fewer slots ask for more tokens: sizes grow from the smallest one until that ends.
     """
     config, shape, device, _, budget, graph, _ = wanted
-    if config.prefill_chunk is not None:
-        return _plan(wanted, config.prefill_chunk)
     length = sequence_length(config, shape)
-    together = config.max_batch * length
+    together = config.max_batch * length  # no pass has more tokens, nor more than are kept
+    if config.kv_tokens is not None:
+        together = min(together, pages_of(config.kv_tokens, PAGE) * PAGE)
+    if config.prefill_chunk is not None:
+        return _plan(wanted, min(config.prefill_chunk, together))
     found = smallest = _plan(wanted, min(SMALLEST, together))
     if device != "cuda" or shape.unplanned or shape.encoder_decoder:  # the last two read prompts whole
         return found
