@@ -5,10 +5,11 @@ still has a status. Must not know HTTP.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -28,7 +29,9 @@ from expertflow.serve.protocol.fields import (
     required,
 )
 from expertflow.serve.protocol.messages import messages_of
+from expertflow.serve.protocol.parts import Answer, PlainReader
 from expertflow.serve.protocol.sampling import choices, sampling
+from expertflow.serve.protocol.tools import tools_of
 from expertflow.serve.protocol.writer import Head
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from expertflow.serve.metrics import Metrics
     from expertflow.serve.worker import Worker
 
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _READERS = 2
 """Threads that read bodies and tokenise."""
@@ -115,12 +119,28 @@ class Service:
             ApiError: if the body is bad.
         """
         fields = read_fields(body, CHAT)
-        model = self.names.check(fields.get("model"))
-        prompt = render(llm, fields)
-        params = choices(sampling(fields, llm.sampling_defaults, None), fields.get("n", 1))
+        model, tools, shaper = self.names.check(fields.get("model")), tools_of(fields), self.worker.loading.shaper
+        if tools.given and not (shaper.tools and shaper.make):
+            raise bad(
+                "tools", "this model's chat template takes no tools", "Leave them out.", code="unsupported_parameter"
+            )
+        prompt = render(llm, fields, tools.given)
+        options = sampling(fields, llm.sampling_defaults, None)
+        if shaper.make is not None:  # marks of an answer's parts are special tokens in some models
+            options = replace(options, skip_special_tokens=False)
+        params = choices(options, fields.get("n", 1))
         requests = [make_request(llm, prompt, one, place, "messages") for place, one in enumerate(params)]
-        head = self._head(llm, fields, model, [prompt])
-        return Call(requests=requests, writer=ChatWriter(head, len(requests)), stream=fields.get("stream", False))
+        readers = [shaper.make(prompt.text or "", tools.given) if shaper.make else PlainReader() for _ in params]
+        writer = ChatWriter(
+            self._head(llm, fields, model, [prompt]),
+            [Answer(reader, 1 if tools.single else None) for reader in readers],
+        )
+        return Call(
+            requests=requests,
+            writer=writer,
+            stream=fields.get("stream", False),
+            headers=left_out_header(tools.left_out),
+        )
 
     def complete(self, llm: "LLM", body: dict[str, Any]) -> Call:
         """A call of `/v1/completions`.
@@ -150,7 +170,7 @@ class Service:
         fields = read_fields(body, TOKENIZE)
         self.names.check(fields.get("model"))
         if "messages" in fields:
-            ids = render(llm, fields).token_ids
+            ids = render(llm, fields, tools_of(fields).given).token_ids
         else:
             with_special = fields.get("add_special_tokens", True)
             ids = _refusing(
@@ -185,6 +205,15 @@ class Service:
             usage=options.get("include_usage", False) or options.get("continuous_usage_stats", False),
             always=options.get("continuous_usage_stats", False),
         )
+
+
+def left_out_header(left_out: Sequence[str]) -> dict[str, str]:
+    """A header that names what of a request was left out, which goes to the log too."""
+    if not left_out:
+        return {}
+    named = ", ".join(one.encode("ascii", "replace").decode()[:100] for one in left_out)
+    _log.warning("left out of a request: %s", named)
+    return {"x-expertflow-left-out": "".join(letter if letter.isprintable() else "?" for letter in named)}
 
 
 def read_body(body: bytes) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from expertflow.serve.protocol.readers import (
     several,
     short_text,
     text,
+    text_or_mapping,
 )
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_STOP_TOKENS, MOST_MESSAGES, MOST_TOOLS = 16, 128, 16, 1024, 10_000, 512
@@ -132,9 +133,9 @@ CHAT: Table = {
     "logprobs": _refused(_SAMPLER, False),
     "top_logprobs": _refused(_SAMPLER, 0),
     "response_format": _refused("Ask for the form in a message.", {"type": "text"}),
-    "tools": _refused("Tools cannot be called yet.", []),
-    "tool_choice": _refused("Tools cannot be called yet.", "none", "auto"),
-    "parallel_tool_calls": _no_effect("there are no tools to call"),
+    "tools": _honoured(several(mapping, MOST_TOOLS)),
+    "tool_choice": _honoured(text_or_mapping),
+    "parallel_tool_calls": _honoured(boolean),
     "functions": _refused("Use tools.", []),
     "function_call": _refused("Use tool_choice.", "none", "auto"),
     "modalities": _refused("Answers are text.", ["text"]),
@@ -173,6 +174,7 @@ TOKENIZE: Table = {
     "continue_final_message": _honoured(boolean),
     "chat_template_kwargs": _honoured(mapping),
     "return_token_strs": _honoured(boolean),
+    "tools": CHAT["tools"],
     "chat_template": CHAT["chat_template"],
 }
 DETOKENIZE: Table = {"model": _honoured(text), "tokens": _honoured(several(integer(0, _WHOLE), 2**24))}

@@ -45,6 +45,13 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def text_or_mapping(name: str, value: Any) -> str | dict[str, Any]:
+    """Text or an object."""
+    if not isinstance(value, str | dict):
+        raise _wrong(name, value, "text or an object")
+    return value
+
+
 def integer(low: int, high: int) -> Reader:
     """A whole number within bounds."""
 
