@@ -6,10 +6,12 @@ still has a status. Must not know HTTP.
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -17,7 +19,7 @@ import orjson
 from expertflow.errors import ConfigError, PromptError
 from expertflow.serve.answers import Call
 from expertflow.serve.protocol.chat import ChatWriter
-from expertflow.serve.protocol.completions import CompletionWriter
+from expertflow.serve.protocol.completions import CompletionWriter, Wanted
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import (
     CHAT,
@@ -28,11 +30,12 @@ from expertflow.serve.protocol.fields import (
     read_fields,
     required,
 )
+from expertflow.serve.protocol.likelihoods import Texts
 from expertflow.serve.protocol.messages import messages_of
 from expertflow.serve.protocol.parts import Answer, PlainReader
 from expertflow.serve.protocol.sampling import choices, sampling
 from expertflow.serve.protocol.tools import tools_of
-from expertflow.serve.protocol.writer import Head
+from expertflow.serve.protocol.writer import Head, Writer
 
 if TYPE_CHECKING:
     from expertflow.config import SamplingParams
@@ -119,11 +122,32 @@ class Service:
             ApiError: if the body is bad.
         """
         fields = read_fields(body, CHAT)
+
+        def write(head: Head, answers: Sequence[Answer], params: "SamplingParams") -> ChatWriter:
+            return ChatWriter(head, answers, token_texts(llm, params), prompt=params.prompt_logprobs is not None)
+
+        return self.answer(llm, fields, write)
+
+    def answer(
+        self,
+        llm: "LLM",
+        fields: Mapping[str, Any],
+        write: "Callable[[Head, Sequence[Answer], SamplingParams], Writer]",
+    ) -> Call:
+        """A call that answers a chat, in any API's shape.
+
+        Args:
+            llm: the model.
+            fields: honoured fields of `CHAT`.
+            write: makes the writer.
+
+        Raises:
+            ApiError: if the fields are bad.
+        """
         model, tools, shaper = self.names.check(fields.get("model")), tools_of(fields), self.worker.loading.shaper
         if tools.given and not (shaper.tools and shaper.make):
-            raise bad(
-                "tools", "this model's chat template takes no tools", "Leave them out.", code="unsupported_parameter"
-            )
+            what = "this model's chat template takes no tools"
+            raise bad("tools", what, "Leave them out.", code="unsupported_parameter")
         prompt = render(llm, fields, tools.given)
         options = sampling(fields, llm.sampling_defaults, None)
         if shaper.make is not None:  # marks of an answer's parts are special tokens in some models
@@ -131,13 +155,10 @@ class Service:
         params = choices(options, fields.get("n", 1))
         requests = [make_request(llm, prompt, one, place, "messages") for place, one in enumerate(params)]
         readers = [shaper.make(prompt.text or "", tools.given) if shaper.make else PlainReader() for _ in params]
-        writer = ChatWriter(
-            self._head(llm, fields, model, [prompt]),
-            [Answer(reader, 1 if tools.single else None) for reader in readers],
-        )
+        answers = [Answer(reader, 1 if tools.single else None) for reader in readers]
         return Call(
             requests=requests,
-            writer=writer,
+            writer=write(self._head(llm, fields, model, [prompt]), answers, options),
             stream=fields.get("stream", False),
             headers=left_out_header(tools.left_out),
         )
@@ -150,7 +171,8 @@ class Service:
         """
         fields = read_fields(body, COMPLETION)
         model, count = self.names.check(fields.get("model")), fields.get("n", 1)
-        params = choices(sampling(fields, llm.sampling_defaults, _COMPLETION_TOKENS), count)
+        options = sampling(fields, llm.sampling_defaults, _COMPLETION_TOKENS)
+        params = choices(options, count)
         prompts = [read_prompt(llm, given, place) for place, given in enumerate(required(fields, "prompt"))]
         requests = [
             make_request(llm, prompt, one, place * count + choice, "prompt")
@@ -158,7 +180,13 @@ class Service:
             for choice, one in enumerate(params)
         ]
         echoes = [_echo(llm, prompt) if fields.get("echo") else "" for prompt in prompts for _ in params]
-        writer = CompletionWriter(self._head(llm, fields, model, prompts), echoes)
+        wanted = Wanted(
+            token_texts(llm, options),
+            options.logprobs is not None,
+            fields.get("echo", False),
+            "prompt_logprobs" in fields,
+        )
+        writer = CompletionWriter(self._head(llm, fields, model, prompts), echoes, wanted)
         return Call(requests=requests, writer=writer, stream=fields.get("stream", False))
 
     def tokenize(self, llm: "LLM", body: dict[str, Any]) -> dict[str, Any]:
@@ -260,6 +288,21 @@ def read_prompt(llm: "LLM", given: Any, place: int) -> "Prompt":
     return _refusing(lambda: llm.requests.text.reader.read(place, given, llm.plan.shape.vocabulary), "prompt")
 
 
+def token_texts(llm: "LLM", params: "SamplingParams") -> Texts | None:
+    """What gives the text of a token, where log-probabilities are wanted: as it stands behind another token."""
+    decoder = llm.requests.text.decoder
+    if decoder is None or (params.logprobs is None and params.prompt_logprobs is None):
+        return None
+    before = list(llm.requests.text.reader.encode(0, "a", special=False))
+    start = len(decoder.decode(before, skip_special_tokens=False))
+
+    @cache
+    def text(token: int) -> str:
+        return decoder.decode([*before, token], skip_special_tokens=False)[start:]
+
+    return text
+
+
 def _echo(llm: "LLM", prompt: "Prompt") -> str:
     return llm.requests.text.reader.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
@@ -297,4 +340,5 @@ def _refusing(work: Callable[[], _T], param: str) -> _T:
     try:
         return work()
     except (PromptError, ConfigError) as error:
-        raise bad(param, error.what, error.remedy) from error
+        named = re.match(r"(\w+)(?:=| names)", error.what)
+        raise bad(named[1] if named and named[1] in CHAT else param, error.what, error.remedy) from error

@@ -13,6 +13,7 @@ from expertflow.serve.protocol.errors import bad
 from expertflow.serve.protocol.readers import (
     Reader,
     anything,
+    biases,
     boolean,
     integer,
     mapping,
@@ -26,6 +27,8 @@ from expertflow.serve.protocol.readers import (
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_STOP_TOKENS, MOST_MESSAGES, MOST_TOOLS = 16, 128, 16, 1024, 10_000, 512
 """Bounds of lists in a request body."""
+MOST_LOGPROBS, MOST_BIASES = 20, 1024
+"""Tokens of which a request may ask for log-probabilities, or change them."""
 LONGEST_STOP = 1_000
 """Characters of a stop text at most."""
 _WHOLE = 2**31 - 1
@@ -74,7 +77,6 @@ def _refused(why: str, *harmless: Any) -> Field:
 _NOTE = "a note to the caller's own service"
 _KEPT = "nothing is kept here"
 _SPEED = "it speaks of speed or cost, not of the answer"
-_SAMPLER = "The sampler cannot do that yet."
 _SAMPLING: Table = {
     "temperature": _honoured(number(0, 100)),
     "top_p": _honoured(number(0, 1)),
@@ -85,13 +87,13 @@ _SAMPLING: Table = {
     "ignore_eos": _honoured(boolean),
     "skip_special_tokens": _honoured(boolean),
     "max_tokens": _honoured(integer(1, _WHOLE)),
-    "min_p": _refused(_SAMPLER, 0),
-    "presence_penalty": _refused(_SAMPLER, 0),
-    "frequency_penalty": _refused(_SAMPLER, 0),
-    "repetition_penalty": _refused(_SAMPLER, 1),
-    "logit_bias": _refused(_SAMPLER, {}),
-    "prompt_logprobs": _refused(_SAMPLER),
-    "min_tokens": _refused("Leave it out.", 0),
+    "min_p": _honoured(number(0, 1)),
+    "presence_penalty": _honoured(number(-2, 2)),
+    "frequency_penalty": _honoured(number(-2, 2)),
+    "repetition_penalty": _honoured(number(0.001, 1000)),
+    "logit_bias": _honoured(biases(MOST_BIASES)),
+    "prompt_logprobs": _honoured(integer(0, MOST_LOGPROBS)),
+    "min_tokens": _honoured(integer(0, _WHOLE)),
     "bad_words": _refused("Leave it out.", []),
     "typical_p": _refused("Leave it out.", 1),
     "mirostat": _refused("Leave it out.", 0),
@@ -130,8 +132,8 @@ CHAT: Table = {
     "continue_final_message": _honoured(boolean),
     "chat_template_kwargs": _honoured(mapping),
     "reasoning_effort": _honoured(text),
-    "logprobs": _refused(_SAMPLER, False),
-    "top_logprobs": _refused(_SAMPLER, 0),
+    "logprobs": _honoured(boolean),
+    "top_logprobs": _honoured(integer(0, MOST_LOGPROBS)),
     "response_format": _refused("Ask for the form in a message.", {"type": "text"}),
     "tools": _honoured(several(mapping, MOST_TOOLS)),
     "tool_choice": _honoured(text_or_mapping),
@@ -161,7 +163,7 @@ COMPLETION: Table = {
     **_SAMPLING,
     "prompt": _honoured(prompts(MOST_PROMPTS)),
     "echo": _honoured(boolean),
-    "logprobs": _refused(_SAMPLER),
+    "logprobs": _honoured(integer(0, MOST_LOGPROBS)),
     "suffix": _refused("Models here continue a text; they do not fill gaps.", ""),
     "response_format": _refused("Use /v1/chat/completions.", {"type": "text"}),
 }

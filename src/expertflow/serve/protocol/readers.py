@@ -101,6 +101,23 @@ def several(one: Reader, most: int, *, single: bool = False) -> Reader:
     return read
 
 
+def biases(most: int) -> Reader:
+    """What `logit_bias` takes: token ids, as JSON writes keys, with numbers from -100 to 100."""
+    amount, token = number(-100, 100), integer(0, 2**31 - 1)
+
+    def read(name: str, value: Any) -> dict[int, float]:
+        if len(mapping(name, value)) > most:
+            raise bad(name, f"{name} names {len(value)} tokens", f"It takes at most {most}.")
+        found = {}
+        for key, bias in value.items():
+            if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+                raise bad(name, f"{name} names {key!r}, which is no token id", "Token ids are whole numbers.")
+            found[token(name, int(key))] = amount(f"{name}.{key}", bias)
+        return found
+
+    return read
+
+
 def short_text(most: int) -> Reader:
     """Text of at least one and at most `most` characters."""
 
