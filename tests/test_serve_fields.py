@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
+from anthropic.types import message_create_params
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from expertflow import SamplingParams
 from expertflow.serve.protocol.errors import ApiError
-from expertflow.serve.protocol.fields import CHAT, COMPLETION, TABLES, Use, read_fields
+from expertflow.serve.protocol.fields import ANTHROPIC, CHAT, COMPLETION, TABLES, Use, read_fields
 from expertflow.serve.protocol.messages import messages_of
 from expertflow.serve.protocol.sampling import choices, sampling
 
@@ -24,10 +25,11 @@ SAMPLES: dict[str, Any] = {
     [
         (CHAT, chat_create_params.CompletionCreateParamsBase),
         (COMPLETION, completion_create_params.CompletionCreateParamsBase),
+        (ANTHROPIC, message_create_params.MessageCreateParamsBase),
     ],
 )
-def test_every_field_of_openai_has_a_class(table: dict[str, Any], params: type) -> None:
-    """What OpenAI's own client can send is in the table: honoured, without effect, or refused with a remedy."""
+def test_every_field_of_the_clients_has_a_class(table: dict[str, Any], params: type) -> None:
+    """What the official clients can send is in the table: honoured, without effect, or refused with a remedy."""
     known = set(params.__annotations__) | {"stream"}
     assert known - set(table) == set()
 

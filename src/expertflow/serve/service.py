@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
 from expertflow.errors import ConfigError, PromptError
 from expertflow.serve.answers import Call
+from expertflow.serve.protocol.anthropic import MessageWriter, chat_fields
 from expertflow.serve.protocol.chat import ChatWriter
 from expertflow.serve.protocol.completions import CompletionWriter, Wanted
 from expertflow.serve.protocol.errors import ApiError, bad
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from expertflow.config import SamplingParams
     from expertflow.engine.inputs import Prompt
     from expertflow.engine.llm import LLM
-    from expertflow.engine.request import Request
+    from expertflow.engine.request import Request, RequestOutput
     from expertflow.serve.metrics import Metrics
     from expertflow.serve.worker import Worker
 
@@ -162,6 +163,30 @@ class Service:
             stream=fields.get("stream", False),
             headers=left_out_header(tools.left_out),
         )
+
+    def message(self, llm: "LLM", body: dict[str, Any]) -> Call:
+        """A call of `/v1/messages`.
+
+        Raises:
+            ApiError: if the body is bad.
+        """
+        fields = chat_fields(body)
+        required(fields, "max_tokens")
+
+        def write(head: Head, answers: Sequence[Answer], params: "SamplingParams") -> MessageWriter:
+            return MessageWriter(head, answers, partial(stopped_by, llm, params))
+
+        return self.answer(llm, fields, write)
+
+    def count(self, llm: "LLM", body: dict[str, Any]) -> dict[str, int]:
+        """The answer of `/v1/messages/count_tokens`.
+
+        Raises:
+            ApiError: if the body is bad.
+        """
+        fields = chat_fields(body)
+        self.names.check(fields.get("model"))
+        return {"input_tokens": len(render(llm, fields, tools_of(fields).given).token_ids)}
 
     def complete(self, llm: "LLM", body: dict[str, Any]) -> Call:
         """A call of `/v1/completions`.
@@ -301,6 +326,16 @@ def token_texts(llm: "LLM", params: "SamplingParams") -> Texts | None:
         return decoder.decode([*before, token], skip_special_tokens=False)[start:]
 
     return text
+
+
+def stopped_by(llm: "LLM", params: "SamplingParams", output: "RequestOutput") -> str | None:
+    """The stop text that ended an output, or None if another thing did."""
+    decoder = llm.requests.text.decoder
+    if not params.stop or output.finish_reason != "stop" or decoder is None:
+        return None
+    whole = decoder.decode(list(output.token_ids), skip_special_tokens=params.skip_special_tokens)
+    behind = whole[len(output.text) :] if whole.startswith(output.text) else ""
+    return next((stop for stop in params.stop if behind.startswith(stop)), None)
 
 
 def _echo(llm: "LLM", prompt: "Prompt") -> str:

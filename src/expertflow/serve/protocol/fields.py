@@ -22,6 +22,7 @@ from expertflow.serve.protocol.readers import (
     several,
     short_text,
     text,
+    text_or_blocks,
     text_or_mapping,
 )
 
@@ -167,6 +168,28 @@ COMPLETION: Table = {
     "suffix": _refused("Models here continue a text; they do not fill gaps.", ""),
     "response_format": _refused("Use /v1/chat/completions.", {"type": "text"}),
 }
+ANTHROPIC: Table = {
+    **{
+        name: CHAT[name]
+        for name in ("model", "messages", "stream", "temperature", "top_p", "top_k", "max_tokens", "tools")
+    },
+    "system": _honoured(text_or_blocks),
+    "stop_sequences": _honoured(several(short_text(LONGEST_STOP), MOST_STOPS)),
+    "tool_choice": _honoured(mapping),
+    "thinking": _honoured(mapping),
+    "output_config": _honoured(mapping),
+    "metadata": _no_effect(_NOTE),
+    "cache_control": _no_effect(_SPEED),
+    "service_tier": _no_effect(_SPEED),
+    "speed": _no_effect(_SPEED),
+    "inference_geo": _no_effect("there is one place"),
+    "diagnostics": _no_effect(_NOTE),
+    "user_profile_id": _no_effect(_NOTE),
+    "workspace_id": _no_effect(_NOTE),
+    "context_management": _no_effect("nothing of a chat is removed here"),
+    "container": _refused("No code is run here."),
+    "mcp_servers": _refused("No server is called from here.", []),
+}
 TOKENIZE: Table = {
     "model": _honoured(text),
     "prompt": _honoured(text),
@@ -188,6 +211,7 @@ STREAM_OPTIONS: Table = {
 TABLES: Mapping[str, Table] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
+    "/v1/messages": ANTHROPIC,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
 }

@@ -52,6 +52,13 @@ def text_or_mapping(name: str, value: Any) -> str | dict[str, Any]:
     return value
 
 
+def text_or_blocks(name: str, value: Any) -> str | list[dict[str, Any]]:
+    """Text, or a list of objects."""
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        return value
+    return text(name, value)
+
+
 def integer(low: int, high: int) -> Reader:
     """A whole number within bounds."""
 
