@@ -137,6 +137,7 @@ class Engine:
             admission=make_admission(admission, self._durations.costs),
             pages=None if plan.kv_layout is None else plan.kv_layout.pages,
             page=1 if plan.kv_layout is None else plan.kv_layout.page,
+            pace=plan.pace,
         )
 
     def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:

@@ -34,7 +34,7 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     if device != "cuda":  # an expert is decoded, and computed in float32; so is a token's attention to its past
         attention = length * (4 * shape.heads * 4 + 2 * max((layer.read_per_token for layer in shape.kv), default=0))
         return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4 + 2 * attention
-    captured = workspace_bytes(shape, rows, length, rows, prompts=False, linear=shape.decode_kernel)
+    captured = workspace_bytes(shape, rows, length, rows, prompts=False, grouped=True, linear=shape.decode_kernel)
     if shape.decode_kernel:
         captured += attention_parts(shape, rows, length)
     return state + buffers + captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES

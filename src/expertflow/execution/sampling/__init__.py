@@ -1,1 +1,1 @@
-"""Penalties, masks and log-probabilities."""
+"""Penalties, masks, logprobs."""
