@@ -1,14 +1,11 @@
 """How many tokens of each prompt a pass reads: by room, by time, and at borders of pages."""
 
 import random
-from typing import Any
 
 import pytest
-from torch import Tensor
 
 from expertflow import LLM, SamplingParams
 from expertflow.engine.plan import Plan
-from expertflow.execution.runner import PromptChunk
 from expertflow.schedule.portions import Pace, Unread, columns, portions
 from expertflow.schedule.scheduler import Prefill, Scheduler
 from helpers import MakeCheckpoint
@@ -116,12 +113,7 @@ def test_a_pace_changes_no_token(make_checkpoint: MakeCheckpoint, monkeypatch: p
             if prompted is short:
                 llm.engine.step()
         own = llm.engine._executor.prefill
-
-        def watched(chunks: list[PromptChunk], *more: Any) -> Tensor:
-            sizes.extend(len(one.tokens) for one in chunks)
-            return own(chunks, *more)
-
-        monkeypatch.setattr(llm.engine._executor, "prefill", watched)
+        monkeypatch.setattr(llm.engine._executor, "prefill", lambda chunks, *more: sizes.extend(len(one.tokens) for one in chunks) or own(chunks, *more))  # fmt: skip
         while llm.engine.unfinished:
             llm.engine.step()
     assert [found[len(prompt)]] == alone
