@@ -14,8 +14,9 @@ from expertflow.engine.planning.pass_size import (
     SMALLEST,
     PassWork,
     Speeds,
-    attention_flops,
     largest_pass,
+    longest_pass,
+    pace_of,
     pass_tokens,
     token_flops,
 )
@@ -27,6 +28,7 @@ from expertflow.formats.records import StoreLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
 from expertflow.schedule.cost import StepPrices
+from expertflow.schedule.portions import Pace
 from expertflow.units import format_bytes, parse_bytes
 
 DEFAULT_CONTEXT = 4096
@@ -61,6 +63,7 @@ class Plan:
         least: the smallest budget for which the same options work: with a single slot, the least keys and values, and the least tokens a pass.
         kv_layout: how keys and values lie in pages; None: they lie in rows, or in the model's own cache.
         batch_invariant: whether no bit of an answer depends on other requests.
+        paced: whether passes over prompts become smaller behind long contexts, so that others do not wait longer than for copies.
         graph_unavailable_reason: why execution='auto' fell back to the host; empty otherwise.
     """
 
@@ -85,6 +88,7 @@ class Plan:
     least: int = 0
     kv_layout: Layout | None = None
     batch_invariant: bool = False
+    paced: bool = False
     graph_unavailable_reason: str = ""
 
     @property
@@ -161,13 +165,21 @@ class Plan:
         return self.pass_work.copied / pass_speeds(self).link if self.device == "cuda" else None
 
     @property
+    def pace(self) -> Pace | None:
+        """How passes over prompts become smaller behind long contexts while sequences wait; None: all have `prefill_chunk` tokens."""
+        return self._pace if self.paced else None
+
+    @property
+    def _pace(self) -> Pace:
+        return pace_of(self.shape, self.pass_work, pass_speeds(self), self.prefill_chunk)
+
+    @property
     def stall_seconds(self) -> float | None:
-        """How long a full pass over prompts keeps other sequences waiting: its copies or its computation, at the end of a longest prompt."""
+        """How long a pass over prompts keeps other sequences waiting at most, behind a longest prompt; None as of `copies_seconds`."""
         copies = self.copies_seconds
         if copies is None:
             return None
-        flops = self.pass_work.flops + attention_flops(self.shape, self.max_length)
-        return max(copies, self.prefill_chunk * flops / pass_speeds(self).compute)
+        return longest_pass(self._pace, copies, self.prefill_chunk, self.max_length, bounded=self.paced)
 
 
 class _Wanted(NamedTuple):
@@ -279,7 +291,7 @@ def _sized(wanted: _Wanted) -> Plan:
             found = _plan(wanted, tokens)
         except BudgetError:  # pages of windows, which grow with the pass
             break
-    return replace(found, least=smallest.least)
+    return replace(found, least=smallest.least, paced=shape.in_rows and not config.batch_invariant)
 
 
 def _plan(wanted: _Wanted, chunk: int) -> Plan:
