@@ -23,7 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from expertflow.serve.protocol.errors import ApiError
-from expertflow.serve.protocol.parts import Shaper
+from expertflow.serve.writers.parts import Shaper
 
 if TYPE_CHECKING:
     from expertflow.engine.engine import Engine
