@@ -11,9 +11,9 @@ from transformers.utils.chat_parsing import parse_response
 
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.fields import CHAT, read_fields
-from expertflow.serve.protocol.parts import Answer
 from expertflow.serve.protocol.tools import tools_of
 from expertflow.serve.reading import TEMPLATES, AnswerReader
+from expertflow.serve.writers.parts import Answer
 
 TOOLS = [
     {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}},

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from expertflow.serve.protocol.parts import Call, Part, Reader, Shaper
+from expertflow.serve.writers.parts import Call, Part, Reader, Shaper
 
 if TYPE_CHECKING:
     from expertflow.engine.llm import LLM

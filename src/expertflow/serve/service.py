@@ -18,9 +18,6 @@ import orjson
 
 from expertflow.errors import ConfigError, PromptError
 from expertflow.serve.answers import Call
-from expertflow.serve.protocol.anthropic import MessageWriter, chat_fields
-from expertflow.serve.protocol.chat import ChatWriter
-from expertflow.serve.protocol.completions import CompletionWriter, Wanted
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import (
     CHAT,
@@ -31,12 +28,15 @@ from expertflow.serve.protocol.fields import (
     read_fields,
     required,
 )
-from expertflow.serve.protocol.likelihoods import Texts
 from expertflow.serve.protocol.messages import messages_of
-from expertflow.serve.protocol.parts import Answer, PlainReader
 from expertflow.serve.protocol.sampling import choices, sampling
 from expertflow.serve.protocol.tools import tools_of
-from expertflow.serve.protocol.writer import Head, Writer
+from expertflow.serve.writers import anthropic, responses
+from expertflow.serve.writers.chat import ChatWriter
+from expertflow.serve.writers.completions import CompletionWriter, Wanted
+from expertflow.serve.writers.likelihoods import Texts
+from expertflow.serve.writers.parts import Answer, PlainReader
+from expertflow.serve.writers.writer import Head, Writer
 
 if TYPE_CHECKING:
     from expertflow.config import SamplingParams
@@ -134,6 +134,7 @@ class Service:
         llm: "LLM",
         fields: Mapping[str, Any],
         write: "Callable[[Head, Sequence[Answer], SamplingParams], Writer]",
+        left_out: Sequence[str] = (),
     ) -> Call:
         """A call that answers a chat, in any API's shape.
 
@@ -141,6 +142,7 @@ class Service:
             llm: the model.
             fields: honoured fields of `CHAT`.
             write: makes the writer.
+            left_out: of the request, beside what `tools_of` leaves out.
 
         Raises:
             ApiError: if the fields are bad.
@@ -161,7 +163,7 @@ class Service:
             requests=requests,
             writer=write(self._head(llm, fields, model, [prompt]), answers, options),
             stream=fields.get("stream", False),
-            headers=left_out_header(tools.left_out),
+            headers=left_out_header([*left_out, *tools.left_out]),
         )
 
     def message(self, llm: "LLM", body: dict[str, Any]) -> Call:
@@ -170,13 +172,24 @@ class Service:
         Raises:
             ApiError: if the body is bad.
         """
-        fields = chat_fields(body)
+        fields = anthropic.chat_fields(body)
         required(fields, "max_tokens")
 
-        def write(head: Head, answers: Sequence[Answer], params: "SamplingParams") -> MessageWriter:
-            return MessageWriter(head, answers, partial(stopped_by, llm, params))
+        def write(head: Head, answers: Sequence[Answer], params: "SamplingParams") -> Writer:
+            return anthropic.MessageWriter(head, answers, partial(stopped_by, llm, params))
 
         return self.answer(llm, fields, write)
+
+    def respond(self, llm: "LLM", body: dict[str, Any]) -> Call:
+        """A call of `/v1/responses`.
+
+        Raises:
+            ApiError: if the body is bad.
+        """
+        fields, left_out = responses.chat_fields(body)
+        return self.answer(
+            llm, fields, lambda head, answers, _: responses.ResponseWriter(head, answers, body), left_out
+        )
 
     def count(self, llm: "LLM", body: dict[str, Any]) -> dict[str, int]:
         """The answer of `/v1/messages/count_tokens`.
@@ -184,7 +197,7 @@ class Service:
         Raises:
             ApiError: if the body is bad.
         """
-        fields = chat_fields(body)
+        fields = anthropic.chat_fields(body)
         self.names.check(fields.get("model"))
         return {"input_tokens": len(render(llm, fields, tools_of(fields).given).token_ids)}
 

@@ -1,1 +1,1 @@
-"""What clients send and get: fields, errors, prompts and answers, in the shapes of the APIs that they were written for."""
+"""What clients send: fields, messages and tools, read and checked; and the errors that they get."""

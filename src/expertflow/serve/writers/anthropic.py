@@ -11,8 +11,8 @@ import orjson
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import ANTHROPIC, read_fields, required
 from expertflow.serve.protocol.messages import text_of
-from expertflow.serve.protocol.parts import Answer, Part
-from expertflow.serve.protocol.writer import Frame, Head, Writer
+from expertflow.serve.writers.parts import Answer, Part
+from expertflow.serve.writers.writer import Frame, Head, Writer
 
 if TYPE_CHECKING:
     from expertflow.engine.request import RequestOutput, StreamOutput

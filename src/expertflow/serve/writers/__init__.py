@@ -1,0 +1,1 @@
+"""What makes answers of outputs, a module an API: frames of streams and whole bodies, from one state."""
