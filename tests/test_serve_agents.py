@@ -64,7 +64,7 @@ def says(served: "Served", monkeypatch: pytest.MonkeyPatch) -> Says:
     def say(text: str) -> None:
         tokens = [*encode(text), llm.tokenizer.eos_token_id]
         assert llm.tokenizer.decode(tokens[:-1]) == text
-        scripted = lambda prompt, params, *, index: request(prompt, params, index=index, mask=Script([*tokens]))  # noqa: E731
+        scripted = lambda prompt, params, *, index, mask: request(prompt, params, index=index, mask=mask or Script([*tokens]))  # noqa: E731
         monkeypatch.setattr(llm, "request", scripted)
 
     say(SAID)
@@ -157,13 +157,13 @@ def test_a_tool_loop_over_responses(says: Says, served: "Served") -> None:
     assert "<tool_call>look:x</tool_call><|im_start|>tool:seen<|im_start|>assistant" in seen[0]
     for wrong, param in (
         ({"previous_response_id": "x"}, "previous_response_id"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
     ):
         assert served.send("/v1/responses", {"input": "x", **wrong}).json()["error"]["param"] == param
 
 
 def test_what_is_left_out_of_a_request_is_named(says: Says, served: "Served", caplog: pytest.LogCaptureFixture) -> None:
-    """Tools that are no functions, in a header and in the log; a call that is demanded is refused."""
+    """Tools that are no functions, in a header and in the log; `strict` is kept where a call is demanded."""
     says("Done.")
     body = {
         "messages": [USER],
@@ -172,10 +172,8 @@ def test_what_is_left_out_of_a_request_is_named(says: Says, served: "Served", ca
     found = served.send("/v1/chat/completions", body)
     assert found.headers["x-expertflow-left-out"] == "web_search, strict"
     assert "web_search, strict" in caplog.text
-    assert (
-        served.send("/v1/chat/completions", {**body, "tool_choice": "required"}).json()["error"]["param"]
-        == "tool_choice"
-    )
+    found = served.send("/v1/chat/completions", {**body, "tool_choice": "required", "max_tokens": 1})
+    assert found.headers["x-expertflow-left-out"] == "web_search"
 
 
 def test_a_model_whose_template_takes_no_tools_refuses_them(served: "Served") -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from expertflow.serve.writers.parts import Call, Part, Reader, Shaper
+from expertflow.serve.writers.parts import Call, CallMarks, Marks, Part, Reader, Shaper
 
 if TYPE_CHECKING:
     from expertflow.engine.llm import LLM
@@ -102,6 +102,27 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "minimax_m2": _MINIMAX,
 })  # fmt: skip
 """How models mark the parts of an answer, by `model_type`. Sources: the chat templates of the models."""
+_TAGGED_CALLS = CallMarks('<tool_call>\n{"name": "%s", "arguments": ', "}\n</tool_call>", between="\n")
+_CHANNEL_CALLS = CallMarks("<|channel|>commentary to=functions.%s <|constrain|>json<|message|>", most=1)
+_ROUND = {"first": "<｜tool▁calls▁begin｜>", "last": "<｜tool▁calls▁end｜>"}
+_FENCED = CallMarks(
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n", "\n```<｜tool▁call▁end｜>", between="\n", **_ROUND
+)
+_BARE = CallMarks("<｜tool▁call▁begin｜>%s<｜tool▁sep｜>", "<｜tool▁call▁end｜>", **_ROUND)
+_THINKS = Marks("<think>", "</think>")
+MARKS: Mapping[str, Marks] = MappingProxyType({
+    "qwen2_moe": _THINKS._replace(calls=_TAGGED_CALLS),
+    "qwen3_moe": _THINKS._replace(calls=_TAGGED_CALLS),
+    "qwen3_next": _THINKS._replace(calls=_TAGGED_CALLS),
+    "gpt_oss": Marks(
+        "<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>", _CHANNEL_CALLS
+    ),
+    "deepseek_v2": _THINKS._replace(calls=_FENCED),
+    "deepseek_v3": _THINKS._replace(calls=_FENCED),
+    "glm4_moe": _THINKS,
+    "minimax_m2": _THINKS,
+})  # fmt: skip
+"""How grammars write answers of these models. Without `calls`: arguments are no JSON there."""
 _REASONING, _CALLS, _CONTENT = {"thinking", "reasoning", "reasoning_content"}, "tool_calls", "content"
 
 
@@ -116,7 +137,16 @@ def shaper_of(llm: "LLM") -> Shaper:
     )
     if template is None or not marked:
         return Shaper(None, tools=False)
-    return Shaper(partial(_make, template), tools="tools" in chat)
+    marks = None if own is not None else _marks(llm.model.config.model_type, chat)
+    return Shaper(partial(_make, template), tools="tools" in chat, marks=marks)
+
+
+def _marks(model_type: str, chat: str) -> Marks:
+    """How a model with this chat template writes what a grammar shapes."""
+    marks = MARKS[model_type]
+    if marks.opens == _THINKS.opens and marks.opens not in chat:
+        marks = marks._replace(opens="", closes="")
+    return marks._replace(calls=_BARE) if marks.calls is _FENCED and "```json" not in chat else marks
 
 
 def _make(template: Mapping[str, Any], prefix: str, tools: Sequence[Any]) -> Reader:

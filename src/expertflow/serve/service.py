@@ -18,6 +18,7 @@ import orjson
 
 from expertflow.errors import ConfigError, PromptError
 from expertflow.serve.answers import Call
+from expertflow.serve.grammar import Task
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import (
     CHAT,
@@ -28,14 +29,15 @@ from expertflow.serve.protocol.fields import (
     read_fields,
     required,
 )
+from expertflow.serve.protocol.forms import Form, form_of
 from expertflow.serve.protocol.messages import messages_of
 from expertflow.serve.protocol.sampling import choices, sampling
-from expertflow.serve.protocol.tools import tools_of
+from expertflow.serve.protocol.tools import Tools, tools_of
 from expertflow.serve.writers import anthropic, responses
 from expertflow.serve.writers.chat import ChatWriter
 from expertflow.serve.writers.completions import CompletionWriter, Wanted
 from expertflow.serve.writers.likelihoods import Texts
-from expertflow.serve.writers.parts import Answer, PlainReader
+from expertflow.serve.writers.parts import Answer, Shaper
 from expertflow.serve.writers.writer import Head, Writer
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from expertflow.engine.inputs import Prompt
     from expertflow.engine.llm import LLM
     from expertflow.engine.request import Request, RequestOutput
+    from expertflow.serve.grammar import GrammarMask
     from expertflow.serve.metrics import Metrics
     from expertflow.serve.worker import Worker
 
@@ -147,7 +150,9 @@ class Service:
         Raises:
             ApiError: if the fields are bad.
         """
-        model, tools, shaper = self.names.check(fields.get("model")), tools_of(fields), self.worker.loading.shaper
+        form = form_of(fields)
+        tools = tools_of(fields, shaped=form is not None)
+        model, shaper = self.names.check(fields.get("model")), self.worker.loading.shaper
         if tools.given and not (shaper.tools and shaper.make):
             what = "this model's chat template takes no tools"
             raise bad("tools", what, "Leave them out.", code="unsupported_parameter")
@@ -156,8 +161,10 @@ class Service:
         if shaper.make is not None:  # marks of an answer's parts are special tokens in some models
             options = replace(options, skip_special_tokens=False)
         params = choices(options, fields.get("n", 1))
-        requests = [make_request(llm, prompt, one, place, "messages") for place, one in enumerate(params)]
-        readers = [shaper.make(prompt.text or "", tools.given) if shaper.make else PlainReader() for _ in params]
+        begun = prompt.text or ""
+        mask = self._masks(form, tools, shaper, begun)
+        requests = [make_request(llm, prompt, one, place, "messages", mask()) for place, one in enumerate(params)]
+        readers = [shaper.reader(begun, tools.given, formed=form is not None) for _ in params]
         answers = [Answer(reader, 1 if tools.single else None) for reader in readers]
         return Call(
             requests=requests,
@@ -165,6 +172,27 @@ class Service:
             stream=fields.get("stream", False),
             headers=left_out_header([*left_out, *tools.left_out]),
         )
+
+    def _masks(
+        self, form: Form | None, tools: Tools, shaper: Shaper, prompt: str
+    ) -> "Callable[[], GrammarMask | None]":
+        """What makes a mask for a choice.
+
+        Raises:
+            ApiError: if the model cannot be held to what is asked.
+        """
+        if form is None and not tools.demanded:
+            return lambda: None
+        param, marks = form.param if form else "tool_choice", shaper.marks
+        if marks is None:
+            what = f"{param} cannot be kept: how this model writes its answers is not known"
+            raise bad(param, what, code="unsupported_parameter")
+        if tools.functions and marks.calls is None:
+            what = f"{param} cannot be kept: this model's calls are not of JSON"
+            raise bad(param, what, "Leave out tool_choice." if tools.demanded else "Leave out tools.", code="unsupported_parameter")
+        grammars = self.worker.loading.grammars
+        assert grammars is not None
+        return grammars.compile(Task(None if tools.demanded else form, tools.functions, tools.single, marks, prompt)).mask
 
     def message(self, llm: "LLM", body: dict[str, Any]) -> Call:
         """A call of `/v1/messages`.
@@ -212,8 +240,9 @@ class Service:
         options = sampling(fields, llm.sampling_defaults, _COMPLETION_TOKENS)
         params = choices(options, count)
         prompts = [read_prompt(llm, given, place) for place, given in enumerate(required(fields, "prompt"))]
+        mask = self._masks(form_of(fields), Tools(), Shaper(), "")
         requests = [
-            make_request(llm, prompt, one, place * count + choice, "prompt")
+            make_request(llm, prompt, one, place * count + choice, "prompt", mask())
             for place, prompt in enumerate(prompts)
             for choice, one in enumerate(params)
         ]
@@ -355,7 +384,9 @@ def _echo(llm: "LLM", prompt: "Prompt") -> str:
     return llm.requests.text.reader.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
 
-def make_request(llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: int, param: str) -> "Request":
+def make_request(
+    llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: int, param: str, mask: "GrammarMask | None" = None
+) -> "Request":
     """The engine's request.
 
     Args:
@@ -364,6 +395,7 @@ def make_request(llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: 
         params: how to sample and stop.
         place: among the choices of the request body.
         param: the field that the prompt came in.
+        mask: restricts its tokens; None: it may get any.
 
     Raises:
         ApiError: if the prompt leaves no room for a token, or a stop text cannot be found in text.
@@ -376,7 +408,7 @@ def make_request(llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: 
             "Shorten it, or serve with a larger --max-model-len.",
             code="context_length_exceeded",
         )
-    return _refusing(lambda: llm.request(prompt, params, index=place), "stop")
+    return _refusing(lambda: llm.request(prompt, params, index=place, mask=mask), "stop")
 
 
 def _refusing(work: Callable[[], _T], param: str) -> _T:

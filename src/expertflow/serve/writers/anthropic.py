@@ -10,6 +10,7 @@ import orjson
 
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import ANTHROPIC, read_fields, required
+from expertflow.serve.protocol.forms import format_of
 from expertflow.serve.protocol.messages import text_of
 from expertflow.serve.writers.parts import Answer, Part
 from expertflow.serve.writers.writer import Frame, Head, Writer
@@ -60,8 +61,10 @@ def chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:
         found["chat_template_kwargs"] = {"enable_thinking": given["thinking"].get("type") != "disabled"}
     if effort := given.get("output_config", {}).get("effort"):
         found["reasoning_effort"] = effort
-    if given.get("output_config", {}).keys() - {"effort"}:
-        raise bad("output_config", "output_config holds more than effort", "Ask for the form in a message.")
+    if form := given.get("output_config", {}).get("format"):
+        found["form"] = format_of(form, "output_config.format")
+    if given.get("output_config", {}).keys() - {"effort", "format"}:
+        raise bad("output_config", "output_config holds more than effort and format", "Leave the rest out.")
     return found
 
 
