@@ -64,7 +64,10 @@ def says(served: "Served", monkeypatch: pytest.MonkeyPatch) -> Says:
     def say(text: str) -> None:
         tokens = [*encode(text), llm.tokenizer.eos_token_id]
         assert llm.tokenizer.decode(tokens[:-1]) == text
-        scripted = lambda prompt, params, *, index: request(prompt, params, index=index, mask=Script([*tokens]))  # noqa: E731
+
+        def scripted(prompt: Any, params: Any, *, index: int, mask: Any) -> Any:
+            return request(prompt, params, index=index, mask=mask or Script([*tokens]))
+
         monkeypatch.setattr(llm, "request", scripted)
 
     say(SAID)
@@ -157,13 +160,13 @@ def test_a_tool_loop_over_responses(says: Says, served: "Served") -> None:
     assert "<tool_call>look:x</tool_call><|im_start|>tool:seen<|im_start|>assistant" in seen[0]
     for wrong, param in (
         ({"previous_response_id": "x"}, "previous_response_id"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "xml"}}}, "response_format"),
     ):
         assert served.send("/v1/responses", {"input": "x", **wrong}).json()["error"]["param"] == param
 
 
 def test_what_is_left_out_of_a_request_is_named(says: Says, served: "Served", caplog: pytest.LogCaptureFixture) -> None:
-    """Tools that are no functions, in a header and in the log; a call that is demanded is refused."""
+    """Tools that are no functions, and `strict`, in a header and in the log."""
     says("Done.")
     body = {
         "messages": [USER],

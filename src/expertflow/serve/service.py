@@ -28,6 +28,7 @@ from expertflow.serve.protocol.fields import (
     read_fields,
     required,
 )
+from expertflow.serve.protocol.forms import form_of
 from expertflow.serve.protocol.messages import messages_of
 from expertflow.serve.protocol.sampling import choices, sampling
 from expertflow.serve.protocol.tools import tools_of
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from expertflow.engine.inputs import Prompt
     from expertflow.engine.llm import LLM
     from expertflow.engine.request import Request, RequestOutput
+    from expertflow.execution.sampling.masks import TokenMask
     from expertflow.serve.metrics import Metrics
     from expertflow.serve.worker import Worker
 
@@ -156,8 +158,15 @@ class Service:
         if shaper.make is not None:  # marks of an answer's parts are special tokens in some models
             options = replace(options, skip_special_tokens=False)
         params = choices(options, fields.get("n", 1))
-        requests = [make_request(llm, prompt, one, place, "messages") for place, one in enumerate(params)]
         readers = [shaper.make(prompt.text or "", tools.given) if shaper.make else PlainReader() for _ in params]
+        form, grammars = form_of(fields, tools), self.worker.loading.grammars
+        masks: Sequence[TokenMask | None] = [None] * len(params)
+        if form is not None and grammars is not None:
+            masks = grammars.masks(form, len(params), reasoning=readers[0].reasoning)
+        requests = [
+            make_request(llm, prompt, one, place, "messages", mask)
+            for place, (one, mask) in enumerate(zip(params, masks, strict=True))
+        ]
         answers = [Answer(reader, 1 if tools.single else None) for reader in readers]
         return Call(
             requests=requests,
@@ -355,7 +364,9 @@ def _echo(llm: "LLM", prompt: "Prompt") -> str:
     return llm.requests.text.reader.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
 
-def make_request(llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: int, param: str) -> "Request":
+def make_request(
+    llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: int, param: str, mask: "TokenMask | None" = None
+) -> "Request":
     """The engine's request.
 
     Args:
@@ -364,6 +375,7 @@ def make_request(llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: 
         params: how to sample and stop.
         place: among the choices of the request body.
         param: the field that the prompt came in.
+        mask: restricts its tokens; None: it may get any.
 
     Raises:
         ApiError: if the prompt leaves no room for a token, or a stop text cannot be found in text.
@@ -376,7 +388,7 @@ def make_request(llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: 
             "Shorten it, or serve with a larger --max-model-len.",
             code="context_length_exceeded",
         )
-    return _refusing(lambda: llm.request(prompt, params, index=place), "stop")
+    return _refusing(lambda: llm.request(prompt, params, index=place, mask=mask), "stop")
 
 
 def _refusing(work: Callable[[], _T], param: str) -> _T:

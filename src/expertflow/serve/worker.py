@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from expertflow.engine.llm import LLM, RunStats
     from expertflow.engine.plan import Plan
     from expertflow.engine.request import Request, StreamOutput
+    from expertflow.serve.grammar import Grammars
 
 _log = logging.getLogger(__name__)
 _FAULTS = 2
@@ -49,12 +50,14 @@ class Loading:
         done: bytes of experts that are in host memory.
         total: of all bytes; 0: not known yet.
         shaper: what is known of the model's answers, once it is ready.
+        grammars: makes masks of tokens, once it is ready.
     """
 
     phase: str = "starting"
     done: int = 0
     total: int = 0
     shaper: Shaper = field(default_factory=Shaper)
+    grammars: "Grammars | None" = None
 
 
 class Bounds(NamedTuple):

@@ -135,7 +135,7 @@ CHAT: Table = {
     "reasoning_effort": _honoured(text),
     "logprobs": _honoured(boolean),
     "top_logprobs": _honoured(integer(0, MOST_LOGPROBS)),
-    "response_format": _refused("Ask for the form in a message.", {"type": "text"}),
+    "response_format": _honoured(mapping),
     "tools": _honoured(several(mapping, MOST_TOOLS)),
     "tool_choice": _honoured(text_or_mapping),
     "parallel_tool_calls": _honoured(boolean),

@@ -46,9 +46,8 @@ def chat_fields(body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     left_out += [
         f"reasoning.{name}" for name, value in given.get("reasoning", {}).items() if name != "effort" and value
     ]
-    form = given.get("text", {}).get("format") or {"type": "text"}
-    if form.get("type") != "text":
-        raise bad("text.format", f"text.format={form.get('type')!r} is not supported", "Ask for the form in a message.")
+    if form := given.get("text", {}).get("format"):
+        found["response_format"] = form
     left_out += [f"text.{name}" for name, value in given.get("text", {}).items() if name != "format" and value]
     return found, left_out
 
