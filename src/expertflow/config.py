@@ -271,6 +271,15 @@ class EngineConfig(_Checked):
     host_memory: str | int | None = doc(
         "Host memory that the expert store may take, such as 64GiB.", default=None, none="what is free now"
     )
+    prefix_memory: str | int = doc(
+        "Host memory for keys and values of earlier prompts, such as 4GiB: a prompt that begins as one of them is read from "
+        "there on. 0: none; auto: 4GiB where the model allows it.",
+        default="0",
+    )
+    prefix_generated: bool = doc(
+        "Keep keys and values of generated tokens there as well: a next turn reads less, and the last bits of its logits may differ.",
+        default=False,
+    )
     progress: bool = doc("Show progress bars on long work.", default=False, typed=False)
 
     def __post_init__(self) -> None:
@@ -320,6 +329,8 @@ class EngineConfig(_Checked):
             parse_bytes(self.gpu_memory, "gpu_memory")
         if self.host_memory is not None:
             parse_bytes(self.host_memory, "host_memory")
+        if str(self.prefix_memory) not in ("0", "auto"):
+            parse_bytes(self.prefix_memory, "prefix_memory")
         if self.slots is not None:
             read_slots(self.slots)
 

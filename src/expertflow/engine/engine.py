@@ -101,7 +101,7 @@ class Engine:
     def __init__(self, offloaded: OffloadedModel, admission: str = "pays", routing: Replay | None = None) -> None:
         """Create an engine without requests."""
         self._offloaded, plan = offloaded, offloaded.plan
-        self._executor = offloaded.executor()
+        self._executor, self._prefixes = offloaded.executor(), offloaded.prefixes
         self._playback = None if routing is None else offloaded.playback(routing)
         self._watcher: Callable[[Sequence[int], Tensor], None] | None = None
         self.threads = Threads(plan.record_bytes)
@@ -136,6 +136,7 @@ class Engine:
             admission=make_admission(admission, self._durations.costs),
             pages=None if plan.kv_layout is None else plan.kv_layout.pages,
             page=1 if plan.kv_layout is None else plan.kv_layout.page,
+            beginnings=self._prefixes,
         )
 
     def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:
@@ -169,7 +170,12 @@ class Engine:
     @property
     def totals(self) -> Totals:
         """Totals so far, as a copy. Reading them waits for no step and changes nothing."""
-        return replace(self._totals)
+        found = self._prefixes
+        return (
+            replace(self._totals)
+            if found is None
+            else replace(self._totals, prefix_cache_queries=found.queries, prefix_cache_hits=found.hits)
+        )
 
     @property
     def step_seconds(self) -> float:
@@ -205,6 +211,8 @@ class Engine:
         with self.lock:
             number = self._next
             self._scheduler.add(number, len(request.prompt_token_ids), request.kept)
+            if self._prefixes is not None:
+                self._prefixes.expect(number, request.prompt_token_ids, request.kept)
             self._next += 1
             channel = partial(_keep, self._outbox, number) if channel is None else channel
             self._running[number] = _Running(request=request, added=time.perf_counter(), channel=channel)
@@ -239,9 +247,12 @@ class Engine:
                 self.lock.release()
 
     def _remove(self, number: int) -> None:
-        if self._scheduler.lives(number):
-            self._executor.leave(self._scheduler.row(number))
+        row = self._scheduler.row(number) if self._scheduler.lives(number) else None
         self._scheduler.remove(number)
+        if self._prefixes is not None:
+            self._prefixes.leave(number, self._running[number].request.read_ids[:-1])
+        if row is not None:
+            self._executor.leave(row)
         del self._running[number]
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])
@@ -311,6 +322,7 @@ class Engine:
         for part in task.parts:
             request, row = self._running[part.sequence].request, self._scheduler.row(part.sequence)
             tokens = request.read_ids
+            request.cached_tokens = 0 if self._prefixes is None else self._prefixes.found(part.sequence)
             read = tokens[part.begin : part.end]
             if self._playback is not None and part.begin == 0:
                 self._playback.begin(request.index, row)
@@ -322,6 +334,7 @@ class Engine:
                 padded_left=self._executor.padded_left,
                 rows=[chunk.row for chunk in chunks],
                 joined=self._executor.unpadded,
+                begins=[chunk.begin for chunk in chunks],
             )
         )
         with self._offloaded.passes.lock:  # callers of the model itself wait

@@ -36,6 +36,7 @@ class RequestOutput:
         first_token_seconds: from the request's arrival to its first token, waiting included.
         token_seconds: mean time of a later token; 0 if there is none.
         seed: seed of its random numbers, stated or drawn; None if it was greedy.
+        cached_tokens: tokens of the prompt that were not read, because an earlier prompt began with them.
     """
 
     index: int
@@ -47,6 +48,7 @@ class RequestOutput:
     first_token_seconds: float = field(default=0.0, compare=False)
     token_seconds: float = field(default=0.0, compare=False)
     seed: int | None = field(default=None, compare=False)
+    cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class StreamOutput:
         text: new text that is certain; may be empty.
         output: the whole request, once it has finished.
         error: why the request ended without a result; then there is no new token.
+        cached_tokens: as of `RequestOutput`.
     """
 
     index: int
@@ -66,6 +69,7 @@ class StreamOutput:
     text: str
     output: RequestOutput | None = None
     error: NonFiniteError | None = None
+    cached_tokens: int = 0
 
 
 Channel = Callable[[StreamOutput], None]
@@ -163,6 +167,7 @@ class Request:
         limit: tokens it may generate at most.
         decoder: makes text of tokens; None if the model has no tokenizer.
         continues: whether the text continues the prompt (decoder-only) or stands by itself.
+        cached_tokens: as of `RequestOutput`; known once it is admitted.
     """
 
     index: int
@@ -176,6 +181,7 @@ class Request:
     text: str = ""
     finish_reason: str | None = None
     continues: bool = True
+    cached_tokens: int = 0
     _shown: int = 0
 
     def __post_init__(self) -> None:
@@ -222,7 +228,10 @@ class Request:
         sure = len(self.text) if self.finish_reason else self._certain()
         fresh = self.text[self._shown : sure]
         self._shown = max(self._shown, sure)
-        return StreamOutput(index=self.index, token_id=token, text=fresh, output=self._output(waited, lasted))
+        output = self._output(waited, lasted)
+        return StreamOutput(
+            index=self.index, token_id=token, text=fresh, output=output, cached_tokens=self.cached_tokens
+        )
 
     def _decode(self, token: int) -> None:
         """Extend the text. Where special tokens are kept, the token that ends the request is left out."""
@@ -264,6 +273,7 @@ class Request:
             first_token_seconds=waited,
             token_seconds=(lasted - waited) / later if later else 0.0,
             seed=self.generator.initial_seed() if self.params.temperature else None,
+            cached_tokens=self.cached_tokens,
         )
 
 
@@ -277,6 +287,8 @@ class Totals:
         seconds: time in steps.
         first_token_seconds: time to the first token of the request that finished last, waiting included.
         finished: requests that ended with a result.
+        prefix_cache_queries: tokens of prompts whose beginnings were looked up.
+        prefix_cache_hits: of these, tokens that were not read again.
     """
 
     tokens: int = 0
@@ -284,3 +296,5 @@ class Totals:
     seconds: float = 0.0
     first_token_seconds: float = 0.0
     finished: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
