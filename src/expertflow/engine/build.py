@@ -29,7 +29,7 @@ from expertflow.execution.encoder_decoder import EncoderDecoderRows
 from expertflow.execution.handover import Handover
 from expertflow.execution.kv.blocks import BlockStore
 from expertflow.execution.kv.copies import PageCopies
-from expertflow.execution.kv.prefix import PrefixCache
+from expertflow.execution.kv.prefix import NothingKept, PrefixCache
 from expertflow.execution.kv_rows import RowModel
 from expertflow.execution.observe import StepObserver
 from expertflow.execution.passes import Passes
@@ -97,7 +97,7 @@ class OffloadedModel(Uncopied):
         live_predictor: the predictor that works, or None.
         handover: decides for every pass whether host or GPU decides it.
         passes: what lets one pass at a time run.
-        prefixes: beginnings of prompts that are kept; None before the executor is made, and where none are.
+        prefixes: beginnings of prompts that are kept; nothing before the executor is made.
     """
 
     @on_chosen_device
@@ -147,7 +147,7 @@ class OffloadedModel(Uncopied):
             wide=_wide(plan),
             large=plan.slot_layout.large,
         )
-        self.prefixes: PrefixCache | None = None
+        self.prefixes = NothingKept()
         self._generated = config.prefix_generated
         self._wire(pool, forecast)
 
@@ -307,8 +307,7 @@ class OffloadedModel(Uncopied):
             return
         if (model := self._model_now()) is not None:
             unbind_experts(model, self.skeleton)
-        if self.prefixes is not None:
-            self.prefixes.close()
+        self.prefixes.close()
         if rows is not None:
             rows.drop()
         if not self._weights.shared:

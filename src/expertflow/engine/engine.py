@@ -171,11 +171,7 @@ class Engine:
     def totals(self) -> Totals:
         """Totals so far, as a copy. Reading them waits for no step and changes nothing."""
         found = self._prefixes
-        return (
-            replace(self._totals)
-            if found is None
-            else replace(self._totals, prefix_cache_queries=found.queries, prefix_cache_hits=found.hits)
-        )
+        return replace(self._totals, prefix_cache_queries=found.queries, prefix_cache_hits=found.hits)
 
     @property
     def step_seconds(self) -> float:
@@ -211,8 +207,7 @@ class Engine:
         with self.lock:
             number = self._next
             self._scheduler.add(number, len(request.prompt_token_ids), request.kept)
-            if self._prefixes is not None:
-                self._prefixes.expect(number, request.prompt_token_ids, request.kept)
+            self._prefixes.expect(number, request)
             self._next += 1
             channel = partial(_keep, self._outbox, number) if channel is None else channel
             self._running[number] = _Running(request=request, added=time.perf_counter(), channel=channel)
@@ -249,8 +244,7 @@ class Engine:
     def _remove(self, number: int) -> None:
         row = self._scheduler.row(number) if self._scheduler.lives(number) else None
         self._scheduler.remove(number)
-        if self._prefixes is not None:
-            self._prefixes.leave(number, self._running[number].request.read_ids[:-1])
+        self._prefixes.leave(number, self._running[number].request.read_ids[:-1])
         if row is not None:
             self._executor.leave(row)
         del self._running[number]
@@ -322,7 +316,6 @@ class Engine:
         for part in task.parts:
             request, row = self._running[part.sequence].request, self._scheduler.row(part.sequence)
             tokens = request.read_ids
-            request.cached_tokens = 0 if self._prefixes is None else self._prefixes.found(part.sequence)
             read = tokens[part.begin : part.end]
             if self._playback is not None and part.begin == 0:
                 self._playback.begin(request.index, row)

@@ -105,8 +105,10 @@ class LivePredictor:
 
     def unknown(self, count: int) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
         """Routes `[count, L, K]` that are not known."""
-        dtype = np.uint8 if self._experts < 256 else np.uint16
-        return np.full((count, self._layers, self._top_k), self._experts, dtype=dtype)
+        shape = count, self._layers, self._top_k
+        if self._experts < 256:
+            return np.full(shape, self._experts, dtype=np.uint8)
+        return np.full(shape, self._experts, dtype=np.uint16)
 
     @property
     def sequences(self) -> int:
@@ -316,8 +318,9 @@ class LivePredictor:
             self.routes[self._tensor(rows[live])] = self._tensor(routes[live]).int()
         else:
             prompts.take_in(self._online, self.routes, rows, step.tokens, routes, self._room)
-            for row, begin in begins.items() if self.listener is not None else ():
-                self.listener(row, begin, routes[rows == row])
+            if self.listener is not None:
+                for row, begin in begins.items():
+                    self.listener(row, begin, routes[rows == row])
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return to_device(values, self._online.device)

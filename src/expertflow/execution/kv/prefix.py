@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import gcd
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,28 +41,71 @@ class Match(NamedTuple):
     pages: int = 0
 
 
+class Prompted(Protocol):
+    """What is read of a request, and what it is given.
+
+    Attributes:
+        prompt_token_ids: its prompt.
+        kept: tokens whose keys and values it needs at most.
+        cached_tokens: tokens of its prompt that need not be read; set when it is admitted.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    cached_tokens: int
+
+    @property
+    def kept(self) -> int:
+        """See above."""
+
+
+class NothingKept:
+    """Reads every prompt from its beginning.
+
+    Attributes:
+        queries: tokens of prompts that were looked up so far.
+        hits: of these, tokens that were found.
+    """
+
+    queries = hits = 0
+
+    def expect(self, sequence: int, request: Prompted) -> None:
+        """Take note of a request."""
+
+    def begin(self, sequence: int, row: int) -> int:  # noqa: ARG002 - what `PrefixCache` has
+        """Let an admitted sequence begin in a row; tokens of its prompt that need not be read."""
+        return 0
+
+    def shared(self, sequence: int) -> int:  # noqa: ARG002 - likewise
+        """Pages that a live sequence has in common with others, or that a waiting one would have."""
+        return 0
+
+    def leave(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Forget a request."""
+
+    def close(self) -> None:
+        """Free the memory."""
+
+
 @dataclass(kw_only=True)
 class _Prompt:
     """A waiting or live sequence.
 
     Attributes:
+        request: whose prompt it is, or None.
         tokens: of its prompt.
-        room: tokens it keeps at most.
         names: of the prompt's whole blocks.
         row: its KV row; None while it waits.
         read: tokens whose keys and values its row has.
-        found: of these, tokens that were not read.
         routes: `[n, L, K]`, true routes of what was read; None without a predictor.
         shared: while it waits, pages that it would share, behind the number of changes for which that holds.
         members: names of its own blocks, which are not dropped for its sake.
     """
 
     tokens: Sequence[int]
-    room: int
+    request: Prompted | None = None
     names: list[bytes]
     row: int | None = None
     read: int = 0
-    found: int = 0
     routes: Routes | None = None
     shared: tuple[int, int] | None = None
     members: frozenset[bytes] = field(init=False)
@@ -72,7 +115,7 @@ class _Prompt:
         self.members = frozenset(self.names)
 
 
-class PrefixCache:
+class PrefixCache(NothingKept):
     """Keeps beginnings of prompts, and lets later ones restart there.
 
     Args:
@@ -84,10 +127,6 @@ class PrefixCache:
         predictor: of the model, or None.
         aside: entered while host memory is used, so that it does not count as the device's.
         watched: whether every prompt has to be read now, because its routing is observed.
-
-    Attributes:
-        queries: tokens of prompts that were looked up so far.
-        hits: of these, tokens that were found.
     """
 
     def __init__(  # noqa: PLR0913 - the last ones by keyword
@@ -118,13 +157,10 @@ class PrefixCache:
         if predictor is not None:
             predictor.listener = self._learned
 
-    def expect(self, sequence: int, tokens: Sequence[int], room: int) -> None:
-        """Take note of a request: its number, its prompt, and the tokens that it keeps at most."""
-        self._prompts[sequence] = _Prompt(tokens=tokens, room=room, names=names_of(tokens, self._piece))
-
-    def found(self, sequence: int) -> int:
-        """Tokens of a sequence's prompt that were not read."""
-        return self._prompts[sequence].found
+    def expect(self, sequence: int, request: Prompted) -> None:
+        """Take note of a request."""
+        tokens = request.prompt_token_ids
+        self._prompts[sequence] = _Prompt(tokens=tokens, names=names_of(tokens, self._piece), request=request)
 
     def shared(self, sequence: int) -> int:
         """Pages that a live sequence has in common with others, or that a waiting one would have."""
@@ -139,7 +175,7 @@ class PrefixCache:
 
     def match(self, tokens: Sequence[int]) -> Match:
         """How a prompt would begin if it were admitted now; changes nothing."""
-        return self._match(_Prompt(tokens=tokens, room=len(tokens), names=names_of(tokens, self._piece)))
+        return self._match(_Prompt(tokens=tokens, names=names_of(tokens, self._piece)))
 
     def begin(self, sequence: int, row: int) -> int:
         """Let an admitted sequence begin in a row.
@@ -155,7 +191,9 @@ class PrefixCache:
                 self._restart(prompt, row, match)
             self._recall(sequence, row, prompt, match.length)
         self.hits += match.length
-        prompt.row, prompt.read, prompt.found = row, match.length, match.length
+        prompt.row, prompt.read = row, match.length
+        assert prompt.request is not None, "it is a request's"
+        prompt.request.cached_tokens = match.length
         self._rows[row] = prompt
         self._changes += 1
         return match.length
@@ -172,7 +210,7 @@ class PrefixCache:
             return
         if self._generated and prompt.read == len(prompt.tokens) < len(tokens):
             names, before = names_of(tokens, self._piece), prompt.read
-            longer = _Prompt(tokens=tokens, room=prompt.room, names=names, row=prompt.row, read=len(tokens))
+            longer = _Prompt(tokens=tokens, names=names, row=prompt.row, read=len(tokens))
             self.keep(longer, before)
         del self._rows[prompt.row]
         self._changes += 1
@@ -266,7 +304,8 @@ class PrefixCache:
         """Open a row, share pages and queue copies into the others."""
         length, cache = match.length, self._cache
         beginning = None if match.source is None else Beginning(match.source, match.pages)
-        cache.open(row, prompt.room, beginning)
+        assert prompt.request is not None, "it is a request's"
+        cache.open(row, prompt.request.kept, beginning)
         for book in self._windows.values():
             book.advance(row, length, length)
         cache.synchronise()
