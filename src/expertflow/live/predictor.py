@@ -281,9 +281,10 @@ class LivePredictor:
 
     def _begin_pass(self, step: Step) -> None:
         """Find the state rows of a pass's tokens."""
-        self._pass = _no_pass(step.number)
+        self._pass = _no_pass()
         if step.tokens is None:
             return
+        self._pass = _no_pass(step.number)
         coming = self._owners.coming
         rows = self._rows.of_tokens(self._owners.take(len(step.tokens)))
         if np.any(rows != NO_SEQUENCE):
