@@ -216,8 +216,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.lengths:
         sizes = sizes._replace(lengths=tuple(map(int, options.lengths.split(","))))
     for shape in options.shapes.split(","):
-        config = make_config(shape, tiny=options.tiny, packed=FORMATS[shape])
-        config.max_position_embeddings = max(config.max_position_embeddings, 2 * max(sizes.lengths))
+        drawn_for = make_config(shape, tiny=options.tiny, packed=FORMATS[shape])
+        context = max(drawn_for.max_position_embeddings, 2 * max(sizes.lengths))
+        config = type(drawn_for).from_dict({**drawn_for.to_dict(), "max_position_embeddings": context})
         with StandIn(config, embedding=WIDE) as stand_in:
             for invariant in (False, True):
                 rows += measure(stand_in, shape, sizes, invariant=invariant)

@@ -248,7 +248,8 @@ class OffloadedModel(Uncopied):
             return EncoderDecoderRows(*given, plan.max_live, plan.max_length, self._context)
         rows = RowModel(*given, plan.kv_layout, self._context)
         if plan.prefix:
-            self.prefixes = self._keep_prefixes(rows)
+            with self.on_device():
+                self.prefixes = self._keep_prefixes(rows)
         return rows
 
     def _keep_prefixes(self, rows: RowModel) -> PrefixCache:
