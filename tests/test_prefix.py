@@ -1,6 +1,7 @@
 """Prompts that begin as earlier ones: what is read again is little, and no token changes."""
 
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,11 @@ from expertflow.engine.prepare import prepare
 from expertflow.errors import ConfigError
 from expertflow.execution.kv import layout, prefix
 from expertflow.execution.kv.blocks import BlockStore, names_of
+from expertflow.execution.kv.copies import PageCopies
+from expertflow.execution.kv.paged import PagedCache, Span
 from expertflow.memory.arena import HostArena
+from expertflow.models.context import ForwardContext
+from expertflow.schedule.scheduler import Decode, Prefill, Scheduler
 from expertflow.trace.format import load_trace
 from helpers import MakeCheckpoint, MakePredictor
 
@@ -71,6 +76,140 @@ def fresh(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams = PARAM
 
 def cached(llm: LLM, *prompts: list[int]) -> list[int]:
     return [llm.generate([prompt], PARAMS)[0].cached_tokens for prompt in prompts]
+
+
+class Asked:
+    """A request of the soak: a drawn prompt, and tokens that follow it."""
+
+    def __init__(self, tokens: list[int], answer: int) -> None:
+        self.prompt_token_ids, self.answer, self.cached_tokens = tuple(tokens), answer, 0
+        self.kept = len(tokens) + answer
+
+    def value(self, position: int) -> float:
+        """What stands for the keys of a token: a number that all tokens up to it make."""
+        tokens = [*self.prompt_token_ids, *range(1000, 1000 + self.answer)]
+        return float(zlib.crc32(bytes(str(tokens[: position + 1]), "ascii")) % 2**20)
+
+
+class Soak:
+    """Random requests through scheduler, pages and host memory, without a model: every token must see its own beginning."""
+
+    def __init__(self, seed: int, windows: tuple[int | None, ...]) -> None:
+        self.draw, self.windows = random.Random(seed), windows
+        self.rows, length, chunk = self.draw.randint(1, 4), 48, self.draw.randint(3, 20)
+        sizes = layout.Layout.of(
+            windows, rows=self.rows, length=length, tokens=self.draw.randint(48, 48 * self.rows), chunk=chunk
+        )
+        self.context, device = ForwardContext(), torch.device("cpu")
+        self.cache = PagedCache(sizes, self.context, device)
+        arena = HostArena(self.draw.choice([400, 3000, 20000]), pin=False)
+        piece = self.draw.choice([4, 4, 6, 10])
+        copies = PageCopies(self.cache.stacks, arena, device, 0)
+        self.store = BlockStore(arena)
+        self.prefixes = prefix.PrefixCache(self.cache, copies, self.store, piece=piece, generated=seed % 2 == 0)
+        self.scheduler = Scheduler(
+            rows=self.rows, batch=self.rows, chunk=chunk, unequal=seed % 3 > 0, pages=sizes.pages, page=4,
+            beginnings=self.prefixes,
+        )  # fmt: skip
+        self.asked: dict[int, Asked] = {}
+        self.written: dict[int, int] = {}
+        self.reused = 0
+
+    def add(self, number: int) -> None:
+        trunk = self.draw.choice([text(1, 40), text(2, 40), text(1, 17) + text(3, 23)])
+        tokens = trunk[: self.draw.randint(1, 36)] + text(self.draw.randint(4, 9), self.draw.randint(0, 5))
+        asked = self.asked[number] = Asked(tokens, self.draw.randint(1, 6))
+        self.scheduler.add(number, len(tokens), asked.kept)
+        self.prefixes.expect(number, asked)
+
+    def write(self, spans: list[Span], numbers: Sequence[int]) -> None:
+        """One pass; what each token sees is compared with what its own tokens make."""
+        columns = np.concatenate([np.arange(span.begin, span.end) for span in spans])[None]
+        values = [
+            self.asked[number].value(at)
+            for span, number in zip(spans, numbers, strict=True)
+            for at in range(span.begin, span.end)
+        ]
+        for span in spans:
+            if span.begin == 0:
+                self.cache.open(span.row, self.asked[numbers[spans.index(span)]].kept)
+        rows = torch.tensor([span.row for span in spans])
+        with self.cache.passing(spans, columns) as cells:
+            pages = self.cache.of_pass(cells, rows, max(span.end for span in spans))
+            states = torch.tensor(values)[None, None, :, None].expand(1, 1, -1, 2)
+            with self.context.carry(rows=rows, end=max(span.end for span in spans), pages=pages):
+                for layer, window in enumerate(self.windows):
+                    keys, others = self.cache.update(states + layer, states - layer, layer)
+                    for place, (span, number) in enumerate(zip(spans, numbers, strict=True)):
+                        first = max(0, span.begin - (window or span.end) + 1)
+                        expected = torch.tensor([self.asked[number].value(at) for at in range(first, span.end)])
+                        assert torch.equal(keys[place, 0, first : span.end, 0], expected + layer)
+                        assert torch.equal(others[place, 0, first : span.end, 1], expected - layer)
+
+    def run(self, steps: int) -> None:
+        coming = iter(range(10**6))
+        for _ in range(steps):
+            if self.draw.random() < 0.4 and self.scheduler.waiting < 4:
+                self.add(next(coming))
+            if self.asked and self.draw.random() < 0.08:
+                self.end(self.draw.choice(sorted(self.asked)))
+            task = self.scheduler.next()
+            if isinstance(task, Prefill):
+                for part in task.parts:
+                    self.reused += self.asked[part.sequence].cached_tokens if part.sequence not in self.written else 0
+                    self.written[part.sequence] = part.end
+                self.write(
+                    [Span(self.scheduler.row(part.sequence), part.begin, part.end) for part in task.parts],
+                    task.sequences,
+                )
+                self.scheduler.done(task)
+            elif isinstance(task, Decode):
+                self.write(
+                    [Span(self.scheduler.row(one), self.written[one], self.written[one] + 1) for one in task.sequences],
+                    task.sequences,
+                )
+                for one in task.sequences:
+                    self.written[one] += 1
+                    if self.written[one] == self.asked[one].kept:
+                        self.end(one)
+            self.check()
+        for number in sorted(self.asked):
+            self.end(number)
+        assert [book.pool.free for book in self.cache.books] == [
+            kind.pages - layout.SPARE for kind in self.cache.layout.kinds
+        ]
+
+    def end(self, number: int) -> None:
+        """As `Engine` does: the scheduler first, the pages last."""
+        asked, row = self.asked[number], self.scheduler.row(number) if self.scheduler.lives(number) else None
+        self.scheduler.remove(number)
+        tokens = [*asked.prompt_token_ids, *range(1000, 1000 + asked.answer)]
+        self.prefixes.leave(number, tokens[: self.written.pop(number, 0)])
+        if row is not None:
+            self.cache.leave(row)
+        del self.asked[number]
+
+    def check(self) -> None:
+        """Free pages are those that the scheduler counts, but for rows that are not open yet."""
+        assert self.store.nbytes <= self.store._arena.nbytes
+        if None in self.windows:
+            book = self.cache.books[[kind.window for kind in self.cache.layout.kinds].index(None)]
+            live = self.scheduler._live.items()
+            unopened = sum(one.pages for number, one in live if number not in self.written and not one.read)
+            assert book.pool.free == self.scheduler._left + unopened
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("windows", [(None,), (5, None), (None, 9, 4), (6,)])
+def test_every_token_sees_its_own_beginning(
+    windows: tuple[int | None, ...], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that share beginnings come, end and are cancelled at random, in little memory of either kind."""
+    monkeypatch.setattr(layout, "PAGE", 4)
+    monkeypatch.setattr(prefix, "APART", 12)
+    soak = Soak(seed, windows)
+    soak.run(120)
+    assert soak.reused or soak.store._arena.nbytes == 400
 
 
 def test_memory_is_lent_once() -> None:
