@@ -246,7 +246,7 @@ class OffloadedModel(Uncopied):
         plan, given = self.plan, (self.model, self.skeleton)
         if plan.kv_layout is None:
             return EncoderDecoderRows(*given, plan.max_live, plan.max_length, self._context)
-        rows = RowModel(*given, plan.kv_layout, self._context)
+        rows = RowModel(*given, plan.kv_layout, plan.shape.windows, self._context)
         if plan.prefix:
             with self.on_device():
                 self.prefixes = self._keep_prefixes(rows)

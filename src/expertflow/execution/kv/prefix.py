@@ -57,6 +57,9 @@ class Prompted(Protocol):
     def kept(self) -> int:
         """See above."""
 
+    def unscored(self, begin: int, end: int) -> range:
+        """Positions whose next token's log-probability is wanted: where there are some, the prompt is read whole."""
+
 
 class NothingKept:
     """Reads every prompt from its beginning.
@@ -94,6 +97,7 @@ class _Prompt:
         request: whose prompt it is, or None.
         tokens: of its prompt.
         names: of the prompt's whole blocks.
+        whole: whether it is read from its beginning in any case.
         row: its KV row; None while it waits.
         read: tokens whose keys and values its row has.
         routes: `[n, L, K]`, true routes of what was read; None without a predictor.
@@ -104,6 +108,7 @@ class _Prompt:
     tokens: Sequence[int]
     request: Prompted | None = None
     names: list[bytes]
+    whole: bool = False
     row: int | None = None
     read: int = 0
     routes: Routes | None = None
@@ -160,7 +165,8 @@ class PrefixCache(NothingKept):
     def expect(self, sequence: int, request: Prompted) -> None:
         """Take note of a request."""
         tokens = request.prompt_token_ids
-        self._prompts[sequence] = _Prompt(tokens=tokens, names=names_of(tokens, self._piece), request=request)
+        names, whole = names_of(tokens, self._piece), len(request.unscored(0, len(tokens))) > 0
+        self._prompts[sequence] = _Prompt(tokens=tokens, names=names, whole=whole, request=request)
 
     def shared(self, sequence: int) -> int:
         """Pages that a live sequence has in common with others, or that a waiting one would have."""
@@ -170,7 +176,7 @@ class PrefixCache(NothingKept):
         if prompt.row is not None:
             return self._cache.books[self._full[0]].common(prompt.row)
         if prompt.shared is None or prompt.shared[0] != self._changes:
-            prompt.shared = self._changes, 0 if self._watched() else self._match(prompt).pages
+            prompt.shared = self._changes, self._match(prompt).pages
         return prompt.shared[1]
 
     def match(self, tokens: Sequence[int]) -> Match:
@@ -184,7 +190,7 @@ class PrefixCache(NothingKept):
             Tokens of its prompt that need not be read. If they are none, its first pass opens the row.
         """
         prompt = self._prompts[sequence]
-        match = Match(0) if self._watched() else self._match(prompt)
+        match = self._match(prompt)
         self.queries += len(prompt.tokens)
         if match.length:
             with self._aside():
@@ -258,6 +264,8 @@ class PrefixCache(NothingKept):
 
     def _match(self, prompt: _Prompt) -> Match:
         """The longest beginning that is kept, but for the last token, whose logits are wanted."""
+        if prompt.whole or self._watched():
+            return Match(0)
         most = min(len(prompt.names), (len(prompt.tokens) - 1) // self._piece)
         names, step = prompt.names[:most], self._page // gcd(self._page, self._piece)
         source, common = max(
