@@ -1,0 +1,91 @@
+"""Compiles the kernels of latent attention for GPUs that are not here, and prints what each program takes; run by `test_latent.py`.
+
+A process of its own, because others run Triton's interpreter.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from compile_attention import ROOM
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from expertflow.kernels.latent import decode, prompts
+from expertflow.kernels.latent.reference import LEAST_SPAN, spans_of
+
+HEADS = {"DeepSeek-V2-Lite": 16, "DeepSeek-V3": 128}
+PLAIN, ROPE, WIDTH, RANK, PAGE = 128, 64, 128, 512, 64
+PLACES = {"rows", "positions", "lasts", "begins"}
+INTEGERS = {"count", "splits", "total", "query_row", "query_head", "latent_page", "rope_page", "table_stride"}
+SUMS = {"part", "sums"}
+
+
+def compiled(kernel: Any, given: dict[str, Any], dtype: torch.dtype, arch: int, warps: int, stages: int) -> Any:
+    """A kernel for a compute capability, as its first launch compiles it."""
+    names, number = kernel.arg_names, {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
+
+    def kind(name: str) -> str:
+        if name in given:
+            return "constexpr"
+        if name in PLACES:
+            return "*i64"
+        if name in INTEGERS:
+            return "i32"
+        return "*i32" if name == "table" else "*fp32" if name in SUMS else number
+
+    aligned = [name for name in names if name not in {*given, *PLACES, "count", "splits", "total"}]
+    source = ASTSource(
+        kernel, {name: kind(name) for name in names}, {(names.index(name),): value for name, value in given.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )  # fmt: skip
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def cases(heads: int, dtype: torch.dtype, arch: int) -> dict[str, tuple[Any, dict[str, Any], int, int]]:
+    """Each kernel, its constants, warps and stages."""
+    cut = decode.tiling(heads, dtype, hopper=arch >= 90, large=ROOM[arch] > 150 << 10)
+    sizes = {"heads": heads, "plain": PLAIN, "rank": RANK, "padded": RANK}
+    spans = {"least": LEAST_SPAN, "spans": spans_of(heads)}
+    more = {"rope": ROPE, "rope_padded": ROPE, "page": PAGE}
+    tiles = prompts.tiles(torch.empty(0, dtype=dtype), PLAIN + WIDTH, RANK)
+    cuts = {"block_h": cut.block_h, "block_n": cut.block_n}
+    expanded = {
+        "plain": PLAIN,
+        "width": WIDTH,
+        "rank": RANK,
+        "block_m": tiles.columns,
+        "block_f": tiles.features,
+        "depth": tiles.depth,
+    }
+    joined = {"width": WIDTH, "features": PLAIN + WIDTH, "block": decode.value_block(heads, WIDTH)}
+    return {
+        "absorb": (decode.absorb, {**sizes, "padded": PLAIN, "features": PLAIN + WIDTH, "block": 64}, 4, 3),
+        "attend": (decode.attend, {**sizes, **spans, **more, **cuts, "scale": 0.1}, cut.warps, cut.stages),
+        "finish": (decode.finish, {**sizes, **spans, **joined}, 4, 3),
+        "expand": (prompts.expand, {**more, **expanded}, tiles.warps, tiles.stages),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print architecture, case, shared memory, room, spilled bytes, and whether Hopper's own products are used."""
+    made = []
+    for arch, (name, heads) in ((int(arch), case) for arch in sys.argv[1:] for case in HEADS.items()):
+        for kernel, (function, given, warps, stages) in cases(heads, torch.bfloat16, arch).items():
+            if kernel == "expand" and heads != HEADS["DeepSeek-V3"]:  # it knows no number of heads
+                continue
+            program = compiled(function, given, torch.bfloat16, arch, warps, stages)
+            while program.metadata.shared > ROOM[arch] and stages > 1:  # as a launch does
+                stages -= 1
+                program = compiled(function, given, torch.bfloat16, arch, warps, stages)
+            made.append(
+                (arch, f"{name} {kernel}", program.metadata.shared, ROOM[arch], stages, "wgmma" in program.asm["ptx"])
+            )
+    sys.stdout.write(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()
