@@ -224,6 +224,8 @@ def decode_attention(
     table: Tensor,
     *,
     cut: Tiling | None = None,
+    least: int = LEAST_SPAN,
+    spans: int | None = None,
 ) -> Tensor:
     """Attention of one token a sequence over the columns up to its position.
 
@@ -235,6 +237,8 @@ def decode_attention(
         scale: of the scores, more than 0.
         table: int32 `[R, m]` with unit columns, the pages of each row.
         cut: None: as `tiling` says.
+        least: columns of a span at least, a multiple of 64.
+        spans: of a sequence at most; None: as `spans_of` says.
 
     Returns:
         `[B, Q, V]`.
@@ -246,8 +250,8 @@ def decode_attention(
     assert latents.is_contiguous() and ropes.is_contiguous() and weight.is_contiguous()  # noqa: PT018
     cut = cut or _tiling_on(query, heads)
     assert page % GRAIN.value == GRAIN.value % cut.block_n == 0
-    spans, padded, width = spans_of(heads), padded_to(rank), features - plain
-    splits = min(spans, triton.cdiv(table.shape[1] * page, LEAST_SPAN))
+    spans, padded, width = spans or spans_of(heads), padded_to(rank), features - plain
+    splits = min(spans, triton.cdiv(table.shape[1] * page, least))
     asked, out = query.new_empty(rows, heads, rank), query.new_empty(rows, heads, width)
     part = query.new_empty(rows, splits, heads, rank, dtype=torch.float32)
     sums = query.new_empty(rows, splits, heads, 2, dtype=torch.float32)
@@ -265,7 +269,7 @@ def decode_attention(
         block=block,
         num_warps=4,
     )
-    cuts: dict[str, Any] = {"padded": padded, "least": LEAST_SPAN, "spans": spans}
+    cuts: dict[str, Any] = {"padded": padded, "least": least, "spans": spans}
     stages = cut.stages
     while True:
         try:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertflow.kernels.latent.decode import product, vectors, padded_to
+from expertflow.kernels.latent.decode import padded_to, product, vectors
 from expertflow.kernels.latent.reference import EXPANDED
 from expertflow.kernels.prompts.attention import prompt_attention as attend
 
