@@ -66,8 +66,8 @@ def attention_form(module: nn.Module) -> AttentionForm | None:
 
 def _from_latents(module: nn.Module) -> bool:
     """Whether one matrix makes keys and values of what the cache keeps, by a method that can be replaced."""
-    matrix = getattr(module, "kv_b_proj", None)
-    return isinstance(matrix, nn.Linear) and matrix.bias is None and hasattr(module, "expand_kv")
+    matrix: Any = getattr(module, "kv_b_proj", None)
+    return isinstance(matrix, nn.Linear) and getattr(matrix, "bias", None) is None and hasattr(module, "expand_kv")
 
 
 STEP_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.WIDE, AttentionForm.LATENT})

@@ -186,7 +186,7 @@ def _norm_forward(module: nn.Module, context: ForwardContext) -> Callable[[Tenso
     return forward
 
 
-def _expansion(module: nn.Module, context: ForwardContext) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _expansion(module: Any, context: ForwardContext) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A method that makes keys and values of latents, unless attention reads latents; it must not keep the module alive."""
     own: Callable[..., tuple[Tensor, Tensor]] = type(module).expand_kv
     attention = weakref.ref(module)

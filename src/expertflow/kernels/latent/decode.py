@@ -243,52 +243,49 @@ def decode_attention(
     Returns:
         `[B, Q, V]`.
     """
-    (rows, heads, asked_width), (latents, ropes), rank = query.shape, kept, weight.shape[1]
-    page, rope, features = latents.shape[2], ropes.shape[3], weight.shape[0] // heads
-    plain, positions = asked_width - rope, where[1]
+    (rows, heads, asked_width), rank, features = query.shape, weight.shape[1], weight.shape[0] // query.shape[1]
     assert query.stride(2) == table.stride(1) == 1
-    assert latents.is_contiguous() and ropes.is_contiguous() and weight.is_contiguous()  # noqa: PT018
+    assert all(one.is_contiguous() for one in (*kept, weight))
     cut = cut or _tiling_on(query, heads)
-    assert page % GRAIN.value == GRAIN.value % cut.block_n == 0
-    spans, padded, width = spans or spans_of(heads), padded_to(rank), features - plain
-    splits = min(spans, triton.cdiv(table.shape[1] * page, least))
+    plain, positions = asked_width - kept[1].shape[3], where[1]
+    padded, width = padded_to(rank), features - plain
+    sizes = {"heads": heads, "plain": plain, "rank": rank}
+    spread = {"padded": padded, "least": least, "spans": spans or spans_of(heads)}
+    splits = min(spread["spans"], triton.cdiv(table.shape[1] * kept[0].shape[2], least))
     asked, out = query.new_empty(rows, heads, rank), query.new_empty(rows, heads, width)
     part = query.new_empty(rows, splits, heads, rank, dtype=torch.float32)
     sums = query.new_empty(rows, splits, heads, 2, dtype=torch.float32)
-    sizes = {"heads": heads, "plain": plain, "rank": rank}
     block = min(64, padded)
     absorb[heads, triton.cdiv(rank, block), triton.cdiv(rows, ROWS.value)](
-        query,
-        weight,
-        asked,
-        rows,
-        *query.stride()[:2],
-        **sizes,
-        padded=padded_to(plain),
-        features=features,
-        block=block,
-        num_warps=4,
-    )
-    cuts: dict[str, Any] = {"padded": padded, "least": least, "spans": spans}
-    stages = cut.stages
-    while True:
-        try:
-            attend[rows * triton.cdiv(heads, cut.block_h), splits](
-                asked, query, latents, ropes, where[0], positions, table, part, sums, splits, *query.stride()[:2], latents.stride(0),
-                ropes.stride(0), table.stride(0), **sizes, **cuts, page=page, scale=scale, rope=rope, rope_padded=padded_to(rope),
-                block_h=cut.block_h, block_n=cut.block_n, num_warps=cut.warps, num_stages=stages,
-            )  # fmt: skip
-            break
-        except OutOfResources:  # fewer blocks in flight change no bit
-            if stages == 1:
-                raise
-            stages -= 1
+        query, weight, asked, rows, *query.stride()[:2], **sizes, padded=padded_to(plain), features=features, block=block, num_warps=4
+    )  # fmt: skip
+    _attend((asked, query, *kept, *where, table, part, sums), cut, {**sizes, **spread, "scale": scale})
     block = value_block(heads, width)
     finish[rows * heads, triton.cdiv(width, block)](
-        part, sums, weight, positions, out, splits, **sizes, **cuts, width=width, features=features, block=block,
+        part, sums, weight, positions, out, splits, **sizes, **spread, width=width, features=features, block=block,
         num_warps=8 if block > 32 else 4,
     )  # fmt: skip
     return out
+
+
+def _attend(given: tuple[Tensor, ...], cut: Tiling, options: dict[str, Any]) -> None:
+    """Launch `attend` with as many blocks in flight as the device has room for, which changes no bit."""
+    _, query, latents, ropes, _, _, table, part, _ = given
+    (rows, splits, heads, _), page, rope, stages = part.shape, latents.shape[2], ropes.shape[3], cut.stages
+    assert page % GRAIN.value == GRAIN.value % cut.block_n == 0
+    strides = *query.stride()[:2], latents.stride(0), ropes.stride(0), table.stride(0)
+    while True:
+        try:
+            attend[rows * triton.cdiv(heads, cut.block_h), splits](
+                *given, splits, *strides, **options, page=page, rope=rope, rope_padded=padded_to(rope), block_h=cut.block_h,
+                block_n=cut.block_n, num_warps=cut.warps, num_stages=stages,
+            )  # fmt: skip
+        except OutOfResources:
+            if stages == 1:
+                raise
+            stages -= 1
+        else:
+            return
 
 
 def _tiling_on(tensor: Tensor, heads: int) -> Tiling:

@@ -52,7 +52,7 @@ def prompt_attention(
 ) -> Tensor:
     """Attention of the last tokens of each of S sequences. See the twin; each token as `decode_attention` has it."""
     del room
-    halves, found = _halves(weight, query, kept), []
+    halves, found = _halves(weight, query, kept), list[Tensor]()
     for row, last, count in zip(where[0].tolist(), where[1].tolist(), pieces[0][1].tolist(), strict=True):
         seen = [_columns(part, table[row], last + 1) for part in kept]
         for end in range(last + 2 - count, last + 2):
@@ -67,7 +67,8 @@ def _attended(query: Tensor, seen: list[Tensor], halves: tuple[Tensor, Tensor], 
     plain, rotary = query.float().split([to_keys.shape[1], turned.shape[1]], dim=1)
     asked = (plain[:, None] @ to_keys)[:, 0]
     shares = ((asked @ latents.T + rotary @ turned.T) * scale).softmax(dim=1)
-    return ((shares @ latents)[:, None] @ to_values.transpose(1, 2))[:, 0]
+    joined: Tensor = shares @ latents
+    return (joined[:, None] @ to_values.transpose(1, 2))[:, 0]
 
 
 def _halves(weight: Tensor, query: Tensor, kept: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
