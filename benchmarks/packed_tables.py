@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,9 @@ def _cell(result: dict[str, Any], row: dict[str, Any]) -> str:
     return f"{speed:.0f} ({bound(result, row) / statistics.median(row['ms']):.2f})"
 
 
-def notes() -> str:
-    """Machine, exactness and memory, as a paragraph."""
-    results = [*measured().values()]
+def notes(shapes: Sequence[str] = tuple(SHAPES)) -> str:
+    """Machine, exactness and memory of some shapes, as a paragraph."""
+    results = [result for shape, result in measured().items() if shape in shapes]
     rows = [row for result in results for row in result["rows"]]
     exact = all(row["tokens_equal"] and row["logits_equal"] for row in rows)
     inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
@@ -96,6 +97,15 @@ def notes() -> str:
         f"{'yes' if exact else 'NO'}; peak within the plan: {'yes' if inside else 'NO'}. Rivals: another H200, 2026-11-29; llama.cpp routes by its "
         "own random router."
     )
+
+
+def front() -> str:
+    """The README's table: gpt-oss-20b's shape as published, its memory and speed, and its rivals."""
+    head, rule, *lines = packed_lines(best_only=False)
+    shape, packed = "| gpt-oss-20b |", " mxfp4"
+    kept = [line.removeprefix(shape) for line in lines if line.startswith(shape + packed)]
+    titles = head.removeprefix("| shape |").replace("| what |", "| what | 1 sequence |").replace("| 1 |", "|")
+    return "\n".join([f"|{titles}", rule.removesuffix("---|"), *(f"|{line}" for line in kept), "", notes(("gpt-oss-20b",))])
 
 
 def packed() -> str:
