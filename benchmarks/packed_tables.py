@@ -105,7 +105,9 @@ def front() -> str:
     shape, packed = "| gpt-oss-20b |", " mxfp4"
     kept = [line.removeprefix(shape) for line in lines if line.startswith(shape + packed)]
     titles = head.removeprefix("| shape |").replace("| what |", "| what | 1 sequence |").replace("| 1 |", "|")
-    return "\n".join([f"|{titles}", rule.removesuffix("---|"), *(f"|{line}" for line in kept), "", notes(("gpt-oss-20b",))])
+    return "\n".join(
+        [f"|{titles}", rule.removesuffix("---|"), *(f"|{line}" for line in kept), "", notes(("gpt-oss-20b",))]
+    )
 
 
 def packed() -> str:

@@ -1,1 +1,1 @@
-"""Attention over latents: keys and values stay compressed, one latent a token for all heads."""
+"""Attention over latents, which stay compressed."""

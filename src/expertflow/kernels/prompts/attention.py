@@ -215,21 +215,18 @@ def prompt_attention(
         table: int32 `[R, m]` with unit columns, the pages of each row: keys and values are `[P, G, N, D]`, pages of N columns, N a multiple
             of 64; None: they lie in rows.
         pieces: int64 `[2, B]`, contiguous, first token and number of tokens of each sequence, and the longest's number: their tokens
-            follow one another in a query of `[1, Q, T, D]`, without padding; None: all have C.
-        out: what is returned, adjacent heads of a contiguous tensor; None: a new one.
+            follow one another in a query of `[1, Q, T, D]`; None: all have C.
 
     Returns:
-        `[B, C, Q, V]`; with pieces `[1, T, Q, V]`.
+        `[B, C, Q, V]`; with pieces `[1, T, Q, V]`. `out`, heads of a contiguous tensor, if that is given.
     """
     (batch, heads, tokens, width), (kv_heads, value_width) = query.shape, (keys.shape[1], values.shape[3])
     (rows, lasts), groups = where, heads // kv_heads
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1
-    assert scale > 0
     cut = cut or tiling(width, value_width, query.dtype, paged=table is not None)
-    assert table is None or keys.shape[2] % cut.block_n == 0
-    if out is None:
-        out = query.new_empty(batch, tokens, heads, value_width)
-    bounds, longest = (rows, tokens) if pieces is None else pieces
+    assert scale > 0 and (table is None or keys.shape[2] % cut.block_n == 0)  # noqa: PT018
+    out = query.new_empty(batch, tokens, heads, value_width) if out is None else out
+    bounds, longest = pieces or (rows, tokens)
     assert rows.is_contiguous() and bounds.is_contiguous()  # noqa: PT018
     grid, stages = (kv_heads, triton.cdiv(longest * groups, cut.block_m), len(rows)), cut.stages
     while True:
