@@ -216,20 +216,18 @@ def prompt_attention(
             of 64; None: they lie in rows.
         pieces: int64 `[2, B]`, contiguous, first token and number of tokens of each sequence, and the longest's number: their tokens
             follow one another in a query of `[1, Q, T, D]`; None: all have C.
-        out: what is returned, heads of a contiguous tensor; None: a new one.
+        out: heads of a contiguous tensor to write and return; None: a new one.
 
     Returns:
         `[B, C, Q, V]`; with pieces `[1, T, Q, V]`.
     """
     (batch, heads, tokens, width), (kv_heads, value_width) = query.shape, (keys.shape[1], values.shape[3])
-    (rows, lasts), groups = where, heads // kv_heads
+    (rows, lasts), (bounds, longest), groups = where, pieces or (where[0], tokens), heads // kv_heads
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1
+    assert rows.is_contiguous() and bounds.is_contiguous() and scale > 0  # noqa: PT018
     cut = cut or tiling(width, value_width, query.dtype, paged=table is not None)
+    assert table is None or keys.shape[2] % cut.block_n == 0
     out = query.new_empty(batch, tokens, heads, value_width) if out is None else out
-    bounds, longest = pieces or (rows, tokens)
-    assert all(
-        (rows.is_contiguous(), bounds.is_contiguous(), scale > 0, table is None or keys.shape[2] % cut.block_n == 0)
-    )
     grid, stages = (kv_heads, triton.cdiv(longest * groups, cut.block_m), len(rows)), cut.stages
     while True:
         try:
