@@ -150,7 +150,9 @@ def searched(contexts: Sequence[int]) -> list[dict[str, Any]]:
     from expertflow.kernels.latent.decode import Tiling  # noqa: PLC0415 - as above
 
     tried = {
-        "DeepSeek-V2-Lite": [(16, 32, 8, 7), (16, 32, 8, 5), (16, 64, 8, 5), (16, 32, 4, 7), (16, 64, 4, 5), (64, 64, 8, 3)],
+        "DeepSeek-V2-Lite": [
+            (16, 64, 4, 3, True), (16, 64, 8, 3, True), (16, 32, 8, 7), (16, 64, 8, 5), (16, 32, 4, 7), (64, 64, 8, 3),
+        ],
         "DeepSeek-V3": [(64, 64, 8, 3), (64, 32, 8, 5), (64, 32, 8, 3), (16, 32, 8, 7), (32, 32, 8, 5), (32, 64, 8, 3)],
     }  # fmt: skip
     rows = []

@@ -53,7 +53,7 @@ def cases(heads: int, dtype: torch.dtype, arch: int) -> dict[str, tuple[Any, dic
     spans = {"least": LEAST_SPAN, "spans": spans_of(heads)}
     more = {"rope": ROPE, "rope_padded": ROPE, "page": PAGE}
     tiles = prompts.tiles(torch.empty(0, dtype=dtype), PLAIN + WIDTH, RANK)
-    cuts = {"block_h": cut.block_h, "block_n": cut.block_n}
+    cuts = {"block_h": cut.block_h, "block_n": cut.block_n, "columns_first": cut.columns_first}
     expanded = {
         "plain": PLAIN,
         "width": WIDTH,

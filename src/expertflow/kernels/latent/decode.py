@@ -1,7 +1,7 @@
 """Latent attention of one token a sequence, straight from pages: three launches a layer, and no key or value is made.
 
-`absorb` brings each head's query to the latents. `attend` scores latents and adds them up: all heads of a sequence share them, so heads
-are the rows of its tiles, and each latent is read once for up to 64 of them. `finish` joins what the spans of a sequence gave, and makes
+`absorb` brings each head's query to the latents. `attend` scores latents and adds them up: all heads of a sequence share them, so
+each latent is read once for up to 64 of them. `finish` joins what the spans of a sequence gave, and makes
 each head's values of it. How long a span is depends on the sequence's length alone, so neither the columns that a step is captured
 for nor other sequences change a bit. Twin of `kernels.latent.reference`. Must not know models and caches.
 """
@@ -29,12 +29,13 @@ _LARGE = 160 << 10
 
 
 class Tiling(NamedTuple):
-    """Heads and columns of a tile of `attend`, warps, and blocks in flight."""
+    """Heads and columns of a tile of `attend`, warps, blocks in flight, and whether columns are rows of its products, not heads."""
 
     block_h: int
     block_n: int
     warps: int
     stages: int
+    columns_first: bool = False
 
 
 @triton.jit
@@ -85,7 +86,8 @@ def absorb(
 @triton.jit
 def _block(
     asked, turned, latents, ropes, table, column, position, most, total, acc, latent_page, rope_page, page: tl.constexpr, scale: tl.constexpr,
-    rank: tl.constexpr, padded: tl.constexpr, rope: tl.constexpr, rope_padded: tl.constexpr, block_n: tl.constexpr, masked: tl.constexpr,
+    rank: tl.constexpr, padded: tl.constexpr, rope: tl.constexpr, rope_padded: tl.constexpr, block_n: tl.constexpr, columns_first: tl.constexpr,
+    masked: tl.constexpr,
 ):  # fmt: skip
     """Take in one block of columns, which lies in one page. `masked`: some lie behind the token."""
     here = column + tl.arange(0, block_n)
@@ -94,15 +96,28 @@ def _block(
     inside = here - column // page * page
     key = vectors(latents + where * latent_page + inside * rank, rank, padded, seen, not masked)
     key_end = vectors(ropes + where * rope_page + inside * rope, rope, rope_padded, seen, not masked)
-    score = product(asked, tl.trans(key), tl.zeros([asked.shape[0], block_n], tl.float32))
-    score = product(turned, tl.trans(key_end), score) * (scale * 1.4426950408889634)  # log2(e)
-    if masked:
-        score = tl.where(seen[None, :], score, float("-inf"))
-    higher = tl.maximum(most, tl.max(score, 1))
-    share = tl.exp2(score - higher[:, None])
-    fade = tl.exp2(most - higher)
-    total = total * fade + tl.sum(share, 1)
-    return higher, total, product(share.to(key.dtype), key, acc * fade[:, None])
+    factor: tl.constexpr = scale * 1.4426950408889634  # log2(e)
+    if columns_first:
+        score = product(key, tl.trans(asked), tl.zeros([block_n, asked.shape[0]], tl.float32))
+        score = product(key_end, tl.trans(turned), score) * factor
+        if masked:
+            score = tl.where(seen[:, None], score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, 0))
+        share = tl.exp2(score - higher[None, :])
+        fade = tl.exp2(most - higher)
+        total = total * fade + tl.sum(share, 0)
+        acc = product(tl.trans(key), share.to(key.dtype), acc * fade[None, :])
+    else:
+        score = product(asked, tl.trans(key), tl.zeros([asked.shape[0], block_n], tl.float32))
+        score = product(turned, tl.trans(key_end), score) * factor
+        if masked:
+            score = tl.where(seen[None, :], score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, 1))
+        share = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(most - higher)
+        total = total * fade + tl.sum(share, 1)
+        acc = product(share.to(key.dtype), key, acc * fade[:, None])
+    return higher, total, acc
 
 
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["rows", "positions"])
@@ -110,6 +125,7 @@ def attend(
     asked, query, latents, ropes, rows, positions, table, part, sums, splits, query_row, query_head, latent_page, rope_page, table_stride,
     heads: tl.constexpr, plain: tl.constexpr, page: tl.constexpr, scale: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr,
     rope: tl.constexpr, rope_padded: tl.constexpr, least: tl.constexpr, spans: tl.constexpr, block_h: tl.constexpr, block_n: tl.constexpr,
+    columns_first: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one sequence over one span of columns: maximum, sum and weighted latents."""
     blocks: tl.constexpr = (heads + block_h - 1) // block_h
@@ -133,20 +149,22 @@ def attend(
     table += tl.load(rows + sequence).to(tl.int64) * table_stride
     most = tl.full([block_h], float("-inf"), tl.float32)
     total = tl.zeros([block_h], tl.float32)
-    acc = tl.zeros([block_h, padded], tl.float32)
+    acc = tl.zeros([padded, block_h] if columns_first else [block_h, padded], tl.float32)
     end = tl.minimum(begin + span, position + 1)
     full = end // block_n * block_n
     for column in tl.range(begin, full, block_n):
         most, total, acc = _block(
             left, turned, latents, ropes, table, column, position, most, total, acc, latent_page, rope_page, page, scale, rank, padded, rope,
-            rope_padded, block_n, False,
+            rope_padded, block_n, columns_first, False,
         )  # fmt: skip
     if full < end:
         most, total, acc = _block(
             left, turned, latents, ropes, table, full, position, most, total, acc, latent_page, rope_page, page, scale, rank, padded, rope,
-            rope_padded, block_n, True,
+            rope_padded, block_n, columns_first, True,
         )  # fmt: skip
     cell = tl.arange(0, padded)
+    if columns_first:
+        acc = tl.trans(acc)
     place = (sequence.to(tl.int64) * splits + split) * heads + lane
     tl.store(sums + place * 2, most, mask=valid)
     tl.store(sums + place * 2 + 1, total, mask=valid)
@@ -192,13 +210,15 @@ def finish(
 def tiling(heads: int, dtype: torch.dtype, *, hopper: bool, large: bool) -> Tiling:
     """How a sequence's heads and columns are cut, by what a device has: Hopper's own products, much shared memory.
 
-    Other products keep queries in registers, which hold 16 heads. Triton counts the look-up of a page as a stage before each stage of
-    its block.
+    Hopper's take 64 rows: heads, or columns where there are few heads. Others keep queries in registers, which hold 16 heads. Triton
+    counts the look-up of a page as a stage before each stage of its block.
     """
     if dtype == torch.float32:  # no tensor cores: tiles live in registers
         return Tiling(16, 16, 4, 1)
     if hopper and heads > 32:
         return Tiling(64, 64, 8, 3)
+    if hopper:
+        return Tiling(16 if heads <= 16 else 32, 64, 4, 3, columns_first=True)
     return Tiling(16, 32, 8, 7 if large else 5)
 
 
@@ -278,7 +298,7 @@ def _attend(given: tuple[Tensor, ...], cut: Tiling, options: dict[str, Any]) -> 
         try:
             attend[rows * triton.cdiv(heads, cut.block_h), splits](
                 *given, splits, *strides, **options, page=page, rope=rope, rope_padded=padded_to(rope), block_h=cut.block_h,
-                block_n=cut.block_n, num_warps=cut.warps, num_stages=stages,
+                block_n=cut.block_n, columns_first=cut.columns_first, num_warps=cut.warps, num_stages=stages,
             )  # fmt: skip
         except OutOfResources:
             if stages == 1:
