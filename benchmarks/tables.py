@@ -23,6 +23,7 @@ from expertflow.bench.pages import figures
 from expertflow.bench.pages.report import section
 from expertflow.bench.result import BELADY, DECODE, MOVED, PEAK, RESIDENT, WARM, Result, Row, read_result
 from expertflow.cli.strategies import page as strategies_page
+from expertflow.serve.protocol.fields import TABLES, Use
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "expertflow"
@@ -650,7 +651,7 @@ def draw_growth(path: Path) -> None:
 
 
 FLOORS = (
-    "cli", "bench", "engine", "execution", "sim", "live", "schedule", "kernels", "predict", "cache", "memory", "models",
+    "cli", "serve", "bench", "engine", "execution", "sim", "live", "schedule", "kernels", "predict", "cache", "memory", "models",
     "trace", "formats",
 )  # fmt: skip
 """The package's folders from top to bottom; imports only point down."""
@@ -683,10 +684,20 @@ def strategies() -> str:
     return "\n".join(line for line in strategies_page().splitlines() if line.startswith("|"))
 
 
+def fields() -> str:
+    """What the server does with each field of a request body, by route."""
+    lines = ["| route | honoured | accepted without effect | refused |", "|---|---|---|---|"]
+    for route, table in TABLES.items():
+        cells = [", ".join(name for name, field in table.items() if field.use is use) for use in Use]
+        lines.append(f"| `{route}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 Tables = Mapping[str, Callable[[], str]]
 PAGES: Mapping[str, Tables] = {
     "README.md": {"front": front},
     "docs/how-it-works.md": {"modules": modules, "strategies": strategies},
+    "docs/serving.md": {"fields": fields},
     "docs/benchmarks.md": {
         "engine-g": engine_g,
         "packed": packed_tables.packed,

@@ -153,7 +153,7 @@ def _read_types(options: Any) -> None:
     for one in fields(options):
         kinds = [one.type.__name__] if isinstance(one.type, type) else str(one.type).split(" | ")
         value = getattr(options, one.name)
-        if one.name in _READ_ELSEWHERE or (value is None and "None" in kinds):
+        if one.name in _READ_ELSEWHERE or get_origin(one.type) is tuple or (value is None and "None" in kinds):
             continue
         read = next((found for kind in kinds if (found := _read_as(kind, value)) is not None), None)
         _require(

@@ -176,6 +176,11 @@ class Engine:
         """Median time of the last decode steps, at most 64, in seconds; 0 if there was none. First steps of a shape weigh little."""
         return self._durations.step_seconds
 
+    @property
+    def kv_share(self) -> float:
+        """Share of the pages of keys and values that live requests have, 0 to 1; of the rows where there are no pages."""
+        return self._scheduler.taken
+
     def watch_logits(self, watcher: Callable[[Sequence[int], Tensor], None] | None) -> None:
         """Call `watcher` with requests' numbers and their logits `[B, V]`, before the next tokens are chosen; None: no more.
 

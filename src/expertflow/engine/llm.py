@@ -16,13 +16,13 @@ from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.engine import Engine
-from expertflow.engine.inputs import split_prompts
+from expertflow.engine.inputs import is_messages, split_prompts
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import SHIPPED_MODEL, prepare
 from expertflow.engine.request import Request, RequestOutput, StreamOutput, Totals
 from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.engine.threads import limit_threads
-from expertflow.errors import CancelledError, ConfigError, NonFiniteError, UnsupportedModelError
+from expertflow.errors import CancelledError, ConfigError, NonFiniteError, PromptError, UnsupportedModelError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.replay import Replay
 from expertflow.formats.table import FORMATS, Formats
@@ -32,6 +32,9 @@ from expertflow.progress import Progress
 from expertflow.schedule.admission import check_admission
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
+
+_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p")
+"""Fields of a generation config that say how to choose tokens, and mean the same in `SamplingParams`."""
 
 
 def shipped_model() -> Path:
@@ -169,6 +172,11 @@ class LLM:
         return self._requests.request(prompt, params, index)
 
     @property
+    def name(self) -> str:
+        """The last part of the model's folder or id."""
+        return self._name
+
+    @property
     def threads(self) -> int:
         """Threads that a step computes with."""
         return self._engine.threads.number
@@ -187,6 +195,13 @@ class LLM:
     def shared_weights(self) -> SharedWeights:
         """This model's experts in host memory, as `weights` of another `LLM` of the same checkpoint."""
         return self._offloaded.shared_weights
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """What the model's `generation_config.json` says of how to choose tokens, by names of `SamplingParams`."""
+        generation = getattr(self.model, "generation_config", None)
+        found = {name: getattr(generation, name, None) for name in _SAMPLING_DEFAULTS}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def predictor(self) -> Artifact | None:
@@ -253,6 +268,25 @@ class LLM:
         A `NonFiniteError` of one prompt is raised when the others are over.
         """
         return self._run(self._requests.requests(split_prompts(prompts), _one_of(params, sampling_params)))
+
+    def chat(self, messages: Any, params: SamplingParams | None = None) -> RequestOutput:
+        """The answer to a chat, by the model's chat template.
+
+        Args:
+            messages: each with `role` and `content`.
+            params: None: as the model's `generation_config.json` says (temperature 1 if it says nothing), to the end of the text.
+
+        Raises:
+            PromptError: if the model has no chat template, or it cannot render the messages.
+        """
+        if not is_messages(messages):
+            raise PromptError("a chat is a list of messages", 'Give [{"role": "user", "content": "..."}].')
+        return self.generate([messages], self.chat_params if params is None else params)[0]
+
+    @property
+    def chat_params(self) -> SamplingParams:
+        """How `chat` samples if nothing is stated."""
+        return SamplingParams.from_mapping({"max_tokens": None, "temperature": 1.0, **self.sampling_defaults})
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[None]:

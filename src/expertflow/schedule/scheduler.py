@@ -166,6 +166,11 @@ class Scheduler:
         """Sequences with a KV row."""
         return len(self._live)
 
+    @property
+    def taken(self) -> float:
+        """Share of the pages that live sequences have, 0 to 1; of the rows where there are no pages."""
+        return 1 - (len(self._free) / self.rows if self.pages is None else self._left / self.pages)
+
     def add(self, sequence: int, prompt: int, tokens: int = 0) -> None:
         """Queue a request.
 

@@ -271,7 +271,8 @@ def _multiply_halves(
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
     words = (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True) + mine * (k // 8)
     row = (mine // one) * (steps * one) + mine % one if joined > 1 else mine
-    whole = inverse = inside
+    whole = inside
+    inverse = inside
     if about[2] != "e8m0" and about[2] != "number":
         globals_at = (start + at[2]).to(tl.pointer_type(tl.float32), bitcast=True)
         whole = tl.load(globals_at + mine // one, mask=inside, other=1.0)
