@@ -15,13 +15,24 @@ from triton.compiler import ASTSource
 
 from compile_attention import ROOM
 from expertflow.kernels.latent import decode, prompts
-from expertflow.kernels.latent.reference import LEAST_SPAN, spans_of
+from expertflow.kernels.latent.reference import spans_of
 
 HEADS = {"DeepSeek-V2-Lite": 16, "DeepSeek-V3": 128}
 PLAIN, ROPE, WIDTH, RANK, PAGE = 128, 64, 128, 512, 64
 PLACES = {"rows", "positions", "lasts", "begins"}
-INTEGERS = {"count", "splits", "total", "query_row", "query_head", "latent_page", "rope_page", "table_stride"}
-SUMS = {"part", "sums"}
+INTEGERS = {
+    "count",
+    "splits",
+    "total",
+    "query_row",
+    "query_head",
+    "left_row",
+    "left_head",
+    "latent_page",
+    "rope_page",
+    "table_stride",
+}
+SUMS = {"sums"}
 
 
 def compiled(kernel: Any, given: dict[str, Any], dtype: torch.dtype, arch: int, warps: int, stages: int) -> Any:
@@ -49,11 +60,17 @@ def compiled(kernel: Any, given: dict[str, Any], dtype: torch.dtype, arch: int, 
 def cases(heads: int, dtype: torch.dtype, arch: int) -> dict[str, tuple[Any, dict[str, Any], int, int]]:
     """Each kernel, its constants, warps and stages."""
     cut = decode.tiling(heads, dtype, hopper=arch >= 90, large=ROOM[arch] > 150 << 10)
-    sizes = {"heads": heads, "plain": PLAIN, "rank": RANK, "padded": RANK}
-    spans = {"least": LEAST_SPAN, "spans": spans_of(heads)}
+    least, most = spans_of(heads)
+    spread = {"heads": heads, "rank": RANK, "least": least, "spans": most}
     more = {"rope": ROPE, "rope_padded": ROPE, "page": PAGE}
     tiles = prompts.tiles(torch.empty(0, dtype=dtype), PLAIN + WIDTH, RANK)
-    cuts = {"block_h": cut.block_h, "block_n": cut.block_n, "columns_first": cut.columns_first}
+    cuts = {
+        "block_h": cut.block_h,
+        "block_n": cut.block_n,
+        "plain": PLAIN,
+        "padded": RANK,
+        "scale": 0.1,
+    }
     expanded = {
         "plain": PLAIN,
         "width": WIDTH,
@@ -62,21 +79,38 @@ def cases(heads: int, dtype: torch.dtype, arch: int) -> dict[str, tuple[Any, dic
         "block_f": tiles.features,
         "depth": tiles.depth,
     }
-    joined = {"width": WIDTH, "features": PLAIN + WIDTH, "block": decode.value_block(heads, WIDTH)}
+    made = {"heads": heads, "features": PLAIN + WIDTH, "rank": RANK, "chunk": 128}
+    asked = {
+        "first": 0,
+        "depth": PLAIN,
+        "width": RANK,
+        "across": RANK,
+        "along": 1,
+        "block": decode.block_of(heads, RANK),
+    }
+    values = {
+        "first": PLAIN,
+        "depth": RANK,
+        "width": WIDTH,
+        "across": 1,
+        "along": RANK,
+        "block": decode.block_of(heads, WIDTH),
+    }
     return {
-        "absorb": (decode.absorb, {**sizes, "padded": PLAIN, "features": PLAIN + WIDTH, "block": 64}, 4, 3),
-        "attend": (decode.attend, {**sizes, **spans, **more, **cuts, "scale": 0.1}, cut.warps, cut.stages),
-        "finish": (decode.finish, {**sizes, **spans, **joined}, 4, 3),
+        "multiply queries": (decode.multiply, {**made, **asked}, 4, 3),
+        "attend": (decode.attend, {**spread, **more, **cuts}, cut.warps, cut.stages),
+        "join": (decode.join, {**spread, "block": decode.block_of(heads, RANK)}, 4, 3),
+        "multiply values": (decode.multiply, {**made, **values}, 4, 3),
         "expand": (prompts.expand, {**more, **expanded}, tiles.warps, tiles.stages),
     }  # fmt: skip
 
 
 WANTED = [
-    (80, "DeepSeek-V3", "absorb"), (86, "DeepSeek-V2-Lite", "attend"), (90, "DeepSeek-V2-Lite", "attend"), (90, "DeepSeek-V3", "attend"),
+    (80, "DeepSeek-V3", "multiply values"), (86, "DeepSeek-V2-Lite", "attend"), (90, "DeepSeek-V2-Lite", "attend"), (90, "DeepSeek-V3", "attend"),
     (90, "DeepSeek-V3", "expand"),
 ]  # fmt: skip
 """What a test compiles. Before Hopper `attend` of DeepSeek-V3 is DeepSeek-V2-Lite's with more programs."""
-EVERYTHING = list(itertools.product(ROOM, HEADS, ("absorb", "attend", "finish", "expand")))
+EVERYTHING = list(itertools.product(ROOM, HEADS, ("multiply queries", "attend", "join", "multiply values", "expand")))
 
 
 def main() -> None:

@@ -87,16 +87,14 @@ def attends(kind: str, what: str) -> Callable[..., Tensor]:
     return getattr(reference if kind == "reference" else kernels({"step": "decode", "prompt": "prompts"}[what]), name)
 
 
-@pytest.mark.parametrize("kind", ["kernel", "columns first", "reference"])
+@pytest.mark.parametrize("kind", ["kernel", "reference"])
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("case", CASES)
 def test_steps_are_the_textbooks(case: str, dtype: torch.dtype, kind: str) -> None:
     """Over one span and several, as keys and values of each head would have it; nothing is read that no token sees."""
     drawn = Drawn(case, dtype)
-    query, cut = drawn.draw(3), {}
-    if kind == "columns first":  # as on Hopper
-        cut = {"cut": kernels("decode").Tiling(16, 64 if dtype == torch.bfloat16 else 16, 4, 1, columns_first=True)}
-    found = attends(kind, "step")(query, drawn.kept, drawn.weight, drawn.where, 0.3, drawn.table, **cut)
+    query = drawn.draw(3)
+    found = attends(kind, "step")(query, drawn.kept, drawn.weight, drawn.where, 0.3, drawn.table)
     for place in range(3):
         expected = drawn.plainly(place, query[place : place + 1])
         torch.testing.assert_close(found[place : place + 1].double(), expected, atol=CLOSE[dtype], rtol=CLOSE[dtype])
@@ -129,7 +127,7 @@ def test_a_steps_bits_depend_on_the_sequence_alone() -> None:
     """Neither other sequences nor the columns that a step is captured for; spans grow with a sequence, whatever the others' are."""
     drawn, decode = Drawn("tiny", torch.bfloat16), kernels("decode")
     query, given = drawn.draw(3), (drawn.kept, drawn.weight)
-    for spans in (None, 1):  # with one at most, the longest sequence's has 256 columns and the others' 128
+    for spans in (None, (128, 1)):  # with one at most, the longest sequence's has 256 columns and the others' 128
         together = decode.decode_attention(query, *given, drawn.where, 0.3, drawn.table, spans=spans)
         for place, last in enumerate(LASTS):
             mine, table = slice(place, place + 1), drawn.table[:, : 1 + last // PAGE]
@@ -212,7 +210,7 @@ def test_a_plan_counts_latents(tmp_path: Path) -> None:
 
 
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
-    """Within the shared memory that each has, and with Hopper's own products on Hopper."""
+    """Within the shared memory that each has; Hopper's own products where there are enough heads for them."""
     pytest.importorskip("triton", reason="kernels need triton")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(ROOT / "tests" / "compile_latent.py")]
@@ -222,4 +220,4 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     assert len(made) > 4
     for arch, case, shared, room, hopper in made:
         assert 0 < shared <= room, (arch, case)
-        assert hopper == (arch == 90 and "absorb" not in case), (arch, case)
+        assert hopper == (arch == 90 and case in {"DeepSeek-V3 attend", "DeepSeek-V3 expand"}), (arch, case)

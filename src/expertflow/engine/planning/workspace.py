@@ -6,7 +6,7 @@ Pure. Must not know budgets and slots.
 from expertflow.execution.kv.layout import pages_of
 from expertflow.formats.dtypes import DTYPES
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
-from expertflow.kernels.latent.reference import EXPANDED, LEAST_SPAN, spans_of
+from expertflow.kernels.latent.reference import EXPANDED, spans_of
 from expertflow.kernels.mlp import Workspace
 from expertflow.kernels.residency.state import CacheState
 from expertflow.models.shape import ModelShape
@@ -46,8 +46,9 @@ def attention_parts(shape: ModelShape, rows: int, length: int) -> int:
     Over latents there are queries brought to them as well, and sums also of one span.
     """
     if shape.latent:
-        spans = min(spans_of(shape.heads), pages_of(length, LEAST_SPAN))
-        return rows * shape.heads * (spans * (shape.latent + 2) * 4 + shape.latent * DTYPES[shape.dtype].nbytes)
+        least, most = spans_of(shape.heads)
+        element, spans = DTYPES[shape.dtype].nbytes, min(most, pages_of(length, least))
+        return rows * shape.heads * (spans * (shape.latent * element + 4) + shape.latent * element)
     spans, width = pages_of(length, SPAN), shape.head_width // shape.heads
     heads = max(layer.read_per_token for layer in shape.kv) // (2 * DTYPES[shape.dtype].nbytes * width)
     padded = max(LEAST_HEADS, 1 << (shape.heads // heads - 1).bit_length())

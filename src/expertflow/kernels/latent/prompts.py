@@ -46,12 +46,17 @@ def expand(
     left = latents + where * latent_page + here % page * rank
     right = weight + (head.to(tl.int64) * features + feature) * rank
     acc = tl.zeros([block_m, block_f], tl.float32)
+    whole: tl.constexpr = rank % depth == 0 and features % block_f == 0
     for begin in tl.range(0, rank, depth):
         cell = begin + some
-        latent = tl.load(left[:, None] + cell[None, :], mask=inside[:, None] & (cell[None, :] < rank), other=0.0)
-        matrix = tl.load(
-            right[:, None] + cell[None, :], mask=(feature[:, None] < features) & (cell[None, :] < rank), other=0.0
-        )
+        if whole:  # columns behind the last are read in a page of no sequence, and not written
+            latent = tl.load(left[:, None] + cell[None, :])
+            matrix = tl.load(right[:, None] + cell[None, :])
+        else:
+            latent = tl.load(left[:, None] + cell[None, :], mask=cell[None, :] < rank, other=0.0)
+            matrix = tl.load(
+                right[:, None] + cell[None, :], mask=(feature[:, None] < features) & (cell[None, :] < rank), other=0.0
+            )
         acc = product(latent, tl.trans(matrix), acc)
     done = acc.to(keys.dtype.element_ty)
     at = head.to(tl.int64) * total + tl.load(begins + sequence).to(tl.int64) + here

@@ -10,13 +10,16 @@ from torch import Tensor
 
 EXPANDED = 512 << 20
 """Bytes of keys and values that a pass over prompts makes at once; of one head at least."""
-LEAST_SPAN = 128
-"""Columns that a program of the step's kernel attends to at least. Longer sequences have longer spans, not more."""
 
 
-def spans_of(heads: int) -> int:
-    """Spans that a sequence is cut into at most: enough programs for a GPU, with few sums to join. Enters the arithmetic."""
-    return max(16, 128 // -(-heads // 64))
+def spans_of(heads: int) -> tuple[int, int]:
+    """Columns of a span of a sequence at least, and spans of one at most: longer sequences have longer spans, not more.
+
+    Enough programs for a GPU, and few bytes to join beside those of latents: each span gives as many for each head. Enters the
+    arithmetic.
+    """
+    blocks = -(-heads // 64)
+    return 128 * blocks, max(16, 128 // blocks)
 
 
 def decode_attention(
