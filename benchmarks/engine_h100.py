@@ -223,14 +223,16 @@ def run(opened: Opened, work: Work, row: Row) -> dict[int, Tensor]:
     return watcher.kept
 
 
-def measure(stand_in: StandIn, work: Work, name: str, room: str, packed: str) -> tuple[Row, dict[int, Tensor]]:
-    """One configuration; `room` is a share of the experts, or a budget."""
+def measure(
+    stand_in: StandIn, work: Work, name: str, room: str, packed: str, **more: Any
+) -> tuple[Row, dict[int, Tensor]]:
+    """One configuration; `room` is a share of the experts, or a budget; `more` are options in place of the work's."""
     size = {"gpu_memory": room} if room.endswith("B") else {"slots": f"{float(room):.2%}"}
-    options = {"strategy": name, "execution": "graph", "routing": work.replay, **size, **work.options}
+    options = {"strategy": name, "execution": "graph", "routing": work.replay, **size, **work.options, **more}
     with stand_in.open(predicted=STRATEGIES[name].predicted, **options) as opened:
         plan = opened.llm.plan
         row = Row(
-            slots=plan.slots, strategy=name, batch=plan.max_batch, budget_bytes=plan.budget or plan.total, record_bytes=plan.record_bytes,
+            slots=plan.slots, strategy=name, batch=len(work.prompts), budget_bytes=plan.budget or plan.total, record_bytes=plan.record_bytes,
             format=packed,
         )  # fmt: skip
         return row, run(opened, work, row)

@@ -10,6 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 SHAPES = {
     "gpt-oss-20b": "engine_g_packed_h200",
+    "gpt-oss-20b, an earlier day": "engine_g_beside_h200",
     "gpt-oss-120b": "engine_g120_h200",
     "Qwen3-30B-A3B": "engine_q30_h200",
 }

@@ -208,36 +208,6 @@ def _engine_notes(result: dict[str, Any], rows: list[dict[str, Any]], *, whole: 
     )
 
 
-def front() -> str:
-    """The README's table: speed against GPU memory, gpt-oss-20b's shape."""
-    result, rows = _engine_rows("g")
-    total, record = result["experts"], result["row_bytes"]
-    lines = [
-        "| experts on the GPU | GPU memory | 1 sequence: LRU cache | `next-use` | `plec` | 8 sequences: LRU cache | `next-use` | `plec` |",
-        "|---" * 8 + "|",
-    ]
-    most = max(slots for slots, _, _ in rows)
-    resident = [f"{batch / statistics.median(result['resident_ms'][str(batch)]) * 1e3:.0f}" for batch in (1, 8)]
-    whole = rows[most, 8, "plec"]["peak_bytes"] + (total - most) * record
-    lines.append(f"| all | {whole / GIB:.1f} GiB | | | {resident[0]} | | | {resident[1]} |")
-    for slots in sorted({slots for slots, _, _ in rows}, reverse=True):
-        peak = max(rows[slots, batch, "plec"]["peak_bytes"] for batch in (1, 8))
-        cells = []
-        for batch in (1, 8):
-            for strategy in ("lru", "next-use", "plec"):
-                speeds = [batch / ms * 1e3 for ms in rows[slots, batch, strategy]["ms"]]
-                cells.append(_median(speeds) if strategy == "plec" else f"{statistics.median(speeds):.1f}")
-        lines.append(f"| {slots / total:.1%} | {peak / GIB:.1f} GiB | {' | '.join(cells)} |")
-    config, exact = result["config"], all(row["tokens_equal"] and row["logits_equal"] for row in rows.values())
-    lines += ["", (
-        f"Decoded tokens a second on one {result['machine']['device']}, medians of 3 windows (smallest-largest), routing and tokens of "
-        f"{config['trace'].split(', ')[1]}. LRU: an equal share of the slots for each layer, the same kernels. `next-use` and `plec` "
-        "are strategies of ExpertFlow: `next-use` needs no predictor, `plec` ran with one trained on other text. All resident: memory "
-        f"computed from the {most / total:.0%} row. Every token equal to the all-resident model's: {'yes' if exact else 'NO'}."
-    )]  # fmt: skip
-    return "\n".join(lines)
-
-
 def engine_g() -> str:
     """gpt-oss-20b's shape with real routing replayed: medians."""
     return "\n".join(_engine("g", "plec", whole=False))
@@ -695,7 +665,7 @@ def fields() -> str:
 
 Tables = Mapping[str, Callable[[], str]]
 PAGES: Mapping[str, Tables] = {
-    "README.md": {"front": front},
+    "README.md": {"front": packed_tables.front},
     "docs/how-it-works.md": {"modules": modules, "strategies": strategies},
     "docs/serving.md": {"fields": fields},
     "docs/benchmarks.md": {
@@ -708,7 +678,6 @@ PAGES: Mapping[str, Tables] = {
         "control": control,
         "switch-stages": switch_stages,
         "accelerate": accelerate,
-        "host-execution": host_execution,
     },
     "docs/limits.md": {"expert-format": expert_format},
 }

@@ -16,7 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: spinn
 if os.environ.get("EXPERTFLOW_CHECK_SHAPES", "1") == "1":
     from jaxtyping import install_import_hook
 
-    WITH_SHAPES = ["models.experts", "models.switch", "execution.runner", "execution.sampler"]
+    WITH_SHAPES = [
+        "models.experts",
+        "models.switch",
+        "execution.runner",
+        "execution.sampler",
+        "kernels.sampling.reference",
+    ]
     install_import_hook([f"expertflow.{name}" for name in WITH_SHAPES], "beartype.beartype")
 
 import torch

@@ -22,9 +22,10 @@ from expertflow.engine.prepare import SHIPPED_MODEL, prepare
 from expertflow.engine.request import Request, RequestOutput, StreamOutput, Totals
 from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.engine.threads import limit_threads
-from expertflow.errors import CancelledError, ConfigError, NonFiniteError, PromptError, UnsupportedModelError
+from expertflow.errors import CancelledError, ConfigError, PromptError, RequestError, UnsupportedModelError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.replay import Replay
+from expertflow.execution.sampling.masks import TokenMask
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.weights.sources import SharedWeights, WeightsSource
 from expertflow.predict.artifact import Artifact
@@ -157,19 +158,22 @@ class LLM:
         """The transformers model behind it. Its passes and the engine's steps run one at a time."""
         return self._offloaded.model
 
-    def request(self, prompt: Any, params: SamplingParams | None = None, *, index: int = 0) -> Request:
+    def request(
+        self, prompt: Any, params: SamplingParams | None = None, *, index: int = 0, mask: TokenMask | None = None
+    ) -> Request:
         """A request for `engine.add`.
 
         Args:
             prompt: text, token ids, chat messages, a `Prompt`, or a mapping with one of these, see `engine.inputs`.
             params: how to sample and stop; None: the defaults.
             index: a number of the caller's own, which the outputs carry; a replay takes the recording of this number.
+            mask: restricts its tokens, such as a grammar's state; None: it may get any.
 
         Raises:
             PromptError: if the prompt is empty, too long, or of another kind.
             ConfigError: if `params` is no `SamplingParams`.
         """
-        return self._requests.request(prompt, params, index)
+        return self._requests.request(prompt, params, index, mask)
 
     @property
     def name(self) -> str:
@@ -241,7 +245,7 @@ class LLM:
         Raises:
             PromptError: if a prompt is empty, too long, or of another kind; nothing is generated then.
             ConfigError: if `params` is no `SamplingParams`.
-            NonFiniteError: if a prompt's logits are no numbers, once the other prompts are over; its `outputs` holds theirs.
+            RequestError: if a prompt's logits are no numbers, once the other prompts are over; its `outputs` holds theirs.
         """
         requests = self._requests.requests(split_prompts(prompts), _one_of(params, sampling_params))
         finished = []
@@ -251,7 +255,7 @@ class LLM:
                     if item.output is not None:
                         finished.append(item.output)
                         bar.advance()
-            except NonFiniteError as error:
+            except RequestError as error:
                 error.outputs = tuple(sorted(finished, key=lambda output: output.index))
                 raise
         return sorted(finished, key=lambda output: output.index)
@@ -265,7 +269,7 @@ class LLM:
     ) -> Iterator[StreamOutput]:
         """Like `generate`, token by token. Prompts are checked at the call, before the first token is taken.
 
-        A `NonFiniteError` of one prompt is raised when the others are over.
+        A `RequestError` of one prompt is raised when the others are over.
         """
         return self._run(self._requests.requests(split_prompts(prompts), _one_of(params, sampling_params)))
 

@@ -13,6 +13,7 @@ from expertflow.kernels import dense_reference, reference
 from expertflow.kernels.latent import reference as latent_reference
 from expertflow.kernels.mlp import ExpertMlp
 from expertflow.kernels.residency import reference as residency_reference
+from expertflow.kernels.sampling import reference as sampling_reference
 from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
@@ -21,11 +22,12 @@ if HAS_TRITON:
     from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
     from expertflow.kernels.residency import driver
+    from expertflow.kernels.sampling import select
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One set of kernels; see `kernels.reference` and `kernels.residency.reference` for what each does.
+    """One set of kernels; see `kernels.reference`, `kernels.residency.reference` and `kernels.sampling.reference` for what each does.
 
     `grouped` gives `group_pairs` of one MLP. `reads` is whether its expert kernels read a format.
     """
@@ -42,6 +44,7 @@ class Backend:
     latent_prompts: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     reads: Callable[[Format], bool]
+    choose: Callable[..., Tensor]
 
 
 def backend(device: torch.device) -> Backend:
@@ -61,6 +64,7 @@ def backend(device: torch.device) -> Backend:
             prompts.prompt_attention,
             dense.rms_norm,
             readers.reads,
+            select.choose,
         )
     return Backend(
         reference.expert_pairs,
@@ -75,6 +79,7 @@ def backend(device: torch.device) -> Backend:
         latent_reference.prompt_attention,
         dense_reference.rms_norm,
         reference.reads,
+        sampling_reference.choose_each,
     )
 
 
