@@ -161,6 +161,7 @@ VARIANTS = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 32},
     },
 }  # fmt: skip
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize("family", VARIANTS)
@@ -168,7 +169,7 @@ def test_graph_execution_is_near_stock_and_makes_no_key(
     family: str, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits of prompts and of steps are stock's within 1e-4 in float32, by the kernels, and `expand_kv` is not called."""
-    folder = make_checkpoint(family, spread=0.3, num_hidden_layers=2, **VARIANTS[family])
+    folder = make_checkpoint(family, spread=0.3, **SMALL, **VARIANTS[family])
     tokens = [[5 + (7 + row) * place % 90 for place in range(count)] for row, count in enumerate((70, 9))]
     stock = load_resident(folder)
     with torch.inference_mode():
@@ -217,7 +218,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert len(made) > 4
+    assert len(made) == 4
     for arch, case, shared, room, hopper in made:
         assert 0 < shared <= room, (arch, case)
         assert hopper == (arch == 90 and case in {"DeepSeek-V3 attend", "DeepSeek-V3 expand"}), (arch, case)

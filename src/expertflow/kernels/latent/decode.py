@@ -63,7 +63,7 @@ def _span(position, least: tl.constexpr, most: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(position + 1, most), GRAIN) * GRAIN, least)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def multiply(
     left, weight, out, count, left_row, left_head, heads: tl.constexpr, across: tl.constexpr, along: tl.constexpr, features: tl.constexpr,
     rank: tl.constexpr, first: tl.constexpr, depth: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
