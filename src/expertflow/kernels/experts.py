@@ -13,6 +13,7 @@ On Hopper the down projection and the sum are put on the device before their pre
 not know layers, and which side decides.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
+from expertflow.kernels.early import starts_early
 from expertflow.kernels.mlp import CHUNKS, MAX_PAIRS, SHARED_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.bytes import by_words
 from expertflow.kernels.reading.readers import reader
@@ -243,11 +245,12 @@ def _down_kernel(
 
 @triton.jit(do_not_specialize=["experts"], do_not_specialize_on_alignment=["index", "weights"])
 def _combine_kernel(
-    parts, index, weights, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr,
-    block: tl.constexpr, early: tl.constexpr,
+    parts, index, weights, shared, residual, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr,
+    block: tl.constexpr, added: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """`out[t]` = the sum over ranks of weight times part, in ascending order of expert (then of rank)."""
+    """`out[t]` = the sum over ranks of weight times part, in ascending order of expert (then of rank), and what is added behind it."""
     if early:
+        gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0)
     lane = tl.arange(0, padded)
@@ -263,7 +266,12 @@ def _combine_kernel(
         active = tl.sum((here & (mine >= 0) & (mine < experts)).to(tl.int32)) > 0
         part = tl.load(parts + (token * top_k + rank) * h + cols, mask=active & (cols < h), other=0.0)
         total = tl.where(active, total + tl.sum(tl.where(here, weight, 0.0)) * part, total)
-    tl.store(out + token * h + cols, total.to(out.dtype.element_ty), mask=cols < h)
+    done = total.to(out.dtype.element_ty)
+    if added > 1:
+        done = (tl.load(shared + token * h + cols, mask=cols < h, other=0.0).to(tl.float32) + done.to(tl.float32)).to(out.dtype.element_ty)
+    if added > 0:
+        done = (tl.load(residual + token * h + cols, mask=cols < h, other=0.0).to(tl.float32) + done.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + token * h + cols, done, mask=cols < h)
 
 
 def tilings(mlp: ExpertMlp, pairs: int, room: int = ROOM) -> tuple[Tiling, Tiling]:
@@ -373,14 +381,14 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
         bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.hidden) if cut.split else 1,
-        early=_early(pool), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
+        early=starts_early(pool), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
     )  # fmt: skip
 
 
 def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
     """The second half of `expert_pairs`, cut as given. Nothing may come between: it reads `slots` before it waits."""
     size = mlp.torch_dtype.itemsize
-    pairs, early = slots.numel(), _early(pool)
+    pairs, early = slots.numel(), starts_early(pool)
     assert not cut.split or pairs <= SHARED_PAIRS
     _down_kernel[(cut.programs(mlp.hidden, mlp.width), pairs)](
         work.inner, slots, pool.view(mlp.torch_dtype), work.parts, work.sums, work.counts, pairs, padded=_padded(pairs),
@@ -411,19 +419,18 @@ def _room(tensor: Tensor) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def _early(tensor: Tensor) -> bool:
-    """Whether a kernel may be put on the device while the one before it ends (Hopper's programmatic launch)."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
-
-
-def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor) -> None:
-    """Add each token's weighted results in ascending order of expert, starting from zero.
+def combine(
+    parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor, added: Sequence[Tensor] = ()
+) -> None:
+    """Add each token's weighted results in ascending order of expert, starting from zero, then what is `added`.
 
     As `kernels.reference.combine`; one launch.
     """
     tokens, top_k = index.shape
-    hidden, early = out.shape[1], _early(out)
+    hidden, early = out.shape[1], starts_early(out)
+    assert all(one.is_contiguous() for one in added)
+    shared, residual = (added[0] if added else out), (added[-1] if added else out)
     _combine_kernel[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
-        parts, index.contiguous(), weights.contiguous(), out, experts, h=hidden, top_k=top_k,
-        padded=triton.next_power_of_2(top_k), block=COMBINE_BLOCK, early=early, launch_pdl=early,
+        parts, index.contiguous(), weights.contiguous(), shared, residual, out, experts, h=hidden, top_k=top_k,
+        padded=triton.next_power_of_2(top_k), block=COMBINE_BLOCK, added=len(added), early=early, launch_pdl=early,
     )  # fmt: skip

@@ -77,14 +77,23 @@ class DenseParts:
     ) -> Tensor:
         """`[B, Q, 1, D]` over keys and values of all KV rows to `[B, 1, Q, D]`; a bias is `[1, Q, 1, M]`, by distance."""
         (query, keys, values), now, bias = given, self._context.now, more.get("position_bias")
-        queries, attend = query[:, :, 0].contiguous(), self._kernels.decode_attention
+        queries = query[:, :, 0].contiguous()
         if not module.is_causal:  # over what the encoder has read, all of it
             assert now.lasts is not None
-            return attend(queries, keys, values, (now.rows, now.lasts), scale)[:, None]
-        window, sinks = self._windows[module.layer_idx], getattr(module, "sinks", None)
-        by_distance = None if bias is None else bias[0, :, 0]
+            where = now.rows, now.lasts
+            return self._kernels.decode_attention(queries, keys, values, where, scale)[:, None]
+        return self._attend(module, (queries, keys, values), scale, None if bias is None else bias[0, :, 0])[:, None]
+
+    def attend_heads(self, module: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries `[B, Q, D]` of one token a sequence, over keys and values of all KV rows, to `[B, Q, D]`."""
+        return self._attend(module, (queries, keys, values), module.scaling)
+
+    def _attend(
+        self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float, bias: Tensor | None = None
+    ) -> Tensor:
+        now, window, sinks = self._context.now, self._windows[module.layer_idx], getattr(module, "sinks", None)
         where, table = (now.rows, now.positions[:, 0]), self._table(module)
-        return attend(queries, keys, values, where, scale, window, sinks, by_distance, table=table)[:, None]
+        return self._kernels.decode_attention(*given, where, scale, window, sinks, bias, table=table)
 
     def _table(self, module: Any) -> Tensor | None:
         """The page table of an attention layer; None where keys and values lie in rows."""

@@ -94,7 +94,6 @@ class DeviceExperts:
         self.updated = 0
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._find_large()
-        self._padding = torch.zeros(0)
         self._prefetches = strategy.prefetch != "none"
         self._corrections, self._plans, self._ahead = Lane(device), Lane(device), Lane(device)
 
@@ -173,8 +172,6 @@ class DeviceExperts:
     def open_step(self, batch: int) -> None:
         """Begin a step of `batch` sequences, of which `live` count: forecast, plan, begin to load."""
         self._schedule = self._schedules[batch]
-        if self.fixed or self.state.large:
-            self._padding = torch.arange(batch, device=self.live.device)[:, None] >= self.live
         if self.fixed:
             return
         with self._plans.work():  # beside the first layer's attention
@@ -190,8 +187,10 @@ class DeviceExperts:
             self._twin.open_step(ahead=not self.paused)
             self._load_ahead(0)
 
-    def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Compute a layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
+    def run(
+        self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """Compute a layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`, and add what is to be `added` behind it."""
         schedule, kernels, mlp = self._schedule, self._kernels, self._mlps[layer]
         assert schedule is not None
         hidden, index = hidden.contiguous(), index.contiguous()
@@ -202,12 +201,12 @@ class DeviceExperts:
             if not self.fixed and self._looks_ahead:
                 with self._plans.work():
                     self._twin.bind(layer)
-            slots = torch.take(self._places[layer], index).masked_fill_(self._padding, -1)
+            slots = kernels.find_slots(self._places[layer], index, self.live)
             kernels.expert_pairs(mlp, hidden, slots, self._shared.pool.of(layer)[0], self._work)
         else:
             self._by_phases(layer, hidden, schedule)
         out = torch.empty_like(hidden)
-        kernels.combine(self._work.parts, index, weights, self.state.experts, out)
+        kernels.combine(self._work.parts, index, weights, self.state.experts, out, added)
         if not self.fixed and self._looks_ahead:
             self._plans.join()
             self._load_ahead(layer + 1)

@@ -1,0 +1,151 @@
+"""What of a decoder layer is computed by building blocks, and the compositions themselves.
+
+A composition takes the set of kernels as an argument. So `match` runs the very same lines with the references, on random numbers, beside
+a module's own forward. Must not know where modules and numbers come from.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from expertflow.kernels.backend import Backend
+from expertflow.kernels.blocks.given import Cells, Heads, Norm, Rotary, Router, RouterRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBlock:
+    """Attention over heads: one product of queries, keys and values, rotation, and a product of what heads give.
+
+    Attributes:
+        doubled: as of `Rotary`.
+        normed: whether each head of queries and keys has a norm.
+        wide: as of that `Norm`.
+    """
+
+    doubled: bool
+    normed: bool
+    wide: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsBlock:
+    """A router, experts, perhaps a shared expert beside them.
+
+    Attributes:
+        router: name of the router within the module.
+        rule: how it chooses.
+        correction: path of what is added to scores for the choice, or None.
+        shared: name of the shared expert's module, or None.
+        gate: name of the weight of its share, or None.
+    """
+
+    router: str
+    rule: RouterRule
+    correction: str | None = None
+    shared: str | None = None
+    gate: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerForm:
+    """A decoder layer: states plus attention of their norm, then plus the second part of the sum's norm.
+
+    Attributes:
+        attention: name of the attention's module within the layer.
+        second: name of the second part's: experts, or a plain feed-forward block.
+        norms: names of the norms before them.
+        wide: as of `Norm`.
+        heads: what of the attention is computed by blocks; None: its own code runs.
+        experts: what of the second part is; None: its own code runs.
+    """
+
+    attention: str
+    second: str
+    norms: tuple[str, str]
+    wide: bool
+    heads: AttentionBlock | None = None
+    experts: ExpertsBlock | None = None
+
+
+class AttentionTensors(NamedTuple):
+    """Weights of an attention module.
+
+    Attributes:
+        joined: of queries, keys and values, `[(Q + 2G) D, H]`.
+        bias: `[(Q + 2G) D]`, or None.
+        heads: of them.
+        norms: of a query's and a key's head, or None.
+        out: `[H, Q D]`.
+        out_bias: `[H]`, or None.
+    """
+
+    joined: Tensor
+    bias: Tensor | None
+    heads: Heads
+    norms: tuple[Norm, Norm] | None
+    out: Tensor
+    out_bias: Tensor | None
+
+
+class ExpertsTensors(NamedTuple):
+    """What computes a layer's second part.
+
+    Attributes:
+        router: chooses.
+        counts: as of `route`.
+        shared: the shared expert, normed states to what it gives; None: there is none.
+    """
+
+    router: Router
+    counts: Tensor
+    shared: Callable[[Tensor], Tensor] | None
+
+
+def attention(
+    kernels: Backend,
+    tensors: AttentionTensors,
+    states: Tensor,
+    where: tuple[Rotary, Cells],
+    attend: Callable[[Tensor], Tensor],
+    norm: Norm | None = None,
+) -> Tensor:
+    """Attention of one token a sequence.
+
+    Args:
+        kernels: what computes.
+        tensors: of the module.
+        states: `[T, H]`.
+        where: how far tokens are turned, and where their keys and values go.
+        attend: queries `[T, Q, D]` to what heads give, of the same shape; keys and values of these tokens have been kept before.
+        norm: before the module, whose result is then added to the states; None: states come normed, and nothing is added.
+
+    Returns:
+        `[T, H]`.
+    """
+    joined = kernels.product(states, tensors.joined, tensors.bias, norm)
+    given = attend(kernels.rotate(joined, tensors.heads, where[0], tensors.norms, where[1]))
+    residual = None if norm is None else states
+    return kernels.product(given.flatten(1), tensors.out, tensors.out_bias, None, residual)
+
+
+def experts(
+    kernels: Backend,
+    tensors: ExpertsTensors,
+    states: Tensor,
+    norm: Norm,
+    run: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...]], Tensor],
+) -> Tensor:
+    """Norm, router and experts, added to the states.
+
+    Args:
+        kernels: what computes.
+        tensors: of the module.
+        states: `[T, H]`.
+        norm: before the module.
+        run: normed states, experts `[T, K]`, weights `[T, K]` and what else is added, to `[T, H]`.
+    """
+    normed, index, weights = kernels.route(states, norm, tensors.router, tensors.counts)
+    added = (states,) if tensors.shared is None else (tensors.shared(normed), states)
+    return run(normed, index, weights, added)
