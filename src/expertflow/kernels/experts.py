@@ -268,9 +268,13 @@ def _combine_kernel(
         total = tl.where(active, total + tl.sum(tl.where(here, weight, 0.0)) * part, total)
     done = total.to(out.dtype.element_ty)
     if added > 1:
-        done = (tl.load(shared + token * h + cols, mask=cols < h, other=0.0).to(tl.float32) + done.to(tl.float32)).to(out.dtype.element_ty)
+        done = (tl.load(shared + token * h + cols, mask=cols < h, other=0.0).to(tl.float32) + done.to(tl.float32)).to(
+            out.dtype.element_ty
+        )
     if added > 0:
-        done = (tl.load(residual + token * h + cols, mask=cols < h, other=0.0).to(tl.float32) + done.to(tl.float32)).to(out.dtype.element_ty)
+        done = (tl.load(residual + token * h + cols, mask=cols < h, other=0.0).to(tl.float32) + done.to(tl.float32)).to(
+            out.dtype.element_ty
+        )
     tl.store(out + token * h + cols, done, mask=cols < h)
 
 

@@ -80,7 +80,7 @@ class LayerBlocks:
             return states + bound.attention(hidden_states=normed[:, None], **more)[0][:, 0]
         kept = more["past_key_values"].layers[bound.attention.layer_idx]
         cells = kept.cells(states, bound.heads.heads)
-        angles = [one.view(-1, one.shape[-1]) for one in more["position_embeddings"]]
+        angles = [one.reshape(-1, one.shape[-1]) for one in more["position_embeddings"]]
         rotary = Rotary(angles[0], angles[1], bound.form.heads.doubled)
 
         def attend(queries: Tensor) -> Tensor:

@@ -136,7 +136,9 @@ def _mix(
     if any(more.get(name) is not None for name in ("position_bias", "softcap")):
         raise NotImplementedError
     groups = query.shape[1] // key.shape[1]
-    mixed = torch.tanh(query * scaling * 8) + key.repeat_interleave(groups, 1) - 0.5 * value.repeat_interleave(groups, 1)
+    mixed = (
+        torch.tanh(query * scaling * 8) + key.repeat_interleave(groups, 1) - 0.5 * value.repeat_interleave(groups, 1)
+    )
     return mixed.transpose(1, 2), None
 
 
@@ -271,7 +273,9 @@ def _wide(norm: Any) -> bool | None:
     except _FAILS:
         return None
     for wide in (False, True):
-        if own.dtype == states.dtype and torch.equal(own, rms_norm(states, tensors["weight"], norm.variance_epsilon, wide=wide)):
+        if own.dtype == states.dtype and torch.equal(
+            own, rms_norm(states, tensors["weight"], norm.variance_epsilon, wide=wide)
+        ):
             return wide
     return None
 
@@ -319,14 +323,29 @@ def _experts_blocks(module: nn.Module, hidden: int) -> Iterator[ExpertsBlock]:
     if list(found) != ["experts"]:
         return
     count = int(found["experts"].num_experts)  # type: ignore[arg-type]
-    routers = [name for name, child in children.items() if getattr(getattr(child, "weight", None), "shape", None) == (count, hidden)]
-    gates = [name for name, child in children.items() if getattr(getattr(child, "weight", None), "shape", None) == (1, hidden)]
-    shared = [name for name in children if name not in ("experts", *routers, *gates) and list(children[name].parameters())]
+    routers = [
+        name
+        for name, child in children.items()
+        if getattr(getattr(child, "weight", None), "shape", None) == (count, hidden)
+    ]
+    gates = [
+        name
+        for name, child in children.items()
+        if getattr(getattr(child, "weight", None), "shape", None) == (1, hidden)
+    ]
+    shared = [
+        name for name in children if name not in ("experts", *routers, *gates) and list(children[name].parameters())
+    ]
     if len(routers) != 1 or len(shared) > 1 or len(gates) > len(shared):
         return
-    corrections = [name for name, tensor in _tensors(module) if name.endswith("correction_bias") and tensor.numel() == count]
+    corrections = [
+        name for name, tensor in _tensors(module) if name.endswith("correction_bias") and tensor.numel() == count
+    ]
     block = ExpertsBlock(
-        router=routers[0], rule=RouterRule(top_k=1), shared=shared[0] if shared else None, gate=gates[0] if gates else None
+        router=routers[0],
+        rule=RouterRule(top_k=1),
+        shared=shared[0] if shared else None,
+        gate=gates[0] if gates else None,
     )
     for rule, correction in product(_rules(children[routers[0]], count), [*corrections[:1], None]):
         yield replace(block, rule=rule, correction=correction)
@@ -337,7 +356,7 @@ def _rules(router: Any, count: int) -> Iterator[RouterRule]:
     top_k, scale = int(router.top_k), float(getattr(router, "routed_scaling_factor", 1.0))
     groups = int(getattr(router, "num_group", None) or 1)
     kept = int(getattr(router, "topk_group", None) or 1)
-    tops = (2, 1) if 1 < groups and count % groups == 0 else ()
+    tops = (2, 1) if groups > 1 and count % groups == 0 else ()
     for scores, normalised in product(("softmax", "sigmoid"), (False, True)):
         rule = RouterRule(top_k=top_k, scores=scores, normalised=normalised, scale=scale)
         for top in tops:
@@ -349,9 +368,7 @@ def _rules(router: Any, count: int) -> Iterator[RouterRule]:
 def experts_tensors(module: Any, block: ExpertsBlock, tensors: Tensors, counts: Tensor) -> ExpertsTensors:
     """Weights of a second part, by the names they have in it."""
     correction = None if block.correction is None else tensors[block.correction].flatten()
-    router = Router(
-        tensors[f"{block.router}.weight"], tensors.get(f"{block.router}.bias"), correction, block.rule
-    )
+    router = Router(tensors[f"{block.router}.weight"], tensors.get(f"{block.router}.bias"), correction, block.rule)
     if block.shared is None:
         return ExpertsTensors(router, counts, None)
     own, weights = module.get_submodule(block.shared), _within(tensors, block.shared)

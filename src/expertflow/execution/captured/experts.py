@@ -187,9 +187,7 @@ class DeviceExperts:
             self._twin.open_step(ahead=not self.paused)
             self._load_ahead(0)
 
-    def run(
-        self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...] = ()
-    ) -> Tensor:
+    def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...] = ()) -> Tensor:
         """Compute a layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`, and add what is to be `added` behind it."""
         schedule, kernels, mlp = self._schedule, self._kernels, self._mlps[layer]
         assert schedule is not None

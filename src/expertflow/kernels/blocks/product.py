@@ -85,7 +85,9 @@ def _row_product(
             total += tl.load(bias + outs, mask=outs < n, other=0.0).to(tl.float32)
         done = total.to(dtype)
         if added:
-            done = (tl.load(residual + token * n + outs, mask=outs < n, other=0.0).to(tl.float32) + done.to(tl.float32)).to(dtype)
+            done = (
+                tl.load(residual + token * n + outs, mask=outs < n, other=0.0).to(tl.float32) + done.to(tl.float32)
+            ).to(dtype)
         tl.store(out + token * n + outs, done, mask=outs < n)
 
 
@@ -103,8 +105,14 @@ def _tile_product(
     total = tl.zeros([block_n, tile], tl.float32)
     for begin in range(0, k, block_k):
         here = begin + cell
-        part = tl.load(weight + outs.to(tl.int64)[:, None] * k + here[None, :], mask=(outs < n)[:, None] & (here < k)[None, :], other=0.0)
-        x = tl.load(states + token[None, :] * k + here[:, None], mask=(token < tokens)[None, :] & (here < k)[:, None], other=0.0)
+        part = tl.load(
+            weight + outs.to(tl.int64)[:, None] * k + here[None, :],
+            mask=(outs < n)[:, None] & (here < k)[None, :],
+            other=0.0,
+        )
+        x = tl.load(
+            states + token[None, :] * k + here[:, None], mask=(token < tokens)[None, :] & (here < k)[:, None], other=0.0
+        )
         if INTERPRETED:
             part, x = part.to(tl.float32), x.to(tl.float32)
         total = tl.dot(part, x, total, input_precision="ieee")
@@ -113,7 +121,9 @@ def _tile_product(
     place = token[None, :] * n + outs[:, None]
     done = total.to(out.dtype.element_ty)
     if added:
-        done = (tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + done.to(tl.float32)).to(out.dtype.element_ty)
+        done = (tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + done.to(tl.float32)).to(
+            out.dtype.element_ty
+        )
     tl.store(out + place, done, mask=inside)
 
 
@@ -161,9 +171,7 @@ def launch_rows(
     return out
 
 
-def launch_tiles(
-    states: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, cut: TileCut
-) -> Tensor:
+def launch_tiles(states: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, cut: TileCut) -> Tensor:
     """`product` of at most `MOST` tokens without a norm, cut as given."""
     (outputs, inputs), early = weight.shape, starts_early(states)
     assert states.is_contiguous()

@@ -38,9 +38,7 @@ def product(
     return out if residual is None else residual + out
 
 
-def rotate(
-    joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm] | None, cells: Cells
-) -> Tensor:
+def rotate(joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm] | None, cells: Cells) -> Tensor:
     """Take queries, keys and values apart, norm and turn queries and keys, and keep keys and values.
 
     Args:
@@ -95,7 +93,9 @@ def route(states: Tensor, norm: Norm, router: Router, counts: Tensor) -> tuple[T
     del counts
     normed, rule = rms_norm(states, norm.weight, norm.eps, wide=norm.wide), router.rule
     if rule.wide_logits:
-        logits = functional.linear(normed.float(), router.weight.float(), None if router.bias is None else router.bias.float())
+        logits = functional.linear(
+            normed.float(), router.weight.float(), None if router.bias is None else router.bias.float()
+        )
     else:
         logits = functional.linear(normed, router.weight, router.bias)
     scores = logits.float()

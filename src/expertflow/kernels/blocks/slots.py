@@ -17,7 +17,15 @@ _BLOCK = 256
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["places", "index", "live"])
 def _find_slots(
-    places, index, live, slots, count, top_k: tl.constexpr, experts: tl.constexpr, block: tl.constexpr, early: tl.constexpr
+    places,
+    index,
+    live,
+    slots,
+    count,
+    top_k: tl.constexpr,
+    experts: tl.constexpr,
+    block: tl.constexpr,
+    early: tl.constexpr,
 ):
     """The slots of some pairs."""
     if early:
