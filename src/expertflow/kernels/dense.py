@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
+from expertflow.kernels.early import starts_early
 
 BLOCK = tl.constexpr(64)
 AHEAD = tl.constexpr(8)
@@ -38,12 +40,22 @@ def _keep(place, cell, most, total, acc, kept):
 
 
 @triton.jit
+def _block(keys, values, begin, here, first, last, width: tl.constexpr):
+    """Keys and values of columns `here`, `[BLOCK, width]`; 0 before column `first` and behind column `last`."""
+    where, mask = begin + here[:, None] * width + tl.arange(0, width)[None, :], ((here >= first) & (here <= last))[:, None]
+    return tl.load(keys + where, mask=mask, other=0.0), tl.load(values + where, mask=mask, other=0.0)
+
+
+@triton.jit
 def _attend(
     query, keys, values, rows, positions, table, sinks, bias, out, part, row_stride, head_stride, table_stride, bias_stride, splits,
     page: tl.constexpr, scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
-    span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, biased: tl.constexpr, single: tl.constexpr,
+    span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, biased: tl.constexpr, single: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one key head with its query heads, one span of columns: maximum, sum and weighted values."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     split = tl.program_id(1)
     position = tl.load(positions + row).to(tl.int32)
@@ -62,15 +74,16 @@ def _attend(
     column = tl.maximum(behind, first // BLOCK * BLOCK)
     end = tl.minimum(behind + span, position + 1)
     sequence = tl.load(rows + row).to(tl.int64)
-    following = _begin(table, sequence, tl.minimum(column, position), row_stride, table_stride, page, width)
+    keys, values = keys + head * head_stride, values + head * head_stride
+    begin = _begin(table, sequence, tl.minimum(column, position), row_stride, table_stride, page, width)
+    next_key, next_value = _block(keys, values, begin, column + line, first, tl.minimum(end - 1, position), width)
+    begin = _begin(table, sequence, tl.minimum(column + BLOCK, position), row_stride, table_stride, page, width)
     while column < end:
-        begin = following  # looked up a block ahead, so that keys need not wait for it
-        following = _begin(table, sequence, tl.minimum(column + BLOCK, position), row_stride, table_stride, page, width)
-        here = column + line
+        here, key, value = column + line, next_key, next_value
         seen = (here <= position) & (here >= first)
-        where = begin + head * head_stride + here[:, None] * width + cell[None, :]
-        key = tl.load(keys + where, mask=seen[:, None], other=0.0)
-        value = tl.load(values + where, mask=seen[:, None], other=0.0)
+        # fetched a block ahead, and where that block lies two ahead, so that nothing need wait for it
+        next_key, next_value = _block(keys, values, begin, here + BLOCK, first, tl.minimum(end - 1, position), width)
+        begin = _begin(table, sequence, tl.minimum(column + 2 * BLOCK, position), row_stride, table_stride, page, width)
         left = asked
         if INTERPRETED:
             left, key, value = left.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
@@ -97,9 +110,12 @@ def _attend(
 @triton.jit
 def _join(
     part, positions, out, splits, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, piece: tl.constexpr,
-    padded: tl.constexpr, span: tl.constexpr, window: tl.constexpr,
+    padded: tl.constexpr, span: tl.constexpr, window: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Add the spans of one sequence and key head, in their order; a piece of the width."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     lane, cell, some = tl.arange(0, padded), tl.program_id(1) * piece + tl.arange(0, piece), tl.arange(0, AHEAD)
     position = tl.load(positions + program // kv_heads).to(tl.int32)
@@ -174,20 +190,20 @@ def decode_attention(
     groups, splits = heads // kv_heads, triton.cdiv(length, SPAN)
     if window:  # spans that one token's window reaches into
         splits = min(splits, (window - 2) // SPAN + 2)
-    padded = max(LEAST_HEADS, int(triton.next_power_of_2(groups)))
+    padded, early = max(LEAST_HEADS, int(triton.next_power_of_2(groups))), starts_early(query)
     out = torch.empty_like(query)
     part = query.new_empty((rows * kv_heads, splits, padded, width + 2) if splits > 1 else (1,), dtype=torch.float32)
     _attend[(rows * kv_heads, splits)](
         query, keys, values, row, position, row if table is None else table, query if sinks is None else sinks,
         query if bias is None else bias, out, part, keys.stride(0), keys.stride(1), 0 if table is None else table.stride(0),
         0 if bias is None else bias.stride(0), splits, page=page, scale=scale, groups=groups, kv_heads=kv_heads, width=width, padded=padded, span=SPAN, window=window or 0, sink=sinks is not None,
-        biased=bias is not None, single=splits == 1, num_warps=4,
+        biased=bias is not None, single=splits == 1, early=early, num_warps=4, launch_pdl=early,
     )  # fmt: skip
     if splits > 1:
         piece = min(width, _PIECE)
         _join[(rows * kv_heads, width // piece)](
             part, position, out, splits, groups=groups, kv_heads=kv_heads, width=width, piece=piece, padded=padded, span=SPAN,
-            window=window or 0, num_warps=4,
+            window=window or 0, early=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return out
 
