@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from expertflow.kernels import experts
 from expertflow.kernels.blocks import product, rotate, route, slots
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Rotary, Router, RouterRule
+from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule
 
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
@@ -78,7 +78,7 @@ def cases(
         "rows": (product, "_row_product", lambda: product.product(states[4], weight, None, None, joined.new_zeros(4, outputs))),
         "tiles": (product, "_tile_product", lambda: product.product(states[16], weight, bias, None, joined.new_zeros(16, outputs))),
         "rotate": (rotate, "_rotate", lambda: rotate.rotate(joined, heads, rotary, None, cells)),
-        "route": (route, "_route", lambda: route.route(states[16], norm, router, counts)),
+        "route": (route, "_route", lambda: route.route(states[16], norm, router, counts, Places(counts, counts))),
         "slots": (slots, "_find_slots", lambda: slots.find_slots(counts, index, counts)),
         "sum": (experts, "_combine_kernel", lambda: experts.combine(
             torch.zeros(16, 4, hidden), index, torch.zeros(16, 4), experts_count, states[16], (states[16], states[16]))),

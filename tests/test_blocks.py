@@ -6,7 +6,7 @@ import torch
 from expertflow.execution.blocks.join import joined
 from expertflow.kernels import reference as experts_reference
 from expertflow.kernels.blocks import reference
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Rotary, Router, RouterRule
+from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule
 from helpers import DEVICE
 
 pytest.importorskip("triton", reason="kernels need triton")
@@ -95,7 +95,10 @@ def test_router_is_the_references(rule: RouterRule, dtype: torch.dtype) -> None:
         rule,
     )
     states, counts = draw(tokens, 72, dtype=dtype), torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
-    mine, theirs = (module.route(states, norm_of(72, dtype), router, counts) for module in (route, reference))
+    slots = torch.arange(20, 20 + count, dtype=torch.int32, device=DEVICE)
+    places = Places(slots, torch.tensor([3], dtype=torch.int32, device=DEVICE))
+    mine, theirs = (module.route(states, norm_of(72, dtype), router, counts, places) for module in (route, reference))
+    assert torch.equal(mine[3][:3], 20 + mine[1][:3].int())
     for one, other in zip(mine, theirs, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, atol=CLOSE[dtype], rtol=CLOSE[dtype])
@@ -108,7 +111,7 @@ def test_a_router_without_numbers_still_chooses_experts() -> None:
     router = Router(draw(12, 16), None, None, RULES["mixtral"])
     counts = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     states = torch.full((1, 16), torch.nan, device=DEVICE)
-    _, index, weights = route.route(states, norm_of(16, torch.float32), router, counts)
+    _, index, weights, _ = route.route(states, norm_of(16, torch.float32), router, counts)
     assert len(set(index[0].tolist())) == 2
     assert 0 <= int(index.min()) <= int(index.max()) < 12
     assert weights.isnan().all()

@@ -42,7 +42,10 @@ def _keep(place, cell, most, total, acc, kept):
 @triton.jit
 def _block(keys, values, begin, here, first, last, width: tl.constexpr):
     """Keys and values of columns `here`, `[BLOCK, width]`; 0 before column `first` and behind column `last`."""
-    where, mask = begin + here[:, None] * width + tl.arange(0, width)[None, :], ((here >= first) & (here <= last))[:, None]
+    where, mask = (
+        begin + here[:, None] * width + tl.arange(0, width)[None, :],
+        ((here >= first) & (here <= last))[:, None],
+    )
     return tl.load(keys + where, mask=mask, other=0.0), tl.load(values + where, mask=mask, other=0.0)
 
 
@@ -75,8 +78,10 @@ def _attend(
     end = tl.minimum(behind + span, position + 1)
     sequence = tl.load(rows + row).to(tl.int64)
     keys, values = keys + head * head_stride, values + head * head_stride
-    begin = _begin(table, sequence, tl.minimum(column, position), row_stride, table_stride, page, width)
-    next_key, next_value = _block(keys, values, begin, column + line, first, tl.minimum(end - 1, position), width)
+    next_key, next_value = _block(
+        keys, values, _begin(table, sequence, tl.minimum(column, position), row_stride, table_stride, page, width), column + line, first,
+        tl.minimum(end - 1, position), width,
+    )  # fmt: skip
     begin = _begin(table, sequence, tl.minimum(column + BLOCK, position), row_stride, table_stride, page, width)
     while column < end:
         here, key, value = column + line, next_key, next_value
@@ -93,8 +98,7 @@ def _attend(
             score += tl.load(far, mask=(lane[:, None] < groups) & seen[None, :], other=0.0).to(tl.float32)
         score = tl.where(seen[None, :], score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
-        share = tl.exp(score - higher[:, None])
-        fade = tl.exp(most - higher)
+        share, fade = tl.exp(score - higher[:, None]), tl.exp(most - higher)
         total = total * fade + tl.sum(share, 1)
         acc = tl.dot(share.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
         most = higher

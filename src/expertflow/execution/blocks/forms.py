@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from expertflow.kernels.backend import Backend
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Rotary, Router, RouterRule
+from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,8 @@ def experts(
     tensors: ExpertsTensors,
     states: Tensor,
     norm: Norm,
-    run: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...]], Tensor],
+    run: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None], Tensor],
+    places: Places | None = None,
 ) -> Tensor:
     """Norm, router and experts, added to the states.
 
@@ -144,8 +145,9 @@ def experts(
         tensors: of the module.
         states: `[T, H]`.
         norm: before the module.
-        run: normed states, experts `[T, K]`, weights `[T, K]` and what else is added, to `[T, H]`.
+        run: normed states, experts `[T, K]`, weights `[T, K]`, what else is added, and the experts' slots if known, to `[T, H]`.
+        places: where the layer's experts lie; None: that is decided later.
     """
-    normed, index, weights = kernels.route(states, norm, tensors.router, tensors.counts)
+    normed, index, weights, slots = kernels.route(states, norm, tensors.router, tensors.counts, places)
     added = (states,) if tensors.shared is None else (tensors.shared(normed), states)
-    return run(normed, index, weights, added)
+    return run(normed, index, weights, added, slots)

@@ -17,7 +17,7 @@ from expertflow.execution.blocks.forms import AttentionTensors, ExpertsTensors, 
 from expertflow.execution.blocks.join import joined
 from expertflow.execution.blocks.match import attention_tensors, experts_tensors, find_layers
 from expertflow.kernels.backend import Backend, backend
-from expertflow.kernels.blocks.given import Norm, Rotary
+from expertflow.kernels.blocks.given import Norm, Places, Rotary
 from expertflow.models.context import ForwardContext
 from expertflow.models.skeleton import Skeleton
 
@@ -50,14 +50,22 @@ class LayerBlocks:
         skeleton: of it.
         context: what the model's passes carry.
         batch: sequences of a step at most.
+        places: where a layer's experts lie; None where that is decided once they are chosen.
 
     Attributes:
         layers: the layers that are run here.
     """
 
-    def __init__(self, model: PreTrainedModel, skeleton: Skeleton, context: ForwardContext, batch: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        skeleton: Skeleton,
+        context: ForwardContext,
+        batch: int,
+        places: Callable[[int], Places | None],
+    ) -> None:
         """Find the blocks, join weights, make the layers look at the context."""
-        self._context = context
+        self._context, self._places = context, places
         self._kernels: Backend = backend(model.device)
         counts = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.layers: dict[int, BoundLayer] = {}
@@ -96,11 +104,14 @@ class LayerBlocks:
             return states + (out[0] if isinstance(out, tuple) else out)[:, 0]
         binding = bound.second.experts.expertflow
 
-        def run(normed: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...]) -> Tensor:
+        def run(
+            normed: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...], slots: Tensor | None
+        ) -> Tensor:
             chosen = index if binding.replay is None else binding.replay(binding.layer, index)
-            return compute(binding.layer, normed, chosen, weights, added)
+            return compute(binding.layer, normed, chosen, weights, added, slots)
 
-        return forms.experts(self._kernels, bound.experts, states, norm, run)
+        places = None if binding.replay is not None else self._places(binding.layer)
+        return forms.experts(self._kernels, bound.experts, states, norm, run, places)
 
 
 def _bind(layer: Any, form: LayerForm, counts: Tensor) -> BoundLayer:

@@ -245,7 +245,7 @@ class _Tried:
         tensors, states = _within(self.tensors, self.second), self.states[:, 0]
         norm = Norm(torch.ones(states.shape[1]), 0.0, wide=True)
 
-        def run(normed: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...]) -> Tensor:
+        def run(normed: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...], _: None) -> Tensor:
             return sum(added[:-1], _use(normed, index, weights))
 
         given = experts_tensors(module, block, tensors, torch.zeros(0))

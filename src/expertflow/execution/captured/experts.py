@@ -21,6 +21,7 @@ from expertflow.events import CacheCounters
 from expertflow.execution.captured.lanes import Lane
 from expertflow.formats.records import ExpertStore
 from expertflow.kernels.backend import backend
+from expertflow.kernels.blocks.given import Places
 from expertflow.kernels.mlp import ExpertMlp, Workspace
 from expertflow.kernels.residency.state import CacheState, RoutingOutput, Schedule
 from expertflow.live.batch import PredictorInputs
@@ -187,20 +188,45 @@ class DeviceExperts:
             self._twin.open_step(ahead=not self.paused)
             self._load_ahead(0)
 
-    def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...] = ()) -> Tensor:
-        """Compute a layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`, and add what is to be `added` behind it."""
+    def places(self, layer: int) -> Places | None:
+        """Where a layer's experts lie, if every one of them stays; None: `run_layer` decides."""
+        return Places(self._places[layer], self.live) if self.fixed or layer in self.state.large else None
+
+    def run(
+        self,
+        layer: int,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        added: tuple[Tensor, ...] = (),
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Compute a layer.
+
+        Args:
+            layer: number of the MoE layer.
+            hidden: states `[T, H]`.
+            index: experts `[T, K]`.
+            weights: of them, `[T, K]`.
+            added: at most two of `[T, H]` that are added behind it.
+            slots: of the experts `[T, K]`, if they were looked up in `places`.
+
+        Returns:
+            `[T, H]`.
+        """
         schedule, kernels, mlp = self._schedule, self._kernels, self._mlps[layer]
         assert schedule is not None
         hidden, index = hidden.contiguous(), index.contiguous()
         if not self.fixed:
             self._plans.join()
             self._twin.run_layer(layer, index, schedule)
-        if self.fixed or layer in self.state.large:
+        if (places := self.places(layer)) is not None:
             if not self.fixed and self._looks_ahead:
                 with self._plans.work():
                     self._twin.bind(layer)
-            slots = kernels.find_slots(self._places[layer], index, self.live)
-            kernels.expert_pairs(mlp, hidden, slots, self._shared.pool.of(layer)[0], self._work)
+            slots = kernels.find_slots(places.slots, index, places.live) if slots is None else slots
+            pool = self._shared.pool.of(layer)[0]
+            kernels.expert_pairs(mlp, hidden, slots, pool, self._work, follows=self.fixed)
         else:
             self._by_phases(layer, hidden, schedule)
         out = torch.empty_like(hidden)

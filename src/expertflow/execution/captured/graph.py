@@ -77,7 +77,7 @@ class GraphDecoder:
         self.logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
         self.best = torch.zeros(batch, dtype=torch.long, device=device)
         self._dense = DenseParts(rows.model, rows.skeleton, rows.windows, rows.context) if dense else None
-        self._blocks = LayerBlocks(rows.model, rows.skeleton, rows.context, batch) if dense else None
+        self._blocks = LayerBlocks(rows.model, rows.skeleton, rows.context, batch, experts.places) if dense else None
         self._graphs: dict[tuple[int, int, int, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         self._reach = 0
         self._pool = graph_pool(device)

@@ -74,6 +74,18 @@ class Cells(NamedTuple):
     places: Tensor
 
 
+class Places(NamedTuple):
+    """Where a layer's experts lie, where every one of them is in its slot for good.
+
+    Attributes:
+        slots: int32 `[>= E]`, the slot of each expert.
+        live: int32 `[1]`, how many of the tokens count; the rest has no experts.
+    """
+
+    slots: Tensor
+    live: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterRule:
     """How a router chooses experts and weighs them.

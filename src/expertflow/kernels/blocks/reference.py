@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Rotary, Router
+from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router
 from expertflow.kernels.dense_reference import rms_norm
+from expertflow.kernels.reference import find_slots
 
 LEAST_SUM = 1e-20
 """Added to a sum that weights are divided by, as DeepSeek-V3 does; other sums do not notice it."""
@@ -78,7 +79,9 @@ def _turned(states: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([turned.to(states.dtype), still], dim=2)
 
 
-def route(states: Tensor, norm: Norm, router: Router, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def route(
+    states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Places | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Norm states and choose their experts.
 
     Args:
@@ -86,9 +89,11 @@ def route(states: Tensor, norm: Norm, router: Router, counts: Tensor) -> tuple[T
         norm: of the states.
         router: what chooses.
         counts: int32 `[>= T]` for the twin, 0 between launches; here nothing.
+        places: where the experts lie; None: that is decided later.
 
     Returns:
-        Normed states `[T, H]`, experts int64 `[T, K]` from the best one on, the lower one among equals, and their weights `[T, K]`.
+        Normed states `[T, H]`, experts int64 `[T, K]` from the best one on, the lower one among equals, their weights `[T, K]`, and
+        their slots int32 `[T, K]`, -1 where there is none, if `places` are known.
     """
     del counts
     normed, rule = rms_norm(states, norm.weight, norm.eps, wide=norm.wide), router.rule
@@ -116,4 +121,5 @@ def route(states: Tensor, norm: Norm, router: Router, counts: Tensor) -> tuple[T
     if rule.normalised:
         weights = weights / (weights.sum(dim=1, keepdim=True) + LEAST_SUM)
     weights = weights * rule.scale
-    return normed, index, weights if rule.wide_weights else weights.to(states.dtype)
+    slots = None if places is None else find_slots(places.slots, index, places.live)
+    return normed, index, weights if rule.wide_weights else weights.to(states.dtype), slots

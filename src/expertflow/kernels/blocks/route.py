@@ -9,13 +9,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow.kernels.blocks.given import Norm, Router
+from expertflow.kernels.blocks.given import Norm, Places, Router
 from expertflow.kernels.blocks.reference import LEAST_SUM
 from expertflow.kernels.blocks.rows import dot_rows, halves, load_rows, load_states, scaled
 from expertflow.kernels.early import starts_early
 
 ROWS, WARPS = 4, 4
 """Experts whose logits a program computes, and its warps."""
+MOST_AT_ONCE = tl.constexpr(128)
+"""Experts up to which all are compared with all."""
 _LEAST_SUM = tl.constexpr(LEAST_SUM)
 _LOWEST = tl.constexpr(-3e38)
 """Score of experts outside the best groups; -inf is that of experts already chosen."""
@@ -52,8 +54,29 @@ def _within_best_groups(
 
 
 @triton.jit
+def _first(choice, scores, lane, rank, top_k: tl.constexpr):
+    """The experts with the highest `choice`, the lower one among equals, and their scores; 0 beyond `top_k`."""
+    if choice.shape[0] <= MOST_AT_ONCE:  # all with all: few steps wait for one another
+        before = (choice[None, :] > choice[:, None]) | (
+            (choice[None, :] == choice[:, None]) & (lane[None, :] < lane[:, None])
+        )
+        place = tl.sum(before.to(tl.int32), axis=1)
+        here = (place[None, :] == rank[:, None]) & (rank < top_k)[:, None]
+        chosen = tl.sum(tl.where(here, lane[None, :], 0), axis=1)
+        weight = tl.sum(tl.where(here, scores[None, :], 0.0), axis=1)
+    else:
+        chosen, weight = rank * 0, rank * 0.0
+        for number in tl.static_range(top_k):
+            place = _best(choice, lane)
+            chosen = tl.where(rank == number, place, chosen)
+            weight = tl.where(rank == number, tl.sum(tl.where(lane == place, scores, 0.0), 0), weight)
+            choice = tl.where(lane == place, float("-inf"), choice)
+    return chosen.to(tl.int64), weight
+
+
+@triton.jit
 def _choose(
-    logits, correction, index, weights, experts: tl.constexpr, padded: tl.constexpr, top_k: tl.constexpr, ranks: tl.constexpr,
+    logits, correction, index, weights, places, slots, counted, placed: tl.constexpr, experts: tl.constexpr, padded: tl.constexpr, top_k: tl.constexpr, ranks: tl.constexpr,
     kind: tl.constexpr, corrected: tl.constexpr, groups: tl.constexpr, kept_groups: tl.constexpr, group_top: tl.constexpr,
     over_chosen: tl.constexpr, normalised: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
@@ -73,25 +96,24 @@ def _choose(
     if groups > 1:
         choice = _within_best_groups(choice, experts, padded, groups, kept_groups, group_top)
     choice = tl.where(inside, choice, float("-inf"))
-    chosen, weight = tl.zeros([ranks], tl.int64), tl.full([ranks], float("-inf") if over_chosen else 0.0, tl.float32)
-    for number in tl.static_range(top_k):
-        place = _best(choice, lane)
-        chosen = tl.where(rank == number, place.to(tl.int64), chosen)
-        weight = tl.where(rank == number, tl.sum(tl.where(lane == place, scores, 0.0), 0), weight)
-        choice = tl.where(lane == place, float("-inf"), choice)
+    chosen, weight = _first(choice, scores, lane, rank, top_k)
     if over_chosen:
+        weight = tl.where(rank < top_k, weight, float("-inf"))
         share = tl.exp(weight - tl.max(weight, 0))
         weight = share / tl.sum(share, 0)
     if normalised:
         weight = weight / (tl.sum(weight, 0) + _LEAST_SUM)
     tl.store(index + rank, chosen, mask=rank < top_k)
+    if placed:
+        slot = tl.load(places + chosen, mask=(rank < top_k) & counted, other=-1)
+        tl.store(slots + rank, slot, mask=rank < top_k)
     tl.store(weights + rank, (weight * scale).to(weights.dtype.element_ty), mask=rank < top_k)
 
 
 # many parameters: a launch does the work of eight
-@triton.jit(do_not_specialize_on_alignment=["counts"])
+@triton.jit(do_not_specialize_on_alignment=["counts", "places", "live"])
 def _route(
-    states, weight, bias, gains, correction, out, logits, index, weights, counts, eps: tl.constexpr, experts: tl.constexpr,
+    states, weight, bias, gains, correction, out, logits, index, weights, counts, places, live, slots, placed: tl.constexpr, eps: tl.constexpr, experts: tl.constexpr,
     k: tl.constexpr, rows: tl.constexpr, first: tl.constexpr, second: tl.constexpr, biased: tl.constexpr, wide: tl.constexpr,
     wide_logits: tl.constexpr, padded: tl.constexpr, top_k: tl.constexpr, ranks: tl.constexpr, kind: tl.constexpr,
     corrected: tl.constexpr, groups: tl.constexpr, kept_groups: tl.constexpr, group_top: tl.constexpr, over_chosen: tl.constexpr,
@@ -125,12 +147,15 @@ def _route(
     if tl.atomic_add(counts + token, 1) == tl.num_programs(0) - 1:
         tl.store(counts + token, 0)
         _choose(
-            logits + token * experts, correction, index + token * top_k, weights + token * top_k, experts, padded, top_k, ranks, kind,
+            logits + token * experts, correction, index + token * top_k, weights + token * top_k, places, slots + token * top_k,
+            token < tl.load(live), placed, experts, padded, top_k, ranks, kind,
             corrected, groups, kept_groups, group_top, over_chosen, normalised, scale,
         )  # fmt: skip
 
 
-def route(states: Tensor, norm: Norm, router: Router, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def route(
+    states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Places | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Norm states and choose their experts. As `reference.route`."""
     (tokens, inputs), experts, rule = states.shape, len(router.weight), router.rule
     early, (first, second) = starts_early(states), halves(inputs)
@@ -139,13 +164,15 @@ def route(states: Tensor, norm: Norm, router: Router, counts: Tensor) -> tuple[T
     normed, logits = torch.empty_like(states), states.new_empty(tokens, experts, dtype=torch.float32)
     index = states.new_empty(tokens, rule.top_k, dtype=torch.int64)
     weights = states.new_empty(tokens, rule.top_k, dtype=torch.float32 if rule.wide_weights else states.dtype)
+    slots = None if places is None else torch.empty_like(index, dtype=torch.int32)
+    known = (index, index, index) if places is None else (*places, slots)
     _route[(triton.cdiv(experts, ROWS), tokens)](
         states, router.weight, states if router.bias is None else router.bias, norm.weight,
-        states if router.correction is None else router.correction, normed, logits, index, weights, counts, eps=norm.eps,
+        states if router.correction is None else router.correction, normed, logits, index, weights, counts, *known, placed=places is not None, eps=norm.eps,
         experts=experts, k=inputs, rows=ROWS, first=first, second=second, biased=router.bias is not None, wide=norm.wide,
         wide_logits=rule.wide_logits, padded=int(triton.next_power_of_2(experts)), top_k=rule.top_k,
         ranks=int(triton.next_power_of_2(rule.top_k)), kind=rule.scores, corrected=router.correction is not None, groups=rule.groups,
         kept_groups=rule.kept_groups, group_top=rule.group_top, over_chosen=rule.over_chosen, normalised=rule.normalised,
         scale=rule.scale, early=early, num_warps=WARPS, launch_pdl=early,
     )  # fmt: skip
-    return normed, index, weights
+    return normed, index, weights, slots
