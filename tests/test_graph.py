@@ -111,7 +111,7 @@ def test_graph_tokens_are_the_hosts(model_type: str, make_checkpoint: MakeCheckp
 def test_dense_kernels_compute_what_the_modules_do(
     model_type: str, device: str, make_checkpoint: MakeCheckpoint
 ) -> None:
-    """With attention and norms by kernels the logits are the modules' up to rounding, windows and sinks included."""
+    """With attention, norms and layers by kernels the logits are the modules' up to rounding, windows and sinks included."""
     folder, found = make_checkpoint(model_type), []
     attended = 0
 
@@ -130,7 +130,8 @@ def test_dense_kernels_compute_what_the_modules_do(
             assert len(parts._norms) > len(kinds)
             kernels = parts._kernels
             parts._kernels = replace(kernels, decode_attention=attend)
-            decoder._dense = parts if dense else None
+            if not dense:
+                decoder._dense = decoder._blocks = None
             found.append(logits_of(llm))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
