@@ -225,23 +225,22 @@ def products(*, tiny: bool) -> list[dict[str, Any]]:
         copies = max(2, min(12, (600 << 20) // (outputs * inputs * 2)))
         weights = [torch.randn(outputs, inputs, device=device()).bfloat16() for _ in range(copies)]
         norm = Norm(torch.ones(inputs, device=device()).bfloat16(), 1e-5, wide=False)
-        for tokens in (1, 4, 8, 16):
+        for tokens in (1, 4, 16):
             states = torch.randn(tokens, inputs, device=device()).bfloat16()
             cuts: dict[str, Callable[[Tensor], Any]] = {
                 "torch": lambda weight, states=states: functional.linear(states, weight)
             }
-            if tokens <= product.FEW:
+            if tokens == 1:
                 for cut in [product.RowCut(rows, warps) for rows in (1, 2, 4, 8) for warps in (2, 4, 8)]:
                     cuts[f"rows {cut.rows} warps {cut.warps}"] = partial(rows_of, product, states, norm, cut)
             else:
                 sizes = [
-                    (16, 128, 4, 6),
-                    (16, 256, 4, 4),
                     (16, 256, 2, 4),
-                    (16, 512, 4, 3),
-                    (32, 128, 4, 5),
                     (32, 256, 4, 4),
+                    (64, 64, 4, 8),
                     (64, 128, 4, 5),
+                    (64, 128, 8, 5),
+                    (64, 256, 4, 3),
                 ]
                 for cut in [product.TileCut(*size) for size in sizes]:
                     text = f"tiles {cut.block_n}x{cut.block_k} warps {cut.warps} stages {cut.stages}"
@@ -265,7 +264,7 @@ def products(*, tiny: bool) -> list[dict[str, Any]]:
 
 
 def rows_of(product: Any, states: Tensor, norm: Norm, cut: Any, weight: Tensor) -> Tensor:
-    """The product of few tokens."""
+    """The product of one token."""
     return product.launch_rows(states, weight, None, norm, None, cut)
 
 

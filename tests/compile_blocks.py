@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expertflow.kernels import experts
-from expertflow.kernels.blocks import product, rotate, route, slots
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule
+from expertflow.kernels.blocks import attend, product, route, slots
+from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule, Seen
 
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
@@ -50,7 +50,9 @@ class Taken:
         kinds = {
             name: POINTERS[given[name].dtype] if isinstance(given[name], torch.Tensor) else "i32" for name in names
         }
-        aligned = [name for name in names if kinds[name].startswith("*")]
+        aligned = [
+            name for name in names if kinds[name].startswith("*") or (name not in constants and given[name] % 16 == 0)
+        ]
         source = ASTSource(
             kernel,
             {name: "constexpr" if name in constants else kinds[name] for name in names},
@@ -65,19 +67,20 @@ def cases(
     hidden: int, outputs: int, experts_count: int, rule: RouterRule
 ) -> dict[str, tuple[Any, str, Callable[[], Any]]]:
     """What is launched: module, kernel's name, launch."""
-    states = {tokens: torch.zeros(tokens, hidden, dtype=torch.bfloat16) for tokens in (1, 4, 16)}
+    states = {tokens: torch.zeros(tokens, hidden, dtype=torch.bfloat16) for tokens in (1, 16, 64)}
     norm, weight = Norm(torch.zeros(hidden), 1e-5, wide=False), torch.zeros(outputs, hidden, dtype=torch.bfloat16)
     bias, heads = torch.zeros(outputs, dtype=torch.bfloat16), Heads(8, 2, 64)
     cells = Cells(*torch.zeros(2, 4, 2, 64, 64, dtype=torch.bfloat16), *torch.zeros(2, 16, dtype=torch.int64))
     rotary = Rotary(*torch.zeros(2, 16, 32, dtype=torch.bfloat16), doubled=False)
     joined = torch.zeros(16, heads.all * 64, dtype=torch.bfloat16)
+    seen = Seen(cells.pages, cells.places, torch.zeros(16, 4, dtype=torch.int32), 0.125, 128, bias)
     router = Router(torch.zeros(experts_count, hidden, dtype=torch.bfloat16), None, None, rule)
     counts, index = torch.zeros(16, dtype=torch.int32), torch.zeros(16, 4, dtype=torch.int64)
     return {
         "row": (product, "_row_product", lambda: product.product(states[1], weight, bias, norm, None)),
-        "rows": (product, "_row_product", lambda: product.product(states[4], weight, None, None, joined.new_zeros(4, outputs))),
+        "wide tiles": (product, "_tile_product", lambda: product.product(states[64], weight)),
         "tiles": (product, "_tile_product", lambda: product.product(states[16], weight, bias, None, joined.new_zeros(16, outputs))),
-        "rotate": (rotate, "_rotate", lambda: rotate.rotate(joined, heads, rotary, None, cells)),
+        "attend": (attend, "_attend_joined", lambda: attend.attend(joined, heads, rotary, None, cells, seen)),
         "route": (route, "_route", lambda: route.route(states[16], norm, router, counts, Places(counts, counts))),
         "slots": (slots, "_find_slots", lambda: slots.find_slots(counts, index, counts)),
         "sum": (experts, "_combine_kernel", lambda: experts.combine(
@@ -108,6 +111,7 @@ def main() -> None:
     """Print architecture, case, shared memory, room, spilled bytes, and loads before and behind the wait."""
     made = []
     for arch in map(int, sys.argv[1:] or map(str, ROOM)):
+        product.room = lambda _, arch=arch: ROOM[arch]
         for sizes in ((2880, 5120, 32, RouterRule(top_k=4)), (7168, 2048, 256, GROUPED)):
             for name, (module, kernel, launch) in cases(*sizes).items():
                 taken = Taken(getattr(module, kernel))

@@ -6,12 +6,12 @@ import torch
 from expertflow.execution.blocks.join import joined
 from expertflow.kernels import reference as experts_reference
 from expertflow.kernels.blocks import reference
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule
+from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule, Seen
 from helpers import DEVICE
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts
-from expertflow.kernels.blocks import product, rotate, route, slots
+from expertflow.kernels.blocks import attend, product, route, slots
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 RULES = {
@@ -60,26 +60,32 @@ def test_a_token_of_a_product_has_its_bits_anywhere(tokens: int) -> None:
     assert torch.equal(first[order[: tokens - 1]], again[: tokens - 1])
 
 
+@pytest.mark.parametrize(("turned", "doubled", "window"), [(16, True, None), (8, True, 90), (16, False, None)])
 @pytest.mark.parametrize("dtype", CLOSE)
-@pytest.mark.parametrize(("turned", "doubled"), [(16, True), (8, True), (16, False)])
-@pytest.mark.parametrize("normed", [False, True])
-def test_rotation_is_the_references(turned: int, dtype: torch.dtype, *, doubled: bool, normed: bool) -> None:
-    """Whole heads and parts of them; keys and values arrive in pages of a layer among others, and nowhere else."""
-    tokens, heads = 3, Heads(6, 2, 16)
-    angles = draw(tokens, turned // 2, seed=4)
+def test_attention_is_the_references(turned: int, dtype: torch.dtype, window: int | None, *, doubled: bool) -> None:
+    """Whole heads and parts of them, one span and several; keys and values arrive in their pages of one layer, and nowhere else."""
+    positions, heads, normed = torch.tensor([300, 0, 127], device=DEVICE), Heads(6, 2, 16), window is None
+    angles = draw(3, turned // 2, seed=4)
     angles = torch.cat([angles, angles], dim=1) if doubled else angles
     rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype), doubled)
     norms = (norm_of(16, dtype), norm_of(16, dtype)._replace(weight=draw(16, dtype=dtype, seed=5))) if normed else None
-    states, pages = draw(tokens, heads.all * 16, dtype=dtype), torch.tensor([4, 0, 2], device=DEVICE)
-    places, found = torch.tensor([1, 7, 0], device=DEVICE), []
-    for module in (rotate, reference):
-        kept = torch.zeros(2, 3, 5, 2, 8, 16, device=DEVICE, dtype=dtype)  # of three layers, the second is written
-        queries = module.rotate(states, heads, rotary, norms, Cells(kept[0, 1], kept[1, 1], pages, places))
-        found.append((queries, kept))
+    states, table = (
+        draw(3, heads.all * 16, dtype=dtype),
+        torch.arange(18, dtype=torch.int32, device=DEVICE).flip(0).view(3, 6),
+    )
+    rows, found = torch.tensor([2, 0, 1], device=DEVICE), []
+    pages, places = table[rows, positions // 64].long(), positions % 64
+    for module in (attend, reference):
+        kept = draw(2, 3, 18, 2, 64, 16, dtype=dtype, seed=6)  # of three layers, the second is written
+        kept[:, 1, pages, :, places] = torch.nan  # what lay there before is of no account
+        sinks = draw(6, dtype=dtype, seed=7) if doubled else None
+        seen = Seen(rows, positions, table, 0.3, window, sinks)
+        heads_gave = module.attend(states, heads, rotary, norms, Cells(kept[0, 1], kept[1, 1], pages, places), seen)
+        found.append((heads_gave, kept))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
-    values = states.view(tokens, heads.all, 16)[1, 8:]
-    assert torch.equal(found[0][1][1, 1, 0, :, 7], values)
+    values = states.view(3, heads.all, 16)[0, 8:]
+    assert torch.equal(found[0][1][1, 1, pages[0], :, 300 % 64], values)
 
 
 @pytest.mark.parametrize("dtype", CLOSE)

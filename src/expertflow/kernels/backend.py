@@ -17,7 +17,7 @@ from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
     from expertflow.kernels import dense, experts, fetch
-    from expertflow.kernels.blocks import product, rotate, route, slots
+    from expertflow.kernels.blocks import attend, product, route, slots
     from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
     from expertflow.kernels.residency import driver
@@ -41,7 +41,7 @@ class Backend:
     prompt_attention: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     product: Callable[..., Tensor]
-    rotate: Callable[..., Tensor]
+    attend: Callable[..., Tensor]
     route: Callable[..., tuple[Tensor, Tensor, Tensor]]
     reads: Callable[[Format], bool]
 
@@ -62,7 +62,7 @@ def backend(device: torch.device) -> Backend:
             attention.prompt_attention,
             dense.rms_norm,
             product.product,
-            rotate.rotate,
+            attend.attend,
             route.route,
             readers.reads,
         )
@@ -78,7 +78,7 @@ def backend(device: torch.device) -> Backend:
         dense_reference.prompt_attention,
         dense_reference.rms_norm,
         blocks_reference.product,
-        blocks_reference.rotate,
+        blocks_reference.attend,
         blocks_reference.route,
         reference.reads,
     )

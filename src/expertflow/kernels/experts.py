@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
-from expertflow.kernels.early import starts_early
+from expertflow.kernels.device import ROOM, room, starts_early
 from expertflow.kernels.mlp import CHUNKS, MAX_PAIRS, SHARED_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.bytes import by_words
 from expertflow.kernels.reading.readers import reader
@@ -37,8 +36,6 @@ TILE = tl.constexpr(16)
 COMBINE_BLOCK = 256
 FEW_PAIRS = 16
 """Pairs below which the programs of a projection do not fill a GPU."""
-ROOM = 227 << 10
-"""Bytes of shared memory that a program may take on Hopper."""
 _LEAST_STAGES = 3
 """Stages below which a tiling of fewer outputs is better."""
 
@@ -372,7 +369,7 @@ def expert_pairs(
     assert slots.is_contiguous()
     assert hidden.dtype == mlp.torch_dtype
     assert slots.numel() <= MAX_PAIRS
-    up, down = tilings(mlp, slots.numel(), _room(pool))
+    up, down = tilings(mlp, slots.numel(), room(pool))
     launch_up(mlp, hidden, slots, pool, work, up, follows=follows)
     launch_down(mlp, slots, pool, work, down)
 
@@ -419,14 +416,6 @@ def read_arguments(projection: Projection) -> dict[str, Any]:
 
 def _padded(pairs: int) -> int:
     return max(int(triton.next_power_of_2(pairs)), 16)
-
-
-def _room(tensor: Tensor) -> int:
-    """Shared memory that a program may take on a tensor's device, bytes."""
-    if not tensor.is_cuda:
-        return ROOM
-    properties: Any = torch.cuda.get_device_properties(tensor.device)  # torch's stubs lack the attribute
-    return int(properties.shared_memory_per_block_optin)
 
 
 def combine(

@@ -51,8 +51,8 @@ class DenseKernels(Protocol):
     ) -> Tensor:
         """Queries `[B, Q, C, D]` over keys and values to `[B, C, Q, V]`; `more` is what transformers gives by name."""
 
-    def attend_heads(self, module: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Queries `[B, Q, D]` of one token a sequence, over keys and values of all KV rows, to `[B, Q, D]`."""
+    def seen(self, module: Any) -> Any:
+        """What an attention module sees in a pass of one token a sequence, as kernels take it (`kernels.blocks.given`)."""
 
 
 class LayerKernels(Protocol):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from expertflow.kernels.backend import Backend
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule
+from expertflow.kernels.blocks.given import Heads, Norm, Places, Router, RouterRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,6 @@ def attention(
     kernels: Backend,
     tensors: AttentionTensors,
     states: Tensor,
-    where: tuple[Rotary, Cells],
     attend: Callable[[Tensor], Tensor],
     norm: Norm | None = None,
 ) -> Tensor:
@@ -117,15 +116,13 @@ def attention(
         kernels: what computes.
         tensors: of the module.
         states: `[T, H]`.
-        where: how far tokens are turned, and where their keys and values go.
-        attend: queries `[T, Q, D]` to what heads give, of the same shape; keys and values of these tokens have been kept before.
+        attend: queries, keys and values `[T, (Q + 2G) D]` to what heads give, `[T, Q, D]`.
         norm: before the module, whose result is then added to the states; None: states come normed, and nothing is added.
 
     Returns:
         `[T, H]`.
     """
-    joined = kernels.product(states, tensors.joined, tensors.bias, norm)
-    given = attend(kernels.rotate(joined, tensors.heads, where[0], tensors.norms, where[1]))
+    given = attend(kernels.product(states, tensors.joined, tensors.bias, norm))
     residual = None if norm is None else states
     return kernels.product(given.flatten(1), tensors.out, tensors.out_bias, None, residual)
 

@@ -86,15 +86,15 @@ class LayerBlocks:
         if bound.heads is None or bound.form.heads is None or dense is None or not dense.in_place:
             normed = self._kernels.rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
             return states + bound.attention(hidden_states=normed[:, None], **more)[0][:, 0]
-        kept = more["past_key_values"].layers[bound.attention.layer_idx]
-        cells = kept.cells(states, bound.heads.heads)
-        angles = [one.reshape(-1, one.shape[-1]) for one in more["position_embeddings"]]
-        rotary = Rotary(angles[0], angles[1], bound.form.heads.doubled)
+        tensors, attention = bound.heads, bound.attention
+        cells = more["past_key_values"].layers[attention.layer_idx].cells(states, tensors.heads)
+        cos, sin = (one.reshape(-1, one.shape[-1]) for one in more["position_embeddings"])
+        rotary, seen = Rotary(cos, sin, bound.form.heads.doubled), dense.seen(attention)
 
-        def attend(queries: Tensor) -> Tensor:
-            return dense.attend_heads(bound.attention, queries, cells.keys, cells.values)
+        def attend(joined: Tensor) -> Tensor:
+            return self._kernels.attend(joined, tensors.heads, rotary, tensors.norms, cells, seen)
 
-        return forms.attention(self._kernels, bound.heads, states, (rotary, cells), attend, norm)
+        return forms.attention(self._kernels, tensors, states, attend, norm)
 
     def _feed(self, bound: BoundLayer, states: Tensor) -> Tensor:
         norm, compute = bound.norms[1], self._context.now.experts

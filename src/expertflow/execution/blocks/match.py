@@ -27,6 +27,7 @@ from expertflow.execution.blocks.forms import (
 )
 from expertflow.kernels.backend import backend
 from expertflow.kernels.blocks.given import Cells, Heads, Norm, Rotary, Router, RouterRule
+from expertflow.kernels.blocks.reference import rotate
 from expertflow.kernels.dense_reference import rms_norm
 from expertflow.models.attention import STEP_FORMS, attention_form
 from expertflow.models.experts import Uncopied, is_registry_experts
@@ -217,10 +218,11 @@ class _Tried:
         kept = torch.zeros(2, _TOKENS, heads.keys, 1, heads.width)
         cells = Cells(kept[0], kept[1], place, torch.zeros_like(place))
 
-        def attend(queries: Tensor) -> Tensor:
+        def attend(joined: Tensor) -> Tensor:
+            queries = rotate(joined, heads, rotary, given.norms, cells)
             return _mix(module, queries[:, :, None], *cells[:2], None, module.scaling)[0][:, 0]
 
-        mine = attention(backend(_CPU), given, states, (rotary, cells), attend)[:, None]
+        mine = attention(backend(_CPU), given, states, attend)[:, None]
         own = module.config
         angles = rotary.cos[:, None], rotary.sin[:, None]
         more = {"position_embeddings": angles, "attention_mask": None, "past_key_values": None}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from expertflow.kernels.backend import Backend, backend
+from expertflow.kernels.blocks.given import Seen
 from expertflow.models.attention import PROMPT_FORMS, STEP_FORMS, AttentionForm, attention_form, by_kernel
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
@@ -77,23 +78,21 @@ class DenseParts:
     ) -> Tensor:
         """`[B, Q, 1, D]` over keys and values of all KV rows to `[B, 1, Q, D]`; a bias is `[1, Q, 1, M]`, by distance."""
         (query, keys, values), now, bias = given, self._context.now, more.get("position_bias")
-        queries = query[:, :, 0].contiguous()
+        queries, attend = query[:, :, 0].contiguous(), self._kernels.decode_attention
         if not module.is_causal:  # over what the encoder has read, all of it
             assert now.lasts is not None
-            where = now.rows, now.lasts
-            return self._kernels.decode_attention(queries, keys, values, where, scale)[:, None]
-        return self._attend(module, (queries, keys, values), scale, None if bias is None else bias[0, :, 0])[:, None]
-
-    def attend_heads(self, module: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Queries `[B, Q, D]` of one token a sequence, over keys and values of all KV rows, to `[B, Q, D]`."""
-        return self._attend(module, (queries, keys, values), module.scaling)
-
-    def _attend(
-        self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float, bias: Tensor | None = None
-    ) -> Tensor:
-        now, window, sinks = self._context.now, self._windows[module.layer_idx], getattr(module, "sinks", None)
+            return attend(queries, keys, values, (now.rows, now.lasts), scale)[:, None]
+        window, sinks = self._windows[module.layer_idx], getattr(module, "sinks", None)
+        by_distance = None if bias is None else bias[0, :, 0]
         where, table = (now.rows, now.positions[:, 0]), self._table(module)
-        return self._kernels.decode_attention(*given, where, scale, window, sinks, bias, table=table)
+        return attend(queries, keys, values, where, scale, window, sinks, by_distance, table=table)[:, None]
+
+    def seen(self, module: Any) -> Seen:
+        """What a decoder layer's attention sees in a pass of one token a sequence over pages."""
+        now, table = self._context.now, self._table(module)
+        assert table is not None
+        window, sinks = self._windows[module.layer_idx], getattr(module, "sinks", None)
+        return Seen(now.rows, now.positions[:, 0], table, module.scaling, window, sinks)
 
     def _table(self, module: Any) -> Tensor | None:
         """The page table of an attention layer; None where keys and values lie in rows."""

@@ -74,6 +74,26 @@ class Cells(NamedTuple):
     places: Tensor
 
 
+class Seen(NamedTuple):
+    """What a pass's tokens attend to, themselves included.
+
+    Attributes:
+        rows: int64 `[T]`, row of each token's sequence in the page table.
+        positions: int64 `[T]`, of each token.
+        table: int32 `[R, m]` with unit columns, pages of each row.
+        scale: of the scores.
+        window: columns seen, the token's own included; None: all.
+        sinks: `[Q]`, a score a head gives to nothing; None: no such.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    table: Tensor
+    scale: float
+    window: int | None
+    sinks: Tensor | None
+
+
 class Places(NamedTuple):
     """Where a layer's experts lie, where every one of them is in its slot for good.
 

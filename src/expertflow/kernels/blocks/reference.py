@@ -1,6 +1,6 @@
 """What building blocks compute, in plain torch.
 
-Every function here has a twin of the same name and signature in `product`, `rotate` or `route`. Read these first; they run without
+`product`, `attend` and `route` each have a twin of the same name and signature in the file of that name. Read these first; they run without
 Triton, and tests compare the twins with them. Rounding is the modules' own: states are of the model's dtype wherever a module hands
 them on. Must not know modules.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router
-from expertflow.kernels.dense_reference import rms_norm
+from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, Seen
+from expertflow.kernels.dense_reference import decode_attention, rms_norm
 from expertflow.kernels.reference import find_slots
 
 LEAST_SUM = 1e-20
@@ -62,6 +62,28 @@ def rotate(joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm
     cells.keys[cells.pages, :, cells.places] = _turned(keys, rotary)
     cells.values[cells.pages, :, cells.places] = values
     return _turned(queries, rotary)
+
+
+def attend(
+    joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm] | None, cells: Cells, seen: Seen
+) -> Tensor:
+    """Attention of one token a sequence, from the product of queries, keys and values on.
+
+    Args:
+        joined: as of `rotate`.
+        heads: as of `rotate`.
+        rotary: as of `rotate`.
+        norms: as of `rotate`.
+        cells: as of `rotate`.
+        seen: what the tokens attend to.
+
+    Returns:
+        `[T, Q, D]`.
+    """
+    queries, where = rotate(joined, heads, rotary, norms, cells), (seen.rows, seen.positions)
+    return decode_attention(
+        queries, cells.keys, cells.values, where, seen.scale, seen.window, seen.sinks, table=seen.table
+    )
 
 
 def _turned(states: Tensor, rotary: Rotary) -> Tensor:

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from expertflow.kernels.blocks.given import Norm, Places, Router
 from expertflow.kernels.blocks.reference import LEAST_SUM
 from expertflow.kernels.blocks.rows import dot_rows, halves, load_rows, load_states, scaled
-from expertflow.kernels.early import starts_early
+from expertflow.kernels.device import starts_early
 
 ROWS, WARPS = 4, 4
 """Experts whose logits a program computes, and its warps."""

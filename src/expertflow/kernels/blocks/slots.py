@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow.kernels.early import starts_early
+from expertflow.kernels.device import starts_early
 
 _BLOCK = 256
 """Pairs of a program."""
