@@ -46,13 +46,13 @@ newest-smoke: $(NEWEST_STAMP)  ## every family with the newest transformers that
 
 newest:  ## every family with the newest transformers of today's index; by hand
 	$(PYTHON) -m venv --clear $(TODAY)
-	$(TODAY)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[dev]'
+	$(TODAY)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[dev,serve]'
 	$(TODAY)/bin/python -m pip install --upgrade transformers
 	$(TODAY)/bin/python $(SMOKE)
 
 resolve: | $(BIN)/python  ## resolve all pins against today's index, downloads half a gigabyte; by hand
-	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints.txt '.[dev]'
-	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints-newest.txt '.[dev]'
+	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints.txt '.[dev,serve]'
+	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints-newest.txt '.[dev,serve]'
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -62,12 +62,12 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,serve]'
 	touch $@ $(RUN_STAMP)
 
 $(NEWEST_STAMP): pyproject.toml constraints-newest.txt
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[dev]'
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt --editable '.[dev,serve]'
 	touch $@
 
 clean:  ## remove the environments and caches

@@ -2,7 +2,7 @@
 
 Through `LLM` and its engine. Arrivals, prompt lengths and answer lengths of `azure_conv_256.json`, divided by `--shorter` and sped up by `--faster`, inside one budget of
 device memory for all. Shape `q`: Qwen3-MoE (12 layers x 128 experts top-8), random weights and prompts of random tokens. Shape `g`:
-gpt-oss-20b's, random weights, tokens and routing of a recorded trace's sequences and a predictor trained on others.
+gpt-oss-20b's, random weights, tokens and routing of a recorded trace's sequences and a predictor trained on others, if they are given.
 Modes that share a plan are served by one loaded model in turns, forwards and backwards, `--repeats` times.
 Tokens a second from the first arrival to the last token; time to the first token from a request's arrival, and mean time of its
 later tokens.
@@ -19,7 +19,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from stand_ins import SEED, StandIn, device, make_config, parts_of, random_tokens
+from stand_ins import SEED, WIDE, StandIn, device, make_config, parts_of, random_tokens
 
 from expertflow import LLM, RequestOutput, SamplingParams
 from expertflow.bench.about import about
@@ -84,7 +84,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The result file, as far as it goes."""
     result = {
         **about(device())._asdict(), "benchmark": "arrivals", "seed": SEED, "rows": rows,
-        "config": {"shape": options.shape, "requests": options.requests, "shorter": options.shorter, "faster": options.faster, "schedule": SCHEDULE[options.shape], "prefill_chunk": options.prefill_chunk, "repeats": options.repeats},
+        "config": {"shape": options.shape, "format": options.format, "slots": options.slots, "budget": options.budget, "requests": options.requests, "shorter": options.shorter, "faster": options.faster, "schedule": SCHEDULE[options.shape], "prefill_chunk": options.prefill_chunk, "repeats": options.repeats},
     }  # fmt: skip
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -110,14 +110,14 @@ def serve_by(llm: LLM, mode: str, schedule: str, arrivals: list[Arrival]) -> dic
     }  # fmt: skip
 
 
-def show(rows: list[dict[str, Any]], budget: str) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
     """A line a mode."""
     for row in rows:
         middle = sorted(row["runs"], key=lambda run: run["tokens_per_second"])[len(row["runs"]) // 2]
         print(f"{row['mode']:20s} {row['slots']:4d} slots  {middle['tokens_per_second']:6.1f} tok/s "
               f"({', '.join(format(run['tokens_per_second'], '.0f') for run in row['runs'])}); first token {middle['first_token_seconds'][0]:.2f} s "
               f"(95%: {middle['first_token_seconds'][1]:.2f}), later {middle['token_seconds'][0] * 1e3:.1f} ms (95%: {middle['token_seconds'][1] * 1e3:.1f}); "
-              f"peak {row['peak_bytes'] / 2**30:.2f} GiB {'<=' if row['peak_bytes'] <= row['budget_bytes'] else '>'} {budget}", flush=True)  # fmt: skip
+              f"peak {row['peak_bytes'] / 2**30:.2f} GiB {'<=' if row['peak_bytes'] <= row['budget_bytes'] else '>'} {row['budget_bytes'] / 2**30:.2f}; {row['prefill_chunk']} tokens a pass, stated stall {row['stall_seconds'] or 0:.3f} s", flush=True)  # fmt: skip
 
 
 def read_options(argv: list[str] | None) -> argparse.Namespace:
@@ -132,8 +132,10 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--faster", type=float, help="time is; default: 6 for shape q, 2 for g, 60 with --tiny")
     parser.add_argument("--budget", help="default: 8GiB for shape q, 23GiB for g; a quarter of the experts with --tiny")
+    parser.add_argument("--slots", help="a share of the experts such as 50%%, in place of a budget")
+    parser.add_argument("--format", default="bf16", help="how experts are stored: bf16, mxfp4, int4, fp8, nvfp4")
     parser.add_argument("--skip", default="nothing", help="leave out modes whose name has this in it")
-    parser.add_argument("--prefill-chunk", type=int, default=512, help="tokens of a pass over prompts")
+    parser.add_argument("--prefill-chunk", type=int, help="tokens of a pass over prompts; default: auto")
     parser.add_argument("--plans", default="8,8x32,16,1", help="those of `MODES`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
@@ -164,10 +166,10 @@ def measure_plan(
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     options, rows = read_options(argv), []
-    shape, config = options.shape, make_config(options.shape, tiny=options.tiny)
+    shape, config = options.shape, make_config(options.shape, tiny=options.tiny, packed=options.format)
     arrivals = read_arrivals(config.vocab_size, options.requests, options.shorter, options.faster)
     routing = None
-    if shape == "g":
+    if shape == "g" and options.trace is not None:
         parts = parts_of(
             load_trace(options.trace).without("repetition"), [len(prompt) + limit for _, prompt, limit in arrivals]
         )
@@ -175,8 +177,10 @@ def main(argv: list[str] | None = None) -> None:
         routing = parts.replay
     length = max(len(prompt) + limit for _, prompt, limit in arrivals) + 1
     strategy = "next-use" if options.predictor is None else "plec"
-    memory = {"gpu_memory": options.budget or BUDGET[shape]} if options.budget or not options.tiny else {"slots": "25%"}
-    with StandIn(config, predictor=options.predictor) as stand_in:
+    budget = options.budget or ("" if options.slots or options.tiny else BUDGET[shape])
+    memory = {"gpu_memory": budget} if budget else {"slots": options.slots or "25%"}
+    wide = WIDE if shape == "g" and routing is None else 1.0  # else random weights route all tokens alike
+    with StandIn(config, embedding=wide, predictor=options.predictor) as stand_in:
         for plan in options.plans.split(","):
             modes = [mode for mode in MODES[plan] if options.skip not in mode]
             batch, live = int(plan.split("x")[0]), int(plan.split("x")[-1])
@@ -187,12 +191,13 @@ def main(argv: list[str] | None = None) -> None:
                 found, made = measure_plan(opened.llm, modes, options, schedule, arrivals), opened.llm.plan
                 peak = opened.peak
             done = [
-                {"mode": mode, "slots": made.slots, "runs": runs, "peak_bytes": peak, "budget_bytes": made.budget or made.total}
+                {"mode": mode, "slots": made.slots, "runs": runs, "peak_bytes": peak, "budget_bytes": made.budget or made.total,
+                 "prefill_chunk": made.prefill_chunk, "copies_seconds": made.copies_seconds, "stall_seconds": made.stall_seconds}
                 for mode, runs in found.items()
             ]  # fmt: skip
             rows += done
             write(options, rows)  # a plan at a time: a run that is cut off keeps its results
-            show(done, options.budget or BUDGET[shape])
+            show(done)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from torch import Tensor
 from expertflow import LLM, SamplingParams
 from expertflow.bench.about import about
 from expertflow.cache.strategy import STRATEGIES
+from expertflow.engine.plan import Plan
 from expertflow.execution.replay import Replay
 from expertflow.trace.format import Trace, load_trace
 
@@ -222,14 +223,16 @@ def run(opened: Opened, work: Work, row: Row) -> dict[int, Tensor]:
     return watcher.kept
 
 
-def measure(stand_in: StandIn, work: Work, name: str, room: str, packed: str) -> tuple[Row, dict[int, Tensor]]:
-    """One configuration; `room` is a share of the experts, or a budget."""
+def measure(
+    stand_in: StandIn, work: Work, name: str, room: str, packed: str, **more: Any
+) -> tuple[Row, dict[int, Tensor]]:
+    """One configuration; `room` is a share of the experts, or a budget; `more` are options in place of the work's."""
     size = {"gpu_memory": room} if room.endswith("B") else {"slots": f"{float(room):.2%}"}
-    options = {"strategy": name, "execution": "graph", "routing": work.replay, **size, **work.options}
+    options = {"strategy": name, "execution": "graph", "routing": work.replay, **size, **work.options, **more}
     with stand_in.open(predicted=STRATEGIES[name].predicted, **options) as opened:
         plan = opened.llm.plan
         row = Row(
-            slots=plan.slots, strategy=name, batch=plan.max_batch, budget_bytes=plan.budget or plan.total, record_bytes=plan.record_bytes,
+            slots=plan.slots, strategy=name, batch=len(work.prompts), budget_bytes=plan.budget or plan.total, record_bytes=plan.record_bytes,
             format=packed,
         )  # fmt: skip
         return row, run(opened, work, row)
@@ -294,17 +297,30 @@ def main(argv: list[str] | None = None) -> None:
             row.resident_ms = statistics.median(resident[packed, batch])
             rows.append(row)
             print(f"{time.perf_counter() - began:4.0f} s {row.line()}", flush=True)
+            write(options, plan, resident, rows, complete=False)
+    write(options, plan, resident, rows, complete=not stopped)
+    bad = [r for r in rows if not (r.tokens_equal and r.logits_equal and r.peak_bytes <= r.budget_bytes)]
+    if bad:
+        raise SystemExit(f"{len(bad)} rows are not exact, or over their budget")
+
+
+def write(
+    options: argparse.Namespace,
+    plan: Plan,
+    resident: dict[tuple[str, int], list[float]],
+    rows: list[Row],
+    *,
+    complete: bool,
+) -> None:
+    """The result file: after each row, so that a run that is ended leaves what it measured."""
     result = {
         **about(device())._asdict(), "benchmark": "engine", "shape": options.shape, "seed": SEED,
         "config": {name: str(value) for name, value in vars(options).items() if name != "out"} | {"length": LENGTH, "begin": BEGIN},
         "dense_bytes": plan.shape.dense_bytes, "experts": plan.shape.total_experts,
         "bounds": {"link_bytes_per_second": LINK, "memory_bytes_per_second": MEMORY},
-        "resident_ms": {f"{packed} {batch}": ms for (packed, batch), ms in resident.items()}, "complete": not stopped,
+        "resident_ms": {f"{packed} {batch}": ms for (packed, batch), ms in resident.items()}, "complete": complete,
     }  # fmt: skip
     options.out.write_text(json.dumps({**result, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    bad = [r for r in rows if not (r.tokens_equal and r.logits_equal and r.peak_bytes <= r.budget_bytes)]
-    if bad:
-        raise SystemExit(f"{len(bad)} rows are not exact, or over their budget")
 
 
 if __name__ == "__main__":

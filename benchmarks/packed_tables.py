@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 SHAPES = {
     "gpt-oss-20b": "engine_g_packed_h200",
+    "gpt-oss-20b, an earlier day": "engine_g_beside_h200",
     "gpt-oss-120b": "engine_g120_h200",
     "Qwen3-30B-A3B": "engine_q30_h200",
 }
@@ -83,9 +85,9 @@ def _cell(result: dict[str, Any], row: dict[str, Any]) -> str:
     return f"{speed:.0f} ({bound(result, row) / statistics.median(row['ms']):.2f})"
 
 
-def notes() -> str:
-    """Machine, exactness and memory, as a paragraph."""
-    results = [*measured().values()]
+def notes(shapes: Sequence[str] = tuple(SHAPES)) -> str:
+    """Machine, exactness and memory of some shapes, as a paragraph."""
+    results = [result for shape, result in measured().items() if shape in shapes]
     rows = [row for result in results for row in result["rows"]]
     exact = all(row["tokens_equal"] and row["logits_equal"] for row in rows)
     inside = all(row["peak_bytes"] <= row["budget_bytes"] for row in rows)
@@ -95,6 +97,17 @@ def notes() -> str:
         "all-resident step); routing of gpt-oss-20b recorded, else of random tokens. Tokens and logits equal to the all-resident graph's: "
         f"{'yes' if exact else 'NO'}; peak within the plan: {'yes' if inside else 'NO'}. Rivals: another H200, 2026-11-29; llama.cpp routes by its "
         "own random router."
+    )
+
+
+def front() -> str:
+    """The README's table: gpt-oss-20b's shape as published, its memory and speed, and its rivals."""
+    head, rule, *lines = packed_lines(best_only=False)
+    shape, packed = "| gpt-oss-20b |", " mxfp4"
+    kept = [line.removeprefix(shape) for line in lines if line.startswith(shape + packed)]
+    titles = head.removeprefix("| shape |").replace("| what |", "| what | 1 sequence |").replace("| 1 |", "|")
+    return "\n".join(
+        [f"|{titles}", rule.removesuffix("---|"), *(f"|{line}" for line in kept), "", notes(("gpt-oss-20b",))]
     )
 
 
@@ -141,14 +154,25 @@ def first_token() -> str:
 
 def kernels() -> str:
     """Expert kernels by format: microseconds of a layer, and the share of the time that reading the weights takes."""
-    result = read("packed_kernels_h200")
+    result, later = read("packed_kernels_h200"), read("packed_kernels_nvfp4_h200")
+    rows = [row for row in result["rows"] if row["format"] != "nvfp4"]
+    rows += [row for row in later["rows"] if row["format"] == "nvfp4"]
     lines = ["| shape | experts | projection | 1 token | 4 | 16 | 64 |", "|---" * 7 + "|"]
     found: dict[tuple[str, str, str], dict[int, str]] = {}
-    for row in result["rows"]:
+    for row in rows:
         key = row["shape"], row["format"], row["projection"]
         found.setdefault(key, {})[row["tokens"]] = f"{row['us']:.1f} ({row['share']:.2f})"
     for (shape, packed, projection), cells in found.items():
         lines.append(
             f"| {shape} | {packed} | {projection} | {' | '.join(cells[tokens] for tokens in (1, 4, 16, 64))} |"
         )
-    return "\n".join([*lines, "", f"Read rate of the same run: {result['read_bytes_per_second'] / 1e12:.2f} TB/s."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            (
+                f"Read rate of the same run: {result['read_bytes_per_second'] / 1e12:.2f} TB/s; of the one of NVFP4 "
+                f"{later['read_bytes_per_second'] / 1e12:.2f}."
+            ),
+        ]
+    )

@@ -100,6 +100,11 @@ def _sizes(shape: str, more: dict[str, Any], *, tiny: bool) -> PreTrainedConfig:
     return GptOssConfig(**common, **{**(small if tiny else sizes), "num_hidden_layers": layers})
 
 
+def resized(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig:
+    """The config with other sizes; kinds of layers follow from their number."""
+    return type(config)(**{**config.to_dict(), "layer_types": None, **sizes})
+
+
 def random_tokens(vocabulary: int, *shape: int) -> list[Any]:
     """Random tokens, none of them special, the same ones every time."""
     return torch.randint(SPECIAL, vocabulary, shape, generator=torch.Generator().manual_seed(SEED)).tolist()

@@ -23,6 +23,7 @@ from expertflow.bench.pages import figures
 from expertflow.bench.pages.report import section
 from expertflow.bench.result import BELADY, DECODE, MOVED, PEAK, RESIDENT, WARM, Result, Row, read_result
 from expertflow.cli.strategies import page as strategies_page
+from expertflow.serve.protocol.fields import TABLES, Use
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "expertflow"
@@ -205,36 +206,6 @@ def _engine_notes(result: dict[str, Any], rows: list[dict[str, Any]], *, whole: 
         f"all-resident graph's in every row: {'yes' if exact else 'NO'}; measured peak within the plan in every row: "
         f"{'yes' if inside else 'NO'}."
     )
-
-
-def front() -> str:
-    """The README's table: speed against GPU memory, gpt-oss-20b's shape."""
-    result, rows = _engine_rows("g")
-    total, record = result["experts"], result["row_bytes"]
-    lines = [
-        "| experts on the GPU | GPU memory | 1 sequence: LRU cache | `next-use` | `plec` | 8 sequences: LRU cache | `next-use` | `plec` |",
-        "|---" * 8 + "|",
-    ]
-    most = max(slots for slots, _, _ in rows)
-    resident = [f"{batch / statistics.median(result['resident_ms'][str(batch)]) * 1e3:.0f}" for batch in (1, 8)]
-    whole = rows[most, 8, "plec"]["peak_bytes"] + (total - most) * record
-    lines.append(f"| all | {whole / GIB:.1f} GiB | | | {resident[0]} | | | {resident[1]} |")
-    for slots in sorted({slots for slots, _, _ in rows}, reverse=True):
-        peak = max(rows[slots, batch, "plec"]["peak_bytes"] for batch in (1, 8))
-        cells = []
-        for batch in (1, 8):
-            for strategy in ("lru", "next-use", "plec"):
-                speeds = [batch / ms * 1e3 for ms in rows[slots, batch, strategy]["ms"]]
-                cells.append(_median(speeds) if strategy == "plec" else f"{statistics.median(speeds):.1f}")
-        lines.append(f"| {slots / total:.1%} | {peak / GIB:.1f} GiB | {' | '.join(cells)} |")
-    config, exact = result["config"], all(row["tokens_equal"] and row["logits_equal"] for row in rows.values())
-    lines += ["", (
-        f"Decoded tokens a second on one {result['machine']['device']}, medians of 3 windows (smallest-largest), routing and tokens of "
-        f"{config['trace'].split(', ')[1]}. LRU: an equal share of the slots for each layer, the same kernels. `next-use` and `plec` "
-        "are strategies of ExpertFlow: `next-use` needs no predictor, `plec` ran with one trained on other text. All resident: memory "
-        f"computed from the {most / total:.0%} row. Every token equal to the all-resident model's: {'yes' if exact else 'NO'}."
-    )]  # fmt: skip
-    return "\n".join(lines)
 
 
 def engine_g() -> str:
@@ -650,7 +621,7 @@ def draw_growth(path: Path) -> None:
 
 
 FLOORS = (
-    "cli", "bench", "engine", "execution", "sim", "live", "schedule", "kernels", "predict", "cache", "memory", "models",
+    "cli", "serve", "bench", "engine", "execution", "sim", "live", "schedule", "kernels", "predict", "cache", "memory", "models",
     "trace", "formats",
 )  # fmt: skip
 """The package's folders from top to bottom; imports only point down."""
@@ -683,10 +654,20 @@ def strategies() -> str:
     return "\n".join(line for line in strategies_page().splitlines() if line.startswith("|"))
 
 
+def fields() -> str:
+    """What the server does with each field of a request body, by route."""
+    lines = ["| route | honoured | accepted without effect | refused |", "|---|---|---|---|"]
+    for route, table in TABLES.items():
+        cells = [", ".join(name for name, field in table.items() if field.use is use) for use in Use]
+        lines.append(f"| `{route}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 Tables = Mapping[str, Callable[[], str]]
 PAGES: Mapping[str, Tables] = {
-    "README.md": {"front": front},
+    "README.md": {"front": packed_tables.front},
     "docs/how-it-works.md": {"modules": modules, "strategies": strategies},
+    "docs/serving.md": {"fields": fields},
     "docs/benchmarks.md": {
         "engine-g": engine_g,
         "packed": packed_tables.packed,
@@ -697,7 +678,6 @@ PAGES: Mapping[str, Tables] = {
         "control": control,
         "switch-stages": switch_stages,
         "accelerate": accelerate,
-        "host-execution": host_execution,
     },
     "docs/limits.md": {"expert-format": expert_format},
 }

@@ -3,7 +3,9 @@
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,7 +16,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: spinn
 if os.environ.get("EXPERTFLOW_CHECK_SHAPES", "1") == "1":
     from jaxtyping import install_import_hook
 
-    WITH_SHAPES = ["models.experts", "models.switch", "execution.runner", "execution.sampler"]
+    WITH_SHAPES = [
+        "models.experts",
+        "models.switch",
+        "execution.runner",
+        "execution.sampler",
+        "kernels.sampling.reference",
+    ]
     install_import_hook([f"expertflow.{name}" for name in WITH_SHAPES], "beartype.beartype")
 
 import torch
@@ -33,6 +41,9 @@ from expertflow.predict.kinds import make as make_network
 from expertflow.predict.network import OUTPUTS, PredictorConfig
 from expertflow.trace.format import Trace, load_trace
 from helpers import EXCERPT, MakeCheckpoint, MakePredictor, save_checkpoint
+
+if TYPE_CHECKING:
+    from serving import Served
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # how long an example takes is the machine's affair
@@ -93,6 +104,23 @@ def make_predictor(tmp_path_factory: pytest.TempPathFactory) -> MakePredictor:
         return folder
 
     return build
+
+
+@pytest.fixture(scope="session")
+def served(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Served"]:
+    """A server around a small model with a chat template and 512 tokens of context."""
+    from serving import TEMPLATE, Served  # noqa: PLC0415 - FastAPI and clients are of use to few tests
+
+    made, folder = (
+        make_checkpoint("qwen3_moe", spread=0.3, max_position_embeddings=512),
+        tmp_path_factory.mktemp("served"),
+    )
+    for file in made.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    server = Served(folder)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")

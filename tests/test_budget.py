@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from expertflow.models.families import FAMILIES
 from helpers import MakeCheckpoint, load_resident
 
 LENGTH, BATCH, CHUNK = 48, 3, 60
+MORE = {"logprobs": 3, "frequency_penalty": 0.1, "repetition_penalty": 1.1}
 
 
 def _fill_everything(llm: LLM) -> None:
@@ -22,7 +24,16 @@ def _fill_everything(llm: LLM) -> None:
     for temperature in (0.0, 1.0):
         prompt = LENGTH if llm.plan.shape.encoder_decoder else LENGTH - 8
         prompts = [torch.randint(3, vocabulary, (prompt,), generator=generator).tolist() for _ in range(BATCH)]
-        params = SamplingParams(max_tokens=LENGTH, temperature=temperature, top_k=9, top_p=0.9, ignore_eos=True)
+        params = SamplingParams(
+            max_tokens=LENGTH,
+            temperature=temperature,
+            top_k=9,
+            top_p=0.9,
+            ignore_eos=True,
+            **(MORE if temperature else {}),
+        )
+        if temperature and not llm.plan.shape.encoder_decoder:
+            params = replace(params, prompt_logprobs=3)
         llm.generate(prompts, params)
 
 

@@ -61,6 +61,13 @@ def test_blocks_ask_for_weights_before_they_wait(tmp_path: Path) -> None:
         assert before > 3 * behind > 0, case
 
 
+def test_the_sampler_stays_in_registers(tmp_path: Path) -> None:
+    """Its passes keep 16 sums of 256 tokens a program; all of its kernels compile for Ampere and Hopper and spill nothing."""
+    spilled = {(arch, name): size for arch, name, size in made_by("compile_sampling.py", tmp_path)}
+    assert {(80, "_sum"), (90, "_sum"), (90, "_pick")} <= spilled.keys()
+    assert not any(spilled.values())
+
+
 def test_kernels_compile_for_gpus_that_are_not_here(programs: list[Program]) -> None:
     """Each tiling fits into the shared memory of its device; Hopper's own products are used on Hopper alone."""
     assert {program.arch for program in programs} == {80, 86, 89, 90}

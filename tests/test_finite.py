@@ -11,7 +11,7 @@ from expertflow import LLM, SamplingParams
 from expertflow.cli.run import main as run
 from expertflow.config import SamplingParams as Params
 from expertflow.errors import NonFiniteError
-from expertflow.execution.sampler import NO_TOKEN, choose_all, make_generator
+from expertflow.execution.sampler import NO_TOKEN, Draw, Sampler
 from expertflow.models.families import FAMILIES
 from helpers import DEVICES, MakeCheckpoint
 
@@ -121,8 +121,8 @@ def test_sampled_tokens_are_checked_too() -> None:
     logits = torch.randn(5, 8)
     logits[1, 3], logits[2, 3], logits[3], logits[4, 1:] = float("nan"), float("inf"), float("-inf"), float("-inf")
     for temperature in (0.0, 0.8):
-        params = [Params(temperature=temperature)] * 5
-        chosen = choose_all(logits, params, [make_generator(one) for one in params])
+        draws = [Draw(params=Params(temperature=temperature), seed=n) for n in range(5)]
+        chosen = Sampler(torch.device("cpu")).choose(logits, draws).tokens
         assert [token == NO_TOKEN for token in chosen] == [False, True, True, True, False]
         assert chosen[4] == 0
 

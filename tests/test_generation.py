@@ -19,7 +19,9 @@ from expertflow.engine.llm import shipped_model
 from expertflow.engine.request import Request
 from expertflow.engine.text import decoder_of, load_tokenizer
 from expertflow.errors import ConfigError, PromptError, UnsupportedModelError
-from expertflow.execution.sampler import choose, choose_all, make_generator
+from expertflow.execution import sampler
+from expertflow.execution.sampler import Draw, Sampler
+from expertflow.kernels.sampling.reference import choose
 from expertflow.models import experts
 from helpers import MakeCheckpoint, random_future
 
@@ -145,48 +147,53 @@ def test_text_continues_the_prompt() -> None:
     assert request.append(2).output.text == " calm was"
 
 
+def _draw(logits: torch.Tensor, *draws: Draw) -> list[int]:
+    return Sampler(torch.device("cpu")).choose(logits, draws).tokens
+
+
 def test_sampling_follows_the_probabilities() -> None:
-    """Frequencies of many draws match softmax, of all tokens and of the first two."""
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    """Frequencies of many draws match softmax, of all tokens, of the first two, and of those at least half as probable."""
+    logits = torch.tensor([2.0, 1.0, 0.0, 1.8])
     expected = torch.softmax(logits / 0.8, 0)
 
     def frequencies(**options: float) -> torch.Tensor:
-        params = SamplingParams(temperature=0.8, seed=1, **options)
-        generator = make_generator(params)
-        draws = [choose(logits, params, generator) for _ in range(4000)]
-        return torch.bincount(torch.tensor(draws), minlength=4) / 4000
+        params = SamplingParams(temperature=0.8, **options)
+        rules = torch.tensor([Draw(params=params, seed=1, position=n).rules(4) for n in range(4000)]).double()
+        return torch.bincount(choose(logits.expand(4000, 4), rules), minlength=4) / 4000
 
     assert torch.allclose(frequencies(), expected, atol=0.03)
-    two = torch.where(torch.arange(4) < 2, expected, 0) / expected[:2].sum()
-    assert torch.allclose(frequencies(top_k=2), two, atol=0.03)
+    two = torch.where(logits > 1.5, expected, 0)
+    for options in ({"top_k": 2}, {"min_p": 0.5}, {"top_p": 0.75}):
+        assert torch.allclose(frequencies(**options), two / two.sum(), atol=0.03), options
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(0, 1.0), (0, 0.7), (7, 1.0), (3, 1.6)])
 def test_the_cut_is_where_the_probabilities_say(
     top_k: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every `top_p` to a hundredth, the last token that can be drawn is the last of the fewest that make up `top_p`."""
+    """For every `top_p` to a hundredth, those that can be drawn are the fewest that make up `top_p`; the highest id comes last."""
     random = np.random.default_rng(4)
     raw = random.normal(size=12) * 1.5
     chances = np.exp(raw / temperature) / np.exp(raw / temperature).sum()
     order = np.argsort(-chances)
     kept = chances[order][: top_k or None] / chances[order][: top_k or None].sum()
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1 - 1e-9, dtype=torch.float64))
+    monkeypatch.setattr(sampler, "uniform", lambda *_: 1 - 1e-9)
     for top_p in np.arange(0.01, 1.0, 0.01):
         fewest = next(count for count in range(1, len(kept) + 1) if kept[:count].sum() >= top_p)
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=float(top_p))
-        assert choose(torch.tensor(raw), params, make_generator(params)) == order[fewest - 1], top_p
+        assert _draw(torch.tensor(raw)[None], Draw(params=params)) == [max(order[:fewest])], top_p
 
 
 def test_a_batch_draws_what_its_sequences_would_draw_alone() -> None:
-    """Greedy and sampled sequences side by side get the tokens they get one by one, and advance their own generators."""
+    """Greedy and sampled sequences side by side get the tokens they get one by one."""
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(3))
     logits[0, 7] = logits[0, 31] = 9.0  # the lowest of equals
-    params = [SamplingParams(temperature=t, seed=n) for n, t in enumerate((0, 1, 0, 0.5))]
-    alone, together = ([make_generator(p) for p in params] for _ in range(2))
-    for _ in range(3):
-        one_by_one = [choose(row, p, g) for row, p, g in zip(logits, params, alone, strict=True)]
-        assert choose_all(logits, params, together) == one_by_one
+    for position in range(3):
+        draws = [
+            Draw(params=SamplingParams(temperature=t), seed=n, position=position) for n, t in enumerate((0, 1, 0, 0.5))
+        ]
+        one_by_one = [_draw(logits[n : n + 1], draw)[0] for n, draw in enumerate(draws)]
+        assert _draw(logits, *draws) == one_by_one
     assert one_by_one[0] == 7
 
 

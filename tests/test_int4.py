@@ -1,6 +1,7 @@
 """Four-bit integers: decoders give their libraries' numbers, and what is not decoded is refused by name.
 
-GPTQModel cannot be installed beside this torch, and AutoAWQ neither: for GPTQ and AWQ the expectation follows their documents.
+AutoGPTQ, AutoAWQ and modelopt cannot be installed beside this torch: what they decoded is stored, and all other cases of GPTQ and AWQ
+follow their documents.
 """
 
 import json
@@ -23,6 +24,7 @@ from expertflow.formats.format import Format, TensorSpec
 from expertflow.formats.published.awq import AWQ
 from expertflow.formats.published.gptq import GPTQ
 from expertflow.formats.published.int4 import INT4
+from expertflow.formats.published.nvfp4 import MODELOPT_NVFP4
 from expertflow.formats.words import ROW
 from expertflow.models.skeleton import build_skeleton
 from expertflow.models.weights.sources import RandomWeights
@@ -30,6 +32,7 @@ from helpers import MakeCheckpoint
 from layout import write_twins
 from layouts import LAYOUTS
 from layouts_int4 import AWQ_FIELDS, awq, compressed, gptq, numbers, words
+from test_fp8 import decode
 
 RUNS = ("float32", "bfloat16", "float16")
 OUTPUTS = 24
@@ -136,6 +139,22 @@ def test_gptq_and_awq_numbers(inputs: int, group: int, layout: str, scale: torch
     theirs = by_hand(layout.removesuffix("_v2"), width, layout == "gptq", stored)
     for run in RUNS:
         same(decoded(format_, inputs, run, stored), theirs.to(getattr(torch, run)))
+
+
+@pytest.mark.parametrize("name", ["gptq 32", "gptq 64", "awq 32", "awq 64", "modelopt-nvfp4"])
+def test_numbers_of_the_publishing_libraries(name: str) -> None:
+    """What AutoGPTQ, AutoAWQ and modelopt decoded of random words once: see `write_vectors.py`."""
+    found = load_file(Path(__file__).parent / "data" / "decoded.safetensors")
+    stored = {key.removeprefix(f"{name} "): one for key, one in found.items() if key.startswith(name)}
+    theirs = stored.pop("decoded")
+    kind, _, group = name.partition(" ")
+    claims: dict[str, Callable[[], tuple[Format, ...]]] = {
+        "gptq": lambda: GPTQ.claim(gptq(int(group), sym=False)),
+        "awq": lambda: AWQ.claim(awq(int(group))),
+        "modelopt-nvfp4": lambda: (MODELOPT_NVFP4,),
+    }
+    (format_,) = claims[kind]()
+    same(decode(format_, [stored], "bfloat16"), theirs.bfloat16())
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(192, 128), (320, 256), (192, 512), (24, 128), (320, -1), (160, 64)])

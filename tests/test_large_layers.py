@@ -161,9 +161,10 @@ def test_a_budget_has_room_for_large_layers(twins: Twins) -> None:
 def test_a_tally_counts_each_loads_own_lines(maker: str) -> None:
     """Blocks done times the lines of their records, when a step opens and when totals are read."""
     strategy = STRATEGIES["next-use"].on_device()
-    state = CacheState.allocate(strategy, make_tables(3, 4, 5, divided=False), DEVICE, layer_bytes=(256, 512, 1280))
+    device = torch.device("cpu") if maker == "reference" else DEVICE
+    state = CacheState.allocate(strategy, make_tables(3, 4, 5, divided=False), device, layer_bytes=(256, 512, 1280))
     state.copy_from(make_tables(3, 4, 5, divided=False), Usage(layers=3, experts=4))
-    state.ledger.table[SRC, :3], state.ledger.table[DONE, :3] = torch.tensor([[1, 7, 8], [3, 1, 2]]).to(DEVICE)
+    state.ledger.table[SRC, :3], state.ledger.table[DONE, :3] = torch.tensor([[1, 7, 8], [3, 1, 2]]).to(device)
     assert state.read_tally()[BLOCKS] == 3 * 1 + 1 * 2 + 2 * 5
     MAKERS[maker](state).open_step()
     assert state.take_tally()[BLOCKS] == 3 * 1 + 1 * 2 + 2 * 5

@@ -1,6 +1,8 @@
 """NVFP4: its numbers are the library's, gate and up keep factors of their own, and what cannot be decoded is refused."""
 
 import importlib
+import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -40,7 +42,7 @@ def codes_of(one: dict[str, Tensor]) -> Tensor:
     return torch.stack((one["codes"] & 15, one["codes"] >> 4), dim=2).flatten(1).int()
 
 
-@pytest.mark.parametrize("factor", [37.3, 1.0e-30, 3.0e38])
+@pytest.mark.parametrize("factor", [37.3, 6.0e-20, 1.8e19])
 def test_numbers_are_those_of_compressed_tensors(factor: float) -> None:
     """On random bytes with any scale: a true division, in float32; the library rounds to bfloat16."""
     library = pytest.importorskip("compressed_tensors.quantization", reason="needs compressed-tensors")
@@ -94,6 +96,31 @@ def test_scales_and_factors_that_are_no_numbers_are_refused() -> None:
                 format_.repack(spec, "globals", torch.tensor([factor]))
     with pytest.raises(ValueError, match="is 0"):
         NVFP4.repack(spec, "globals", torch.tensor([0.0]))
+    for factor in (5.0e-20, -1.9e19):
+        with pytest.raises(ValueError, match="divided by a number beyond"):
+            NVFP4.repack(spec, "globals", torch.tensor([factor]))
+
+
+def nearest(value: Fraction) -> Fraction:
+    """The float32 number nearest to a positive or negative one, half to even; no subnormal ones."""
+    if value == 0:
+        return value
+    exponent = math.frexp(float(abs(value)))[1] - 24
+    exponent += abs(value) >= Fraction(2) ** (exponent + 24)
+    return round(value / Fraction(2) ** exponent) * Fraction(2) ** exponent
+
+
+def test_a_quotient_by_the_reciprocal_is_mended_to_the_true_one() -> None:
+    """What kernels do in place of a division, in exact arithmetic: for each mantissa of a code, divisors at both ends and drawn ones."""
+    drawn = torch.randint(1 << 23, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    for bits in [*range(40), *range((1 << 23) - 40, 1 << 23), *drawn]:
+        divisor = 1 + Fraction(bits, 1 << 23)
+        inverse = nearest(1 / divisor)
+        for eighths in range(8, 16):
+            scale = Fraction(eighths, 8)
+            first = nearest(scale * inverse)
+            left = nearest(scale - first * divisor)
+            assert nearest(first + left * inverse) == nearest(scale / divisor), (bits, eighths)
 
 
 def test_what_configs_state() -> None:

@@ -85,6 +85,16 @@ def test_an_unknown_option_names_the_nearest(cls: type, wrong: str, meant: str) 
         (SamplingParams, {"top_p": 0.0}),
         (SamplingParams, {"top_p": 1.5}),
         (SamplingParams, {"stop": ("",)}),
+        (SamplingParams, {"min_p": 1.01}),
+        (SamplingParams, {"presence_penalty": -2.1}),
+        (SamplingParams, {"frequency_penalty": float("nan")}),
+        (SamplingParams, {"repetition_penalty": 0.0}),
+        (SamplingParams, {"min_tokens": 9, "max_tokens": 8}),
+        (SamplingParams, {"logprobs": -1}),
+        (SamplingParams, {"prompt_logprobs": 1025}),
+        (SamplingParams, {"logit_bias": {5: 101}}),
+        (SamplingParams, {"logit_bias": {"5": 1}}),
+        (SamplingParams, {"logit_bias": [5]}),
     ],
 )
 def test_values_out_of_range_are_refused(cls: type, options: dict) -> None:
@@ -113,7 +123,7 @@ def test_every_field_is_an_option_of_run() -> None:
         for option in options_of(cls):
             assert option.text.endswith("."), option.name
             assert f"{option.name}: {option.text}" in cls.__doc__
-            if option.name == "progress":
+            if not option.typed:
                 continue
             param = params[option.off[0] if option.off else option.name]
             assert param.opts == [f"--{param.name.replace('_', '-')}"]

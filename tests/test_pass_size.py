@@ -1,6 +1,7 @@
 """The size of a pass over prompts where it is auto: how copies, computation and memory decide it."""
 
 import random
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from expertflow import EngineConfig
+from expertflow.cli.plan import _stall
 from expertflow.engine.plan import Plan, make_plan
 from expertflow.engine.planning.pass_size import PassWork, Speeds, attention_flops, pass_tokens, token_flops
 from expertflow.engine.prepare import prepare
@@ -17,6 +19,7 @@ from expertflow.formats.format import TensorSpec
 from expertflow.formats.plain import PLAIN
 from expertflow.formats.records import StoreLayout
 from expertflow.models.shape import ModelShape
+from expertflow.schedule.scheduler import Prefill, Scheduler
 from helpers import MakeCheckpoint, load_resident
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, WIDTH, DENSE = 12, 128, 8, 2048, 768, 226_000_000
@@ -54,7 +57,9 @@ def test_a_pass_is_computed_while_its_copies_are_made(shape: ModelShape) -> None
     assert 0 <= plan.prefill_chunk * token - copies < 64 * token
     assert plan.copies_seconds == pytest.approx(copies)
     attention = LAYERS * 4 * 4096 * 100_000 / COMPUTE
-    assert plan.stall_seconds == pytest.approx(plan.prefill_chunk * (token + attention))
+    stated = plan_of(shape, slots=LAYERS * EXPERTS - missing, prefill_chunk=plan.prefill_chunk)
+    assert stated.stall_seconds == pytest.approx(1.15 * stated.prefill_chunk * (token + attention))
+    assert stated.pace is None
 
 
 def test_sizes_where_nothing_or_much_is_copied(shape: ModelShape) -> None:
@@ -68,6 +73,73 @@ def test_sizes_where_nothing_or_much_is_copied(shape: ModelShape) -> None:
     assert plan_of(shape, slots=1, max_length=700, max_batch=3).prefill_chunk == 2100
     assert plan_of(shape, slots=1, max_length=100, max_batch=3).prefill_chunk == 300
     assert plan_of(shape, slots=1, prefill_chunk=7).prefill_chunk == 7
+
+
+def seconds_of(begin: int, end: int, windows: tuple[int | None, ...]) -> float:
+    """What tokens of a prompt compute, token by token and layer by layer."""
+    products = 2 * (DENSE + LAYERS * TOP_K * 3 * HIDDEN * WIDTH)
+    seen = sum(min(place + 1, window or place + 1) for place in range(begin, end) for window in set(windows)) / len(set(windows))  # fmt: skip
+    return ((end - begin) * products + LAYERS * 4 * 4096 * seen) / COMPUTE
+
+
+@pytest.mark.parametrize("missing", [0.5, 0.1, 0.005])
+@pytest.mark.parametrize("windows", [(None,) * LAYERS, (None, 128) * (LAYERS // 2)])
+def test_nobody_waits_longer_than_the_plan_says(
+    shape: ModelShape, windows: tuple[int | None, ...], missing: float
+) -> None:
+    """A long prompt beside a sequence that steps: no pass computes longer than stated, nor 1.3 times its copies but where 512 tokens do."""
+    length = 66_000
+    slots = int(LAYERS * EXPERTS * (1 - missing))
+    plan = plan_of(replace(shape, windows=windows), slots=slots, max_length=length, max_batch=2)
+    copies = (LAYERS * EXPERTS - slots) * RECORD / LINK
+    scheduler = Scheduler(rows=2, batch=2, chunk=plan.prefill_chunk, unequal=True, page=64, pace=plan.pace)
+    scheduler.add(0, 8)
+    scheduler.done(scheduler.next())
+    scheduler.add(1, length - 10)
+    passes, waits = [], list[float]()
+    while not (passes and passes[-1].last):
+        turn = scheduler.next()
+        if isinstance(turn, Prefill):
+            (part,) = turn.parts
+            scheduler.done(turn)
+            passes.append(part)
+            waits.append(max(copies, seconds_of(part.begin, part.end, windows)))
+    assert all(part.begin % 64 == 0 for part in passes)
+    assert plan.stall_seconds >= 1.15 * max(waits)
+    slow = [part for part, wait in zip(passes, waits, strict=True) if 1.15 * wait > 1.3 * copies]
+    assert all(part.end - part.begin <= 512 for part in slow)
+    assert (plan.stall_seconds > 1.3001 * copies) == bool(slow) == (missing == 0.005)
+    assert plan.stall_seconds < 1.2 * 1.15 * max(waits)  # it is no guess far above
+    if not slow:  # no pass but the last is smaller than what its copies hide, where memory allows it
+        small = [part for part in passes[:-1] if part.end - part.begin < plan.prefill_chunk]
+        assert small
+        assert all(seconds_of(part.begin, part.end + 64, windows) >= copies for part in small)
+
+
+def test_pieces_of_one_size_are_not_bounded(shape: ModelShape) -> None:
+    """With `batch_invariant` every piece has the plan's size, and the wait behind a long context is stated as it is."""
+    options = {"slots": "50%", "max_length": 100_000, "max_batch": 2}
+    fixed, paced = plan_of(shape, batch_invariant=True, **options), plan_of(shape, **options)
+    assert fixed.pace is None
+    assert fixed.prefill_chunk == paced.prefill_chunk
+    last = seconds_of(99_999, 100_000, (None,)) * fixed.prefill_chunk
+    assert fixed.stall_seconds == pytest.approx(1.15 * last)
+    assert paced.stall_seconds == pytest.approx(1.3 * fixed.copies_seconds)
+    assert fixed.stall_seconds > 2 * paced.stall_seconds
+
+
+def test_the_plan_says_what_a_pass_has_behind_a_long_context(shape: ModelShape) -> None:
+    """How many tokens; and that the least take longer than the copies, where they do."""
+    long = {"max_length": 100_000, "max_batch": 2}
+    text = _stall(plan := plan_of(shape, slots="50%", **long))
+    found = int(re.search(r"Behind 100000 tokens it has (\d+)\.", text)[1])
+    assert 512 < found < plan.prefill_chunk
+    assert 1.15 * seconds_of(100_000, 100_000 + found, (None,)) <= 1.3 * plan.copies_seconds
+    assert "has 512, the least, whose attention takes longer" in _stall(
+        plan_of(shape, slots=LAYERS * EXPERTS - 9, **long)
+    )
+    assert "Behind" not in _stall(plan_of(shape, slots="50%", batch_invariant=True, **long))
+    assert _stall(plan_of(shape, "cpu", slots="50%", **long)) == ""
 
 
 def test_budgets_bound_the_pass(shape: ModelShape) -> None:

@@ -53,8 +53,10 @@ OF_OTHERS = MappingProxyType({
 })  # fmt: skip
 """Options of transformers' `from_pretrained` that do not exist here, and what to do in place of each."""
 _Class = TypeVar("_Class", bound=type)
-_READ_ELSEWHERE = ("stop", "stop_token_ids", "device", "dtype")
+_READ_ELSEWHERE = ("stop", "stop_token_ids", "device", "dtype", "logit_bias")
 """Fields with rules of their own for what they take."""
+MOST_LOGPROBS = 1024
+"""Most probable tokens that may be asked for."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -153,7 +155,7 @@ def _read_types(options: Any) -> None:
     for one in fields(options):
         kinds = [one.type.__name__] if isinstance(one.type, type) else str(one.type).split(" | ")
         value = getattr(options, one.name)
-        if one.name in _READ_ELSEWHERE or (value is None and "None" in kinds):
+        if one.name in _READ_ELSEWHERE or get_origin(one.type) is tuple or (value is None and "None" in kinds):
             continue
         read = next((found for kind in kinds if (found := _read_as(kind, value)) is not None), None)
         _require(
@@ -333,6 +335,31 @@ class SamplingParams(_Checked):
     temperature: float = doc("0 is greedy; larger is more random.", default=0.0)
     top_k: int = doc("Sample among the k most probable tokens; 0: all.", default=0)
     top_p: float = doc("Sample among the most probable tokens that together reach this probability.", default=1.0)
+    min_p: float = doc(
+        "Sample among tokens that are at least this share as probable as the most probable one; 0: all.", default=0.0
+    )
+    presence_penalty: float = doc(
+        "Taken from the logit of every token that was generated before, -2 to 2.", default=0.0
+    )
+    frequency_penalty: float = doc(
+        "Taken from a token's logit for each time that it was generated before, -2 to 2.", default=0.0
+    )
+    repetition_penalty: float = doc(
+        "Divides positive logits, and multiplies others, of tokens of the prompt and of the answer so far; 1: not.",
+        default=1.0,
+    )
+    logit_bias: dict[int, float] | None = doc(  # noqa: RUF009 - as every other field
+        "What is added to the logits of tokens, by token id, -100 to 100.", default=None, none="nothing", typed=False
+    )
+    min_tokens: int = doc("Tokens to generate before a token or text may end the generation.", default=0)
+    logprobs: int | None = doc(
+        "Give each token's log-probability, and those of so many most probable tokens beside it.",
+        default=None,
+        none="they are not computed",
+    )
+    prompt_logprobs: int | None = doc(
+        "The same of the prompt's tokens, given those before them.", default=None, none="they are not computed"
+    )
     seed: int | None = doc("Seed of the random numbers.", default=None, none="one is drawn")
     stop: str | tuple[str, ...] = doc("Text that ends the generation; it is not part of the output.", default=())
     stop_token_ids: tuple[int, ...] = doc("Token id that ends the generation, beside the model's own.", default=())
@@ -364,3 +391,52 @@ class SamplingParams(_Checked):
         _require(self.top_k >= 0, f"top_k={self.top_k} is negative", "Use 0 (no limit) or more.")
         _require(0 < self.top_p <= 1, f"top_p={self.top_p} is not a probability", "Use a value in (0, 1].")
         _require(all(self.stop), "stop contains an empty text", "Remove it: an empty text would stop at once.")
+        _require(0 <= self.min_p <= 1, f"min_p={self.min_p} is no share", "Use a value from 0 (all) to 1.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2 <= value <= 2, f"{name}={value} is out of range", "Use a value from -2 to 2; 0 is none.")
+        _require(
+            1e-3 <= self.repetition_penalty <= 1e3,
+            f"repetition_penalty={self.repetition_penalty} is out of range",
+            "Use a value from 0.001 to 1000, such as 1.1; 1 is none.",
+        )
+        _require(
+            0 <= self.min_tokens <= (inf if self.max_tokens is None else self.max_tokens),
+            f"min_tokens={self.min_tokens} is negative, or more than max_tokens={self.max_tokens}",
+            "Use 0 (none) to max_tokens.",
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value <= MOST_LOGPROBS,
+                f"{name}={value} is out of range",
+                f"Use 0 (the token's own) to {MOST_LOGPROBS}.",
+            )
+        object.__setattr__(self, "logit_bias", _read_bias(self.logit_bias))
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits of single tokens are changed before one is chosen: by penalties, bias or `min_tokens`."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
+        return any(penalties) or bool(self.logit_bias) or self.min_tokens > 0
+
+
+def _read_bias(value: Any) -> dict[int, float] | None:
+    """Token ids and what is added to their logits.
+
+    Raises:
+        ConfigError: if it is something else, or out of range.
+    """
+    if value is None:
+        return None
+    _require(isinstance(value, Mapping), f"logit_bias={value!r} is no mapping", "Map token ids to -100 to 100.")
+    read = {}
+    for token, bias in value.items():
+        number, amount = _read_as("int", token), _read_as("float", bias)
+        _require(
+            number is not None and number >= 0 and amount is not None and -100 <= amount <= 100,
+            f"logit_bias adds {bias!r} to token {token!r}",
+            "Map token ids to values from -100 to 100.",
+        )
+        read[number] = amount
+    return read

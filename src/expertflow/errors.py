@@ -76,12 +76,14 @@ class CancelledError(ExpertFlowError):
     """Requests were cancelled by another caller, or by an error, before they had finished."""
 
 
-class NonFiniteError(ExpertFlowError):
-    """A request's logits are no numbers (NaN or infinity), so it has no next token.
+class RequestError(ExpertFlowError):
+    """One request has no next token; others go on.
 
     Args:
         index: position of its prompt in the call.
         token: number of the token it lacks, from 1.
+        why: what is wrong.
+        remedy: what to do about it.
 
     Attributes:
         index: as above.
@@ -89,14 +91,32 @@ class NonFiniteError(ExpertFlowError):
         outputs: finished requests of the same call, in the order of its prompts.
     """
 
-    def __init__(self, index: int, token: int) -> None:
+    def __init__(self, index: int, token: int, why: str, remedy: str) -> None:
         """Start without finished requests."""
-        super().__init__(
-            f"request {index} has no token {token}: its logits are not finite (NaN or infinity)",
-            "Look for such numbers in the weights; if activations overflow float16, run with dtype bfloat16 or float32.",
-        )
+        super().__init__(f"request {index} has no token {token}: {why}", remedy)
         self.index, self.token = index, token
         self.outputs: tuple[Any, ...] = ()
+
+
+class NonFiniteError(RequestError):
+    """A request's logits are no numbers (NaN or infinity), so it has no next token; arguments as of `RequestError`."""
+
+    def __init__(self, index: int, token: int) -> None:
+        """Name the request and the token."""
+        super().__init__(
+            index,
+            token,
+            "its logits are not finite (NaN or infinity)",
+            "Look for such numbers in the weights; if activations overflow float16, run with dtype bfloat16 or float32.",
+        )
+
+
+class MaskError(RequestError):
+    """A request's mask allows no token, or failed; arguments as of `RequestError`."""
+
+    def __init__(self, index: int, token: int, why: str) -> None:
+        """Name the request, the token and the reason."""
+        super().__init__(index, token, why, "Correct the grammar, or whatever makes the mask; other requests go on.")
 
 
 class ResultsError(ExpertFlowError):

@@ -4,6 +4,7 @@ The command checks what depends on the model or the machine. Must not import tor
 """
 
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from expertflow.outside import is_file, name_fault
 from expertflow.predict.dataset import read_condition
 from expertflow.predict.options import ABOUT_NAME, TrainConfig, check_kind
 from expertflow.prompts import read_texts_or_tokens
+from expertflow.serve.options import ServeConfig
 from expertflow.sim.sweep import AS_RECORDED, strategy_names
 from expertflow.trace.format import open_trace
 from expertflow.units import read_slots
+
+_SERVE_NEEDS = ("fastapi", "uvicorn", "orjson", "prometheus_client")
+"""Modules of the extra `serve`."""
 
 
 def check_run(engine: Mapping[str, Any], sampling: Mapping[str, Any], prompts: int, out: Path | None) -> None:
@@ -56,6 +61,24 @@ def check_engine(engine: Mapping[str, Any], max_batch: int) -> None:
         find_strategy(config.strategy).check_future(None)
     if config.predictor not in {"auto", "none"}:
         check_predictor(Path(config.predictor))
+
+
+def check_serve(server: Mapping[str, Any], engine: Mapping[str, Any]) -> None:
+    """Refuse options that no model could be served with, and to serve without what that needs.
+
+    Args:
+        server: fields of `ServeConfig` that were given.
+        engine: fields of `EngineConfig`.
+
+    Raises:
+        ExpertFlowError: then.
+    """
+    options = ServeConfig.from_mapping(server)
+    check_engine(engine if options.length is None else {**engine, "max_length": options.length}, EngineConfig.max_batch)
+    if options.gpu_memory_utilization is not None and "gpu_memory" in engine:
+        raise ConfigError("gpu_memory and gpu_memory_utilization are both given", "They state one budget: give one.")
+    if missing := [name for name in _SERVE_NEEDS if find_spec(name) is None]:
+        raise ConfigError(f"serve needs {', '.join(missing)}", "Install it: pip install 'expertflow-moe[serve]'.")
 
 
 def check_predictor(folder: Path) -> None:

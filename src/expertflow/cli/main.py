@@ -34,6 +34,7 @@ from expertflow.cli.options import (
     grouped,
 )
 from expertflow.config import EngineConfig, SamplingParams
+from expertflow.serve.options import ServeConfig
 
 app = typer.Typer(
     name="expertflow",
@@ -79,6 +80,11 @@ def options_of_all(
 def _arguments() -> Any:
     """The module that checks arguments: imported by commands, but not by `--help`."""
     return import_module("expertflow.cli.arguments")
+
+
+def _from_file(context: typer.Context, file: Path | None) -> Path | None:
+    found: Path | None = import_module("expertflow.cli.stated_file").take_defaults(context, file)
+    return found
 
 
 def _prompts(given: list[str], file: Path | None) -> list[str]:
@@ -131,6 +137,68 @@ def run(
         sampling=sampling,
         results=results,
         as_json=json,
+    )
+
+
+@app.command()
+@grouped
+def serve(
+    *,
+    model: Model = None,
+    server: Annotated[Given, Fields(ServeConfig, aliases={"max_model_len": "--max-length"})],
+    engine: Annotated[
+        Given,
+        Fields(
+            EngineConfig,
+            without=("max_length",),
+            aliases={"max_batch": "--max-num-seqs", "prefill_chunk": "--max-num-batched-tokens"},
+        ),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_from_file, is_eager=True, help="YAML file of these options; the command line counts more."
+        ),
+    ] = None,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's API."""
+    del config  # its callback has read it
+    _arguments().check_serve(server, engine)
+    _call("serve", model=model, engine=engine, server=server)
+
+
+@app.command()
+@grouped
+def chat(
+    *,
+    model: Model = None,
+    url: Annotated[str | None, typer.Option(help="Server to talk to instead, such as http://127.0.0.1:8000.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="EXPERTFLOW_API_KEY", help="Key of that server.")] = None,
+    system: Annotated[str, typer.Option(help="System message that every chat begins with.")] = "",
+    engine: Annotated[Given, Fields(EngineConfig, defaults={"max_batch": 1})],
+    sampling: Annotated[
+        Given,
+        Fields(
+            SamplingParams,
+            chosen={
+                "max_tokens": "as many as fit",
+                **dict.fromkeys(("temperature", "top_k", "top_p"), "what the model's generation_config.json says"),
+            },
+        ),
+    ],
+) -> None:
+    """Talk to a model in the terminal. /help lists what can be typed beside messages."""
+    SamplingParams.from_mapping(sampling)
+    if url is None:
+        _arguments().check_engine(engine, max_batch=1)
+        _arguments().check_model(model, fetch=True)
+    _call(
+        "chat",
+        model=model,
+        server=None if url is None else (url, api_key),
+        system=system,
+        engine=engine,
+        sampling=sampling,
     )
 
 

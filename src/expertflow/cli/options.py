@@ -26,12 +26,14 @@ class Fields:
         without: fields that are no options of this command.
         defaults: other defaults than the fields', by field.
         chosen: what the command chooses where an option is not given, by field; the field is then left out.
+        aliases: further names of options, by field.
     """
 
     of: type
     without: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     chosen: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def options(self) -> list[Option]:
         """The options of the command, in the order of the fields."""
@@ -51,7 +53,9 @@ class Fields:
         if default is None:
             kind, none = kind | None, self.chosen.get(option.name, option.none)
             text += f" Default: {none}." if none else ""
-        return _keyword(option.name, Annotated[kind, typer.Option(help=as_typed(text))], default=default)
+        alias = self.aliases.get(option.name)
+        names = [] if alias is None else [f"--{option.name.replace('_', '-')}", alias]
+        return _keyword(option.name, Annotated[kind, typer.Option(*names, help=as_typed(text))], default=default)
 
     def given(self, values: dict[str, Any]) -> dict[str, Any]:
         """Take this group's values out of a command's, and return those that were given, by field."""

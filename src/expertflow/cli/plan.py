@@ -76,6 +76,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "prompt_attention": plan.prompt_attention,
         "stall_seconds": plan.stall_seconds,
         "copies_seconds": plan.copies_seconds,
+        "paced": plan.paced,
         "why_host": plan.graph_unavailable_reason,
     }
 
@@ -153,11 +154,25 @@ def _meaning(plan: Plan) -> str:
         f"{a_layer:.1f} slots a layer; a token uses {plan.shape.top_k} of {plan.shape.experts} experts a layer. "
         f"With nothing kept, a token moves {format_bytes(plan.shape.top_k * sum(sizes))}."
     )
-    if plan.stall_seconds is not None:
-        text += (
-            f" A pass of {plan.prefill_chunk} prompt tokens keeps other sequences waiting {plan.stall_seconds:.3f} s at most; "
-            f"its copies alone take {plan.copies_seconds:.3f} s."
-        )
+    text += _stall(plan)
     if plan.slots >= plan.competing:
         return text + " Every expert fits: after the first use nothing is moved."
     return text + f" The least budget that works is {format_bytes(plan.least)} ({plan.least} bytes)."
+
+
+def _stall(plan: Plan) -> str:
+    """How long a pass over prompts keeps other sequences waiting; empty on a CPU."""
+    stall, copies, pace = plan.stall_seconds, plan.copies_seconds, plan.pace
+    if stall is None or copies is None:
+        return ""
+    text = f" A pass of up to {plan.prefill_chunk} prompt tokens keeps other sequences waiting {stall:.3f} s at most; "
+    text += f"its copies alone take {copies:.3f} s."
+    if pace is None:
+        return text
+    fits = min(plan.prefill_chunk, pace.tokens(plan.max_length, pace.bound))
+    if fits >= pace.least:
+        return text + f" Behind {plan.max_length} tokens it has {fits}."
+    return (
+        text
+        + f" Behind {plan.max_length} tokens it has {pace.least}, the least, whose attention takes longer than the copies."
+    )

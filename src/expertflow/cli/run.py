@@ -18,7 +18,7 @@ from expertflow.engine.llm import LLM, shipped_model
 from expertflow.engine.offline import Results, finish, seeded
 from expertflow.engine.request import RequestOutput
 from expertflow.engine.text import ModelText
-from expertflow.errors import NonFiniteError
+from expertflow.errors import ConfigError, NonFiniteError
 from expertflow.execution.sampler import draw_seed
 from expertflow.models.files.checkpoint import resolve
 from expertflow.models.files.identity import ContentHash
@@ -37,6 +37,9 @@ def main(
 ) -> None:
     """Load, generate, report."""
     params = SamplingParams.from_mapping(sampling)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None and results is None and not as_json:
+            raise ConfigError(f"{name}={getattr(params, name)} would not be shown", "Add --json, or --results FILE.")
     transformers_logging.set_verbosity_error()
     console = Console(stderr=True)
     text = ModelText(resolve(shipped_model() if model is None else model), engine.get("tokenizer"))
@@ -170,6 +173,7 @@ def _report(llm: LLM, outputs: list[RequestOutput], *, interrupted: bool) -> dic
                 "first_token_seconds": o.first_token_seconds,
                 "token_seconds": o.token_seconds,
                 "seed": o.seed,
+                **{name: found for name in ("logprobs", "prompt_logprobs") if (found := getattr(o, name)) is not None},
             }
             for o in sorted(outputs, key=lambda output: output.index)
         ],

@@ -238,7 +238,7 @@ class OffloadedModel(Uncopied):
         plan, given = self.plan, (self.model, self.skeleton)
         if plan.kv_layout is None:
             return EncoderDecoderRows(*given, plan.max_live, plan.max_length, self._context)
-        return RowModel(*given, plan.kv_layout, self._context)
+        return RowModel(*given, plan.kv_layout, plan.shape.windows, self._context)
 
     def playback(self, replay: Replay) -> Playback:
         """Make every layer use recorded experts, if the replay has some. The executor has to be made before."""

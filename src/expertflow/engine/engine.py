@@ -35,7 +35,7 @@ from expertflow.errors import ConfigError
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.replay import Replay
 from expertflow.execution.runner import PromptChunk
-from expertflow.execution.sampler import NO_TOKEN, choose_all
+from expertflow.execution.sampler import Chosen, Sampler
 from expertflow.memory.store import memory_reported
 from expertflow.predict.online import PREVIEW
 from expertflow.schedule.admission import check_admission, make_admission
@@ -103,6 +103,7 @@ class Engine:
         self._offloaded, plan = offloaded, offloaded.plan
         self._executor = offloaded.executor()
         self._playback = None if routing is None else offloaded.playback(routing)
+        self._sampler = Sampler(offloaded.device)
         self._watcher: Callable[[Sequence[int], Tensor], None] | None = None
         self.threads = Threads(plan.record_bytes)
         self._begin(plan.schedule, admission)
@@ -136,6 +137,7 @@ class Engine:
             admission=make_admission(admission, self._durations.costs),
             pages=None if plan.kv_layout is None else plan.kv_layout.pages,
             page=1 if plan.kv_layout is None else plan.kv_layout.page,
+            pace=plan.pace,
         )
 
     def reschedule(self, schedule: str = "fifo", admission: str = "pays") -> None:
@@ -175,6 +177,11 @@ class Engine:
     def step_seconds(self) -> float:
         """Median time of the last decode steps, at most 64, in seconds; 0 if there was none. First steps of a shape weigh little."""
         return self._durations.step_seconds
+
+    @property
+    def kv_share(self) -> float:
+        """Share of the pages of keys and values that live requests have, 0 to 1; of the rows where there are no pages."""
+        return self._scheduler.taken
 
     def watch_logits(self, watcher: Callable[[Sequence[int], Tensor], None] | None) -> None:
         """Call `watcher` with requests' numbers and their logits `[B, V]`, before the next tokens are chosen; None: no more.
@@ -314,7 +321,10 @@ class Engine:
             read = tokens[part.begin : part.end]
             if self._playback is not None and part.begin == 0:
                 self._playback.begin(request.index, row)
-            chunks.append(PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.end, request.kept))
+            scored = request.unscored(part.begin, part.end)
+            chunks.append(
+                PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.end, request.kept, scored)
+            )
         self._announce(
             NextBatch(
                 [chunk.sequence for chunk in chunks],
@@ -325,12 +335,15 @@ class Engine:
             )
         )
         with self._offloaded.passes.lock:  # callers of the model itself wait
-            logits = self._executor.prefill(chunks)
+            logits = self._executor.prefill(chunks, partial(self._score, task))
         ended = [place for place, part in enumerate(task.parts) if part.last]
         numbers = [task.parts[place].sequence for place in ended]
-        chosen = self._choose(numbers, logits[ended]) if ended else []
+        chosen = self._choose(numbers, logits[ended]) if ended else None
         self._scheduler.done(task)
-        return self._send(numbers, chosen)
+        return 0 if chosen is None else self._send(numbers, chosen)
+
+    def _score(self, task: Prefill, place: int, begin: int, logits: Tensor) -> None:
+        self._running[task.parts[place].sequence].request.score(begin, logits)
 
     def _decode(self, task: Decode) -> int:
         inputs = []
@@ -349,30 +362,20 @@ class Engine:
             if listener is not None:
                 listener.expect(batch)
 
-    def _choose(self, numbers: Sequence[int], logits: Tensor) -> list[int]:
-        """The next token of each request. If that fails, no random number is used up."""
+    def _choose(self, numbers: Sequence[int], logits: Tensor) -> Chosen:
+        """The next token of each request. If that fails, nothing is used up."""
         requests = [self._running[number].request for number in numbers]
         if self._watcher is not None:
             with self._offloaded.meter.aside():
                 self._watcher(numbers, logits)
-        before = [(one.generator, one.generator.get_state()) for one in requests if one.params.temperature]
-        try:
-            chosen = self._pick(requests, logits)
-        except BaseException:
-            for generator, state in before:
-                generator.set_state(state)
-            raise
-        if self._playback is None:
-            return chosen
-        positions = [len(one.prompt_token_ids) + len(one.token_ids) for one in requests]
-        places = zip(requests, positions, chosen, strict=True)
-        return [self._playback.token(one.index, position, token) for one, position, token in places]
+        chosen = self._sampler.choose(logits, [one.draw() for one in requests], self._executor.best())
+        if self._playback is not None:
+            places = zip(requests, chosen.tokens, strict=True)
+            tokens = [self._playback.token(one.index, one.position, token) for one, token in places]
+            chosen = chosen._replace(tokens=tokens)
+        return self._sampler.weighed(chosen, logits, [one.params.logprobs for one in requests])
 
-    def _pick(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
-        generators = [request.generator for request in requests]
-        return choose_all(logits, [request.params for request in requests], generators, self._executor.best())
-
-    def _send(self, numbers: Sequence[int], tokens: Sequence[int]) -> int:
+    def _send(self, numbers: Sequence[int], found: Chosen) -> int:
         """Add tokens to their requests, and send the outputs to the channels.
 
         Returns:
@@ -381,15 +384,15 @@ class Engine:
         Raises:
             Exception: the first that a tokenizer or a channel raised, once every token is sent; its request is cancelled.
         """
-        now, errors = time.perf_counter(), []
+        now, errors, tokens = time.perf_counter(), [], found.tokens
         if self._offloaded.live_predictor is not None:
-            found = [place for place, token in enumerate(tokens) if token != NO_TOKEN]
+            real = [place for place, token in enumerate(tokens) if token >= 0]
             self._offloaded.live_predictor.sampled(
-                [numbers[place] for place in found], [tokens[place] for place in found]
+                [numbers[place] for place in real], [tokens[place] for place in real]
             )
-        for number, token in zip(numbers, tokens, strict=True):
+        for place, number in enumerate(numbers):
             try:
-                self._send_one(number, token, now)
+                self._send_one(number, found, place, now)
             except Exception as error:  # noqa: BLE001 - a tokenizer's or a channel's; raised below
                 errors.append(error)
                 if number in self._running:
@@ -398,13 +401,15 @@ class Engine:
             raise errors[0]
         return len(tokens)
 
-    def _send_one(self, number: int, token: int, now: float) -> None:
-        one = self._running[number]
+    def _send_one(self, number: int, found: Chosen, place: int, now: float) -> None:
+        one, token = self._running[number], found.tokens[place]
         one.first = one.first or now
-        if token == NO_TOKEN:
-            output = one.request.fail()
+        fault = one.request.accept(token) if token >= 0 else found.faults.get(place)
+        if token < 0 or fault is not None:
+            output = one.request.fail(fault)
         else:
-            output = one.request.append(token, waited=one.first - one.added, lasted=now - one.added)
+            waited, lasted = one.first - one.added, now - one.added
+            output = one.request.append(token, waited=waited, lasted=lasted, logprobs=found.logprobs[place])
             self._totals.tokens += 1
         if output.output is not None or output.error is not None:
             self._remove(number)

@@ -7,6 +7,7 @@ messages, which the tokenizer's chat template renders. Everything else is refuse
 import operator
 from collections.abc import Mapping, Sequence
 from threading import Lock
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,12 @@ from expertflow.errors import PromptError
 
 _KINDS = "Give text, token ids, chat messages, or what a tokenizer returned."
 _IDS, _PROMPT, _PROMPT_IDS = "input_ids", "prompt", "prompt_token_ids"
+_TAKEN = frozenset({
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length", "messages",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs", "tools",
+    "truncation",
+})  # fmt: skip
+"""Arguments of transformers' `apply_chat_template` that are no variables of a template."""
 
 
 class Prompt(NamedTuple):
@@ -114,9 +121,9 @@ class PromptReader:
             text, ids = prompt
         elif isinstance(prompt, str):
             text = clean_text(prompt)
-            ids = self._encode(index, text)
+            ids = self.encode(index, text)
         elif is_messages(prompt):
-            text, ids = self._chat(index, prompt)
+            text, ids = self.chat(index, prompt)
         else:
             ids = _as_ids(index, prompt)
         if not ids:
@@ -141,30 +148,76 @@ class PromptReader:
                 "Put the original model's tokenizer.json beside it, give `tokenizer`, or token ids instead of text.",
             )
 
-    def _encode(self, index: int, text: str) -> tuple[int, ...]:
-        """Token ids of text, with one beginning-of-text token where text and tokenizer both bring one."""
+    def encode(self, index: int, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Token ids of text, with one beginning-of-text token where text and tokenizer both bring one.
+
+        Args:
+            index: its place in the call, for messages.
+            text: any text.
+            special: whether the tokenizer adds its special tokens, such as one that begins a text.
+
+        Raises:
+            PromptError: if there is no tokenizer, or it cannot read the text.
+        """
         self._need_tokenizer()
         try:
             with self._lock:
-                ids = tuple(self._tokenizer(text)[_IDS])
+                ids = tuple(self._tokenizer(text, add_special_tokens=special)[_IDS])
         except (TypeError, ValueError, UnicodeError) as error:
             raise PromptError(f"prompt {index} cannot be read by the tokenizer: {error}", _KINDS) from error
         begin = self._tokenizer.bos_token_id
         doubled = begin is not None and ids[:2] == (begin, begin) and text.startswith(self._tokenizer.bos_token)
         return ids[1:] if doubled else ids
 
-    def _chat(self, index: int, messages: Sequence[Mapping[str, Any]]) -> tuple[str, tuple[int, ...]]:
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special ones included.
+
+        Raises:
+            PromptError: if there is no tokenizer.
+        """
+        self._need_tokenizer()
+        with self._lock:
+            return str(self._tokenizer.decode(list(token_ids)))
+
+    def chat(
+        self,
+        index: int,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        goes_on: bool = False,
+        begins: bool | None = None,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Prompt:
+        """The prompt that the tokenizer's chat template makes of messages.
+
+        Args:
+            index: its place in the call, for messages.
+            messages: each with a role.
+            tools: that the model may call, as OpenAI's API describes them.
+            goes_on: the answer continues the last message.
+            begins: the prompt ends with what begins an answer; None: unless the last message is continued.
+            variables: further variables of the template, such as `enable_thinking`.
+
+        Raises:
+            PromptError: if there is no template, or it cannot render this.
+        """
         self._need_tokenizer()
         if not self._tokenizer.chat_template:
             raise PromptError(
                 f"prompt {index} is a chat, and the model's tokenizer has no chat template",
                 "Give text, or a model that was trained to chat.",
             )
+        if taken := sorted(_TAKEN & variables.keys()):
+            raise PromptError(f"{taken[0]!r} is no variable of a chat template here", "Leave it out.")
         try:
             with self._lock:
-                text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+                text = self._tokenizer.apply_chat_template(
+                    list(messages), tools=list(tools) or None, tokenize=False, continue_final_message=goes_on,
+                    add_generation_prompt=not goes_on if begins is None else begins, **variables,
+                )  # fmt: skip
                 text = clean_text(text)
-                return text, tuple(self._tokenizer(text, add_special_tokens=False)[_IDS])
+                return Prompt(text, tuple(self._tokenizer(text, add_special_tokens=False)[_IDS]))
         except Exception as error:  # a template is a program: it can raise anything
             raise PromptError(
                 f"prompt {index}: the chat template cannot render these messages: {error}", "Correct the messages."

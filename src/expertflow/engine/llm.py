@@ -16,15 +16,16 @@ from expertflow.cache.forecast import Forecast
 from expertflow.config import EngineConfig, SamplingParams
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.engine import Engine
-from expertflow.engine.inputs import split_prompts
+from expertflow.engine.inputs import is_messages, split_prompts
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import SHIPPED_MODEL, prepare
 from expertflow.engine.request import Request, RequestOutput, StreamOutput, Totals
 from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.engine.threads import limit_threads
-from expertflow.errors import CancelledError, ConfigError, NonFiniteError, UnsupportedModelError
+from expertflow.errors import CancelledError, ConfigError, PromptError, RequestError, UnsupportedModelError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.replay import Replay
+from expertflow.execution.sampling.masks import TokenMask
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.models.weights.sources import SharedWeights, WeightsSource
 from expertflow.predict.artifact import Artifact
@@ -32,6 +33,9 @@ from expertflow.progress import Progress
 from expertflow.schedule.admission import check_admission
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
+
+_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p")
+"""Fields of a generation config that say how to choose tokens, and mean the same in `SamplingParams`."""
 
 
 def shipped_model() -> Path:
@@ -154,19 +158,27 @@ class LLM:
         """The transformers model behind it. Its passes and the engine's steps run one at a time."""
         return self._offloaded.model
 
-    def request(self, prompt: Any, params: SamplingParams | None = None, *, index: int = 0) -> Request:
+    def request(
+        self, prompt: Any, params: SamplingParams | None = None, *, index: int = 0, mask: TokenMask | None = None
+    ) -> Request:
         """A request for `engine.add`.
 
         Args:
             prompt: text, token ids, chat messages, a `Prompt`, or a mapping with one of these, see `engine.inputs`.
             params: how to sample and stop; None: the defaults.
             index: a number of the caller's own, which the outputs carry; a replay takes the recording of this number.
+            mask: restricts its tokens, such as a grammar's state; None: it may get any.
 
         Raises:
             PromptError: if the prompt is empty, too long, or of another kind.
             ConfigError: if `params` is no `SamplingParams`.
         """
-        return self._requests.request(prompt, params, index)
+        return self._requests.request(prompt, params, index, mask)
+
+    @property
+    def name(self) -> str:
+        """The last part of the model's folder or id."""
+        return self._name
 
     @property
     def threads(self) -> int:
@@ -187,6 +199,13 @@ class LLM:
     def shared_weights(self) -> SharedWeights:
         """This model's experts in host memory, as `weights` of another `LLM` of the same checkpoint."""
         return self._offloaded.shared_weights
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """What the model's `generation_config.json` says of how to choose tokens, by names of `SamplingParams`."""
+        generation = getattr(self.model, "generation_config", None)
+        found = {name: getattr(generation, name, None) for name in _SAMPLING_DEFAULTS}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def predictor(self) -> Artifact | None:
@@ -226,7 +245,7 @@ class LLM:
         Raises:
             PromptError: if a prompt is empty, too long, or of another kind; nothing is generated then.
             ConfigError: if `params` is no `SamplingParams`.
-            NonFiniteError: if a prompt's logits are no numbers, once the other prompts are over; its `outputs` holds theirs.
+            RequestError: if a prompt's logits are no numbers, once the other prompts are over; its `outputs` holds theirs.
         """
         requests = self._requests.requests(split_prompts(prompts), _one_of(params, sampling_params))
         finished = []
@@ -236,7 +255,7 @@ class LLM:
                     if item.output is not None:
                         finished.append(item.output)
                         bar.advance()
-            except NonFiniteError as error:
+            except RequestError as error:
                 error.outputs = tuple(sorted(finished, key=lambda output: output.index))
                 raise
         return sorted(finished, key=lambda output: output.index)
@@ -250,9 +269,28 @@ class LLM:
     ) -> Iterator[StreamOutput]:
         """Like `generate`, token by token. Prompts are checked at the call, before the first token is taken.
 
-        A `NonFiniteError` of one prompt is raised when the others are over.
+        A `RequestError` of one prompt is raised when the others are over.
         """
         return self._run(self._requests.requests(split_prompts(prompts), _one_of(params, sampling_params)))
+
+    def chat(self, messages: Any, params: SamplingParams | None = None) -> RequestOutput:
+        """The answer to a chat, by the model's chat template.
+
+        Args:
+            messages: each with `role` and `content`.
+            params: None: as the model's `generation_config.json` says (temperature 1 if it says nothing), to the end of the text.
+
+        Raises:
+            PromptError: if the model has no chat template, or it cannot render the messages.
+        """
+        if not is_messages(messages):
+            raise PromptError("a chat is a list of messages", 'Give [{"role": "user", "content": "..."}].')
+        return self.generate([messages], self.chat_params if params is None else params)[0]
+
+    @property
+    def chat_params(self) -> SamplingParams:
+        """How `chat` samples if nothing is stated."""
+        return SamplingParams.from_mapping({"max_tokens": None, "temperature": 1.0, **self.sampling_defaults})
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[None]:

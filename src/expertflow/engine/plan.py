@@ -14,19 +14,21 @@ from expertflow.engine.planning.pass_size import (
     SMALLEST,
     PassWork,
     Speeds,
-    attention_flops,
     largest_pass,
+    longest_pass,
+    pace_of,
     pass_tokens,
     token_flops,
 )
 from expertflow.engine.planning.slots import least_slots, plan_slots
 from expertflow.engine.planning.workspace import CUDA_LIBRARY_BYTES, graph_bytes, workspace_bytes
 from expertflow.errors import BudgetError, ConfigError
-from expertflow.execution.kv.layout import Layout
+from expertflow.execution.kv.layout import PAGE, Layout, pages_of
 from expertflow.formats.records import StoreLayout
 from expertflow.memory.slots import SlotPool
 from expertflow.models.shape import ModelShape
 from expertflow.schedule.cost import StepPrices
+from expertflow.schedule.portions import Pace
 from expertflow.units import format_bytes, parse_bytes
 
 DEFAULT_CONTEXT = 4096
@@ -61,6 +63,7 @@ class Plan:
         least: the smallest budget for which the same options work: with a single slot, the least keys and values, and the least tokens a pass.
         kv_layout: how keys and values lie in pages; None: they lie in rows, or in the model's own cache.
         batch_invariant: whether no bit of an answer depends on other requests.
+        paced: whether passes over prompts become smaller behind long contexts, so that others do not wait longer than for copies.
         graph_unavailable_reason: why execution='auto' fell back to the host; empty otherwise.
     """
 
@@ -85,6 +88,7 @@ class Plan:
     least: int = 0
     kv_layout: Layout | None = None
     batch_invariant: bool = False
+    paced: bool = False
     graph_unavailable_reason: str = ""
 
     @property
@@ -161,13 +165,21 @@ class Plan:
         return self.pass_work.copied / pass_speeds(self).link if self.device == "cuda" else None
 
     @property
+    def pace(self) -> Pace | None:
+        """How passes over prompts become smaller behind long contexts while sequences wait; None: all have `prefill_chunk` tokens."""
+        return self._pace if self.paced else None
+
+    @property
+    def _pace(self) -> Pace:
+        return pace_of(self.shape, self.pass_work, pass_speeds(self), self.prefill_chunk)
+
+    @property
     def stall_seconds(self) -> float | None:
-        """How long a full pass over prompts keeps other sequences waiting: its copies or its computation, at the end of a longest prompt."""
+        """How long a pass over prompts keeps other sequences waiting at most, behind a longest prompt; None as of `copies_seconds`."""
         copies = self.copies_seconds
         if copies is None:
             return None
-        flops = self.pass_work.flops + attention_flops(self.shape, self.max_length)
-        return max(copies, self.prefill_chunk * flops / pass_speeds(self).compute)
+        return longest_pass(self._pace, copies, self.prefill_chunk, self.max_length, bounded=self.paced)
 
 
 class _Wanted(NamedTuple):
@@ -242,9 +254,14 @@ def _better(host: Plan | BudgetError, graph: Plan | BudgetError) -> Plan:
     if isinstance(graph, BudgetError):
         reason = f"the budget holds no captured steps, {format_bytes(graph.least_bytes)} would"
         return replace(host, graph_unavailable_reason=reason)
+    least = min(host.least, graph.least)
     if graph.slots < host.slots * _WORTH:
-        return replace(host, graph_unavailable_reason=f"captured steps would leave {graph.slots} of {host.slots} slots")
-    return graph
+        return replace(
+            host,
+            least=least,
+            graph_unavailable_reason=f"captured steps would leave {graph.slots} of {host.slots} slots",
+        )
+    return replace(graph, least=least)
 
 
 def _sized(wanted: _Wanted) -> Plan:
@@ -253,10 +270,12 @@ def _sized(wanted: _Wanted) -> Plan:
     More tokens leave fewer slots, and fewer slots ask for more tokens: sizes grow from the smallest one until that ends.
     """
     config, shape, device, _, budget, graph, _ = wanted
-    if config.prefill_chunk is not None:
-        return _plan(wanted, config.prefill_chunk)
     length = sequence_length(config, shape)
-    together = config.max_batch * length
+    together = config.max_batch * length  # no pass has more tokens, nor more than are kept
+    if config.kv_tokens is not None:
+        together = min(together, pages_of(config.kv_tokens, PAGE) * PAGE)
+    if config.prefill_chunk is not None:
+        return _plan(wanted, min(config.prefill_chunk, together))
     found = smallest = _plan(wanted, min(SMALLEST, together))
     if device != "cuda" or shape.unplanned or shape.encoder_decoder:  # the last two read prompts whole
         return found
@@ -272,7 +291,7 @@ def _sized(wanted: _Wanted) -> Plan:
             found = _plan(wanted, tokens)
         except BudgetError:  # pages of windows, which grow with the pass
             break
-    return replace(found, least=smallest.least)
+    return replace(found, least=smallest.least, paced=shape.in_rows and not config.batch_invariant)
 
 
 def _plan(wanted: _Wanted, chunk: int) -> Plan:

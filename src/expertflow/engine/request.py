@@ -10,10 +10,14 @@ from typing import Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from torch import Tensor
 
 from expertflow.config import SamplingParams
-from expertflow.errors import NonFiniteError
-from expertflow.execution.sampler import NO_TOKEN, make_generator
+from expertflow.errors import MaskError, NonFiniteError, RequestError
+from expertflow.execution.sampler import NO_CHOICE, NO_TOKEN, Draw, draw_seed
+from expertflow.execution.sampling.edits import TokenEdits
+from expertflow.execution.sampling.logprobs import Logprob, log_probabilities
+from expertflow.execution.sampling.masks import TokenMask
 
 _UNFINISHED = "\ufffd"
 _CONTEXT = 6
@@ -36,6 +40,8 @@ class RequestOutput:
         first_token_seconds: from the request's arrival to its first token, waiting included.
         token_seconds: mean time of a later token; 0 if there is none.
         seed: seed of its random numbers, stated or drawn; None if it was greedy.
+        logprobs: of each generated token, see `StreamOutput`; None if they were not asked for.
+        prompt_logprobs: the same of each prompt token but the first, which has None; None if they were not asked for.
     """
 
     index: int
@@ -47,6 +53,8 @@ class RequestOutput:
     first_token_seconds: float = field(default=0.0, compare=False)
     token_seconds: float = field(default=0.0, compare=False)
     seed: int | None = field(default=None, compare=False)
+    logprobs: tuple[tuple[Logprob, ...], ...] | None = None
+    prompt_logprobs: tuple[tuple[Logprob, ...] | None, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +67,16 @@ class StreamOutput:
         text: new text that is certain; may be empty.
         output: the whole request, once it has finished.
         error: why the request ended without a result; then there is no new token.
+        logprobs: the new token's log-probability by the model's own logits, then those of the most probable tokens, which may have it
+            again; None if they were not asked for.
     """
 
     index: int
     token_id: int
     text: str
     output: RequestOutput | None = None
-    error: NonFiniteError | None = None
+    error: RequestError | None = None
+    logprobs: tuple[Logprob, ...] | None = None
 
 
 Channel = Callable[[StreamOutput], None]
@@ -163,6 +174,12 @@ class Request:
         limit: tokens it may generate at most.
         decoder: makes text of tokens; None if the model has no tokenizer.
         continues: whether the text continues the prompt (decoder-only) or stands by itself.
+        mask: restricts its tokens; None: it may get any.
+
+    Attributes:
+        seed: of its random numbers, stated or drawn.
+        logprobs: of the tokens so far, where they are asked for.
+        prompt_logprobs: of the prompt's tokens that were read so far, where they are asked for; None for the first.
     """
 
     index: int
@@ -176,11 +193,18 @@ class Request:
     text: str = ""
     finish_reason: str | None = None
     continues: bool = True
+    mask: TokenMask | None = None
     _shown: int = 0
+    _free: int = 0
+    """Where text begins that a stop text may end: behind the first `min_tokens` tokens."""
 
     def __post_init__(self) -> None:
-        """Make the request's random numbers; begin decoding at the prompt's end."""
-        self.generator = make_generator(self.params)
+        """Draw a seed, unless one is stated; list the logits that change; begin decoding at the prompt's end."""
+        params = self.params
+        self.seed = draw_seed() if params.seed is None else params.seed
+        self._edits = TokenEdits(params, self.prompt_token_ids, self.ends) if params.changes_logits else None
+        self.logprobs: list[tuple[Logprob, ...]] = []
+        self.prompt_logprobs: list[tuple[Logprob, ...] | None] = [None]
         before = self.prompt_token_ids if self.continues else ()
         skip = self.params.skip_special_tokens
         self._stream = None if self.decoder is None else TextStream(self.decoder, before, skip_special=skip)
@@ -195,24 +219,67 @@ class Request:
         """Tokens whose keys and values it needs at most: the last one's are never read."""
         return (len(self.prompt_token_ids) if self.continues else 1) + self.limit - 1
 
-    def fail(self) -> StreamOutput:
-        """End without a result: the logits of the next token are no numbers."""
-        error = NonFiniteError(self.index, len(self.token_ids) + 1)
-        return StreamOutput(index=self.index, token_id=NO_TOKEN, text="", error=error)
+    @property
+    def position(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.prompt_token_ids) + len(self.token_ids)
 
-    def append(self, token: int, *, waited: float = 0.0, lasted: float = 0.0) -> StreamOutput:
+    def draw(self) -> Draw:
+        """What its next token is chosen by."""
+        return Draw(
+            params=self.params, seed=self.seed, position=self.position, generated=len(self.token_ids), edits=self._edits,
+            mask=self.mask,
+        )  # fmt: skip
+
+    def unscored(self, begin: int, end: int) -> range:
+        """Positions from `begin` to before `end` whose next token's log-probability is wanted and not there yet."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        return range(max(begin, len(self.prompt_logprobs) - 1), min(end, len(self.prompt_token_ids) - 1))
+
+    def score(self, begin: int, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt's tokens behind positions from `begin` on; logits `[n, V]`."""
+        tokens = self.prompt_token_ids[begin + 1 : begin + 1 + len(logits)]
+        self.prompt_logprobs += log_probabilities(logits, tokens, [self.params.prompt_logprobs] * len(tokens))
+
+    def fail(self, fault: str | None = None) -> StreamOutput:
+        """End without a result: the logits of the next token are no numbers, or what is wrong with its mask."""
+        number = len(self.token_ids) + 1
+        error = NonFiniteError(self.index, number) if fault is None else MaskError(self.index, number, fault)
+        token = NO_TOKEN if fault is None else NO_CHOICE
+        return StreamOutput(index=self.index, token_id=token, text="", error=error)
+
+    def accept(self, token: int) -> str | None:
+        """Show the mask the token that was chosen; what went wrong there, or None."""
+        if self.mask is not None:
+            try:
+                self.mask.accept(token)
+            except Exception as error:  # noqa: BLE001 - a mask may be anybody's code; its request alone fails
+                return f"its mask did not accept token {token}: {error!r}"
+        return None
+
+    def append(
+        self, token: int, *, waited: float = 0.0, lasted: float = 0.0, logprobs: tuple[Logprob, ...] | None = None
+    ) -> StreamOutput:
         """Add the next token.
 
         Args:
             token: the token.
             waited: seconds from the request's arrival to its first token.
             lasted: seconds from its arrival to this one.
+            logprobs: the token's, and of others; None if they are not asked for.
 
         Returns:
             What is new; with the whole request, if this token ends it.
         """
         self.token_ids.append(token)
+        if self._edits is not None:
+            self._edits.add(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         self._decode(token)
+        if len(self.token_ids) <= self.params.min_tokens:
+            self._free = len(self.text)
         if token in self.ends:
             self.finish_reason = "stop"
         elif (cut := self._stop_position()) is not None:
@@ -222,7 +289,8 @@ class Request:
         sure = len(self.text) if self.finish_reason else self._certain()
         fresh = self.text[self._shown : sure]
         self._shown = max(self._shown, sure)
-        return StreamOutput(index=self.index, token_id=token, text=fresh, output=self._output(waited, lasted))
+        output = self._output(waited, lasted)
+        return StreamOutput(index=self.index, token_id=token, text=fresh, output=output, logprobs=logprobs)
 
     def _decode(self, token: int) -> None:
         """Extend the text. Where special tokens are kept, the token that ends the request is left out."""
@@ -237,7 +305,7 @@ class Request:
     def _stop_position(self) -> int | None:
         if not self.params.stop:
             return None
-        found = [self.text.find(stop) for stop in self.params.stop]
+        found = [self.text.find(stop, self._free) for stop in self.params.stop]
         return min((position for position in found if position >= 0), default=None)
 
     def _certain(self) -> int:
@@ -253,7 +321,7 @@ class Request:
     def _output(self, waited: float, lasted: float) -> RequestOutput | None:
         if self.finish_reason is None:
             return None
-        later = len(self.token_ids) - 1
+        later, params = len(self.token_ids) - 1, self.params
         return RequestOutput(
             index=self.index,
             prompt=self.prompt,
@@ -263,7 +331,9 @@ class Request:
             finish_reason=self.finish_reason,
             first_token_seconds=waited,
             token_seconds=(lasted - waited) / later if later else 0.0,
-            seed=self.generator.initial_seed() if self.params.temperature else None,
+            seed=self.seed if params.temperature else None,
+            logprobs=None if params.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if params.prompt_logprobs is None else tuple(self.prompt_logprobs),
         )
 
 

@@ -16,6 +16,7 @@ from expertflow.engine.plan import DEFAULT_CONTEXT, Plan
 from expertflow.engine.planning.pass_size import SMALLEST
 from expertflow.engine.request import Decoder, Request
 from expertflow.errors import CheckpointError, ConfigError, PromptError
+from expertflow.execution.sampling.masks import TokenMask
 from expertflow.models.files.identity import beside
 from expertflow.models.places import context_of
 
@@ -112,17 +113,21 @@ class RequestFactory:
         self._max_length, self._ends = plan.max_length, ends
         self._vocabulary, self._encoder_decoder = plan.shape.vocabulary, plan.shape.encoder_decoder
 
-    def request(self, prompt: Any, params: SamplingParams | None = None, index: int = 0) -> Request:
+    def request(
+        self, prompt: Any, params: SamplingParams | None = None, index: int = 0, mask: TokenMask | None = None
+    ) -> Request:
         """One request.
 
         Args:
             prompt: text, token ids, chat messages, a `Prompt`, or a mapping with one of these, see `engine.inputs`.
             params: how to sample and stop; None: the defaults of `SamplingParams`.
             index: place of the prompt in its call, for outputs and messages.
+            mask: restricts its tokens; None: it may get any.
 
         Raises:
             PromptError: if the prompt is empty, too long, or of another kind.
-            ConfigError: if `params` is no `SamplingParams`, or a stop text cannot be found in the text, see `stop_tokens`.
+            ConfigError: if `params` is no `SamplingParams`, a stop text cannot be found in the text, see `stop_tokens`, or
+                `logit_bias` names a token the model does not know.
         """
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -134,6 +139,14 @@ class RequestFactory:
                 f"prompt {index} has {len(tokens)} tokens; with one to generate, {self._max_length} fit",
                 "Shorten it, or raise max_length (at most the model's context).",
             )
+        if unknown := [token for token in params.logit_bias or () if token >= self._vocabulary]:
+            raise ConfigError(
+                f"logit_bias names token {unknown[0]}", f"The model knows tokens 0 to {self._vocabulary - 1}."
+            )
+        if self._encoder_decoder and params.prompt_logprobs is not None:
+            raise ConfigError(
+                f"prompt_logprobs={params.prompt_logprobs} of a model whose encoder reads the prompt", "Leave it out."
+            )
         stops = stop_tokens(self.text.tokenizer, params)
         return Request(
             index=index,
@@ -144,6 +157,7 @@ class RequestFactory:
             limit=room if params.max_tokens is None else min(params.max_tokens, room),
             decoder=self.text.decoder,
             continues=not self._encoder_decoder,
+            mask=mask,
         )
 
     def requests(

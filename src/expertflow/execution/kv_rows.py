@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from expertflow.execution.kv.layout import Layout
 from expertflow.execution.kv.paged import PagedCache, Span
-from expertflow.models.attention import attention_windows, cache_argument, layer_kinds
+from expertflow.models.attention import cache_argument, layer_kinds
 from expertflow.models.context import ForwardContext, Pieces
 from expertflow.models.skeleton import Skeleton
 
@@ -77,6 +77,7 @@ class RowModel(OfModel):
         model: loaded model of a family with an entry in `models.families`.
         skeleton: of it.
         layout: sizes of keys and values.
+        windows: tokens each layer sees, as in `ModelShape`.
         context: what the model's passes carry.
 
     Attributes:
@@ -87,11 +88,16 @@ class RowModel(OfModel):
         cell_lines: lines of `ForwardInput.cells`.
     """
 
-    def __init__(self, model: PreTrainedModel, skeleton: Skeleton, layout: Layout, context: ForwardContext) -> None:
-        """Find out what masks the model's layers are given."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        skeleton: Skeleton,
+        layout: Layout,
+        windows: Sequence[int | None],
+        context: ForwardContext,
+    ) -> None:
+        """Allocate keys and values."""
         config = skeleton.config.get_text_config(decoder=True)
-        windows = attention_windows(skeleton.model, config)
-        assert windows is not None, "a model in rows has masks that are windows"
         self._model, self.skeleton = weakref.ref(model), skeleton
         self.rows, self.nowhere = layout.rows, layout.length
         self.context = context

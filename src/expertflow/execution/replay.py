@@ -17,7 +17,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from expertflow.errors import ConfigError
-from expertflow.execution.sampler import NO_TOKEN
 from expertflow.models.context import ForwardContext
 from expertflow.models.shape import KvLayer, ModelShape
 from expertflow.trace.format import Trace
@@ -182,7 +181,7 @@ class Playback:
 
     def token(self, index: int, position: int, chosen: int) -> int:
         """The token at a position of a recording; `chosen` where none was recorded, or where there is none at all."""
-        return chosen if chosen == NO_TOKEN else self._replay.token(index, position, chosen)
+        return chosen if chosen < 0 else self._replay.token(index, position, chosen)
 
 
 class RouteTable:

@@ -5,8 +5,9 @@ end at any step, in host or graph execution. Others run in cohorts: sequences th
 last one is over. Must not know text, sampling and schedules.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ from expertflow.execution.handover import Handover
 from expertflow.execution.kv.paged import Span
 from expertflow.execution.kv_rows import DecodeInput, ForwardInput, RowModel
 from expertflow.execution.rope import use_own_lengths
+from expertflow.execution.sampling.scoring import Score, Scored, no_score, score_all, states_kept
 from expertflow.models.attention import cache_argument
 from expertflow.models.context import ForwardContext, Pieces
 
@@ -35,7 +37,7 @@ class PromptChunk(NamedTuple):
     """Tokens of a prompt, from position `begin` on: the sequence, the tokens, and its KV row.
 
     `rest` counts the prompt's tokens that later passes read; `room` the tokens that the whole sequence keeps at most, 0: as many
-    as there may be.
+    as there may be. `scored` are positions among these tokens whose logits are wanted too.
     """
 
     sequence: int
@@ -44,6 +46,7 @@ class PromptChunk(NamedTuple):
     begin: int
     rest: int = 0
     room: int = 0
+    scored: range = range(0)
 
     @property
     def length(self) -> int:
@@ -66,8 +69,8 @@ class Executor(Protocol):
     padded_left: bool
     unpadded: bool
 
-    def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
-        """Run parts of prompts; logits behind each part's last token."""
+    def prefill(self, pieces: Sequence[PromptChunk], score: Score = no_score) -> Float[Tensor, "B V"]:
+        """Run parts of prompts; logits behind each part's last token. `score` gets those of the positions that are scored."""
 
     def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Run one new token a sequence; logits of the next."""
@@ -99,7 +102,7 @@ class RowExecutor:
         self.unpadded = dense is not None and dense.in_place  # where a kernel finds each piece's keys and values
 
     @torch.inference_mode()
-    def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
+    def prefill(self, pieces: Sequence[PromptChunk], score: Score = no_score) -> Float[Tensor, "B V"]:
         """Run parts of prompts: one behind the other, or the shorter ones padded on the left; padding uses no expert."""
         spans = [Span(piece.row, piece.begin, piece.begin + len(piece.tokens)) for piece in pieces]
         prompts, joined = [piece.tokens for piece in pieces], self.unpadded
@@ -115,9 +118,13 @@ class RowExecutor:
         with (
             self._given(ids, spans, columns, joined=joined) as given,
             self._context.carry(padding=self._padding(mask == 0), lengths=lengths, experts=experts, dense=dense),
+            states_kept(self._rows.model, wanted=any(piece.scored for piece in pieces)) as states,
         ):
             logits = self._rows.forward(self._rows.model, given)
         self._handover.pass_queued()
+        if states:
+            ends = accumulate(map(len, prompts)) if joined else [ids.shape[1]] * len(pieces)
+            score_all(self._rows.model, states[0], _scored(pieces, ends, one_row=joined), score)
         return logits
 
     @contextmanager
@@ -186,7 +193,7 @@ class EncoderDecoderExecutor(RowExecutor):
         self._encoder = rows
 
     @torch.inference_mode()
-    def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
+    def prefill(self, pieces: Sequence[PromptChunk], score: Score = no_score) -> Float[Tensor, "B V"]:  # noqa: ARG002 - no logits there
         """Run whole prompts through the encoder, the shorter ones padded on the right, then the decoder's first token."""
         model, prompts = self._encoder.model, [piece.tokens for piece in pieces]
         for piece in pieces:
@@ -216,12 +223,25 @@ class CohortExecutor:
         self._batch: DecoderBatch | None = None
         self._members: list[int] = []
 
-    def prefill(self, pieces: Sequence[PromptChunk]) -> Float[Tensor, "B V"]:
+    def prefill(self, pieces: Sequence[PromptChunk], score: Score = no_score) -> Float[Tensor, "B V"]:
         """Run whole prompts of a new cohort."""
         prompts = [piece.tokens for piece in pieces]
         self._members = [piece.sequence for piece in pieces]
         self._batch = DecoderBatch(self._model, prompts, self._chunk, self._context)
-        return self._batch.prefill()
+        width = max(map(len, prompts))
+
+        def score_columns(states: Tensor, begin: int) -> None:
+            """Score the positions of some columns."""
+            columns = range(begin, begin + states.shape[1])
+            scored = [
+                one._replace(column=one.column + here.start - one.positions.start - begin, positions=here)
+                for one in _scored(pieces, [width] * len(pieces))
+                if (here := _within(one, columns))
+            ]
+            score_all(self._model, states, scored, score)
+
+        wanted = any(piece.scored for piece in pieces)
+        return self._batch.prefill(score_columns if wanted else None)
 
     def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
         """Run one token of each sequence that has not ended."""
@@ -237,6 +257,21 @@ class CohortExecutor:
 
     def best(self) -> None:
         """Not computed on the way."""
+
+
+def _scored(pieces: Sequence[PromptChunk], ends: Iterable[int], *, one_row: bool = False) -> list[Scored]:
+    """What is scored of a pass whose pieces end before these columns, in a row each or all in one."""
+    return [
+        Scored(place, 0 if one_row else place, end - len(piece.tokens) + piece.scored.start - piece.begin, piece.scored)
+        for place, (piece, end) in enumerate(zip(pieces, ends, strict=True))
+        if piece.scored
+    ]
+
+
+def _within(one: Scored, columns: range) -> range:
+    """The positions that lie in these columns."""
+    first = one.positions.start - one.column
+    return range(max(one.positions.start, first + columns.start), min(one.positions.stop, first + columns.stop))
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -296,12 +331,15 @@ class DecoderBatch:
         self._lengths = [len(prompt) for prompt in prompts]
 
     @torch.inference_mode()
-    def prefill(self) -> Float[Tensor, "B V"]:
-        """Run the prompts, `chunk` tokens a pass."""
+    def prefill(self, seen: Callable[[Tensor, int], None] | None = None) -> Float[Tensor, "B V"]:
+        """Run the prompts, `chunk` tokens a pass; `seen` gets the states before the head and the first column of each."""
         width = self._ids.shape[1]
         for begin in range(0, width, self._columns):
             end = min(begin + self._columns, width)
-            logits = self._forward(self._ids[:, begin:end], self._positions[:, begin:end], self._mask[:, :end])
+            with states_kept(self._model, wanted=seen is not None) as states:
+                logits = self._forward(self._ids[:, begin:end], self._positions[:, begin:end], self._mask[:, :end])
+            if seen is not None:
+                seen(states[0], begin)
         self._positions = self._positions[:, -1:]
         return logits
 

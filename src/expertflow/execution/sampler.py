@@ -1,25 +1,36 @@
-"""The next token of one sequence from its logits. Deterministic in (logits, parameters, uniform number).
+"""The next tokens of all sequences of a step, from their logits, and the random numbers they are drawn by.
 
-Inverse-CDF sampling over sorted probabilities, with one uniform number a token. It is drawn from the request's own
-generator on the host, so that neither the device nor other sequences change what is drawn.
+A random number is a function of the request's seed and the token's position, so that neither the device nor other sequences
+change what is drawn, and nothing has to be kept. The choice itself is `kernels.sampling`. Must not know requests.
 """
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import e, inf, log2
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from expertflow.config import SamplingParams
+from expertflow.execution.sampling.edits import TokenEdits, edit
+from expertflow.execution.sampling.logprobs import Logprob, log_probabilities
+from expertflow.execution.sampling.masks import TokenMask, fill_all
+from expertflow.execution.sampling.upload import upload
+from expertflow.kernels.backend import backend
+from expertflow.kernels.sampling.reference import NO_TOKEN as NO_TOKEN  # noqa: PLC0414 - its name for the engine
+from expertflow.kernels.sampling.reference import RULES
 
-NO_TOKEN = -1
-"""In place of a token where logits are no numbers."""
-
-
-def make_generator(params: SamplingParams) -> torch.Generator:
-    """The request's own source of random numbers; its `initial_seed` is the seed stated, or the one drawn here."""
-    return torch.Generator().manual_seed(draw_seed() if params.seed is None else params.seed)
+NO_CHOICE = -2
+"""In place of a token where a mask leaves no choice."""
+_STEP = 0x9E3779B97F4A7C15
+_64 = 2**64 - 1
+_LEAST_FACTOR = 1e-30
+"""Of logits, at temperatures beyond all use."""
 
 
 def draw_seed() -> int:
@@ -27,51 +38,126 @@ def draw_seed() -> int:
     return secrets.randbits(63)
 
 
-def choose_all(
-    logits: Float[Tensor, "B V"],
-    params: Sequence[SamplingParams],
-    generators: Sequence[torch.Generator],
-    best: Int[Tensor, " B"] | None = None,
-) -> list[int]:
-    """Pick a token of every sequence, `NO_TOKEN` where its logits are no numbers; the device is waited for once for greedy ones.
+def uniform(seed: int, position: int) -> float:
+    """The random number of a token, in [0, 1), a multiple of 2^-53.
 
     Args:
-        logits: of all sequences.
-        params: one a sequence.
-        generators: one a sequence; see `choose`.
-        best: the result of `most_probable`, if it is known already.
+        seed: of the request.
+        position: of the token in its sequence.
     """
-    first = (most_probable(logits) if best is None else best).tolist()
-    return [
-        token if token == NO_TOKEN or one.temperature == 0 else choose(logits[place], one, generators[place])
-        for place, (token, one) in enumerate(zip(first, params, strict=True))
-    ]
+    return (_mixed(_mixed(seed) + (position + 1) * _STEP) >> 11) * 2.0**-53
+
+
+def _mixed(number: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
+    number &= _64
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _64
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _64
+    return number ^ (number >> 31)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What one sequence's next token is chosen by.
+
+    Attributes:
+        params: of the request.
+        seed: of its random numbers.
+        position: of the token in its sequence.
+        generated: tokens of the answer so far.
+        edits: changes of single logits; None: none.
+        mask: tokens that may come next; None: all.
+    """
+
+    params: SamplingParams
+    seed: int = 0
+    position: int = 0
+    generated: int = 0
+    edits: TokenEdits | None = None
+    mask: TokenMask | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the most probable token of the model is taken."""
+        return self.params.temperature == 0 and self.edits is None and self.mask is None
+
+    def rules(self, vocabulary: int) -> tuple[float, ...]:
+        """A line of `rules` of `kernels.sampling.reference.choose`."""
+        params = self.params
+        if params.temperature == 0:
+            return 0.0, 1.0, 1.0, 1.0, -inf
+        count = params.top_k if params.top_k < vocabulary else 0
+        factor = max(float(np.float32(log2(e) / params.temperature)), _LEAST_FACTOR)
+        least = float(np.float32(log2(params.min_p))) if params.min_p else -inf
+        return uniform(self.seed, self.position), float(count), params.top_p, factor, least
+
+
+class Chosen(NamedTuple):
+    """The next tokens of sequences.
+
+    Attributes:
+        tokens: one each, `NO_TOKEN` or `NO_CHOICE` where there is none.
+        faults: what was wrong with masks, by place.
+        logprobs: by place, of each token and the most probable ones, where they are wanted.
+    """
+
+    tokens: list[int]
+    faults: dict[int, str] = {}  # noqa: RUF012 - never changed
+    logprobs: Sequence[tuple[Logprob, ...] | None] = ()
+
+
+class Sampler:
+    """Chooses the next tokens of any sequences of one model.
+
+    Args:
+        device: where the logits are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Take the device's kernels."""
+        self._choose = backend(device).choose
+        self._device = device
+
+    @torch.inference_mode()
+    def choose(
+        self, logits: Float[Tensor, "B V"], draws: Sequence[Draw], best: Int[Tensor, " B"] | None = None
+    ) -> Chosen:
+        """Choose a token of every sequence; the device is waited for once.
+
+        Args:
+            logits: of all sequences; they stay as they are.
+            draws: one a sequence.
+            best: the result of `most_probable`, if it is known already.
+        """
+        if all(one.plain for one in draws):
+            return Chosen((most_probable(logits) if best is None else best).tolist())
+        vocabulary, faults, mask = logits.shape[1], dict[int, str](), None
+        if any(one.mask is not None for one in draws):
+            words, faults = fill_all([one.mask for one in draws], vocabulary)
+            mask = upload(words, self._device)
+        rules = self._rules(draws, vocabulary)
+        if any(one.edits is not None for one in draws):
+            logits = edit(logits, [one.edits for one in draws], [one.generated for one in draws])
+        counted, shared = bool(rules[:, 1].any()), bool((rules[:, 2] < 1).any())
+        there = upload(rules, self._device)
+        tokens = self._choose(logits, there, mask, counted=counted, shared=shared).tolist()
+        return Chosen([NO_CHOICE if place in faults else token for place, token in enumerate(tokens)], faults)
+
+    @torch.inference_mode()
+    def weighed(self, chosen: Chosen, logits: Float[Tensor, "B V"], most: Sequence[int | None]) -> Chosen:
+        """Add log-probabilities: of each token and so many most probable ones; None: of none. Waits for the device if there are any."""
+        if all(one is None for one in most):
+            return chosen._replace(logprobs=[None] * len(most))
+        return chosen._replace(logprobs=log_probabilities(logits, chosen.tokens, most))
+
+    def _rules(self, draws: Sequence[Draw], vocabulary: int) -> npt.NDArray[np.float64]:
+        rules = np.empty((len(draws), RULES))
+        for place, one in enumerate(draws):
+            rules[place] = one.rules(vocabulary)
+        return rules
 
 
 def most_probable(logits: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
     """The most probable token of each sequence; `NO_TOKEN` where the largest logit is NaN or infinite. Waits for nothing."""
     best = logits.argmax(dim=-1)  # NaN counts as the largest
     return best.masked_fill_(~logits.gather(-1, best[:, None])[:, 0].isfinite(), NO_TOKEN)
-
-
-def choose(logits: Float[Tensor, " V"], params: SamplingParams, generator: torch.Generator) -> int:
-    """Pick a token.
-
-    Args:
-        logits: of one sequence, any float dtype.
-        params: temperature 0 takes the most probable token, the lowest id among equals.
-        generator: advanced by one number unless greedy.
-    """
-    if params.temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.float() / params.temperature, dim=-1)
-    values, tokens = probabilities.sort(descending=True, stable=True)
-    if params.top_k:
-        values[params.top_k :] = 0
-        values /= values.sum()
-    before = values.cumsum(0) - values
-    values[before >= params.top_p] = 0
-    running = values.double().cumsum(0)
-    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-    position = int(torch.searchsorted(running, uniform * float(running[-1]), right=True))
-    return int(tokens[min(position, int((values > 0).sum()) - 1)])

@@ -30,8 +30,8 @@ ROW = 1 << 30
 """The group of a format that has one scale for an output, however many inputs there are; a multiple of a step."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """Numbers of the codes of the OCP format FP4: a sign, two bits of exponent, one of mantissa."""
-_BLOCK = 1 << 21
-"""Bytes of codes that are packed at a time: this bounds the memory that packing takes on a GPU."""
+_BLOCK: Mapping[str, int] = MappingProxyType({"cpu": 1 << 21, "cuda": 1 << 24})
+"""Bytes of codes that are packed at a time: near the caches of a core; on a GPU few launches, with memory for some times as much."""
 _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
     {
         # where the four bits of a pair's first code go in the lower half of a word, lowest bit first; of its second: in the upper half
@@ -69,7 +69,7 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
         pairs = functional.pad(pairs, (0, missing))
     outputs, count = pairs.shape
     words = torch.empty(outputs, count // 4, dtype=torch.int32, device=pairs.device)
-    rows = max(1, _BLOCK // max(count, 1))
+    rows = max(1, _BLOCK[pairs.device.type] // max(count, 1))
     tables = [torch.from_numpy(_table(code_map, second)).to(pairs.device) for second in (False, True)]
     for first in range(0, outputs, rows):
         for begin, steps, wide in _steps(2 * count):

@@ -13,6 +13,7 @@ from expertflow.kernels import dense_reference, reference
 from expertflow.kernels.blocks import reference as blocks_reference
 from expertflow.kernels.mlp import ExpertMlp
 from expertflow.kernels.residency import reference as residency_reference
+from expertflow.kernels.sampling import reference as sampling_reference
 from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
@@ -21,11 +22,12 @@ if HAS_TRITON:
     from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
     from expertflow.kernels.residency import driver
+    from expertflow.kernels.sampling import select
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One set of kernels; see `kernels.reference`, `kernels.blocks.reference` and `kernels.residency.reference` for what each does.
+    """One set of kernels; what each does say the modules `reference` of `kernels`, and of `blocks`, `residency` and `sampling` in it.
 
     `grouped` gives `group_pairs` of one MLP. `reads` is whether its expert kernels read a format.
     """
@@ -42,8 +44,9 @@ class Backend:
     rms_norm: Callable[..., Tensor]
     product: Callable[..., Tensor]
     attend: Callable[..., Tensor]
-    route: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
     reads: Callable[[Format], bool]
+    choose: Callable[..., Tensor]
 
 
 def backend(device: torch.device) -> Backend:
@@ -65,6 +68,7 @@ def backend(device: torch.device) -> Backend:
             attend.attend,
             route.route,
             readers.reads,
+            select.choose,
         )
     return Backend(
         reference.expert_pairs,
@@ -81,6 +85,7 @@ def backend(device: torch.device) -> Backend:
         blocks_reference.attend,
         blocks_reference.route,
         reference.reads,
+        sampling_reference.choose_each,
     )
 
 

@@ -20,6 +20,7 @@ from expertflow.errors import ConfigError
 from expertflow.schedule.admission import Admission, AtOnce, Moment
 from expertflow.schedule.cluster import group, in_order
 from expertflow.schedule.cost import StepPrices, best_guesses, cheapest
+from expertflow.schedule.portions import Pace, Unread, columns, portions
 
 Grouping = Literal["fifo", "group", "auto"]
 Chances = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
@@ -28,6 +29,8 @@ _CANDIDATES = 16
 """Waiting requests that are compared when some are to be admitted by route."""
 _LOOKED_AT = 256
 """Waiting requests that are looked at for some that fit, at most."""
+_PAGES = 4
+"""Pages of a pass whose pieces end at borders of pages, at least: smaller ones would not be shared fairly."""
 _LONGEST_PAUSE = 32
 """Rounds that `auto` steps by arrival before it looks at routes again, at most: 1 when that was cheaper, then 2, 4, ..."""
 
@@ -113,7 +116,8 @@ class Scheduler:
         preview: the same of waiting ones, over their prompts' ends; None: requests are admitted as they came.
         admission: when waiting requests get free rows.
         pages: of keys and values, for all live sequences; None: a row is all that a sequence needs.
-        page: tokens of one.
+        page: tokens of one; where a pass has several, a piece of a prompt ends at a border of pages, so that others can begin there.
+        pace: how long passes may last while sequences wait for their next token; None: as long as `chunk` tokens take.
 
     Raises:
         ConfigError: if a number is impossible.
@@ -135,6 +139,7 @@ class Scheduler:
     admission: Admission = field(default_factory=AtOnce)
     pages: int | None = None
     page: int = 1
+    pace: Pace | None = None
     _waiting: dict[int, _Sequence] = field(default_factory=dict)
     _live: dict[int, _Sequence] = field(default_factory=dict)
     _round: list[list[int]] = field(default_factory=list)
@@ -155,6 +160,8 @@ class Scheduler:
             )
         self._free = list(range(self.rows))
         self._left = self.pages or 0
+        whole = self.chunk % self.page == 0 and self.chunk >= _PAGES * self.page
+        self._grain = self.page if whole else 1
 
     @property
     def waiting(self) -> int:
@@ -165,6 +172,11 @@ class Scheduler:
     def live(self) -> int:
         """Sequences with a KV row."""
         return len(self._live)
+
+    @property
+    def taken(self) -> float:
+        """Share of the pages that live sequences have, 0 to 1; of the rows where there are no pages."""
+        return 1 - (len(self._free) / self.rows if self.pages is None else self._left / self.pages)
 
     def add(self, sequence: int, prompt: int, tokens: int = 0) -> None:
         """Queue a request.
@@ -284,31 +296,30 @@ class Scheduler:
             return Prefill(tuple(self._fill(reading[: self.batch])))
         if self.whole or not self.joins:
             reading = reading[: self.batch]
-            columns = max(self._live[sequence].prompt for sequence in reading)
+            width = max(self._live[sequence].prompt for sequence in reading)
         else:
-            reading, columns = self._widest(reading)
+            reading, width = self._widest(reading)
         parts = []
         for sequence in reading:
             known = self._live[sequence]
-            end = min(known.prompt, known.read + columns)
+            end = min(known.prompt, known.read + width)
             parts.append(Part(sequence, known.read, end, end == known.prompt))
         return Prefill(tuple(parts))
 
     def _fill(self, reading: list[int]) -> Iterator[Part]:
-        """Parts of any sizes, as their sequences came, until the pass is full.
+        """Parts of any sizes, as their sequences came; see `portions`."""
+        unread = self._unread(reading)
+        taken = portions(unread, self.chunk, self._grain, self._pace_now())
+        for sequence, (begin, end), count in zip(reading, unread, taken, strict=True):
+            if count:
+                yield Part(sequence, begin, begin + count, begin + count == end)
 
-        A prompt that would need more than is left takes half of it, or all that those behind it leave: a long one does not
-        keep short ones waiting for all of its passes.
-        """
-        room, needs = self.chunk, [self._live[sequence].prompt - self._live[sequence].read for sequence in reading]
-        for place, (sequence, need) in enumerate(zip(reading, needs, strict=True)):
-            if not room:
-                return
-            behind = sum(needs[place + 1 :])
-            taken = need if need <= room else max(room - behind, room - room // 2)
-            begin = self._live[sequence].read
-            yield Part(sequence, begin, begin + taken, taken == need)
-            room -= taken
+    def _unread(self, sequences: Sequence[int]) -> list[Unread]:
+        return [Unread(self._live[sequence].read, self._live[sequence].prompt) for sequence in sequences]
+
+    def _pace_now(self) -> Pace | None:
+        """How long the next pass may last; None if no sequence would wait for its next token meanwhile."""
+        return self.pace if any(self._decodes(sequence) for sequence in self._live) else None
 
     def _widest(self, reading: list[int]) -> tuple[list[int], int]:
         """Sequences of a pass, and columns of each: what reads most tokens, with the first sequence among them.
@@ -317,12 +328,13 @@ class Scheduler:
         """
         left = {sequence: self._live[sequence].prompt - self._live[sequence].read for sequence in reading}
         longest = sorted(reading[1:], key=lambda sequence: -left[sequence])
-        best, most, width = reading[:1], 0, self.chunk
+        best, most, width, pace = reading[:1], 0, 0, self._pace_now()
         for count in range(1, min(len(reading), self.batch, self.chunk) + 1):
-            columns, members = self.chunk // count, [reading[0], *longest[: count - 1]]
-            tokens = sum(min(left[sequence], columns) for sequence in members)
+            members = [reading[0], *longest[: count - 1]]
+            each = columns(self._unread(members), self.chunk, self._grain, pace)
+            tokens = sum(min(left[sequence], each) for sequence in members)
             if tokens >= most:
-                best, most, width = members, tokens, columns
+                best, most, width = members, tokens, each
         return sorted(best, key=reading.index), width
 
     def _moment(self) -> Moment:

@@ -1,15 +1,18 @@
 """How many tokens a pass over prompts has where `prefill_chunk` is auto, and how long such a pass takes.
 
 Where experts are missing, a pass copies most of them, however few its tokens are. So it has as many tokens as are computed
-while they are copied: fewer would copy the same for less, and more would only keep the other sequences waiting. Pure
+while they are copied: fewer would copy the same for less, and more would only keep the other sequences waiting. While
+others wait, a pass behind a long context has fewer tokens: those that are computed in little more than the copies take. Pure
 numbers. Must not know slots, and what a workspace is made of.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from math import ceil, prod
 from typing import NamedTuple
 
 from expertflow.models.shape import ModelShape
+from expertflow.schedule.portions import Pace
 
 SMALLEST = 512
 """Tokens of a pass at least, unless fewer can come together; and on a CPU, where a copy is no bottleneck."""
@@ -19,6 +22,9 @@ MOST = 8192
 """Tokens of a pass at most where no budget bounds its memory."""
 GRAIN = 64
 """Sizes in between are multiples of this."""
+STALL, OVERLAP = 1.3, 1.15
+"""Times its copies that a pass may last while other sequences wait for it; and times the longer of copies and computation that one
+lasts at most, because the first layer's copies and the last one's computation have nothing beside them."""
 SHARE, LEFT_SHARE = 1 / 8, 1 / 4
 """Shares of the budget, and of what it leaves beside the least that works, that the workspace may take at most on top of that of a
 pass of `SMALLEST` tokens."""
@@ -88,3 +94,32 @@ def largest_pass(workspace: Callable[[int], int], memory: tuple[int, int] | None
         else:
             high = middle - 1
     return low * GRAIN
+
+
+def pace_of(shape: ModelShape, work: PassWork, speeds: Speeds, chunk: int) -> Pace:
+    """How long passes of up to `chunk` tokens take, and may take while others wait.
+
+    The bound is what `STALL` times the copies leaves to computation, or the same of the fewest tokens' products, if those take longer.
+    """
+    fewest, token = min(chunk, SMALLEST if work.copied else ALL_RESIDENT), work.flops / speeds.compute
+    column = 4 * shape.head_width / speeds.compute
+    return Pace(
+        token=token,
+        columns=tuple((window, column * layers) for window, layers in Counter(shape.windows).items()),
+        bound=STALL / OVERLAP * max(work.copied / speeds.link, fewest * token),
+        least=min(chunk, SMALLEST),
+    )
+
+
+def longest_pass(pace: Pace, copies: float, chunk: int, length: int, *, bounded: bool) -> float:
+    """Seconds that a pass lasts at most, behind a longest prompt.
+
+    Args:
+        pace: how long tokens take.
+        copies: seconds of its copies.
+        chunk: tokens of a pass.
+        length: tokens of a sequence.
+        bounded: whether passes keep to the pace.
+    """
+    deepest = chunk * pace.seconds(length - 1, length)
+    return OVERLAP * max(copies, min(deepest, pace.allowed(length)) if bounded else deepest)

@@ -4,6 +4,7 @@ Pure. Must not know budgets and slots.
 """
 
 from expertflow.execution.kv.layout import pages_of
+from expertflow.execution.sampling.scoring import POSITIONS
 from expertflow.formats.dtypes import DTYPES
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
 from expertflow.kernels.mlp import Workspace
@@ -33,7 +34,7 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     if device != "cuda":  # an expert is decoded, and computed in float32; so is a token's attention to its past
         attention = length * (4 * shape.heads * 4 + 2 * max((layer.read_per_token for layer in shape.kv), default=0))
         return state + buffers + shape.records.decode_bytes + 3 * shape.expert_width * shape.hidden * 4 + 2 * attention
-    captured = workspace_bytes(shape, rows, length, rows, prompts=False, linear=shape.decode_kernel)
+    captured = workspace_bytes(shape, rows, length, rows, prompts=False, grouped=True, linear=shape.decode_kernel)
     if shape.decode_kernel:
         captured += attention_parts(shape, rows, length)
     return state + buffers + captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES
@@ -121,4 +122,6 @@ def _moe(shape: ModelShape, tokens: int, *, grouped: bool) -> int:
 
 def _head(shape: ModelShape, batch: int) -> int:
     # logits, their float32 copy, probabilities, sorted values, indices and running sums of one sequence at a time
-    return batch * shape.vocabulary * (DTYPES[shape.dtype].nbytes + 8) + shape.vocabulary * 40
+    # or log-probabilities of two sequences, or of two of a few positions of a prompt
+    element, scored = DTYPES[shape.dtype].nbytes, 0 if shape.encoder_decoder else POSITIONS
+    return shape.vocabulary * (batch * (element + 8) + scored * element + 40)

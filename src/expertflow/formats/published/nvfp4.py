@@ -18,6 +18,8 @@ from expertflow.formats.words import E2M1, Words, pack_words
 
 GROUP = 16
 _MINUS_ZERO = 8
+_DIVISORS = 2.0**64
+"""Largest number that divides scales, and its reciprocal the least: kernels divide by a way that is exact there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class _Nvfp4(Words):
         """Words of codes; scales by steps.
 
         Raises:
-            ValueError: if a scale or the factor is not finite, or scales are to be divided by 0.
+            ValueError: if a scale or the factor is not finite, or scales are to be divided by 0 or by a number beyond `_DIVISORS`.
         """
         if part == "codes":
             return pack_words(self.pairs(stored.reshape(spec.outputs, -1)), self.code_map)
@@ -77,6 +79,10 @@ class _Nvfp4(Words):
             return self.in_steps(spec, stored.view(torch.uint8)).view(stored.dtype)
         if not bool(stored.isfinite().all()) or (self.divides and not bool(stored.all())):
             raise ValueError("the factor of its scales is 0 or not finite")
+        if self.divides and bool(((stored.abs() < 1 / _DIVISORS) | (stored.abs() > _DIVISORS)).any()):
+            raise ValueError(
+                f"its scales are to be divided by a number beyond {_DIVISORS:.0e} or below {1 / _DIVISORS:.0e}"
+            )
         return stored
 
     def pairs(self, stored: Tensor) -> Tensor:

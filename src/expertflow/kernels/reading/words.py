@@ -53,11 +53,9 @@ def e8m0(scale):
 @triton.jit
 def e4m3(code):
     """The number of an FP8 code (E4M3): integer 0 to 255 to float32; exact, NaN codes excepted."""
-    low = code & 0x7F
-    exponent, mantissa = low >> 3, low & 7
-    normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
-    size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
-    return tl.where(code >= 128, -size, size)
+    # its exponent and mantissa where float32 has them: less 120 in the exponent, small codes as subnormal numbers
+    bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 
 @triton.jit
@@ -274,15 +272,19 @@ def _multiply_halves(
     words = (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True) + mine * (k // 8)
     row = (mine // one) * (steps * one) + mine % one if joined > 1 else mine
     whole = inside
+    inverse = inside
     if about[2] != "e8m0" and about[2] != "number":
         globals_at = (start + at[2]).to(tl.pointer_type(tl.float32), bitcast=True)
         whole = tl.load(globals_at + mine // one, mask=inside, other=1.0)
+        inverse = tl.div_rn(tl.full(whole.shape, 1.0, tl.float32), whole)
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
     total = acc
     full: tl.constexpr = k // STEP * STEP
     for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), STEP):
         tokens = load_tokens(inputs, valid, begin, k, STEP)
-        tile = _tile(start, words + begin // 8, row + begin // STEP * one, inside, whole, at, about, exact, 4, dtype)
+        tile = _tile(
+            start, words + begin // 8, row + begin // STEP * one, inside, whole, inverse, at, about, exact, 4, dtype
+        )
         total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
         acc = add_product(acc, tile, tokens)
     if full < k:  # noqa: SIM102 - known when compiling
@@ -294,6 +296,7 @@ def _multiply_halves(
                 row + full // STEP * one,
                 inside,
                 whole,
+                inverse,
                 at,
                 about,
                 exact,
@@ -307,11 +310,12 @@ def _multiply_halves(
 
 @triton.jit
 def _tile(
-    start, words, place, inside, whole, at: tl.constexpr, about: tl.constexpr, exact: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr,
+    start, words, place, inside, whole, inverse, at: tl.constexpr, about: tl.constexpr, exact: tl.constexpr, wide: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The tile `[R, 128]` of a step.
 
-    `words` are pointers `[R]` to its first words, `place` `[R]` is where its scales are, `whole` `[R]` what NVFP4 has for a tensor.
+    `words` are pointers `[R]` to its first words, `place` `[R]` is where its scales are, `whole` `[R]` what NVFP4 has for a tensor,
+    and `inverse` `[R]` its reciprocal.
     The step has `wide` words for each thread, the tile four; the tokens are 0 where one is missing.
     """
     i = tl.arange(0, 16)
@@ -328,8 +332,8 @@ def _tile(
         )
     elif about[0] == "e2m1":
         times: tl.constexpr = about[2] == "e4m3*"
-        first = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2, 1, 8, exact), whole, times)
-        second = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2 + 1, 1, 8, exact), whole, times)
+        first = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2, 1, 8, exact), whole, inverse, times)
+        second = _nvfp4_scale(_field(start + at[1], place, inside, i % 4 * 2 + 1, 1, 8, exact), whole, inverse, times)
         a, b, c, d = tl.inline_asm_elementwise(
             _E2M1_F32, "=&r,=&r,=&r,=&r,r,f,f", [word, first, second], dtype=(tl.int32,) * 4, is_pure=True, pack=1
         )
@@ -355,10 +359,20 @@ def _tile(
 
 
 @triton.jit
-def _nvfp4_scale(code, whole, times: tl.constexpr):
-    """A group's scale of NVFP4, float32 `[R, W]`: its FP8 code's number times the tensor's own `[R]`, or divided by it."""
+def _nvfp4_scale(code, whole, inverse, times: tl.constexpr):
+    """A group's scale of NVFP4, float32 `[R, W]`: its FP8 code's number times the tensor's own `[R]`, or divided by it.
+
+    The quotient of the reciprocal is mended by what it leaves. For each number of a code and each mantissa of the divisor, tried one by
+    one, this is the division's own result; records hold no divisor whose reciprocal or quotients would be subnormal.
+    """
     scale = e4m3(code)
-    return scale * whole[:, None] if times else tl.div_rn(scale, tl.broadcast_to(whole[:, None], scale.shape))
+    if times:
+        result = scale * whole[:, None]
+    else:
+        first = scale * inverse[:, None]
+        left = tl.fma(-first, tl.broadcast_to(whole[:, None], scale.shape), scale)
+        result = tl.fma(left, tl.broadcast_to(inverse[:, None], scale.shape), first)
+    return result
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from expertflow.formats.format import Part, TensorSpec
 from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.weights.dense import pack_part
 
-_PLACES = 3
+_PLACES = 6
 """Parts that are on the GPU at once: one comes, one is packed, one goes."""
 _LEAST = 1 << 18
 """Bytes of a part that are worth the way to the GPU."""

@@ -130,9 +130,17 @@ class WeightsSource(Protocol):
 
 
 class FileWeights:
-    """The checkpoint folder's files, or a GGUF file. Experts are read straight into their records."""
+    """The checkpoint folder's files, or a GGUF file. Experts are read straight into their records.
+
+    Args:
+        watch: called while experts are read, from several threads, with bytes read just now and bytes of all; None: not.
+    """
 
     shared = False
+
+    def __init__(self, watch: Callable[[int, int], None] | None = None) -> None:
+        """Keep who watches."""
+        self._watch = watch
 
     def locate(self, skeleton: Skeleton, *, convert: bool) -> Located:
         """Walk the headers of all files. See `WeightsSource`. Types of plain numbers in GGUF files are those of no run."""
@@ -174,7 +182,13 @@ class FileWeights:
         store, content = allocate(), ContentHash()
         total = sum(piece.nbytes for piece in located.pieces)
         with Progress("loading experts", total, size=True, show=show and total >= _LONG_TO_LOAD) as bar:
-            fill_records(located.pieces, store, content, device, bar.advance)
+
+            def advance(count: int) -> None:
+                bar.advance(count)
+                if self._watch is not None:
+                    self._watch(count, total)
+
+            fill_records(located.pieces, store, content, device, advance)
         store.lock()
         content.read(spans_of(located.dense))
         return store, _identity(content, located)

@@ -1,0 +1,384 @@
+"""First tokens of long prompts, a prompt of 100,000 tokens in a small budget, and decode steps behind long contexts, through `LLM`.
+
+Random weights of published sizes (`stand_ins.py`). Shape `q`: Qwen3-MoE, random tokens and widened embeddings. Shape `g`:
+gpt-oss-20b, routing replayed from a recorded trace, whose sequences follow one another, over and over; without a trace embeddings are
+widened.
+
+`first`: seconds to the first token of one prompt, with a warm cache. Beside each are the copies alone (bytes moved by the link's speed,
+measured then), the computation alone (the same passes with every expert resident), the peers' figures, and the speed of the expert
+products of a resident pass. `prompt`: one prompt of 100,000 tokens within a stated budget. `decode`: milliseconds a step of one sequence
+behind contexts of several lengths, each with the same routing, beside the step at the shortest one and the time that its keys and
+values take. `stall`: the longest wait between two tokens of a sequence while another's long prompt is read, beside the plan's bound.
+
+Usage: python benchmarks/long_context.py --parts first,prompt,decode,stall --trace TEST.trace --out FILE [--tiny]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from engine_h100 import LINK, MEMORY, probe, sync
+from first_token import DECODED, measure
+from stand_ins import SEED, WIDE, Opened, StandIn, device, make_config, random_tokens
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedConfig
+
+from expertflow import LLM, SamplingParams
+from expertflow.bench.about import about
+from expertflow.execution.replay import Replay
+from expertflow.trace.format import Trace, load_trace
+
+PARTS = ("first", "prompt", "decode", "stall")
+ROWS = (("q", "bf16", "25%"), ("q", "bf16", "50%"), ("g", "mxfp4", "25%"), ("g", "mxfp4", "50%"), ("g", "bf16", "25%"))
+"""Shape, format and share of slots of each table of first tokens."""
+LENGTHS, TINY_LENGTHS = (512, 2048, 8192, 32768), (20, 33)
+CONTEXTS, TINY_CONTEXTS = (1024, 8192, 32768, 130944), (12, 40)
+"""The last one ends, with the steps behind it, within the 131,072 tokens that gpt-oss-20b reads."""
+BUDGETS, LONG, TINY_LONG = (("mxfp4", "8GiB"), ("bf16", "16GiB")), 100_000, 60
+STALLING, TINY_STALLING = (32768, 98304), (40,)
+"""Tokens of prompts beside which another sequence decodes."""
+REPEATS, PROBES, WARM, STEPS, WINDOWS, TINY_STEPS = 2, 5, 24, 16, 4, 2
+"""Timed prompts; probes of the link; steps before windows, of a window, and windows; steps of any of them with small widths."""
+EXPERT_KERNELS = "_up_kernel", "_down_kernel"
+GOAL, STEP_GOAL = 1.15, 1.2
+"""Most that a first token may take as a multiple of the larger of both times; and a step of its bound."""
+PEERS = MappingProxyType({
+    ("q", "25%"): {"FreeToken 0.2.1, bf16": {512: 0.271, 2048: 0.275, 8192: 0.280},
+                   "llama.cpp 0.5.0, bf16": {512: 0.248, 2048: 0.748, 8192: 1.88},
+                   "llama.cpp 0.5.0, Q4_K": {512: 0.024, 2048: 0.080, 8192: 0.272}},
+    ("g", "50%"): {"FreeToken 0.2.1, MXFP4": {512: 0.197, 2048: 0.199, 8192: 0.497},
+                   "llama.cpp 0.5.0, MXFP4": {512: 0.075, 2048: 0.192, 8192: 0.798}},
+})  # fmt: skip
+"""Seconds to the first token of other programs at about the same GPU memory, on one H200 (2026-11-29), by tokens of the prompt."""
+
+
+class Text(NamedTuple):
+    """What a shape's prompts are made of.
+
+    Attributes:
+        config: of the model.
+        embedding: times wider than drawn.
+        trace: recorded routing; None: the router decides.
+    """
+
+    config: PreTrainedConfig
+    embedding: float
+    trace: Trace | None
+
+    @classmethod
+    def of(cls, shape: str, packed: str, options: argparse.Namespace) -> "Text":
+        """The text of a shape whose experts are stored in a format."""
+        config = make_config(shape, tiny=options.tiny, packed=packed)
+        if shape == "q":  # its published context is shorter
+            config = type(config)(**{**config.to_dict(), "max_position_embeddings": 65536})
+        trace = None if shape == "q" or options.trace is None else load_trace(options.trace).without("repetition")
+        return cls(config, WIDE if trace is None else 1.0, trace)
+
+    def prompts(self, lengths: list[int]) -> list[list[int]]:
+        """Random prompts, parts of one long row of tokens."""
+        drawn, begin, found = random_tokens(self.config.vocab_size, sum(lengths)), 0, []
+        for length in lengths:
+            found.append(drawn[begin : begin + length])
+            begin += length
+        return found
+
+    def routing(self, lengths: list[int], *, same_end: int = 0) -> Replay | None:
+        """Routes of so many positions each, each part where the last one ended; the last `same_end` are of all parts alike."""
+        if self.trace is None:
+            return None
+        rows = self.trace.rows
+        known, begin, found = rows.experts[rows.sequence >= 0], 0, []
+        for length in lengths:
+            places = (begin + np.arange(length)) % len(known)
+            if same_end:
+                places[length - same_end :] = np.arange(same_end) % len(known)
+            found.append(known[places])
+            begin += length
+        return Replay(found)
+
+
+def chosen(
+    rows: tuple[tuple[str, ...], ...], options: argparse.Namespace
+) -> Iterator[tuple[StandIn, Text, tuple[str, ...]]]:
+    """Models for rows of shape, format and more; those of one shape and format follow one another, and share their weights."""
+    for key in dict.fromkeys(row[:2] for row in rows):
+        if options.shapes and key[0] not in options.shapes.split(","):
+            continue
+        text = Text.of(*key, options)
+        with StandIn(text.config, embedding=text.embedding) as stand_in:
+            for row in rows:
+                if row[:2] == key:
+                    yield stand_in, text, row
+
+
+def link_speed(llm: LLM) -> float:
+    """Bytes a second of copies to the device now, at their median."""
+    return statistics.median(probe(llm) for _ in range(PROBES)) * 1e9
+
+
+def product_speed(llm: LLM, prompt: list[int]) -> float | None:
+    """Floating-point operations a second of the expert kernels in one reading of a prompt; None without CUDA."""
+    if device() != "cuda":
+        return None
+    shape = llm.plan.shape
+    expert = sum(2 * int(np.prod(spec.shape)) for spec in shape.specs if len(spec.shape) > 1)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        llm.engine.add(llm.request(prompt, SamplingParams(max_tokens=1, ignore_eos=True)))
+        while llm.engine.unfinished:
+            llm.engine.step()
+        sync()
+    spent = sum(one.self_device_time_total for one in profiled.key_averages() if one.key.startswith(EXPERT_KERNELS))
+    return len(prompt) * shape.layers * shape.top_k * expert / (spent / 1e6) if spent else None
+
+
+def read(stand_in: StandIn, text: Text, tokens: int, **options: Any) -> dict[str, Any]:
+    """Time prompts of one length; the first one compiles and fills the cache."""
+    lengths = [tokens] * (REPEATS + 1)
+    prompts, routing = text.prompts(lengths), text.routing([length + DECODED for length in lengths])
+    settings = {
+        "max_batch": 1,
+        "max_length": tokens + DECODED + 1,
+        "strategy": "next-use",
+        "execution": "graph",
+        **options,
+    }
+    with stand_in.open(routing=routing, **settings) as one:
+        row, plan = measure(one.llm, prompts), one.llm.plan
+        row |= {
+            "prefill_chunk": plan.prefill_chunk, "planned_copies": plan.copies_seconds, "planned_stall": plan.stall_seconds,
+            "link": link_speed(one.llm), "peak_bytes": one.peak, "budget_bytes": plan.total,
+        }  # fmt: skip
+        if options["slots"] == "100%" and tokens == 8192:
+            row["product_flops"] = product_speed(one.llm, prompts[-1])
+    return row
+
+
+def first(options: argparse.Namespace, results: "Results") -> None:
+    """The table of first tokens."""
+    resident = dict[Any, dict[str, Any]]()
+    for stand_in, text, (shape, packed, share) in chosen(ROWS, options):
+        for tokens in TINY_LENGTHS if options.tiny else LENGTHS:
+            row = read(stand_in, text, tokens, slots=share)
+            key = shape, packed, tokens, row["prefill_chunk"]
+            if key not in resident:
+                resident[key] = read(stand_in, text, tokens, slots="100%", prefill_chunk=row["prefill_chunk"])
+            alone, known = resident[key], PEERS.get((shape, share), {})
+            seconds, computed = statistics.median(row["seconds"]), statistics.median(alone["seconds"])
+            copied = statistics.median(row["bytes_moved"]) / row["link"]
+            row |= {
+                "part": "first", "shape": shape, "format": packed, "share": share, "tokens": tokens, "copies_seconds": copied,
+                "compute_seconds": alone["seconds"], "ratio": seconds / max(copied, computed),
+                "product_flops": alone.get("product_flops"), "resident_peak_bytes": alone["peak_bytes"],
+                "peers": {name: at[tokens] for name, at in known.items() if tokens in at},
+            }  # fmt: skip
+            results.add(row)
+
+
+def prompt(options: argparse.Namespace, results: "Results") -> None:
+    """A long prompt within each budget."""
+    tokens = TINY_LONG if options.tiny else LONG
+    for stand_in, text, (_, packed, budget) in chosen(tuple(("g", *pair) for pair in BUDGETS), options):
+        room = {"slots": "50%"} if options.tiny else {"gpu_memory": budget}
+        settings = {
+            "max_batch": 1,
+            "max_length": tokens + DECODED + 1,
+            "strategy": "next-use",
+            "execution": "graph",
+            **room,
+        }
+        lengths = [20 if options.tiny else 8192, *[tokens] * REPEATS]
+        routing = text.routing([length + DECODED for length in lengths])
+        with stand_in.open(routing=routing, **settings) as one:
+            found, plan = measure(one.llm, [*text.prompts(lengths)]), one.llm.plan
+            row = {
+                **found, "part": "prompt", "shape": "g", "format": packed, "budget": budget, "tokens": tokens, "share": f"{plan.share:.1%}",
+                "prefill_chunk": plan.prefill_chunk, "peak_bytes": one.peak, "planned_bytes": plan.total,
+                "budget_bytes": plan.budget or plan.total, "kv_bytes": plan.kv, "copies_seconds": found["bytes_moved"][-1] / link_speed(one.llm),
+            }  # fmt: skip
+        results.add(row)
+
+
+def step_windows(one: Opened, context: list[int], index: int, steps: int) -> dict[str, Any]:
+    """Read a prompt, step until steps are captured and the cache is warm, then time windows of steps."""
+    engine, llm, limit = one.llm.engine, one.llm, (1 + WINDOWS) * steps + (WARM if steps > TINY_STEPS else 1)
+    engine.add(llm.request(context, SamplingParams(max_tokens=limit + 2, ignore_eos=True), index=index))
+    before, began = llm.stats.tokens, time.perf_counter()
+    while llm.stats.tokens == before:
+        engine.step()
+    seconds, ms, moved = time.perf_counter() - began, [], []
+    for _ in range(limit - WINDOWS * steps):
+        engine.step()
+    for _ in range(WINDOWS):
+        start = llm.stats.cache.bytes_moved
+        sync()
+        began = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        ms.append((time.perf_counter() - began) / steps * 1e3)
+        moved.append((llm.stats.cache.bytes_moved - start) / steps)
+    while engine.unfinished:
+        engine.step()
+    return {"ms": ms, "bytes_moved": moved, "read_seconds": seconds}
+
+
+def decode(options: argparse.Namespace, results: "Results") -> None:
+    """Steps behind contexts, half of the experts resident and all of them; every context ends in the same routes."""
+    steps = TINY_STEPS if options.tiny else STEPS
+    contexts = list(TINY_CONTEXTS if options.tiny else CONTEXTS)
+    behind = (1 + WINDOWS) * steps + WARM + 3
+    for stand_in, text, (_, packed, share) in chosen((("g", "mxfp4", "50%"), ("g", "mxfp4", "100%")), options):
+        lengths, same = [length + behind for length in contexts], behind + min(contexts)
+        settings = {
+            "max_batch": 1,
+            "max_length": min(max(lengths), 131072),
+            "strategy": "next-use",
+            "execution": "graph",
+            "slots": share,
+        }
+        with stand_in.open(routing=text.routing(lengths, same_end=same), **settings) as one:
+            shape, base = one.llm.plan.shape, 0.0
+            for index, (length, tokens) in enumerate(zip(contexts, text.prompts(contexts), strict=True)):
+                found = step_windows(one, tokens, index, steps)
+                ms = statistics.median(found["ms"])
+                layers = zip(shape.windows, (layer for layer in shape.kv if layer.in_pages), strict=True)
+                kept = sum(layer.bytes_per_token * min(length, window or length) for window, layer in layers)
+                base = base or ms
+                bound = STEP_GOAL * (base + kept / MEMORY * 1e3)
+                row = {
+                    **found, "part": "decode", "shape": "g", "format": packed, "share": share, "context": length, "kv_bytes": kept,
+                    "tokens_per_second": 1e3 / ms, "bound_ms": bound, "peak_bytes": one.peak, "budget_bytes": one.llm.plan.total,
+                }  # fmt: skip
+                results.add(row)
+
+
+def gaps(one: Opened, short: list[int], long: list[int]) -> dict[str, Any]:
+    """Seconds between the tokens of a short sequence while a long prompt is read, the passes that read it, and seconds of a step before."""
+    engine, llm, times, done = one.llm.engine, one.llm, list[float](), list[int]()
+    params = SamplingParams(max_tokens=256, ignore_eos=True)
+    number = engine.add(llm.request(short, params), lambda _: times.append(time.perf_counter()))
+    while len(times) < (2 if device() == "cpu" else WARM):
+        engine.step()
+    begin, passes = len(times) - 1, 0
+    engine.add(llm.request(long, SamplingParams(max_tokens=1, ignore_eos=True), index=1), lambda _: done.append(1))
+    while not done:
+        before = len(times)
+        engine.step()
+        passes += len(times) == before
+    behind = len(times) + 1
+    while len(times) < behind:
+        engine.step()
+    engine.cancel(number)
+    before, during = (
+        [later - earlier for earlier, later in pairwise(part)] for part in (times[: begin + 1], times[begin:])
+    )
+    return {"gaps": during, "passes": passes, "step_seconds": statistics.median(before[len(before) // 2 :])}
+
+
+def stall(options: argparse.Namespace, results: "Results") -> None:
+    """How long one sequence waits for its next token while a long prompt is read."""
+    for stand_in, text, (_, packed, share) in chosen((("g", "mxfp4", "50%"), ("g", "bf16", "50%")), options):
+        longest = TINY_STALLING if options.tiny else STALLING
+        lengths, prompts = [300, longest[-1] + 8], text.prompts([32, *longest])
+        settings = {
+            "max_batch": 2,
+            "max_length": lengths[-1],
+            "strategy": "next-use",
+            "execution": "graph",
+            "slots": share,
+        }
+        with stand_in.open(routing=text.routing(lengths), **settings) as one:
+            plan = one.llm.plan
+            gaps(one, prompts[0], prompts[1])  # compiles and captures
+            for tokens, long in zip(longest, prompts[1:], strict=True):
+                found = gaps(one, prompts[0], long)
+                row = {
+                    "part": "stall", "shape": "g", "format": packed, "share": share, "tokens": tokens, **found,
+                    "prefill_chunk": plan.prefill_chunk, "stall_seconds": plan.stall_seconds, "copies_seconds": plan.copies_seconds,
+                    "link": link_speed(one.llm), "peak_bytes": one.peak, "budget_bytes": plan.total,
+                }  # fmt: skip
+                results.add(row)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as a line of the printed table."""
+    memory = f"{row['peak_bytes'] / 2**30:.2f}{'<=' if row['peak_bytes'] <= row['budget_bytes'] else '>'}{row['budget_bytes'] / 2**30:.2f} GiB"
+    head = f"{row['shape']} {row['format']:5} {row['share']:>5}"
+    match row["part"]:
+        case "first":
+            times, alone = row["seconds"], statistics.median(row["compute_seconds"])
+            flops = row["product_flops"]
+            speed = f", products {flops / 1e12:.0f} TFLOP/s" if flops else ""
+            peers = "".join(f"; {name} {value:.3f}" for name, value in row["peers"].items())
+            return (
+                f"{head} {row['tokens']:6d} tokens, {row['prefill_chunk']} a pass: {statistics.median(times):.3f} s ({min(times):.3f}-{max(times):.3f}), "
+                f"copies {row['copies_seconds']:.3f} at {row['link'] / 1e9:.1f} GB/s, compute {alone:.3f}, ratio {row['ratio']:.2f} "
+                f"({'ok' if row['ratio'] <= GOAL else 'over'}){speed}, {memory}{peers}"
+            )
+        case "prompt":
+            return (
+                f"{head} {row['tokens']:6d} tokens within {row['budget']}, {row['prefill_chunk']} a pass: {min(row['seconds']):.2f}-{max(row['seconds']):.2f} s, "
+                f"copies {row['copies_seconds']:.2f}, keys and values {row['kv_bytes'] / 2**30:.2f} GiB, {memory}, plan {row['planned_bytes'] / 2**30:.2f}"
+            )
+        case "decode":
+            ms = statistics.median(row["ms"])
+            return (
+                f"{head} {row['context']:6d} of context: {ms:.2f} ms a step ({min(row['ms']):.2f}-{max(row['ms']):.2f}), {1e3 / ms:.1f} tokens/s, bound "
+                f"{row['bound_ms']:.2f} ({'ok' if ms <= row['bound_ms'] else 'over'}), link {statistics.median(row['bytes_moved']) / LINK * 1e3:.2f} ms, "
+                f"read in {row['read_seconds']:.2f} s, {memory}"
+            )
+        case _:
+            bound, copies = row["stall_seconds"], row["copies_seconds"]
+            step, longest = row["step_seconds"], max(row["gaps"]) - row["step_seconds"]
+            stated = "nothing stated"
+            if bound is not None:
+                stated = f"stated {bound:.3f} ({'ok' if longest <= bound else 'over'}), copies {copies:.3f}"
+            return (
+                f"{head} {row['tokens']:6d} tokens beside a sequence, {row['prefill_chunk']} a pass at most, {row['passes']} passes: longest wait "
+                f"beyond a step's {step:.3f} s: {longest:.3f} s (median {statistics.median(row['gaps']) - step:.3f}), {stated}, {memory}"
+            )
+
+
+class Results:
+    """Rows, printed and written as soon as they are measured, because a later one may be cut off."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Start without rows."""
+        self.rows, self._out, self._began = list[dict[str, Any]](), options.out, time.perf_counter()
+        self._about = {
+            **about(device())._asdict(), "benchmark": "long context", "seed": SEED, "dtype": "bfloat16",
+            "config": {name: str(value) for name, value in vars(options).items() if name not in {"out", "trace"}},
+            "bounds": {"memory_bytes_per_second": MEMORY, "first": GOAL, "step": STEP_GOAL},
+        }  # fmt: skip
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row."""
+        self.rows.append(row)
+        self._out.write_text(json.dumps({**self._about, "rows": self.rows}, indent=1) + "\n")
+        print(f"{time.perf_counter() - self._began:4.0f} s {line(row)}", flush=True)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--shapes", default="", help="of q and g; default: both")
+    parser.add_argument("--out", type=Path, default=Path("long_context.json"))
+    parser.add_argument("--tiny", action="store_true", help="small widths and short prompts; always so without CUDA")
+    options = parser.parse_args()
+    options.tiny |= device() == "cpu"
+    work, results = {"first": first, "prompt": prompt, "decode": decode, "stall": stall}, Results(options)
+    for part in options.parts.split(","):
+        work[part](options, results)
+    print(*map(line, results.rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Penalties, masks, logprobs."""

@@ -1,0 +1,1 @@
+"""The server: HTTP in front, one thread that owns the engine behind."""

@@ -1,0 +1,131 @@
+"""Readers of single values of a request body: each takes a field's name and value, and refuses what it cannot take."""
+
+from collections.abc import Callable, Sequence
+from math import isfinite
+from typing import Any
+
+from expertflow.serve.protocol.errors import ApiError, bad
+
+Reader = Callable[[str, Any], Any]
+"""Takes name and value; gives the value that is used.
+
+Raises:
+    ApiError: if the field does not take that.
+"""
+
+
+def _wrong(name: str, value: Any, wanted: str) -> ApiError:
+    shown = repr(value)
+    return bad(name, f"{name}={shown if len(shown) <= 80 else shown[:77] + '...'} is wrong", f"It takes {wanted}.")
+
+
+def anything(_: str, value: Any) -> Any:
+    """Any value."""
+    return value
+
+
+def boolean(name: str, value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise _wrong(name, value, "true or false")
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """Text."""
+    if not isinstance(value, str):
+        raise _wrong(name, value, "text")
+    return value
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """An object."""
+    if not isinstance(value, dict):
+        raise _wrong(name, value, "an object")
+    return value
+
+
+def integer(low: int, high: int) -> Reader:
+    """A whole number within bounds."""
+
+    def read(name: str, value: Any) -> int:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not whole or not low <= value <= high:
+            raise _wrong(name, value, f"a whole number from {low} to {high}")
+        return int(value)
+
+    return read
+
+
+def number(low: float, high: float) -> Reader:
+    """A number within bounds."""
+
+    def read(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise _wrong(name, value, f"a number from {low:g} to {high:g}")
+        if not low <= value <= high:
+            raise _wrong(name, value, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    return read
+
+
+def one_of(*words: Any) -> Reader:
+    """One of these values."""
+
+    def read(name: str, value: Any) -> Any:
+        if value not in words:
+            raise _wrong(name, value, "one of " + ", ".join(map(repr, words)))
+        return value
+
+    return read
+
+
+def several(one: Reader, most: int, *, single: bool = False) -> Reader:
+    """A list of at most `most` values; if `single`, one value without a list too."""
+
+    def read(name: str, value: Any) -> tuple[Any, ...]:
+        if single and not isinstance(value, list):
+            return (one(name, value),)
+        if not isinstance(value, list) or len(value) > most:
+            raise _wrong(name, value, f"a list of at most {most}")
+        return tuple(one(f"{name}[{place}]", each) for place, each in enumerate(value))
+
+    return read
+
+
+def short_text(most: int) -> Reader:
+    """Text of at least one and at most `most` characters."""
+
+    def read(name: str, value: Any) -> str:
+        if not isinstance(value, str) or not 1 <= len(value) <= most:
+            raise _wrong(name, value, f"text of 1 to {most} characters")
+        return value
+
+    return read
+
+
+def prompts(most: int) -> Reader:
+    """What `prompt` of a completion takes: text, token ids, or at most `most` of either; as a list of prompts."""
+
+    def read(name: str, value: Any) -> Sequence[Any]:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list) and value and all(_is_token(each) for each in value):
+            return [value]
+        several_texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if not several_texts and not (isinstance(value, list) and all(_is_tokens(each) for each in value)):
+            raise _wrong(name, value, "text, a list of token ids, or a list of either")
+        if not 1 <= len(value) <= most:
+            raise bad(name, f"{name} holds {len(value)} prompts", f"It takes 1 to {most}.")
+        return list(value)
+
+    return read
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_token(each) for each in value)
