@@ -5,20 +5,24 @@ two. The bound is all bytes that a step reads, over the rate at which memory is 
 busy is the time in which at least one of them runs. Logits of both are compared: they differ by rounding alone.
 
 Shapes: `g` gpt-oss-20b, `q` Qwen3-MoE of 12 layers, `q30` Qwen3-30B-A3B. With `--products` single products are timed instead, for several
-ways to cut them.
+ways to cut them. With `--near` the two are compared instead, in float32 and in bfloat16: `g` and `q` with narrow experts, whose modules
+differ in bfloat16 from themselves at another number of sequences; and the perplexity of the shipped model.
 
 Usage: python benchmarks/dense_step.py --shapes g --formats mxfp4 --batches 1 --out FILE
        python benchmarks/dense_step.py --products --out FILE
+       python benchmarks/dense_step.py --near --out FILE
        --tiny: small widths, for a CPU
 """
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,9 +34,11 @@ from stand_ins import SEED, WIDE, Opened, StandIn, device, make_config, random_t
 from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoTokenizer
 
-from expertflow import SamplingParams
+from expertflow import LLM, SamplingParams
 from expertflow.bench.about import about
+from expertflow.engine.llm import shipped_model
 from expertflow.execution.captured import graph
 from expertflow.execution.replay import Replay
 from expertflow.kernels.blocks.given import Norm
@@ -180,13 +186,7 @@ def measure(  # noqa: PLR0913 - the last ones by keyword
 ) -> list[Row]:
     """Both sides of one model and number of sequences."""
     windows, steps = (2, 2) if tiny else (WINDOWS, STEPS)
-    limit = WARM + windows * steps + PROFILED + 8
-    prompts = random_tokens(stand_in.owner.plan.shape.vocabulary, batch, BEGIN)
-    tokens = random_tokens(stand_in.owner.plan.shape.vocabulary, batch, BEGIN + FILLING + limit)
-    options = {
-        "strategy": "next-use", "execution": "graph", "slots": "100%", "routing": Replay(tokens=tokens), "max_batch": batch,
-        "max_live": batch, "max_length": BEGIN + FILLING + limit, "prefill_chunk": 512,
-    }  # fmt: skip
+    options, prompts, limit = options_of(stand_in, batch, windows * steps + PROFILED)
     rows, sides = list[Row](), list[Side]()
     with ExitStack() as opened:
         for blocks in (True, False) if both else (True,):
@@ -206,6 +206,91 @@ def measure(  # noqa: PLR0913 - the last ones by keyword
             row.near = max(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs)
             print(row.line(), flush=True)
     return rows
+
+
+def near(*, tiny: bool) -> list[dict[str, Any]]:
+    """How far logits of a first sequence are apart: blocks and own code, and own code beside itself with two sequences."""
+    rows = []
+    for shape, dtype in itertools.product(("q",) if tiny else ("g", "q"), ("float32", "bfloat16")):
+        given = make_config(shape, tiny=tiny).to_dict()
+        name = "moe_intermediate_size" if "moe_intermediate_size" in given else "intermediate_size"
+        config = type(make_config(shape, tiny=tiny)).from_dict({**given, name: 64})
+        found = {}
+        with StandIn(config, embedding=WIDE, dtype=dtype) as stand_in:
+            for blocks, batch in itertools.product((True, False), (1, 2)):
+                with ExitStack() as opened:
+                    if not blocks:
+                        opened.enter_context(own_code())
+                    options, prompts, limit = options_of(stand_in, batch, 2)
+                    side = Side(opened.enter_context(stand_in.open(**options)), prompts, limit)
+                    found[blocks, batch] = [one[0] for one in side.logits]
+        for text, mine, theirs in (
+            ("blocks, own", found[True, 1], found[False, 1]), ("own of two, own", found[False, 2], found[False, 1]),
+            ("blocks of two, blocks", found[True, 2], found[True, 1]),
+        ):  # fmt: skip
+            apart = [float((one - other).norm() / other.norm()) for one, other in zip(mine, theirs, strict=True)]
+            rows.append(
+                {"shape": shape, "dtype": dtype, "pair": text, "median": statistics.median(apart), "most": max(apart)}
+            )
+            print(
+                f"{shape:4s}{dtype:9s} {text:24s} median {rows[-1]['median']:.1e} most {rows[-1]['most']:.1e}",
+                flush=True,
+            )
+    return [*rows, *perplexities(*((2, 12) if tiny else (8, 250)))]
+
+
+def perplexities(batch: int, length: int) -> list[dict[str, Any]]:
+    """Of the shipped model, over text that it is fed."""
+    tokenizer = AutoTokenizer.from_pretrained(shipped_model())
+    text = (Path(__file__).parents[1] / "docs" / "decisions.md").read_text()
+    ids = tokenizer(text)["input_ids"]
+    tokens, rows = [ids[place * length : (place + 1) * length] for place in range(batch)], []
+    for dtype, blocks in itertools.product(("float32", "bfloat16"), (True, False)):
+        lost = list[float]()
+
+        def note(numbers: Any, logits: Tensor, lost: list[float] = lost) -> None:
+            del numbers
+            place = 2 + len(lost) // batch
+            shares = logits.float().log_softmax(-1)
+            lost.extend(-float(shares[number, tokens[number][place]]) for number in range(batch))
+
+        options = {"max_batch": batch, "max_live": batch, "max_length": length, "slots": "100%", "execution": "graph"}
+        with (
+            nullcontext() if blocks else own_code(),
+            LLM(dtype=dtype, device=device(), predictor="none", routing=Replay(tokens=tokens), **options) as llm,
+        ):
+            llm.engine.watch_logits(note)
+            params = SamplingParams(max_tokens=length - 2, ignore_eos=True)
+            for index, one in enumerate(tokens):
+                llm.engine.add(llm.request(one[:2], params, index=index))
+            while llm.engine.unfinished:
+                llm.engine.step()
+        rows.append(
+            {
+                "shape": "shipped",
+                "dtype": dtype,
+                "blocks": blocks,
+                "tokens": len(lost),
+                "perplexity": math.exp(statistics.fmean(lost)),
+            }
+        )
+        print(
+            f"shipped {dtype:9s} {'blocks' if blocks else 'own':7s} perplexity {rows[-1]['perplexity']:.4f} of {len(lost)} tokens",
+            flush=True,
+        )
+    return rows
+
+
+def options_of(stand_in: StandIn, batch: int, room: int) -> tuple[dict[str, Any], list[list[int]], int]:
+    """Options of `LLM`, prompts, and new tokens of each, for `room` steps after the first ones."""
+    vocabulary, limit = stand_in.owner.plan.shape.vocabulary, WARM + room + 8
+    length = BEGIN + FILLING + limit
+    routing = Replay(tokens=random_tokens(vocabulary, batch, length))
+    options = {
+        "strategy": "next-use", "execution": "graph", "slots": "100%", "routing": routing, "max_batch": batch, "max_live": batch,
+        "max_length": length, "prefill_chunk": 512,
+    }  # fmt: skip
+    return options, random_tokens(vocabulary, batch, BEGIN), limit
 
 
 def products(*, tiny: bool) -> list[dict[str, Any]]:
@@ -297,6 +382,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
         "--blocks", choices=["both", "only"], default="both", help="measure the modules' own code beside, or not"
     )
     parser.add_argument("--products", action="store_true")
+    parser.add_argument("--near", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("dense_step.json"))
     parser.add_argument("--tiny", action="store_true", help="small widths and few steps; always so without CUDA")
     options = parser.parse_args(argv)
@@ -310,7 +396,8 @@ def main(argv: list[str] | None = None) -> None:
     options, rate, rows = read_options(argv), read_rate(), list[Row]()
     print(f"memory is read at {rate / 1e12:.2f} TB/s", flush=True)
     single = products(tiny=options.tiny) if options.products else []
-    for shape in () if options.products else options.shapes.split(","):
+    apart = near(tiny=options.tiny) if options.near else []
+    for shape in () if options.products or options.near else options.shapes.split(","):
         for packed in (options.formats or ALL_FORMATS[shape]).split(","):
             with StandIn(make_config(shape, tiny=options.tiny, packed=packed), embedding=WIDE) as stand_in:
                 for batch in map(int, options.batches.split(",")):
@@ -318,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
                         stand_in, shape, packed, batch, rate, both=options.blocks == "both", tiny=options.tiny
                     )
     result = {
-        **about(device())._asdict(), "benchmark": "dense_step", "seed": SEED, "read_bytes_per_second": rate, "products": single,
+        **about(device())._asdict(), "benchmark": "dense_step", "seed": SEED, "read_bytes_per_second": rate, "products": single, "near": apart,
         "config": {name: str(value) for name, value in vars(options).items() if name != "out"},
     }  # fmt: skip
     options.out.write_text(json.dumps({**result, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

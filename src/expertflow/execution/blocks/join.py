@@ -21,7 +21,8 @@ def joined(parts: Sequence[Tensor]) -> Tensor | None:
     """
     first = parts[0]
     shape = (sum(map(len, parts)), *first.shape[1:])
-    bounds = list(accumulate((part.numel() for part in parts), initial=first.storage_offset()))
+    counts = [part.numel() for part in parts]
+    bounds: list[int] = list(accumulate(counts, initial=int(first.storage_offset())))
     if all(_lies(part, first, begin) for part, begin in zip(parts, bounds, strict=False)):
         return first.data.as_strided(shape, first.stride(), first.storage_offset())
     sizes = [(begin - bounds[0]) * first.element_size() for begin in bounds[:-1]]

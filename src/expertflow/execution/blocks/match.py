@@ -5,7 +5,7 @@ modules' own forwards run on the CPU in float32 beside the blocks' references, a
 matches keeps its own code. Must not know kernels on a device, and which passes use them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -41,7 +41,7 @@ _CLOSE = 1e-4
 _CPU = torch.device("cpu")
 _FAILS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
 """What a module's own forward raises that wants to be called otherwise than it is here."""
-Tensors = Mapping[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
 def find_layers(skeleton: Skeleton) -> dict[str, LayerForm]:
@@ -247,7 +247,7 @@ class _Tried:
         tensors, states = _within(self.tensors, self.second), self.states[:, 0]
         norm = Norm(torch.ones(states.shape[1]), 0.0, wide=True)
 
-        def run(normed: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...], _: None) -> Tensor:
+        def run(normed: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...], _: Tensor | None) -> Tensor:
             return sum(added[:-1], _use(normed, index, weights))
 
         given = experts_tensors(module, block, tensors, torch.zeros(0))
