@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
+from expertflow import LLM
+from expertflow.engine.llm import shipped_model
 from expertflow.execution.blocks.forms import LayerForm
 from expertflow.execution.blocks.match import find_layers
+from expertflow.execution.kv_rows import DecodeInput
+from expertflow.execution.runner import PromptChunk
 from expertflow.models.families import FAMILIES
 from expertflow.models.skeleton import build_skeleton
-from helpers import MakeCheckpoint
+from helpers import ROOT, MakeCheckpoint
 
 HEADS = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "glm4_moe"}
 """Families whose attention is plain: heads with norms of their own or none, halves of a head turned together."""
@@ -71,3 +76,27 @@ def test_what_computes_something_else_keeps_its_code(
 
     monkeypatch.setattr(qwen3_moe.Qwen3MoeTopKRouter, "forward", doubled)
     assert all(form.heads is not None and form.experts is None for form in forms("qwen3_moe", make_checkpoint))
+
+
+def test_blocks_round_no_worse_than_modules() -> None:
+    """The shipped model over a text, token by token: in bfloat16 blocks are no farther from float32 than the modules' own code is."""
+    rows, found = 4, {}
+    ids = AutoTokenizer.from_pretrained(shipped_model())((ROOT / "LICENSE").read_text()[:2000])["input_ids"]
+    tokens = torch.tensor(ids[: rows * 16]).view(rows, 16)
+    for dtype, blocks in (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)):
+        options = {"max_length": 16, "max_batch": rows, "max_live": rows, "slots": "100%", "predictor": "none"}
+        with LLM(shipped_model(), device="cpu", execution="graph", dtype=dtype, **options) as llm:
+            executor = llm._engine._executor
+            executor.prefill([PromptChunk(row, tokens[row, :2].tolist(), row, 0) for row in range(rows)])
+            decoder, said = llm._offloaded.handover.next_decoder(), []
+            assert len(decoder._blocks.layers) == llm.plan.shape.layers
+            if not blocks:
+                decoder._dense = decoder._blocks = None
+            for place in range(2, 15):
+                fed = [DecodeInput(row, int(tokens[row, place]), row, place) for row in range(rows)]
+                shares = executor.decode(fed).float().log_softmax(1)
+                said.append(shares.gather(1, tokens[:, place + 1 :][:, :1]))
+            found[dtype, blocks] = torch.cat(said)
+    torch.testing.assert_close(found["float32", True], found["float32", False], atol=1e-4, rtol=0)
+    apart = {blocks: (found["bfloat16", blocks] - found["float32", False]).abs().mean() for blocks in (False, True)}
+    assert 0 < apart[True] < 1.5 * apart[False]
