@@ -10,7 +10,7 @@ products of a resident pass. `prompt`: one prompt of 100,000 tokens within a sta
 behind contexts of several lengths, each with the same routing, beside the step at the shortest one and the time that its keys and
 values take. `stall`: the longest wait between two tokens of a sequence while another's long prompt is read, beside the plan's bound.
 
-Usage: python benchmarks/long_context.py --parts first,prompt,decode,stall --trace TEST.trace --out FILE [--tiny]
+Usage: python benchmarks/long_context.py --parts first,prompt,decode,stall --rows q/bf16,g/mxfp4/50% --trace TEST.trace --out FILE [--tiny]
 """
 
 import argparse
@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -35,13 +36,17 @@ from expertflow.bench.about import about
 from expertflow.execution.replay import Replay
 from expertflow.trace.format import Trace, load_trace
 
-PARTS = ("first", "prompt", "decode", "stall")
-ROWS = (("q", "bf16", "25%"), ("q", "bf16", "50%"), ("g", "mxfp4", "25%"), ("g", "mxfp4", "50%"), ("g", "bf16", "25%"))
-"""Shape, format and share of slots of each table of first tokens."""
+ROWS = (
+    ("first", "q", "bf16", "25%"), ("first", "q", "bf16", "50%"),
+    ("first", "g", "mxfp4", "50%"), ("prompt", "g", "mxfp4", "8GiB"), ("decode", "g", "mxfp4", "50%"), ("stall", "g", "mxfp4", "50%"),
+    ("first", "g", "mxfp4", "25%"), ("decode", "g", "mxfp4", "100%"),
+    ("prompt", "g", "bf16", "16GiB"), ("first", "g", "bf16", "25%"), ("stall", "g", "bf16", "50%"),
+)  # fmt: skip
+"""Part, shape, format, and share of slots or budget, in the order in which they are measured."""
 LENGTHS, TINY_LENGTHS = (512, 2048, 8192, 32768), (20, 33)
 CONTEXTS, TINY_CONTEXTS = (1024, 8192, 32768, 130944), (12, 40)
 """The last one ends, with the steps behind it, within the 131,072 tokens that gpt-oss-20b reads."""
-BUDGETS, LONG, TINY_LONG = (("mxfp4", "8GiB"), ("bf16", "16GiB")), 100_000, 60
+LONG, TINY_LONG = 100_000, 60
 STALLING, TINY_STALLING = (32768, 98304), (40,)
 """Tokens of prompts beside which another sequence decodes."""
 REPEATS, PROBES, WARM, STEPS, WINDOWS, TINY_STEPS = 2, 5, 24, 16, 4, 2
@@ -104,18 +109,25 @@ class Text(NamedTuple):
         return Replay(found)
 
 
-def chosen(
-    rows: tuple[tuple[str, ...], ...], options: argparse.Namespace
-) -> Iterator[tuple[StandIn, Text, tuple[str, ...]]]:
-    """Models for rows of shape, format and more; those of one shape and format follow one another, and share their weights."""
-    for key in dict.fromkeys(row[:2] for row in rows):
-        if options.shapes and key[0] not in options.shapes.split(","):
-            continue
-        text = Text.of(*key, options)
-        with StandIn(text.config, embedding=text.embedding) as stand_in:
-            for row in rows:
-                if row[:2] == key:
-                    yield stand_in, text, row
+class Bench(NamedTuple):
+    """Where a row is measured.
+
+    Attributes:
+        stand_in: the model's weights.
+        text: its prompts.
+        tiny: whether prompts are short.
+        resident: rows with every expert resident, by what they have in common with others.
+    """
+
+    stand_in: StandIn
+    text: "Text"
+    tiny: bool
+    resident: dict[Any, dict[str, Any]]
+
+    def opened(self, length: int, routing: Replay | None, **options: Any) -> AbstractContextManager[Opened]:
+        """A model with captured steps for sequences of so many tokens."""
+        given = {"max_batch": 1, "strategy": "next-use", "execution": "graph", **options}
+        return self.stand_in.open(routing=routing, max_length=length, **given)
 
 
 def link_speed(llm: LLM) -> float:
@@ -138,18 +150,11 @@ def product_speed(llm: LLM, prompt: list[int]) -> float | None:
     return len(prompt) * shape.layers * shape.top_k * expert / (spent / 1e6) if spent else None
 
 
-def read(stand_in: StandIn, text: Text, tokens: int, **options: Any) -> dict[str, Any]:
+def read(bench: Bench, tokens: int, **options: Any) -> dict[str, Any]:
     """Time prompts of one length; the first one compiles and fills the cache."""
     lengths = [tokens] * (REPEATS + 1)
-    prompts, routing = text.prompts(lengths), text.routing([length + DECODED for length in lengths])
-    settings = {
-        "max_batch": 1,
-        "max_length": tokens + DECODED + 1,
-        "strategy": "next-use",
-        "execution": "graph",
-        **options,
-    }
-    with stand_in.open(routing=routing, **settings) as one:
+    prompts, routing = bench.text.prompts(lengths), bench.text.routing([length + DECODED for length in lengths])
+    with bench.opened(tokens + DECODED + 1, routing, **options) as one:
         row, plan = measure(one.llm, prompts), one.llm.plan
         row |= {
             "prefill_chunk": plan.prefill_chunk, "planned_copies": plan.copies_seconds, "planned_stall": plan.stall_seconds,
@@ -160,49 +165,34 @@ def read(stand_in: StandIn, text: Text, tokens: int, **options: Any) -> dict[str
     return row
 
 
-def first(options: argparse.Namespace, results: "Results") -> None:
-    """The table of first tokens."""
-    resident = dict[Any, dict[str, Any]]()
-    for stand_in, text, (shape, packed, share) in chosen(ROWS, options):
-        for tokens in TINY_LENGTHS if options.tiny else LENGTHS:
-            row = read(stand_in, text, tokens, slots=share)
-            key = shape, packed, tokens, row["prefill_chunk"]
-            if key not in resident:
-                resident[key] = read(stand_in, text, tokens, slots="100%", prefill_chunk=row["prefill_chunk"])
-            alone, known = resident[key], PEERS.get((shape, share), {})
-            seconds, computed = statistics.median(row["seconds"]), statistics.median(alone["seconds"])
-            copied = statistics.median(row["bytes_moved"]) / row["link"]
-            row |= {
-                "part": "first", "shape": shape, "format": packed, "share": share, "tokens": tokens, "copies_seconds": copied,
-                "compute_seconds": alone["seconds"], "ratio": seconds / max(copied, computed),
-                "product_flops": alone.get("product_flops"), "resident_peak_bytes": alone["peak_bytes"],
-                "peers": {name: at[tokens] for name, at in known.items() if tokens in at},
-            }  # fmt: skip
-            results.add(row)
+def first(bench: Bench, share: str, about_row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """First tokens of prompts of each length."""
+    for tokens in TINY_LENGTHS if bench.tiny else LENGTHS:
+        row = read(bench, tokens, slots=share)
+        key = tokens, row["prefill_chunk"]
+        if key not in bench.resident:
+            bench.resident[key] = read(bench, tokens, slots="100%", prefill_chunk=row["prefill_chunk"])
+        alone, known = bench.resident[key], PEERS.get((about_row["shape"], share), {})
+        seconds, computed = statistics.median(row["seconds"]), statistics.median(alone["seconds"])
+        copied = statistics.median(row["bytes_moved"]) / row["link"]
+        yield {
+            **row, "tokens": tokens, "copies_seconds": copied, "compute_seconds": alone["seconds"],
+            "ratio": seconds / max(copied, computed), "product_flops": alone.get("product_flops"), "resident_peak_bytes": alone["peak_bytes"],
+            "peers": {name: at[tokens] for name, at in known.items() if tokens in at},
+        }  # fmt: skip
 
 
-def prompt(options: argparse.Namespace, results: "Results") -> None:
-    """A long prompt within each budget."""
-    tokens = TINY_LONG if options.tiny else LONG
-    for stand_in, text, (_, packed, budget) in chosen(tuple(("g", *pair) for pair in BUDGETS), options):
-        room = {"slots": "50%"} if options.tiny else {"gpu_memory": budget}
-        settings = {
-            "max_batch": 1,
-            "max_length": tokens + DECODED + 1,
-            "strategy": "next-use",
-            "execution": "graph",
-            **room,
-        }
-        lengths = [20 if options.tiny else 8192, *[tokens] * REPEATS]
-        routing = text.routing([length + DECODED for length in lengths])
-        with stand_in.open(routing=routing, **settings) as one:
-            found, plan = measure(one.llm, [*text.prompts(lengths)]), one.llm.plan
-            row = {
-                **found, "part": "prompt", "shape": "g", "format": packed, "budget": budget, "tokens": tokens, "share": f"{plan.share:.1%}",
-                "prefill_chunk": plan.prefill_chunk, "peak_bytes": one.peak, "planned_bytes": plan.total,
-                "budget_bytes": plan.budget or plan.total, "kv_bytes": plan.kv, "copies_seconds": found["bytes_moved"][-1] / link_speed(one.llm),
-            }  # fmt: skip
-        results.add(row)
+def prompt(bench: Bench, budget: str, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A long prompt within a budget."""
+    tokens = TINY_LONG if bench.tiny else LONG
+    room = {"slots": "50%"} if bench.tiny else {"gpu_memory": budget}
+    lengths = [20 if bench.tiny else 8192, *[tokens] * REPEATS]
+    with bench.opened(tokens + DECODED + 1, bench.text.routing([one + DECODED for one in lengths]), **room) as one:
+        found, plan = measure(one.llm, bench.text.prompts(lengths)), one.llm.plan
+        yield {
+            **found, "tokens": tokens, "prefill_chunk": plan.prefill_chunk, "peak_bytes": one.peak, "planned_bytes": plan.total,
+            "budget_bytes": plan.budget or plan.total, "kv_bytes": plan.kv, "copies_seconds": found["bytes_moved"][-1] / link_speed(one.llm),
+        }  # fmt: skip
 
 
 def step_windows(one: Opened, context: list[int], index: int, steps: int) -> dict[str, Any]:
@@ -228,34 +218,24 @@ def step_windows(one: Opened, context: list[int], index: int, steps: int) -> dic
     return {"ms": ms, "bytes_moved": moved, "read_seconds": seconds}
 
 
-def decode(options: argparse.Namespace, results: "Results") -> None:
-    """Steps behind contexts, half of the experts resident and all of them; every context ends in the same routes."""
-    steps = TINY_STEPS if options.tiny else STEPS
-    contexts = list(TINY_CONTEXTS if options.tiny else CONTEXTS)
-    behind = (1 + WINDOWS) * steps + WARM + 3
-    for stand_in, text, (_, packed, share) in chosen((("g", "mxfp4", "50%"), ("g", "mxfp4", "100%")), options):
-        lengths, same = [length + behind for length in contexts], behind + min(contexts)
-        settings = {
-            "max_batch": 1,
-            "max_length": min(max(lengths), 131072),
-            "strategy": "next-use",
-            "execution": "graph",
-            "slots": share,
-        }
-        with stand_in.open(routing=text.routing(lengths, same_end=same), **settings) as one:
-            shape, base = one.llm.plan.shape, 0.0
-            for index, (length, tokens) in enumerate(zip(contexts, text.prompts(contexts), strict=True)):
-                found = step_windows(one, tokens, index, steps)
-                ms = statistics.median(found["ms"])
-                layers = zip(shape.windows, (layer for layer in shape.kv if layer.in_pages), strict=True)
-                kept = sum(layer.bytes_per_token * min(length, window or length) for window, layer in layers)
-                base = base or ms
-                bound = STEP_GOAL * (base + kept / MEMORY * 1e3)
-                row = {
-                    **found, "part": "decode", "shape": "g", "format": packed, "share": share, "context": length, "kv_bytes": kept,
-                    "tokens_per_second": 1e3 / ms, "bound_ms": bound, "peak_bytes": one.peak, "budget_bytes": one.llm.plan.total,
-                }  # fmt: skip
-                results.add(row)
+def decode(bench: Bench, share: str, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Steps behind contexts; every context ends in the same routes."""
+    steps, contexts = (TINY_STEPS, list(TINY_CONTEXTS)) if bench.tiny else (STEPS, list(CONTEXTS))
+    behind, base = (1 + WINDOWS) * steps + WARM + 3, 0.0
+    lengths = [length + behind for length in contexts]
+    routing = bench.text.routing(lengths, same_end=behind + min(contexts))
+    with bench.opened(max(lengths), routing, slots=share) as one:
+        shape = one.llm.plan.shape
+        for index, (length, tokens) in enumerate(zip(contexts, bench.text.prompts(contexts), strict=True)):
+            found = step_windows(one, tokens, index, steps)
+            ms = statistics.median(found["ms"])
+            layers = zip(shape.windows, (layer for layer in shape.kv if layer.in_pages), strict=True)
+            kept = sum(layer.bytes_per_token * min(length, window or length) for window, layer in layers)
+            base = base or ms
+            yield {
+                **found, "context": length, "kv_bytes": kept, "tokens_per_second": 1e3 / ms, "peak_bytes": one.peak,
+                "bound_ms": STEP_GOAL * (base + kept / MEMORY * 1e3), "budget_bytes": one.llm.plan.total,
+            }  # fmt: skip
 
 
 def gaps(one: Opened, short: list[int], long: list[int]) -> dict[str, Any]:
@@ -281,29 +261,18 @@ def gaps(one: Opened, short: list[int], long: list[int]) -> dict[str, Any]:
     return {"gaps": during, "passes": passes, "step_seconds": statistics.median(before[len(before) // 2 :])}
 
 
-def stall(options: argparse.Namespace, results: "Results") -> None:
+def stall(bench: Bench, share: str, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """How long one sequence waits for its next token while a long prompt is read."""
-    for stand_in, text, (_, packed, share) in chosen((("g", "mxfp4", "50%"), ("g", "bf16", "50%")), options):
-        longest = TINY_STALLING if options.tiny else STALLING
-        lengths, prompts = [300, longest[-1] + 8], text.prompts([32, *longest])
-        settings = {
-            "max_batch": 2,
-            "max_length": lengths[-1],
-            "strategy": "next-use",
-            "execution": "graph",
-            "slots": share,
-        }
-        with stand_in.open(routing=text.routing(lengths), **settings) as one:
-            plan = one.llm.plan
-            gaps(one, prompts[0], prompts[1])  # compiles and captures
-            for tokens, long in zip(longest, prompts[1:], strict=True):
-                found = gaps(one, prompts[0], long)
-                row = {
-                    "part": "stall", "shape": "g", "format": packed, "share": share, "tokens": tokens, **found,
-                    "prefill_chunk": plan.prefill_chunk, "stall_seconds": plan.stall_seconds, "copies_seconds": plan.copies_seconds,
-                    "link": link_speed(one.llm), "peak_bytes": one.peak, "budget_bytes": plan.total,
-                }  # fmt: skip
-                results.add(row)
+    longest = TINY_STALLING if bench.tiny else STALLING
+    lengths, prompts = [300, longest[-1] + 8], bench.text.prompts([32, *longest])
+    with bench.opened(lengths[-1], bench.text.routing(lengths), slots=share, max_batch=2) as one:
+        plan = one.llm.plan
+        gaps(one, prompts[0], prompts[1])  # compiles and captures
+        for tokens, long in zip(longest, prompts[1:], strict=True):
+            yield {
+                "tokens": tokens, **gaps(one, prompts[0], long), "prefill_chunk": plan.prefill_chunk, "stall_seconds": plan.stall_seconds,
+                "copies_seconds": plan.copies_seconds, "link": link_speed(one.llm), "peak_bytes": one.peak, "budget_bytes": plan.total,
+            }  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> str:
@@ -323,7 +292,7 @@ def line(row: dict[str, Any]) -> str:
             )
         case "prompt":
             return (
-                f"{head} {row['tokens']:6d} tokens within {row['budget']}, {row['prefill_chunk']} a pass: {min(row['seconds']):.2f}-{max(row['seconds']):.2f} s, "
+                f"{head} {row['tokens']:6d} tokens within it, {row['prefill_chunk']} a pass: {min(row['seconds']):.2f}-{max(row['seconds']):.2f} s, "
                 f"copies {row['copies_seconds']:.2f}, keys and values {row['kv_bytes'] / 2**30:.2f} GiB, {memory}, plan {row['planned_bytes'] / 2**30:.2f}"
             )
         case "decode":
@@ -357,26 +326,46 @@ class Results:
             "bounds": {"memory_bytes_per_second": MEMORY, "first": GOAL, "step": STEP_GOAL},
         }  # fmt: skip
 
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self._began
+
     def add(self, row: dict[str, Any]) -> None:
         """Take a row."""
         self.rows.append(row)
         self._out.write_text(json.dumps({**self._about, "rows": self.rows}, indent=1) + "\n")
-        print(f"{time.perf_counter() - self._began:4.0f} s {line(row)}", flush=True)
+        print(f"{self.seconds:4.0f} s {line(row)}", flush=True)
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default="first,prompt,decode,stall")
+    parser.add_argument(
+        "--rows", default="", help="beginnings of rows, such as g/mxfp4/50%%,q; default: all of the parts"
+    )
     parser.add_argument("--trace", type=Path)
-    parser.add_argument("--shapes", default="", help="of q and g; default: both")
+    parser.add_argument("--deadline", type=float, default=1e9, help="begin no row then, seconds")
     parser.add_argument("--out", type=Path, default=Path("long_context.json"))
     parser.add_argument("--tiny", action="store_true", help="small widths and short prompts; always so without CUDA")
     options = parser.parse_args()
     options.tiny |= device() == "cpu"
     work, results = {"first": first, "prompt": prompt, "decode": decode, "stall": stall}, Results(options)
-    for part in options.parts.split(","):
-        work[part](options, results)
+    wanted = tuple(options.rows.split(","))
+    rows = [row for row in ROWS if row[0] in options.parts.split(",") and "/".join(row[1:]).startswith(wanted)]
+    for key in dict.fromkeys(row[1:3] for row in rows):
+        text = Text.of(*key, options)
+        with StandIn(text.config, embedding=text.embedding) as stand_in:
+            bench = Bench(stand_in, text, options.tiny, {})
+            for part, shape, packed, room in (row for row in rows if row[1:3] == key):
+                if results.seconds > options.deadline:
+                    continue
+                head = {"part": part, "shape": shape, "format": packed, "share": room}
+                for row in work[part](bench, room, head):
+                    results.add({**head, **row})
+                    if results.seconds > options.deadline:
+                        break
     print(*map(line, results.rows), sep="\n")
 
 

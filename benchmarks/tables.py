@@ -656,10 +656,15 @@ def strategies() -> str:
 
 def fields() -> str:
     """What the server does with each field of a request body, by route."""
+    chat, completion, *others = TABLES
+    both = {name: field for name, field in TABLES[chat].items() if TABLES[completion].get(name) == field}
+    rows = {f"`{chat}` and `{completion}`": both}
+    rows |= {f"only `{one}`": {n: f for n, f in TABLES[one].items() if n not in both} for one in (chat, completion)}
+    rows |= {f"`{one}`": TABLES[one] for one in others}
     lines = ["| route | honoured | accepted without effect | refused |", "|---|---|---|---|"]
-    for route, table in TABLES.items():
+    for route, table in rows.items():
         cells = [", ".join(name for name, field in table.items() if field.use is use) for use in Use]
-        lines.append(f"| `{route}` | {' | '.join(cells)} |")
+        lines.append(f"| {route} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

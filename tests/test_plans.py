@@ -109,6 +109,12 @@ class Wish:
             "kv_tokens": kept, "prefill_chunk": drawn["chunk"], "slots": drawn["slots"], "device": self.device,
         }  # fmt: skip
 
+    @property
+    def only_slots_depend_on_budgets(self) -> bool:
+        stated = [name for name in ("prefill_chunk", "kv_tokens") if self.options[name] is not None]
+        enough = "prefill_chunk" in stated and (len(stated) == 2 or not self.shape.windows)
+        return enough and self.options["slots"] is None and self.options["execution"] != "auto"
+
     def plan(self, budget: int | None = None, **changed: Any) -> Plan:
         config = EngineConfig(gpu_memory=budget, **{**self.options, **changed})
         return make_plan(config, self.shape, self.device, "next-use", predictor=self.predictor)
@@ -189,6 +195,10 @@ def test_every_plan_keeps_its_budget(drawn: dict[str, Any], shapes: dict[str, Mo
     if drawn["slots"] is None and plan.slots < plan.competing:
         assert plan.total + plan.slot_layout.record_bytes > budget
     assert plan.least <= least
+    if wish.only_slots_depend_on_budgets:
+        assert wish.plan(plan.total).slots == plan.slots
+        if plan.slots > 1:
+            assert wish.plan(plan.total - 1).slots == plan.slots - 1
     more = wish.plan(budget + int(drawn["more"] * budget))
     if more.execution == plan.execution:
         # a pass whose size the plan chooses may grow, and nothing else takes slots or tokens away

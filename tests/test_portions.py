@@ -113,7 +113,7 @@ def test_a_pace_changes_no_token(make_checkpoint: MakeCheckpoint, monkeypatch: p
             if prompted is short:
                 llm.engine.step()
         own = llm.engine._executor.prefill
-        monkeypatch.setattr(llm.engine._executor, "prefill", lambda chunks: sizes.extend(len(one.tokens) for one in chunks) or own(chunks))  # fmt: skip
+        monkeypatch.setattr(llm.engine._executor, "prefill", lambda chunks, *more: sizes.extend(len(one.tokens) for one in chunks) or own(chunks, *more))  # fmt: skip
         while llm.engine.unfinished:
             llm.engine.step()
     assert [found[len(prompt)]] == alone

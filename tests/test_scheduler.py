@@ -595,7 +595,7 @@ def test_a_broken_turn_comes_again(make_checkpoint: MakeCheckpoint, monkeypatch:
 def test_takers_and_choices_that_fail_harm_no_other_request(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A taker that raises loses its own request; a choice that fails uses up no random number; others get their tokens."""
+    """A taker that raises loses its own request; a choice that fails uses nothing up; others get their tokens."""
     folder = make_checkpoint("qwen3_moe")
     params = [SamplingParams(max_tokens=6, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 1.0, 1.0)]
     with LLM(folder, device=DEVICES[-1], max_batch=3, max_length=48) as llm:
@@ -605,7 +605,7 @@ def test_takers_and_choices_that_fail_harm_no_other_request(
         def refuse(_: object) -> None:
             raise ValueError("no room")
 
-        monkeypatch.setattr(engine, "_pick", failing_now_and_then(engine._pick, 3))
+        monkeypatch.setattr(engine._sampler, "choose", failing_now_and_then(engine._sampler.choose, 3))
         takers = [None, None, refuse]
         numbers = [engine.add(llm.request(*one), take) for *one, take in zip(PROMPTS[:3], params, takers, strict=True)]
         raised = []

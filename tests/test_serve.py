@@ -254,6 +254,48 @@ def test_keys_hosts_origins_and_lengths_are_checked_first(served: "Served") -> N
         served.run(lambda client: client.models.list(), app=app, key="wrong")
 
 
+def test_log_probabilities_are_the_engines_in_both_shapes(served: "Served") -> None:
+    """Chats list them a token; completions as four lists, with the prompt's where it is echoed, as evaluations read them."""
+    fields = {"model": NAMES[0], "temperature": 0, "max_tokens": 4}
+    kept = {"ignore_eos": True, "skip_special_tokens": False}
+
+    async def three(client: openai.AsyncOpenAI) -> list[Any]:
+        chat = client.chat.completions.create
+        stream = await chat(**fields, messages=CHAT, logprobs=True, top_logprobs=2, stream=True, extra_body=kept)
+        return [
+            await chat(
+                **fields, messages=CHAT, logprobs=True, top_logprobs=2, extra_body={**kept, "prompt_logprobs": 1}
+            ),
+            [chunk async for chunk in stream],
+            await client.completions.create(**fields, prompt="some", logprobs=1, echo=True, extra_body=kept),
+        ]
+
+    chat, chunks, completion = served.run(three)
+    params = SamplingParams(max_tokens=4, logprobs=2, prompt_logprobs=1, ignore_eos=True, skip_special_tokens=False)
+    wanted = served.llm.generate(RENDERED, params)[0]
+    listed = chat.choices[0].logprobs.content
+    assert [one.logprob for one in listed] == [found[0].logprob for found in wanted.logprobs]
+    assert [[top.logprob for top in one.top_logprobs] for one in listed] == [
+        [top.logprob for top in found[1:]] for found in wanted.logprobs
+    ]
+    assert "".join(one.token for one in listed) == chat.choices[0].message.content
+    assert listed[0].bytes == list(listed[0].token.encode())
+    streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
+    assert streamed == listed
+    of_prompt = chat.choices[0].prompt_logprobs
+    assert of_prompt[0] is None
+    assert of_prompt[1][str(wanted.prompt_token_ids[1])]["logprob"] == wanted.prompt_logprobs[1][0].logprob
+    wanted = served.llm.generate("some", params)[0]
+    text, lists = "some" + wanted.text, completion.choices[0].logprobs
+    assert completion.choices[0].text == "".join(lists.tokens) == text
+    assert [text[offset : offset + 1] for offset in lists.text_offset] == [token[:1] for token in lists.tokens]
+    own = [None, *(found[0].logprob for found in (*wanted.prompt_logprobs[1:], *wanted.logprobs))]
+    assert lists.token_logprobs == own
+    assert lists.top_logprobs[0] is None
+    greedy = [max(top, key=top.get) for top in lists.top_logprobs[4:]]
+    assert greedy == lists.tokens[4:], "what is greedy is the most probable"
+
+
 def scraped(served: "Served") -> dict[str, float]:
     """Every sample of `/metrics`, by name and labels but the model's."""
     text, found = served.send("/metrics").text, {}

@@ -3,19 +3,19 @@
 from typing import Any
 
 import pytest
+from anthropic.types import message_create_params
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from expertflow import SamplingParams
 from expertflow.serve.protocol.errors import ApiError
-from expertflow.serve.protocol.fields import CHAT, COMPLETION, TABLES, Use, read_fields
+from expertflow.serve.protocol.fields import ANTHROPIC, CHAT, COMPLETION, TABLES, Use, read_fields
 from expertflow.serve.protocol.messages import messages_of
 from expertflow.serve.protocol.sampling import choices, sampling
 
 FIELDS = [(route, name) for route, table in TABLES.items() for name in table]
 SAMPLES: dict[str, Any] = {
-    "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"1": 1},
-    "echo": True, "suffix": "x", "response_format": {"type": "json_object"}, "logprobs": True, "best_of": 2,
+    "echo": True, "suffix": "x", "response_format": {"type": "json_object"}, "best_of": 2,
 }  # fmt: skip
 """Values that ask for something, where any text or number would not."""
 
@@ -25,10 +25,11 @@ SAMPLES: dict[str, Any] = {
     [
         (CHAT, chat_create_params.CompletionCreateParamsBase),
         (COMPLETION, completion_create_params.CompletionCreateParamsBase),
+        (ANTHROPIC, message_create_params.MessageCreateParamsBase),
     ],
 )
-def test_every_field_of_openai_has_a_class(table: dict[str, Any], params: type) -> None:
-    """What OpenAI's own client can send is in the table: honoured, without effect, or refused with a remedy."""
+def test_every_field_of_the_clients_has_a_class(table: dict[str, Any], params: type) -> None:
+    """What the official clients can send is in the table: honoured, without effect, or refused with a remedy."""
     known = set(params.__annotations__) | {"stream"}
     assert known - set(table) == set()
 
@@ -59,7 +60,7 @@ def test_a_field_is_what_its_class_says(route: str, name: str) -> None:
 def test_false_is_not_zero() -> None:
     """A refused field whose harmless value is 0 does not take false, and the other way round."""
     with pytest.raises(ApiError):
-        read_fields({"top_logprobs": False}, {"top_logprobs": CHAT["min_tokens"]})
+        read_fields({"top_logprobs": False}, {"top_logprobs": CHAT["best_of"]})
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,14 @@ def test_false_is_not_zero() -> None:
         ("stop", "end", "stop", ("end",)),
         ("stop", ["a", "b"], "stop", ("a", "b")),
         ("stop_token_ids", [3], "stop_token_ids", (3,)),
+        ("min_p", 0.1, "min_p", 0.1),
+        ("presence_penalty", -1, "presence_penalty", -1),
+        ("frequency_penalty", 2, "frequency_penalty", 2),
+        ("repetition_penalty", 1.1, "repetition_penalty", 1.1),
+        ("logit_bias", {"3": -100}, "logit_bias", {3: -100}),
+        ("min_tokens", 2, "min_tokens", 2),
+        ("logprobs", True, "logprobs", 0),
+        ("prompt_logprobs", 1, "prompt_logprobs", 1),
         ("ignore_eos", True, "ignore_eos", True),
         ("skip_special_tokens", False, "skip_special_tokens", False),
         ("max_tokens", 7, "max_tokens", 7),

@@ -10,6 +10,7 @@ from expertflow import SamplingParams
 from expertflow.engine.request import Request, StreamOutput
 from expertflow.serve.protocol.chat import ChatWriter
 from expertflow.serve.protocol.completions import CompletionWriter
+from expertflow.serve.protocol.parts import Answer, PlainReader
 from expertflow.serve.protocol.writer import Head, Writer
 
 END = 256
@@ -80,7 +81,7 @@ def test_a_stream_in_any_pieces_is_the_whole_answer(text: str, stops: list[str],
     outputs, wanted = outputs_of(text, tuple(stops), limit), reference(text, tuple(stops), limit)
     for chat in (True, False):
         head = Head(model="m", prompt_tokens=1)
-        writer: Writer = ChatWriter(head, 1) if chat else CompletionWriter(head, [""])
+        writer: Writer = ChatWriter(head, [Answer(PlainReader())]) if chat else CompletionWriter(head, [""])
         sent, left = b"".join(frame.encoded for frame in writer.begin()), outputs
         while left:
             size = data.draw(st.integers(1, len(left)))

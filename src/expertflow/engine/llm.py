@@ -34,7 +34,7 @@ from expertflow.schedule.admission import check_admission
 from expertflow.trace.format import Header, TraceWriter
 from expertflow.trace.recorder import Recorder
 
-_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p")
+_SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """Fields of a generation config that say how to choose tokens, and mean the same in `SamplingParams`."""
 
 

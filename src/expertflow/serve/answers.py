@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from expertflow.errors import ExpertFlowError, NonFiniteError
+from expertflow.serve.protocol import anthropic
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.writer import Frame, Writer
 from expertflow.serve.worker import Item, Outbox, Worker
@@ -66,9 +67,10 @@ class Json(Response):
         return orjson.dumps(content)
 
 
-def refusal(error: ApiError, body: Callable[[ApiError], Any] = lambda error: error.body) -> Json:
-    """The answer to a request that is refused or has failed."""
-    return Json(body(error), status_code=error.status, headers=dict(error.headers))
+def refusal(error: ApiError, path: str) -> Json:
+    """The answer to a request that is refused or has failed, in the shape that its route's clients know."""
+    body = anthropic.error_body(error) if path.startswith("/v1/messages") else error.body
+    return Json(body, status_code=error.status, headers=dict(error.headers))
 
 
 def as_api_error(error: BaseException) -> ApiError:

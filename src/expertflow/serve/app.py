@@ -123,6 +123,14 @@ def _add_calls(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         return await answer(request, service.worker, await service.aside(service.complete, await _body(request)))
 
+    @_route(app, "POST", "/v1/messages")
+    async def messages(request: Request) -> Response:
+        return await answer(request, service.worker, await service.aside(service.message, await _body(request)))
+
+    @_route(app, "POST", "/v1/messages/count_tokens")
+    async def count(request: Request) -> Response:
+        return Json(await service.aside(service.count, await _body(request)))
+
     @_route(app, "POST", "/tokenize")
     async def tokenize(request: Request) -> Response:
         return Json(await service.aside(service.tokenize, await _body(request)))
@@ -140,7 +148,7 @@ def _route(app: FastAPI, method: str, path: str, statuses: tuple[int, ...] = ())
             try:
                 return await handler(request)
             except Exception as error:  # noqa: BLE001 - the client gets what is known of it, the log the rest
-                return refusal(as_api_error(error))
+                return refusal(as_api_error(error), path)
 
         usual = _REFUSALS if method == "POST" else {status: _REFUSALS[status] for status in (401, 403, 503, *statuses)}
         app.add_api_route(
@@ -181,6 +189,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     what = f"the route {where} does not exist" if error.status_code == 404 else f"{where}: {error.detail}"
-    found = refusal(ApiError(error.status_code, what, "See /openapi.json.", code="unknown_url"))
+    found = refusal(ApiError(error.status_code, what, "See /openapi.json.", code="unknown_url"), request.url.path)
     found.headers.update(error.headers or {})
     return found

@@ -59,7 +59,7 @@ class Guard:
         try:
             self._check(scope)
         except ApiError as error:
-            await refusal(error)(scope, receive, send)
+            await refusal(error, scope["path"])(scope, receive, send)
             return
         await self._app(scope, self._bounded(receive), send)
 

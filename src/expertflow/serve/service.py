@@ -5,18 +5,22 @@ still has a status. Must not know HTTP.
 """
 
 import asyncio
+import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
 from expertflow.errors import ConfigError, PromptError
 from expertflow.serve.answers import Call
+from expertflow.serve.protocol.anthropic import MessageWriter, chat_fields
 from expertflow.serve.protocol.chat import ChatWriter
-from expertflow.serve.protocol.completions import CompletionWriter
+from expertflow.serve.protocol.completions import CompletionWriter, Wanted
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import (
     CHAT,
@@ -27,18 +31,22 @@ from expertflow.serve.protocol.fields import (
     read_fields,
     required,
 )
+from expertflow.serve.protocol.likelihoods import Texts
 from expertflow.serve.protocol.messages import messages_of
+from expertflow.serve.protocol.parts import Answer, PlainReader
 from expertflow.serve.protocol.sampling import choices, sampling
-from expertflow.serve.protocol.writer import Head
+from expertflow.serve.protocol.tools import tools_of
+from expertflow.serve.protocol.writer import Head, Writer
 
 if TYPE_CHECKING:
     from expertflow.config import SamplingParams
     from expertflow.engine.inputs import Prompt
     from expertflow.engine.llm import LLM
-    from expertflow.engine.request import Request
+    from expertflow.engine.request import Request, RequestOutput
     from expertflow.serve.metrics import Metrics
     from expertflow.serve.worker import Worker
 
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _READERS = 2
 """Threads that read bodies and tokenise."""
@@ -115,12 +123,70 @@ class Service:
             ApiError: if the body is bad.
         """
         fields = read_fields(body, CHAT)
-        model = self.names.check(fields.get("model"))
-        prompt = render(llm, fields)
-        params = choices(sampling(fields, llm.sampling_defaults, None), fields.get("n", 1))
+
+        def write(head: Head, answers: Sequence[Answer], params: "SamplingParams") -> ChatWriter:
+            return ChatWriter(head, answers, token_texts(llm, params), prompt=params.prompt_logprobs is not None)
+
+        return self.answer(llm, fields, write)
+
+    def answer(
+        self,
+        llm: "LLM",
+        fields: Mapping[str, Any],
+        write: "Callable[[Head, Sequence[Answer], SamplingParams], Writer]",
+    ) -> Call:
+        """A call that answers a chat, in any API's shape.
+
+        Args:
+            llm: the model.
+            fields: honoured fields of `CHAT`.
+            write: makes the writer.
+
+        Raises:
+            ApiError: if the fields are bad.
+        """
+        model, tools, shaper = self.names.check(fields.get("model")), tools_of(fields), self.worker.loading.shaper
+        if tools.given and not (shaper.tools and shaper.make):
+            what = "this model's chat template takes no tools"
+            raise bad("tools", what, "Leave them out.", code="unsupported_parameter")
+        prompt = render(llm, fields, tools.given)
+        options = sampling(fields, llm.sampling_defaults, None)
+        if shaper.make is not None:  # marks of an answer's parts are special tokens in some models
+            options = replace(options, skip_special_tokens=False)
+        params = choices(options, fields.get("n", 1))
         requests = [make_request(llm, prompt, one, place, "messages") for place, one in enumerate(params)]
-        head = self._head(llm, fields, model, [prompt])
-        return Call(requests=requests, writer=ChatWriter(head, len(requests)), stream=fields.get("stream", False))
+        readers = [shaper.make(prompt.text or "", tools.given) if shaper.make else PlainReader() for _ in params]
+        answers = [Answer(reader, 1 if tools.single else None) for reader in readers]
+        return Call(
+            requests=requests,
+            writer=write(self._head(llm, fields, model, [prompt]), answers, options),
+            stream=fields.get("stream", False),
+            headers=left_out_header(tools.left_out),
+        )
+
+    def message(self, llm: "LLM", body: dict[str, Any]) -> Call:
+        """A call of `/v1/messages`.
+
+        Raises:
+            ApiError: if the body is bad.
+        """
+        fields = chat_fields(body)
+        required(fields, "max_tokens")
+
+        def write(head: Head, answers: Sequence[Answer], params: "SamplingParams") -> MessageWriter:
+            return MessageWriter(head, answers, partial(stopped_by, llm, params))
+
+        return self.answer(llm, fields, write)
+
+    def count(self, llm: "LLM", body: dict[str, Any]) -> dict[str, int]:
+        """The answer of `/v1/messages/count_tokens`.
+
+        Raises:
+            ApiError: if the body is bad.
+        """
+        fields = chat_fields(body)
+        self.names.check(fields.get("model"))
+        return {"input_tokens": len(render(llm, fields, tools_of(fields).given).token_ids)}
 
     def complete(self, llm: "LLM", body: dict[str, Any]) -> Call:
         """A call of `/v1/completions`.
@@ -130,7 +196,8 @@ class Service:
         """
         fields = read_fields(body, COMPLETION)
         model, count = self.names.check(fields.get("model")), fields.get("n", 1)
-        params = choices(sampling(fields, llm.sampling_defaults, _COMPLETION_TOKENS), count)
+        options = sampling(fields, llm.sampling_defaults, _COMPLETION_TOKENS)
+        params = choices(options, count)
         prompts = [read_prompt(llm, given, place) for place, given in enumerate(required(fields, "prompt"))]
         requests = [
             make_request(llm, prompt, one, place * count + choice, "prompt")
@@ -138,7 +205,13 @@ class Service:
             for choice, one in enumerate(params)
         ]
         echoes = [_echo(llm, prompt) if fields.get("echo") else "" for prompt in prompts for _ in params]
-        writer = CompletionWriter(self._head(llm, fields, model, prompts), echoes)
+        wanted = Wanted(
+            token_texts(llm, options),
+            options.logprobs is not None,
+            fields.get("echo", False),
+            "prompt_logprobs" in fields,
+        )
+        writer = CompletionWriter(self._head(llm, fields, model, prompts), echoes, wanted)
         return Call(requests=requests, writer=writer, stream=fields.get("stream", False))
 
     def tokenize(self, llm: "LLM", body: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +223,7 @@ class Service:
         fields = read_fields(body, TOKENIZE)
         self.names.check(fields.get("model"))
         if "messages" in fields:
-            ids = render(llm, fields).token_ids
+            ids = render(llm, fields, tools_of(fields).given).token_ids
         else:
             with_special = fields.get("add_special_tokens", True)
             ids = _refusing(
@@ -185,6 +258,15 @@ class Service:
             usage=options.get("include_usage", False) or options.get("continuous_usage_stats", False),
             always=options.get("continuous_usage_stats", False),
         )
+
+
+def left_out_header(left_out: Sequence[str]) -> dict[str, str]:
+    """A header that names what of a request was left out, which goes to the log too."""
+    if not left_out:
+        return {}
+    named = ", ".join(one.encode("ascii", "replace").decode()[:100] for one in left_out)
+    _log.warning("left out of a request: %s", named)
+    return {"x-expertflow-left-out": "".join(letter if letter.isprintable() else "?" for letter in named)}
 
 
 def read_body(body: bytes) -> dict[str, Any]:
@@ -231,6 +313,31 @@ def read_prompt(llm: "LLM", given: Any, place: int) -> "Prompt":
     return _refusing(lambda: llm.requests.text.reader.read(place, given, llm.plan.shape.vocabulary), "prompt")
 
 
+def token_texts(llm: "LLM", params: "SamplingParams") -> Texts | None:
+    """What gives the text of a token, where log-probabilities are wanted: as it stands behind another token."""
+    decoder = llm.requests.text.decoder
+    if decoder is None or (params.logprobs is None and params.prompt_logprobs is None):
+        return None
+    before = list(llm.requests.text.reader.encode(0, "a", special=False))
+    start = len(decoder.decode(before, skip_special_tokens=False))
+
+    @cache
+    def text(token: int) -> str:
+        return decoder.decode([*before, token], skip_special_tokens=False)[start:]
+
+    return text
+
+
+def stopped_by(llm: "LLM", params: "SamplingParams", output: "RequestOutput") -> str | None:
+    """The stop text that ended an output, or None if another thing did."""
+    decoder = llm.requests.text.decoder
+    if not params.stop or output.finish_reason != "stop" or decoder is None:
+        return None
+    whole = decoder.decode(list(output.token_ids), skip_special_tokens=params.skip_special_tokens)
+    behind = whole[len(output.text) :] if whole.startswith(output.text) else ""
+    return next((stop for stop in params.stop if behind.startswith(stop)), None)
+
+
 def _echo(llm: "LLM", prompt: "Prompt") -> str:
     return llm.requests.text.reader.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
@@ -268,4 +375,5 @@ def _refusing(work: Callable[[], _T], param: str) -> _T:
     try:
         return work()
     except (PromptError, ConfigError) as error:
-        raise bad(param, error.what, error.remedy) from error
+        named = re.match(r"(\w+)(?:=| names)", error.what)
+        raise bad(named[1] if named and named[1] in CHAT else param, error.what, error.remedy) from error

@@ -23,6 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from expertflow.serve.protocol.errors import ApiError
+from expertflow.serve.protocol.parts import Shaper
 
 if TYPE_CHECKING:
     from expertflow.engine.engine import Engine
@@ -47,11 +48,13 @@ class Loading:
         phase: what is done now: `starting`, `reading`, `loading`, `preparing`, `ready`, or `failed`.
         done: bytes of experts that are in host memory.
         total: of all bytes; 0: not known yet.
+        shaper: what is known of the model's answers, once it is ready.
     """
 
     phase: str = "starting"
     done: int = 0
     total: int = 0
+    shaper: Shaper = field(default_factory=Shaper)
 
 
 class Bounds(NamedTuple):

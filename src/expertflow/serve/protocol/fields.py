@@ -13,6 +13,7 @@ from expertflow.serve.protocol.errors import bad
 from expertflow.serve.protocol.readers import (
     Reader,
     anything,
+    biases,
     boolean,
     integer,
     mapping,
@@ -21,10 +22,14 @@ from expertflow.serve.protocol.readers import (
     several,
     short_text,
     text,
+    text_or_blocks,
+    text_or_mapping,
 )
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_STOP_TOKENS, MOST_MESSAGES, MOST_TOOLS = 16, 128, 16, 1024, 10_000, 512
 """Bounds of lists in a request body."""
+MOST_LOGPROBS, MOST_BIASES = 20, 1024
+"""Tokens of which a request may ask for log-probabilities, or change them."""
 LONGEST_STOP = 1_000
 """Characters of a stop text at most."""
 _WHOLE = 2**31 - 1
@@ -73,7 +78,6 @@ def _refused(why: str, *harmless: Any) -> Field:
 _NOTE = "a note to the caller's own service"
 _KEPT = "nothing is kept here"
 _SPEED = "it speaks of speed or cost, not of the answer"
-_SAMPLER = "The sampler cannot do that yet."
 _SAMPLING: Table = {
     "temperature": _honoured(number(0, 100)),
     "top_p": _honoured(number(0, 1)),
@@ -84,13 +88,13 @@ _SAMPLING: Table = {
     "ignore_eos": _honoured(boolean),
     "skip_special_tokens": _honoured(boolean),
     "max_tokens": _honoured(integer(1, _WHOLE)),
-    "min_p": _refused(_SAMPLER, 0),
-    "presence_penalty": _refused(_SAMPLER, 0),
-    "frequency_penalty": _refused(_SAMPLER, 0),
-    "repetition_penalty": _refused(_SAMPLER, 1),
-    "logit_bias": _refused(_SAMPLER, {}),
-    "prompt_logprobs": _refused(_SAMPLER),
-    "min_tokens": _refused("Leave it out.", 0),
+    "min_p": _honoured(number(0, 1)),
+    "presence_penalty": _honoured(number(-2, 2)),
+    "frequency_penalty": _honoured(number(-2, 2)),
+    "repetition_penalty": _honoured(number(0.001, 1000)),
+    "logit_bias": _honoured(biases(MOST_BIASES)),
+    "prompt_logprobs": _honoured(integer(0, MOST_LOGPROBS)),
+    "min_tokens": _honoured(integer(0, _WHOLE)),
     "bad_words": _refused("Leave it out.", []),
     "typical_p": _refused("Leave it out.", 1),
     "mirostat": _refused("Leave it out.", 0),
@@ -129,12 +133,12 @@ CHAT: Table = {
     "continue_final_message": _honoured(boolean),
     "chat_template_kwargs": _honoured(mapping),
     "reasoning_effort": _honoured(text),
-    "logprobs": _refused(_SAMPLER, False),
-    "top_logprobs": _refused(_SAMPLER, 0),
+    "logprobs": _honoured(boolean),
+    "top_logprobs": _honoured(integer(0, MOST_LOGPROBS)),
     "response_format": _refused("Ask for the form in a message.", {"type": "text"}),
-    "tools": _refused("Tools cannot be called yet.", []),
-    "tool_choice": _refused("Tools cannot be called yet.", "none", "auto"),
-    "parallel_tool_calls": _no_effect("there are no tools to call"),
+    "tools": _honoured(several(mapping, MOST_TOOLS)),
+    "tool_choice": _honoured(text_or_mapping),
+    "parallel_tool_calls": _honoured(boolean),
     "functions": _refused("Use tools.", []),
     "function_call": _refused("Use tool_choice.", "none", "auto"),
     "modalities": _refused("Answers are text.", ["text"]),
@@ -160,9 +164,31 @@ COMPLETION: Table = {
     **_SAMPLING,
     "prompt": _honoured(prompts(MOST_PROMPTS)),
     "echo": _honoured(boolean),
-    "logprobs": _refused(_SAMPLER),
+    "logprobs": _honoured(integer(0, MOST_LOGPROBS)),
     "suffix": _refused("Models here continue a text; they do not fill gaps.", ""),
     "response_format": _refused("Use /v1/chat/completions.", {"type": "text"}),
+}
+ANTHROPIC: Table = {
+    **{
+        name: CHAT[name]
+        for name in ("model", "messages", "stream", "temperature", "top_p", "top_k", "max_tokens", "tools")
+    },
+    "system": _honoured(text_or_blocks),
+    "stop_sequences": _honoured(several(short_text(LONGEST_STOP), MOST_STOPS)),
+    "tool_choice": _honoured(mapping),
+    "thinking": _honoured(mapping),
+    "output_config": _honoured(mapping),
+    "metadata": _no_effect(_NOTE),
+    "cache_control": _no_effect(_SPEED),
+    "service_tier": _no_effect(_SPEED),
+    "speed": _no_effect(_SPEED),
+    "inference_geo": _no_effect("there is one place"),
+    "diagnostics": _no_effect(_NOTE),
+    "user_profile_id": _no_effect(_NOTE),
+    "workspace_id": _no_effect(_NOTE),
+    "context_management": _no_effect("nothing of a chat is removed here"),
+    "container": _refused("No code is run here."),
+    "mcp_servers": _refused("No server is called from here.", []),
 }
 TOKENIZE: Table = {
     "model": _honoured(text),
@@ -173,6 +199,7 @@ TOKENIZE: Table = {
     "continue_final_message": _honoured(boolean),
     "chat_template_kwargs": _honoured(mapping),
     "return_token_strs": _honoured(boolean),
+    "tools": CHAT["tools"],
     "chat_template": CHAT["chat_template"],
 }
 DETOKENIZE: Table = {"model": _honoured(text), "tokens": _honoured(several(integer(0, _WHOLE), 2**24))}
@@ -184,6 +211,7 @@ STREAM_OPTIONS: Table = {
 TABLES: Mapping[str, Table] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
+    "/v1/messages": ANTHROPIC,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
 }

@@ -45,6 +45,20 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def text_or_mapping(name: str, value: Any) -> str | dict[str, Any]:
+    """Text or an object."""
+    if not isinstance(value, str | dict):
+        raise _wrong(name, value, "text or an object")
+    return value
+
+
+def text_or_blocks(name: str, value: Any) -> str | list[dict[str, Any]]:
+    """Text, or a list of objects."""
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        return value
+    return text(name, value)
+
+
 def integer(low: int, high: int) -> Reader:
     """A whole number within bounds."""
 
@@ -90,6 +104,23 @@ def several(one: Reader, most: int, *, single: bool = False) -> Reader:
         if not isinstance(value, list) or len(value) > most:
             raise _wrong(name, value, f"a list of at most {most}")
         return tuple(one(f"{name}[{place}]", each) for place, each in enumerate(value))
+
+    return read
+
+
+def biases(most: int) -> Reader:
+    """What `logit_bias` takes: token ids, as JSON writes keys, with numbers from -100 to 100."""
+    amount, token = number(-100, 100), integer(0, 2**31 - 1)
+
+    def read(name: str, value: Any) -> dict[int, float]:
+        if len(mapping(name, value)) > most:
+            raise bad(name, f"{name} names {len(value)} tokens", f"It takes at most {most}.")
+        found = {}
+        for key, bias in value.items():
+            if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+                raise bad(name, f"{name} names {key!r}, which is no token id", "Token ids are whole numbers.")
+            found[token(name, int(key))] = amount(f"{name}.{key}", bias)
+        return found
 
     return read
 
