@@ -29,7 +29,7 @@ from expertflow.kernels.backend import backend
 from expertflow.kernels.blocks.given import Cells, Heads, Norm, Rotary, Router, RouterRule
 from expertflow.kernels.blocks.reference import rotate
 from expertflow.kernels.dense_reference import rms_norm
-from expertflow.models.attention import STEP_FORMS, attention_form
+from expertflow.models.attention import AttentionForm, attention_form
 from expertflow.models.experts import Uncopied, is_registry_experts
 from expertflow.models.skeleton import Skeleton
 
@@ -198,7 +198,7 @@ class _Tried:
         """The attention's block."""
         module = self.layer.get_submodule(self.attention)
         tensors = _within(self.tensors, self.attention)
-        if attention_form(module) not in STEP_FORMS:
+        if attention_form(module) not in (AttentionForm.HEADS, AttentionForm.WIDE):
             return None
         normed = "q_norm.weight" in tensors
         wide = normed and _wide(module.q_norm)
