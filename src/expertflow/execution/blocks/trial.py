@@ -28,7 +28,7 @@ from expertflow.kernels.backend import backend
 from expertflow.kernels.blocks.given import Cells, Norm, Rotary, RouterRule
 from expertflow.kernels.blocks.reference import rotate
 from expertflow.kernels.dense_reference import rms_norm
-from expertflow.models.attention import STEP_FORMS, attention_form
+from expertflow.models.attention import AttentionForm, attention_form
 from expertflow.models.experts import Uncopied, is_registry_experts
 
 TRIED = "expertflow-tried"
@@ -161,7 +161,7 @@ class Trial:
     def _heads(self) -> AttentionBlock | None:
         """The attention's block."""
         module = self.layer.get_submodule(self.attention)
-        if attention_form(module) not in STEP_FORMS:
+        if attention_form(module) not in (AttentionForm.HEADS, AttentionForm.WIDE):
             return None
         tensors = drawn(module)
         normed = "q_norm.weight" in tensors
