@@ -372,7 +372,7 @@ def _workspace(config: EngineConfig, shape: ModelShape, length: int, chunk: int,
     """Workspace of the largest of all passes and steps, without cuBLAS."""
     linear, batch = graph and shape.prompt_kernel, config.max_batch
     workspace = workspace_bytes(shape, batch, length, chunk, grouped=graph, linear=linear)
-    if graph:  # a step whose routing is observed is the host's
+    if graph and not config.batch_invariant:  # a step whose routing is observed is the host's
         workspace = max(workspace, workspace_bytes(shape, batch, length, batch, prompts=False, linear=linear))
     return workspace
 

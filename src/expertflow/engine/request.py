@@ -208,10 +208,10 @@ class Request:
         """Draw a seed, unless one is stated; list the logits that change; begin decoding at the prompt's end."""
         params = self.params
         self.seed = draw_seed() if params.seed is None else params.seed
-        self._edits = TokenEdits(params, self.prompt_token_ids, self.ends) if params.changes_logits else None
+        before = self.prompt_token_ids if self.continues else ()
+        self._edits = TokenEdits(params, before, self.ends) if params.changes_logits else None
         self.logprobs: list[tuple[Logprob, ...]] = []
         self.prompt_logprobs: list[tuple[Logprob, ...] | None] = [None]
-        before = self.prompt_token_ids if self.continues else ()
         skip = self.params.skip_special_tokens
         self._stream = None if self.decoder is None else TextStream(self.decoder, before, skip_special=skip)
 
