@@ -64,7 +64,10 @@ def says(served: "Served", monkeypatch: pytest.MonkeyPatch) -> Says:
     def say(text: str) -> None:
         tokens = [*encode(text), llm.tokenizer.eos_token_id]
         assert llm.tokenizer.decode(tokens[:-1]) == text
-        scripted = lambda prompt, params, *, index, mask: request(prompt, params, index=index, mask=mask or Script([*tokens]))  # noqa: E731
+
+        def scripted(prompt: Any, params: Any, *, index: int, mask: Any) -> Any:
+            return request(prompt, params, index=index, mask=mask or Script([*tokens]))
+
         monkeypatch.setattr(llm, "request", scripted)
 
     say(SAID)

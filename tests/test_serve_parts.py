@@ -150,7 +150,10 @@ def test_tools_of_other_types_are_left_out_by_name() -> None:
     assert found.left_out == ["web_search", "custom", "strict"]
     assert found.single
     assert tools_of(read_fields({**body, "tool_choice": "none"}, CHAT)).given == ()
-    for wrong in ({"tool_choice": "required"}, {"tools": [{"type": "function", "function": {}}]}):
+    assert tools_of(read_fields({**body, "tool_choice": "required"}, CHAT)).demanded
+    named = {"type": "function", "function": {"name": "f"}}
+    assert tools_of(read_fields({**body, "tool_choice": named}, CHAT)).demanded == "f"
+    for wrong in ({"tool_choice": "maybe"}, {"tools": [{"type": "function", "function": {}}]}):
         with pytest.raises(ApiError) as refused:
             tools_of(read_fields({**body, **wrong}, CHAT))
         assert refused.value.param.startswith(next(iter(wrong)))

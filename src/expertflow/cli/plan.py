@@ -44,6 +44,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "large",
         "total",
         "host",
+        "prefix",
     )
     sizes = {
         name: getattr(plan, name)
@@ -78,6 +79,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "copies_seconds": plan.copies_seconds,
         "paced": plan.paced,
         "why_host": plan.graph_unavailable_reason,
+        "why_no_prefix": plan.prefix_unavailable_reason,
     }
 
 
@@ -137,11 +139,16 @@ def _show(prepared: Prepared, name: str) -> None:
     )
     experts = f"{shape.layers} layers x {shape.experts} experts"
     table.add_row("host", f"{experts}, {how}" if packed else experts, format_bytes(plan.host))
+    if plan.prefix:
+        pieces = f"keys and values of earlier prompts, in pieces of {plan.prefix_piece} tokens"
+        table.add_row("host", pieces, format_bytes(plan.prefix))
     console = Console()
     console.print(table)
     console.print(_meaning(plan))
     if packed:
         console.print(_packing(prepared))
+    if plan.prefix_unavailable_reason:
+        console.print(f"Note: every prompt is read whole: {escape(plan.prefix_unavailable_reason)}.")
     for note in shape.notes:
         console.print(f"Note: {escape(note)}.")
 

@@ -26,8 +26,8 @@ LARGEST = 128 * 1024
 """Bytes of a request's schemas at most."""
 _STATES = 50_000
 """States of a lexer at most, of about 2 kB each."""
-_BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
-"""Between two marks of JSON at most: a bounded schema has bounded answers."""
+_BLANKS = r"([ \t]{1,2}|\r?\n[ \t]{0,32})"
+"""Between two marks of JSON at most, so that a bounded schema has bounded answers: two blanks, or a line's end and an indent."""
 _LONGEST_REASON = 300
 
 
@@ -35,6 +35,7 @@ class Task(NamedTuple):
     """What an answer has to be.
 
     Attributes:
+        param: the field that wants it.
         form: of its text; None: it has to be calls.
         functions: that it may call in place of text.
         single: whether one call is enough.
@@ -42,6 +43,7 @@ class Task(NamedTuple):
         prompt: what it continues.
     """
 
+    param: str
     form: Form | None
     functions: Sequence[Function]
     single: bool
@@ -137,17 +139,17 @@ class Grammars:
         Raises:
             ApiError: if the model cannot be held to a grammar, or this one is too large, wrong, or cannot be kept.
         """
-        params = [*([task.form.param] if task.form else ()), *(function.param for function in task.functions)]
         if self._failure:
-            raise bad(params[0], f"{params[0]} cannot be kept: {self._failure}", code="unsupported_parameter")
+            raise bad(task.param, f"{task.param} cannot be kept: {self._failure}", code="unsupported_parameter")
+        params = [*([task.form.param] if task.form else ()), *(function.param for function in task.functions)]
         entries = [_form_entry(task.form)] if task.form else []
         entries += [_schema_entry(one.schema, one.param, lenient=not one.strict) for one in task.functions]
         if sum(map(len, map(orjson.dumps, entries))) > LARGEST:
-            raise bad(params[0], f"the request's schemas have more than {LARGEST:,} bytes", "Make them smaller.")
+            raise bad(task.param, f"the request's schemas have more than {LARGEST:,} bytes", "Make them smaller.")
         for entry, param in zip(entries, params, strict=True):
             self._matcher([entry], param)
         rules = "\n".join(_Rules(self._special).write(task))
-        return Grammar(self._matcher([{"lark_grammar": rules}, *_named(entries)], params[0]))
+        return Grammar(self._matcher([{"lark_grammar": rules}, *_named(entries)], task.param))
 
     def _matcher(self, entries: Sequence[Mapping[str, Any]], param: str) -> Any:
         """A state at the beginning of a grammar; whether its first token can be told is tried."""
@@ -272,6 +274,9 @@ def _wrong(param: str, reason: str) -> ApiError:
 
 
 def _short(reason: str) -> str:
-    """The first line of the library's reason."""
-    line = reason.strip().partition("\n")[0].rstrip(" .")
+    """The line of the library's reason that says most."""
+    lines = reason.strip().splitlines() or [""]
+    line = next((line for line in lines if line.startswith("error:")), lines[0]).rstrip(" .")
+    if line.startswith("NoExtension"):
+        line = "nothing has that form"
     return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."

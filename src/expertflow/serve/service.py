@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from expertflow.engine.inputs import Prompt
     from expertflow.engine.llm import LLM
     from expertflow.engine.request import Request, RequestOutput
-    from expertflow.serve.grammar import GrammarMask
+    from expertflow.execution.sampling.masks import TokenMask
     from expertflow.serve.metrics import Metrics
     from expertflow.serve.worker import Worker
 
@@ -175,7 +175,7 @@ class Service:
 
     def _masks(
         self, form: Form | None, tools: Tools, shaper: Shaper, prompt: str
-    ) -> "Callable[[], GrammarMask | None]":
+    ) -> "Callable[[], TokenMask | None]":
         """What makes a mask for a choice.
 
         Raises:
@@ -183,16 +183,14 @@ class Service:
         """
         if form is None and not tools.demanded:
             return lambda: None
-        param, marks = form.param if form else "tool_choice", shaper.marks
-        if marks is None:
-            what = f"{param} cannot be kept: how this model writes its answers is not known"
-            raise bad(param, what, code="unsupported_parameter")
-        if tools.functions and marks.calls is None:
-            what = f"{param} cannot be kept: this model's calls are not of JSON"
-            raise bad(param, what, "Leave out tool_choice." if tools.demanded else "Leave out tools.", code="unsupported_parameter")
-        grammars = self.worker.loading.grammars
+        form = None if tools.demanded else form
+        param, marks, grammars = form.param if form else "tool_choice", shaper.marks, self.worker.loading.grammars
+        if marks is None or (tools.functions and marks.calls is None):
+            what = "how this model writes its answers is not known" if marks is None else "this model's calls are not of JSON"
+            remedy = "Leave out tool_choice." if tools.demanded else "Leave out tools." if marks else ""
+            raise bad(param, f"{param} cannot be kept: {what}", remedy, code="unsupported_parameter")
         assert grammars is not None
-        return grammars.compile(Task(None if tools.demanded else form, tools.functions, tools.single, marks, prompt)).mask
+        return grammars.compile(Task(param, form, tools.functions, tools.single, marks, prompt)).mask
 
     def message(self, llm: "LLM", body: dict[str, Any]) -> Call:
         """A call of `/v1/messages`.
@@ -385,7 +383,7 @@ def _echo(llm: "LLM", prompt: "Prompt") -> str:
 
 
 def make_request(
-    llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: int, param: str, mask: "GrammarMask | None" = None
+    llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: int, param: str, mask: "TokenMask | None" = None
 ) -> "Request":
     """The engine's request.
 

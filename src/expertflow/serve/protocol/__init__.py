@@ -1,1 +1,1 @@
-"""What clients send: fields, messages and tools, read and checked; and the errors that they get."""
+"""Requests: fields, messages, tools, forms; and errors."""

@@ -1,1 +1,1 @@
-"""What makes answers of outputs, a module an API: frames of streams and whole bodies, from one state."""
+"""Answers in each API's shapes, streamed and whole."""

@@ -63,8 +63,10 @@ def chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:
         found["reasoning_effort"] = effort
     if form := given.get("output_config", {}).get("format"):
         found["form"] = format_of(form, "output_config.format")
-    if given.get("output_config", {}).keys() - {"effort", "format"}:
-        raise bad("output_config", "output_config holds more than effort and format", "Leave the rest out.")
+    if more := sorted(given.get("output_config", {}).keys() - {"effort", "format"}):
+        raise bad(
+            f"output_config.{more[0]}", f"the field output_config.{more[0]} is unknown", "It takes effort and format."
+        )
     return found
 
 
