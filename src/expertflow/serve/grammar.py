@@ -120,8 +120,6 @@ class Grammars:
             self._failure = "the model has no fast tokenizer"
         if self._failure:
             return
-        known = tokenizer.added_tokens_decoder.items()
-        self._special = {token.content: number for number, token in known if token.special}
         backend = copy(backend)
         backend.no_padding()
         backend.no_truncation()
@@ -129,6 +127,9 @@ class Grammars:
             self._tokenizer = llguidance.LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=list(ends))
         except ValueError as error:
             self._failure = f"the model's tokenizer is of another kind ({_short(str(error))})"
+            return
+        known = tokenizer.added_tokens_decoder.items()
+        self._special = {token.content: number for number, token in known if self._tokenizer.is_special_token(number)}
 
     def compile(self, task: Task) -> Grammar:
         """The grammar of an answer.
@@ -165,7 +166,10 @@ class Grammars:
 
 
 class _Rules:
-    """Writes the rules of an answer in Lark's notation; `@g0` and so on are the forms and schemas, in order."""
+    """Writes the rules of an answer in Lark's notation; `@g0` and so on are the forms and schemas, in order.
+
+    The library takes added tokens such as `<think>` for special ones: no text holds them, and marks have to be these tokens.
+    """
 
     def __init__(self, special: Mapping[str, int]) -> None:
         self._special = special
