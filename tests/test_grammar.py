@@ -19,7 +19,16 @@ from expertflow.serve.protocol.tools import tools_of
 from expertflow.serve.reading import MARKS, TEMPLATES, AnswerReader, _marks
 from expertflow.serve.writers.parts import Answer, FormReader, Marks
 
-SPECIAL = ["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>", "<｜tool▁sep｜>"]
+SPECIAL = [
+    "<|channel|>",
+    "<|message|>",
+    "<|start|>",
+    "<|constrain|>",
+    "<|end|>",
+    "<|call|>",
+    "<|return|>",
+    "<｜tool▁sep｜>",
+]
 POINT = {"$ref": "#/$defs/p"}
 PLACE = {
     "type": "object", "properties": {"at": POINT}, "required": ["at"], "additionalProperties": False,
@@ -80,7 +89,9 @@ QWEN = '<tool_call>\n{"name": "look", "arguments": {"at": 7}}\n</tool_call>'
 WAIT = '<tool_call>\n{"name": "wait", "arguments": {}}\n</tool_call>'
 THOUGHT = "<|channel|>analysis<|message|>Hm {<|end|><|start|>assistant"
 TO = "<|channel|>commentary to=functions.look <|constrain|>json<|message|>"
-FENCE = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>look\n```json\n{"at": 7}\n```<｜tool▁call▁end｜>'
+FENCE = (
+    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>look\n```json\n{"at": 7}\n```<｜tool▁call▁end｜>'
+)
 BARE = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>look<｜tool▁sep｜>{"at": 7}<｜tool▁call▁end｜>'
 LAST = "<｜tool▁calls▁end｜>"
 DEMAND: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required"}

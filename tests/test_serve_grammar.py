@@ -1,6 +1,9 @@
 """Answers of a demanded form: whatever a random model would say, JSON fits its schema and calls are calls of offered tools."""
 
+import asyncio
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +14,10 @@ from expertflow.serve.protocol.forms import Form
 from expertflow.serve.reading import MARKS, shaper_of
 from expertflow.serve.worker import Loading
 from test_serve_agents import TEMPLATE
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from json_schemas import BOUNDED, OPEN
+from json_schemas import fits as fits_schema
 
 if TYPE_CHECKING:
     from serving import Served
@@ -33,7 +40,7 @@ LOOK = {
 }
 ADD = {"name": "add", "parameters": SCHEMA}
 TOOLS = [{"type": "function", "function": one} for one in (LOOK, ADD)]
-WILD = {"temperature": 5, "seed": 0, "n": 6, "max_tokens": 120}
+WILD = {"temperature": 5, "seed": 0, "n": 3, "max_tokens": 120}
 
 
 def fits(found: Any) -> bool:
@@ -74,6 +81,39 @@ def test_json_fits_its_schema(served: "Served") -> None:
     )
 
 
+def test_answers_of_other_schemas_fit_them(served: "Served") -> None:
+    """References, alternatives, formats, odd names; by a checker of its own. All fifty: `benchmarks/json_schemas.py`."""
+    chosen = ["person", "reference", "shape", "mixed choice", "day", "key of quotes", "map", "any text"]
+    schemas = [({**BOUNDED, **OPEN})[name] for name in chosen]
+
+    async def all_of_them() -> list[Any]:
+        async with served.http() as http:
+            bodies = [
+                {"prompt": "x", "seed": 1, "max_tokens": 120 if name in BOUNDED else 30, "guided_json": schema}
+                for name, schema in zip(chosen, schemas, strict=True)
+            ]
+            found = await asyncio.gather(*(http.post("/v1/completions", json=body, timeout=300) for body in bodies))
+            return [one.json()["choices"][0] for one in found]
+
+    for name, schema, found in zip(chosen, schemas, asyncio.run(all_of_them()), strict=True):
+        if name in BOUNDED or found["finish_reason"] == "stop":
+            assert found["finish_reason"] == "stop", name
+            assert fits_schema(json.loads(found["text"]), schema), (name, found["text"])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("person", {"age": 3}), ("person", {"name": "x", "more": 1}), ("reference", {"left": {"v": 1}, "right": {"v": 10}}),
+        ("shape", {"kind": "box", "w": 1}), ("mixed choice", 0), ("mixed choice", False), ("day", "2026-02-30"), ("map", {"a": 10}),
+        ("multiple", 7), ("tuple", [True, 1]), ("some colours", ["red"]), ("pattern", "AB-1234"), ("digit", True),
+    ],
+)  # fmt: skip
+def test_the_checker_finds_what_is_wrong(name: str, wrong: Any) -> None:
+    """It would say nothing of answers if it took everything."""
+    assert not fits_schema(wrong, {**BOUNDED, **OPEN}[name])
+
+
 def test_any_json_begins_as_an_object(served: "Served") -> None:
     """Without a schema an answer may be cut off, but what ended is an object."""
     body = {"messages": [USER], "response_format": {"type": "json_object"}, **WILD, "max_tokens": 20}
@@ -109,7 +149,7 @@ def test_an_answer_of_a_form_may_call_tools_too(agent: Loading, served: "Served"
         "response_format": FORMAT,
         "parallel_tool_calls": False,
         **WILD,
-        "n": 12,
+        "n": 6,
     }
     kinds = set()
     for one in served.send("/v1/chat/completions", body).json()["choices"]:

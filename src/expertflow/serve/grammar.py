@@ -112,6 +112,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Sequence[int]) -> None:
         """Build the library's tokenizer. Why that cannot be is told to whoever asks for a grammar."""
+        ends = [token for token in ends if token < vocabulary]
         self._special: dict[str, int] = {}
         self._tokenizer: Any = None
         self._failure = "" if ends else "the model has no token that ends an answer"
@@ -120,11 +121,14 @@ class Grammars:
             self._failure = "the model has no fast tokenizer"
         if self._failure:
             return
+        self._read(tokenizer, backend, vocabulary, ends)
+
+    def _read(self, tokenizer: Any, backend: Any, vocabulary: int, ends: list[int]) -> None:
         backend = copy(backend)
         backend.no_padding()
         backend.no_truncation()
         try:
-            self._tokenizer = llguidance.LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=list(ends))
+            self._tokenizer = llguidance.LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=ends)
         except ValueError as error:
             self._failure = f"the model's tokenizer is of another kind ({_short(str(error))})"
             return
@@ -201,7 +205,10 @@ class _Rules:
         more = f" ({self._text(marks.between)} call){{0,{most - 1}}}" if most > 1 else ""
         yield f"calls: {self._text(marks.first)} call{more} {self._text(marks.last)}"
         ends = self._text(marks.ends)
-        named = [f"{self._text(marks.begins % one.name)} @g{first + place} {ends}" for place, one in enumerate(task.functions)]
+        named = [
+            f"{self._text(marks.begins % one.name)} @g{first + place} {ends}"
+            for place, one in enumerate(task.functions)
+        ]
         yield "call: " + " | ".join(named)
 
     def _thought(self, closes: str) -> Iterator[str]:
@@ -259,7 +266,7 @@ def _schema_entry(schema: Any, param: str, *, lenient: bool) -> dict[str, Any]:
         param: the field that holds it.
         lenient: whether keywords that cannot be kept are left out.
     """
-    options = {"whitespace_pattern": _BLANKS, "lenient": lenient, "coerce_one_of": lenient}
+    options: Any = {"whitespace_pattern": _BLANKS, "lenient": lenient, "coerce_one_of": lenient}
     try:
         text = orjson.dumps(schema).decode()
         return _entry(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options))

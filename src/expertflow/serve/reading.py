@@ -104,11 +104,11 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
 """How models mark the parts of an answer, by `model_type`. Sources: the chat templates of the models."""
 _TAGGED_CALLS = CallMarks('<tool_call>\n{"name": "%s", "arguments": ', "}\n</tool_call>", between="\n")
 _CHANNEL_CALLS = CallMarks("<|channel|>commentary to=functions.%s <|constrain|>json<|message|>", most=1)
-_ROUND = {"first": "<｜tool▁calls▁begin｜>", "last": "<｜tool▁calls▁end｜>"}
-_FENCED = CallMarks(
-    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n", "\n```<｜tool▁call▁end｜>", between="\n", **_ROUND
+_ROUND = CallMarks("", first="<｜tool▁calls▁begin｜>", last="<｜tool▁calls▁end｜>")
+_FENCED = _ROUND._replace(
+    begins="<｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n", ends="\n```<｜tool▁call▁end｜>", between="\n"
 )
-_BARE = CallMarks("<｜tool▁call▁begin｜>%s<｜tool▁sep｜>", "<｜tool▁call▁end｜>", **_ROUND)
+_BARE = _ROUND._replace(begins="<｜tool▁call▁begin｜>%s<｜tool▁sep｜>", ends="<｜tool▁call▁end｜>")
 _THINKS = Marks("<think>", "</think>")
 MARKS: Mapping[str, Marks] = MappingProxyType({
     "qwen2_moe": _THINKS._replace(calls=_TAGGED_CALLS),

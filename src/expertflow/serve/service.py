@@ -173,9 +173,7 @@ class Service:
             headers=left_out_header([*left_out, *tools.left_out]),
         )
 
-    def _masks(
-        self, form: Form | None, tools: Tools, shaper: Shaper, prompt: str
-    ) -> "Callable[[], TokenMask | None]":
+    def _masks(self, form: Form | None, tools: Tools, shaper: Shaper, prompt: str) -> "Callable[[], TokenMask | None]":
         """What makes a mask for a choice.
 
         Raises:
@@ -186,7 +184,11 @@ class Service:
         form = None if tools.demanded else form
         param, marks, grammars = form.param if form else "tool_choice", shaper.marks, self.worker.loading.grammars
         if marks is None or (tools.functions and marks.calls is None):
-            what = "how this model writes its answers is not known" if marks is None else "this model's calls are not of JSON"
+            what = (
+                "how this model writes its answers is not known"
+                if marks is None
+                else "this model's calls are not of JSON"
+            )
             remedy = "Leave out tool_choice." if tools.demanded else "Leave out tools." if marks else ""
             raise bad(param, f"{param} cannot be kept: {what}", remedy, code="unsupported_parameter")
         assert grammars is not None
