@@ -291,7 +291,8 @@ def _sized(wanted: _Wanted) -> Plan:
     """
     config, shape, device, _, budget, graph, *_ = wanted
     length = sequence_length(config, shape)
-    together = config.max_batch * length  # no pass has more tokens, nor more than are kept
+    # no pass has more tokens than its prompts, nor more than are kept
+    together = length if config.batch_invariant else config.max_batch * length
     if config.kv_tokens is not None:
         together = min(together, pages_of(config.kv_tokens, PAGE) * PAGE)
     if config.prefill_chunk is not None:
