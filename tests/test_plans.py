@@ -246,7 +246,7 @@ def drawn_run(seed: int, make_checkpoint: MakeCheckpoint) -> Drawn:
         "device": "cpu", "execution": "graph" if graph else "host", "max_batch": batch, "max_live": live, "max_length": length,
         "kv_tokens": draw.randint(length, live * length) if paged and draw.random() < 0.5 else None,
         "prefill_chunk": draw.choice([None, draw.randint(3, 200)]), "strategy": draw.choice(["next-use", "lru-global", "ring"]),
-        "expert_format": "mxfp4" if family in {"mixtral", "qwen3_moe", "gpt_oss"} and draw.random() < 0.7 else None,
+        "batch_invariant": graph and draw.random() < 0.5, "expert_format": "mxfp4" if family in {"mixtral", "qwen3_moe", "gpt_oss"} and draw.random() < 0.7 else None,
     }  # fmt: skip
     return Drawn(make_checkpoint(family, draw.choice(["float32", "bfloat16"])), options, draw)
 

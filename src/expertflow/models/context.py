@@ -18,8 +18,9 @@ from expertflow.models.attention import AttentionForm
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called before a layer runs: its number, its experts `[T, K]` in host memory, their weights `[T, K]` where they are."""
-LayerExperts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
+LayerExperts = Callable[..., Tensor]
+"""A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`. In a decode step what is to be
+added behind them may follow: at most two of `[T, H]`."""
 
 
 _NONE = torch.zeros(0, dtype=torch.long)
@@ -50,6 +51,16 @@ class DenseKernels(Protocol):
     ) -> Tensor:
         """Queries `[B, Q, C, D]` over keys and values to `[B, C, Q, V]`; `more` is what transformers gives by name."""
 
+    def seen(self, module: Any) -> Any:
+        """What an attention module sees in a pass of one token a sequence, as kernels take it (`kernels.blocks.given`)."""
+
+
+class LayerKernels(Protocol):
+    """Whole decoder layers in place of their own forward."""
+
+    def run(self, layer: Any, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:
+        """What the layer's own forward computes of `[B, 1, H]`; `more` is what it is given by name."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pieces:
@@ -60,12 +71,16 @@ class Pieces:
         rows: int64 `[S]`, their KV rows.
         lasts: int64 `[S]`, the position in its sequence of each one's last token.
         longest: the most tokens that one has.
+        begins: int64 `[S]`, where the columns that each looks at would begin if those of all followed one another.
+        columns: how many these are in all.
     """
 
     bounds: Tensor
     rows: Tensor
     lasts: Tensor
     longest: int
+    begins: Tensor
+    columns: int
 
     @classmethod
     def of(cls, pieces: Sequence[tuple[int, int, int]], device: torch.device) -> "Pieces":
@@ -73,8 +88,16 @@ class Pieces:
         rows, firsts, ends = zip(*pieces, strict=True)
         counts = [end - first for first, end in zip(firsts, ends, strict=True)]
         begins = [0, *accumulate(counts)][:-1]
-        there = torch.tensor([begins, counts, rows, [end - 1 for end in ends]]).to(device)
-        return cls(bounds=there[:2], rows=there[2], lasts=there[3], longest=max(counts))
+        columns = [0, *accumulate(ends)]
+        there = torch.tensor([begins, counts, rows, [end - 1 for end in ends], columns[:-1]]).to(device)
+        return cls(
+            bounds=there[:2],
+            rows=there[2],
+            lasts=there[3],
+            longest=max(counts),
+            begins=there[4],
+            columns=columns[-1],
+        )
 
     @property
     def ends(self) -> Tensor:
@@ -114,6 +137,7 @@ class Carried:
         observe: called with each layer's routing; None: not called.
         experts: computes each layer's experts, and shows the routing to `observe` if the host gets it; None: the family's own code does.
         dense: computes attention and norms; None: the modules do.
+        blocks: computes decoder layers of one token a sequence; None: the modules do.
     """
 
     rows: Tensor = _NONE
@@ -130,6 +154,7 @@ class Carried:
     observe: Observer | None = None
     experts: LayerExperts | None = None
     dense: DenseKernels | None = None
+    blocks: LayerKernels | None = None
 
     @property
     def all_rows(self) -> bool:
