@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from expertflow.cache.forecast import Forecast
@@ -196,11 +194,6 @@ class LLM:
     def identity(self) -> str:
         """Hash of every byte that answers depend on: weights, config, generation config and tokenizer."""
         return self._offloaded.identity
-
-    @property
-    def residency(self) -> npt.NDArray[np.int32]:
-        """`[L, E]`, the slot each expert is in or comes into, or -1; a copy. Reading it changes nothing."""
-        return self._offloaded.residency()
 
     @property
     def shared_weights(self) -> SharedWeights:

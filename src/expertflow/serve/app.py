@@ -15,7 +15,6 @@ from expertflow import __version__
 from expertflow.serve.answers import Json, answer, as_api_error, refusal
 from expertflow.serve.guard import Guard, Rules
 from expertflow.serve.metrics import CONTENT_TYPE
-from expertflow.serve.page import PAGE, stats_of
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.fields import TABLES, Use
 from expertflow.serve.service import Service
@@ -48,10 +47,6 @@ _REFUSALS = {
     415: "the body is no JSON",
     500: "an error of the server",
     503: "loading, overloaded or shutting down",
-}
-_PAGE_HEADERS = {
-    "content-security-policy": "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:",
-    "cache-control": "no-cache",
 }
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -100,17 +95,6 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @_route(app, "GET", "/metrics")
     async def metrics(_: Request) -> Response:
         return Response(await service.metrics.text(service.worker), media_type=CONTENT_TYPE)
-
-    @_route(app, "GET", "/stats")
-    async def stats(_: Request) -> Response:
-        llm, snapshot = service.worker.llm, await service.worker.snapshot()
-        if snapshot is None:
-            raise ApiError(503, "a step takes long, and nothing is known yet", "Ask again.", code="busy", retry=1)
-        return Json(stats_of(llm.name, service.worker, snapshot, service.metrics))
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return Response(PAGE, media_type="text/html", headers=_PAGE_HEADERS)
 
     def about(name: str) -> dict[str, Any]:
         llm = service.worker.llm

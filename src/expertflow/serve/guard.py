@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from expertflow.serve.answers import refusal
 from expertflow.serve.protocol.errors import ApiError
 
-OPEN = frozenset({"/health", "/"})
+OPEN = frozenset({"/health", "/ping"})
 """Routes that need no key."""
 _LOOPBACK = frozenset({"localhost"})
 

@@ -5,7 +5,6 @@ most once a second, and only if somebody asks. Must not know HTTP.
 """
 
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "expertflow"
-_RECENT = 64
-"""Requests whose first tokens the live page tells of."""
 _FIRST = (
     .001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
@@ -42,7 +39,6 @@ class Metrics:
         self._labels = {"model_name": model, "engine": "0"}
         self._registry = CollectorRegistry()
         self._last: dict[Ticket, float] = {}
-        self._recent: deque[float] = deque(maxlen=_RECENT)
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts whose first token came.")
         self._generated = self._counter("generation_tokens", "Generated tokens.")
         self._success = self._counter("request_success", "Requests that ended with a result.", "finished_reason")
@@ -74,7 +70,6 @@ class Metrics:
         self._generated.labels(**self._labels).inc()
         if before is None:
             self._first.observe(now - ticket.came)
-            self._recent.append(now - ticket.came)
             self._prompt.labels(**self._labels).inc(len(ticket.request.prompt_token_ids))
         else:
             self._between.observe(now - before)
@@ -92,13 +87,6 @@ class Metrics:
         self._said.observe(tokens)
         if tokens > 1:
             self._each.observe(output.token_seconds)
-
-    def first_tokens(self) -> tuple[float | None, float | None]:
-        """Times to the first token of the last requests, seconds: the median, and what 95 % of them did not exceed."""
-        ordered = sorted(self._recent)
-        if not ordered:
-            return None, None
-        return ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))]
 
     def step(self, tokens: int) -> None:
         """Count the tokens of a pass or step."""

@@ -26,9 +26,6 @@ from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.writers.parts import Shaper
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from expertflow.engine.engine import Engine
     from expertflow.engine.llm import LLM, RunStats
     from expertflow.engine.plan import Plan
@@ -84,7 +81,6 @@ class Snapshot(NamedTuple):
         plan: what it was built from.
         kv_share: share of the pages of keys and values in use.
         predicted: whether a predictor is at work.
-        slot_of: `[L, E]`, the slot that each expert is in, or -1.
     """
 
     taken: float
@@ -92,7 +88,6 @@ class Snapshot(NamedTuple):
     plan: "Plan"
     kv_share: float
     predicted: bool
-    slot_of: "npt.NDArray[np.int32]"
 
 
 class Watcher(Protocol):
@@ -404,7 +399,7 @@ class Worker:
         assert llm is not None
         if self.latest is None or now - self.latest.taken >= _SNAPSHOT_SECONDS:
             works = llm.predictor is not None and llm.predictor_failure is None
-            self.latest = Snapshot(now, llm.stats, llm.plan, engine.kv_share, works, llm.residency)
+            self.latest = Snapshot(now, llm.stats, llm.plan, engine.kv_share, works)
         if found.set_running_or_notify_cancel():
             found.set_result(None)
 

@@ -85,7 +85,7 @@ class Writer(ABC):
     def take(self, choice: int, outputs: Sequence["StreamOutput"]) -> list[Frame]:
         """Add outputs of one choice, in order; the frames that tell what is new."""
         self.tokens[choice] += len(outputs)
-        self._cached[choice] = getattr(outputs[0], "cached_tokens", 0)
+        self._cached[choice] = outputs[0].cached_tokens
         if (output := outputs[-1].output) is not None:
             self.reasons[choice] = output.finish_reason
         return self.add(choice, outputs)
