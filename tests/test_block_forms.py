@@ -78,6 +78,33 @@ def test_what_computes_something_else_keeps_its_code(
     assert all(form.heads is not None and form.experts is None for form in forms("qwen3_moe", make_checkpoint))
 
 
+@pytest.mark.parametrize("told_by", ["attribute", "config"])
+def test_layers_of_one_class_are_told_apart(
+    told_by: str, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second layer rotates nothing, by an attribute of its attention or by a list in the config: those alone keep their code."""
+    begin, run = qwen3_moe.Qwen3MoeAttention.__init__, qwen3_moe.Qwen3MoeAttention.forward
+
+    def begun(self: torch.nn.Module, config: object, layer_idx: int) -> None:
+        begin(self, config, layer_idx)
+        if told_by == "attribute":
+            self.use_rope = layer_idx % 2 == 0
+        else:
+            config.rotating = [place % 2 == 0 for place in range(config.num_hidden_layers)]
+
+    def forward(
+        self: torch.nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple, *args: object, **more: object
+    ) -> tuple:
+        rotates = self.use_rope if told_by == "attribute" else self.config.rotating[self.layer_idx]
+        cos, sin = position_embeddings
+        angles = (cos, sin) if rotates else (torch.ones_like(cos), torch.zeros_like(sin))
+        return run(self, hidden_states, angles, *args, **more)
+
+    monkeypatch.setattr(qwen3_moe.Qwen3MoeAttention, "__init__", begun)
+    monkeypatch.setattr(qwen3_moe.Qwen3MoeAttention, "forward", forward)
+    assert [form.heads is not None for form in forms("qwen3_moe", make_checkpoint)] == [True, False, True]
+
+
 def test_blocks_round_no_worse_than_modules() -> None:
     """The shipped model over a text, token by token: in bfloat16 blocks are no farther from float32 than the modules' own code is."""
     rows, found = 4, {}

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from expertflow.execution.blocks import forms
 from expertflow.execution.blocks.forms import AttentionTensors, ExpertsTensors, LayerForm
 from expertflow.execution.blocks.join import joined
-from expertflow.execution.blocks.match import attention_tensors, experts_tensors, find_layers
+from expertflow.execution.blocks.match import find_layers
+from expertflow.execution.blocks.tensors import attention_tensors, experts_tensors, tensors_of
 from expertflow.kernels.backend import Backend, backend
 from expertflow.kernels.blocks.given import Norm, Places, Rotary
 from expertflow.models.context import ForwardContext
@@ -119,13 +120,9 @@ def _bind(layer: Any, form: LayerForm, counts: Tensor) -> BoundLayer:
     attention, second = layer.get_submodule(form.attention), layer.get_submodule(form.second)
     found = [layer.get_submodule(name) for name in form.norms]
     norms = [Norm(norm.weight.detach(), norm.variance_epsilon, form.wide) for norm in found]
-    heads = None if form.heads is None else attention_tensors(attention, form.heads, _tensors(attention), joined)
-    experts = None if form.experts is None else experts_tensors(second, form.experts, _tensors(second), counts)
+    heads = None if form.heads is None else attention_tensors(attention, form.heads, tensors_of(attention), joined)
+    experts = None if form.experts is None else experts_tensors(second, form.experts, tensors_of(second), counts)
     return BoundLayer(form, attention, second, (norms[0], norms[1]), heads, experts)
-
-
-def _tensors(module: Any) -> dict[str, Tensor]:
-    return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def _layer_forward(module: Any, context: ForwardContext) -> Callable[..., Any]:
