@@ -230,7 +230,8 @@ def test_a_tool_loop_of_anthropics_client(says: Says, served: "Served") -> None:
         block.model_dump(exclude={"id", "parsed_output"}) for block in whole.content
     ]
     assert (events[0], events[-1]) == ("message_start", "message_stop")
-    assert whole.usage.input_tokens == final.usage.input_tokens == tokens
+    for usage in (whole.usage, final.usage):
+        assert usage.input_tokens + usage.cache_read_input_tokens == tokens
     assert whole.usage.output_tokens == final.usage.output_tokens == len(SAID) + 1
     seen = []
 
