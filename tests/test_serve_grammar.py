@@ -32,7 +32,7 @@ LOOK = {
 }
 ADD = {"name": "add", "parameters": SCHEMA}
 TOOLS = [{"type": "function", "function": one} for one in (LOOK, ADD)]
-WILD = {"temperature": 5, "seed": 0, "n": 6, "max_tokens": 120}
+WILD = {"temperature": 5, "seed": 0, "n": 3, "max_tokens": 120}
 
 
 def fits(found: Any) -> bool:
