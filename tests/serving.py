@@ -40,7 +40,7 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         self.metrics = Metrics(NAMES[0])
-        options = {"device": "cpu", "max_batch": 4, "max_live": 8}
+        options = {"device": "cpu", "max_batch": 4, "max_live": 8, "prefix_memory": "16MiB"}
         self.worker = Worker(partial(load, str(folder), options), watcher=self.metrics)
         self.service = Service(self.worker, Names(served=NAMES), self.metrics)
         self.app = make_app(self.service, Rules())

@@ -32,7 +32,7 @@ LOOK = {
 }
 ADD = {"name": "add", "parameters": SCHEMA}
 TOOLS = [{"type": "function", "function": one} for one in (LOOK, ADD)]
-WILD = {"temperature": 5, "seed": 0, "n": 6, "max_tokens": 120}
+WILD = {"temperature": 5, "seed": 0, "n": 3, "max_tokens": 120}
 
 
 def fits(found: Any) -> bool:
@@ -109,7 +109,7 @@ def test_an_answer_of_a_form_may_call_tools_too(agent: Loading, served: "Served"
         "response_format": FORMAT,
         "parallel_tool_calls": False,
         **WILD,
-        "n": 12,
+        "n": 6,
     }
     kinds = set()
     for one in served.send("/v1/chat/completions", body).json()["choices"]:
