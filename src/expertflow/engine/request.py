@@ -180,6 +180,7 @@ class Request:
         seed: of its random numbers, stated or drawn.
         logprobs: of the tokens so far, where they are asked for.
         prompt_logprobs: of the prompt's tokens that were read so far, where they are asked for; None for the first.
+        begun: when the first pass over its prompt began, by `time.perf_counter`; 0: not yet.
     """
 
     index: int
@@ -194,6 +195,7 @@ class Request:
     finish_reason: str | None = None
     continues: bool = True
     mask: TokenMask | None = None
+    begun: float = 0.0
     _shown: int = 0
     _free: int = 0
     """Where text begins that a stop text may end: behind the first `min_tokens` tokens."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp
 from expertflow import __version__
 from expertflow.serve.answers import Json, answer, as_api_error, refusal
 from expertflow.serve.guard import Guard, Rules
+from expertflow.serve.live import add_live
 from expertflow.serve.metrics import CONTENT_TYPE
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.fields import TABLES, Use
@@ -95,6 +97,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @_route(app, "GET", "/metrics")
     async def metrics(_: Request) -> Response:
         return Response(await service.metrics.text(service.worker), media_type=CONTENT_TYPE)
+
+    add_live(partial(_route, app, "GET"), service)
 
     def about(name: str) -> dict[str, Any]:
         llm = service.worker.llm

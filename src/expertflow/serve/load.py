@@ -55,7 +55,7 @@ def load(model: str | None, options: Mapping[str, Any], loading: Loading, share:
     chosen = {**options, "max_length": config.max_length, "kv_tokens": config.kv_tokens}
     llm = LLM(folder, weights=FileWeights(watch), progress=True, **chosen)
     assert llm.chat_params  # a generation config that means nothing is an error now, not at the first request
-    loading.shaper = shaper_of(llm)
+    loading.shaper, loading.link = shaper_of(llm), llm.link_speed()
     return llm
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from expertflow.engine.llm import LLM, RunStats
     from expertflow.engine.plan import Plan
     from expertflow.engine.request import Request, StreamOutput
+    from expertflow.execution.captured.view import CacheView, Coming
 
 _log = logging.getLogger(__name__)
 _FAULTS = 2
@@ -49,12 +50,14 @@ class Loading:
         done: bytes of experts that are in host memory.
         total: of all bytes; 0: not known yet.
         shaper: what is known of the model's answers, once it is ready.
+        link: bytes a second that loads of experts reach alone, measured before the first request; 0: not known.
     """
 
     phase: str = "starting"
     done: int = 0
     total: int = 0
     shaper: Shaper = field(default_factory=Shaper)
+    link: float = 0.0
 
 
 class Bounds(NamedTuple):
@@ -77,14 +80,16 @@ class Snapshot(NamedTuple):
         stats: what it has done.
         plan: what it was built from.
         kv_share: share of the pages of keys and values in use.
-        predicted: whether a predictor is at work.
+        predictor: its state: `works`, `none`, or why it was switched off.
+        view: the expert cache.
     """
 
     taken: float
     stats: "RunStats"
     plan: "Plan"
     kv_share: float
-    predicted: bool
+    predictor: str
+    view: "CacheView"
 
 
 class Watcher(Protocol):
@@ -192,6 +197,8 @@ class Worker:
         self._running: dict[int, Ticket] = {}
         self._fresh: list[tuple[Ticket, Item]] = []
         self._faults = 0
+        self._readers: list[Future[None]] = []
+        self._look: tuple[float, float, Coming[tuple[RunStats, CacheView]]] | None = None
         self.latest: Snapshot | None = None
 
     def start(self) -> None:
@@ -355,9 +362,11 @@ class Worker:
             if command is None:
                 return False
             command(engine)
+        self._show(wait=False)
         if engine.unfinished:
             self._step(engine)
         self._hand_out()
+        self._show(wait=True)
         return True
 
     def _step(self, engine: "Engine") -> None:
@@ -388,13 +397,28 @@ class Worker:
                 engine.cancel(ticket.number)
 
     def _read(self, found: "Future[None]", engine: "Engine") -> None:
+        """Begin a snapshot, unless one is new; the copies it is made of are waited for behind the next step."""
         now, llm = time.monotonic(), self._llm
         assert llm is not None
-        if self.latest is None or now - self.latest.taken >= _SNAPSHOT_SECONDS:
-            works = llm.predictor is not None and llm.predictor_failure is None
-            self.latest = Snapshot(now, llm.stats, llm.plan, engine.kv_share, works)
-        if found.set_running_or_notify_cancel():
-            found.set_result(None)
+        if self._look is None and (self.latest is None or now - self.latest.taken >= _SNAPSHOT_SECONDS):
+            self._look = now, engine.kv_share, llm.look()
+        self._readers.append(found)
+
+    def _show(self, *, wait: bool) -> None:
+        """Finish the snapshot that was begun, if its copies are over or `wait` is true, and tell who asked for it."""
+        if self._look is not None:
+            taken, kv_share, coming = self._look
+            if not (wait or coming.ready()):
+                return
+            llm, self._look = self._llm, None
+            assert llm is not None
+            state = "none" if llm.predictor is None else llm.predictor_failure or "works"
+            stats, view = coming.result()
+            self.latest = Snapshot(taken, stats, llm.plan, kv_share, state, view)
+        readers, self._readers = self._readers, []
+        for found in readers:
+            if found.set_running_or_notify_cancel():
+                found.set_result(None)
 
     def _take(self, ticket: Ticket, output: "StreamOutput") -> None:
         """The engine's channel of a ticket."""
