@@ -10,6 +10,7 @@ Usage: python benchmarks/kv_pages.py --out FILE [--tiny]
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,14 @@ from prompt_attention import seconds
 from torch import Tensor
 
 from expertflow.bench.about import about
+from expertflow.engine.planning.prefix import BUFFER_BYTES
+from expertflow.execution.kv.copies import Move, PageCopies
 from expertflow.execution.kv.layout import PAGE, Layout, pages_of
 from expertflow.execution.kv.paged import PagedCache, Span
+from expertflow.execution.kv.pages import Beginning
 from expertflow.kernels.dense import decode_attention
 from expertflow.kernels.prompts.attention import prompt_attention, tiling
+from expertflow.memory.arena import HostArena
 from expertflow.models.context import ForwardContext
 
 STEPS = ((1, 1024), (8, 1024), (1, 8192), (8, 8192), (1, 32768), (8, 32768), (1, 131072))
@@ -130,17 +135,32 @@ def moves(name: str, tokens: int) -> list[dict[str, Any]]:
     for row in (0, 1):
         with cache.passing([Span(row, tokens - 1, tokens)], np.array([[tokens - 1]])):
             pass
-    take = cache.copy_out if shape.window is None else (lambda row, _, end: cache.snapshot(row, end))
-    give = cache.copy_in if shape.window is None else cache.restore
-    kept = take(0, 0, tokens)
-    found = [("copy to host", lambda: take(0, 0, tokens)), ("copy from host", lambda: give(1, kept))]
+    book, kind = cache.books[0], 0
+    size = 2 * cache.layers[0].keys[0].nbytes * shape.layers
+    first = book.needed(tokens - 1) // PAGE
+    places = range(first, pages_of(tokens, PAGE))
+    arena = HostArena(len(places) * size, pin=DEVICE.type == "cuda")
+    copies = PageCopies(cache.stacks, arena, DEVICE, max(BUFFER_BYTES, size))
+    out, back = (
+        [Move(kind, int(book.entries[row, place]), number * size) for number, place in enumerate(places)]
+        for row in (0, 1)
+    )
+
+    def waited(copy: Callable[[list[Move]], None], given: list[Move]) -> Callable[[], None]:
+        def run() -> None:
+            copy(given)
+            copies.before_writing(kind, [given[0].page])  # the main line waits for it
+
+        return run
+
+    found = [("copy to host", waited(copies.out, out)), ("copy from host", waited(copies.into, back))]
     rows = [
         {
             "what": what,
             "shape": name,
             "tokens": tokens,
             "us": (taken := seconds(work) * 1e6),
-            "gb_s": kept.nbytes / taken / 1e3,
+            "gb_s": len(places) * size / taken / 1e3,
         }
         for what, work in found
     ]
@@ -159,9 +179,9 @@ def moves(name: str, tokens: int) -> list[dict[str, Any]]:
 
 
 def share(cache: PagedCache, tokens: int) -> None:
-    """Let row 1 begin as row 0 does, all of it but the room of an open row."""
-    cache.open(1, tokens)
-    cache.share(0, 1, tokens - 1)
+    """Let row 1 begin as row 0 does, in all of its full pages."""
+    cache.open(1, tokens, Beginning(0, tokens // PAGE))
+    cache.synchronise()
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Models of published widths with few layers and random weights, through `LLM`. Drawn are execution, budget (also the least that
 works, and slots instead), sequences of a step and live ones, their length, tokens of keys and values, and of a pass. Each plan reads prompts of random
-lengths, decodes a few tokens, greedy and sampled, then fills its largest pass.
+lengths, decodes a few tokens, greedy and sampled, fills its largest pass, and records the routing of two steps.
 
 What a GPU's libraries may take whatever the model is, `FIXED`, is in every plan, and rarely used in full: it is left out of the upper bound, so that
 small models are judged too. Ends in an error where a peak exceeds its plan, or a plan on a GPU exceeds that bound. On a CPU
@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import random
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -52,12 +53,12 @@ def _g(layers: int, packed: str) -> PreTrainedConfig:
 
 
 def _deepseek() -> PreTrainedConfig:
-    """DeepSeek-V2-Lite, a dense layer and three others."""
+    """DeepSeek-V2-Lite, a dense layer and three others; a short context, because latents of whole batches are expanded."""
     return DeepseekV2Config(
         hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2,
         num_experts_per_tok=6, num_attention_heads=16, num_key_value_heads=16, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128,
         qk_rope_head_dim=64, v_head_dim=128, num_hidden_layers=4, first_k_dense_replace=1, vocab_size=102400,
-        topk_method="greedy", n_group=1, topk_group=1, max_position_embeddings=CONTEXT, pad_token_id=0,
+        topk_method="greedy", n_group=1, topk_group=1, max_position_embeddings=2048, pad_token_id=0,
     )  # fmt: skip
 
 
@@ -133,6 +134,9 @@ def carry_out(llm: LLM, draw: random.Random) -> dict[str, int]:
         top_p = 0.9 if temperature else 1.0
         llm.generate(prompts, SamplingParams(max_tokens=ANSWER, temperature=temperature, top_p=top_p, ignore_eos=True))
         read += sum(counts)
+    if plan.execution == "graph" and not plan.batch_invariant:  # steps whose routing is observed decode packed experts
+        with tempfile.TemporaryDirectory() as place, llm.record(Path(place) / "routing.trace"):
+            llm.generate([prompt[:8] for prompt in prompts], SamplingParams(max_tokens=2, ignore_eos=True))
     return {"tokens_read": read, "longest": max(*lengths, *full)}
 
 

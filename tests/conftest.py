@@ -112,7 +112,7 @@ def served(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFac
     from serving import TEMPLATE, Served  # noqa: PLC0415 - FastAPI and clients are of use to few tests
 
     made, folder = (
-        make_checkpoint("qwen3_moe", spread=0.3, max_position_embeddings=512),
+        make_checkpoint("qwen3_moe", spread=0.3, max_position_embeddings=512, vocab_size=259),
         tmp_path_factory.mktemp("served"),
     )
     for file in made.iterdir():

@@ -16,12 +16,15 @@ from expertflow.engine.plan import make_plan
 from expertflow.engine.prepare import prepare
 from expertflow.errors import ConfigError
 from expertflow.execution.kv import layout as layouts
+from expertflow.execution.kv.copies import Move, PageCopies
 from expertflow.execution.kv.layout import SPARE, WASTE, ZEROS, Layout
 from expertflow.execution.kv.paged import PagedCache, Span
+from expertflow.execution.kv.pages import Beginning
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.kernels import dense, dense_reference
 from expertflow.kernels.prompts.attention import prompt_attention
+from expertflow.memory.arena import HostArena
 from expertflow.models.context import ForwardContext
 from expertflow.models.shape import shape_of
 from expertflow.models.skeleton import build_skeleton
@@ -40,6 +43,26 @@ def interrupt(*, fails: bool) -> None:
         raise InterruptedError
 
 
+def moves_of(cache: PagedCache, copies: PageCopies, row: int, token: int) -> list[Move]:
+    """Copies of all that a row's token sees, one record behind the other."""
+    found, page, at = [], cache.layout.page, 0
+    for kind, book in enumerate(cache.books):
+        first = book.needed(token)
+        for number in range(first // page, -(-token // page)):
+            places = slice(max(0, first - number * page), min(page, token - number * page))
+            found.append(Move(kind, int(book.entries[row, number]), at, places))
+            at += copies.record_bytes(kind)
+    return found
+
+
+def begin_at(cache: PagedCache, row: int, room: int, token: int, beginning: Beginning | None = None) -> None:
+    """Open a row whose next token is number `token`, and have pages for what that one sees."""
+    cache.open(row, room, beginning)
+    for book in cache.books:
+        book.advance(row, token, token)
+    cache.synchronise()
+
+
 class Story:
     """Random sequences over a cache whose every token is a number of its own; what a token should see is written down beside it."""
 
@@ -51,6 +74,7 @@ class Story:
         assert layout.page == page
         self.context = ForwardContext()
         self.cache = PagedCache(layout, self.context, torch.device("cpu"))
+        self.copies = PageCopies(self.cache.stacks, HostArena(1 << 20, pin=False), torch.device("cpu"), 0)
         self.windows = windows
         self.live: dict[int, tuple[int, list[float]]] = {}
         """Tokens that a row's sequence has room for, and the numbers it wrote."""
@@ -121,21 +145,26 @@ class Story:
         taken = sum(-(-room // page) for room, _ in self.live.values())
         if free and taken + -(-room // page) <= self.cache.layout.pages:
             row = self.draw.choice(free)
-            self.cache.open(row, room)
-            self.live[row] = room, []
-            self.share(row)
+            if not self.share(row, room):
+                self.cache.open(row, room)
+                self.live[row] = room, []
 
-    def share(self, row: int) -> None:
-        """Begin as another sequence did, sometimes."""
-        others = [other for other in self.live if other != row and self.live[other][1]]
-        if not others or self.draw.random() < 0.4:
-            return
+    def share(self, row: int, room: int) -> bool:
+        """Begin as another sequence did, sometimes: its pages are shared, and those of windows are copied."""
+        others, page = [other for other in self.live if self.live[other][1]], self.cache.layout.page
+        if not others or self.draw.random() < 0.3:
+            return False
         source = self.draw.choice(others)
         known = self.live[source][1]
-        count = min(len(known), self.live[row][0])
-        if count == len(known):  # behind it, its windows have gone on
-            self.cache.share(source, row, count)
-            self.live[row][1].extend(known)
+        pages = min(len(known), room) // page - self.draw.randint(0, 1)
+        count, books = pages * page, self.cache.books
+        if pages < 1 or not all(book.keeps(source, book.needed(count), count) for book in books):
+            return False
+        self.copies.out(moves_of(self.cache, self.copies, source, count))
+        begin_at(self.cache, row, room, count, Beginning(source, pages))
+        self.copies.into(moves_of(self.cache, self.copies, row, count))
+        self.live[row] = room, known[:count]
+        return True
 
     def integrity(self) -> None:
         """Each page has as many users as tables name it, and those that nobody names are free."""
@@ -295,11 +324,12 @@ def test_copied_out_and_in_a_sequence_goes_on(
     with opened(make_checkpoint, family, execution, 4, device=device) as llm:
         driver = Driver(llm)
         cache, end, room = driver.cache, 29 * times, 60 * times
+        device_ = torch.device(device)
+        copies = PageCopies(cache.stacks, HostArena(1 << 24, pin=device_.type == "cuda"), device_, 1 << 20)
         driver.read(29, 1)
-        kept = [cache.copy_out(1, begin, behind) for begin, behind in ((0, 10 * times), (10 * times, end))]
-        window = cache.snapshot(1, end)
-        cache.open(3, room)
-        cache.share(1, 3, end)
+        copies.out(moves_of(cache, copies, 1, end))
+        begin_at(cache, 3, room, end, Beginning(1, end // cache.layout.page))
+        copies.into(moves_of(cache, copies, 3, end))
         expected = driver.steps(1, end, tokens)
         assert all(map(torch.equal, driver.steps(3, end, tokens[:3]), expected)), "shared"
         found = driver.executor.prefill([PromptChunk(3, tokens[3:], 3, end + 3)])
@@ -307,15 +337,9 @@ def test_copied_out_and_in_a_sequence_goes_on(
         driver.executor.leave(1)
         driver.read(40, 0)  # into the pages of the sequence that left
         driver.steps(0, 40 * times, [3] * 9)
-        cache.open(2, room)
-        for part in kept:
-            cache.copy_in(2, part)
-        cache.restore(2, window)
+        begin_at(cache, 2, room, end)
+        copies.into(moves_of(cache, copies, 2, end))
         assert all(map(torch.equal, driver.steps(2, end, tokens), expected)), "copied"
-        if window.parts:
-            driver.read(40, 2)
-            with pytest.raises(ConfigError, match=f"does not keep tokens {end - 7} to {end - 1}"):
-                cache.snapshot(2, end)
         for row in range(4):
             driver.executor.leave(row)
         assert [book.pool.free for book in cache.books] == [kind.pages - SPARE for kind in cache.layout.kinds]
@@ -323,18 +347,17 @@ def test_copied_out_and_in_a_sequence_goes_on(
 
 def test_a_shared_beginning_takes_no_pages() -> None:
     """Full pages of the beginning have two users; the row has pages of its own only for what follows, and they are new again afterwards."""
-    layout = Layout.of((None,), rows=2, length=640, tokens=1280, chunk=64)
+    layout = Layout.of((None,), rows=2, length=960, tokens=1280, chunk=64)
     cache = PagedCache(layout, ForwardContext(), torch.device("cpu"))
-    cache.open(0, 300)
-    cache.open(1, 400)
+    cache.open(0, 900)
     book = cache.books[0]
-    assert book.pool.free == 20 - 5 - 7
-    cache.share(0, 1, 200)
-    assert book.pool.free == 20 - 5 - 4
+    assert book.pool.free == 20 - 15
+    cache.open(1, 400, Beginning(0, 3))  # 7 pages are more than are free
+    assert (book.pool.free, book.common(0), book.common(1)) == (20 - 15 - 4, 3, 3)
     assert book.entries[0, :3].tolist() == book.entries[1, :3].tolist()
-    assert not set(book.entries[0, 3:5]) & set(book.entries[1, 3:7])
+    assert not set(book.entries[0, 3:15]) & set(book.entries[1, 3:7])
     cache.leave(0)
-    assert book.pool.free == 20 - 7
+    assert (book.pool.free, book.common(1)) == (20 - 7, 0)
     cache.leave(1)
     assert book.pool.free == 20
 

@@ -109,6 +109,12 @@ class Wish:
             "kv_tokens": kept, "prefill_chunk": drawn["chunk"], "slots": drawn["slots"], "device": self.device,
         }  # fmt: skip
 
+    @property
+    def only_slots_depend_on_budgets(self) -> bool:
+        stated = [name for name in ("prefill_chunk", "kv_tokens") if self.options[name] is not None]
+        enough = "prefill_chunk" in stated and (len(stated) == 2 or not self.shape.windows)
+        return enough and self.options["slots"] is None and self.options["execution"] != "auto"
+
     def plan(self, budget: int | None = None, **changed: Any) -> Plan:
         config = EngineConfig(gpu_memory=budget, **{**self.options, **changed})
         return make_plan(config, self.shape, self.device, "next-use", predictor=self.predictor)
@@ -189,6 +195,10 @@ def test_every_plan_keeps_its_budget(drawn: dict[str, Any], shapes: dict[str, Mo
     if drawn["slots"] is None and plan.slots < plan.competing:
         assert plan.total + plan.slot_layout.record_bytes > budget
     assert plan.least <= least
+    if wish.only_slots_depend_on_budgets:
+        assert wish.plan(plan.total).slots == plan.slots
+        if plan.slots > 1:
+            assert wish.plan(plan.total - 1).slots == plan.slots - 1
     more = wish.plan(budget + int(drawn["more"] * budget))
     if more.execution == plan.execution:
         # a pass whose size the plan chooses may grow, and nothing else takes slots or tokens away
@@ -236,7 +246,7 @@ def drawn_run(seed: int, make_checkpoint: MakeCheckpoint) -> Drawn:
         "device": "cpu", "execution": "graph" if graph else "host", "max_batch": batch, "max_live": live, "max_length": length,
         "kv_tokens": draw.randint(length, live * length) if paged and draw.random() < 0.5 else None,
         "prefill_chunk": draw.choice([None, draw.randint(3, 200)]), "strategy": draw.choice(["next-use", "lru-global", "ring"]),
-        "expert_format": "mxfp4" if family in {"mixtral", "qwen3_moe", "gpt_oss"} and draw.random() < 0.7 else None,
+        "batch_invariant": graph and draw.random() < 0.5, "expert_format": "mxfp4" if family in {"mixtral", "qwen3_moe", "gpt_oss"} and draw.random() < 0.7 else None,
     }  # fmt: skip
     return Drawn(make_checkpoint(family, draw.choice(["float32", "bfloat16"])), options, draw)
 

@@ -1,8 +1,10 @@
 """Choosing tokens: the chain and its kernels, penalties, masks, seeds, and log-probabilities."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from math import e, log2
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor
 
 from expertflow import LLM, SamplingParams
+from expertflow.cli.run import main as run
+from expertflow.engine.request import Request, StreamOutput
 from expertflow.errors import ConfigError, MaskError
 from expertflow.execution import sampler
 from expertflow.execution.sampler import Draw, Sampler, uniform
@@ -92,7 +96,7 @@ def test_the_kernel_is_the_chain(dtype: str, masked: bool) -> None:
 def test_the_kernel_is_the_chain_for_a_hundred_thousand_draws(cuda: torch.device) -> None:
     """On a GPU: as many draws as the chain alone, and some over a large vocabulary."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for count, vocabulary in ((33_334, 1000), (32, 201_088)):
+        for count, vocabulary in ((33_334, 300), (32, 201_088)):
             logits, rules, mask = _cases(count, vocabulary, seed=vocabulary)
             logits = logits.to(dtype)
             for bits in (None, mask):
@@ -205,6 +209,34 @@ class Script:
         self.seen.append(token)
 
 
+def _stepped(llm: LLM, request: Request) -> list[tuple[int, StreamOutput]]:
+    llm.engine.add(request)
+    outputs = []
+    while llm.engine.unfinished:
+        outputs += llm.engine.step()
+    return outputs
+
+
+def test_the_command_gives_log_probabilities(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run` puts them into its JSON and into results files, and refuses them where nobody would see them."""
+    options = {
+        "model": str(make_checkpoint("qwen3_moe")),
+        "prompts": ["ab"],
+        "engine": {"device": "cpu", "max_length": 32},
+    }
+    sampling = {"max_tokens": 2, "logprobs": 1, "ignore_eos": True}
+    with pytest.raises(ConfigError, match=r"logprobs=1 would not be shown.*--json"):
+        run(**options, sampling=sampling, results=None, as_json=False)
+    run(**options, sampling=sampling, results=tmp_path / "results", as_json=True)
+    (output,) = json.loads(capsys.readouterr().out)["outputs"]
+    kept = json.loads((tmp_path / "results").read_text().splitlines()[1])
+    for found in (output, kept):
+        assert [own[0] for own, _ in found["logprobs"]] == found["token_ids"]
+        assert all(own == best for own, best in found["logprobs"]), "greedy: the token is the most probable one"
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_mask_restricts_its_request_alone(llm: LLM, temperature: float) -> None:
     """A script is followed; without a choice, or with an error, the request ends with ours; the others get their own tokens."""
@@ -229,6 +261,9 @@ def test_a_mask_restricts_its_request_alone(llm: LLM, temperature: float) -> Non
         with pytest.raises(MaskError, match=why):
             raise error
         assert len(found[place]) == tokens + 1
+    ends = replace(params, stop_token_ids=(33,), min_tokens=2)
+    ((_, failed),) = _stepped(llm, llm.request(PROMPTS[0], ends, mask=Script([33])))
+    assert "only tokens that are forbidden" in str(failed.error)
 
 
 @pytest.mark.parametrize(

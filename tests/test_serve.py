@@ -278,17 +278,20 @@ def test_log_probabilities_are_the_engines_in_both_shapes(served: "Served") -> N
     assert [[top.logprob for top in one.top_logprobs] for one in listed] == [
         [top.logprob for top in found[1:]] for found in wanted.logprobs
     ]
-    assert "".join(one.token for one in listed) == chat.choices[0].message.content
-    assert listed[0].bytes == list(listed[0].token.encode())
+    assert [one.token for one in listed] == [served.llm.tokenizer.decode([token]) for token in wanted.token_ids]
+    assert [one.bytes for one in listed] == [
+        None if "\ufffd" in one.token else list(one.token.encode()) for one in listed
+    ], "half a character has no bytes here"
     streamed = [one for chunk in chunks if chunk.choices[0].logprobs for one in chunk.choices[0].logprobs.content]
     assert streamed == listed
     of_prompt = chat.choices[0].prompt_logprobs
     assert of_prompt[0] is None
     assert of_prompt[1][str(wanted.prompt_token_ids[1])]["logprob"] == wanted.prompt_logprobs[1][0].logprob
     wanted = served.llm.generate("some", params)[0]
-    text, lists = "some" + wanted.text, completion.choices[0].logprobs
-    assert completion.choices[0].text == "".join(lists.tokens) == text
-    assert [text[offset : offset + 1] for offset in lists.text_offset] == [token[:1] for token in lists.tokens]
+    lists = completion.choices[0].logprobs
+    assert completion.choices[0].text == "some" + wanted.text
+    assert lists.tokens == [*"some", *(served.llm.tokenizer.decode([token]) for token in wanted.token_ids)]
+    assert lists.text_offset == [len("".join(lists.tokens[:place])) for place in range(8)]
     own = [None, *(found[0].logprob for found in (*wanted.prompt_logprobs[1:], *wanted.logprobs))]
     assert lists.token_logprobs == own
     assert lists.top_logprobs[0] is None

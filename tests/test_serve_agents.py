@@ -64,7 +64,10 @@ def says(served: "Served", monkeypatch: pytest.MonkeyPatch) -> Says:
     def say(text: str) -> None:
         tokens = [*encode(text), llm.tokenizer.eos_token_id]
         assert llm.tokenizer.decode(tokens[:-1]) == text
-        scripted = lambda prompt, params, *, index: request(prompt, params, index=index, mask=Script([*tokens]))  # noqa: E731
+
+        def scripted(prompt: Any, params: Any, *, index: int, mask: Any) -> Any:
+            return request(prompt, params, index=index, mask=mask or Script([*tokens]))
+
         monkeypatch.setattr(llm, "request", scripted)
 
     say(SAID)
@@ -108,8 +111,62 @@ def test_a_tool_loop_of_openais_client(says: Says, served: "Served") -> None:
     assert (found["message"]["content"], found["finish_reason"]) == ("Done.", "stop")
 
 
+def test_a_tool_loop_over_responses(says: Says, served: "Served") -> None:
+    """As Codex does it: instructions beside a developer message, items back as they came, tools of many types."""
+    more = {"type": "custom", "name": "patch", "format": {"type": "text"}}
+    developer = {"role": "developer", "content": [{"type": "input_text", "text": "be brief"}]}
+    options = {
+        "model": NAMES[0], "instructions": "be kind", "store": False, "include": ["reasoning.encrypted_content"],
+        "tools": [{"type": "function", "strict": False, **LOOK}, more, {"type": "web_search"}], "prompt_cache_key": "k",
+        "reasoning": {"effort": "low", "summary": "auto"}, "extra_body": {"client_metadata": {"x": "y"}},
+    }  # fmt: skip
+    asked = [developer, {"role": "user", "content": [{"type": "input_text", "text": "see"}]}]
+
+    async def both(client: openai.AsyncOpenAI) -> tuple[Any, list[Any]]:
+        raw = await client.responses.with_raw_response.create(input=asked, **options)
+        async with await client.responses.create(input=asked, stream=True, **options) as stream:
+            return raw, [event async for event in stream]
+
+    raw, events = served.run(both)
+    whole, final = raw.parse(), events[-1].response
+    assert raw.headers["x-expertflow-left-out"] == "reasoning.summary, custom, web_search"
+    reasoning, message, call = whole.output
+    assert (reasoning.type, reasoning.content[0].text) == ("reasoning", "Hm.")
+    assert (message.type, message.status, message.content[0].text) == ("message", "completed", "Look:")
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "look", {"at": "x"})
+    assert (whole.status, final.status, whole.output_text) == ("completed", "completed", "Look:")
+    assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert [item.to_dict() for item in done] == [item.to_dict() for item in final.output]
+    assert [(item.type, item.status) for item in final.output] == [(item.type, item.status) for item in whole.output]
+    deltas = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    assert deltas == "Look:"
+    assert final.usage.output_tokens == whole.usage.output_tokens == len(SAID) + 1
+    assert whole.usage.input_tokens_details.cached_tokens == 0
+    seen = []
+
+    def keep(prompt: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(prompt.text)
+        return scripted(prompt, *rest, **more)
+
+    says("Done.")
+    scripted, served.llm.request = served.llm.request, keep
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "seen"}
+    second = [*asked, *(item.to_dict() for item in whole.output), result]
+    last = served.run(lambda client: client.responses.create(input=second, max_output_tokens=3, **options))
+    assert (last.output_text, last.status, last.incomplete_details.reason) == ("Don", "incomplete", "max_output_tokens")
+    assert "<|im_start|>system:be kind\n\nbe brief<|im_start|>user:see<|im_start|>assistant:Look:" in seen[0]
+    assert "<tool_call>look:x</tool_call><|im_start|>tool:seen<|im_start|>assistant" in seen[0]
+    for wrong, param in (
+        ({"previous_response_id": "x"}, "previous_response_id"),
+        ({"text": {"format": {"type": "xml"}}}, "response_format"),
+    ):
+        assert served.send("/v1/responses", {"input": "x", **wrong}).json()["error"]["param"] == param
+
+
 def test_what_is_left_out_of_a_request_is_named(says: Says, served: "Served", caplog: pytest.LogCaptureFixture) -> None:
-    """Tools that are no functions, in a header and in the log; a call that is demanded is refused."""
+    """Tools that are no functions, and `strict`, in a header and in the log."""
     says("Done.")
     body = {
         "messages": [USER],

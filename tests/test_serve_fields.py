@@ -6,10 +6,11 @@ import pytest
 from anthropic.types import message_create_params
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from expertflow import SamplingParams
 from expertflow.serve.protocol.errors import ApiError
-from expertflow.serve.protocol.fields import ANTHROPIC, CHAT, COMPLETION, TABLES, Use, read_fields
+from expertflow.serve.protocol.fields import ANTHROPIC, CHAT, COMPLETION, RESPONSES, TABLES, Use, read_fields
 from expertflow.serve.protocol.messages import messages_of
 from expertflow.serve.protocol.sampling import choices, sampling
 
@@ -25,6 +26,7 @@ SAMPLES: dict[str, Any] = {
     [
         (CHAT, chat_create_params.CompletionCreateParamsBase),
         (COMPLETION, completion_create_params.CompletionCreateParamsBase),
+        (RESPONSES, response_create_params.ResponseCreateParamsBase),
         (ANTHROPIC, message_create_params.MessageCreateParamsBase),
     ],
 )

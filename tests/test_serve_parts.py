@@ -11,9 +11,9 @@ from transformers.utils.chat_parsing import parse_response
 
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.fields import CHAT, read_fields
-from expertflow.serve.protocol.parts import Answer
 from expertflow.serve.protocol.tools import tools_of
 from expertflow.serve.reading import TEMPLATES, AnswerReader
+from expertflow.serve.writers.parts import Answer
 
 TOOLS = [
     {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}},
@@ -150,7 +150,10 @@ def test_tools_of_other_types_are_left_out_by_name() -> None:
     assert found.left_out == ["web_search", "custom", "strict"]
     assert found.single
     assert tools_of(read_fields({**body, "tool_choice": "none"}, CHAT)).given == ()
-    for wrong in ({"tool_choice": "required"}, {"tools": [{"type": "function", "function": {}}]}):
+    assert tools_of(read_fields({**body, "tool_choice": "required"}, CHAT)).demanded == ""
+    named = {"type": "function", "function": {"name": "f"}}
+    assert tools_of(read_fields({**body, "tool_choice": named}, CHAT)).demanded == "f"
+    for wrong in ({"tool_choice": "maybe"}, {"tools": [{"type": "function", "function": {}}]}):
         with pytest.raises(ApiError) as refused:
             tools_of(read_fields({**body, **wrong}, CHAT))
         assert refused.value.param.startswith(next(iter(wrong)))

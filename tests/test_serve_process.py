@@ -189,6 +189,7 @@ def test_a_server_is_there_while_it_loads_and_ends_politely(folder: Path, tmp_pa
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-2]
         assert process.wait(GUARD) == 0
+        assert process.stderr.read() == ""
 
 
 class Echo:

@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from expertflow import SamplingParams
 from expertflow.engine.request import Request, StreamOutput
-from expertflow.serve.protocol.chat import ChatWriter
-from expertflow.serve.protocol.completions import CompletionWriter
-from expertflow.serve.protocol.parts import Answer, PlainReader
-from expertflow.serve.protocol.writer import Head, Writer
+from expertflow.serve.writers.chat import ChatWriter
+from expertflow.serve.writers.completions import CompletionWriter
+from expertflow.serve.writers.parts import Answer, PlainReader
+from expertflow.serve.writers.writer import Head, Writer
 
 END = 256
 TEXTS = st.text(st.sampled_from("ab \né€😀#"), max_size=12)

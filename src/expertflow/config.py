@@ -273,6 +273,13 @@ class EngineConfig(_Checked):
     host_memory: str | int | None = doc(
         "Host memory that the expert store may take, such as 64GiB.", default=None, none="what is free now"
     )
+    prefix_memory: str | int = doc(
+        "Host memory for keys and values of earlier prompts, such as 4GiB: a prompt that begins as one of them is read from there on. "
+        "0: none; auto: 4GiB where the model allows it.", default="0",
+    )  # fmt: skip
+    prefix_generated: bool = doc(
+        "Keep those of generated tokens as well: a next turn reads less, and the last bits of its logits may differ.", default=False
+    )  # fmt: skip
     progress: bool = doc("Show progress bars on long work.", default=False, typed=False)
 
     def __post_init__(self) -> None:
@@ -318,10 +325,10 @@ class EngineConfig(_Checked):
             f"kv_tokens={self.kv_tokens} is less than max_length={self.max_length or 2}: one such sequence would not fit",
             "Raise kv_tokens, or lower max_length.",
         )
-        if self.gpu_memory is not None:
-            parse_bytes(self.gpu_memory, "gpu_memory")
-        if self.host_memory is not None:
-            parse_bytes(self.host_memory, "host_memory")
+        kept = None if str(self.prefix_memory) in ("0", "auto") else self.prefix_memory
+        for name, size in (("gpu_memory", self.gpu_memory), ("host_memory", self.host_memory), ("prefix_memory", kept)):
+            if size is not None:
+                parse_bytes(size, name)
         if self.slots is not None:
             read_slots(self.slots)
 

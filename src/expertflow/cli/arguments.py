@@ -25,7 +25,7 @@ from expertflow.sim.sweep import AS_RECORDED, strategy_names
 from expertflow.trace.format import open_trace
 from expertflow.units import read_slots
 
-_SERVE_NEEDS = ("fastapi", "uvicorn", "orjson", "prometheus_client")
+_SERVE_NEEDS = ("fastapi", "llguidance", "uvicorn", "orjson", "prometheus_client")
 """Modules of the extra `serve`."""
 
 

@@ -44,6 +44,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "large",
         "total",
         "host",
+        "prefix",
     )
     sizes = {
         name: getattr(plan, name)
@@ -137,6 +138,9 @@ def _show(prepared: Prepared, name: str) -> None:
     )
     experts = f"{shape.layers} layers x {shape.experts} experts"
     table.add_row("host", f"{experts}, {how}" if packed else experts, format_bytes(plan.host))
+    if plan.prefix:
+        pieces = f"keys and values of earlier prompts, in pieces of {plan.prefix_piece} tokens"
+        table.add_row("host", pieces, format_bytes(plan.prefix))
     console = Console()
     console.print(table)
     console.print(_meaning(plan))

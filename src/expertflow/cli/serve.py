@@ -23,12 +23,15 @@ from expertflow.serve.worker import Bounds, Loading, Worker
 from expertflow.units import format_bytes
 
 _SHIPPED = "novella"
+_SWITCH_SECONDS = 5e-4
+"""How long the thread that writes answers may keep the engine's waiting: Python's own 5 ms are longer than a step on a GPU."""
 KEY_VARIABLE = "EXPERTFLOW_API_KEY"
 """Variable of the environment that holds a key."""
 
 
 def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -> None:
     """Listen, load, serve until a signal comes."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     console = Console(stderr=True)
     options = ServeConfig.from_mapping(server)

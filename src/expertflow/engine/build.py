@@ -20,6 +20,7 @@ from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
 from expertflow.engine.plan import Plan
+from expertflow.engine.planning.prefix import buffer_bytes
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
 from expertflow.errors import BudgetError, ClosedError, QuantisedWarning
 from expertflow.events import CacheCounters, EventStream
@@ -27,6 +28,9 @@ from expertflow.execution.captured.experts import SharedParts
 from expertflow.execution.captured.view import CacheView, Coming
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
 from expertflow.execution.handover import Handover
+from expertflow.execution.kv.blocks import BlockStore
+from expertflow.execution.kv.copies import PageCopies
+from expertflow.execution.kv.prefix import NothingKept, PrefixCache
 from expertflow.execution.kv_rows import RowModel
 from expertflow.execution.observe import StepObserver
 from expertflow.execution.passes import Passes
@@ -36,6 +40,7 @@ from expertflow.execution.runner import CohortExecutor, EncoderDecoderExecutor, 
 from expertflow.formats.records import ExpertStore
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.live.predictor import LivePredictor
+from expertflow.memory.arena import HostArena
 from expertflow.memory.devices import entered, free_bytes
 from expertflow.memory.meter import CpuMeter, CudaMeter, Meter
 from expertflow.memory.slots import SlotPool
@@ -95,6 +100,7 @@ class OffloadedModel(Uncopied):
         live_predictor: the predictor that works, or None.
         handover: decides for every pass whether host or GPU decides it.
         passes: what lets one pass at a time run.
+        prefixes: beginnings of prompts that are kept; nothing before the executor is made.
     """
 
     @on_chosen_device
@@ -144,6 +150,8 @@ class OffloadedModel(Uncopied):
             wide=_wide(plan),
             large=plan.slot_layout.large,
         )
+        self.prefixes = NothingKept()
+        self._generated = config.prefix_generated
         self._wire(pool, forecast)
 
     def _make_predictor(self, prepared: Prepared, config: EngineConfig) -> LivePredictor | None:
@@ -258,7 +266,25 @@ class OffloadedModel(Uncopied):
         plan, given = self.plan, (self.model, self.skeleton)
         if plan.kv_layout is None:
             return EncoderDecoderRows(*given, plan.max_live, plan.max_length, self._context)
-        return RowModel(*given, plan.kv_layout, plan.shape.windows, self._context)
+        rows = RowModel(*given, plan.kv_layout, plan.shape.windows, self._context)
+        if plan.prefix:
+            with self.on_device():
+                self.prefixes = self._keep_prefixes(rows)
+        return rows
+
+    def _keep_prefixes(self, rows: RowModel) -> PrefixCache:
+        """Page-lock the memory for beginnings of prompts."""
+        plan, controller, handover = self.plan, self.controller, self.handover
+        arena = HostArena(plan.prefix, pin=self.device.type == "cuda")
+        copies = PageCopies(rows.cache.stacks, arena, self.device, buffer_bytes(plan.shape))
+
+        def watched() -> bool:
+            return any(observer is not controller for observer in handover.observers)
+
+        return PrefixCache(
+            rows.cache, copies, BlockStore(arena), piece=plan.prefix_piece, generated=self._generated,
+            predictor=self.live_predictor, aside=self.meter.aside, watched=watched,
+        )  # fmt: skip
 
     def playback(self, replay: Replay) -> Playback:
         """Make every layer use recorded experts, if the replay has some. The executor has to be made before."""
@@ -302,6 +328,7 @@ class OffloadedModel(Uncopied):
             return
         if (model := self._model_now()) is not None:
             unbind_experts(model, self.skeleton)
+        self.prefixes.close()
         if rows is not None:
             rows.drop()
         if not self._weights.shared:
@@ -360,15 +387,16 @@ def _check_memory(plan: Plan, config: EngineConfig, mapped: int, device: torch.d
         HostMemoryError: if the host lacks memory.
         BudgetError: if the device has less free memory than the plan takes.
     """
+    host = plan.host + plan.prefix
     if config.host_memory is not None:
-        check_host_memory(plan.host, parse_bytes(config.host_memory, "host_memory"))
+        check_host_memory(host, parse_bytes(config.host_memory, "host_memory"))
     elif plan.device == "cpu":
-        check_host_memory(plan.host + plan.total, None)
+        check_host_memory(host + plan.total, None)
     else:
-        check_host_memory(plan.host, None)
-    check_addresses(plan.host + mapped + (plan.total if plan.device == "cpu" else 0))
+        check_host_memory(host, None)
+    check_addresses(host + mapped + (plan.total if plan.device == "cpu" else 0))
     if plan.device == "cuda":
-        check_locking(plan.host)
+        check_locking(host)
         free = free_bytes(device)
         if plan.total > free:
             raise BudgetError(

@@ -101,7 +101,7 @@ class Engine:
     def __init__(self, offloaded: OffloadedModel, admission: str = "pays", routing: Replay | None = None) -> None:
         """Create an engine without requests."""
         self._offloaded, plan = offloaded, offloaded.plan
-        self._executor = offloaded.executor()
+        self._executor, self._prefixes = offloaded.executor(), offloaded.prefixes
         self._playback = None if routing is None else offloaded.playback(routing)
         self._sampler = Sampler(offloaded.device)
         self._watcher: Callable[[Sequence[int], Tensor], None] | None = None
@@ -137,6 +137,7 @@ class Engine:
             admission=make_admission(admission, self._durations.costs),
             pages=None if plan.kv_layout is None else plan.kv_layout.pages,
             page=1 if plan.kv_layout is None else plan.kv_layout.page,
+            beginnings=self._prefixes,
             pace=plan.pace,
         )
 
@@ -171,7 +172,8 @@ class Engine:
     @property
     def totals(self) -> Totals:
         """Totals so far, as a copy. Reading them waits for no step and changes nothing."""
-        return replace(self._totals)
+        found = self._prefixes
+        return replace(self._totals, prefix_cache_queries=found.queries, prefix_cache_hits=found.hits)
 
     @property
     def step_seconds(self) -> float:
@@ -212,6 +214,7 @@ class Engine:
         with self.lock:
             number = self._next
             self._scheduler.add(number, len(request.prompt_token_ids), request.kept)
+            self._prefixes.expect(number, request)
             self._next += 1
             channel = partial(_keep, self._outbox, number) if channel is None else channel
             self._running[number] = _Running(request=request, added=time.perf_counter(), channel=channel)
@@ -246,9 +249,11 @@ class Engine:
                 self.lock.release()
 
     def _remove(self, number: int) -> None:
-        if self._scheduler.lives(number):
-            self._executor.leave(self._scheduler.row(number))
+        row = self._scheduler.row(number) if self._scheduler.lives(number) else None
         self._scheduler.remove(number)
+        self._prefixes.leave(number, self._running[number].request.read_ids[:-1])
+        if row is not None:
+            self._executor.leave(row)
         del self._running[number]
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])
@@ -325,15 +330,11 @@ class Engine:
             chunks.append(
                 PromptChunk(part.sequence, read, row, part.begin, len(tokens) - part.end, request.kept, scored)
             )
-        self._announce(
-            NextBatch(
-                [chunk.sequence for chunk in chunks],
-                [len(chunk.tokens) for chunk in chunks],
-                padded_left=self._executor.padded_left,
-                rows=[chunk.row for chunk in chunks],
-                joined=self._executor.unpadded,
-            )
-        )
+        batch = NextBatch(
+            [chunk.sequence for chunk in chunks], [len(chunk.tokens) for chunk in chunks], padded_left=self._executor.padded_left,
+            rows=[chunk.row for chunk in chunks], joined=self._executor.unpadded, begins=[chunk.begin for chunk in chunks],
+        )  # fmt: skip
+        self._announce(batch)
         with self._offloaded.passes.lock:  # callers of the model itself wait
             logits = self._executor.prefill(chunks, partial(self._score, task))
         ended = [place for place, part in enumerate(task.parts) if part.last]

@@ -20,6 +20,7 @@ from expertflow.engine.planning.pass_size import (
     pass_tokens,
     token_flops,
 )
+from expertflow.engine.planning.prefix import buffer_bytes, plan_prefix
 from expertflow.engine.planning.slots import least_slots, plan_slots
 from expertflow.engine.planning.workspace import CUDA_LIBRARY_BYTES, graph_bytes, workspace_bytes
 from expertflow.errors import BudgetError, ConfigError
@@ -57,6 +58,7 @@ class Plan:
         kv_tokens: tokens of keys and values of all live sequences together.
         prefill_chunk: tokens of a prefill pass.
         host: the expert store in host memory.
+        prefix: keys and values of earlier prompts in host memory.
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
         predictor: weights, state and working memory of the predictor, where it is on the device.
         schedule: how live sequences that take turns are grouped: `fifo`, `group` or `auto`.
@@ -82,6 +84,7 @@ class Plan:
     kv_tokens: int
     prefill_chunk: int
     host: int
+    prefix: int = 0
     schedule: str = "fifo"
     graph: int = 0
     predictor: int = 0
@@ -95,6 +98,11 @@ class Plan:
     def execution(self) -> str:
         """`graph` or `host`."""
         return "graph" if self.graph else "host"
+
+    @property
+    def prefix_piece(self) -> int:
+        """Tokens of a block of a prompt that is kept: a page, or a whole pass where the size of passes must not change a bit."""
+        return self.prefill_chunk if self.batch_invariant else PAGE
 
     @property
     def prompt_attention(self) -> str:
@@ -183,7 +191,7 @@ class Plan:
 
 
 class _Wanted(NamedTuple):
-    """What a plan is made from; `predictor` is bytes."""
+    """What a plan is made from; `predictor` and `prefix` are bytes."""
 
     config: EngineConfig
     shape: ModelShape
@@ -192,10 +200,18 @@ class _Wanted(NamedTuple):
     budget: int | None
     graph: bool
     predictor: int = 0
+    prefix: int = 0
 
 
-def make_plan(
-    config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str = "", *, predictor: int = 0
+def make_plan(  # noqa: PLR0913 - the last ones by keyword
+    config: EngineConfig,
+    shape: ModelShape,
+    device: str,
+    strategy: str,
+    no_graph: str = "",
+    *,
+    predictor: int = 0,
+    no_prefix: str = "",
 ) -> Plan:
     """Turn options into numbers.
 
@@ -206,6 +222,7 @@ def make_plan(
         strategy: name of the strategy, resolved.
         no_graph: why decode steps cannot run as graphs; empty if they can.
         predictor: bytes a predictor takes where it works; in the host execution that is host memory.
+        no_prefix: why no beginning of a prompt can be used again; empty if it can.
 
     Raises:
         BudgetError: if the budget cannot hold even one slot, or not the stated slots; names the least that works.
@@ -213,7 +230,10 @@ def make_plan(
     """
     if config.execution == "graph" and no_graph:
         raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
-    plan = _chosen(config, shape, device, strategy, no_graph, predictor)
+    budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
+    prefix = plan_prefix(config, shape, no_prefix)
+    host = _Wanted(config, shape, device, strategy, budget, graph=False, prefix=prefix)
+    plan = _chosen(host, host._replace(graph=True, predictor=predictor), no_graph)
     if config.batch_invariant and plan.execution == "host":
         reason = no_graph or plan.graph_unavailable_reason or "this is host execution"
         raise ConfigError(
@@ -222,11 +242,9 @@ def make_plan(
     return plan
 
 
-def _chosen(config: EngineConfig, shape: ModelShape, device: str, strategy: str, no_graph: str, predictor: int) -> Plan:
+def _chosen(host: _Wanted, captured: _Wanted, no_graph: str) -> Plan:
     """The plan of the stated execution, or of the one that 'auto' takes."""
-    budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
-    host = _Wanted(config, shape, device, strategy, budget, graph=False)
-    captured = host._replace(graph=True, predictor=predictor)
+    config, device = host.config, host.device
     if config.execution == "graph":
         return _sized(captured)
     preferred = config.execution == "auto" and device == "cuda"
@@ -269,7 +287,7 @@ def _sized(wanted: _Wanted) -> Plan:
 
     More tokens leave fewer slots, and fewer slots ask for more tokens: sizes grow from the smallest one until that ends.
     """
-    config, shape, device, _, budget, graph, _ = wanted
+    config, shape, device, _, budget, graph, *_ = wanted
     length = sequence_length(config, shape)
     together = config.max_batch * length  # no pass has more tokens, nor more than are kept
     if config.kv_tokens is not None:
@@ -296,14 +314,14 @@ def _sized(wanted: _Wanted) -> Plan:
 
 def _plan(wanted: _Wanted, chunk: int) -> Plan:
     """The plan with passes of `chunk` tokens."""
-    config, shape, device, strategy, budget, graph, predictor = wanted
+    config, shape, device, strategy, budget, graph, predictor, prefix = wanted
     max_length = sequence_length(config, shape)
     live = _max_live(config, shape)
     if shape.unplanned:  # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
         chunk = max(chunk, config.max_batch * max_length)
     workspace = _workspace(config, shape, max_length, chunk, graph=graph)
     if device == "cuda":
-        workspace += CUDA_LIBRARY_BYTES
+        workspace += CUDA_LIBRARY_BYTES + (buffer_bytes(shape) if prefix else 0)
     if budget is not None and shape.unplanned:
         raise ConfigError(
             f"gpu_memory={format_bytes(budget)} cannot be promised: the memory of {', '.join(shape.unplanned)} layers of "
@@ -334,6 +352,7 @@ def _plan(wanted: _Wanted, chunk: int) -> Plan:
         kv_tokens=kv.tokens,
         prefill_chunk=chunk,
         host=shape.records.store_bytes(shape.experts),
+        prefix=prefix,
         schedule=config.schedule,
         batch_invariant=config.batch_invariant,
         graph=captured,
@@ -350,7 +369,7 @@ def _workspace(config: EngineConfig, shape: ModelShape, length: int, chunk: int,
     """Workspace of the largest of all passes and steps, without cuBLAS."""
     linear, batch = graph and shape.prompt_kernel, config.max_batch
     workspace = workspace_bytes(shape, batch, length, chunk, grouped=graph, linear=linear)
-    if graph:  # a step whose routing is observed is the host's
+    if graph and not config.batch_invariant:  # a step whose routing is observed is the host's
         workspace = max(workspace, workspace_bytes(shape, batch, length, batch, prompts=False, linear=linear))
     return workspace
 

@@ -16,6 +16,7 @@ from expertflow.engine.planning.pass_size import SMALLEST
 from expertflow.errors import ConfigError, DeviceError
 from expertflow.execution.captured.capturable import graph_refusal
 from expertflow.execution.replay import Replay
+from expertflow.execution.rope import by_length
 from expertflow.formats.table import FORMATS, Formats
 from expertflow.memory.devices import resolve_device
 from expertflow.memory.store import memory_reported
@@ -143,8 +144,20 @@ def prepare(  # noqa: PLR0913 - the last ones by keyword
         predictor.check_model(located.fingerprint, wanted, str(skeleton.folder))
     choices = choose(config, skeleton, shape, predictor, forecast)
     reserved = predictor_bytes(choices.predictor, choices.device, *predictor_load(config))
-    plan = make_plan(config, shape, choices.device.type, choices.strategy.name, choices.no_graph, predictor=reserved)
+    plan = make_plan(
+        config, shape, choices.device.type, choices.strategy.name, choices.no_graph, predictor=reserved,
+        no_prefix=prefix_refusal(skeleton, routing),
+    )  # fmt: skip
     return Prepared(skeleton=skeleton, weights=weights, located=located, choices=choices, plan=plan)
+
+
+def prefix_refusal(skeleton: Skeleton, routing: Replay | None) -> str:
+    """Why a prompt cannot begin with another one's keys and values; empty if it can, where they lie in pages."""
+    if routing is not None:
+        return "recorded routing is replayed from the beginning of each prompt"
+    if any(by_length(module) for module in skeleton.model.modules()):
+        return f"rotary tables of {skeleton.config.model_type!r} depend on the length of a sequence"
+    return ""
 
 
 def choose(

@@ -40,6 +40,7 @@ class RequestOutput:
         first_token_seconds: from the request's arrival to its first token, waiting included.
         token_seconds: mean time of a later token; 0 if there is none.
         seed: seed of its random numbers, stated or drawn; None if it was greedy.
+        cached_tokens: tokens of the prompt that were not read, because an earlier prompt began with them.
         logprobs: of each generated token, see `StreamOutput`; None if they were not asked for.
         prompt_logprobs: the same of each prompt token but the first, which has None; None if they were not asked for.
     """
@@ -53,6 +54,7 @@ class RequestOutput:
     first_token_seconds: float = field(default=0.0, compare=False)
     token_seconds: float = field(default=0.0, compare=False)
     seed: int | None = field(default=None, compare=False)
+    cached_tokens: int = field(default=0, compare=False)
     logprobs: tuple[tuple[Logprob, ...], ...] | None = None
     prompt_logprobs: tuple[tuple[Logprob, ...] | None, ...] | None = None
 
@@ -67,6 +69,7 @@ class StreamOutput:
         text: new text that is certain; may be empty.
         output: the whole request, once it has finished.
         error: why the request ended without a result; then there is no new token.
+        cached_tokens: as of `RequestOutput`.
         logprobs: the new token's log-probability by the model's own logits, then those of the most probable tokens, which may have it
             again; None if they were not asked for.
     """
@@ -76,6 +79,7 @@ class StreamOutput:
     text: str
     output: RequestOutput | None = None
     error: RequestError | None = None
+    cached_tokens: int = 0
     logprobs: tuple[Logprob, ...] | None = None
 
 
@@ -174,6 +178,7 @@ class Request:
         limit: tokens it may generate at most.
         decoder: makes text of tokens; None if the model has no tokenizer.
         continues: whether the text continues the prompt (decoder-only) or stands by itself.
+        cached_tokens: as of `RequestOutput`; known once it is admitted.
         mask: restricts its tokens; None: it may get any.
 
     Attributes:
@@ -194,6 +199,7 @@ class Request:
     text: str = ""
     finish_reason: str | None = None
     continues: bool = True
+    cached_tokens: int = 0
     mask: TokenMask | None = None
     begun: float = 0.0
     _shown: int = 0
@@ -204,10 +210,10 @@ class Request:
         """Draw a seed, unless one is stated; list the logits that change; begin decoding at the prompt's end."""
         params = self.params
         self.seed = draw_seed() if params.seed is None else params.seed
-        self._edits = TokenEdits(params, self.prompt_token_ids, self.ends) if params.changes_logits else None
+        before = self.prompt_token_ids if self.continues else ()
+        self._edits = TokenEdits(params, before, self.ends) if params.changes_logits else None
         self.logprobs: list[tuple[Logprob, ...]] = []
         self.prompt_logprobs: list[tuple[Logprob, ...] | None] = [None]
-        before = self.prompt_token_ids if self.continues else ()
         skip = self.params.skip_special_tokens
         self._stream = None if self.decoder is None else TextStream(self.decoder, before, skip_special=skip)
 
@@ -292,7 +298,14 @@ class Request:
         fresh = self.text[self._shown : sure]
         self._shown = max(self._shown, sure)
         output = self._output(waited, lasted)
-        return StreamOutput(index=self.index, token_id=token, text=fresh, output=output, logprobs=logprobs)
+        return StreamOutput(
+            index=self.index,
+            token_id=token,
+            text=fresh,
+            output=output,
+            logprobs=logprobs,
+            cached_tokens=self.cached_tokens,
+        )
 
     def _decode(self, token: int) -> None:
         """Extend the text. Where special tokens are kept, the token that ends the request is left out."""
@@ -333,6 +346,7 @@ class Request:
             finish_reason=self.finish_reason,
             first_token_seconds=waited,
             token_seconds=(lasted - waited) / later if later else 0.0,
+            cached_tokens=self.cached_tokens,
             seed=self.seed if params.temperature else None,
             logprobs=None if params.logprobs is None else tuple(self.logprobs),
             prompt_logprobs=None if params.prompt_logprobs is None else tuple(self.prompt_logprobs),
@@ -349,6 +363,8 @@ class Totals:
         seconds: time in steps.
         first_token_seconds: time to the first token of the request that finished last, waiting included.
         finished: requests that ended with a result.
+        prefix_cache_queries: tokens of prompts whose beginnings were looked up.
+        prefix_cache_hits: of these, tokens that were not read again.
     """
 
     tokens: int = 0
@@ -356,3 +372,5 @@ class Totals:
     seconds: float = 0.0
     first_token_seconds: float = 0.0
     finished: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0

@@ -5,9 +5,10 @@ change what is drawn, and nothing has to be kept. The choice itself is `kernels.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import e, inf, log2
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -102,7 +103,7 @@ class Chosen(NamedTuple):
     """
 
     tokens: list[int]
-    faults: dict[int, str] = {}  # noqa: RUF012 - never changed
+    faults: Mapping[int, str] = MappingProxyType({})
     logprobs: Sequence[tuple[Logprob, ...] | None] = ()
 
 
@@ -136,11 +137,15 @@ class Sampler:
             words, faults = fill_all([one.mask for one in draws], vocabulary)
             mask = upload(words, self._device)
         rules = self._rules(draws, vocabulary)
+        changed = logits
         if any(one.edits is not None for one in draws):
-            logits = edit(logits, [one.edits for one in draws], [one.generated for one in draws])
+            changed = edit(logits, [one.edits for one in draws], [one.generated for one in draws])
         counted, shared = bool(rules[:, 1].any()), bool((rules[:, 2] < 1).any())
         there = upload(rules, self._device)
-        tokens = self._choose(logits, there, mask, counted=counted, shared=shared).tolist()
+        tokens = self._choose(changed, there, mask, counted=counted, shared=shared).tolist()
+        for place, (one, token) in enumerate(zip(draws, tokens, strict=True)):
+            if token == NO_TOKEN and one.mask is not None and int(most_probable(logits[place, None])[0]) != NO_TOKEN:
+                faults[place] = "its mask allows only tokens that are forbidden"
         return Chosen([NO_CHOICE if place in faults else token for place, token in enumerate(tokens)], faults)
 
     @torch.inference_mode()

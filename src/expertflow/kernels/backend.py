@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertflow.formats.format import Format
 from expertflow.kernels import dense_reference, reference
+from expertflow.kernels.latent import reference as latent_reference
 from expertflow.kernels.mlp import ExpertMlp
 from expertflow.kernels.residency import reference as residency_reference
 from expertflow.kernels.sampling import reference as sampling_reference
@@ -17,6 +18,7 @@ from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
     from expertflow.kernels import dense, experts, fetch
+    from expertflow.kernels.latent import decode, prompts
     from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
     from expertflow.kernels.residency import driver
@@ -38,6 +40,8 @@ class Backend:
     residency: Callable[..., Any]
     decode_attention: Callable[..., Tensor]
     prompt_attention: Callable[..., Tensor]
+    latent_attention: Callable[..., Tensor]
+    latent_prompts: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     reads: Callable[[Format], bool]
     choose: Callable[..., Tensor]
@@ -56,6 +60,8 @@ def backend(device: torch.device) -> Backend:
             driver.Residency,
             dense.decode_attention,
             attention.prompt_attention,
+            decode.decode_attention,
+            prompts.prompt_attention,
             dense.rms_norm,
             readers.reads,
             select.choose,
@@ -69,6 +75,8 @@ def backend(device: torch.device) -> Backend:
         residency_reference.Residency,
         dense_reference.decode_attention,
         dense_reference.prompt_attention,
+        latent_reference.decode_attention,
+        latent_reference.prompt_attention,
         dense_reference.rms_norm,
         reference.reads,
         sampling_reference.choose_each,

@@ -34,13 +34,19 @@ from expertflow.trace.owners import NO_SEQUENCE, BatchOwners, NextBatch
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_REMEMBERED = 1024
+"""Tokens after which a faded average has all but forgotten: the slowest fades by .99 a token."""
 
 
 class _Pass(NamedTuple):
-    """The forward pass that runs: each token's state row, and whether it is a decode step, whose tokens are taken in already."""
+    """The forward pass that runs: its number, each token's state row, and where the parts of prompts in the rows begin.
 
+    None of the last: it is a decode step, whose tokens are taken in already.
+    """
+
+    number: int
     rows: npt.NDArray[np.int64]
-    decoding: bool
+    begins: dict[int, int] | None
 
 
 class _LastBatch(NamedTuple):
@@ -65,6 +71,7 @@ class LivePredictor:
         routes: int32 `[C + 1, L, K]` on the predictor's device, each row's experts in its last step; E where unknown.
         probabilities: float32 `[C + 1, O, L, E]` there, of each row's next step, and within the horizons behind it.
         failure: why the predictor was switched off, or None.
+        listener: called with a state row, the place of a part of its prompt, and the part's true routes `[t, L, K]`; or None.
     """
 
     per_token, foreknown = True, False
@@ -89,6 +96,19 @@ class LivePredictor:
         self.probabilities = torch.zeros(rows, OUTPUTS, self._layers, self._experts, device=device)
         self._pass = _no_pass()
         self.failure: str | None = None
+        self.listener: Callable[[int, int, npt.NDArray[np.uint16]], None] | None = None
+
+    @property
+    def recalled(self) -> int:
+        """Tokens before a restart that the state depends on: all it can look at, and all that its faded averages still weigh."""
+        return max(_REMEMBERED, self._online.state.tokens.shape[1])
+
+    def unknown(self, count: int) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
+        """Routes `[count, L, K]` that are not known."""
+        shape = count, self._layers, self._top_k
+        if self._experts < 256:
+            return np.full(shape, self._experts, dtype=np.uint8)
+        return np.full(shape, self._experts, dtype=np.uint16)
 
     @property
     def sequences(self) -> int:
@@ -112,6 +132,16 @@ class LivePredictor:
         if self._last is not None and tuple(coming.sequences) == self._last.sequences:
             return  # they have their rows
         self._guarded(Step(-1), lambda: self._clear(self._rows.add(coming.sequences, coming.rows)))
+
+    def recall(self, sequence: int, row: int, tokens: Sequence[int], routes: npt.NDArray[np.integer]) -> None:
+        """Begin a sequence in a KV row with tokens that no pass reads, and their routes `[N, L, K]`; E where not known."""
+
+        def begin() -> None:
+            self._clear(self._rows.add([sequence], [row]))
+            rows, given = np.full(len(tokens), row), np.asarray(tokens, dtype=np.int64)
+            prompts.take_in(self._online, self.routes, rows, given, routes, self._room)
+
+        self._guarded(Step(-1), begin)
 
     def leave(self, sequences: Sequence[int]) -> None:
         """Forget sequences; their KV rows may go to others."""
@@ -249,16 +279,22 @@ class LivePredictor:
             self._online.free(rows)
             self.routes[self._tensor(np.array(rows))] = self._experts
 
-    def _outlook(self, step: Step) -> Outlook | None:
+    def _begin_pass(self, step: Step) -> None:
+        """Find the state rows of a pass's tokens."""
         self._pass = _no_pass()
         if step.tokens is None:
-            return None
+            return
+        self._pass = _no_pass(step.number)
+        coming = self._owners.coming
         rows = self._rows.of_tokens(self._owners.take(len(step.tokens)))
-        if not np.any(rows != NO_SEQUENCE):
-            return None
-        self._pass = _Pass(rows, decoding=self._owners.coming.lengths is None)
-        if not self._pass.decoding:  # prompts use most experts: for them, counts keep what a forecast would keep
-            return None
+        if np.any(rows != NO_SEQUENCE):
+            begins = None if coming.lengths is None else dict(zip(coming.rows, coming.begins, strict=False))
+            self._pass = _Pass(step.number, rows, begins)
+
+    def _outlook(self, step: Step) -> Outlook | None:
+        self._begin_pass(step)
+        if self._pass.begins is not None or not len(self._pass.rows):
+            return None  # prompts use most experts: for them, counts keep what a forecast would keep
         batch = self._next_batch(self.sequences)
         if batch is None:
             return None
@@ -269,22 +305,27 @@ class LivePredictor:
         return Outlook(take_turns([hazards(unite(each[group])) for group in batch.groups]))
 
     def _learn(self, step: Step) -> None:
-        rows = self._pass.rows
+        if self._pass.number != step.number:  # a pass that needs every expert asks for no outlook
+            self._begin_pass(step)
+        rows, begins = self._pass.rows, self._pass.begins
         if step.tokens is None or len(rows) != len(step.tokens):
             return
         routes = step.routes
         if routes is None:
             routes = np.full((len(step.tokens), self._layers, self._top_k), self._experts, dtype=np.uint16)
-        if self._pass.decoding:
+        if begins is None:
             self.pacing.count(step.loads, 1, step.ahead, step.found)
             live = np.flatnonzero(rows != NO_SEQUENCE)
             self.routes[self._tensor(rows[live])] = self._tensor(routes[live]).int()
         else:
             prompts.take_in(self._online, self.routes, rows, step.tokens, routes, self._room)
+            if self.listener is not None:
+                for row, begin in begins.items():
+                    self.listener(row, begin, routes[rows == row])
 
     def _tensor(self, values: npt.NDArray[np.integer]) -> Tensor:
         return to_device(values, self._online.device)
 
 
-def _no_pass() -> _Pass:
-    return _Pass(np.zeros(0, dtype=np.int64), decoding=False)
+def _no_pass(number: int = -1) -> _Pass:
+    return _Pass(number, np.zeros(0, dtype=np.int64), None)

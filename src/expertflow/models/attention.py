@@ -26,6 +26,8 @@ EMPTY = frozenset({"moe", "mlp", "dummy"})
 """Kinds of layers that keep nothing."""
 _WIDEST = 256
 """Elements of a head that the kernel of passes over prompts takes at most."""
+_WIDEST_LATENT = 512
+"""Elements of a latent that the kernels take at most."""
 _USUAL, _LONGEST = 1 << 17, 1 << 24
 """Positions that are looked at where the config states no context, and at most; a window of more than these is none."""
 _PROBED = (0, 1, 2, 3)
@@ -36,7 +38,7 @@ class AttentionForm(Enum):
     """What an attention module gives to the function that attends.
 
     HEADS: keys and values as they are cached, in heads whose width is a power of two. WIDE: likewise, of more than 256 elements.
-    RAGGED: of another width. LATENT: made from cached latents. OTHER: nothing that a kernel takes.
+    RAGGED: of another width. LATENT: made from cached latents, by one matrix. OTHER: nothing that a kernel takes.
     """
 
     HEADS = auto()
@@ -57,10 +59,18 @@ def attention_form(module: nn.Module) -> AttentionForm | None:
         return AttentionForm.HEADS if width <= _WIDEST else AttentionForm.WIDE
     if not 0 < width <= _WIDEST:
         return AttentionForm.OTHER
-    return AttentionForm.LATENT if latent else AttentionForm.RAGGED
+    if not latent:
+        return AttentionForm.RAGGED
+    return AttentionForm.LATENT if latent <= _WIDEST_LATENT and _from_latents(module) else AttentionForm.OTHER
 
 
-STEP_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.WIDE})
+def _from_latents(module: nn.Module) -> bool:
+    """Whether one matrix makes keys and values of what the cache keeps, by a method that can be replaced."""
+    matrix: Any = getattr(module, "kv_b_proj", None)
+    return isinstance(matrix, nn.Linear) and getattr(matrix, "bias", None) is None and hasattr(module, "expand_kv")
+
+
+STEP_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.WIDE, AttentionForm.LATENT})
 """Forms that the kernel of decode steps takes."""
 PROMPT_FORMS = frozenset({AttentionForm.HEADS, AttentionForm.RAGGED, AttentionForm.LATENT})
 """Forms that the kernel of passes over prompts takes."""

@@ -60,12 +60,16 @@ class Pieces:
         rows: int64 `[S]`, their KV rows.
         lasts: int64 `[S]`, the position in its sequence of each one's last token.
         longest: the most tokens that one has.
+        begins: int64 `[S]`, where the columns that each looks at would begin if those of all followed one another.
+        columns: how many these are in all.
     """
 
     bounds: Tensor
     rows: Tensor
     lasts: Tensor
     longest: int
+    begins: Tensor
+    columns: int
 
     @classmethod
     def of(cls, pieces: Sequence[tuple[int, int, int]], device: torch.device) -> "Pieces":
@@ -73,8 +77,16 @@ class Pieces:
         rows, firsts, ends = zip(*pieces, strict=True)
         counts = [end - first for first, end in zip(firsts, ends, strict=True)]
         begins = [0, *accumulate(counts)][:-1]
-        there = torch.tensor([begins, counts, rows, [end - 1 for end in ends]]).to(device)
-        return cls(bounds=there[:2], rows=there[2], lasts=there[3], longest=max(counts))
+        columns = [0, *accumulate(ends)]
+        there = torch.tensor([begins, counts, rows, [end - 1 for end in ends], columns[:-1]]).to(device)
+        return cls(
+            bounds=there[:2],
+            rows=there[2],
+            lasts=there[3],
+            longest=max(counts),
+            begins=there[4],
+            columns=columns[-1],
+        )
 
     @property
     def ends(self) -> Tensor:

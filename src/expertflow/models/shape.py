@@ -37,7 +37,7 @@ class KvLayer:
 
     Attributes:
         bytes_per_token: of keys and values together, for one sequence.
-        read_per_token: the same as attention reads them: latents are kept as they are and expanded in each pass.
+        read_per_token: the same as the model's own attention reads them: latents are kept as they are and expanded in each pass.
         in_pages: whether they lie in pages, of which a sequence has as many as it needs.
         source_length: whether the layer holds the encoder's tokens (cross-attention) instead of generated ones.
     """
@@ -76,6 +76,7 @@ class ModelShape:
         unserved: kinds of layers that no pass of ours over a part of a prompt was tested with.
         in_rows: whether keys and values can be kept in KV rows, so that sequences may join or end at any step.
         windows: tokens each decoder layer sees, the current one included; None: all. Empty where that is not known.
+        latent: elements of what is kept of a token's keys and values together, beside the keys' rotary part; 0: they are kept themselves.
         prompt_kernel: whether graph execution has a kernel for the attention of passes over prompts, in all layers.
         decode_kernel: whether it has one for that of decode steps, in all layers.
         expert_format: name of the format that experts are quantised to on loading; empty: they stay as they are stored.
@@ -105,6 +106,7 @@ class ModelShape:
     unserved: tuple[str, ...]
     in_rows: bool
     windows: tuple[int | None, ...] = ()
+    latent: int = 0
     prompt_kernel: bool = False
     decode_kernel: bool = False
     expert_format: str = ""
@@ -167,6 +169,7 @@ def shape_of(skeleton: Skeleton, layers: Sequence[Sequence[TensorSpec]] | None =
         unserved=() if skeleton.encoder_decoder else _unserved(skeleton, config, unplanned),
         in_rows=in_rows,
         windows=windows or (),
+        latent=(getattr(config, "kv_lora_rank", None) or 0) if paged else 0,
         prompt_kernel=paged and by_kernel(skeleton.model, len(windows or ())),
         decode_kernel=paged and by_kernel(skeleton.model, len(windows or ()), STEP_FORMS),
         expert_format="" if skeleton.expert_format is None else skeleton.expert_format.name,

@@ -10,7 +10,7 @@ get rows. Pure: numbers in, numbers out, no clock, no tensors. Must not know tok
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,16 @@ class Part(NamedTuple):
     begin: int
     end: int
     last: bool
+
+
+class Beginnings(Protocol):
+    """Knows what of a prompt need not be read."""
+
+    def begin(self, sequence: int, row: int) -> int:
+        """Let an admitted sequence begin in a KV row; tokens of its prompt that need not be read."""
+
+    def shared(self, sequence: int) -> int:
+        """Pages that a live sequence has in common with others, or that a waiting one would have."""
 
 
 class Prefill(NamedTuple):
@@ -118,6 +128,7 @@ class Scheduler:
         pages: of keys and values, for all live sequences; None: a row is all that a sequence needs.
         page: tokens of one; where a pass has several, a piece of a prompt ends at a border of pages, so that others can begin there.
         pace: how long passes may last while sequences wait for their next token; None: as long as `chunk` tokens take.
+        beginnings: what of prompts need not be read; None: all of them is read.
 
     Raises:
         ConfigError: if a number is impossible.
@@ -139,6 +150,7 @@ class Scheduler:
     admission: Admission = field(default_factory=AtOnce)
     pages: int | None = None
     page: int = 1
+    beginnings: Beginnings | None = None
     pace: Pace | None = None
     _waiting: dict[int, _Sequence] = field(default_factory=dict)
     _live: dict[int, _Sequence] = field(default_factory=dict)
@@ -201,13 +213,16 @@ class Scheduler:
         self._waiting[sequence] = _Sequence(prompt=prompt, pages=need)
 
     def remove(self, sequence: int) -> bool:
-        """Forget a request that finished or was cancelled; False if it neither waits nor lives."""
+        """Forget a request that finished or was cancelled; False if it neither waits nor lives.
+
+        Call it before the pages of its row go back.
+        """
         if self._waiting.pop(sequence, None) is not None:
             return True
-        gone = self._live.pop(sequence, None)
-        if gone is None:
+        if sequence not in self._live:
             return False
-        self._left += gone.pages
+        self._left += self._live[sequence].pages - self._shared(sequence)
+        gone = self._live.pop(sequence)
         self._free.append(gone.row)
         self._free.sort()
         self._leave_round(sequence)
@@ -344,24 +359,32 @@ class Scheduler:
     def _admissible(self) -> int:
         """Waiting requests that free rows and pages would take, as they came; all of them where rows are what is short."""
         left, count = self._left, 0
-        for known in islice(self._waiting.values(), _LOOKED_AT):
-            if count == len(self._free) or (known.pages > left and known.passed >= self.patience):
+        for sequence, known in islice(self._waiting.items(), _LOOKED_AT):
+            need = self._need(sequence, known, left)
+            if count == len(self._free) or (need > left and known.passed >= self.patience):
                 break
-            if known.pages <= left:
-                left, count = left - known.pages, count + 1
+            if need <= left:
+                left, count = left - need, count + 1
         return count if count < len(self._free) else len(self._waiting)
 
     def _fitting(self) -> list[int]:
         """Waiting requests that may be admitted now, as they came: those that fit, but none past one that lost its patience."""
         found: list[int] = []
         for sequence, known in islice(self._waiting.items(), _LOOKED_AT):
-            if known.pages <= self._left:
+            if self._need(sequence, known, self._left) <= self._left:
                 found.append(sequence)
             elif known.passed >= self.patience:
                 break
             if len(found) == _CANDIDATES:
                 break
         return found
+
+    def _need(self, sequence: int, known: _Sequence, left: int) -> int:
+        """Pages that a waiting request would take; what it shares is only looked up where it matters."""
+        return known.pages if known.pages <= left else known.pages - self._shared(sequence)
+
+    def _shared(self, sequence: int) -> int:
+        return 0 if self.beginnings is None else self.beginnings.shared(sequence)
 
     def _admit(self) -> None:
         """Give free rows to waiting requests that fit: as they came, or those whose routes are most like the live ones'."""
@@ -374,6 +397,9 @@ class Scheduler:
             chosen = self._waiting.pop(sequence)
             chosen.row, self._left = self._free.pop(0), self._left - chosen.pages
             self._live[sequence] = chosen
+            if self.beginnings is not None:
+                chosen.read = self.beginnings.begin(sequence, chosen.row)
+                self._left += self._shared(sequence)
 
     def _choose(self, candidates: list[int]) -> int:
         oldest = candidates[0]

@@ -17,10 +17,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from expertflow.errors import ExpertFlowError, NonFiniteError
-from expertflow.serve.protocol import anthropic
 from expertflow.serve.protocol.errors import ApiError
-from expertflow.serve.protocol.writer import Frame, Writer
 from expertflow.serve.worker import Item, Outbox, Worker
+from expertflow.serve.writers import anthropic
+from expertflow.serve.writers.writer import Frame, Writer
 
 if TYPE_CHECKING:
     from expertflow.engine.request import Request as Sequence_

@@ -127,6 +127,10 @@ def _add_calls(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         return await answer(request, service.worker, await service.aside(service.complete, await _body(request)))
 
+    @_route(app, "POST", "/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await answer(request, service.worker, await service.aside(service.respond, await _body(request)))
+
     @_route(app, "POST", "/v1/messages")
     async def messages(request: Request) -> Response:
         return await answer(request, service.worker, await service.aside(service.message, await _body(request)))

@@ -19,7 +19,7 @@ from expertflow.memory.devices import free_bytes, resolve_device
 from expertflow.models.files.checkpoint import resolve
 from expertflow.models.places import context_of
 from expertflow.models.weights.sources import FileWeights
-from expertflow.serve.reading import shaper_of
+from expertflow.serve.reading import grammars_of, shaper_of
 from expertflow.serve.worker import Loading
 
 
@@ -55,7 +55,8 @@ def load(model: str | None, options: Mapping[str, Any], loading: Loading, share:
     chosen = {**options, "max_length": config.max_length, "kv_tokens": config.kv_tokens}
     llm = LLM(folder, weights=FileWeights(watch), progress=True, **chosen)
     assert llm.chat_params  # a generation config that means nothing is an error now, not at the first request
-    loading.shaper, loading.link = shaper_of(llm), llm.link_speed()
+    loading.shaper, loading.grammars = shaper_of(llm), grammars_of(llm)
+    loading.link = llm.link_speed()
     return llm
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from expertflow.serve.protocol.parts import Call, Part, Reader, Shaper
+from expertflow.serve.grammar import Grammars
+from expertflow.serve.writers.parts import Call, Part, Reader, Shaper
 
 if TYPE_CHECKING:
     from expertflow.engine.llm import LLM
@@ -117,6 +118,14 @@ def shaper_of(llm: "LLM") -> Shaper:
     if template is None or not marked:
         return Shaper(None, tools=False)
     return Shaper(partial(_make, template), tools="tools" in chat)
+
+
+def grammars_of(llm: "LLM") -> Grammars:
+    """What makes masks of tokens for a model, with its marks of calls and of content."""
+    kind, chat = llm.model.config.model_type, str(getattr(llm.tokenizer, "chat_template", None) or "")
+    tagged = TEMPLATES.get(kind) is _TAGGED and "<tool_call>" in chat
+    opens = "<|channel|>final<|message|>" if TEMPLATES.get(kind) is _CHANNELS and "<|channel|>" in chat else ""
+    return Grammars(llm, ("<tool_call>\n", "\n</tool_call>") if tagged else None, opens)
 
 
 def _make(template: Mapping[str, Any], prefix: str, tools: Sequence[Any]) -> Reader:

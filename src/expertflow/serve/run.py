@@ -2,7 +2,7 @@
 
 1. The socket listens before the model is loaded, and `/health` answers.
 2. At the first signal new requests are refused; those that run have some seconds, then they are cancelled.
-3. A second signal ends everything at once.
+3. A second signal cancels them at once.
 
 Must not know routes.
 """
@@ -71,7 +71,7 @@ def run(app: ASGIApp, worker: Worker, bound: socket.socket, grace: float, ready:
         BaseException: what loading the model raised.
     """
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, ws="none", server_header=False, lifespan="on",
+        app, log_config=None, access_log=False, ws="none", server_header=False, lifespan="off",
         timeout_keep_alive=_IDLE_SECONDS, timeout_graceful_shutdown=_CLOSE_SECONDS, h11_max_incomplete_event_size=_HEADER_BYTES,
     )  # fmt: skip
     asyncio.run(_run(_Server(config), worker, bound, grace, ready))
@@ -86,7 +86,7 @@ async def _run(
 
     def stopped() -> None:
         if stop.is_set():
-            server.should_exit = server.force_exit = True
+            worker.hurry()
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -106,8 +106,10 @@ async def _run(
             server.should_exit = True
 
     ends += [asyncio.ensure_future(end()), asyncio.ensure_future(watch())]
+    worker.start()
     try:
         await server.serve(sockets=[bound])
+        await worker.close()
     finally:
         for task in ends:
             task.cancel()

@@ -18,9 +18,6 @@ import orjson
 
 from expertflow.errors import ConfigError, PromptError
 from expertflow.serve.answers import Call
-from expertflow.serve.protocol.anthropic import MessageWriter, chat_fields
-from expertflow.serve.protocol.chat import ChatWriter
-from expertflow.serve.protocol.completions import CompletionWriter, Wanted
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import (
     CHAT,
@@ -31,18 +28,23 @@ from expertflow.serve.protocol.fields import (
     read_fields,
     required,
 )
-from expertflow.serve.protocol.likelihoods import Texts
+from expertflow.serve.protocol.forms import form_of
 from expertflow.serve.protocol.messages import messages_of
-from expertflow.serve.protocol.parts import Answer, PlainReader
 from expertflow.serve.protocol.sampling import choices, sampling
 from expertflow.serve.protocol.tools import tools_of
-from expertflow.serve.protocol.writer import Head, Writer
+from expertflow.serve.writers import anthropic, responses
+from expertflow.serve.writers.chat import ChatWriter
+from expertflow.serve.writers.completions import CompletionWriter, Wanted
+from expertflow.serve.writers.likelihoods import Texts
+from expertflow.serve.writers.parts import Answer, PlainReader
+from expertflow.serve.writers.writer import Head, Writer
 
 if TYPE_CHECKING:
     from expertflow.config import SamplingParams
     from expertflow.engine.inputs import Prompt
     from expertflow.engine.llm import LLM
     from expertflow.engine.request import Request, RequestOutput
+    from expertflow.execution.sampling.masks import TokenMask
     from expertflow.serve.metrics import Metrics
     from expertflow.serve.worker import Worker
 
@@ -134,6 +136,7 @@ class Service:
         llm: "LLM",
         fields: Mapping[str, Any],
         write: "Callable[[Head, Sequence[Answer], SamplingParams], Writer]",
+        left_out: Sequence[str] = (),
     ) -> Call:
         """A call that answers a chat, in any API's shape.
 
@@ -141,6 +144,7 @@ class Service:
             llm: the model.
             fields: honoured fields of `CHAT`.
             write: makes the writer.
+            left_out: of the request, beside what `tools_of` leaves out.
 
         Raises:
             ApiError: if the fields are bad.
@@ -154,14 +158,21 @@ class Service:
         if shaper.make is not None:  # marks of an answer's parts are special tokens in some models
             options = replace(options, skip_special_tokens=False)
         params = choices(options, fields.get("n", 1))
-        requests = [make_request(llm, prompt, one, place, "messages") for place, one in enumerate(params)]
         readers = [shaper.make(prompt.text or "", tools.given) if shaper.make else PlainReader() for _ in params]
+        form, grammars = form_of(fields, tools), self.worker.loading.grammars
+        masks: Sequence[TokenMask | None] = [None] * len(params)
+        if form is not None and grammars is not None:
+            masks = grammars.masks(form, len(params), reasoning=readers[0].reasoning)
+        requests = [
+            make_request(llm, prompt, one, place, "messages", mask)
+            for place, (one, mask) in enumerate(zip(params, masks, strict=True))
+        ]
         answers = [Answer(reader, 1 if tools.single else None) for reader in readers]
         return Call(
             requests=requests,
             writer=write(self._head(llm, fields, model, [prompt]), answers, options),
             stream=fields.get("stream", False),
-            headers=left_out_header(tools.left_out),
+            headers=left_out_header([*left_out, *tools.left_out]),
         )
 
     def message(self, llm: "LLM", body: dict[str, Any]) -> Call:
@@ -170,13 +181,24 @@ class Service:
         Raises:
             ApiError: if the body is bad.
         """
-        fields = chat_fields(body)
+        fields = anthropic.chat_fields(body)
         required(fields, "max_tokens")
 
-        def write(head: Head, answers: Sequence[Answer], params: "SamplingParams") -> MessageWriter:
-            return MessageWriter(head, answers, partial(stopped_by, llm, params))
+        def write(head: Head, answers: Sequence[Answer], params: "SamplingParams") -> Writer:
+            return anthropic.MessageWriter(head, answers, partial(stopped_by, llm, params))
 
         return self.answer(llm, fields, write)
+
+    def respond(self, llm: "LLM", body: dict[str, Any]) -> Call:
+        """A call of `/v1/responses`.
+
+        Raises:
+            ApiError: if the body is bad.
+        """
+        fields, left_out = responses.chat_fields(body)
+        return self.answer(
+            llm, fields, lambda head, answers, _: responses.ResponseWriter(head, answers, body), left_out
+        )
 
     def count(self, llm: "LLM", body: dict[str, Any]) -> dict[str, int]:
         """The answer of `/v1/messages/count_tokens`.
@@ -184,7 +206,7 @@ class Service:
         Raises:
             ApiError: if the body is bad.
         """
-        fields = chat_fields(body)
+        fields = anthropic.chat_fields(body)
         self.names.check(fields.get("model"))
         return {"input_tokens": len(render(llm, fields, tools_of(fields).given).token_ids)}
 
@@ -342,7 +364,9 @@ def _echo(llm: "LLM", prompt: "Prompt") -> str:
     return llm.requests.text.reader.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
 
-def make_request(llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: int, param: str) -> "Request":
+def make_request(
+    llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: int, param: str, mask: "TokenMask | None" = None
+) -> "Request":
     """The engine's request.
 
     Args:
@@ -351,6 +375,7 @@ def make_request(llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: 
         params: how to sample and stop.
         place: among the choices of the request body.
         param: the field that the prompt came in.
+        mask: restricts its tokens; None: it may get any.
 
     Raises:
         ApiError: if the prompt leaves no room for a token, or a stop text cannot be found in text.
@@ -363,7 +388,7 @@ def make_request(llm: "LLM", prompt: "Prompt", params: "SamplingParams", place: 
             "Shorten it, or serve with a larger --max-model-len.",
             code="context_length_exceeded",
         )
-    return _refusing(lambda: llm.request(prompt, params, index=place), "stop")
+    return _refusing(lambda: llm.request(prompt, params, index=place, mask=mask), "stop")
 
 
 def _refusing(work: Callable[[], _T], param: str) -> _T:

@@ -23,7 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from expertflow.serve.protocol.errors import ApiError
-from expertflow.serve.protocol.parts import Shaper
+from expertflow.serve.writers.parts import Shaper
 
 if TYPE_CHECKING:
     from expertflow.engine.engine import Engine
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from expertflow.engine.plan import Plan
     from expertflow.engine.request import Request, StreamOutput
     from expertflow.execution.captured.view import CacheView, Coming
+    from expertflow.serve.grammar import Grammars
 
 _log = logging.getLogger(__name__)
 _FAULTS = 2
@@ -51,6 +52,7 @@ class Loading:
         total: of all bytes; 0: not known yet.
         shaper: what is known of the model's answers, once it is ready.
         link: bytes a second that loads of experts reach alone, measured before the first request; 0: not known.
+        grammars: makes masks of tokens, once it is ready.
     """
 
     phase: str = "starting"
@@ -58,6 +60,7 @@ class Loading:
     total: int = 0
     shaper: Shaper = field(default_factory=Shaper)
     link: float = 0.0
+    grammars: "Grammars | None" = None
 
 
 class Bounds(NamedTuple):
@@ -188,7 +191,7 @@ class Worker:
         self.refused: dict[str, int] = {"queue": 0, "draining": 0, "loading": 0}
         self._llm: LLM | None = None
         self._error: BaseException | None = None
-        self._draining = False
+        self._draining, self._drained = False, 0.0
         self._live: set[Ticket] = set()
         self._seconds_a_request = 1.0
         self._inbox: SimpleQueue[Callable[[Engine], None] | None] = SimpleQueue()
@@ -299,8 +302,8 @@ class Worker:
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, wait for those that run, and cancel what is left after that many seconds."""
         self._draining = True
-        end = time.monotonic() + seconds
-        while self._live and time.monotonic() < end:  # noqa: ASYNC110 - twice in a server's life
+        self._drained = time.monotonic() + seconds
+        while self._live and time.monotonic() < self._drained:  # noqa: ASYNC110 - twice in a server's life
             await asyncio.sleep(0.02)
         left = list(self._live)
         for ticket in left:
@@ -309,6 +312,10 @@ class Worker:
             )
         for outbox in {ticket.outbox for ticket in left}:
             self.cancel(outbox)
+
+    def hurry(self) -> None:
+        """Let `drain` wait no longer."""
+        self._drained = 0.0
 
     async def close(self) -> None:
         """End the thread and free the model's memory; a model that is still being loaded is not waited for."""

@@ -24,6 +24,7 @@ class NextBatch(NamedTuple):
         following: sequences of the groups that step after this one, group by group, as far as is known.
         rows: KV row of each sequence; empty where nothing needs them.
         joined: whether prompts follow one another without padding.
+        begins: for prefill, the place of each part's first token in its prompt; empty where nothing needs them.
     """
 
     sequences: Sequence[int]
@@ -32,6 +33,7 @@ class NextBatch(NamedTuple):
     following: Sequence[Sequence[int]] = ()
     rows: Sequence[int] = ()
     joined: bool = False
+    begins: Sequence[int] = ()
 
 
 class BatchOwners:

@@ -7,6 +7,7 @@ from expertflow.execution.kv.layout import pages_of
 from expertflow.execution.sampling.scoring import POSITIONS
 from expertflow.formats.dtypes import DTYPES
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
+from expertflow.kernels.latent.reference import EXPANDED, spans_of
 from expertflow.kernels.mlp import Workspace
 from expertflow.kernels.residency.state import CacheState
 from expertflow.models.shape import ModelShape
@@ -41,7 +42,14 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
 
 
 def attention_parts(shape: ModelShape, rows: int, length: int) -> int:
-    """Return the bytes in which a captured step's attention keeps the sums of a sequence's spans; none if there is one span."""
+    """Return the bytes in which a captured step's attention keeps the sums of a sequence's spans; none if there is one span.
+
+    Over latents there are queries brought to them as well, and sums also of one span.
+    """
+    if shape.latent:
+        least, most = spans_of(shape.heads)
+        element, spans = DTYPES[shape.dtype].nbytes, min(most, pages_of(length, least))
+        return rows * shape.heads * (spans * (shape.latent * element + 4) + shape.latent * element)
     spans, width = pages_of(length, SPAN), shape.head_width // shape.heads
     heads = max(layer.read_per_token for layer in shape.kv) // (2 * DTYPES[shape.dtype].nbytes * width)
     padded = max(LEAST_HEADS, 1 << (shape.heads // heads - 1).bit_length())
@@ -82,9 +90,12 @@ def workspace_bytes(  # noqa: PLR0913 - three by keyword
     if not linear:
         steady += batch * columns * length * (2 * element + 8)
     if any(layer.in_pages for layer in shape.kv):  # where a pass's keys and values lie in their pages
-        gathered = not linear or any(layer.read_per_token > layer.bytes_per_token for layer in shape.kv)
-        steady += tokens * 8 * 8 + gathered * batch * length * (shape.heads + 4) * 8 * len(set(shape.windows))
+        steady += tokens * 8 * 8
+        if not linear:
+            steady += batch * length * (shape.heads + 4) * 8 * len(set(shape.windows))
     attention = _attention(shape, batch, length, tokens, linear=linear)
+    if linear and prompts and shape.latent:
+        attention += _expanded(shape, batch * length)
     return int(_SLACK * (steady + max(attention, _moe(shape, tokens, grouped=grouped), _head(shape, batch))))
 
 
@@ -93,16 +104,19 @@ def _attention(shape: ModelShape, batch: int, length: int, tokens: int, *, linea
     tokens = max(tokens, batch * columns)  # a pass without padding has as many as it is large
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
-    if linear:  # rows are read where they lie; only latents are gathered, and expanded to values and to parts of keys that are joined
-        expanded = max(
-            (layer.read_per_token for layer in shape.kv if layer.read_per_token > layer.bytes_per_token), default=0
-        )
-        return heads + (expanded + shape.head_width * element) * batch * length * (expanded > 0)
+    if linear:  # what is kept is read where it lies
+        return heads
     # a layer's KV rows of the sequences that step are gathered; keys and values are repeated over grouped heads
     cache = max((layer.read_per_token for layer in shape.kv), default=0) * batch * length
     repeated = 3 * batch * length * shape.head_width * element
     scores = batch * shape.heads * columns * length * (4 if not shape.encoder_decoder and not shape.scores else 16)
     return heads + cache + repeated + scores
+
+
+def _expanded(shape: ModelShape, columns: int) -> int:
+    """Keys and values that are made of latents at once: of so many heads as fit, of one at least."""
+    of_head = max(layer.read_per_token - layer.bytes_per_token for layer in shape.kv) // shape.heads * columns
+    return max(of_head, min(of_head * shape.heads, EXPANDED))
 
 
 def _moe(shape: ModelShape, tokens: int, *, grouped: bool) -> int:

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -57,6 +56,8 @@ class DenseParts:
         for attention in self._attentions:
             own, form = getattr(attention.config, "own", attention.config), found[attention]
             attention.config = AttentionConfig(own, context, form)
+            if form is AttentionForm.LATENT:
+                attention.expand_kv = _expansion(attention, context)
 
     @property
     def attends(self) -> bool:
@@ -77,6 +78,8 @@ class DenseParts:
     ) -> Tensor:
         """`[B, Q, 1, D]` over keys and values of all KV rows to `[B, 1, Q, D]`; a bias is `[1, Q, 1, M]`, by distance."""
         (query, keys, values), now, bias = given, self._context.now, more.get("position_bias")
+        if module.config.form is AttentionForm.LATENT:
+            return self._over_latents(module, given, scale)
         queries, attend = query[:, :, 0].contiguous(), self._kernels.decode_attention
         if not module.is_causal:  # over what the encoder has read, all of it
             assert now.lasts is not None
@@ -85,6 +88,12 @@ class DenseParts:
         by_distance = None if bias is None else bias[0, :, 0]
         where, table = (now.rows, now.positions[:, 0]), self._table(module)
         return attend(queries, keys, values, where, scale, window, sinks, by_distance, table=table)[:, None]
+
+    def _over_latents(self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
+        """`[B, Q, 1, D]` over latents and rotary parts in pages, which come as keys and values, to `[B, 1, Q, V]`."""
+        query, now, weight = given[0][:, :, 0], self._context.now, module.kv_b_proj.weight
+        where = now.rows, now.positions[:, 0]
+        return self._kernels.latent_attention(query, given[1:], weight, where, scale, self._table(module))[:, None]
 
     def _table(self, module: Any) -> Tensor | None:
         """The page table of an attention layer; None where keys and values lie in rows."""
@@ -103,7 +112,6 @@ class PromptParts(DenseParts):
         """Make the modules look at the context, unless some layer's attention has no form that the kernel takes: then all keep theirs."""
         super().__init__(model, skeleton, windows, context)
         self._attends = by_kernel(model, len(windows))
-        self._latent = any(module.config.form is AttentionForm.LATENT for module in self._attentions)
 
     @property
     def attends(self) -> bool:
@@ -112,8 +120,8 @@ class PromptParts(DenseParts):
 
     @property
     def in_place(self) -> bool:
-        """Not where keys and values are made from latents, for the sequences of a pass."""
-        return self._attends and not self._latent
+        """Wherever it is computed here."""
+        return self._attends
 
     def attend(
         self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float, more: Mapping[str, Any]
@@ -121,15 +129,24 @@ class PromptParts(DenseParts):
         """`[B, Q, C, D]` over keys and values of all KV rows, or of those of the pass, to `[B, C, Q, V]`."""
         now, pieces = self._context.now, None
         assert more.get("position_bias") is None
+        if module.config.form is AttentionForm.LATENT:
+            return self._of_prompts(module, given, scale)
         rows, table, lasts = now.rows, self._table(module), now.positions[:, -1]
         if now.pieces is not None:
-            assert self.in_place
             rows, lasts, pieces = now.pieces.rows, now.pieces.lasts, (now.pieces.bounds, now.pieces.longest)
-        elif not self.in_place:  # what the pass's own rows have was copied
-            rows, table = torch.arange(len(now.rows), device=now.rows.device), None
         return self._kernels.prompt_attention(
             *given, (rows, lasts), scale, self._windows[module.layer_idx], sinks=getattr(module, "sinks", None),
             softcap=more.get("softcap"), table=table, pieces=pieces,
+        )  # fmt: skip
+
+    def _of_prompts(self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
+        """`[1, Q, T, D]` over latents and rotary parts in pages to `[1, T, Q, V]`; a step that the host decides is one of decoding."""
+        pieces, weight = self._context.now.pieces, module.kv_b_proj.weight
+        if pieces is None:
+            return self._over_latents(module, given, scale)
+        return self._kernels.latent_prompts(
+            given[0], given[1:], weight, (pieces.rows, pieces.lasts), scale, self._table(module),
+            pieces=(pieces.bounds, pieces.longest), room=(pieces.begins, pieces.columns),
         )  # fmt: skip
 
 
@@ -167,6 +184,17 @@ def _norm_forward(module: nn.Module, context: ForwardContext) -> Callable[[Tenso
         return own(norm(), states) if dense is None else dense.norm(norm(), states)
 
     return forward
+
+
+def _expansion(module: Any, context: ForwardContext) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A method that makes keys and values of latents, unless attention reads latents; it must not keep the module alive."""
+    own: Callable[..., tuple[Tensor, Tensor]] = type(module).expand_kv
+    attention = weakref.ref(module)
+
+    def expand_kv(kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:  # transformers' names
+        return (kv_nope, k_rot) if context.now.all_rows else own(attention(), kv_nope, k_rot)
+
+    return expand_kv
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -1,14 +1,13 @@
-"""A transformers cache whose keys and values lie in pages, and what is copied out of it and in again.
+"""A transformers cache whose keys and values lie in pages.
 
-All layers of a kind are one tensor of keys and one of values, so that clearing and copying pages is one launch each. Page
+All layers of a kind are one tensor of keys and one of values, so that clearing pages is one launch each. Page
 tables are device buffers at fixed addresses: captured steps stay valid while pages change hands. Where a pass writes is
 worked out on the host and comes with its tokens. Must not know requests, experts and graphs.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +16,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from expertflow.errors import ConfigError
 from expertflow.execution.kv.layout import WASTE, Layout
-from expertflow.execution.kv.pages import PageTable
+from expertflow.execution.kv.pages import Beginning, PageTable
 from expertflow.models.context import ForwardContext
 
 
@@ -31,31 +29,14 @@ class Span(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Kept:
-    """Keys and values of a range of tokens in host memory, of the layers of some kinds.
+class PageWatcher(Protocol):
+    """Learns what happens to pages."""
 
-    Attributes:
-        begin: its first token.
-        end: the token behind its last.
-        parts: by kind: first token of the part, keys and values, `[pages, layers, heads, page, width]` each, places as on the device.
-        copied: comes when the device has written all of it; None: it has.
-    """
+    def written(self, spans: Sequence[Span]) -> None:
+        """A pass that wrote these tokens is queued; what no later token sees has not been given back yet."""
 
-    begin: int
-    end: int
-    parts: dict[int, tuple[int, Tensor, Tensor]]
-    copied: torch.cuda.Event | None = None
-
-    def wait(self) -> None:
-        """Wait until everything is here."""
-        if self.copied is not None:
-            self.copied.synchronize()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory."""
-        return sum(keys.nbytes + values.nbytes for _, keys, values in self.parts.values())
+    def taken(self, kind: int, pages: Sequence[int]) -> None:
+        """Another sequence had these pages, and they are about to be cleared."""
 
 
 class Stack:
@@ -178,42 +159,50 @@ class PagedCache(Cache):
         layout: sizes.
         tables: int32 `[rows, columns]` on the device, of each kind; they never move.
         books: the same on the host, with who has which page.
+        stacks: keys and values of each kind.
+        watcher: learns what happens to pages, or None.
     """
 
     def __init__(self, layout: Layout, context: ForwardContext, device: torch.device) -> None:
         """Start with no row open."""
-        self.layout, self._device = layout, device
+        self.layout = layout
+        self.watcher: PageWatcher | None = None
         self.books = [PageTable(layout, kind) for kind in layout.kinds]
         self.tables = [torch.from_numpy(book.entries).to(device, copy=True) for book in self.books]
-        self._stacks = [
+        self.stacks = [
             Stack(layout.layers.count(number), kind.pages, layout.page) for number, kind in enumerate(layout.kinds)
         ]
         counts = [0] * len(layout.kinds)
         layers = []
         for kind in layout.layers:
-            layers.append(PagedLayer(self._stacks[kind], counts[kind], kind, context))
+            layers.append(PagedLayer(self.stacks[kind], counts[kind], kind, context))
             counts[kind] += 1
         super().__init__(layers=layers)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that is kept on the device."""
-        return [*self.tables, *(part for stack in self._stacks if stack.made for part in (stack.keys, stack.values))]
+        return [*self.tables, *(part for stack in self.stacks if stack.made for part in (stack.keys, stack.values))]
 
     def drop(self) -> None:
         """Free keys and values; nothing can be run afterwards."""
         self.layers.clear()
-        self._stacks.clear()
+        self.stacks.clear()
         self.tables.clear()
 
-    def open(self, row: int, tokens: int) -> None:
+    def open(self, row: int, tokens: int, beginning: Beginning | None = None) -> None:
         """Begin a sequence of so many tokens at most in a row.
+
+        Args:
+            row: whose pages go back.
+            tokens: at most.
+            beginning: pages that it shares with another sequence, in layers without a window.
 
         Raises:
             ConfigError: if there are too few free pages.
         """
         for book in self.books:
-            book.open(row, tokens)
+            book.open(row, tokens, beginning)
 
     def leave(self, row: int) -> None:
         """Give all pages of a row back."""
@@ -236,13 +225,15 @@ class PagedCache(Cache):
             for span in spans:
                 book.advance(*span)
         try:
-            self._synchronise()
+            self.synchronise()
             yield self._cells(spans, columns)
         except BaseException:
             for book in self.books:
                 for span in spans:
                     book.retreat(span.row, span.begin)
             raise
+        if self.watcher is not None:
+            self.watcher.written(spans)
         for book in self.books:
             for span in spans:
                 book.trim(span.row, span.end)
@@ -257,78 +248,19 @@ class PagedCache(Cache):
             out[kind] = [book.page_for(row, position) for row, position in zip(rows, positions, strict=True)]
         out[-1] = [position % page for position in positions]
         if any(book.changed for book in self.books):
-            self._synchronise()
+            self.synchronise()
 
     def of_pass(self, cells: Tensor, rows: Tensor, end: int) -> PassPages:
         """What a pass looks up; `cells` from `passing`, on the device."""
         return PassPages(self.layout, self.tables, cells, rows, end)
 
     @torch.inference_mode()
-    def copy_out(self, row: int, begin: int, end: int) -> Kept:
-        """Copy what layers without a window keep of tokens `begin .. end - 1` to host memory, page-locked on CUDA.
-
-        Copies are queued behind the passes before them, and pages may change hands at once; `Kept.wait` waits for them.
-        """
-        kinds = [number for number, book in enumerate(self.books) if book.kind.window is None]
-        return self._out(row, begin, end, dict.fromkeys(kinds, begin))
-
-    @torch.inference_mode()
-    def snapshot(self, row: int, token: int) -> Kept:
-        """Copy what layers with a window keep for token number `token`, which comes next; queued as by `copy_out`.
-
-        Raises:
-            ConfigError: if the sequence has gone on so far that part of it was given back.
-        """
-        kinds = {number: book.needed(token) for number, book in enumerate(self.books) if book.kind.window is not None}
-        for kind, first in kinds.items():
-            if not self.books[kind].keeps(row, first, token):
-                raise ConfigError(
-                    f"row {row} does not keep tokens {first} to {token - 1} any more",
-                    "Take a snapshot behind the pass that ends there.",
-                )
-        return self._out(row, min(kinds.values(), default=token), token, kinds)
-
-    @torch.inference_mode()
-    def copy_in(self, row: int, kept: Kept) -> None:
-        """Write what `copy_out` gave into an open row; queued. Keep the host memory until the device has come there."""
-        for kind, (begin, keys, values) in kept.parts.items():
-            stack = self._stacks[kind]
-            for number, (page, there) in enumerate(self._runs(kind, row, begin, kept.end)):
-                stack.keys[:, page, :, there].copy_(keys[number, :, :, there], non_blocking=True)
-                stack.values[:, page, :, there].copy_(values[number, :, :, there], non_blocking=True)
-
-    @torch.inference_mode()
-    def restore(self, row: int, kept: Kept) -> None:
-        """Write a snapshot into an open row, whose next token is the snapshot's."""
-        for kind in kept.parts:
-            self.books[kind].advance(row, kept.end, kept.end)
-        self._synchronise()
-        self.copy_in(row, kept)
-
-    @torch.inference_mode()
-    def share(self, source: int, row: int, tokens: int) -> None:
-        """Let an open row begin with the first tokens of another: full pages are shared, of the last one its tokens are copied.
-
-        Raises:
-            ConfigError: if the other sequence does not keep what its token number `tokens` saw.
-        """
-        for book in self.books:
-            if not book.keeps(source, book.needed(tokens), tokens):
-                raise ConfigError(
-                    f"row {source} does not keep what token {tokens} sees",
-                    "Share what it keeps, or restore a snapshot.",
-                )
-        left = [book.share(source, row, tokens) for book in self.books]
-        self._synchronise()
-        for stack, (count, old, new) in zip(self._stacks, left, strict=True):
-            if count and stack.made:
-                stack.keys[:, new, :, :count] = stack.keys[:, old, :, :count]
-                stack.values[:, new, :, :count] = stack.values[:, old, :, :count]
-
-    def _synchronise(self) -> None:
+    def synchronise(self) -> None:
         """Clear pages that change hands, and copy to the device what changed in the tables."""
-        for book, table, stack in zip(self.books, self.tables, self._stacks, strict=True):
+        for number, (book, table, stack) in enumerate(zip(self.books, self.tables, self.stacks, strict=True)):
             if book.stale:
+                if self.watcher is not None:
+                    self.watcher.taken(number, book.stale)
                 stack.clear(book.stale)
                 book.stale = []
             if book.changed:
@@ -352,25 +284,3 @@ class PagedCache(Cache):
             cells[kind] = np.where(padding, WASTE, book.entries[rows, columns // page])
         cells[-1] = np.where(padding, 0, columns % page)
         return torch.from_numpy(cells)
-
-    def _out(self, row: int, begin: int, end: int, kinds: dict[int, int]) -> Kept:
-        parts, cuda = {}, self._device.type == "cuda"
-        for kind, first in kinds.items():
-            stack, runs = self._stacks[kind], list(self._runs(kind, row, first, end))
-            keys, values = (
-                torch.empty((len(runs), kept.shape[0], *kept.shape[2:]), dtype=kept.dtype, pin_memory=cuda)
-                for kept in (stack.keys, stack.values)
-            )
-            for number, (page, there) in enumerate(runs):
-                keys[number, :, :, there].copy_(stack.keys[:, page, :, there], non_blocking=cuda)
-                values[number, :, :, there].copy_(stack.values[:, page, :, there], non_blocking=cuda)
-            parts[kind] = first, keys, values
-        copied = torch.cuda.current_stream(self._device).record_event() if cuda else None
-        return Kept(begin=begin, end=end, parts=parts, copied=copied)
-
-    def _runs(self, kind: int, row: int, begin: int, end: int) -> Iterator[tuple[int, slice]]:
-        """The pages of a range of tokens, and the range's places in each."""
-        book, page = self.books[kind], self.layout.page
-        assert book.keeps(row, begin, end), "these tokens have no pages"
-        for first in range(begin - begin % page, end, page):
-            yield int(book.entries[row, first // page]), slice(max(begin - first, 0), min(end - first, page))

@@ -67,12 +67,11 @@ class PagePool:
                 self._free.append(page)
 
 
-class Shared(NamedTuple):
-    """What sharing a beginning left to do: tokens of the last page, to copy `source` into `page`; 0: nothing."""
+class Beginning(NamedTuple):
+    """Pages that a sequence shares: the first ones of the sequence in row `source`."""
 
-    tokens: int = 0
-    source: int = ZEROS
-    page: int = ZEROS
+    source: int
+    pages: int
 
 
 class PageTable:
@@ -99,11 +98,24 @@ class PageTable:
         self.stale: list[int] = []
         self._begin, self._end = [0] * layout.rows, [0] * layout.rows  # pages a row has, by their places in its entries
 
-    def open(self, row: int, tokens: int) -> None:
-        """Begin a sequence of so many tokens at most; what the row had goes back."""
+    def open(self, row: int, tokens: int, beginning: Beginning | None = None) -> None:
+        """Begin a sequence of so many tokens at most; what the row had goes back.
+
+        Args:
+            row: to begin in.
+            tokens: at most.
+            beginning: pages that it shares; layers with a window share none.
+        """
         self.leave(row)
-        if self.kind.window is None:
-            self._extend(row, pages_of(tokens, self._page))
+        if self.kind.window is not None:
+            return
+        if beginning is not None and beginning.pages:
+            common = self.entries[beginning.source, : beginning.pages]
+            self.pool.share(common.tolist())
+            self.entries[row, : beginning.pages] = common
+            self._end[row] = beginning.pages
+            self.changed.add(row)
+        self._extend(row, pages_of(tokens, self._page))
 
     def leave(self, row: int) -> None:
         """Take all pages from a row."""
@@ -148,22 +160,10 @@ class PageTable:
         """The first token before `token` that it sees."""
         return 0 if self.kind.window is None else max(0, token - self.kind.window + 1)
 
-    def share(self, source: int, row: int, tokens: int) -> Shared:
-        """Give an open row the first tokens of another one; full pages are shared, the last one is to be copied.
-
-        The source must keep what token number `tokens` sees.
-        """
-        self.advance(row, tokens, tokens)
-        first, full = self.needed(tokens) // self._page, tokens // self._page
-        if first < full:
-            common = self.entries[source, first:full].tolist()
-            self.pool.give_back(self.entries[row, first:full].tolist())
-            self.pool.share(common)
-            self.entries[row, first:full] = common
-            self.changed.add(row)
-        if not tokens % self._page or not self.needed(tokens) < tokens:
-            return Shared()
-        return Shared(tokens % self._page, int(self.entries[source, full]), int(self.entries[row, full]))
+    def common(self, row: int) -> int:
+        """Pages of a row that other rows have as well."""
+        mine = self.entries[row, self._begin[row] : self._end[row]]
+        return int((self.pool.users[mine] > 1).sum())
 
     def _extend(self, row: int, last: int) -> None:
         count = last - self._end[row]

@@ -197,6 +197,7 @@ def prompt_attention(
     cut: Tiling | None = None,
     table: Tensor | None = None,
     pieces: tuple[Tensor, int] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last C tokens of each of B sequences over the columns up to each token's position.
 
@@ -214,27 +215,26 @@ def prompt_attention(
         table: int32 `[R, m]` with unit columns, the pages of each row: keys and values are `[P, G, N, D]`, pages of N columns, N a multiple
             of 64; None: they lie in rows.
         pieces: int64 `[2, B]`, contiguous, first token and number of tokens of each sequence, and the longest's number: their tokens
-            follow one another in a query of `[1, Q, T, D]`, without padding; None: all have C.
+            follow one another in a query of `[1, Q, T, D]`; None: all have C.
+        out: heads of a contiguous tensor to write and return; None: a new one.
 
     Returns:
         `[B, C, Q, V]`; with pieces `[1, T, Q, V]`.
     """
     (batch, heads, tokens, width), (kv_heads, value_width) = query.shape, (keys.shape[1], values.shape[3])
-    (rows, lasts), groups = where, heads // kv_heads
+    (rows, lasts), (bounds, longest), groups = where, pieces or (where[0], tokens), heads // kv_heads
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1
-    assert scale > 0
+    assert rows.is_contiguous() and bounds.is_contiguous() and scale > 0  # noqa: PT018
     cut = cut or tiling(width, value_width, query.dtype, paged=table is not None)
     assert table is None or keys.shape[2] % cut.block_n == 0
-    out = query.new_empty(batch, tokens, heads, value_width)
-    bounds, longest = (rows, tokens) if pieces is None else pieces
-    assert rows.is_contiguous() and bounds.is_contiguous()  # noqa: PT018
+    out = query.new_empty(batch, tokens, heads, value_width) if out is None else out
     grid, stages = (kv_heads, triton.cdiv(longest * groups, cut.block_m), len(rows)), cut.stages
     while True:
         try:
             attend[grid](
                 query, keys, values, rows, lasts, bounds, rows if table is None else table, query if sinks is None else sinks, out, tokens, query.stride(0), query.stride(1),
                 query.stride(2), *keys.stride()[:3], *values.stride()[:3], lasts.stride(0), 0 if table is None else table.stride(0),
-                page=0 if table is None else keys.shape[2], heads=heads, groups=groups, scale=scale,
+                page=0 if table is None else keys.shape[2], heads=out.stride(1) // value_width, groups=groups, scale=scale,
                 cap=softcap or 0.0, window=window or 0, sink=sinks is not None, joined=pieces is not None, block_m=cut.block_m, block_n=cut.block_n,
                 num_warps=cut.warps, num_stages=stages, **parts(width, value_width),
             )  # fmt: skip

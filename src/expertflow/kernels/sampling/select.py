@@ -15,8 +15,8 @@ from torch import Tensor
 
 from expertflow.kernels.sampling.reference import FRACTION_BITS, LOWEST, NO_TOKEN, POWERS, RULES, WEIGHT_BITS
 
-PIECE = 4096
-"""Tokens of the vocabulary that a program reads."""
+PIECE, FEW_PROGRAMS = 4096, 64
+"""Tokens of the vocabulary that a program reads, half of them where there would be no more programs than this."""
 _BLOCK = tl.constexpr(256)
 _DIGITS = tl.constexpr(16)
 _FEW, _MANY = tl.constexpr(4), tl.constexpr(8)
@@ -311,7 +311,7 @@ def choose(
     *,
     counted: bool = True,
     shared: bool = True,
-    piece: int = PIECE,
+    piece: int | None = None,
 ) -> Tensor:
     """Pick a token of each sequence, as `reference.choose` does. Waits for nothing.
 
@@ -321,12 +321,14 @@ def choose(
         mask: as there, contiguous.
         counted: whether a sequence has a top-k; else it must be 0 in all, and its search is left out.
         shared: whether a sequence has a top-p below 1, likewise.
-        piece: tokens of the vocabulary a program reads, a power of two from 256 on.
+        piece: tokens of the vocabulary a program reads, a power of two from 256 on; None: as many as suit the batch. No token depends on it.
     """
     (batch, size), spare = logits.shape, _SPARE_BITS[logits.dtype]
     assert logits.stride(1) == 1
     assert rules.is_contiguous()
     assert mask is None or (mask.is_contiguous() and mask.shape[1] * 32 >= size)
+    if piece is None:
+        piece = PIECE // 2 if batch * triton.cdiv(size, PIECE) <= FEW_PROGRAMS else PIECE
     pieces, steps = triton.cdiv(size, piece), (32 - spare) // 4
     made, out = _scratch(batch, pieces, logits.device), torch.empty(batch, dtype=torch.int64, device=logits.device)
     whole = logits, rules if mask is None else mask

@@ -135,7 +135,7 @@ CHAT: Table = {
     "reasoning_effort": _honoured(text),
     "logprobs": _honoured(boolean),
     "top_logprobs": _honoured(integer(0, MOST_LOGPROBS)),
-    "response_format": _refused("Ask for the form in a message.", {"type": "text"}),
+    "response_format": _honoured(mapping),
     "tools": _honoured(several(mapping, MOST_TOOLS)),
     "tool_choice": _honoured(text_or_mapping),
     "parallel_tool_calls": _honoured(boolean),
@@ -190,6 +190,34 @@ ANTHROPIC: Table = {
     "container": _refused("No code is run here."),
     "mcp_servers": _refused("No server is called from here.", []),
 }
+_STATE = "Nothing is kept here: send the whole chat."
+RESPONSES: Table = {
+    **{name: CHAT[name] for name in ("model", "stream", "temperature", "top_p", "tools", "tool_choice", "parallel_tool_calls")},
+    "input": _honoured(text_or_blocks),
+    "instructions": _honoured(text),
+    "max_output_tokens": _honoured(integer(1, _WHOLE)),
+    "reasoning": _honoured(mapping),
+    "text": _honoured(mapping),
+    **{
+        name: CHAT[name]
+        for name in (
+            "user", "metadata", "store", "include", "client_metadata", "safety_identifier", "service_tier", "prompt_cache_key",
+            "prompt_cache_options", "prompt_cache_retention", "moderation",
+        )
+    },
+    "stream_options": _no_effect("it pads what is sent"),
+    "truncation": _refused("A prompt that is too long is an error.", "disabled"),
+    "previous_response_id": _refused(_STATE),
+    "conversation": _refused(_STATE),
+    "prompt": _refused("There are no stored prompts."),
+    "background": _refused(_STATE, False),
+    "background_options": _refused(_STATE),
+    "context_management": _refused(_STATE, []),
+    "max_tool_calls": _refused("Tools run at the client."),
+    "top_logprobs": _refused("Use /v1/chat/completions.", 0),
+    "image": _refused("Answers are text."),
+    "access_programs": _refused("Tools run at the client."),
+}  # fmt: skip
 TOKENIZE: Table = {
     "model": _honoured(text),
     "prompt": _honoured(text),
@@ -211,6 +239,7 @@ STREAM_OPTIONS: Table = {
 TABLES: Mapping[str, Table] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
+    "/v1/responses": RESPONSES,
     "/v1/messages": ANTHROPIC,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,

@@ -11,8 +11,8 @@ import orjson
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import ANTHROPIC, read_fields, required
 from expertflow.serve.protocol.messages import text_of
-from expertflow.serve.protocol.parts import Answer, Part
-from expertflow.serve.protocol.writer import Frame, Head, Writer
+from expertflow.serve.writers.parts import Answer, Part
+from expertflow.serve.writers.writer import Frame, Head, Writer
 
 if TYPE_CHECKING:
     from expertflow.engine.request import RequestOutput, StreamOutput
@@ -60,8 +60,12 @@ def chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:
         found["chat_template_kwargs"] = {"enable_thinking": given["thinking"].get("type") != "disabled"}
     if effort := given.get("output_config", {}).get("effort"):
         found["reasoning_effort"] = effort
-    if given.get("output_config", {}).keys() - {"effort"}:
-        raise bad("output_config", "output_config holds more than effort", "Ask for the form in a message.")
+    if form := given.get("output_config", {}).get("format"):
+        found["response_format"] = form
+    if more := sorted(given.get("output_config", {}).keys() - {"effort", "format"}):
+        raise bad(
+            f"output_config.{more[0]}", f"the field output_config.{more[0]} is unknown", "It takes effort and format."
+        )
     return found
 
 

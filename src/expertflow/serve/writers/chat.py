@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from expertflow.serve.protocol.likelihoods import Texts, in_chat, of_prompt
-from expertflow.serve.protocol.parts import Answer, Part
-from expertflow.serve.protocol.writer import Frame, Head, OpenAIWriter
+from expertflow.serve.writers.likelihoods import Texts, in_chat, of_prompt
+from expertflow.serve.writers.parts import Answer, Part
+from expertflow.serve.writers.writer import Frame, Head, OpenAIWriter
 
 if TYPE_CHECKING:
     from expertflow.engine.request import RequestOutput, StreamOutput

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from expertflow.serve.protocol.likelihoods import Listed, Texts, of_prompt
-from expertflow.serve.protocol.writer import Frame, Head, OpenAIWriter
+from expertflow.serve.writers.likelihoods import Listed, Texts, of_prompt
+from expertflow.serve.writers.writer import Frame, Head, OpenAIWriter
 
 if TYPE_CHECKING:
     from expertflow.engine.request import RequestOutput, StreamOutput

@@ -1,0 +1,1 @@
+"""Attention over latents, which stay compressed."""

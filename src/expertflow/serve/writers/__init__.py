@@ -1,0 +1,1 @@
+"""Answers in each API's shapes, streamed and whole."""
