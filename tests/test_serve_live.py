@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 from expertflow import LLM, SamplingParams
+from expertflow.cache.core import make_tables
+from expertflow.cache.policy import Usage
+from expertflow.cache.strategy import STRATEGIES
 from expertflow.events import EventKind
+from expertflow.execution.captured.view import StateCopy
 from expertflow.execution.observe import StepObserver
-from expertflow.serve import live, worker
+from expertflow.kernels.ledger import DONE, SRC
+from expertflow.kernels.residency.state import BLOCKS, CacheState
 from expertflow.serve.app import make_app
 from expertflow.serve.guard import Rules
+from expertflow.serve.live import routes, snapshots
 from helpers import DEVICES, MakeCheckpoint
 from serving import NAMES, Leaving, until
 
@@ -78,18 +85,18 @@ def test_a_look_is_what_the_tables_and_the_routing_say(
         assert llm.look().result()[1].counters == llm.stats.cache, "without requests the host has it all"
 
 
-def test_records_of_unequal_layers_are_counted_whole(make_checkpoint: MakeCheckpoint) -> None:
-    """Bytes in a look are those of `stats`, also where the device counts lines."""
-    folder = make_checkpoint("mixtral", spread=0.3)
-    with opened(folder, "graph") as llm:
-        stream = llm.stream([PROMPT], SamplingParams(max_tokens=TOKENS, ignore_eos=True))
-        next(stream)
-        next(stream)
-        state = llm._offloaded.handover._tables._experts.state
-        coming, counted = llm._offloaded.view(), state.read_tally()
-        assert coming.result().counters.bytes_moved == llm.stats.cache.bytes_moved > 0
-        assert counted == state.read_tally()
-        stream.close()
+def test_a_look_counts_bytes_as_totals_do_where_records_are_unequal() -> None:
+    """Lines of each load's own record, beside what was counted before; a look changes neither."""
+    tables, strategy = make_tables(3, 4, 5, divided=False), STRATEGIES["next-use"].on_device()
+    state = CacheState.allocate(strategy, tables, torch.device("cpu"), layer_bytes=(256, 512, 1280))
+    state.copy_from(tables, Usage(layers=3, experts=4))
+    state.tally[BLOCKS] = 40
+    state.ledger.table[SRC, :3], state.ledger.table[DONE, :3] = torch.tensor([[1, 7, 8], [3, 1, 2]])
+    copied = StateCopy(state)
+    state.ledger.table[DONE] = 0
+    state.tally[BLOCKS] = 0
+    assert copied.tally[BLOCKS] == 40 + 3 * 1 + 1 * 2 + 2 * 5, "it is of the moment when it was begun"
+    assert copied.tally == copied.tally
 
 
 def test_the_link_is_measured_before_the_first_request_only(make_checkpoint: MakeCheckpoint) -> None:
@@ -122,8 +129,8 @@ def test_the_page_is_one_file_that_needs_nothing_from_outside(served: "Served") 
 
 def test_the_page_uses_every_field_that_events_have(served: "Served") -> None:
     """What it reads of an event is there, and what an event says is shown."""
-    found = live.event(served.service, asyncio.run(served.worker.snapshot()), None)
-    text = live.PAGE.read_text()
+    found = routes.event(served.service, asyncio.run(served.worker.snapshot()), None)
+    text = routes.PAGE.read_text()
     read = set(re.findall(r"\bd\.([a-z_]\w*)", text)) | set(re.findall(r'between\(\w+,"(\w+)"\)', text))
     read |= {name for name in re.findall(r"\bnow\.(\w+)", text)} | set(re.findall(r"[ab]\.(time)\b", text))
     unread = {"busy", "prompt_tokens", "steps"}  # for programs
@@ -136,8 +143,8 @@ def events_of(text: str) -> list[dict]:
 
 def test_events_tell_what_the_engine_does(served: "Served", monkeypatch: pytest.MonkeyPatch) -> None:
     """At once and then each second: totals, queue, times, and a byte an expert: 128 in a slot, plus its use since the last event."""
-    monkeypatch.setattr(worker, "_SNAPSHOT_SECONDS", 0.0)
-    monkeypatch.setattr(live, "SECONDS", 0.05)
+    monkeypatch.setattr(snapshots, "SECONDS", 0.0)
+    monkeypatch.setattr(routes, "SECONDS", 0.05)
     body = {"prompt": ["one", "two"], "max_tokens": 40, "ignore_eos": True, "temperature": 0}
 
     async def main() -> list[dict]:
@@ -159,7 +166,12 @@ def test_events_tell_what_the_engine_does(served: "Served", monkeypatch: pytest.
     first, last = found[0], found[-1]
     assert {one["model"] for one in found} == {NAMES[0]}
     assert (last["layers"], last["experts"], last["slots"]) == (plan.shape.layers, plan.shape.experts, plan.slots)
-    names = {"tokens": stats.tokens, "hits": stats.cache.hits, "corrections": stats.cache.loads, "bytes": stats.cache.bytes_moved}
+    names = {
+        "tokens": stats.tokens,
+        "hits": stats.cache.hits,
+        "corrections": stats.cache.loads,
+        "bytes": stats.cache.bytes_moved,
+    }
     assert {name: last[name] for name in names} == names
     assert last["tokens"] > first["tokens"]
     assert last["time"] > first["time"]
@@ -174,7 +186,7 @@ def test_events_tell_what_the_engine_does(served: "Served", monkeypatch: pytest.
 
 def test_a_loading_or_ending_server_has_a_page_too(served: "Served", monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an engine an event says how far loading is; the stream ends when the server begins to."""
-    found = live.event(served.service, None, None)
+    found = routes.event(served.service, None, None)
     assert set(found) == {"model", "phase", "loaded", "running", "waiting", "refused", "first_token"}
     monkeypatch.setattr(served.worker, "_draining", True)
     assert served.send("/live").content == b""
@@ -185,4 +197,4 @@ def test_a_loading_or_ending_server_has_a_page_too(served: "Served", monkeypatch
 )
 def test_quantiles(values: list[float], median: float | None, most: float | None) -> None:
     """The smallest value that so large a share does not exceed."""
-    assert (live._quantile(values, 0.5), live._quantile(values, 0.95)) == (median, most)
+    assert (routes._quantile(values, 0.5), routes._quantile(values, 0.95)) == (median, most)

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from expertflow import __version__
 from expertflow.serve.answers import Json, answer, as_api_error, refusal
 from expertflow.serve.guard import Guard, Rules
-from expertflow.serve.live import add_live
+from expertflow.serve.live.routes import add_live
 from expertflow.serve.metrics import CONTENT_TYPE
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.fields import TABLES, Use

@@ -14,7 +14,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from expertflow.engine.llm import RunStats
     from expertflow.engine.request import RequestOutput, StreamOutput
     from expertflow.serve.worker import Ticket, Worker
 
@@ -150,8 +149,8 @@ class _Engine(Collector):
         loads.add_metric([*self._labels.values(), "ahead"], stats.cache.prefetched)
         yield loads
         for name, text, value in (
-            ("prefix_cache_queries", "Tokens of prompts whose beginnings were looked up.", _prefix(stats, "queries")),
-            ("prefix_cache_hits", "Of these, tokens that were not read again.", _prefix(stats, "hits")),
+            ("prefix_cache_queries", "Tokens of prompts whose beginnings were looked up.", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "Of these, tokens that were not read again.", stats.prefix_cache_hits),
             ("expert_loads_ahead_used", "Loads ahead whose expert was used.", stats.cache.prefetch_hits),
             ("expert_loads_wasted", "Loads ahead whose expert was not used.", stats.cache.wasted),
             ("expert_evictions", "Experts that left their slots.", stats.cache.evictions),
@@ -181,8 +180,3 @@ class _Engine(Collector):
 
     def _counters(self, name: str, text: str, *more: str) -> CounterMetricFamily:
         return CounterMetricFamily(f"{_PREFIX}_{name}", text, labels=[*self._labels, *more])
-
-
-def _prefix(stats: "RunStats", name: str) -> int:
-    """A total of prefix reuse; 0 where there is none."""
-    return int(getattr(stats, f"prefix_cache_{name}", 0))

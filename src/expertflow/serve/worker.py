@@ -22,15 +22,14 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from expertflow.serve.live.snapshots import Snapshot, Snapshots
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.writers.parts import Shaper
 
 if TYPE_CHECKING:
     from expertflow.engine.engine import Engine
-    from expertflow.engine.llm import LLM, RunStats
-    from expertflow.engine.plan import Plan
+    from expertflow.engine.llm import LLM
     from expertflow.engine.request import Request, StreamOutput
-    from expertflow.execution.captured.view import CacheView, Coming
     from expertflow.serve.grammar import Grammars
 
 _log = logging.getLogger(__name__)
@@ -38,8 +37,6 @@ _FAULTS = 2
 """Steps that fail one after another, from which on every request is given up."""
 _LONGEST_RETRY = 60
 """Seconds that a client is asked to wait at most."""
-_SNAPSHOT_SECONDS = 1.0
-"""Time between two snapshots at least."""
 
 
 @dataclass(kw_only=True)
@@ -73,26 +70,6 @@ class Bounds(NamedTuple):
 
     requests: int = 256
     tokens: int = 2_000_000
-
-
-class Snapshot(NamedTuple):
-    """The engine between two steps.
-
-    Attributes:
-        taken: when, by `time.monotonic`.
-        stats: what it has done.
-        plan: what it was built from.
-        kv_share: share of the pages of keys and values in use.
-        predictor: its state: `works`, `none`, or why it was switched off.
-        view: the expert cache.
-    """
-
-    taken: float
-    stats: "RunStats"
-    plan: "Plan"
-    kv_share: float
-    predictor: str
-    view: "CacheView"
 
 
 class Watcher(Protocol):
@@ -176,7 +153,6 @@ class Worker:
     Attributes:
         loading: how far loading is.
         refused: requests that were refused, by reason.
-        latest: the last snapshot, or None.
     """
 
     def __init__(
@@ -200,9 +176,7 @@ class Worker:
         self._running: dict[int, Ticket] = {}
         self._fresh: list[tuple[Ticket, Item]] = []
         self._faults = 0
-        self._readers: list[Future[None]] = []
-        self._look: tuple[float, float, Coming[tuple[RunStats, CacheView]]] | None = None
-        self.latest: Snapshot | None = None
+        self._snapshots = Snapshots()
 
     def start(self) -> None:
         """Load the model in the worker's thread, then serve."""
@@ -212,6 +186,11 @@ class Worker:
     def error(self) -> BaseException | None:
         """Why loading failed, or None."""
         return self._error
+
+    @property
+    def latest(self) -> Snapshot | None:
+        """The last snapshot, or None."""
+        return self._snapshots.latest
 
     @property
     def alive(self) -> bool:
@@ -369,11 +348,11 @@ class Worker:
             if command is None:
                 return False
             command(engine)
-        self._show(wait=False)
+        self._snapshots.show(wait=False)
         if engine.unfinished:
             self._step(engine)
         self._hand_out()
-        self._show(wait=True)
+        self._snapshots.show(wait=True)
         return True
 
     def _step(self, engine: "Engine") -> None:
@@ -403,29 +382,9 @@ class Worker:
             if ticket.number is not None and self._running.pop(ticket.number, None) is not None:
                 engine.cancel(ticket.number)
 
-    def _read(self, found: "Future[None]", engine: "Engine") -> None:
-        """Begin a snapshot, unless one is new; the copies it is made of are waited for behind the next step."""
-        now, llm = time.monotonic(), self._llm
-        assert llm is not None
-        if self._look is None and (self.latest is None or now - self.latest.taken >= _SNAPSHOT_SECONDS):
-            self._look = now, engine.kv_share, llm.look()
-        self._readers.append(found)
-
-    def _show(self, *, wait: bool) -> None:
-        """Finish the snapshot that was begun, if its copies are over or `wait` is true, and tell who asked for it."""
-        if self._look is not None:
-            taken, kv_share, coming = self._look
-            if not (wait or coming.ready()):
-                return
-            llm, self._look = self._llm, None
-            assert llm is not None
-            state = "none" if llm.predictor is None else llm.predictor_failure or "works"
-            stats, view = coming.result()
-            self.latest = Snapshot(taken, stats, llm.plan, kv_share, state, view)
-        readers, self._readers = self._readers, []
-        for found in readers:
-            if found.set_running_or_notify_cancel():
-                found.set_result(None)
+    def _read(self, found: "Future[None]", engine: "Engine") -> None:  # noqa: ARG002 - a command's signature
+        assert self._llm is not None
+        self._snapshots.ask(found, self._llm)
 
     def _take(self, ticket: Ticket, output: "StreamOutput") -> None:
         """The engine's channel of a ticket."""

@@ -16,12 +16,12 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 if TYPE_CHECKING:
+    from expertflow.serve.live.snapshots import Snapshot
     from expertflow.serve.service import Service
-    from expertflow.serve.worker import Snapshot
 
 SECONDS = 1.0
 """Time between two events."""
-PAGE = Path(__file__).parent / "page" / "index.html"
+PAGE = Path(__file__).parent / "index.html"
 _RESIDENT, _MOST = 128, 127
 """A byte of the map: the bit of a resident, and the largest share of steps that used the expert."""
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
