@@ -346,7 +346,7 @@ def test_metrics_count_what_clients_got(served: "Served", monkeypatch: pytest.Mo
     live = asyncio.run(main())
     assert live["expertflow_num_requests_running"] == 3
     assert live["expertflow_kv_cache_usage_perc"] == pytest.approx(3 * 5 / (plan.kv_tokens // 64))
-    assert served.metrics._last == {}, "nothing is kept of what is over"
+    assert served.metrics._times == {}, "nothing is kept of what is over"
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -4,13 +4,16 @@ import asyncio
 import base64
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from expertflow import LLM, SamplingParams
 from expertflow.cache.core import make_tables
@@ -123,6 +126,7 @@ def test_the_page_is_one_file_that_needs_nothing_from_outside(served: "Served") 
     assert re.findall(r"fetch\(\"(\w+)\"", found.text) == ["live"]
     assert set(re.findall(r'<link rel="\w+" href="([^"]*)"', found.text)) == {"data:,"}
     assert served.send("/live", app=app).status_code == 401
+    assert not {"/", "/live"} & set(served.send("/openapi.json").json()["paths"]), "a stream without end is no API"
     for path in ("/", "/live"):
         assert served.send(path, app=app, headers={"host": "evil.example", "x-api-key": "secret"}).status_code == 403
 
@@ -132,7 +136,7 @@ def test_the_page_uses_every_field_that_events_have(served: "Served") -> None:
     found = routes.event(served.service, asyncio.run(served.worker.snapshot()), None)
     text = routes.PAGE.read_text()
     read = set(re.findall(r"\bd\.([a-z_]\w*)", text)) | set(re.findall(r'between\(\w+,"(\w+)"\)', text))
-    read |= {name for name in re.findall(r"\bnow\.(\w+)", text)} | set(re.findall(r"[ab]\.(time)\b", text))
+    read |= set(re.findall(r"\bnow\.(\w+)", text)) | set(re.findall(r"[ab]\.(time)\b", text))
     unread = {"busy", "prompt_tokens", "steps"}  # for programs
     assert read == set(found) - unread
 
@@ -190,6 +194,55 @@ def test_a_loading_or_ending_server_has_a_page_too(served: "Served", monkeypatch
     assert set(found) == {"model", "phase", "loaded", "running", "waiting", "refused", "first_token"}
     monkeypatch.setattr(served.worker, "_draining", True)
     assert served.send("/live").content == b""
+
+
+def scraped(served: "Served") -> dict[str, float]:
+    """Every sample of `/metrics`, by name and the labels that not all have."""
+    families = text_string_to_metric_families(served.send("/metrics").text)
+    return {
+        " ".join(
+            [
+                sample.name.removeprefix("expertflow_"),
+                *(sample.labels[name] for name in sample.labels if name not in ("model_name", "engine")),
+            ]
+        ): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_metrics_divide_a_requests_time_and_tell_of_the_cache(
+    served: "Served", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting and the prompt's passes are the time to the first token, with the rest the whole; totals are the engine's."""
+    monkeypatch.setattr(snapshots, "SECONDS", 0.0)
+    before = scraped(served)
+    with served.halted():
+        sending = Thread(
+            target=served.send, args=("/v1/completions", {"prompt": "x", "max_tokens": 8, "ignore_eos": True})
+        )
+        sending.start()
+        while not served.worker.waiting:
+            time.sleep(0.001)
+        time.sleep(0.1)
+    sending.join()
+    after = scraped(served)
+    grown = {name: value - before.get(name, 0) for name, value in after.items()}
+    queue, prefill, decode = (grown[f"request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode"))
+    assert queue >= 0.1 > prefill > 0
+    assert queue + prefill == pytest.approx(grown["time_to_first_token_seconds_sum"])
+    assert queue + prefill + decode == pytest.approx(grown["e2e_request_latency_seconds_sum"])
+    stats, plan = served.llm.stats, served.llm.plan
+    cache = stats.cache
+    wanted = {
+        "expert_loads_total ahead": cache.prefetched, "expert_loads_ahead_used_total": cache.prefetch_hits,
+        "expert_loads_wasted_total": cache.wasted, "expert_evictions_total": cache.evictions,
+        "expert_loaded_bytes_total": cache.bytes_moved, "expert_link_bytes_per_second": served.worker.loading.link,
+        "experts_resident": int((served.llm._offloaded.residency() >= 0).sum()), "memory_budget_bytes": plan.budget or 0,
+        "prefix_cache_queries_total": stats.prefix_cache_queries, "prefix_cache_hits_total": stats.prefix_cache_hits,
+    }  # fmt: skip
+    assert {name: after[name] for name in wanted} == wanted
+    assert after["expert_link_bytes_per_second"] > 0
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def metrics(_: Request) -> Response:
         return Response(await service.metrics.text(service.worker), media_type=CONTENT_TYPE)
 
-    add_live(partial(_route, app, "GET"), service)
+    add_live(partial(_route, app, "GET", listed=False), service)
 
     def about(name: str) -> dict[str, Any]:
         llm = service.worker.llm
@@ -148,8 +148,10 @@ def _add_calls(app: FastAPI, service: Service) -> None:
         return Json(await service.aside(service.detokenize, await _body(request)))
 
 
-def _route(app: FastAPI, method: str, path: str, statuses: tuple[int, ...] = ()) -> Callable[[Handler], Handler]:
-    """Add a route whose errors have the shape of OpenAI's; `statuses`: those it can answer with beside the usual ones."""
+def _route(
+    app: FastAPI, method: str, path: str, statuses: tuple[int, ...] = (), *, listed: bool = True
+) -> Callable[[Handler], Handler]:
+    """Add a route whose errors have the shape of OpenAI's; `statuses`: those it can answer with beside the usual ones; `listed`: in /openapi.json."""
 
     def add(handler: Handler) -> Handler:
         async def handled(request: Request) -> Response:
@@ -160,7 +162,7 @@ def _route(app: FastAPI, method: str, path: str, statuses: tuple[int, ...] = ())
 
         usual = _REFUSALS if method == "POST" else {status: _REFUSALS[status] for status in (401, 403, 503, *statuses)}
         app.add_api_route(
-            path, handled, methods=[method], name=handler.__name__, response_class=Json, openapi_extra=_described(path),
+            path, handled, methods=[method], name=handler.__name__, response_class=Json, include_in_schema=listed, openapi_extra=_described(path),
             responses={
                 status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
                 for status, text in usual.items()

@@ -44,7 +44,7 @@ class Metrics:
         """Start at zero."""
         self._labels = {"model_name": model, "engine": "0"}
         self._registry = CollectorRegistry()
-        self._last: dict[Ticket, float] = {}
+        self._times: dict[Ticket, tuple[float, float]] = {}  # of the first and the last token so far
         self.first_tokens: deque[float] = deque(maxlen=_RECENT)
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts whose first token came.")
         self._generated = self._counter("generation_tokens", "Generated tokens.")
@@ -77,7 +77,8 @@ class Metrics:
         if output.error is not None:
             self.forget([ticket])
             return
-        now, before = time.perf_counter(), self._last.get(ticket)
+        now = time.perf_counter()
+        first, before = self._times.get(ticket, (now, None))
         self._generated.labels(**self._labels).inc()
         if before is None:
             begun = ticket.request.begun or now
@@ -88,16 +89,16 @@ class Metrics:
             self._prompt.labels(**self._labels).inc(len(ticket.request.prompt_token_ids))
         else:
             self._between.observe(now - before)
-        self._last[ticket] = now
+        self._times[ticket] = first, now
         if output.output is not None:
-            self._finish(ticket, output.output, now)
+            self._finish(output.output, now - ticket.came, now - first)
             self.forget([ticket])
 
-    def _finish(self, ticket: "Ticket", output: "RequestOutput", now: float) -> None:
-        tokens, whole = len(output.token_ids), now - ticket.came
+    def _finish(self, output: "RequestOutput", whole: float, decode: float) -> None:
+        tokens = len(output.token_ids)
         self._success.labels(**self._labels, finished_reason=output.finish_reason).inc()
         self._whole.observe(whole)
-        self._decode.observe(max(0.0, whole - output.first_token_seconds))
+        self._decode.observe(decode)
         self._asked.observe(len(output.prompt_token_ids))
         self._said.observe(tokens)
         if tokens > 1:
@@ -110,7 +111,7 @@ class Metrics:
     def forget(self, tickets: "Sequence[Ticket]") -> None:
         """Keep nothing of sequences that are over."""
         for ticket in tickets:
-            self._last.pop(ticket, None)
+            self._times.pop(ticket, None)
 
     async def text(self, worker: "Worker") -> bytes:
         """All metrics in Prometheus's text format."""
