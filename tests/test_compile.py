@@ -51,6 +51,16 @@ def test_tables_of_many_experts_stay_in_registers(tmp_path: Path) -> None:
     assert not {case: size for case, size in spilled.items() if size > 256}
 
 
+def test_blocks_ask_for_weights_before_they_wait(tmp_path: Path) -> None:
+    """Blocks fit, keep everything in registers, and on Hopper request most of what they read before the kernel before them has ended."""
+    made = {(arch, case): rest for arch, case, *rest in made_by("compile_blocks.py", tmp_path)}
+    assert {arch for arch, _ in made} == {80, 86, 89, 90}
+    assert all(shared <= room and not spilled for shared, room, spilled, _ in made.values())
+    for case in ("row 2880", "route 2880", "row 7168"):
+        before, behind = made[90, case][3]
+        assert before > 3 * behind > 0, case
+
+
 def test_the_sampler_stays_in_registers(tmp_path: Path) -> None:
     """Its passes keep 16 sums of 256 tokens a program; all of its kernels compile for Ampere and Hopper and spill nothing."""
     spilled = {(arch, name): size for arch, name, size in made_by("compile_sampling.py", tmp_path)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from expertflow import LLM, EngineConfig
+from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.plan import make_plan
 from expertflow.engine.planning.workspace import graph_bytes
 from expertflow.execution.kv_rows import DecodeInput
@@ -191,6 +191,20 @@ def test_graph_execution_is_near_stock_and_makes_no_key(
     for step, logits in enumerate(found):
         stocks = torch.stack([expected[0][66 + step], expected[1][5 + step]])
         torch.testing.assert_close(logits.cpu(), stocks, atol=1e-4, rtol=1e-4)
+
+
+def test_steps_that_the_host_decides_read_latents_too(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """While the routing is recorded, steps are the host's: the same tokens, and no key is made."""
+    prompts, params = [[5, 6, 7, 8, 9, 10, 11], [10, 11, 30], [12]], SamplingParams(max_tokens=6, ignore_eos=True)
+    options = {"device": "cpu", "execution": "graph", "slots": 9, "max_length": 16, "max_batch": 4}
+    with LLM(make_checkpoint("deepseek_v3", spread=0.3), **options) as llm:
+        expected, dense, steps = llm.generate(prompts, params), llm._offloaded.handover.prompt_dense(), []
+        own = dense._over_latents
+        dense._over_latents = lambda *given: (steps.append(1), own(*given))[1]
+        with llm.record(tmp_path / "t.trace"):
+            found = llm.generate(prompts, params)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+    assert len(steps) == 5 * 3  # layers
 
 
 def test_a_plan_counts_latents(tmp_path: Path) -> None:

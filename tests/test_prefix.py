@@ -1,9 +1,11 @@
 """Prompts that begin as earlier ones: what is read again is little, and no token changes."""
 
 import random
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -473,7 +475,10 @@ def test_the_plan_counts_it_or_says_why_not(make_checkpoint: MakeCheckpoint) -> 
     plain, kept = (make_plan(EngineConfig(prefix_memory=size), shape, "cuda", "next-use") for size in ("0", "3GiB"))
     assert (plain.prefix, kept.prefix) == (0, 3 << 30)
     assert kept.total - plain.total == 8 << 20
-    assert make_plan(EngineConfig(prefix_memory="auto"), shape, "cpu", "next-use").prefix == 4 << 30
+    token = 3 * 2 * 2 * 16 * 4  # layers, keys and values, heads, width, bytes
+    for length, most in ((100, 32 * 100 * token), (2**20, 4 << 30)):
+        auto = EngineConfig(prefix_memory="auto", max_length=length)
+        assert make_plan(auto, replace(shape, context=None), "cpu", "next-use").prefix == most
     yarn = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4,
             "original_max_position_embeddings": 64}  # fmt: skip
     for folder, why in (
@@ -482,6 +487,8 @@ def test_the_plan_counts_it_or_says_why_not(make_checkpoint: MakeCheckpoint) -> 
     ):
         with pytest.raises(ConfigError, match=why):
             prepare(folder, EngineConfig(device="cpu", prefix_memory="1GiB"))
-        assert prepare(folder, EngineConfig(device="cpu", prefix_memory="auto")).plan.prefix == 0
+        plan = prepare(folder, EngineConfig(device="cpu", prefix_memory="auto")).plan
+        assert plan.prefix == 0
+        assert re.search(why, plan.prefix_unavailable_reason)
     with pytest.raises(ConfigError, match="prefix_memory"):
         EngineConfig(prefix_memory="a lot")

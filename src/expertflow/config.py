@@ -275,7 +275,7 @@ class EngineConfig(_Checked):
     )
     prefix_memory: str | int = doc(
         "Host memory for keys and values of earlier prompts, such as 4GiB: a prompt that begins as one of them is read from there on. "
-        "0: none; auto: 4GiB where the model allows it.", default="0",
+        "0: none; auto: 4GiB or 32 full prompts, where the model allows it.", default="0",
     )  # fmt: skip
     prefix_generated: bool = doc(
         "Keep those of generated tokens as well: a next turn reads less, and the last bits of its logits may differ.", default=False

@@ -79,6 +79,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "copies_seconds": plan.copies_seconds,
         "paced": plan.paced,
         "why_host": plan.graph_unavailable_reason,
+        "why_no_prefix": plan.prefix_unavailable_reason,
     }
 
 
@@ -146,6 +147,8 @@ def _show(prepared: Prepared, name: str) -> None:
     console.print(_meaning(plan))
     if packed:
         console.print(_packing(prepared))
+    if plan.prefix_unavailable_reason:
+        console.print(f"Note: every prompt is read whole: {escape(plan.prefix_unavailable_reason)}.")
     for note in shape.notes:
         console.print(f"Note: {escape(note)}.")
 

@@ -20,7 +20,7 @@ from expertflow.engine.planning.pass_size import (
     pass_tokens,
     token_flops,
 )
-from expertflow.engine.planning.prefix import buffer_bytes, plan_prefix
+from expertflow.engine.planning.prefix import PrefixPlan, buffer_bytes, plan_prefix
 from expertflow.engine.planning.slots import least_slots, plan_slots
 from expertflow.engine.planning.workspace import CUDA_LIBRARY_BYTES, graph_bytes, workspace_bytes
 from expertflow.errors import BudgetError, ConfigError
@@ -59,6 +59,7 @@ class Plan:
         prefill_chunk: tokens of a prefill pass.
         host: the expert store in host memory.
         prefix: keys and values of earlier prompts in host memory.
+        prefix_unavailable_reason: why prefix_memory='auto' is none; empty otherwise.
         graph: buffers and captured steps of the graph execution; 0 where the host decides.
         predictor: weights, state and working memory of the predictor, where it is on the device.
         schedule: how live sequences that take turns are grouped: `fifo`, `group` or `auto`.
@@ -85,6 +86,7 @@ class Plan:
     prefill_chunk: int
     host: int
     prefix: int = 0
+    prefix_unavailable_reason: str = ""
     schedule: str = "fifo"
     graph: int = 0
     predictor: int = 0
@@ -191,7 +193,7 @@ class Plan:
 
 
 class _Wanted(NamedTuple):
-    """What a plan is made from; `predictor` and `prefix` are bytes."""
+    """What a plan is made from; `predictor` is bytes."""
 
     config: EngineConfig
     shape: ModelShape
@@ -200,7 +202,7 @@ class _Wanted(NamedTuple):
     budget: int | None
     graph: bool
     predictor: int = 0
-    prefix: int = 0
+    prefix: PrefixPlan = PrefixPlan(0)
 
 
 def make_plan(  # noqa: PLR0913 - the last ones by keyword
@@ -231,7 +233,7 @@ def make_plan(  # noqa: PLR0913 - the last ones by keyword
     if config.execution == "graph" and no_graph:
         raise ConfigError(f"execution='graph' cannot be had: {no_graph}", "Use execution='auto' or 'host'.")
     budget = None if config.gpu_memory is None else parse_bytes(config.gpu_memory, "gpu_memory")
-    prefix = plan_prefix(config, shape, no_prefix)
+    prefix = plan_prefix(config, shape, sequence_length(config, shape), no_prefix)
     host = _Wanted(config, shape, device, strategy, budget, graph=False, prefix=prefix)
     plan = _chosen(host, host._replace(graph=True, predictor=predictor), no_graph)
     if config.batch_invariant and plan.execution == "host":
@@ -289,7 +291,8 @@ def _sized(wanted: _Wanted) -> Plan:
     """
     config, shape, device, _, budget, graph, *_ = wanted
     length = sequence_length(config, shape)
-    together = config.max_batch * length  # no pass has more tokens, nor more than are kept
+    # no pass has more tokens than its prompts, nor more than are kept
+    together = length if config.batch_invariant else config.max_batch * length
     if config.kv_tokens is not None:
         together = min(together, pages_of(config.kv_tokens, PAGE) * PAGE)
     if config.prefill_chunk is not None:
@@ -321,7 +324,7 @@ def _plan(wanted: _Wanted, chunk: int) -> Plan:
         chunk = max(chunk, config.max_batch * max_length)
     workspace = _workspace(config, shape, max_length, chunk, graph=graph)
     if device == "cuda":
-        workspace += CUDA_LIBRARY_BYTES + (buffer_bytes(shape) if prefix else 0)
+        workspace += CUDA_LIBRARY_BYTES + (buffer_bytes(shape) if prefix.nbytes else 0)
     if budget is not None and shape.unplanned:
         raise ConfigError(
             f"gpu_memory={format_bytes(budget)} cannot be promised: the memory of {', '.join(shape.unplanned)} layers of "
@@ -352,7 +355,8 @@ def _plan(wanted: _Wanted, chunk: int) -> Plan:
         kv_tokens=kv.tokens,
         prefill_chunk=chunk,
         host=shape.records.store_bytes(shape.experts),
-        prefix=prefix,
+        prefix=prefix.nbytes,
+        prefix_unavailable_reason=prefix.reason,
         schedule=config.schedule,
         batch_invariant=config.batch_invariant,
         graph=captured,

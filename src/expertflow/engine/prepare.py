@@ -155,7 +155,7 @@ def prefix_refusal(skeleton: Skeleton, routing: Replay | None) -> str:
     """Why a prompt cannot begin with another one's keys and values; empty if it can, where they lie in pages."""
     if routing is not None:
         return "recorded routing is replayed from the beginning of each prompt"
-    if any(by_length(module) for module in skeleton.model.modules()):
+    if skeleton.reread_length is not None or any(by_length(module) for module in skeleton.model.modules()):
         return f"rotary tables of {skeleton.config.model_type!r} depend on the length of a sequence"
     return ""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertflow.formats.format import Format
 from expertflow.kernels import dense_reference, reference
+from expertflow.kernels.blocks import reference as blocks_reference
 from expertflow.kernels.latent import reference as latent_reference
 from expertflow.kernels.mlp import ExpertMlp
 from expertflow.kernels.residency import reference as residency_reference
@@ -18,6 +19,7 @@ from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
     from expertflow.kernels import dense, experts, fetch
+    from expertflow.kernels.blocks import attend, product, route, slots
     from expertflow.kernels.latent import decode, prompts
     from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
@@ -27,14 +29,15 @@ if HAS_TRITON:
 
 @dataclass(frozen=True)
 class Backend:
-    """One set of kernels; see `kernels.reference`, `kernels.residency.reference` and `kernels.sampling.reference` for what each does.
+    """One set of kernels; what each does say the modules `reference` of `kernels`, and of `blocks`, `residency` and `sampling` in it.
 
     `grouped` gives `group_pairs` of one MLP. `reads` is whether its expert kernels read a format.
     """
 
     expert_pairs: Callable[..., None]
     grouped: Callable[[ExpertMlp, torch.device], Callable[..., None]]
-    combine: Callable[[Tensor, Tensor, Tensor, int, Tensor], None]
+    combine: Callable[..., None]
+    find_slots: Callable[[Tensor, Tensor, Tensor], Tensor]
     fetch_records: Callable[..., None]
     blocks_of: Callable[[int], int]
     residency: Callable[..., Any]
@@ -43,6 +46,9 @@ class Backend:
     latent_attention: Callable[..., Tensor]
     latent_prompts: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
+    product: Callable[..., Tensor]
+    attend: Callable[..., Tensor]
+    route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
     reads: Callable[[Format], bool]
     choose: Callable[..., Tensor]
 
@@ -55,6 +61,7 @@ def backend(device: torch.device) -> Backend:
             experts.expert_pairs,
             grouped.GroupedMlp,
             experts.combine,
+            slots.find_slots,
             fetch.fetch_records,
             fetch.blocks_of,
             driver.Residency,
@@ -63,6 +70,9 @@ def backend(device: torch.device) -> Backend:
             decode.decode_attention,
             prompts.prompt_attention,
             dense.rms_norm,
+            product.product,
+            attend.attend,
+            route.route,
             readers.reads,
             select.choose,
         )
@@ -70,6 +80,7 @@ def backend(device: torch.device) -> Backend:
         reference.expert_pairs,
         _grouped,
         reference.combine,
+        reference.find_slots,
         reference.fetch_records,
         reference.blocks_of,
         residency_reference.Residency,
@@ -78,6 +89,9 @@ def backend(device: torch.device) -> Backend:
         latent_reference.decode_attention,
         latent_reference.prompt_attention,
         dense_reference.rms_norm,
+        blocks_reference.product,
+        blocks_reference.attend,
+        blocks_reference.route,
         reference.reads,
         sampling_reference.choose_each,
     )

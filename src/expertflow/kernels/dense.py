@@ -9,12 +9,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
+from expertflow.kernels.device import starts_early
 
 BLOCK = tl.constexpr(64)
 AHEAD = tl.constexpr(8)
-_PIECE = 32
+PIECE = 32
 """Elements of a head that a program joins."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -30,7 +32,7 @@ def _begin(table, sequence, column, row_stride, table_stride, page: tl.constexpr
 
 
 @triton.jit
-def _keep(place, cell, most, total, acc, kept):
+def keep(place, cell, most, total, acc, kept):
     """Store what a span gave."""
     tl.store(place, most, mask=kept)
     tl.store(place + 1, total, mask=kept)
@@ -38,16 +40,91 @@ def _keep(place, cell, most, total, acc, kept):
 
 
 @triton.jit
+def _block(keys, values, begin, here, first, last, width: tl.constexpr):
+    """Keys and values of columns `here`, `[BLOCK, width]`; 0 before column `first` and behind column `last`."""
+    where = begin + here[:, None] * width + tl.arange(0, width)[None, :]
+    mask = ((here >= first) & (here <= last))[:, None]
+    return tl.load(keys + where, mask=mask, other=0.0), tl.load(values + where, mask=mask, other=0.0)
+
+
+@triton.jit
+def look(
+    keys,
+    values,
+    table,
+    sequence,
+    column,
+    first,
+    position,
+    end,
+    row_stride,
+    table_stride,
+    page: tl.constexpr,
+    width: tl.constexpr,
+):
+    """Keys and values of the first block that `walk` takes in, and where its second one begins."""
+    begin = _begin(table, sequence, tl.minimum(column, position), row_stride, table_stride, page, width)
+    key, value = _block(keys, values, begin, column + tl.arange(0, BLOCK), first, tl.minimum(end - 1, position), width)
+    return (
+        key,
+        value,
+        _begin(table, sequence, tl.minimum(column + BLOCK, position), row_stride, table_stride, page, width),
+    )
+
+
+@triton.jit
+def walk(
+    asked, keys, values, table, bias, own_key, own_value, ahead, most, total, acc, sequence, position, first, column, end, row_stride,
+    table_stride, bias_stride, page: tl.constexpr, scale: tl.constexpr, groups: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
+    biased: tl.constexpr, fresh: tl.constexpr,
+):  # fmt: skip
+    """Take in the columns of one key head from `column` to `end - 1`, block by block: maximum, sum and weighted values.
+
+    Queries are `[padded, width]`. Keys and values are the head's, from where column 0 of row or page 0 is; `bias` has a line a query.
+    The token's own key and value are taken in place of what is kept, if they are `fresh`. `ahead` is what `look` gives.
+    """
+    lane, line = tl.arange(0, padded), tl.arange(0, BLOCK)
+    next_key, next_value, begin = ahead
+    while column < end:
+        here, key, value = column + line, next_key, next_value
+        seen = (here <= position) & (here >= first)
+        # fetched a block ahead, and where that block lies two ahead, so that nothing need wait for it
+        next_key, next_value = _block(keys, values, begin, here + BLOCK, first, tl.minimum(end - 1, position), width)
+        begin = _begin(table, sequence, tl.minimum(column + 2 * BLOCK, position), row_stride, table_stride, page, width)
+        if fresh:
+            mine = (here == position)[:, None]
+            key, value = tl.where(mine, own_key[None, :], key), tl.where(mine, own_value[None, :], value)
+        left = asked
+        if INTERPRETED:
+            left, key, value = left.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
+        score = tl.dot(left, tl.trans(key), input_precision="ieee") * scale
+        if biased:
+            far = bias + lane[:, None] * bias_stride + (position - here)[None, :]
+            score += tl.load(far, mask=(lane[:, None] < groups) & seen[None, :], other=0.0).to(tl.float32)
+        score = tl.where(seen[None, :], score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, 1))
+        share, fade = tl.exp(score - higher[:, None]), tl.exp(most - higher)
+        total = total * fade + tl.sum(share, 1)
+        acc = tl.dot(share.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
+        most = higher
+        column += BLOCK
+    return most, total, acc
+
+
+@triton.jit
 def _attend(
     query, keys, values, rows, positions, table, sinks, bias, out, part, row_stride, head_stride, table_stride, bias_stride, splits,
     page: tl.constexpr, scale: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
-    span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, biased: tl.constexpr, single: tl.constexpr,
+    span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, biased: tl.constexpr, single: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one key head with its query heads, one span of columns: maximum, sum and weighted values."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
     split = tl.program_id(1)
     position = tl.load(positions + row).to(tl.int32)
-    lane, cell, line = tl.arange(0, padded), tl.arange(0, width), tl.arange(0, BLOCK)
+    lane, cell = tl.arange(0, padded), tl.arange(0, width)
     mine = (row * kv_heads + head) * groups + lane
     asked = tl.load(query + mine[:, None] * width + cell[None, :], mask=lane[:, None] < groups, other=0.0)
     most = tl.full([padded], float("-inf"), tl.float32)
@@ -61,45 +138,30 @@ def _attend(
     behind = (first // span + split) * span
     column = tl.maximum(behind, first // BLOCK * BLOCK)
     end = tl.minimum(behind + span, position + 1)
-    sequence = tl.load(rows + row).to(tl.int64)
-    following = _begin(table, sequence, tl.minimum(column, position), row_stride, table_stride, page, width)
-    while column < end:
-        begin = following  # looked up a block ahead, so that keys need not wait for it
-        following = _begin(table, sequence, tl.minimum(column + BLOCK, position), row_stride, table_stride, page, width)
-        here = column + line
-        seen = (here <= position) & (here >= first)
-        where = begin + head * head_stride + here[:, None] * width + cell[None, :]
-        key = tl.load(keys + where, mask=seen[:, None], other=0.0)
-        value = tl.load(values + where, mask=seen[:, None], other=0.0)
-        left = asked
-        if INTERPRETED:
-            left, key, value = left.to(tl.float32), key.to(tl.float32), value.to(tl.float32)
-        score = tl.dot(left, tl.trans(key), input_precision="ieee") * scale
-        if biased:
-            far = bias + (head * groups + lane[:, None]) * bias_stride + (position - here)[None, :]
-            score += tl.load(far, mask=(lane[:, None] < groups) & seen[None, :], other=0.0).to(tl.float32)
-        score = tl.where(seen[None, :], score, float("-inf"))
-        higher = tl.maximum(most, tl.max(score, 1))
-        share = tl.exp(score - higher[:, None])
-        fade = tl.exp(most - higher)
-        total = total * fade + tl.sum(share, 1)
-        acc = tl.dot(share.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
-        most = higher
-        column += BLOCK
+    kept = keys + head * head_stride, values + head * head_stride, table
+    where = tl.load(rows + row).to(tl.int64), column, first, position, end
+    ahead = look(*kept, *where, row_stride, table_stride, page, width)
+    most, total, acc = walk(
+        asked, *kept, bias + head * groups * bias_stride, asked, asked, ahead, most, total, acc, where[0], position, first, column, end,
+        row_stride, table_stride, bias_stride, page, scale, groups, width, padded, biased, fresh=False,
+    )  # fmt: skip
     if single:
         done = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + mine[:, None] * width + cell[None, :], done, mask=lane[:, None] < groups)
     else:
         place = part + ((tl.program_id(0).to(tl.int64) * splits + split) * padded + lane) * (width + 2)
-        _keep(place, cell, most, total, acc, (lane < groups) & (behind <= position))
+        keep(place, cell, most, total, acc, (lane < groups) & (behind <= position))
 
 
 @triton.jit
-def _join(
+def join_spans(
     part, positions, out, splits, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, piece: tl.constexpr,
-    padded: tl.constexpr, span: tl.constexpr, window: tl.constexpr,
+    padded: tl.constexpr, span: tl.constexpr, window: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Add the spans of one sequence and key head, in their order; a piece of the width."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     lane, cell, some = tl.arange(0, padded), tl.program_id(1) * piece + tl.arange(0, piece), tl.arange(0, AHEAD)
     position = tl.load(positions + program // kv_heads).to(tl.int32)
@@ -130,6 +192,11 @@ def _join(
     done = (acc / total[:, None]).to(out.dtype.element_ty)
     mine = program * groups + lane
     tl.store(out + mine[:, None] * width + cell[None, :], done, mask=lane[:, None] < groups)
+
+
+def warps_of(width: int) -> int:
+    """Warps of a program that attends: blocks of wide heads fill the registers of more."""
+    return 4 if width <= 64 else 8 if width <= 128 else 16
 
 
 def decode_attention(
@@ -174,20 +241,20 @@ def decode_attention(
     groups, splits = heads // kv_heads, triton.cdiv(length, SPAN)
     if window:  # spans that one token's window reaches into
         splits = min(splits, (window - 2) // SPAN + 2)
-    padded = max(LEAST_HEADS, int(triton.next_power_of_2(groups)))
+    padded, early = max(LEAST_HEADS, int(triton.next_power_of_2(groups))), starts_early(query)
     out = torch.empty_like(query)
     part = query.new_empty((rows * kv_heads, splits, padded, width + 2) if splits > 1 else (1,), dtype=torch.float32)
     _attend[(rows * kv_heads, splits)](
         query, keys, values, row, position, row if table is None else table, query if sinks is None else sinks,
         query if bias is None else bias, out, part, keys.stride(0), keys.stride(1), 0 if table is None else table.stride(0),
         0 if bias is None else bias.stride(0), splits, page=page, scale=scale, groups=groups, kv_heads=kv_heads, width=width, padded=padded, span=SPAN, window=window or 0, sink=sinks is not None,
-        biased=bias is not None, single=splits == 1, num_warps=4,
+        biased=bias is not None, single=splits == 1, early=early, num_warps=warps_of(width), launch_pdl=early,
     )  # fmt: skip
     if splits > 1:
-        piece = min(width, _PIECE)
-        _join[(rows * kv_heads, width // piece)](
+        piece = min(width, PIECE)
+        join_spans[(rows * kv_heads, width // piece)](
             part, position, out, splits, groups=groups, kv_heads=kv_heads, width=width, piece=piece, padded=padded, span=SPAN,
-            window=window or 0, num_warps=4,
+            window=window or 0, early=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip
     return out
 

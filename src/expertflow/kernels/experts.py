@@ -13,10 +13,10 @@ On Hopper the down projection and the sum are put on the device before their pre
 not know layers, and which side decides.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import TensorSpec
+from expertflow.kernels.device import ROOM, room, starts_early
 from expertflow.kernels.mlp import CHUNKS, MAX_PAIRS, SHARED_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.bytes import by_words
 from expertflow.kernels.reading.readers import reader
@@ -35,8 +36,6 @@ TILE = tl.constexpr(16)
 COMBINE_BLOCK = 256
 FEW_PAIRS = 16
 """Pairs below which the programs of a projection do not fill a GPU."""
-ROOM = 227 << 10
-"""Bytes of shared memory that a program may take on Hopper."""
 _LEAST_STAGES = 3
 """Stages below which a tiling of fewer outputs is better."""
 
@@ -181,7 +180,8 @@ def _up_kernel(
 ):  # fmt: skip
     """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program, or a chunk of its sums."""
     if early:
-        gdc_launch_dependents()
+        gdc_wait()
+        gdc_launch_dependents()  # the down kernel reads slots at once
     first = tl.program_id(1)
     same, ahead, leads = _leads(slots, first, pairs, padded)
     if not leads:
@@ -243,11 +243,12 @@ def _down_kernel(
 
 @triton.jit(do_not_specialize=["experts"], do_not_specialize_on_alignment=["index", "weights"])
 def _combine_kernel(
-    parts, index, weights, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr,
-    block: tl.constexpr, early: tl.constexpr,
+    parts, index, weights, shared, residual, out, experts, h: tl.constexpr, top_k: tl.constexpr, padded: tl.constexpr,
+    block: tl.constexpr, added: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """`out[t]` = the sum over ranks of weight times part, in ascending order of expert (then of rank)."""
+    """`out[t]` = the sum over ranks of weight times part, in ascending order of expert (then of rank), and what is added behind it."""
     if early:
+        gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0)
     lane = tl.arange(0, padded)
@@ -263,7 +264,16 @@ def _combine_kernel(
         active = tl.sum((here & (mine >= 0) & (mine < experts)).to(tl.int32)) > 0
         part = tl.load(parts + (token * top_k + rank) * h + cols, mask=active & (cols < h), other=0.0)
         total = tl.where(active, total + tl.sum(tl.where(here, weight, 0.0)) * part, total)
-    tl.store(out + token * h + cols, total.to(out.dtype.element_ty), mask=cols < h)
+    done = total.to(out.dtype.element_ty)
+    if added > 1:
+        done = (tl.load(shared + token * h + cols, mask=cols < h, other=0.0).to(tl.float32) + done.to(tl.float32)).to(
+            out.dtype.element_ty
+        )
+    if added > 0:
+        done = (tl.load(residual + token * h + cols, mask=cols < h, other=0.0).to(tl.float32) + done.to(tl.float32)).to(
+            out.dtype.element_ty
+        )
+    tl.store(out + token * h + cols, done, mask=cols < h)
 
 
 def tilings(mlp: ExpertMlp, pairs: int, room: int = ROOM) -> tuple[Tiling, Tiling]:
@@ -348,7 +358,9 @@ def _by_words(spec: TensorSpec) -> bool:
     return bool(by_words(spec.format.constants(spec), spec.dtype, spec.inputs, 128))
 
 
-def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
+def expert_pairs(
+    mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, *, follows: bool = False
+) -> None:
     """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
 
     As `kernels.reference.expert_pairs`, for at most `MAX_PAIRS` pairs; two launches on the current stream, capturable.
@@ -357,12 +369,14 @@ def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, wo
     assert slots.is_contiguous()
     assert hidden.dtype == mlp.torch_dtype
     assert slots.numel() <= MAX_PAIRS
-    up, down = tilings(mlp, slots.numel(), _room(pool))
-    launch_up(mlp, hidden, slots, pool, work, up)
+    up, down = tilings(mlp, slots.numel(), room(pool))
+    launch_up(mlp, hidden, slots, pool, work, up, follows=follows)
     launch_down(mlp, slots, pool, work, down)
 
 
-def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
+def launch_up(
+    mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling, *, follows: bool = False
+) -> None:
     """The first half of `expert_pairs`, cut as given."""
     size = mlp.torch_dtype.itemsize
     pairs, top_k = slots.numel(), slots.shape[1]
@@ -373,14 +387,15 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
         bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.hidden) if cut.split else 1,
-        early=_early(pool), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
+        early=starts_early(pool), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
+        launch_pdl=follows and starts_early(pool),
     )  # fmt: skip
 
 
 def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
     """The second half of `expert_pairs`, cut as given. Nothing may come between: it reads `slots` before it waits."""
     size = mlp.torch_dtype.itemsize
-    pairs, early = slots.numel(), _early(pool)
+    pairs, early = slots.numel(), starts_early(pool)
     assert not cut.split or pairs <= SHARED_PAIRS
     _down_kernel[(cut.programs(mlp.hidden, mlp.width), pairs)](
         work.inner, slots, pool.view(mlp.torch_dtype), work.parts, work.sums, work.counts, pairs, padded=_padded(pairs),
@@ -403,27 +418,18 @@ def _padded(pairs: int) -> int:
     return max(int(triton.next_power_of_2(pairs)), 16)
 
 
-def _room(tensor: Tensor) -> int:
-    """Shared memory that a program may take on a tensor's device, bytes."""
-    if not tensor.is_cuda:
-        return ROOM
-    properties: Any = torch.cuda.get_device_properties(tensor.device)  # torch's stubs lack the attribute
-    return int(properties.shared_memory_per_block_optin)
-
-
-def _early(tensor: Tensor) -> bool:
-    """Whether a kernel may be put on the device while the one before it ends (Hopper's programmatic launch)."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
-
-
-def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor) -> None:
-    """Add each token's weighted results in ascending order of expert, starting from zero.
+def combine(
+    parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor, added: Sequence[Tensor] = ()
+) -> None:
+    """Add each token's weighted results in ascending order of expert, starting from zero, then what is `added`.
 
     As `kernels.reference.combine`; one launch.
     """
     tokens, top_k = index.shape
-    hidden, early = out.shape[1], _early(out)
+    hidden, early = out.shape[1], starts_early(out)
+    assert all(one.is_contiguous() for one in added)
+    shared, residual = (added[0] if added else out), (added[-1] if added else out)
     _combine_kernel[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
-        parts, index.contiguous(), weights.contiguous(), out, experts, h=hidden, top_k=top_k,
-        padded=triton.next_power_of_2(top_k), block=COMBINE_BLOCK, early=early, launch_pdl=early,
+        parts, index.contiguous(), weights.contiguous(), shared, residual, out, experts, h=hidden, top_k=top_k,
+        padded=triton.next_power_of_2(top_k), block=COMBINE_BLOCK, added=len(added), early=early, launch_pdl=early,
     )  # fmt: skip

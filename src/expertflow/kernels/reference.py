@@ -24,7 +24,9 @@ def reads(format_: Format) -> bool:
     return True
 
 
-def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
+def expert_pairs(
+    mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, *, follows: bool = False
+) -> None:
     """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
 
     Pairs with a negative slot are left untouched: they are computed by another call (another wave), or not at all.
@@ -35,7 +37,9 @@ def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, wo
         slots: int32 `[T, K]`, the slot that holds each pair's expert, or negative.
         pool: uint8 `[S, record_bytes]`.
         work: buffers for at least T tokens of K experts.
+        follows: for the twin, whether nothing but one kernel of the same stream comes before, so that it may begin early.
     """
+    del follows
     for token, ranks in enumerate(slots.tolist()):
         for rank, slot in enumerate(ranks):
             if slot >= 0:
@@ -96,11 +100,13 @@ def _down(mlp: ExpertMlp, x: Tensor, record: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor) -> None:
-    """Add each token's weighted results in ascending order of expert, starting from zero.
+def combine(
+    parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Tensor, added: Sequence[Tensor] = ()
+) -> None:
+    """Add each token's weighted results in ascending order of expert, starting from zero, then what is `added`.
 
     The order depends on the token's experts alone, not on the router's order (which `topk` does not promise), on
-    slots, waves or other tokens. The sum is in the dtype of `parts` and rounded once.
+    slots, waves or other tokens. The sum is in the dtype of `parts` and rounded once, and so is every sum with an `added` one.
 
     Args:
         parts: `[>= T, K, H]` of `expert_pairs`.
@@ -108,6 +114,7 @@ def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Te
         weights: the router's `[T, K]`.
         experts: experts a layer.
         out: `[T, H]`, overwritten.
+        added: at most two of `[T, H]`, in this order: what shared experts gave, and the residual.
     """
     ascending = index.argsort(dim=1, stable=True)
     tokens = torch.arange(len(index), device=parts.device)
@@ -118,6 +125,20 @@ def combine(parts: Tensor, index: Tensor, weights: Tensor, experts: int, out: Te
         weighted = weights[tokens, rank].to(parts.dtype)[:, None] * parts[tokens, rank]
         total = torch.where(active[:, None], total + weighted, total)
     out.copy_(total)
+    for one in added:
+        out.add_(one)
+
+
+def find_slots(places: Tensor, index: Tensor, live: Tensor) -> Tensor:
+    """The slot of each pair's expert, int32 `[T, K]`, -1 where there is none.
+
+    Args:
+        places: int32 `[E]`, the slot of each expert.
+        index: integer `[T, K]`, outside `0 .. E - 1` means none.
+        live: int32 `[1]`, how many of the tokens count; the rest has none.
+    """
+    known = (torch.arange(len(index), device=index.device)[:, None] < live) & (index >= 0) & (index < len(places))
+    return torch.where(known, places[index.clamp(0, len(places) - 1)], -1)
 
 
 def blocks_of(record_bytes: int) -> int:

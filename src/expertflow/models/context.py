@@ -18,8 +18,9 @@ from expertflow.models.attention import AttentionForm
 
 Observer = Callable[[int, Tensor, Tensor], None]
 """Called before a layer runs: its number, its experts `[T, K]` in host memory, their weights `[T, K]` where they are."""
-LayerExperts = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
+LayerExperts = Callable[..., Tensor]
+"""A layer's experts in one call: layer, hidden `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`. In a decode step what is to be
+added behind them may follow: at most two of `[T, H]`."""
 
 
 _NONE = torch.zeros(0, dtype=torch.long)
@@ -49,6 +50,16 @@ class DenseKernels(Protocol):
         self, module: Any, given: tuple[Tensor, Tensor, Tensor], scale: float, more: Mapping[str, Any]
     ) -> Tensor:
         """Queries `[B, Q, C, D]` over keys and values to `[B, C, Q, V]`; `more` is what transformers gives by name."""
+
+    def seen(self, module: Any) -> Any:
+        """What an attention module sees in a pass of one token a sequence, as kernels take it (`kernels.blocks.given`)."""
+
+
+class LayerKernels(Protocol):
+    """Whole decoder layers in place of their own forward."""
+
+    def run(self, layer: Any, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:
+        """What the layer's own forward computes of `[B, 1, H]`; `more` is what it is given by name."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,6 +137,7 @@ class Carried:
         observe: called with each layer's routing; None: not called.
         experts: computes each layer's experts, and shows the routing to `observe` if the host gets it; None: the family's own code does.
         dense: computes attention and norms; None: the modules do.
+        blocks: computes decoder layers of one token a sequence; None: the modules do.
     """
 
     rows: Tensor = _NONE
@@ -142,6 +154,7 @@ class Carried:
     observe: Observer | None = None
     experts: LayerExperts | None = None
     dense: DenseKernels | None = None
+    blocks: LayerKernels | None = None
 
     @property
     def all_rows(self) -> bool:

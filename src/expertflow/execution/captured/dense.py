@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from expertflow.kernels.backend import Backend, backend
+from expertflow.kernels.blocks.given import Seen
 from expertflow.models.attention import PROMPT_FORMS, STEP_FORMS, AttentionForm, attention_form, by_kernel
 from expertflow.models.context import ForwardContext
 from expertflow.models.experts import Uncopied
@@ -94,6 +95,13 @@ class DenseParts:
         query, now, weight = given[0][:, :, 0], self._context.now, module.kv_b_proj.weight
         where = now.rows, now.positions[:, 0]
         return self._kernels.latent_attention(query, given[1:], weight, where, scale, self._table(module))[:, None]
+
+    def seen(self, module: Any) -> Seen:
+        """What a decoder layer's attention sees in a pass of one token a sequence over pages."""
+        now, table = self._context.now, self._table(module)
+        assert table is not None
+        window, sinks = self._windows[module.layer_idx], getattr(module, "sinks", None)
+        return Seen(now.rows, now.positions[:, 0], table, module.scaling, window, sinks)
 
     def _table(self, module: Any) -> Tensor | None:
         """The page table of an attention layer; None where keys and values lie in rows."""

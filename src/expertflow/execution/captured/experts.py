@@ -21,6 +21,7 @@ from expertflow.events import CacheCounters
 from expertflow.execution.captured.lanes import Lane
 from expertflow.formats.records import ExpertStore
 from expertflow.kernels.backend import backend
+from expertflow.kernels.blocks.given import Places
 from expertflow.kernels.mlp import ExpertMlp, Workspace
 from expertflow.kernels.residency.state import CacheState, RoutingOutput, Schedule
 from expertflow.live.batch import PredictorInputs
@@ -94,7 +95,6 @@ class DeviceExperts:
         self.updated = 0
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._find_large()
-        self._padding = torch.zeros(0)
         self._prefetches = strategy.prefetch != "none"
         self._corrections, self._plans, self._ahead = Lane(device), Lane(device), Lane(device)
 
@@ -173,8 +173,6 @@ class DeviceExperts:
     def open_step(self, batch: int) -> None:
         """Begin a step of `batch` sequences, of which `live` count: forecast, plan, begin to load."""
         self._schedule = self._schedules[batch]
-        if self.fixed or self.state.large:
-            self._padding = torch.arange(batch, device=self.live.device)[:, None] >= self.live
         if self.fixed:
             return
         with self._plans.work():  # beside the first layer's attention
@@ -190,24 +188,49 @@ class DeviceExperts:
             self._twin.open_step(ahead=not self.paused)
             self._load_ahead(0)
 
-    def run(self, layer: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Compute a layer: states `[T, H]`, experts `[T, K]`, weights `[T, K]` to `[T, H]`."""
+    def places(self, layer: int) -> Places | None:
+        """Where a layer's experts lie, if every one of them stays; None: `run_layer` decides."""
+        return Places(self._places[layer], self.live) if self.fixed or layer in self.state.large else None
+
+    def run(
+        self,
+        layer: int,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        added: tuple[Tensor, ...] = (),
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Compute a layer.
+
+        Args:
+            layer: number of the MoE layer.
+            hidden: states `[T, H]`.
+            index: experts `[T, K]`.
+            weights: of them, `[T, K]`.
+            added: at most two of `[T, H]` that are added behind it.
+            slots: of the experts `[T, K]`, if they were looked up in `places`.
+
+        Returns:
+            `[T, H]`.
+        """
         schedule, kernels, mlp = self._schedule, self._kernels, self._mlps[layer]
         assert schedule is not None
         hidden, index = hidden.contiguous(), index.contiguous()
         if not self.fixed:
             self._plans.join()
             self._twin.run_layer(layer, index, schedule)
-        if self.fixed or layer in self.state.large:
+        if (places := self.places(layer)) is not None:
             if not self.fixed and self._looks_ahead:
                 with self._plans.work():
                     self._twin.bind(layer)
-            slots = torch.take(self._places[layer], index).masked_fill_(self._padding, -1)
-            kernels.expert_pairs(mlp, hidden, slots, self._shared.pool.of(layer)[0], self._work)
+            slots = kernels.find_slots(places.slots, index, places.live) if slots is None else slots
+            pool = self._shared.pool.of(layer)[0]
+            kernels.expert_pairs(mlp, hidden, slots, pool, self._work, follows=self.fixed)
         else:
             self._by_phases(layer, hidden, schedule)
         out = torch.empty_like(hidden)
-        kernels.combine(self._work.parts, index, weights, self.state.experts, out)
+        kernels.combine(self._work.parts, index, weights, self.state.experts, out, added)
         if not self.fixed and self._looks_ahead:
             self._plans.join()
             self._load_ahead(layer + 1)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertflow.errors import DeviceError
+from expertflow.execution.blocks.layer import LayerBlocks
 from expertflow.execution.captured.capture import capture, graph_pool, kept_bytes
 from expertflow.execution.captured.dense import DenseParts
 from expertflow.execution.captured.experts import DeviceExperts
@@ -45,7 +46,7 @@ class GraphDecoder:
         rows: the model over its rows of keys and values.
         experts: of the steps.
         batch: sequences of a step at most.
-        dense: run attention and norms by our kernels where they support a module's form; else by the model's own.
+        dense: run attention, norms and layers by our kernels where they support a module's form; else by the model's own.
         one_size: run every step for `batch` sequences and all columns, so that the bits of one do not depend on the others.
 
     Attributes:
@@ -76,6 +77,7 @@ class GraphDecoder:
         self.logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
         self.best = torch.zeros(batch, dtype=torch.long, device=device)
         self._dense = DenseParts(rows.model, rows.skeleton, rows.windows, rows.context) if dense else None
+        self._blocks = LayerBlocks(rows.model, rows.skeleton, rows.context, batch, experts.places) if dense else None
         self._graphs: dict[tuple[int, int, int, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         self._reach = 0
         self._pool = graph_pool(device)
@@ -133,7 +135,7 @@ class GraphDecoder:
         tokens, rows, positions, where = (self.inputs[place, :batch] for place in range(CELLS))
         cells = self.inputs[CELLS:, :batch, None]
         self.experts.open_step(batch)  # padding attends to whatever lies in row 0; what it gives is not read
-        with self.rows.context.carry(experts=self.experts.run, dense=self._dense):
+        with self.rows.context.carry(experts=self.experts.run, dense=self._dense, blocks=self._blocks):
             logits = self.rows.forward(
                 stock_forward(self.rows.model),  # a pass would begin a step of the host execution
                 ForwardInput(tokens[:, None], rows, positions[:, None], where[:, None], columns, self._reach, cells),

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from expertflow.execution.kv.layout import WASTE, Layout
 from expertflow.execution.kv.pages import Beginning, PageTable
+from expertflow.kernels.blocks.given import Cells, Heads
 from expertflow.models.context import ForwardContext
 
 
@@ -133,6 +134,21 @@ class PagedLayer(CacheLayerMixin):
         if now.all_rows:
             return self.keys, self.values
         return now.pages.seen(self._kind, self.keys), now.pages.seen(self._kind, self.values)
+
+    def cells(self, states: Tensor, heads: Heads) -> Cells:
+        """Where keys and values of a pass of one token a sequence go.
+
+        Args:
+            states: of the number type that keys have.
+            heads: of the layer.
+        """
+        if not self.is_initialized:
+            like = states.new_zeros(0, heads.keys, 0, heads.width)
+            self.lazy_initialization(like, like)
+        now = self._context.now
+        assert now.pages is not None
+        pages, places = now.pages.written(self._kind)
+        return Cells(self.keys, self.values, pages[:, 0], places[:, 0])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
         """Columns a pass looks at, and where they begin."""

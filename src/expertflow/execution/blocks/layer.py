@@ -1,0 +1,139 @@
+"""Decoder layers of a captured step, run by building blocks where their modules match.
+
+A layer's forward looks at the pass's context: where it carries `blocks`, the layer is composed here, and else its class's own forward
+runs. What no block matches is called as the layer itself calls it. Must not know families, requests and graphs.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from expertflow.execution.blocks import forms
+from expertflow.execution.blocks.forms import AttentionTensors, ExpertsTensors, LayerForm
+from expertflow.execution.blocks.join import joined
+from expertflow.execution.blocks.match import find_layers
+from expertflow.execution.blocks.tensors import attention_tensors, experts_tensors, tensors_of
+from expertflow.kernels.backend import Backend, backend
+from expertflow.kernels.blocks.given import Norm, Places, Rotary
+from expertflow.models.context import ForwardContext
+from expertflow.models.skeleton import Skeleton
+
+
+class BoundLayer(NamedTuple):
+    """A layer of a loaded model.
+
+    Attributes:
+        form: which of its parts are blocks.
+        attention: the attention's module.
+        second: the second part's.
+        norms: before them.
+        heads: weights of the attention, if it is a block.
+        experts: weights of the second part, if it is one.
+    """
+
+    form: LayerForm
+    attention: Any
+    second: Any
+    norms: tuple[Norm, Norm]
+    heads: AttentionTensors | None
+    experts: ExpertsTensors | None
+
+
+class LayerBlocks:
+    """Runs a model's decoder layers; passes that carry it as `blocks` have one token a sequence.
+
+    Args:
+        model: loaded model; weights of queries, keys and values become views of joined ones.
+        skeleton: of it.
+        context: what the model's passes carry.
+        batch: sequences of a step at most.
+        places: where a layer's experts lie; None where that is decided once they are chosen.
+
+    Attributes:
+        layers: the layers that are run here.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        skeleton: Skeleton,
+        context: ForwardContext,
+        batch: int,
+        places: Callable[[int], Places | None],
+    ) -> None:
+        """Find the blocks, join weights, make the layers look at the context."""
+        self._context, self._places = context, places
+        self._kernels: Backend = backend(model.device)
+        counts = torch.zeros(batch, dtype=torch.int32, device=model.device)
+        self.layers: dict[int, BoundLayer] = {}
+        for path, form in find_layers(skeleton).items():
+            layer = model.get_submodule(path)
+            self.layers[id(layer)] = _bind(layer, form, counts)
+            layer.forward = _layer_forward(layer, context)
+
+    def run(self, layer: Any, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:
+        """What the layer's own forward computes of `[B, 1, H]`; `more` is what it is given by name."""
+        bound = self.layers[id(layer)]
+        states = hidden.reshape(len(hidden), -1)
+        states = self._attend(bound, states, more)
+        return self._feed(bound, states).view(hidden.shape)
+
+    def _attend(self, bound: BoundLayer, states: Tensor, more: Mapping[str, Any]) -> Tensor:
+        norm, dense = bound.norms[0], self._context.now.dense
+        if bound.heads is None or bound.form.heads is None or dense is None or not dense.in_place:
+            normed = self._kernels.rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
+            return states + bound.attention(hidden_states=normed[:, None], **more)[0][:, 0]
+        tensors, attention = bound.heads, bound.attention
+        cells = more["past_key_values"].layers[attention.layer_idx].cells(states, tensors.heads)
+        cos, sin = (one.reshape(-1, one.shape[-1]) for one in more["position_embeddings"])
+        rotary, seen = Rotary(cos, sin, bound.form.heads.doubled), dense.seen(attention)
+
+        def attend(joined: Tensor) -> Tensor:
+            return self._kernels.attend(joined, tensors.heads, rotary, tensors.norms, cells, seen)
+
+        return forms.attention(self._kernels, tensors, states, attend, norm)
+
+    def _feed(self, bound: BoundLayer, states: Tensor) -> Tensor:
+        norm, compute = bound.norms[1], self._context.now.experts
+        if bound.experts is None or compute is None:
+            normed = self._kernels.rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
+            out = bound.second(normed[:, None])
+            return states + (out[0] if isinstance(out, tuple) else out)[:, 0]
+        binding = bound.second.experts.expertflow
+
+        def run(
+            normed: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...], slots: Tensor | None
+        ) -> Tensor:
+            chosen = index if binding.replay is None else binding.replay(binding.layer, index)
+            return compute(binding.layer, normed, chosen, weights, added, slots)
+
+        places = None if binding.replay is not None else self._places(binding.layer)
+        return forms.experts(self._kernels, bound.experts, states, norm, run, places)
+
+
+def _bind(layer: Any, form: LayerForm, counts: Tensor) -> BoundLayer:
+    """A layer's form with its weights."""
+    attention, second = layer.get_submodule(form.attention), layer.get_submodule(form.second)
+    found = [layer.get_submodule(name) for name in form.norms]
+    norms = [Norm(norm.weight.detach(), norm.variance_epsilon, form.wide) for norm in found]
+    heads = None if form.heads is None else attention_tensors(attention, form.heads, tensors_of(attention), joined)
+    experts = None if form.experts is None else experts_tensors(second, form.experts, tensors_of(second), counts)
+    return BoundLayer(form, attention, second, (norms[0], norms[1]), heads, experts)
+
+
+def _layer_forward(module: Any, context: ForwardContext) -> Callable[..., Any]:
+    """A layer's forward that looks at the context; it must not keep the module alive, which keeps it."""
+    own: Callable[..., Any] = type(module).forward
+    layer = weakref.ref(module)
+
+    def forward(hidden_states: Tensor, *args: Any, **more: Any) -> Any:
+        blocks = context.now.blocks
+        if blocks is None or args:
+            return own(layer(), hidden_states, *args, **more)
+        return blocks.run(layer(), hidden_states, more)
+
+    return forward

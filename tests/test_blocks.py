@@ -1,0 +1,149 @@
+"""Building blocks of a decode step: the kernels compute what their references do, whatever else is in the batch."""
+
+import pytest
+import torch
+
+from expertflow.execution.blocks.join import joined
+from expertflow.kernels import reference as experts_reference
+from expertflow.kernels.blocks import reference
+from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule, Seen
+from helpers import DEVICE
+
+pytest.importorskip("triton", reason="kernels need triton")
+from expertflow.kernels import experts
+from expertflow.kernels.blocks import attend, product, route, slots
+
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+RULES = {
+    "gpt-oss": RouterRule(top_k=4, scores="logits", over_chosen=True),
+    "mixtral": RouterRule(top_k=2, normalised=True, wide_weights=True),
+    "qwen": RouterRule(top_k=4),
+    "deepseek-v2": RouterRule(top_k=4, groups=4, kept_groups=2, scale=16.0, wide_logits=True, wide_weights=True),
+    "deepseek-v3": RouterRule(
+        top_k=4, scores="sigmoid", groups=4, kept_groups=3, group_top=2, normalised=True, scale=2.5, wide_logits=True, wide_weights=True,
+    ),
+}  # fmt: skip
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def norm_of(width: int, dtype: torch.dtype, *, wide: bool = False) -> Norm:
+    return Norm(1 + 0.2 * draw(width, dtype=dtype, seed=9), 1e-5, wide)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("tokens", [1, 4, 5, 19])
+@pytest.mark.parametrize("full", [False, True])
+def test_product_is_the_references(tokens: int, dtype: torch.dtype, *, full: bool) -> None:
+    """Inputs and outputs that no block size divides; with norm, bias and residual, and without; few tokens, and more than a tile."""
+    states, weight = draw(tokens, 88, dtype=dtype), draw(37, 88, dtype=dtype, seed=1) * 0.1
+    more = (
+        draw(37, dtype=dtype, seed=2),
+        norm_of(88, dtype, wide=tokens % 2 == 0),
+        draw(tokens, 37, dtype=dtype, seed=3),
+    )
+    given = more if full else (None, None, None)
+    mine, theirs = product.product(states, weight, *given), reference.product(states, weight, *given)
+    torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("tokens", [3, 16])
+def test_a_token_of_a_product_has_its_bits_anywhere(tokens: int) -> None:
+    """In another place, beside other tokens: the same bits, of one captured size."""
+    states, weight = draw(tokens, 96, dtype=torch.bfloat16), draw(40, 96, dtype=torch.bfloat16, seed=1)
+    first = product.product(states, weight, None, norm_of(96, torch.bfloat16))
+    order = torch.arange(tokens).flip(0)
+    other = torch.cat([states[order[: tokens - 1]], 7 * states[:1]])
+    again = product.product(other, weight, None, norm_of(96, torch.bfloat16))
+    assert torch.equal(first[order[: tokens - 1]], again[: tokens - 1])
+
+
+@pytest.mark.parametrize(("turned", "doubled", "window"), [(16, True, None), (8, True, 90), (16, False, None)])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_attention_is_the_references(turned: int, dtype: torch.dtype, window: int | None, *, doubled: bool) -> None:
+    """Whole heads and parts of them, one span and several; keys and values arrive in their pages of one layer, and nowhere else."""
+    positions, heads, normed = torch.tensor([300, 0, 127], device=DEVICE), Heads(6, 2, 16), window is None
+    angles = draw(3, turned // 2, seed=4)
+    angles = torch.cat([angles, angles], dim=1) if doubled else angles
+    rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype), doubled)
+    norms = (norm_of(16, dtype), norm_of(16, dtype)._replace(weight=draw(16, dtype=dtype, seed=5))) if normed else None
+    states, table = (
+        draw(3, heads.all * 16, dtype=dtype),
+        torch.arange(18, dtype=torch.int32, device=DEVICE).flip(0).view(3, 6),
+    )
+    rows, found = torch.tensor([2, 0, 1], device=DEVICE), []
+    pages, places = table[rows, positions // 64].long(), positions % 64
+    for module in (attend, reference):
+        kept = draw(2, 3, 18, 2, 64, 16, dtype=dtype, seed=6)  # of three layers, the second is written
+        kept[:, 1, pages, :, places] = torch.nan  # what lay there before is of no account
+        sinks = draw(6, dtype=dtype, seed=7) if doubled else None
+        seen = Seen(rows, positions, table, 0.3, window, sinks)
+        heads_gave = module.attend(states, heads, rotary, norms, Cells(kept[0, 1], kept[1, 1], pages, places), seen)
+        found.append((heads_gave, kept))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    values = states.view(3, heads.all, 16)[0, 8:]
+    assert torch.equal(found[0][1][1, 1, pages[0], :, 300 % 64], values)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_router_is_the_references(rule: RouterRule, dtype: torch.dtype) -> None:
+    """Every kind of router, with and without what it may add; counters are back at zero."""
+    tokens, count = 5, 12
+    bias, correction = draw(count, dtype=dtype, seed=6), draw(count, seed=7)
+    router = Router(
+        draw(count, 72, dtype=dtype, seed=8) * 0.2,
+        bias if rule.over_chosen else None,
+        correction if rule.groups > 1 else None,
+        rule,
+    )
+    states, counts = draw(tokens, 72, dtype=dtype), torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
+    slots = torch.arange(20, 20 + count, dtype=torch.int32, device=DEVICE)
+    places = Places(slots, torch.tensor([3], dtype=torch.int32, device=DEVICE))
+    mine, theirs = (module.route(states, norm_of(72, dtype), router, counts, places) for module in (route, reference))
+    assert torch.equal(mine[3][:3], 20 + mine[1][:3].int())
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    assert not counts.any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+def test_a_router_without_numbers_still_chooses_experts() -> None:
+    """NaN gives K distinct experts that there are, and weights that are no numbers."""
+    router = Router(draw(12, 16), None, None, RULES["mixtral"])
+    counts = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    states = torch.full((1, 16), torch.nan, device=DEVICE)
+    _, index, weights, _ = route.route(states, norm_of(16, torch.float32), router, counts)
+    assert len(set(index[0].tolist())) == 2
+    assert 0 <= int(index.min()) <= int(index.max()) < 12
+    assert weights.isnan().all()
+
+
+def test_sums_take_what_is_added_behind_them() -> None:
+    """A shared expert's states and the residual, in any number; slots are looked up for live tokens alone."""
+    parts, index = draw(3, 2, 40), torch.tensor([[1, 3], [0, 4], [2, 2]], device=DEVICE)
+    weights, added = draw(3, 2, seed=1), [draw(3, 40, seed=seed) for seed in (2, 3)]
+    for count in range(3):
+        outs = [torch.empty(3, 40, device=DEVICE) for _ in range(2)]
+        for module, out in zip((experts, experts_reference), outs, strict=True):
+            module.combine(parts, index, weights, 4, out, added[:count])
+        torch.testing.assert_close(*outs)
+    places = torch.tensor([7, 5, -1, 9], dtype=torch.int32, device=DEVICE)
+    live = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    for module in (slots, experts_reference):
+        assert module.find_slots(places, index, live).tolist() == [[5, 9], [7, -1], [-1, -1]]
+
+
+def test_joined_weights_take_no_memory() -> None:
+    """Parts become views, numbers stay; a second time gives the same memory; what would lie askew is left alone."""
+    parts = [torch.nn.Parameter(draw(rows, 16, seed=rows), requires_grad=False) for rows in (8, 4, 4)]
+    before = [part.clone() for part in parts]
+    whole = joined(parts)
+    assert torch.equal(whole, torch.cat(before))
+    assert {part.untyped_storage().data_ptr() for part in parts} == {whole.untyped_storage().data_ptr()}
+    assert joined(parts).data_ptr() == whole.data_ptr()
+    assert joined([draw(1, 3), draw(1, 3)]) is None
