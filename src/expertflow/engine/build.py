@@ -233,7 +233,8 @@ class OffloadedModel(Uncopied):
 
     def view(self) -> Coming[CacheView]:
         """Totals, residency and uses between two steps; see `Handover.view`. Changes nothing."""
-        return self.handover.view()
+        with self.on_device():
+            return self.handover.view()
 
     @torch.inference_mode()
     def link_speed(self) -> float:
