@@ -116,8 +116,10 @@ def test_plan_needs_no_weights_and_says_what_the_budget_buys(make_checkpoint: Ma
 
 def test_models_lists_the_live_table() -> None:
     """Every entry of the table of families is listed."""
-    assert {entry["model_type"] for entry in json.loads(invoke("models", "--json"))} == set(FAMILIES)
-    assert all(entry.title in invoke("models") for entry in FAMILIES.values())
+    entries, shown = json.loads(invoke("models", "--json")), invoke("models")
+    assert {entry["model_type"] for entry in entries} == set(FAMILIES)
+    assert all(entry.title in shown for entry in FAMILIES.values())
+    assert {entry["model_type"]: entry["blocks"] for entry in entries}["gpt_oss"] == ["attention", "experts"]
 
 
 @pytest.mark.parametrize(

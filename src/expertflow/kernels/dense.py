@@ -260,10 +260,15 @@ def decode_attention(
 
 
 @triton.jit
-def _rms_norm(states, weight, out, width, eps: tl.constexpr, padded: tl.constexpr, wide: tl.constexpr):
+def _rms_norm(
+    states, weight, out, width, eps: tl.constexpr, padded: tl.constexpr, wide: tl.constexpr, early: tl.constexpr
+):
     """One row."""
     cell = tl.arange(0, padded)
     at = tl.program_id(0).to(tl.int64) * width + cell
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(states + at, mask=cell < width, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
     w = tl.load(weight + cell, mask=cell < width, other=0.0).to(tl.float32)
@@ -284,8 +289,9 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float, *, wide: bool) -> Tenso
     states = states.contiguous()
     width = states.shape[-1]
     out = torch.empty_like(states)
-    padded = int(triton.next_power_of_2(width))
+    padded, early = int(triton.next_power_of_2(width)), starts_early(states)
     _rms_norm[(states.numel() // width,)](
-        states, weight, out, width, eps=eps, padded=padded, wide=wide, num_warps=max(1, min(8, padded // 256))
-    )
+        states, weight, out, width, eps=eps, padded=padded, wide=wide, early=early, num_warps=max(1, min(8, padded // 256)),
+        launch_pdl=early,
+    )  # fmt: skip
     return out

@@ -5,15 +5,19 @@ Names of families are not looked at. Layers are looked for in the skeleton, whic
 them.
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
+from transformers import AutoConfig
 
 from expertflow.execution.blocks.forms import LayerForm
 from expertflow.execution.blocks.tensors import tensors_of
 from expertflow.execution.blocks.trial import Trial
 from expertflow.models.attention import attention_form
-from expertflow.models.skeleton import Skeleton
+from expertflow.models.families import Family
+from expertflow.models.skeleton import Skeleton, build_skeleton
 
 _PLAIN = (bool, int, float, str, type(None))
 _NUMBERED = "layer_idx"
@@ -31,6 +35,15 @@ def find_layers(skeleton: Skeleton) -> dict[str, LayerForm]:
         if (form := known[kind]) is not None:
             found[path] = form
     return found
+
+
+def family_blocks(family: Family) -> tuple[str, ...]:
+    """Which parts of some decoder layer of a family's small model are computed by building blocks, of `attention` and `experts`."""
+    with TemporaryDirectory() as folder:
+        AutoConfig.for_model(family.model_type, **family.tiny).save_pretrained(folder)
+        found = find_layers(build_skeleton(Path(folder), "float32")).values()
+    parts = {"attention": [form.heads for form in found], "experts": [form.experts for form in found]}
+    return tuple(name for name, blocks in parts.items() if any(block is not None for block in blocks))
 
 
 def is_norm(module: nn.Module) -> bool:
