@@ -3,7 +3,7 @@
 Model: shape Q with random weights, a quarter of its experts in slots, random tokens fed in. Every `EVERY`-th step a snapshot is begun
 before the step and taken behind it. A snapshot costs what such a step, with both calls, takes longer than the others, by medians of
 neighbours. Readers take one a second, so that is its share of a second. Residency and totals of every snapshot are compared with those
-read behind the step before, with the device waited for, in a second run of the same steps.
+that are waited for before the step, in a second run of the same steps.
 
 Usage: python benchmarks/snapshots.py --out FILE
        --tiny: small widths and few steps, for a CPU
@@ -36,7 +36,7 @@ def steps_of(llm: LLM, prompts: list[list[int]], steps: int, *, waited: bool) ->
     for number in range(steps):
         reads = number % EVERY == EVERY - 1
         if reads and waited:
-            read.append((llm.stats.cache, llm._offloaded.residency()))  # noqa: SLF001 - the reference
+            read.append((llm.stats.cache, llm.look().result()[1].slot_of))
         began = time.perf_counter()
         coming = llm.look() if reads and not waited else None
         engine.step()
