@@ -24,6 +24,7 @@ from expertflow.engine.planning.prefix import buffer_bytes
 from expertflow.engine.prepare import Prepared, predictor_load, prepare
 from expertflow.errors import BudgetError, ClosedError, QuantisedWarning
 from expertflow.events import CacheCounters, EventStream
+from expertflow.execution.blocks.match import find_layers
 from expertflow.execution.captured.experts import SharedParts
 from expertflow.execution.captured.view import CacheView, Coming
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
@@ -173,9 +174,10 @@ class OffloadedModel(Uncopied):
         )  # fmt: skip
         self._context = ForwardContext()
         bind_experts(model, skeleton, provider, self._context)
+        captured = plan.execution == "graph"
         self.handover = Handover(
-            shared, provider, self._context, batch=plan.max_batch, captured=plan.execution == "graph",
-            reason=plan.graph_unavailable_reason, one_size=plan.batch_invariant, measured=self.meter.watch,
+            shared, provider, self._context, batch=plan.max_batch, captured=captured, reason=plan.graph_unavailable_reason,
+            forms=find_layers(skeleton) if captured else {}, one_size=plan.batch_invariant, measured=self.meter.watch,
         )  # fmt: skip
         self.passes = Passes(self.handover.begin_pass, self.handover.end_pass)
         self.passes.device = self.device

@@ -7,10 +7,11 @@ observer needs the routing. Before the first captured step the controller lends 
 be read at any time, from the side that has them. Must not know layers, kernels and requests.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from threading import RLock
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from expertflow.cache.controller import as_event
 from expertflow.errors import ClosedError, ConfigError
 from expertflow.events import CacheCounters, Event, EventKind
+from expertflow.execution.blocks.forms import LayerForm
 from expertflow.execution.captured.capturable import expert_mlps
 from expertflow.execution.captured.dense import PromptParts
 from expertflow.execution.captured.experts import DeviceExperts, SharedParts
@@ -208,6 +210,7 @@ class Handover:
         batch: sequences of a captured step at most.
         captured: whether decode steps are captured.
         reason: why execution='auto' fell back to the host; else empty.
+        forms: of the decoder layers that building blocks run, by module path.
         one_size: whether every captured step is for `batch` sequences.
         measured: measures device memory while captured steps' buffers are made.
 
@@ -227,13 +230,14 @@ class Handover:
         batch: int,
         captured: bool,
         reason: str,
+        forms: Mapping[str, LayerForm] = MappingProxyType({}),
         one_size: bool = False,
         measured: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Let the host decide until the first decode step."""
         self._controller, self._counters, self._context = shared.controller, shared.counters, context
         self._batch, self._captured, self._reason, self._measured = batch, captured, reason, measured
-        self._one_size = one_size
+        self._one_size, self._forms = one_size, forms
         self._shared: SharedParts | None = shared
         self.provider: CachedExperts | None = provider
         self.rows: RowModel | EncoderDecoderRows | None = None
@@ -350,7 +354,7 @@ class Handover:
                 mlps = expert_mlps(skeleton, shared.store.layout)
                 experts = DeviceExperts(mlps, shared, batch, skeleton.top_k, log=log)
                 self._tables = DeviceTables(shared, experts)
-                self.decoder = GraphDecoder(rows, experts, batch, one_size=self._one_size)
+                self.decoder = GraphDecoder(rows, experts, batch, self._forms, one_size=self._one_size)
         return self.decoder
 
     def settle(self) -> None:

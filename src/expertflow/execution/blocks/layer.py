@@ -15,12 +15,10 @@ from transformers import PreTrainedModel
 from expertflow.execution.blocks import forms
 from expertflow.execution.blocks.forms import AttentionTensors, ExpertsTensors, LayerForm
 from expertflow.execution.blocks.join import joined
-from expertflow.execution.blocks.match import find_layers
 from expertflow.execution.blocks.tensors import attention_tensors, experts_tensors, tensors_of
 from expertflow.kernels.backend import Backend, backend
 from expertflow.kernels.blocks.given import Norm, Places, Rotary
 from expertflow.models.context import ForwardContext
-from expertflow.models.skeleton import Skeleton
 
 
 class BoundLayer(NamedTuple):
@@ -48,7 +46,7 @@ class LayerBlocks:
 
     Args:
         model: loaded model; weights of queries, keys and values become views of joined ones.
-        skeleton: of it.
+        matched: forms of its layers, by module path.
         context: what the model's passes carry.
         batch: sequences of a step at most.
         places: where a layer's experts lie; None where that is decided once they are chosen.
@@ -60,7 +58,7 @@ class LayerBlocks:
     def __init__(
         self,
         model: PreTrainedModel,
-        skeleton: Skeleton,
+        matched: Mapping[str, LayerForm],
         context: ForwardContext,
         batch: int,
         places: Callable[[int], Places | None],
@@ -70,7 +68,7 @@ class LayerBlocks:
         self._kernels: Backend = backend(model.device)
         counts = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.layers: dict[int, BoundLayer] = {}
-        for path, form in find_layers(skeleton).items():
+        for path, form in matched.items():
             layer = model.get_submodule(path)
             self.layers[id(layer)] = _bind(layer, form, counts)
             layer.forward = _layer_forward(layer, context)

@@ -8,13 +8,14 @@ shape runs eagerly and is captured afterwards. On a CPU every step runs eagerly:
 not know requests, and which side decides (`execution.handover`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from expertflow.errors import DeviceError
+from expertflow.execution.blocks.forms import LayerForm
 from expertflow.execution.blocks.layer import LayerBlocks
 from expertflow.execution.captured.capture import capture, graph_pool, kept_bytes
 from expertflow.execution.captured.dense import DenseParts
@@ -46,6 +47,7 @@ class GraphDecoder:
         rows: the model over its rows of keys and values.
         experts: of the steps.
         batch: sequences of a step at most.
+        forms: of the decoder layers that building blocks run, by module path.
         dense: run attention, norms and layers by our kernels where they support a module's form; else by the model's own.
         one_size: run every step for `batch` sequences and all columns, so that the bits of one do not depend on the others.
 
@@ -61,6 +63,7 @@ class GraphDecoder:
         rows: RowModel | EncoderDecoderRows,
         experts: DeviceExperts,
         batch: int,
+        forms: Mapping[str, LayerForm],
         *,
         dense: bool = True,
         one_size: bool = False,
@@ -77,7 +80,7 @@ class GraphDecoder:
         self.logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
         self.best = torch.zeros(batch, dtype=torch.long, device=device)
         self._dense = DenseParts(rows.model, rows.skeleton, rows.windows, rows.context) if dense else None
-        self._blocks = LayerBlocks(rows.model, rows.skeleton, rows.context, batch, experts.places) if dense else None
+        self._blocks = LayerBlocks(rows.model, forms, rows.context, batch, experts.places) if dense else None
         self._graphs: dict[tuple[int, int, int, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         self._reach = 0
         self._pool = graph_pool(device)
