@@ -56,6 +56,7 @@ def load(model: str | None, options: Mapping[str, Any], loading: Loading, share:
     llm = LLM(folder, weights=FileWeights(watch), progress=True, **chosen)
     assert llm.chat_params  # a generation config that means nothing is an error now, not at the first request
     loading.shaper, loading.grammars = shaper_of(llm), grammars_of(llm)
+    loading.link = llm.link_speed()
     return llm
 
 
