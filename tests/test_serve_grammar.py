@@ -1,15 +1,23 @@
 """Answers of a demanded form: whatever a random model would say, JSON fits its schema and calls are calls of offered tools."""
 
+import asyncio
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from expertflow.serve.grammar import Task
 from expertflow.serve.protocol.forms import Form
-from expertflow.serve.reading import grammars_of, shaper_of
+from expertflow.serve.reading import MARKS, shaper_of
 from expertflow.serve.worker import Loading
 from test_serve_agents import TEMPLATE
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from json_schemas import BOUNDED, OPEN
+from json_schemas import fits as fits_schema
 
 if TYPE_CHECKING:
     from serving import Served
@@ -46,7 +54,6 @@ def agent(served: "Served", monkeypatch: pytest.MonkeyPatch) -> Loading:
     loading = served.worker.loading
     monkeypatch.setattr(served.llm.tokenizer, "chat_template", TEMPLATE)
     monkeypatch.setattr(loading, "shaper", shaper_of(served.llm))
-    monkeypatch.setattr(loading, "grammars", grammars_of(served.llm))
     return loading
 
 
@@ -72,6 +79,39 @@ def test_json_fits_its_schema(served: "Served") -> None:
     assert all(
         fits(json.loads(text)) for text in (*(one["message"]["content"] for one in found), said["text"], block["text"])
     )
+
+
+def test_answers_of_other_schemas_fit_them(served: "Served") -> None:
+    """References, alternatives, formats, odd names; by a checker of its own. All fifty: `benchmarks/json_schemas.py`."""
+    chosen = ["person", "reference", "shape", "mixed choice", "day", "key of quotes", "map", "any text"]
+    schemas = [({**BOUNDED, **OPEN})[name] for name in chosen]
+
+    async def all_of_them() -> list[Any]:
+        async with served.http() as http:
+            bodies = [
+                {"prompt": "x", "seed": 1, "max_tokens": 120 if name in BOUNDED else 30, "guided_json": schema}
+                for name, schema in zip(chosen, schemas, strict=True)
+            ]
+            found = await asyncio.gather(*(http.post("/v1/completions", json=body, timeout=300) for body in bodies))
+            return [one.json()["choices"][0] for one in found]
+
+    for name, schema, found in zip(chosen, schemas, asyncio.run(all_of_them()), strict=True):
+        if name in BOUNDED or found["finish_reason"] == "stop":
+            assert found["finish_reason"] == "stop", name
+            assert fits_schema(json.loads(found["text"]), schema), (name, found["text"])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("person", {"age": 3}), ("person", {"name": "x", "more": 1}), ("reference", {"left": {"v": 1}, "right": {"v": 10}}),
+        ("shape", {"kind": "box", "w": 1}), ("mixed choice", 0), ("mixed choice", False), ("day", "2026-02-30"), ("map", {"a": 10}),
+        ("multiple", 7), ("tuple", [True, 1]), ("some colours", ["red"]), ("pattern", "AB-1234"), ("digit", True),
+    ],
+)  # fmt: skip
+def test_the_checker_finds_what_is_wrong(name: str, wrong: Any) -> None:
+    """It would say nothing of answers if it took everything."""
+    assert not fits_schema(wrong, {**BOUNDED, **OPEN}[name])
 
 
 def test_any_json_begins_as_an_object(served: "Served") -> None:
@@ -119,20 +159,22 @@ def test_an_answer_of_a_form_may_call_tools_too(agent: Loading, served: "Served"
 
 
 def test_a_grammar_waits_for_the_end_of_the_reasoning(agent: Loading, served: "Served") -> None:
-    """Until then all is allowed but the end; then the form alone, and at its end the end alone."""
+    """Until then any text is allowed, and no end; then the form alone, and at its end the end alone."""
     tokenizer, vocabulary = served.llm.tokenizer, served.llm.plan.shape.vocabulary
-    (mask,) = agent.grammars.masks(Form("x", SCHEMA), 1, reasoning=True)
+    marks = MARKS["qwen3_moe"]
+    mask = agent.grammars.compile(Task("x", Form("json", SCHEMA, "x"), (), False, marks, "<think>\n")).mask()
 
     def allowed() -> set[int]:
         row = np.zeros(-(-vocabulary // 32), np.int32)
         mask.fill(row)
         return {token for token in range(vocabulary) if row[token // 32] >> token % 32 & 1}
 
-    end = tokenizer.eos_token_id
+    end, letters = tokenizer.eos_token_id, set(tokenizer.encode("".join(map(chr, range(32, 127)))))
     text = 'so {"a": 5} </think>\n\n{"a": 17,"b":"yes"}'
     for place, token in enumerate(tokenizer.encode(text, add_special_tokens=False)):
-        if place < text.index("\n"):
-            assert allowed() == set(range(vocabulary)) - {end}
+        if place < text.index("\n\n"):
+            assert letters < allowed()
+            assert end not in allowed()
         else:
             assert token in allowed()
             assert len(allowed()) <= 15
@@ -147,7 +189,7 @@ def test_a_grammar_waits_for_the_end_of_the_reasoning(agent: Loading, served: "S
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "response_format"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"description": "x" * 2**16}}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"description": "x" * 2**17}}}},
             "response_format",
         ),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
@@ -159,4 +201,4 @@ def test_a_grammar_waits_for_the_end_of_the_reasoning(agent: Loading, served: "S
 def test_a_form_that_cannot_be_is_named(fields: dict[str, Any], param: str, served: "Served") -> None:
     """Before anything is generated."""
     found = served.send("/v1/chat/completions", {"messages": [USER], **fields})
-    assert (found.status_code, found.json()["error"]["param"]) == (400, param)
+    assert (found.status_code, found.json()["error"]["param"].startswith(param)) == (400, True)

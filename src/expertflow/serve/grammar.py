@@ -1,160 +1,293 @@
-"""Grammars that answers have to follow: JSON schemas and calls of tools, as masks of tokens by llguidance.
+"""Grammars: which tokens may come next so that an answer has the form it was asked for. The library is llguidance.
 
-A mask may wait for a mark first, such as the end of the reasoning; until then the model is free, but cannot end. Imports
-llguidance, so it is itself imported where the model is loaded. Must not know requests and APIs.
+1. At loading the model's tokenizer becomes the library's: seconds for a large vocabulary, and no other thread runs meanwhile.
+2. A request's form and functions become one grammar, around it the marks with which the model thinks and calls.
+3. Each choice gets a mask on a copy of its state, which the engine asks before each token.
+
+Must not know HTTP and engines.
 """
 
-import json
-from collections.abc import Collection, Mapping
-from functools import cached_property
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any, NamedTuple
 
+import llguidance
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
-from llguidance.numpy import fill_next_token_bitmask
+import orjson
 
-from expertflow.engine.request import Decoder
-from expertflow.engine.text import end_tokens
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.forms import Form
+from expertflow.serve.protocol.tools import Function
+from expertflow.serve.writers.parts import CallMarks, Marks
 
-if TYPE_CHECKING:
-    from expertflow.engine.llm import LLM
+LARGEST = 128 * 1024
+"""Bytes of a request's schemas at most."""
+_STATES = 50_000
+"""States of a lexer at most, of about 2 kB each."""
+_BLANKS = r"([ \t]{1,2}|\r?\n[ \t]{0,32})"
+"""Between two marks of JSON at most, so that a bounded schema has bounded answers: two blanks, or a line's end and an indent."""
+_LONGEST_REASON = 300
 
-_COMPACT = {"x-guidance": {"whitespace_pattern": " ?", "lenient": False}}
-"""At most one blank between the parts of JSON: a model could go on with blanks for ever."""
 
+class Task(NamedTuple):
+    """What an answer has to be.
 
-class Grammars:
-    """Makes masks for one model. Several threads may use it.
-
-    Args:
-        llm: the model.
-        calls: how its calls are written: what stands before and behind an object with `name` and `arguments`; None: unknown.
-        opens: mark behind which content begins in every answer; empty: content needs none.
+    Attributes:
+        param: the field that wants it.
+        form: of its text; None: it has to be calls.
+        functions: that it may call in place of text.
+        single: whether one call is enough.
+        marks: how the model writes it.
+        prompt: what it continues.
     """
 
-    def __init__(self, llm: "LLM", calls: tuple[str, str] | None, opens: str = "") -> None:
-        """Keep the model's text side; the tokenizer is read at the first use, because that takes seconds."""
-        self._tokenizer, self._vocabulary = llm.tokenizer, llm.plan.shape.vocabulary
-        self._decoder = llm.requests.text.decoder
-        self._ends = sorted({token for token in end_tokens(llm.model) if token < self._vocabulary})
-        self._calls, self._opens, self._lock = calls, opens, Lock()
-
-    @cached_property
-    def _tokens(self) -> LLTokenizer:
-        return from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ends)
-
-    def masks(self, form: Form, count: int, *, reasoning: bool) -> "list[GrammarMask]":
-        """Masks of `count` answers.
-
-        Args:
-            form: that they have.
-            count: of them.
-            reasoning: whether the prompt has begun a reasoning, which comes to its end first.
-
-        Raises:
-            ApiError: if the model's tokenizer cannot do that, the calls of this model cannot be demanded, or the schema is wrong.
-        """
-        if self._tokenizer is None or self._decoder is None or not self._ends or not self._tokenizer.is_fast:
-            raise bad(
-                form.param, "this model's tokenizer knows no grammars", "Leave it out.", code="unsupported_parameter"
-            )
-        mark = self._opens or ("</think>" if reasoning else "")
-        grammar = self._lark(form, blank=bool(reasoning and mark == "</think>"))
-        with self._lock:
-            tokens = self._tokens
-        found = []
-        for _ in range(count):
-            matcher = LLMatcher(tokens, grammar, log_level=0)
-            if matcher.is_error():
-                raise bad(form.param, f"the schema cannot be used: {_line(matcher.get_error())}", "Correct it.")
-            found.append(GrammarMask(matcher, self._ends, _Waiting(self._decoder, mark) if mark else None))
-        return found
-
-    def _lark(self, form: Form, *, blank: bool) -> str:
-        """The grammar: an answer, calls, or either."""
-        starts = (["answer"] if form.schema is not None else []) + (["calls"] if form.functions else [])
-        rules = [f"start: {'BLANK ' if blank else ''}({' | '.join(starts)})"]
-        rules += ["BLANK: /\\n{0,2}/"] if blank else []
-        if form.schema is not None:
-            rules.append(f"answer: %json {json.dumps({**form.schema, **_COMPACT})}")
-        if form.functions:
-            if self._calls is None or self._opens:
-                raise bad(
-                    form.param,
-                    "calls of this model cannot be demanded",
-                    "Use tool_choice auto.",
-                    code="unsupported_parameter",
-                )
-            before, behind = (json.dumps(text) for text in self._calls)
-            one = {"anyOf": [_call(function) for function in form.functions]}
-            rules.append(f"calls: call{'' if form.single else ' (NEXT call)*'}")
-            rules.append(f"call: {before} object {behind}")
-            rules += [] if form.single else ['NEXT: "\\n"']
-            rules.append(f"object: %json {json.dumps({**one, **_COMPACT})}")
-        return "\n".join(rules)
-
-
-def _call(function: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = function.get("parameters") or {"type": "object"}
-    return {
-        "type": "object", "properties": {"name": {"const": function["name"]}, "arguments": parameters},
-        "required": ["name", "arguments"], "additionalProperties": False,
-    }  # fmt: skip
-
-
-def _line(text: str) -> str:
-    return next(iter(text.splitlines()), "")[:300]
-
-
-class _Waiting:
-    """Looks for a mark in the text of tokens."""
-
-    def __init__(self, decoder: Decoder, mark: str) -> None:
-        self._decoder, self._mark, self._tail = decoder, mark, list[int]()
-
-    def found(self, token: int) -> bool:
-        """Whether the mark ends with this token, or within it."""
-        self._tail = [*self._tail[-len(self._mark) :], token]
-        return self._mark in self._decoder.decode(self._tail, skip_special_tokens=False)
+    param: str
+    form: Form | None
+    functions: Sequence[Function]
+    single: bool
+    marks: Marks
+    prompt: str
 
 
 class GrammarMask:
-    """Restricts the tokens of one request to a grammar; see `TokenMask`.
+    """A `TokenMask` that lets an answer keep to a grammar.
 
     Args:
-        matcher: where in the grammar the answer is.
-        ends: tokens that end an answer.
-        waiting: for the mark that the grammar begins behind; None: it begins at once.
+        matcher: the grammar's state; belongs to this mask alone.
     """
 
-    def __init__(self, matcher: LLMatcher, ends: Collection[int], waiting: _Waiting | None) -> None:
-        """Begin."""
-        self._matcher, self._ends, self._waiting = matcher, ends, waiting
+    def __init__(self, matcher: Any) -> None:
+        """Keep the state."""
+        self._matcher = matcher
 
     def fill(self, row: npt.NDArray[np.int32]) -> None:
-        """Set the bits of the tokens that may come next."""
-        if self._waiting is not None:
-            row[:] = -1
-            for token in self._ends:
-                row.view(np.uint32)[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
-        elif self._matcher.is_stopped():
-            for token in self._ends:
-                row.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
-        else:
-            fill_next_token_bitmask(self._matcher, row[None], 0)
+        """Set the bits of the tokens that may come next.
+
+        Raises:
+            RuntimeError: if the grammar needs more than its bounds allow.
+        """
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        self._check()
 
     def accept(self, token: int) -> None:
         """Learn the token that was chosen.
 
         Raises:
-            ApiError: if the grammar does not allow it, which is a mistake of ours.
+            RuntimeError: if it was not allowed.
         """
-        if self._waiting is not None:
-            self._waiting = None if self._waiting.found(token) else self._waiting
-        elif not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-            raise ApiError(500, f"the grammar does not allow token {token}: {_line(self._matcher.get_error())}")
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(_short(self._matcher.get_error()))
+
+
+class Grammar:
+    """A grammar of one request.
+
+    Args:
+        matcher: its state at the beginning.
+    """
+
+    def __init__(self, matcher: Any) -> None:
+        """Keep the state."""
+        self._matcher = matcher
+
+    def mask(self) -> GrammarMask:
+        """A mask for one choice."""
+        return GrammarMask(self._matcher.deep_copy())
+
+
+class Grammars:
+    """Makes grammars for one model.
+
+    Args:
+        tokenizer: of transformers; None: the model has none.
+        vocabulary: logits of a token.
+        ends: tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: Sequence[int]) -> None:
+        """Build the library's tokenizer. Why that cannot be is told to whoever asks for a grammar."""
+        ends = [token for token in ends if token < vocabulary]
+        self._special: dict[str, int] = {}
+        self._tokenizer: Any = None
+        self._failure = "" if ends else "the model has no token that ends an answer"
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            self._failure = "the model has no fast tokenizer"
+        if self._failure:
+            return
+        self._read(tokenizer, backend, vocabulary, ends)
+
+    def _read(self, tokenizer: Any, backend: Any, vocabulary: int, ends: list[int]) -> None:
+        backend = copy(backend)
+        backend.no_padding()
+        backend.no_truncation()
+        try:
+            self._tokenizer = llguidance.LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=ends)
+        except ValueError as error:
+            self._failure = f"the model's tokenizer is of another kind ({_short(str(error))})"
+            return
+        known = tokenizer.added_tokens_decoder.items()
+        self._special = {token.content: number for number, token in known if self._tokenizer.is_special_token(number)}
+
+    def compile(self, task: Task) -> Grammar:
+        """The grammar of an answer.
+
+        Args:
+            task: what the answer has to be.
+
+        Raises:
+            ApiError: if the model cannot be held to a grammar, or this one is too large, wrong, or cannot be kept.
+        """
+        if self._failure:
+            raise bad(task.param, f"{task.param} cannot be kept: {self._failure}", code="unsupported_parameter")
+        params = [*([task.form.param] if task.form else ()), *(function.param for function in task.functions)]
+        entries = [_form_entry(task.form)] if task.form else []
+        entries += [_schema_entry(one.schema, one.param, lenient=not one.strict) for one in task.functions]
+        if sum(map(len, map(orjson.dumps, entries))) > LARGEST:
+            raise bad(task.param, f"the request's schemas have more than {LARGEST:,} bytes", "Make them smaller.")
+        for entry, param in zip(entries, params, strict=True):
+            self._matcher([entry], param)
+        rules = "\n".join(_Rules(self._special).write(task))
+        return Grammar(self._matcher([{"lark_grammar": rules}, *_named(entries)], task.param))
+
+    def _matcher(self, entries: Sequence[Mapping[str, Any]], param: str) -> Any:
+        """A state at the beginning of a grammar; whether its first token can be told is tried."""
+        limits = llguidance.LLParserLimits(max_lexer_states=_STATES, verbose_errors=False)
+        text = orjson.dumps({"grammars": entries}).decode()
+        matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
+        tried = matcher.deep_copy()
+        if not tried.is_error():
+            tried.compute_bitmask()
+        if tried.is_error():
+            raise _wrong(param, tried.get_error())
+        return matcher
+
+
+class _Rules:
+    """Writes the rules of an answer in Lark's notation; `@g0` and so on are the forms and schemas, in order.
+
+    The library takes added tokens such as `<think>` for special ones: no text holds them, and marks have to be these tokens.
+    """
+
+    def __init__(self, special: Mapping[str, int]) -> None:
+        self._special = special
+        self._marks = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+    def write(self, task: Task) -> Iterator[str]:
+        """The rules' lines."""
+        marks, prompt, answers = task.marks, task.prompt.rstrip(), []
+        blank = "BLANK? " if marks.opens and not marks.says else ""
+        begun = bool(marks.opens) and prompt.endswith(marks.opens)
+        thinks = "thought " if begun else f"({self._text(marks.opens)} thought)? "
+        if not marks.opens or (not begun and prompt.endswith(marks.closes)):
+            thinks = ""
+        yield f"start: {blank if thinks and not begun else ''}{thinks}{blank}answer"
+        if task.form:
+            answers.append(f"{self._text(marks.says)} @g0")
+        if task.functions:
+            assert marks.calls is not None
+            answers.append("calls")
+            yield from self._calls(task, marks.calls, 1 if task.form else 0)
+        yield "answer: " + " | ".join(answers)
+        if blank:
+            yield r"BLANK: /\n{1,2}/"
+        if thinks:
+            yield from self._thought(marks.closes)
+
+    def _calls(self, task: Task, marks: CallMarks, first: int) -> Iterator[str]:
+        most = 1 if task.single else marks.most
+        more = f" ({self._text(marks.between)} call){{0,{most - 1}}}" if most > 1 else ""
+        yield f"calls: {self._text(marks.first)} call{more} {self._text(marks.last)}"
+        ends = self._text(marks.ends)
+        named = [
+            f"{self._text(marks.begins % one.name)} @g{first + place} {ends}"
+            for place, one in enumerate(task.functions)
+        ]
+        yield "call: " + " | ".join(named)
+
+    def _thought(self, closes: str) -> Iterator[str]:
+        """Any text up to a mark: a special token, or a text, of which the first one counts."""
+        pieces = self._pieces(closes)
+        rest = " ".join(pieces)
+        if pieces[0].startswith("<["):
+            yield f"thought: THOUGHT? {rest}"
+            yield r"THOUGHT: /(.|\n)+/"
+            return
+        mark = re.escape(orjson.loads(pieces[0])).replace("/", r"\/")
+        yield f"thought: until {' '.join(pieces[1:])}"
+        yield rf"until[lazy]: /(.|\n)*{mark}/"
+
+    def _text(self, text: str) -> str:
+        return " ".join(self._pieces(text)) or '""'
+
+    def _pieces(self, text: str) -> list[str]:
+        """A fixed text: special tokens by their numbers, the rest as it is."""
+        pieces, begin = [], 0
+        for found in self._marks.finditer(text):
+            pieces += [_quoted(text[begin : found.start()]), f"<[{self._special[found[0]]}]>"]
+            begin = found.end()
+        return [piece for piece in (*pieces, _quoted(text[begin:])) if piece != '""']
+
+
+def _quoted(text: str) -> str:
+    return orjson.dumps(text).decode()
+
+
+def _named(entries: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for place, entry in enumerate(entries):
+        yield {**entry, "name": f"g{place}"}
+
+
+def _form_entry(form: Form) -> dict[str, Any]:
+    """A form as the library's grammars know it."""
+    if form.kind == "json":
+        return _schema_entry(form.value, form.param, lenient=False)
+    if form.kind == "choice":
+        return {"lark_grammar": "start: " + " | ".join(map(_quoted, form.value))}
+    if form.kind == "regex":
+        return _entry(llguidance.LLMatcher.grammar_from_regex(form.value))
+    try:
+        return {"lark_grammar": llguidance.grammar_from("grammar", form.value)}
+    except ValueError as error:
+        raise _wrong(form.param, str(error)) from error
+
+
+def _schema_entry(schema: Any, param: str, *, lenient: bool) -> dict[str, Any]:
+    """A JSON schema as the library's grammars know it.
+
+    Args:
+        schema: of JSON.
+        param: the field that holds it.
+        lenient: whether keywords that cannot be kept are left out.
+    """
+    options: Any = {"whitespace_pattern": _BLANKS, "lenient": lenient, "coerce_one_of": lenient}
+    try:
+        text = orjson.dumps(schema).decode()
+        return _entry(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options))
+    except (TypeError, ValueError) as error:
+        raise _wrong(param, str(error)) from error
+
+
+def _entry(text: str) -> dict[str, Any]:
+    """The one grammar of a text of the library's."""
+    found: dict[str, Any] = orjson.loads(text)["grammars"][0]
+    return found
+
+
+def _wrong(param: str, reason: str) -> ApiError:
+    return bad(param, f"{param} cannot be kept: {_short(reason)}", "Change it.")
+
+
+def _short(reason: str) -> str:
+    """The line of the library's reason that says most."""
+    lines = reason.strip().splitlines() or [""]
+    line = next((line for line in lines if line.startswith("error:")), lines[0]).rstrip(" .")
+    if line.startswith("NoExtension"):
+        line = "nothing has that form"
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 3] + "..."

@@ -13,13 +13,15 @@ from expertflow.engine.llm import LLM, shipped_model
 from expertflow.engine.plan import DEFAULT_CONTEXT, Plan, make_plan
 from expertflow.engine.planning.length import SHORTEST, longest
 from expertflow.engine.prepare import Prepared, predictor_bytes, predictor_load, prepare
+from expertflow.engine.text import end_tokens
 from expertflow.errors import ConfigError
 from expertflow.limits import free_memory
 from expertflow.memory.devices import free_bytes, resolve_device
 from expertflow.models.files.checkpoint import resolve
 from expertflow.models.places import context_of
 from expertflow.models.weights.sources import FileWeights
-from expertflow.serve.reading import grammars_of, shaper_of
+from expertflow.serve.grammar import Grammars
+from expertflow.serve.reading import shaper_of
 from expertflow.serve.worker import Loading
 
 
@@ -55,7 +57,8 @@ def load(model: str | None, options: Mapping[str, Any], loading: Loading, share:
     chosen = {**options, "max_length": config.max_length, "kv_tokens": config.kv_tokens}
     llm = LLM(folder, weights=FileWeights(watch), progress=True, **chosen)
     assert llm.chat_params  # a generation config that means nothing is an error now, not at the first request
-    loading.shaper, loading.grammars = shaper_of(llm), grammars_of(llm)
+    loading.shaper = shaper_of(llm)
+    loading.grammars = Grammars(llm.tokenizer, llm.plan.shape.vocabulary, end_tokens(llm.model))
     loading.link = llm.link_speed()
     return llm
 

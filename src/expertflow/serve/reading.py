@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from expertflow.serve.grammar import Grammars
-from expertflow.serve.writers.parts import Call, Part, Reader, Shaper
+from expertflow.serve.writers.parts import Call, CallMarks, Marks, Part, Reader, Shaper
 
 if TYPE_CHECKING:
     from expertflow.engine.llm import LLM
@@ -103,6 +102,27 @@ TEMPLATES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "minimax_m2": _MINIMAX,
 })  # fmt: skip
 """How models mark the parts of an answer, by `model_type`. Sources: the chat templates of the models."""
+_TAGGED_CALLS = CallMarks('<tool_call>\n{"name": "%s", "arguments": ', "}\n</tool_call>", between="\n")
+_CHANNEL_CALLS = CallMarks("<|channel|>commentary to=functions.%s <|constrain|>json<|message|>", most=1)
+_ROUND = CallMarks("", first="<｜tool▁calls▁begin｜>", last="<｜tool▁calls▁end｜>")
+_FENCED = _ROUND._replace(
+    begins="<｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n", ends="\n```<｜tool▁call▁end｜>", between="\n"
+)
+_BARE = _ROUND._replace(begins="<｜tool▁call▁begin｜>%s<｜tool▁sep｜>", ends="<｜tool▁call▁end｜>")
+_THINKS = Marks("<think>", "</think>")
+MARKS: Mapping[str, Marks] = MappingProxyType({
+    "qwen2_moe": _THINKS._replace(calls=_TAGGED_CALLS),
+    "qwen3_moe": _THINKS._replace(calls=_TAGGED_CALLS),
+    "qwen3_next": _THINKS._replace(calls=_TAGGED_CALLS),
+    "gpt_oss": Marks(
+        "<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>", _CHANNEL_CALLS
+    ),
+    "deepseek_v2": _THINKS._replace(calls=_FENCED),
+    "deepseek_v3": _THINKS._replace(calls=_FENCED),
+    "glm4_moe": _THINKS,
+    "minimax_m2": _THINKS,
+})  # fmt: skip
+"""How grammars write answers of these models. Without `calls`: arguments are no JSON there."""
 _REASONING, _CALLS, _CONTENT = {"thinking", "reasoning", "reasoning_content"}, "tool_calls", "content"
 
 
@@ -117,15 +137,16 @@ def shaper_of(llm: "LLM") -> Shaper:
     )
     if template is None or not marked:
         return Shaper(None, tools=False)
-    return Shaper(partial(_make, template), tools="tools" in chat)
+    marks = None if own is not None else _marks(llm.model.config.model_type, chat)
+    return Shaper(partial(_make, template), tools="tools" in chat, marks=marks)
 
 
-def grammars_of(llm: "LLM") -> Grammars:
-    """What makes masks of tokens for a model, with its marks of calls and of content."""
-    kind, chat = llm.model.config.model_type, str(getattr(llm.tokenizer, "chat_template", None) or "")
-    tagged = TEMPLATES.get(kind) is _TAGGED and "<tool_call>" in chat
-    opens = "<|channel|>final<|message|>" if TEMPLATES.get(kind) is _CHANNELS and "<|channel|>" in chat else ""
-    return Grammars(llm, ("<tool_call>\n", "\n</tool_call>") if tagged else None, opens)
+def _marks(model_type: str, chat: str) -> Marks:
+    """How a model with this chat template writes what a grammar shapes."""
+    marks = MARKS[model_type]
+    if marks.opens == _THINKS.opens and marks.opens not in chat:
+        marks = marks._replace(opens="", closes="")
+    return marks._replace(calls=_BARE) if marks.calls is _FENCED and "```json" not in chat else marks
 
 
 def _make(template: Mapping[str, Any], prefix: str, tools: Sequence[Any]) -> Reader:

@@ -18,6 +18,7 @@ import orjson
 
 from expertflow.errors import ConfigError, PromptError
 from expertflow.serve.answers import Call
+from expertflow.serve.grammar import Task
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import (
     CHAT,
@@ -28,15 +29,15 @@ from expertflow.serve.protocol.fields import (
     read_fields,
     required,
 )
-from expertflow.serve.protocol.forms import form_of
+from expertflow.serve.protocol.forms import Form, form_of
 from expertflow.serve.protocol.messages import messages_of
 from expertflow.serve.protocol.sampling import choices, sampling
-from expertflow.serve.protocol.tools import tools_of
+from expertflow.serve.protocol.tools import Tools, tools_of
 from expertflow.serve.writers import anthropic, responses
 from expertflow.serve.writers.chat import ChatWriter
 from expertflow.serve.writers.completions import CompletionWriter, Wanted
 from expertflow.serve.writers.likelihoods import Texts
-from expertflow.serve.writers.parts import Answer, PlainReader
+from expertflow.serve.writers.parts import Answer, Shaper
 from expertflow.serve.writers.writer import Head, Writer
 
 if TYPE_CHECKING:
@@ -149,7 +150,9 @@ class Service:
         Raises:
             ApiError: if the fields are bad.
         """
-        model, tools, shaper = self.names.check(fields.get("model")), tools_of(fields), self.worker.loading.shaper
+        form = form_of(fields)
+        tools = tools_of(fields, shaped=form is not None)
+        model, shaper = self.names.check(fields.get("model")), self.worker.loading.shaper
         if tools.given and not (shaper.tools and shaper.make):
             what = "this model's chat template takes no tools"
             raise bad("tools", what, "Leave them out.", code="unsupported_parameter")
@@ -158,15 +161,10 @@ class Service:
         if shaper.make is not None:  # marks of an answer's parts are special tokens in some models
             options = replace(options, skip_special_tokens=False)
         params = choices(options, fields.get("n", 1))
-        readers = [shaper.make(prompt.text or "", tools.given) if shaper.make else PlainReader() for _ in params]
-        form, grammars = form_of(fields, tools), self.worker.loading.grammars
-        masks: Sequence[TokenMask | None] = [None] * len(params)
-        if form is not None and grammars is not None:
-            masks = grammars.masks(form, len(params), reasoning=readers[0].reasoning)
-        requests = [
-            make_request(llm, prompt, one, place, "messages", mask)
-            for place, (one, mask) in enumerate(zip(params, masks, strict=True))
-        ]
+        begun = prompt.text or ""
+        mask = self._masks(form, tools, shaper, begun)
+        requests = [make_request(llm, prompt, one, place, "messages", mask()) for place, one in enumerate(params)]
+        readers = [shaper.reader(begun, tools.given, formed=form is not None) for _ in params]
         answers = [Answer(reader, 1 if tools.single else None) for reader in readers]
         return Call(
             requests=requests,
@@ -174,6 +172,27 @@ class Service:
             stream=fields.get("stream", False),
             headers=left_out_header([*left_out, *tools.left_out]),
         )
+
+    def _masks(self, form: Form | None, tools: Tools, shaper: Shaper, prompt: str) -> "Callable[[], TokenMask | None]":
+        """What makes a mask for a choice.
+
+        Raises:
+            ApiError: if the model cannot be held to what is asked.
+        """
+        if form is None and not tools.demanded:
+            return lambda: None
+        form = None if tools.demanded else form
+        param, marks, grammars = form.param if form else "tool_choice", shaper.marks, self.worker.loading.grammars
+        if marks is None or (tools.functions and marks.calls is None):
+            what = (
+                "how this model writes its answers is not known"
+                if marks is None
+                else "this model's calls are not of JSON"
+            )
+            remedy = "Leave out tool_choice." if tools.demanded else "Leave out tools." if marks else ""
+            raise bad(param, f"{param} cannot be kept: {what}", remedy, code="unsupported_parameter")
+        assert grammars is not None
+        return grammars.compile(Task(param, form, tools.functions, tools.single, marks, prompt)).mask
 
     def message(self, llm: "LLM", body: dict[str, Any]) -> Call:
         """A call of `/v1/messages`.
@@ -221,8 +240,9 @@ class Service:
         options = sampling(fields, llm.sampling_defaults, _COMPLETION_TOKENS)
         params = choices(options, count)
         prompts = [read_prompt(llm, given, place) for place, given in enumerate(required(fields, "prompt"))]
+        mask = self._masks(form_of(fields), Tools(), Shaper(), "")
         requests = [
-            make_request(llm, prompt, one, place * count + choice, "prompt")
+            make_request(llm, prompt, one, place * count + choice, "prompt", mask())
             for place, prompt in enumerate(prompts)
             for choice, one in enumerate(params)
         ]

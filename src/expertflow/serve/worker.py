@@ -49,7 +49,7 @@ class Loading:
         total: of all bytes; 0: not known yet.
         shaper: what is known of the model's answers, once it is ready.
         link: bytes a second that loads of experts reach alone, measured before the first request; 0: not known.
-        grammars: makes masks of tokens, once it is ready.
+        grammars: makes grammars for the model, once it is ready.
     """
 
     phase: str = "starting"

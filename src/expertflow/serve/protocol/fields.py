@@ -31,7 +31,9 @@ MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_STOP_TOKENS, MOST_MESSAGES, MOST_TO
 MOST_LOGPROBS, MOST_BIASES = 20, 1024
 """Tokens of which a request may ask for log-probabilities, or change them."""
 LONGEST_STOP = 1_000
-"""Characters of a stop text at most."""
+"""Characters of a stop text, or of a text to choose, at most."""
+LONGEST_PATTERN, MOST_TEXTS = 100_000, 1_000
+"""Characters of a regular expression or grammar, and texts to choose from, at most."""
 _WHOLE = 2**31 - 1
 
 
@@ -105,11 +107,13 @@ _SAMPLING: Table = {
     "length_penalty": _refused("There is no beam search.", 1),
     "truncate_prompt_tokens": _refused("Shorten the prompt."),
     "logits_processors": _refused("Code from a request is never run.", []),
-    "guided_json": _refused("Use response_format."),
-    "guided_regex": _refused("Leave it out."),
-    "guided_choice": _refused("Leave it out."),
-    "guided_grammar": _refused("Leave it out."),
-    "structured_outputs": _refused("Use response_format.", {}),
+    "response_format": _honoured(mapping),
+    "structured_outputs": _honoured(mapping),
+    "guided_json": _honoured(text_or_mapping),
+    "guided_regex": _honoured(short_text(LONGEST_PATTERN)),
+    "guided_choice": _honoured(several(short_text(LONGEST_STOP), MOST_TEXTS)),
+    "guided_grammar": _honoured(short_text(LONGEST_PATTERN)),
+    "guided_decoding_backend": _no_effect("there is one"),
     "return_token_ids": _refused("Ask /tokenize.", False),
 }
 _REQUEST: Table = {
@@ -135,7 +139,6 @@ CHAT: Table = {
     "reasoning_effort": _honoured(text),
     "logprobs": _honoured(boolean),
     "top_logprobs": _honoured(integer(0, MOST_LOGPROBS)),
-    "response_format": _honoured(mapping),
     "tools": _honoured(several(mapping, MOST_TOOLS)),
     "tool_choice": _honoured(text_or_mapping),
     "parallel_tool_calls": _honoured(boolean),
@@ -166,7 +169,6 @@ COMPLETION: Table = {
     "echo": _honoured(boolean),
     "logprobs": _honoured(integer(0, MOST_LOGPROBS)),
     "suffix": _refused("Models here continue a text; they do not fill gaps.", ""),
-    "response_format": _refused("Use /v1/chat/completions.", {"type": "text"}),
 }
 ANTHROPIC: Table = {
     **{
@@ -236,6 +238,19 @@ STREAM_OPTIONS: Table = {
     "continuous_usage_stats": _honoured(boolean),
     "include_obfuscation": _no_effect("it pads what is sent"),
 }
+STRUCTURED: Table = {
+    "json": CHAT["guided_json"],
+    "json_object": _honoured(boolean),
+    "regex": CHAT["guided_regex"],
+    "choice": CHAT["guided_choice"],
+    "grammar": CHAT["guided_grammar"],
+    "structural_tag": _refused("Use tools and tool_choice."),
+    "disable_any_whitespace": _refused("Blanks are bounded here.", False),
+    "disable_additional_properties": _refused("Say it in the schema.", False),
+    "whitespace_pattern": _refused("Blanks are bounded here."),
+    "disable_fallback": _no_effect("there is one way"),
+}
+"""What vLLM's `structured_outputs` holds."""
 TABLES: Mapping[str, Table] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETION,

@@ -1,76 +1,117 @@
-"""The form that a client wants an answer in: JSON, by a schema or without, or calls of tools. Must not know grammars."""
+"""The form that an answer has to have: a JSON schema, a regular expression, a choice or a grammar. Must not know grammars' syntax.
 
-from collections.abc import Mapping, Sequence
+OpenAI asks for it by `response_format`, vLLM by `structured_outputs` and, before that, by `guided_json` and the like.
+"""
+
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import orjson
 
 from expertflow.serve.protocol.errors import bad
-from expertflow.serve.protocol.tools import Tools
+from expertflow.serve.protocol.fields import STRUCTURED, read_fields
 
-MOST_BYTES = 2**16
-"""Of a schema at most, and of all tools of which one is demanded."""
+_GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+_FORMATS = "text, json_object, json_schema"
 
 
 class Form(NamedTuple):
-    """What an answer has to be: JSON, or calls, or either where both are there.
+    """A form of an answer.
 
     Attributes:
-        param: the field that wants it.
-        schema: of the JSON; None: no JSON.
-        functions: that may be called, as OpenAI's API describes them.
-        single: whether one call is wanted.
+        kind: `json`, `regex`, `choice` or `grammar`.
+        value: a JSON schema; a regular expression; texts; a grammar in Lark's or GBNF's notation.
+        param: the field that asks for it.
     """
 
+    kind: str
+    value: Any
     param: str
-    schema: Mapping[str, Any] | None = None
-    functions: Sequence[Mapping[str, Any]] = ()
-    single: bool = False
 
 
-def form_of(fields: Mapping[str, Any], tools: Tools) -> Form | None:
-    """The form that a chat request wants, or None if any will do.
+def form_of(fields: Mapping[str, Any]) -> Form | None:
+    """The form that a request asks for, or None.
 
     Args:
-        fields: honoured fields: `response_format`, `tool_choice`.
-        tools: of the request.
+        fields: honoured fields of the request; `form` is one that another API's field gave.
 
     Raises:
-        ApiError: if a form is unknown or too long, or a call is demanded and there is no such tool.
+        ApiError: if it is described wrongly, asked for twice, or contradicts another field.
     """
-    functions = [tool["function"] for tool in tools.given]
-    if tools.demanded is not None:
-        wanted = [one for one in functions if tools.demanded in ("", one["name"])]
-        if not wanted:
-            raise bad("tool_choice", f"there is no tool {tools.demanded!r} to call", "Describe it in tools.")
-        _check_size("tools", wanted)
-        return Form("tool_choice", None, wanted, single=tools.single or tools.demanded != "")
-    schema = schema_of(fields.get("response_format", {}), "response_format")
-    if schema is None:
-        return None
-    _check_size("response_format", [schema, *functions])
-    return Form("response_format", schema, functions, tools.single)
+    found = [fields.get("form")]
+    if "response_format" in fields:
+        found.append(format_of(fields["response_format"], "response_format"))
+    if "structured_outputs" in fields:
+        given = read_fields(fields["structured_outputs"], STRUCTURED, "structured_outputs.")
+        if given.pop("json_object", False):
+            found.append(Form("json", {"type": "object"}, "structured_outputs.json_object"))
+        found += [_form(kind, value, f"structured_outputs.{kind}") for kind, value in given.items()]
+    found += [_form(kind, fields[name], name) for name, kind in _GUIDED.items() if name in fields]
+    forms = [form for form in found if form is not None]
+    if len(forms) > 1:
+        raise bad(forms[1].param, f"{forms[0].param} and {forms[1].param} ask for two forms", "Leave one out.")
+    if forms:
+        check_beside(fields, forms[0].param)
+    return forms[0] if forms else None
 
 
-def schema_of(form: Mapping[str, Any], param: str) -> Mapping[str, Any] | None:
-    """The schema of an answer's form, or None if it is text.
+def format_of(given: Any, param: str) -> Form | None:
+    """The form of a `response_format`, or of what other APIs have in its place; None: text.
+
+    Args:
+        given: its schema is in `json_schema`, or beside its type.
+        param: the field.
 
     Raises:
-        ApiError: if it is unknown, or has no schema.
+        ApiError: if it is described wrongly.
     """
-    kind = form.get("type", "text")
+    kind = given.get("type") if isinstance(given, dict) else None
     if kind == "text":
         return None
     if kind == "json_object":
-        return {"type": "object"}
-    inner = form.get("json_schema", form)
-    if kind != "json_schema" or not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict):
-        what = f"{param} of type {kind!r} is unknown, or has no schema"
-        raise bad(param, what, 'It takes {"type": "json_schema", "json_schema": {"schema": {...}}}.')
-    found: Mapping[str, Any] = inner["schema"]
-    return found
+        return Form("json", {"type": "object"}, param)
+    if kind != "json_schema":
+        what = f"{param}.type={kind!r} is not supported"
+        raise bad(f"{param}.type", what, f"Supported: {_FORMATS}.", code="unsupported_parameter")
+    nested = "json_schema" in given
+    inner, param = (given["json_schema"], f"{param}.json_schema") if nested else (given, param)
+    if not isinstance(inner, dict) or inner.get("schema") is None:
+        raise bad(f"{param}.schema", f"{param} holds no schema", 'It takes {"name", "schema"}.')
+    return Form("json", schema_of(inner["schema"], f"{param}.schema"), f"{param}.schema")
 
 
-def _check_size(param: str, parts: Sequence[Any]) -> None:
-    if (size := len(orjson.dumps(parts))) > MOST_BYTES:
-        raise bad(param, f"{param} takes {size} bytes as a grammar", f"{MOST_BYTES} at most.")
+def check_beside(fields: Mapping[str, Any], param: str) -> None:
+    """Refuse what a grammar cannot keep to.
+
+    Args:
+        fields: honoured fields of the request.
+        param: the field that makes the grammar.
+
+    Raises:
+        ApiError: naming the field that stands against it.
+    """
+    for name in ("ignore_eos", "min_tokens", "continue_final_message"):
+        if fields.get(name):
+            raise bad(name, f"{name} cannot be kept beside {param}", "Leave one out.", code="unsupported_parameter")
+
+
+def schema_of(value: Any, param: str) -> dict[str, Any] | bool:
+    """A JSON schema: an object, or its JSON text.
+
+    Raises:
+        ApiError: if it is neither.
+    """
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise bad(param, f"{param} is no JSON: {error}", "Send a JSON schema.") from error
+    if not isinstance(value, dict | bool):
+        raise bad(param, f"{param} is no JSON schema", "A schema is an object.")
+    return value
+
+
+def _form(kind: str, value: Any, param: str) -> Form:
+    if kind == "choice" and not value:
+        raise bad(param, f"{param} is empty", "Give at least one text.")
+    return Form(kind, schema_of(value, param) if kind == "json" else value, param)

@@ -10,6 +10,7 @@ import orjson
 
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import ANTHROPIC, read_fields, required
+from expertflow.serve.protocol.forms import format_of
 from expertflow.serve.protocol.messages import text_of
 from expertflow.serve.writers.parts import Answer, Part
 from expertflow.serve.writers.writer import Frame, Head, Writer
@@ -61,7 +62,7 @@ def chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     if effort := given.get("output_config", {}).get("effort"):
         found["reasoning_effort"] = effort
     if form := given.get("output_config", {}).get("format"):
-        found["response_format"] = form
+        found["form"] = format_of(form, "output_config.format")
     if more := sorted(given.get("output_config", {}).keys() - {"effort", "format"}):
         raise bad(
             f"output_config.{more[0]}", f"the field output_config.{more[0]} is unknown", "It takes effort and format."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.fields import RESPONSES, read_fields, required
+from expertflow.serve.protocol.forms import format_of
 from expertflow.serve.protocol.messages import text_of
 from expertflow.serve.writers.parts import Answer, Part
 from expertflow.serve.writers.writer import Frame, Head, Writer
@@ -47,7 +48,7 @@ def chat_fields(body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         f"reasoning.{name}" for name, value in given.get("reasoning", {}).items() if name != "effort" and value
     ]
     if form := given.get("text", {}).get("format"):
-        found["response_format"] = form
+        found["form"] = format_of(form, "text.format")
     left_out += [f"text.{name}" for name, value in given.get("text", {}).items() if name != "format" and value]
     return found, left_out
 
@@ -202,7 +203,8 @@ class ResponseWriter(Writer):
             "instructions": asked.get("instructions"), "max_output_tokens": asked.get("max_output_tokens"),
             "model": self.head.model, "output": list(self._items), "previous_response_id": None, "store": False,
             "parallel_tool_calls": asked.get("parallel_tool_calls", True), "reasoning": asked.get("reasoning") or {},
-            "temperature": asked.get("temperature"), "top_p": asked.get("top_p"), "text": {"format": {"type": "text"}},
+            "temperature": asked.get("temperature"), "top_p": asked.get("top_p"),
+            "text": asked.get("text") or {"format": {"type": "text"}},
             "tool_choice": asked.get("tool_choice") or "auto", "tools": asked.get("tools") or [], "truncation": "disabled",
             "metadata": asked.get("metadata") or {}, "usage": usage if over else None,
         }  # fmt: skip
