@@ -371,7 +371,7 @@ def start(task: str, shape: str, source: Path, options: argparse.Namespace, fold
             file.name,
         ]
         command += ["--trace", str(options.trace)] + (["--tiny"] if options.tiny else [])
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(source.resolve())})  # noqa: S603 - this script
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(source.resolve())})
         rows: list[dict[str, Any]] = json.loads(Path(file.name).read_text() or "[]")
     return rows
 

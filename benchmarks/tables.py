@@ -660,7 +660,7 @@ def fields() -> str:
     both = {name: field for name, field in TABLES[chat].items() if TABLES[completion].get(name) == field}
     rows = {f"`{chat}` and `{completion}`": both}
     rows |= {f"only `{one}`": {n: f for n, f in TABLES[one].items() if n not in both} for one in (chat, completion)}
-    rows |= {f"`{one}`": TABLES[one] for one in others}
+    rows |= {f"`{one}`": TABLES[one] for one in others if one.startswith("/v1/")}
     lines = ["| route | honoured | accepted without effect | refused |", "|---|---|---|---|"]
     for route, table in rows.items():
         cells = [", ".join(name for name, field in table.items() if field.use is use) for use in Use]

@@ -40,7 +40,7 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         self.metrics = Metrics(NAMES[0])
-        options = {"device": "cpu", "max_batch": 4, "max_live": 8}
+        options = {"device": "cpu", "max_batch": 4, "max_live": 8, "prefix_memory": "16MiB"}
         self.worker = Worker(partial(load, str(folder), options), watcher=self.metrics)
         self.service = Service(self.worker, Names(served=NAMES), self.metrics)
         self.app = make_app(self.service, Rules())
@@ -111,12 +111,12 @@ class Leaving:
         body: of the request.
     """
 
-    def __init__(self, app: Any, path: str, body: Any) -> None:
+    def __init__(self, app: Any, path: str, body: Any, method: str = "POST") -> None:
         self.sent: list[dict[str, Any]] = []
         self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._messages.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
         scope = {
-            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": method,
             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
             "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
             "client": ("127.0.0.1", 1), "server": ("localhost", 80),

@@ -201,8 +201,8 @@ def test_a_pass_is_learned_when_it_is_queued(
             seen.append(len(step.tokens))
             learn(step)
 
-        def watched(pieces: Sequence[PromptChunk]) -> Tensor:
-            logits = prefill(pieces)
+        def watched(pieces: Sequence[PromptChunk], *more: object) -> Tensor:
+            logits = prefill(pieces, *more)
             seen.append("queued")
             return logits
 

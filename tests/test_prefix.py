@@ -379,6 +379,34 @@ def test_cancelled_requests_leave_what_they_have_read(make_checkpoint: MakeCheck
             assert (output.cached_tokens, output.token_ids) == (48, tokens)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_beside_steps_change_no_token(family: str, cuda: torch.device, make_checkpoint: MakeCheckpoint) -> None:
+    """On a GPU, where copies run on a stream of their own: chats take turns, pages and host memory change hands all the time."""
+    folder = make_checkpoint(family, spread=0.3, max_position_embeddings=2048)
+    chats = [text(seed, 300 + 70 * seed) for seed in range(5)]
+    options = {
+        "device": str(cuda),
+        "execution": "graph",
+        "slots": 9,
+        "max_batch": 3,
+        "max_length": 1500,
+        "prefill_chunk": 192,
+    }
+    with LLM(folder, prefix_memory="3MiB", kv_tokens=3000, predictor="none", **options) as llm:
+        prompts, found = [], []
+        for turn in range(3):
+            outputs = llm.generate(chats, PARAMS)
+            prompts += [list(chat) for chat in chats]
+            found += [output.token_ids for output in outputs]
+            chats = [
+                [*chat, *output.token_ids, *text(40 + turn, 50)] for chat, output in zip(chats, outputs, strict=True)
+            ]
+        stats = llm.stats
+        assert stats.prefix_cache_hits > 0
+        assert fresh(llm, prompts) == found
+        assert stats.peak_bytes <= llm.plan.total
+
+
 def test_generated_tokens_are_kept_if_stated(make_checkpoint: MakeCheckpoint) -> None:
     """With `prefix_generated` a next turn begins behind the answer, too; by default behind the prompt that a pass read."""
     prompt, params = text(1, 20), SamplingParams(max_tokens=15, ignore_eos=True)

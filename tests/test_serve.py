@@ -11,6 +11,7 @@ from expertflow import SamplingParams
 from expertflow.serve import answers, worker
 from expertflow.serve.app import make_app
 from expertflow.serve.guard import Rules
+from expertflow.serve.live import snapshots
 from expertflow.serve.worker import Bounds
 from serving import NAMES, Leaving, frames, until
 
@@ -312,7 +313,7 @@ def scraped(served: "Served") -> dict[str, float]:
 
 def test_metrics_count_what_clients_got(served: "Served", monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens, requests and times by vLLM's names; the cache's totals are the engine's; reading them changes nothing."""
-    monkeypatch.setattr(worker, "_SNAPSHOT_SECONDS", 0.0)
+    monkeypatch.setattr(snapshots, "SECONDS", 0.0)
     before = scraped(served)
     body = {"prompt": ["one", "three"], "max_tokens": 4, "ignore_eos": True, "temperature": 0}
     usage = served.send("/v1/completions", body).json()["usage"]
@@ -345,7 +346,7 @@ def test_metrics_count_what_clients_got(served: "Served", monkeypatch: pytest.Mo
     live = asyncio.run(main())
     assert live["expertflow_num_requests_running"] == 3
     assert live["expertflow_kv_cache_usage_perc"] == pytest.approx(3 * 5 / (plan.kv_tokens // 64))
-    assert served.metrics._last == {}, "nothing is kept of what is over"
+    assert served.metrics._times == {}, "nothing is kept of what is over"
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -228,7 +228,8 @@ def test_a_tool_loop_of_anthropics_client(says: Says, served: "Served") -> None:
         block.model_dump(exclude={"id", "parsed_output"}) for block in whole.content
     ]
     assert (events[0], events[-1]) == ("message_start", "message_stop")
-    assert whole.usage.input_tokens == final.usage.input_tokens == tokens
+    for usage in (whole.usage, final.usage):
+        assert usage.input_tokens + usage.cache_read_input_tokens == tokens
     assert whole.usage.output_tokens == final.usage.output_tokens == len(SAID) + 1
     seen = []
 
@@ -308,3 +309,33 @@ def test_a_stream_of_calls_is_a_stream(served: "Served") -> None:
     ]
     assert sorted(choice for choice, _ in calls) == [0, 1]
     assert len({number for _, number in calls}) == 2
+
+
+def test_a_second_turn_reads_only_what_is_new(says: Says, served: "Served") -> None:
+    """Tokens that an earlier prompt began with are reported by both APIs, and the answer is that of a fresh run."""
+    says("Done.")
+    first = [{"role": "user", "content": "see " * 40}]
+    second = [*first, {"role": "assistant", "content": "Done."}, USER]
+    prompt = len(served.send("/tokenize", {"messages": first}).json()["tokens"])
+    fresh = served.send("/v1/chat/completions", {"messages": first}).json()
+    assert fresh["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    found = served.send("/v1/chat/completions", {"messages": second}).json()
+    cached = found["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < prompt - 64 <= cached <= prompt
+    usage = served.send("/v1/messages", {"messages": second, "max_tokens": 9}).json()["usage"]
+    assert usage["cache_read_input_tokens"] >= cached
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == found["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_mask_that_fails_ends_its_request_alone(
+    stream: bool, served: "Served", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an error of the server that names it; the next request is served."""
+    request, body = served.llm.request, {"prompt": "x", "max_tokens": 3, "ignore_eos": True, "stream": stream}
+    with monkeypatch.context() as patch:
+        patch.setattr(served.llm, "request", lambda *given, **more: request(*given, **{**more, "mask": Script([])}))
+        found = served.send("/v1/completions", body)
+    error = (frames(found.text)[-1] if stream else found.json())["error"]
+    assert (found.status_code, error["type"], error["code"]) == (200 if stream else 500, "server_error", "mask_failed")
+    assert served.send("/v1/completions", {**body, "stream": False}).json()["usage"]["completion_tokens"] == 3

@@ -146,7 +146,7 @@ def test_the_longest_sequence_leaves_half_of_the_slots(fits: int | None, make_ch
 @pytest.fixture(scope="module")
 def folder(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made, copied = (
-        make_checkpoint("qwen3_moe", spread=0.3, max_position_embeddings=512),
+        make_checkpoint("qwen3_moe", spread=0.3, max_position_embeddings=512, vocab_size=259),
         tmp_path_factory.mktemp("chat"),
     )
     for file in made.iterdir():

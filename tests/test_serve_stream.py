@@ -1,6 +1,7 @@
 """Streams say the same whatever comes together: text split anywhere, characters and stop texts over several tokens."""
 
 import json
+from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,3 +93,13 @@ def test_a_stream_in_any_pieces_is_the_whole_answer(text: str, stops: list[str],
         assert (said, whole["finish_reason"]) == wanted
         assert read_back(sent, chat=chat) == (said, [wanted[1]])
         assert writer.usage["completion_tokens"] == len(outputs)
+
+
+def test_tokens_that_were_not_read_are_counted_once_a_prompt() -> None:
+    """Answers to one prompt share it: what one of them had to read was read."""
+    writer = CompletionWriter(Head(model="m", prompt_tokens=30, prompts=2), ["", "", "", ""])
+    for choice, cached in enumerate([0, 9, 16, 17]):
+        output = SimpleNamespace(text="x", token_id=1, logprobs=None, output=None, cached_tokens=cached)
+        writer.take(choice, [output])
+        writer.take(choice, [output])
+    assert writer.usage["prompt_tokens_details"] == {"cached_tokens": 0 + 16}

@@ -241,6 +241,13 @@ class CacheController:
         """The cache's tables, for the device execution that takes them over."""
         return self._tables
 
+    @property
+    def uses(self) -> npt.NDArray[np.int64]:
+        """`[L, E]`, how many steps used each expert, one that runs included. A copy."""
+        count = self._ranker.usage.count
+        found: npt.NDArray[np.int64] = (count + self._needed if self._open else count).astype(np.int64)
+        return found
+
     def lend_tables(self, take: Callable[[Tables, Usage], None]) -> None:
         """End the step, then let `take` copy tables and usage: the device execution decides the coming steps."""
         self.end_step()

@@ -151,6 +151,7 @@ def serve(
         Fields(
             EngineConfig,
             without=("max_length",),
+            defaults={"prefix_memory": "auto"},
             aliases={"max_batch": "--max-num-seqs", "prefill_chunk": "--max-num-batched-tokens"},
         ),
     ],
@@ -175,7 +176,7 @@ def chat(
     url: Annotated[str | None, typer.Option(help="Server to talk to instead, such as http://127.0.0.1:8000.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="EXPERTFLOW_API_KEY", help="Key of that server.")] = None,
     system: Annotated[str, typer.Option(help="System message that every chat begins with.")] = "",
-    engine: Annotated[Given, Fields(EngineConfig, defaults={"max_batch": 1})],
+    engine: Annotated[Given, Fields(EngineConfig, defaults={"max_batch": 1, "prefix_memory": "auto"})],
     sampling: Annotated[
         Given,
         Fields(

@@ -26,6 +26,7 @@ from expertflow.errors import BudgetError, ClosedError, QuantisedWarning
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.blocks.match import find_layers
 from expertflow.execution.captured.experts import SharedParts
+from expertflow.execution.captured.view import CacheView, Coming
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
 from expertflow.execution.handover import Handover
 from expertflow.execution.kv.blocks import BlockStore
@@ -64,6 +65,8 @@ WIDE = 4
 """Tokens for each expert of a layer from which on a pass is taken to need every expert: of equally likely ones it misses 2 %."""
 LEAST_WIDE = 64
 """Tokens of such a pass at least: a shorter one has as little to gain as a decode step."""
+_TIMED_BYTES, _TIMED_LOADS = 2**28, 64
+"""What `link_speed` copies at most."""
 
 
 def _wide(plan: Plan) -> int | None:
@@ -229,6 +232,24 @@ class OffloadedModel(Uncopied):
     def residency(self) -> npt.NDArray[np.int32]:
         """`[L, E]`, the slot each expert is in or comes into, or -1; a copy. Changes nothing."""
         return self.handover.residency()
+
+    def view(self) -> Coming[CacheView]:
+        """Totals, residency and uses between two steps; see `Handover.view`. Changes nothing."""
+        with self.on_device():
+            return self.handover.view()
+
+    @torch.inference_mode()
+    def link_speed(self) -> float:
+        """Bytes a second that loads reach with nothing beside them, measured now with about 256 MiB; 0 once an expert is in a slot."""
+        if self.controller.table.resident:
+            return 0.0
+        layout, experts = self.store.layout, self.plan.shape.experts
+        small = [layer for layer in range(len(layout.layers)) if layer not in self.plan.slot_layout.large]
+        count = max(1, min(_TIMED_LOADS, _TIMED_BYTES // self.plan.record_bytes))
+        records = [small[place // experts % len(small)] * experts + place % experts for place in range(count)]
+        with self.on_device():
+            seconds = min(self.handover.check_open().time_loads(records) for _ in range(2))
+        return sum(layout.layer_bytes[record // experts] for record in records) / max(seconds, 1e-9)
 
     def executor(self) -> Executor:
         """What runs the model's passes and steps. Use one at a time, because it owns the KV rows."""

@@ -322,7 +322,7 @@ class Engine:
         chunks = []
         for part in task.parts:
             request, row = self._running[part.sequence].request, self._scheduler.row(part.sequence)
-            tokens = request.read_ids
+            tokens, request.begun = request.read_ids, request.begun or time.perf_counter()
             read = tokens[part.begin : part.end]
             if self._playback is not None and part.begin == 0:
                 self._playback.begin(request.index, row)

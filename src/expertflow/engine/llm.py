@@ -6,7 +6,7 @@ Loads a model, makes requests of prompts, and drives the engine until they are o
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from expertflow.engine.text import ModelText, RequestFactory, end_tokens
 from expertflow.engine.threads import limit_threads
 from expertflow.errors import CancelledError, ConfigError, PromptError, RequestError, UnsupportedModelError
 from expertflow.events import CacheCounters, EventStream
+from expertflow.execution.captured.view import CacheView, Coming
 from expertflow.execution.replay import Replay
 from expertflow.execution.sampling.masks import TokenMask
 from expertflow.formats.table import FORMATS, Formats
@@ -220,8 +221,29 @@ class LLM:
     @property
     def stats(self) -> RunStats:
         """What generation cost so far."""
-        done, peak = asdict(self._engine.totals), self._offloaded.measure()
-        return RunStats(**done, peak_bytes=peak, cache=self._offloaded.totals())
+        return self._stats(self._offloaded.totals())
+
+    def _stats(self, cache: CacheCounters) -> RunStats:
+        return RunStats(**asdict(self._engine.totals), peak_bytes=self._offloaded.measure(), cache=cache)
+
+    def look(self) -> Coming[tuple[RunStats, CacheView]]:
+        """Begin to read `stats` and the expert cache's residency and uses, between two steps.
+
+        For a reader in the thread that runs the steps. `stats` waits for the device; this does not, if the result is taken
+        once it is ready, which it is behind the next step. Changes nothing.
+        """
+        stats, view = self._stats(CacheCounters()), self._offloaded.view()
+
+        def finish() -> tuple[RunStats, CacheView]:
+            found = view.result()
+            return replace(stats, cache=found.counters), found
+
+        return Coming(view.ready, finish)
+
+    def link_speed(self) -> float:
+        """Bytes a second that loads of experts into slots reach with nothing beside them, measured now; 0 once an expert is resident."""
+        with self._engine.threads.step():
+            return self._offloaded.link_speed()
 
     def generate(
         self,

@@ -185,6 +185,7 @@ class Request:
         seed: of its random numbers, stated or drawn.
         logprobs: of the tokens so far, where they are asked for.
         prompt_logprobs: of the prompt's tokens that were read so far, where they are asked for; None for the first.
+        begun: when the first pass over its prompt began, by `time.perf_counter`; 0: not yet.
     """
 
     index: int
@@ -200,6 +201,7 @@ class Request:
     continues: bool = True
     cached_tokens: int = 0
     mask: TokenMask | None = None
+    begun: float = 0.0
     _shown: int = 0
     _free: int = 0
     """Where text begins that a stop text may end: behind the first `min_tokens` tokens."""

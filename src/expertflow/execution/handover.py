@@ -26,6 +26,7 @@ from expertflow.execution.captured.capturable import expert_mlps
 from expertflow.execution.captured.dense import PromptParts
 from expertflow.execution.captured.experts import DeviceExperts, SharedParts
 from expertflow.execution.captured.graph import GraphDecoder
+from expertflow.execution.captured.view import CacheView, Coming, StateCopy
 from expertflow.execution.encoder_decoder import EncoderDecoderRows
 from expertflow.execution.grouped import PromptExperts
 from expertflow.execution.kv_rows import DecodeInput, RowModel
@@ -111,7 +112,7 @@ class DeviceTables:
         self._count_loads()
         tally = self._experts.state.take_tally()
         if not self._experts.logs:
-            self._shared.counters.add(self._as_counters(tally))
+            self._shared.counters.add(self._as_counters(tally, self._steps))
         if tally[BLIND] and self._shared.live_predictor is not None:
             self._shared.live_predictor.switch_off(self._shared.controller.step, "its chances are no numbers")
         self._steps = 0
@@ -124,7 +125,23 @@ class DeviceTables:
         if not self.lent or self._experts.logs:
             return CacheCounters()
         self._wait()
-        return self._as_counters(self._experts.state.read_tally())
+        return self._as_counters(self._experts.state.read_tally(), self._steps)
+
+    def view(self, counted: CacheCounters) -> Coming[CacheView]:
+        """Begin to copy what the GPU has to host memory; see `Handover.view`.
+
+        Args:
+            counted: what the host counted so far.
+        """
+        copied, steps, logs, broken = StateCopy(self._experts.state), self._steps, self._experts.logs, self.broken
+
+        def finish() -> CacheView:
+            total, slots = replace(counted), copied.slot_of
+            if not logs:
+                total.add(self._as_counters(copied.tally, steps))
+            return CacheView(total, np.full_like(slots, -1) if broken else slots, copied.uses)
+
+        return Coming(copied.ready, finish)
 
     def slot_of(self) -> npt.NDArray[np.int32]:
         """`[L, E]`, the slot of each expert or -1, on whichever side the tables are; -1 for all after a broken step. A copy."""
@@ -141,11 +158,11 @@ class DeviceTables:
         if self._experts.live.is_cuda:
             torch.cuda.synchronize(self._experts.live.device)
 
-    def _as_counters(self, tally: Sequence[int]) -> CacheCounters:
+    def _as_counters(self, tally: Sequence[int], steps: int) -> CacheCounters:
         layout = self._shared.store.layout
         a_block = layout.record_bytes if layout.equal else LINE  # what was counted is blocks, or lines of them
         return CacheCounters(
-            steps=self._steps,
+            steps=steps,
             hits=tally[HITS],
             loads=tally[LOADS],
             prefetched=tally[AHEAD],
@@ -364,6 +381,20 @@ class Handover:
             if self._tables is not None:
                 return self._tables.slot_of()
             return self._controller.table.slot_of.copy()
+
+    def view(self) -> Coming[CacheView]:
+        """Totals, residency and uses between two steps, without waiting for the device.
+
+        While the GPU has the tables, copies to host memory are queued behind the steps queued so far. Behind the next step
+        they are over. Changes nothing.
+        """
+        with self._lock:
+            counted = replace(self._counters)
+            if self._tables is not None and self._tables.lent:
+                return self._tables.view(counted)
+            slots = self._controller.table.slot_of.copy() if self._tables is None else self._tables.slot_of()
+            found = CacheView(counted, slots, self._controller.uses)
+        return Coming(lambda: True, lambda: found)
 
     @property
     def pool_bytes(self) -> int:

@@ -4,7 +4,8 @@ Starts every copy as early as its slot allows, so copies of later experts run wh
 Must not know the model.
 """
 
-from collections.abc import Generator, Iterator, Mapping
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice, takewhile
 
@@ -50,6 +51,16 @@ class CachedExperts:
         there too. If the link has nothing to do until a resident's slot is free, that resident comes first and alone.
         """
         yield from self._carry_out(layer, experts, together=True)
+
+    def time_loads(self, records: Sequence[int]) -> float:
+        """Seconds that loads of these records take with nothing beside them, for measurements; only while no expert is in a slot."""
+        assert not self.controller.table.resident, "the slots are in use"
+        self._transfer.settle()
+        began = time.perf_counter()
+        for place, record in enumerate(records):
+            self._transfer.start(record, place % self.controller.table.slots)
+        self._transfer.settle()
+        return time.perf_counter() - began
 
     def _carry_out(self, layer: int, experts: list[int], *, together: bool) -> Generator[list[Access], None, None]:
         """Start copies as early as their slots allow, and yield accesses; `together`: as `groups`, else one by one in their order.

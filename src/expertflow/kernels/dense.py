@@ -26,7 +26,9 @@ def _begin(table, sequence, column, row_stride, table_stride, page: tl.constexpr
     """Elements from row or page 0 to where column 0 of a sequence would be, for a block that begins at `column` and lies in one page."""
     begin = sequence * row_stride
     if page > 0:
-        begin = tl.load(table + sequence * table_stride + column // page).to(tl.int64) * row_stride
+        begin = (
+            tl.load(table + sequence * table_stride + column // page, cache_modifier=".cg").to(tl.int64) * row_stride
+        )
         begin -= column // page * page * width
     return begin
 
@@ -44,7 +46,8 @@ def _block(keys, values, begin, here, first, last, width: tl.constexpr):
     """Keys and values of columns `here`, `[BLOCK, width]`; 0 before column `first` and behind column `last`."""
     where = begin + here[:, None] * width + tl.arange(0, width)[None, :]
     mask = ((here >= first) & (here <= last))[:, None]
-    return tl.load(keys + where, mask=mask, other=0.0), tl.load(values + where, mask=mask, other=0.0)
+    key = tl.load(keys + where, mask=mask, other=0.0, cache_modifier=".cg")
+    return key, tl.load(values + where, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit

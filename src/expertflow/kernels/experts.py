@@ -180,8 +180,7 @@ def _up_kernel(
 ):  # fmt: skip
     """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program, or a chunk of its sums."""
     if early:
-        gdc_wait()
-        gdc_launch_dependents()  # the down kernel reads slots at once
+        gdc_launch_dependents()
     first = tl.program_id(1)
     same, ahead, leads = _leads(slots, first, pairs, padded)
     if not leads:
@@ -358,9 +357,7 @@ def _by_words(spec: TensorSpec) -> bool:
     return bool(by_words(spec.format.constants(spec), spec.dtype, spec.inputs, 128))
 
 
-def expert_pairs(
-    mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, *, follows: bool = False
-) -> None:
+def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
     """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
 
     As `kernels.reference.expert_pairs`, for at most `MAX_PAIRS` pairs; two launches on the current stream, capturable.
@@ -370,13 +367,11 @@ def expert_pairs(
     assert hidden.dtype == mlp.torch_dtype
     assert slots.numel() <= MAX_PAIRS
     up, down = tilings(mlp, slots.numel(), room(pool))
-    launch_up(mlp, hidden, slots, pool, work, up, follows=follows)
+    launch_up(mlp, hidden, slots, pool, work, up)
     launch_down(mlp, slots, pool, work, down)
 
 
-def launch_up(
-    mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling, *, follows: bool = False
-) -> None:
+def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
     """The first half of `expert_pairs`, cut as given."""
     size = mlp.torch_dtype.itemsize
     pairs, top_k = slots.numel(), slots.shape[1]
@@ -388,7 +383,6 @@ def launch_up(
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.hidden) if cut.split else 1,
         early=starts_early(pool), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
-        launch_pdl=follows and starts_early(pool),
     )  # fmt: skip
 
 

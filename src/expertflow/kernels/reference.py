@@ -24,9 +24,7 @@ def reads(format_: Format) -> bool:
     return True
 
 
-def expert_pairs(
-    mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, *, follows: bool = False
-) -> None:
+def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
     """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
 
     Pairs with a negative slot are left untouched: they are computed by another call (another wave), or not at all.
@@ -37,9 +35,7 @@ def expert_pairs(
         slots: int32 `[T, K]`, the slot that holds each pair's expert, or negative.
         pool: uint8 `[S, record_bytes]`.
         work: buffers for at least T tokens of K experts.
-        follows: for the twin, whether nothing but one kernel of the same stream comes before, so that it may begin early.
     """
-    del follows
     for token, ranks in enumerate(slots.tolist()):
         for rank, slot in enumerate(ranks):
             if slot >= 0:

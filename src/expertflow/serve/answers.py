@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from expertflow.errors import ExpertFlowError, NonFiniteError
+from expertflow.errors import ExpertFlowError, NonFiniteError, RequestError
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.worker import Item, Outbox, Worker
 from expertflow.serve.writers import anthropic
@@ -77,8 +77,9 @@ def as_api_error(error: BaseException) -> ApiError:
     """An error as the client is told of it. What is our mistake goes to the log."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, NonFiniteError):
-        return ApiError(500, error.what, error.remedy, code="not_finite")
+    if isinstance(error, RequestError):
+        code = "not_finite" if isinstance(error, NonFiniteError) else "mask_failed"
+        return ApiError(500, error.what, error.remedy, code=code)
     if isinstance(error, ExpertFlowError):
         return ApiError(500, error.what, error.remedy)
     _log.error("a request failed: %s", error, exc_info=error)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp
 from expertflow import __version__
 from expertflow.serve.answers import Json, answer, as_api_error, refusal
 from expertflow.serve.guard import Guard, Rules
+from expertflow.serve.live.routes import add_live
 from expertflow.serve.metrics import CONTENT_TYPE
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.fields import TABLES, Use
@@ -96,6 +98,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def metrics(_: Request) -> Response:
         return Response(await service.metrics.text(service.worker), media_type=CONTENT_TYPE)
 
+    add_live(partial(_route, app, "GET", listed=False), service)
+
     def about(name: str) -> dict[str, Any]:
         llm = service.worker.llm
         return {
@@ -144,8 +148,10 @@ def _add_calls(app: FastAPI, service: Service) -> None:
         return Json(await service.aside(service.detokenize, await _body(request)))
 
 
-def _route(app: FastAPI, method: str, path: str, statuses: tuple[int, ...] = ()) -> Callable[[Handler], Handler]:
-    """Add a route whose errors have the shape of OpenAI's; `statuses`: those it can answer with beside the usual ones."""
+def _route(
+    app: FastAPI, method: str, path: str, statuses: tuple[int, ...] = (), *, listed: bool = True
+) -> Callable[[Handler], Handler]:
+    """Add a route whose errors have the shape of OpenAI's; `statuses`: those it can answer with beside the usual ones; `listed`: in /openapi.json."""
 
     def add(handler: Handler) -> Handler:
         async def handled(request: Request) -> Response:
@@ -156,7 +162,7 @@ def _route(app: FastAPI, method: str, path: str, statuses: tuple[int, ...] = ())
 
         usual = _REFUSALS if method == "POST" else {status: _REFUSALS[status] for status in (401, 403, 503, *statuses)}
         app.add_api_route(
-            path, handled, methods=[method], name=handler.__name__, response_class=Json, openapi_extra=_described(path),
+            path, handled, methods=[method], name=handler.__name__, response_class=Json, include_in_schema=listed, openapi_extra=_described(path),
             responses={
                 status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
                 for status, text in usual.items()

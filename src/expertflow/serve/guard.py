@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from expertflow.serve.answers import refusal
 from expertflow.serve.protocol.errors import ApiError
 
-OPEN = frozenset({"/health", "/ping"})
-"""Routes that need no key."""
+OPEN = frozenset({"/", "/health", "/ping"})
+"""Routes that need no key; the live page holds nothing, and asks for a key where its data need one."""
 _LOOPBACK = frozenset({"localhost"})
 
 

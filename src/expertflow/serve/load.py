@@ -59,6 +59,7 @@ def load(model: str | None, options: Mapping[str, Any], loading: Loading, share:
     assert llm.chat_params  # a generation config that means nothing is an error now, not at the first request
     loading.shaper = shaper_of(llm)
     loading.grammars = Grammars(llm.tokenizer, llm.plan.shape.vocabulary, end_tokens(llm.model))
+    loading.link = llm.link_speed()
     return llm
 
 

@@ -5,6 +5,7 @@ most once a second, and only if somebody asks. Must not know HTTP.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ _FIRST = (
 _BETWEEN = (.001, .0025, .005, .01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)  # fmt: skip
 _WHOLE = (.1, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)  # fmt: skip
 _SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000)
+_RECENT = 200
+"""First tokens that the live page tells of."""
 _STEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -32,13 +35,17 @@ class Metrics:
 
     Args:
         model: name of the model, a label of every metric.
+
+    Attributes:
+        first_tokens: seconds to the first token of the last requests that got one.
     """
 
     def __init__(self, model: str) -> None:
         """Start at zero."""
         self._labels = {"model_name": model, "engine": "0"}
         self._registry = CollectorRegistry()
-        self._last: dict[Ticket, float] = {}
+        self._times: dict[Ticket, tuple[float, float]] = {}  # of the first and the last token so far
+        self.first_tokens: deque[float] = deque(maxlen=_RECENT)
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts whose first token came.")
         self._generated = self._counter("generation_tokens", "Generated tokens.")
         self._success = self._counter("request_success", "Requests that ended with a result.", "finished_reason")
@@ -48,6 +55,10 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean of a request's later tokens.", _BETWEEN
         )
         self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
+        self._queue = self._histogram(
+            "request_queue_time_seconds", "From arrival to the first pass over the prompt.", _WHOLE
+        )
+        self._prefill = self._histogram("request_prefill_time_seconds", "From that pass to the first token.", _WHOLE)
         self._decode = self._histogram("request_decode_time_seconds", "From the first token to the last one.", _WHOLE)
         self._asked = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _SIZES)
         self._said = self._histogram("request_generation_tokens", "Generated tokens of a request.", _SIZES)
@@ -66,23 +77,28 @@ class Metrics:
         if output.error is not None:
             self.forget([ticket])
             return
-        now, before = time.perf_counter(), self._last.get(ticket)
+        now = time.perf_counter()
+        first, before = self._times.get(ticket, (now, None))
         self._generated.labels(**self._labels).inc()
         if before is None:
+            begun = ticket.request.begun or now
             self._first.observe(now - ticket.came)
+            self._queue.observe(begun - ticket.came)
+            self._prefill.observe(now - begun)
+            self.first_tokens.append(now - ticket.came)
             self._prompt.labels(**self._labels).inc(len(ticket.request.prompt_token_ids))
         else:
             self._between.observe(now - before)
-        self._last[ticket] = now
+        self._times[ticket] = first, now
         if output.output is not None:
-            self._finish(ticket, output.output, now)
+            self._finish(output.output, now - ticket.came, now - first)
             self.forget([ticket])
 
-    def _finish(self, ticket: "Ticket", output: "RequestOutput", now: float) -> None:
-        tokens, whole = len(output.token_ids), now - ticket.came
+    def _finish(self, output: "RequestOutput", whole: float, decode: float) -> None:
+        tokens = len(output.token_ids)
         self._success.labels(**self._labels, finished_reason=output.finish_reason).inc()
         self._whole.observe(whole)
-        self._decode.observe(max(0.0, whole - output.first_token_seconds))
+        self._decode.observe(decode)
         self._asked.observe(len(output.prompt_token_ids))
         self._said.observe(tokens)
         if tokens > 1:
@@ -95,7 +111,7 @@ class Metrics:
     def forget(self, tickets: "Sequence[Ticket]") -> None:
         """Keep nothing of sequences that are over."""
         for ticket in tickets:
-            self._last.pop(ticket, None)
+            self._times.pop(ticket, None)
 
     async def text(self, worker: "Worker") -> bytes:
         """All metrics in Prometheus's text format."""
@@ -134,6 +150,9 @@ class _Engine(Collector):
         loads.add_metric([*self._labels.values(), "ahead"], stats.cache.prefetched)
         yield loads
         for name, text, value in (
+            ("prefix_cache_queries", "Tokens of prompts whose beginnings were looked up.", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "Of these, tokens that were not read again.", stats.prefix_cache_hits),
+            ("expert_loads_ahead_used", "Loads ahead whose expert was used.", stats.cache.prefetch_hits),
             ("expert_loads_wasted", "Loads ahead whose expert was not used.", stats.cache.wasted),
             ("expert_evictions", "Experts that left their slots.", stats.cache.evictions),
             ("expert_loaded_bytes", "Bytes of experts moved.", stats.cache.bytes_moved),
@@ -144,12 +163,14 @@ class _Engine(Collector):
             family.add_metric([*self._labels.values()], value)
             yield family
         for name, text, value in (
+            ("expert_link_bytes_per_second", "What loads reach alone, measured at the start.", worker.loading.link),
+            ("experts_resident", "Experts in slots, or on their way there.", int(snapshot.view.resident.sum())),
             ("expert_slots", "Slots for experts.", plan.slots),
             ("experts", "Experts that share them.", plan.competing),
             ("memory_planned_bytes", "Device memory that the plan counts.", plan.total),
             ("memory_peak_bytes", "Measured peak of device memory.", stats.peak_bytes),
             ("memory_budget_bytes", "The stated budget; 0: none.", plan.budget or 0),
-            ("predictor_works", "1 if a predictor is at work.", int(snapshot.predicted)),
+            ("predictor_works", "1 if a predictor is at work.", int(snapshot.predictor == "works")),
         ):
             yield self._gauge(name, text, value)
 

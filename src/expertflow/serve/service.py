@@ -297,6 +297,7 @@ class Service:
             model=model,
             fingerprint=f"expertflow-{llm.fingerprint[:12]}",
             prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            prompts=len(prompts),
             usage=options.get("include_usage", False) or options.get("continuous_usage_stats", False),
             always=options.get("continuous_usage_stats", False),
         )

@@ -22,13 +22,13 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from expertflow.serve.live.snapshots import Snapshot, Snapshots
 from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.writers.parts import Shaper
 
 if TYPE_CHECKING:
     from expertflow.engine.engine import Engine
-    from expertflow.engine.llm import LLM, RunStats
-    from expertflow.engine.plan import Plan
+    from expertflow.engine.llm import LLM
     from expertflow.engine.request import Request, StreamOutput
     from expertflow.serve.grammar import Grammars
 
@@ -37,8 +37,6 @@ _FAULTS = 2
 """Steps that fail one after another, from which on every request is given up."""
 _LONGEST_RETRY = 60
 """Seconds that a client is asked to wait at most."""
-_SNAPSHOT_SECONDS = 1.0
-"""Time between two snapshots at least."""
 
 
 @dataclass(kw_only=True)
@@ -50,6 +48,7 @@ class Loading:
         done: bytes of experts that are in host memory.
         total: of all bytes; 0: not known yet.
         shaper: what is known of the model's answers, once it is ready.
+        link: bytes a second that loads of experts reach alone, measured before the first request; 0: not known.
         grammars: makes grammars for the model, once it is ready.
     """
 
@@ -57,6 +56,7 @@ class Loading:
     done: int = 0
     total: int = 0
     shaper: Shaper = field(default_factory=Shaper)
+    link: float = 0.0
     grammars: "Grammars | None" = None
 
 
@@ -70,24 +70,6 @@ class Bounds(NamedTuple):
 
     requests: int = 256
     tokens: int = 2_000_000
-
-
-class Snapshot(NamedTuple):
-    """The engine between two steps.
-
-    Attributes:
-        taken: when, by `time.monotonic`.
-        stats: what it has done.
-        plan: what it was built from.
-        kv_share: share of the pages of keys and values in use.
-        predicted: whether a predictor is at work.
-    """
-
-    taken: float
-    stats: "RunStats"
-    plan: "Plan"
-    kv_share: float
-    predicted: bool
 
 
 class Watcher(Protocol):
@@ -171,7 +153,6 @@ class Worker:
     Attributes:
         loading: how far loading is.
         refused: requests that were refused, by reason.
-        latest: the last snapshot, or None.
     """
 
     def __init__(
@@ -195,7 +176,7 @@ class Worker:
         self._running: dict[int, Ticket] = {}
         self._fresh: list[tuple[Ticket, Item]] = []
         self._faults = 0
-        self.latest: Snapshot | None = None
+        self._snapshots = Snapshots()
 
     def start(self) -> None:
         """Load the model in the worker's thread, then serve."""
@@ -205,6 +186,11 @@ class Worker:
     def error(self) -> BaseException | None:
         """Why loading failed, or None."""
         return self._error
+
+    @property
+    def latest(self) -> Snapshot | None:
+        """The last snapshot, or None."""
+        return self._snapshots.latest
 
     @property
     def alive(self) -> bool:
@@ -362,9 +348,11 @@ class Worker:
             if command is None:
                 return False
             command(engine)
+        self._snapshots.show(wait=False)
         if engine.unfinished:
             self._step(engine)
         self._hand_out()
+        self._snapshots.show(wait=True)
         return True
 
     def _step(self, engine: "Engine") -> None:
@@ -394,14 +382,9 @@ class Worker:
             if ticket.number is not None and self._running.pop(ticket.number, None) is not None:
                 engine.cancel(ticket.number)
 
-    def _read(self, found: "Future[None]", engine: "Engine") -> None:
-        now, llm = time.monotonic(), self._llm
-        assert llm is not None
-        if self.latest is None or now - self.latest.taken >= _SNAPSHOT_SECONDS:
-            works = llm.predictor is not None and llm.predictor_failure is None
-            self.latest = Snapshot(now, llm.stats, llm.plan, engine.kv_share, works)
-        if found.set_running_or_notify_cancel():
-            found.set_result(None)
+    def _read(self, found: "Future[None]", engine: "Engine") -> None:  # noqa: ARG002 - a command's signature
+        assert self._llm is not None
+        self._snapshots.ask(found, self._llm)
 
     def _take(self, ticket: Ticket, output: "StreamOutput") -> None:
         """The engine's channel of a ticket."""

@@ -42,7 +42,10 @@ def family_blocks(family: Family) -> tuple[str, ...]:
     with TemporaryDirectory() as folder:
         AutoConfig.for_model(family.model_type, **family.tiny).save_pretrained(folder)
         found = find_layers(build_skeleton(Path(folder), "float32")).values()
-    parts = {"attention": [form.heads for form in found], "experts": [form.experts for form in found]}
+    parts: dict[str, list[Any]] = {
+        "attention": [form.heads for form in found],
+        "experts": [form.experts for form in found],
+    }
     return tuple(name for name, blocks in parts.items() if any(block is not None for block in blocks))
 
 

@@ -225,8 +225,7 @@ class DeviceExperts:
                 with self._plans.work():
                     self._twin.bind(layer)
             slots = kernels.find_slots(places.slots, index, places.live) if slots is None else slots
-            pool = self._shared.pool.of(layer)[0]
-            kernels.expert_pairs(mlp, hidden, slots, pool, self._work, follows=self.fixed)
+            kernels.expert_pairs(mlp, hidden, slots, self._shared.pool.of(layer)[0], self._work)
         else:
             self._by_phases(layer, hidden, schedule)
         out = torch.empty_like(hidden)

@@ -101,7 +101,7 @@ class _Prompt:
         row: its KV row; None while it waits.
         read: tokens whose keys and values its row has.
         routes: `[n, L, K]`, true routes of what was read; None without a predictor.
-        shared: while it waits, pages that it would share, behind the number of changes for which that holds.
+        shared: while it waits, pages that it would share, behind the number of changes after which that was found.
         members: names of its own blocks, which are not dropped for its sake.
     """
 
@@ -240,21 +240,22 @@ class PrefixCache(NothingKept):
 
         Nothing is kept of what does not fit beside the sequence's own beginning, and nothing behind a block that was dropped.
         """
-        first, last = begin // self._piece, prompt.read // self._piece
+        first, last, names = begin // self._piece, prompt.read // self._piece, prompt.names
         moves: list[Move] = []
         with self._aside():
             for number in range(first, last):
-                if (number and prompt.names[number - 1] not in self._store) or not self._keep_block(
-                    prompt, number, moves
-                ):
+                if number and names[number - 1] not in self._store:
+                    break
+                if not self._keep_block(prompt, number, moves):
                     break
                 if self._restarts_at((number + 1) * self._piece, len(prompt.tokens)):
                     self._keep_windows(prompt, (number + 1) * self._piece, moves)
             self._copies.out(moves)
-        self._store.use(prompt.names[:last])
+        self._store.use(names[:last])
 
     def evict(self) -> bool:
         """Drop the block that was used least recently; False if there is none."""
+        self._changes += 1
         return self._store.drop()
 
     def close(self) -> None:
@@ -346,6 +347,7 @@ class PrefixCache(NothingKept):
             prompt.routes = predictor.unknown(len(prompt.tokens))
         end = begin + len(routes)
         prompt.routes[begin:end] = routes
+        self._changes += 1
         for number in range(begin // self._piece, end // self._piece):
             block = self._store.get(prompt.names[number])
             if block is not None and block.routes is None:

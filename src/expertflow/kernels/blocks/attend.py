@@ -53,8 +53,9 @@ def _attend_joined(
         gdc_launch_dependents()
     row, head, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     lane, one, cell = tl.arange(0, padded), tl.arange(0, 1), tl.arange(0, width)
-    # all that earlier steps left: it was there before the kernel that makes this token's queries began
-    position, sequence = tl.load(positions + row).to(tl.int32), tl.load(rows + row).to(tl.int64)
+    # what was there before this step began is read before the kernel that makes the queries has ended; past the L1, which may be older
+    position = tl.load(positions + row, cache_modifier=".cg").to(tl.int32)
+    sequence = tl.load(rows + row, cache_modifier=".cg").to(tl.int64)
     first = tl.maximum(position - window + 1, 0) if window > 0 else position * 0
     behind = (first // span + split) * span
     column, end = tl.maximum(behind, first // BLOCK * BLOCK), tl.minimum(behind + span, position + 1)

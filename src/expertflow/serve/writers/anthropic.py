@@ -145,7 +145,10 @@ class MessageWriter(Writer):
     def end(self) -> list[Frame]:
         """The end of the last block, and why the message ended."""
         ended = {"stop_reason": self._reason, "stop_sequence": self._stop}
-        usage = {"output_tokens": sum(self.tokens)}
+        usage = {
+            "input_tokens": self.head.prompt_tokens - self.cached, "output_tokens": sum(self.tokens),
+            "cache_read_input_tokens": self.cached,
+        }  # fmt: skip
         return [*self._close(), self._frame("message_delta", delta=ended, usage=usage), self._frame("message_stop")]
 
     def _part(self, part: Part) -> list[Frame]:

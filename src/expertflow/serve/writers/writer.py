@@ -45,6 +45,7 @@ class Head:
         model: name that the answer carries.
         fingerprint: of the model's weights.
         prompt_tokens: of all prompts of the request, each counted once.
+        prompts: how many there are; each has as many choices as the others.
         usage: whether a stream tells its tokens at its end.
         always: whether every frame of a stream tells them.
         number: 24 hexadecimal digits, the answer's own.
@@ -54,6 +55,7 @@ class Head:
     model: str
     fingerprint: str = ""
     prompt_tokens: int = 0
+    prompts: int = 1
     usage: bool = False
     always: bool = False
     number: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -78,14 +80,21 @@ class Writer(ABC):
         self.head, self.count = head, count
         self.tokens = [0] * count
         self.reasons: list[str | None] = [None] * count
-        self.cached = 0
+        self._cached = [0] * count
 
     def take(self, choice: int, outputs: Sequence["StreamOutput"]) -> list[Frame]:
         """Add outputs of one choice, in order; the frames that tell what is new."""
         self.tokens[choice] += len(outputs)
+        self._cached[choice] = outputs[0].cached_tokens
         if (output := outputs[-1].output) is not None:
             self.reasons[choice] = output.finish_reason
         return self.add(choice, outputs)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompts that were not read, because an earlier one began with them: of each prompt by the answer with least."""
+        each = self.count // self.head.prompts
+        return sum(min(self._cached[first : first + each]) for first in range(0, self.count, each))
 
     @property
     def usage(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Snapshots of the engine between two steps, and the live page."""
