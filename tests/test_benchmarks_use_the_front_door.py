@@ -9,10 +9,11 @@ import pytest
 from helpers import ROOT
 
 SCRIPTS = sorted(path for folder in ("benchmarks", "tools") for path in (ROOT / folder).rglob("*.py"))
-THIRD_PARTY = {"_grouped_mm", "_asdict", "_replace"}
-"""Private names of others: torch's own operator, and the methods of every named tuple, which are public in spite of their names."""
+THIRD_PARTY = {"_grouped_mm", "_sleep", "_asdict", "_replace"}
+"""Private names of others: an operator of torch and its way to keep a GPU busy, and the methods of every named tuple, which are public in spite of their names."""
 SETTINGS = {
     "architectures", "decoder", "dtype", "eos_token_id", "generation_config", "pre_tokenizer",  # of transformers and tokenizers
+    "should_exit",  # of uvicorn: how a server is asked to end
     "grad", "k",  # of torch: a parameter's gradient, and what an autograd function keeps
 }  # fmt: skip
 """Attributes of other libraries that scripts set where there is no other way."""
