@@ -83,8 +83,8 @@ def chain(place: Path, columns: None) -> dict[str, Done]:  # noqa: ARG001 - sets
 
 
 def test_every_command_ran(chain: dict[str, Done]) -> None:
-    """The chain has every command of the live table, and each wrote something."""
-    assert set(chain) == set(commands(typer.main.get_command(app)))
+    """The chain has every command of the live table but those that wait for people, and each wrote something."""
+    assert set(chain) | {"chat", "serve"} == set(commands(typer.main.get_command(app)))
     assert all(done.stdout + done.stderr for done in chain.values())
 
 

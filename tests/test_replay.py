@@ -45,7 +45,7 @@ def test_what_was_recorded_is_used(
     with LLM(folder, slots=5, execution="host", prefill_chunk=4, **OPTIONS) as llm:
         routes = random_routes(llm, [24] * 3)
     with LLM(folder, slots=5, execution=execution, prefill_chunk=4, routing=Replay(routes), **OPTIONS) as llm:
-        assert llm.engine._executor.unpadded == (execution == "graph" and family != "deepseek_v2")
+        assert llm.engine._executor.unpadded == (execution == "graph")
         for number, found in enumerate(recorded(llm, tmp_path / "a.trace")):
             assert np.array_equal(np.sort(found), np.sort(routes[number][: len(found)]))  # a trace has them by weight
             assert len(found) == len(PROMPTS[number]) + PARAMS.max_tokens - 1
