@@ -16,6 +16,8 @@ from expertflow.kernels.device import starts_early
 
 ROWS, WARPS = 4, 4
 """Experts whose logits a program computes, and its warps."""
+_NARROW = 4096
+"""Inputs beyond which a program has twice as many warps, so that its states stay in registers."""
 MOST_AT_ONCE = tl.constexpr(128)
 """Experts up to which all are compared with all."""
 _LEAST_SUM = tl.constexpr(LEAST_SUM)
@@ -173,6 +175,6 @@ def route(
         wide_logits=rule.wide_logits, padded=int(triton.next_power_of_2(experts)), top_k=rule.top_k,
         ranks=int(triton.next_power_of_2(rule.top_k)), kind=rule.scores, corrected=router.correction is not None, groups=rule.groups,
         kept_groups=rule.kept_groups, group_top=rule.group_top, over_chosen=rule.over_chosen, normalised=rule.normalised,
-        scale=rule.scale, early=early, num_warps=WARPS, launch_pdl=early,
+        scale=rule.scale, early=early, num_warps=WARPS if inputs <= _NARROW else 2 * WARPS, launch_pdl=early,
     )  # fmt: skip
     return normed, index, weights, slots
