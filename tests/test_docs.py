@@ -103,6 +103,14 @@ def test_numbers_in_sentences_come_from_result_files() -> None:
     )
     rows = found("first_token_h200", "rows")
     first, copies = [statistics.median(row["seconds"]) for row in rows], statistics.median(rows[0]["link_seconds"])
+    steps = {(row["batch"], row["blocks"]): statistics.median(row["ms"]) for row in found("dense_step_h200", "rows")}
+    rates = [
+        {
+            (r["slots"], r["batch"], r["strategy"]): r["batch"] / statistics.median(r["ms"]) * 1e3
+            for r in found(name, "rows")
+        }
+        for name in ("engine_g_packed_h200", "engine_g_modules_h200")
+    ]
     claims = {
         "README.md": [f"{packed / 1e6:.1f} MB an expert in MXFP4", f"{experts * record / 1e9:.0f} GB"],
         "docs/decisions.md": [
@@ -113,9 +121,12 @@ def test_numbers_in_sentences_come_from_result_files() -> None:
             f"queued one after another {queued[0]:.3f} to {queued[-1]:.3f}; ",
             f"waited for {waited[0]:.3f} to {waited[-1]:.3f}.",
             f"one sequence: {through[0]:.3f} to {through[-1]:.3f}, that is {added[0]:.2f} to {added[-1]:.2f} ms a step",
+            f"one sequence {steps[1, False]:.2f} to {steps[1, True]:.2f} ms, four {steps[4, False]:.2f} to {steps[4, True]:.2f}",
+            f"{rates[0][384, 1, 'plec']:.0f} tokens/s for {rates[1][384, 1, 'plec']:.0f}",
             f"{beside['q', 'next-use']:.3f} and {beside['q', 'lru-global']:.3f} on shape Q; {beside['g', 'next-use']:.3f} on shape G",
         ],
         "docs/benchmarks.md": [
+            f"Before blocks, 16 sequences at 25 % made {rates[1][192, 16, 'plec']:.0f}",
             f"{first[0]:.3f} and {first[1]:.3f} s at 50 %; copies alone take {copies:.3f}",
         ],
     }

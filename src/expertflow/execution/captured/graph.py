@@ -48,7 +48,6 @@ class GraphDecoder:
         experts: of the steps.
         batch: sequences of a step at most.
         forms: of the decoder layers that building blocks run, by module path.
-        dense: run attention, norms and layers by our kernels where they support a module's form; else by the model's own.
         one_size: run every step for `batch` sequences and all columns, so that the bits of one do not depend on the others.
 
     Attributes:
@@ -65,7 +64,6 @@ class GraphDecoder:
         batch: int,
         forms: Mapping[str, LayerForm],
         *,
-        dense: bool = True,
         one_size: bool = False,
     ) -> None:
         """Make the buffers that graphs point at."""
@@ -79,8 +77,8 @@ class GraphDecoder:
         dtype = getattr(torch, rows.skeleton.dtype)
         self.logits = torch.zeros(batch, vocabulary, dtype=dtype, device=device)
         self.best = torch.zeros(batch, dtype=torch.long, device=device)
-        self._dense = DenseParts(rows.model, rows.skeleton, rows.windows, rows.context) if dense else None
-        self._blocks = LayerBlocks(rows.model, forms, rows.context, batch, experts.places) if dense else None
+        self._dense = DenseParts(rows.model, rows.skeleton, rows.windows, rows.context)
+        self._blocks = LayerBlocks(rows.model, forms, rows.context, batch, experts.places)
         self._graphs: dict[tuple[int, int, int, bool, bool, bool], torch.cuda.CUDAGraph] = {}
         self._reach = 0
         self._pool = graph_pool(device)

@@ -15,7 +15,7 @@ from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.weights.dense import pack_part
 
 _PLACES = 6
-"""Parts that are on the GPU at once: one comes, one is packed, one goes."""
+"""Parts that are on the GPU at once: some come, one is packed, some go."""
 _LEAST = 1 << 18
 """Bytes of a part that are worth the way to the GPU."""
 
