@@ -44,7 +44,7 @@ LENGTH, BEGIN, WINDOWS = 512, 60, 3
 STEPS = {
     "q": {1: (60, 40), 4: (60, 30), 8: (40, 15), 16: (10, 4)},
     "g": {1: (20, 15), 4: (8, 5), 8: (5, 3), 16: (4, 2)},
-    "q30": {1: (20, 15), 4: (12, 8), 8: (8, 5), 16: (5, 3)},
+    "q30": {1: (16, 10), 4: (8, 5), 8: (5, 3), 16: (3, 2)},
     "g120": {1: (20, 15), 4: (10, 6), 8: (6, 4), 16: (4, 2)},
 }
 """By shape and batch: steps before the windows, and steps of a window. The same for every strategy, and so the same tokens."""

@@ -2,8 +2,8 @@
 
 Model: gpt-oss-20b's shape with mxfp4 experts, all resident, random weights, a vocabulary of 201,088; random tokens are fed in, so
 that every option runs the same steps. Options take turns in each round; a round is some steps of one batch, every step waited
-for. The choice alone is timed on random logits by events. Before that, draws of the device are compared with the reference on the
-CPU, over ties, exact shares and masks: one that differs ends the benchmark.
+for. The choice alone is timed on random logits by events. Draws of the device are compared with the reference on the CPU, over ties,
+exact shares and masks: one that differs is an error.
 
 Usage: python benchmarks/sampling.py --out FILE
        --tiny: small widths and few steps, for a CPU
@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import e, log2
 from pathlib import Path
 from types import MappingProxyType
@@ -67,26 +67,25 @@ def step_ms(llm: LLM, prompts: list[list[int]], name: str, steps: int) -> float:
     return lasted / steps * 1e3
 
 
-def steps_through_llm(batches: list[int], *, tiny: bool) -> dict[str, dict[str, list[float]]]:
-    """By batch and option: milliseconds a step, one number a round."""
+def steps_through_llm(batches: list[int], *, tiny: bool) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Batch by batch, and by option: milliseconds a step, one number a round."""
     config = make_config("g", tiny=tiny, packed="bf16" if tiny else "mxfp4")
     rounds, steps = (1, 2) if tiny else (ROUNDS, STEPS)
     names = ["greedy", "sampled"] if tiny else list(OPTIONS)
     tokens = random_tokens(VOCABULARY, max(batches), LENGTH)
     prompts = [one[:BEGIN] for one in tokens]
     sizes = {"max_batch": max(batches), "max_length": LENGTH, "prefill_chunk": max(batches) * BEGIN}
-    found: dict[str, dict[str, list[float]]] = {}
     with StandIn(config) as stand_in:
         options = {"routing": Replay(tokens=tokens), "slots": "100%", "strategy": "next-use", "execution": "graph"}
         with stand_in.open(**options, **sizes) as opened:
             for batch in batches:
-                mine = found[str(batch)] = {name: [] for name in names}
+                mine: dict[str, list[float]] = {name: [] for name in names}
                 for name in names:  # kernels are compiled, steps captured
                     step_ms(opened.llm, prompts[:batch], name, steps)
                 for number in range(rounds):
                     for name in names[:: -1 if number % 2 else 1]:
                         mine[name].append(step_ms(opened.llm, prompts[:batch], name, steps))
-    return found
+                yield str(batch), mine
 
 
 def timed(run: Callable[[], Any], repeats: int) -> float:
@@ -181,35 +180,37 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("sampling.json"))
     parser.add_argument("--batches", default="1,8,16")
+    parser.add_argument("--parts", default="steps,alone,draws")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(argv)
     batches = [int(text) for text in options.batches.split(",")]
-    began = time.perf_counter()
-    compared = compare(tiny=options.tiny)
-    print(
-        f"{time.perf_counter() - began:4.0f} s  {compared['draws']} draws, {compared['different']} differ", flush=True
-    )
-    only = alone(batches, tiny=options.tiny)
-    print(f"{time.perf_counter() - began:4.0f} s  the choice alone is timed", flush=True)
-    steps = steps_through_llm(batches, tiny=options.tiny)
-    medians = {batch: {name: statistics.median(ms) for name, ms in mine.items()} for batch, mine in steps.items()}
-    result = {
+    parts, began = options.parts.split(","), time.perf_counter()
+    result: dict[str, Any] = {
         **about(device())._asdict(), "benchmark": "sampling", "seed": SEED, "vocabulary": VOCABULARY, "options": dict(OPTIONS),
-        "config": {name: str(value) for name, value in vars(options).items() if name != "out"}, "compared": compared,
-        "choice_ms": only, "step_ms": steps,
+        "config": {name: str(value) for name, value in vars(options).items() if name != "out"}, "compared": {},
+        "choice_ms": {}, "step_ms": {},
     }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for batch, mine in only.items():
-        print(f"B={batch:<2s} the choice alone, ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in mine.items()))
-    for batch, mine in medians.items():
-        base = mine["greedy"]
-        print(
-            f"B={batch:<2s} greedy {base:6.2f} ms a step; "
-            + ", ".join(f"{name} {ms:.2f} ({ms / base - 1:+.1%})" for name, ms in mine.items() if name != "greedy")
-        )
-    print(f"{time.perf_counter() - began:.0f} s")
-    if compared["different"]:
-        raise SystemExit(f"{compared['different']} draws differ from the reference")
+
+    def took(text: str) -> None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{time.perf_counter() - began:4.0f} s  {text}", flush=True)
+
+    if "steps" in parts:
+        for batch, mine in steps_through_llm(batches, tiny=options.tiny):
+            result["step_ms"][batch] = mine
+            medians = {name: statistics.median(ms) for name, ms in mine.items()}
+            base = medians["greedy"]
+            told = (f"{name} {ms:.2f} ({ms / base - 1:+.1%})" for name, ms in medians.items() if name != "greedy")
+            took(f"B={batch:<2s} greedy {base:6.2f} ms a step; " + ", ".join(told))
+    if "alone" in parts:
+        result["choice_ms"] = alone(batches, tiny=options.tiny)
+        for batch, times in result["choice_ms"].items():
+            took(f"B={batch:<2s} the choice alone, ms: " + ", ".join(f"{name} {ms:.3f}" for name, ms in times.items()))
+    if "draws" in parts:
+        compared = result["compared"] = compare(tiny=options.tiny)
+        took(f"{compared['draws']} draws, {compared['different']} differ")
+        if compared["different"]:
+            raise SystemExit(f"{compared['different']} draws differ from the reference")
 
 
 if __name__ == "__main__":

@@ -221,11 +221,20 @@ def main(argv: list[str] | None = None) -> None:
         config = type(drawn_for).from_dict({**drawn_for.to_dict(), "max_position_embeddings": context})
         with StandIn(config, embedding=WIDE) as stand_in:
             for invariant in (False, True):
-                rows += measure(stand_in, shape, sizes, invariant=invariant)
-                print(
-                    f"{time.perf_counter() - began:4.0f} s {shape}, {'batch_invariant' if invariant else 'default'}",
-                    flush=True,
-                )
+                found = measure(stand_in, shape, sizes, invariant=invariant)
+                rows += found
+                write(options, sizes, rows)
+                for row in found:
+                    print(f"{time.perf_counter() - began:4.0f} s {row.line()}", flush=True)
+    wrong = [
+        row for row in rows if (row.batch_invariant and not row.tokens_equal) or row.peak_bytes > row.planned_bytes
+    ]
+    if wrong:
+        raise SystemExit(f"{len(wrong)} rows have other tokens than without reuse, or are over their plan")
+
+
+def write(options: argparse.Namespace, sizes: Sizes, rows: list[Row]) -> None:
+    """The result file, as far as it is measured."""
     result = {
         **about(device())._asdict(), "benchmark": "second turn", "seed": SEED, "bound": BOUND,
         "config": {name: str(value) for name, value in vars(options).items() if name != "out"} | sizes._asdict(),
@@ -233,13 +242,6 @@ def main(argv: list[str] | None = None) -> None:
     options.out.write_text(
         json.dumps({**result, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}, indent=1) + "\n"
     )
-    for row in rows:
-        print(row.line())
-    wrong = [
-        row for row in rows if (row.batch_invariant and not row.tokens_equal) or row.peak_bytes > row.planned_bytes
-    ]
-    if wrong:
-        raise SystemExit(f"{len(wrong)} rows have other tokens than without reuse, or are over their plan")
 
 
 if __name__ == "__main__":

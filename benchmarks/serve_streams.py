@@ -109,6 +109,10 @@ async def measure(worker: Worker, service: Service, prompts: list[list[int]], op
         ]
         for name, speed in zip(rows, found, strict=True):
             rows[name] += [speed] if turn else []
+        print(
+            f"turn {turn}: " + ", ".join(f"{name} {speed:.1f}" for name, speed in zip(rows, found, strict=True)),
+            flush=True,
+        )
     server.should_exit = True
     await serving
     await worker.close()

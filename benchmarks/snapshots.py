@@ -86,17 +86,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args(argv)
-    rows = [measure(int(batch), tiny=options.tiny) for batch in options.batches.split(",")]
-    result = {
-        **about(device())._asdict(), "benchmark": "snapshots", "seed": SEED, "rows": rows,
-        "config": {name: str(value) for name, value in vars(options).items() if name != "out"},
-    }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for row in rows:
+    rows: list[dict[str, Any]] = []
+    for batch in options.batches.split(","):
+        row = measure(int(batch), tiny=options.tiny)
+        rows.append(row)
+        result = {
+            **about(device())._asdict(), "benchmark": "snapshots", "seed": SEED, "rows": rows,
+            "config": {name: str(value) for name, value in vars(options).items() if name != "out"},
+        }  # fmt: skip
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(
             f"B={row['batch']:<2d} step {row['step_ms']:.2f} ms; a snapshot {row['snapshot_us']:.0f} us (mean "
             f"{row['snapshot_mean_us']:.0f}), {row['snapshot_mean_us'] / 1e4:.3f} % of a second; {row['different']} of "
-            f"{row['snapshots']} differ; link {row['link_gbps']:.1f} GB/s"
+            f"{row['snapshots']} differ; link {row['link_gbps']:.1f} GB/s",
+            flush=True,
         )
 
 

@@ -82,6 +82,7 @@ def test_the_kernel_is_the_chain(dtype: str, masked: bool) -> None:
     """Over several pieces of the vocabulary, with ties across them, and rows whose logits are no numbers."""
     logits, rules, mask = _cases(8, 300, seed=5)
     logits[2, 7], logits[3, 8], logits[4, 40:] = float("nan"), float("inf"), float("-inf")
+    logits.view(torch.int32)[5, 9] = -1  # NaN with a sign
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logits, rules, mask = (
         logits.to(device, getattr(torch, dtype)),
@@ -90,7 +91,7 @@ def test_the_kernel_is_the_chain(dtype: str, masked: bool) -> None:
     )
     expected = reference.choose(logits, rules, mask)
     assert select.choose(logits, rules, mask, piece=256).tolist() == expected.tolist()
-    assert expected[2] == reference.NO_TOKEN
+    assert expected[2] == expected[5] == reference.NO_TOKEN
 
 
 def test_the_kernel_is_the_chain_for_a_hundred_thousand_draws(cuda: torch.device) -> None:

@@ -41,9 +41,9 @@ def choose(
         int64; `NO_TOKEN` where a logit is NaN, or the largest allowed one is infinite.
     """
     allowed = allow(logits.float(), mask)
-    ordered, ids = allowed.sort(dim=-1, descending=True, stable=True)  # NaN counts as the largest
+    top = allowed.amax(dim=-1, keepdim=True)  # NaN if there is one: a GPU sorts one with a sign last
+    ordered, ids = allowed.sort(dim=-1, descending=True, stable=True)
     del allowed
-    top = ordered[:, :1].clone()
     exponents = scale(ordered, top, rules[:, SCALE, None])
     weights = weigh(exponents)
     weights = top_k(weights, rules[:, TOP_K, None])
