@@ -25,7 +25,7 @@ from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, 
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 GROUPED = RouterRule(top_k=8, scores="sigmoid", groups=8, kept_groups=4, group_top=2, normalised=True, wide_logits=True)
 
 

@@ -18,6 +18,7 @@ RULES = {
     "gpt-oss": RouterRule(top_k=4, scores="logits", over_chosen=True),
     "mixtral": RouterRule(top_k=2, normalised=True, wide_weights=True),
     "qwen": RouterRule(top_k=4),
+    "ernie": RouterRule(top_k=4, normalised=True, wide_logits=True),  # with a correction, which a GPU might join with a product
     "deepseek-v2": RouterRule(top_k=4, groups=4, kept_groups=2, scale=16.0, wide_logits=True, wide_weights=True),
     "deepseek-v3": RouterRule(
         top_k=4, scores="sigmoid", groups=4, kept_groups=3, group_top=2, normalised=True, scale=2.5, wide_logits=True, wide_weights=True,
@@ -97,7 +98,7 @@ def test_router_is_the_references(rule: RouterRule, dtype: torch.dtype) -> None:
     router = Router(
         draw(count, 72, dtype=dtype, seed=8) * 0.2,
         bias if rule.over_chosen else None,
-        correction if rule.groups > 1 else None,
+        correction if rule.wide_logits else None,
         rule,
     )
     states, counts = draw(tokens, 72, dtype=dtype), torch.zeros(tokens, dtype=torch.int32, device=DEVICE)

@@ -176,5 +176,6 @@ def route(
         ranks=int(triton.next_power_of_2(rule.top_k)), kind=rule.scores, corrected=router.correction is not None, groups=rule.groups,
         kept_groups=rule.kept_groups, group_top=rule.group_top, over_chosen=rule.over_chosen, normalised=rule.normalised,
         scale=rule.scale, early=early, num_warps=WARPS if inputs <= _NARROW else 2 * WARPS, launch_pdl=early,
+        enable_fp_fusion=False,  # scores are computed once for each side of a comparison, and have to be the same number
     )  # fmt: skip
     return normed, index, weights, slots
