@@ -18,6 +18,7 @@ from expertflow.errors import ConfigError, MaskError
 from expertflow.execution import sampler
 from expertflow.execution.sampler import Draw, Sampler, uniform
 from expertflow.execution.sampling.edits import TokenEdits, edit
+from expertflow.execution.sampling.logprobs import log_probabilities
 from expertflow.execution.sampling.masks import TokenMask
 from expertflow.kernels.backend import backend
 from expertflow.kernels.sampling import reference
@@ -116,6 +117,18 @@ def test_random_numbers_are_those_of_splitmix() -> None:
     counts = [np.histogram(line, 10, (0, 1))[0] for line in numbers]
     assert all(abs(count - 200).max() < 60 for count in counts)
     assert abs(np.corrcoef(numbers)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("vocabulary", [4096, 4133])
+def test_the_most_probable_tokens_are_those_of_a_sort(vocabulary: int) -> None:
+    """Block by block as all at once: with ties within blocks and across them, and few of many blocks."""
+    logits = torch.from_numpy(np.round(GENERATOR(1).normal(size=(3, vocabulary)) * 2).astype(np.float32))
+    logits[1] = 0.0
+    found = log_probabilities(logits, [0, 1, vocabulary - 1], [7, 7, 7])
+    ordered = logits.sort(dim=-1, descending=True, stable=True).indices
+    for line, row in zip(found, ordered.tolist(), strict=True):
+        assert [one.token_id for one in line[1:]] == row[:7]
+        assert line[0].rank == row.index(line[0].token_id) + 1
 
 
 def test_edits_are_bias_and_penalties_in_order() -> None:

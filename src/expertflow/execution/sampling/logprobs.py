@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+BLOCK = 256
+"""Tokens of which the most probable one is looked for first: on a GPU few of many numbers are found slowly, and few of few fast."""
 ROWS = 2
 """Sequences, or positions, that are worked on at once: it takes up to 17 bytes for each of their logits, and 16 a token."""
 
@@ -76,10 +78,21 @@ def _begin(
     rank = 1 + ((values > own) | ((values == own) & (ids < chosen))).sum(-1, keepdim=True)
     parts = [own - norm, rank]
     if count:
-        best = _order(values).topk(count).values
+        best = _largest(_order(values), count)
         found = (2**32 - 1) - (best & (2**32 - 1))
         parts += [found, values.gather(-1, found) - norm]
     return torch.cat([part.double() for part in parts], dim=-1)
+
+
+def _largest(keys: Int[Tensor, "R V"], count: int) -> Int[Tensor, "R K"]:
+    """The largest of keys that are all different, in descending order: they lie in that many blocks, those with the largest ones."""
+    blocks = keys.shape[1] // BLOCK
+    if count >= blocks:
+        return keys.topk(count).values
+    blocked, rest = keys[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)), keys[:, blocks * BLOCK :]
+    best = blocked.amax(-1).topk(count).indices
+    found = blocked.gather(1, best[..., None].expand(-1, -1, BLOCK)).flatten(1)
+    return torch.cat([found, rest], dim=1).topk(count).values
 
 
 def _order(values: Float[Tensor, "R V"]) -> Int[Tensor, "R V"]:
