@@ -8,11 +8,13 @@ small buffer on the device, so that one transfer moves several. Must not know se
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from expertflow.execution.captured.lanes import Lane
 from expertflow.execution.kv.paged import Stack
+from expertflow.execution.sampling.upload import upload
 from expertflow.memory.arena import HostArena
 
 
@@ -38,7 +40,7 @@ class PageCopies:
     def __init__(self, stacks: Sequence[Stack], arena: HostArena, device: torch.device, buffer: int) -> None:
         """Queue nothing yet."""
         self._stacks, self._arena = stacks, arena
-        self._lane = Lane(device)
+        self._device, self._lane = device, Lane(device)
         self._buffer = torch.empty(buffer if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         self._leaving: set[tuple[int, int]] = set()
         """Pages, each with its kind, that a queued copy may still read."""
@@ -53,11 +55,9 @@ class PageCopies:
         """Copy pages to the arena, behind all work that is queued now and beside all later work."""
         with self._lane.work():
             for group in self._groups(moves):
-                records = self._records(group)
-                for move, (keys, values) in zip(group, self._views(group[0].kind, records), strict=True):
-                    stack = self._stacks[move.kind]
-                    keys.copy_(stack.keys[:, move.page])
-                    values.copy_(stack.values[:, move.page])
+                records, pages = self._records(group), self._pages(group)
+                for part, held in self._parts(group[0].kind, records):
+                    torch.index_select(held, 1, pages, out=part)
                 if len(self._buffer):
                     self._arena.piece(group[0].begin, len(records)).copy_(records, non_blocking=True)
         if len(self._buffer):
@@ -71,10 +71,11 @@ class PageCopies:
                 records = self._records(group)
                 if len(self._buffer):
                     records.copy_(self._arena.piece(group[0].begin, len(records)), non_blocking=True)
-                for move, (keys, values) in zip(group, self._views(group[0].kind, records), strict=True):
-                    stack, places = self._stacks[move.kind], move.places or slice(None)
-                    stack.keys[:, move.page, :, places].copy_(keys[:, :, places])
-                    stack.values[:, move.page, :, places].copy_(values[:, :, places])
+                for part, held in self._parts(group[0].kind, records):
+                    if group[0].places is None:
+                        held.index_copy_(1, self._pages(group), part)
+                    else:
+                        held[:, group[0].page, :, group[0].places].copy_(part[:, 0, :, group[0].places])
         self._join()
 
     def before_writing(self, kind: int, pages: Sequence[int]) -> None:
@@ -87,11 +88,12 @@ class PageCopies:
         self._leaving.clear()
 
     def _groups(self, moves: Sequence[Move]) -> Iterator[list[Move]]:
-        """Moves of one kind whose records lie one behind the other, as many as the buffer holds."""
+        """Moves of one kind whose records lie one behind the other, as many as the buffer holds; of a part of a page, one alone."""
         group: list[Move] = []
         for move in moves:
             size = self.record_bytes(move.kind)
-            joined = bool(group) and group[-1].kind == move.kind and group[-1].begin + size == move.begin
+            whole = bool(group) and group[-1].places is None and move.places is None
+            joined = whole and group[-1].kind == move.kind and group[-1].begin + size == move.begin
             if group and not (joined and (len(group) + 1) * size <= len(self._buffer)):
                 yield group
                 group = []
@@ -104,9 +106,15 @@ class PageCopies:
         size = len(group) * self.record_bytes(group[0].kind)
         return self._buffer[:size] if len(self._buffer) else self._arena.piece(group[0].begin, size)
 
-    def _views(self, kind: int, records: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of each record, `[layers, heads, page, width]`."""
-        keys, values = (part[:, 0] for part in (self._stacks[kind].keys, self._stacks[kind].values))
-        for record in records.split(self.record_bytes(kind)):
-            first, second = record.split([keys.nbytes, values.nbytes])
-            yield first.view(keys.dtype).view(keys.shape), second.view(values.dtype).view(values.shape)
+    def _pages(self, group: Sequence[Move]) -> Tensor:
+        """Pages of a group, on the device."""
+        return upload(np.array([move.page for move in group], dtype=np.int64), self._device)
+
+    def _parts(self, kind: int, records: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys of all records, `[layers, records, heads, page, width]`, beside those of all pages; then values."""
+        lines, begin = records.view(-1, self.record_bytes(kind)), 0
+        for held in (self._stacks[kind].keys, self._stacks[kind].values):
+            size = held[:, 0].nbytes
+            part = lines[:, begin : begin + size].view(held.dtype)
+            yield part.unflatten(1, held[:, 0].shape).transpose(0, 1), held
+            begin += size
