@@ -134,7 +134,7 @@ def carry_out(llm: LLM, draw: random.Random) -> dict[str, int]:
         top_p = 0.9 if temperature else 1.0
         llm.generate(prompts, SamplingParams(max_tokens=ANSWER, temperature=temperature, top_p=top_p, ignore_eos=True))
         read += sum(counts)
-    if plan.execution == "graph" and not plan.batch_invariant:  # steps whose routing is observed decode packed experts
+    if plan.execution == "graph" and not plan.batch_invariant:  # steps whose routing is observed are the host's
         with tempfile.TemporaryDirectory() as place, llm.record(Path(place) / "routing.trace"):
             llm.generate([prompt[:8] for prompt in prompts], SamplingParams(max_tokens=2, ignore_eos=True))
     return {"tokens_read": read, "longest": max(*lengths, *full)}

@@ -371,11 +371,8 @@ def _plan(wanted: _Wanted, chunk: int) -> Plan:
 
 def _workspace(config: EngineConfig, shape: ModelShape, length: int, chunk: int, *, graph: bool) -> int:
     """Workspace of the largest of all passes and steps, without cuBLAS."""
-    linear, batch = graph and shape.prompt_kernel, config.max_batch
-    workspace = workspace_bytes(shape, batch, length, chunk, grouped=graph, linear=linear)
-    if graph and not config.batch_invariant:  # a step whose routing is observed is the host's
-        workspace = max(workspace, workspace_bytes(shape, batch, length, batch, prompts=False, linear=linear))
-    return workspace
+    linear = graph and shape.prompt_kernel
+    return workspace_bytes(shape, config.max_batch, length, chunk, grouped=graph, linear=linear)
 
 
 def slot_layout(shape: ModelShape, device: str, *, graph: bool) -> StoreLayout:
