@@ -131,7 +131,8 @@ def _moe(shape: ModelShape, tokens: int, *, grouped: bool) -> int:
     parts = pairs * shape.hidden * element + 3 * tokens * shape.hidden * element
     # one expert may get every token: its input (a copy where token rows are not aligned), inner states, output; weighting them
     expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
-    return router + sorting + parts + max(expert + shape.records.decode_bytes, dense)
+    records = shape.records  # a record is decoded before its expert is computed
+    return router + sorting + parts + max(expert + records.decoded_bytes, records.decode_bytes, dense)
 
 
 def _head(shape: ModelShape, batch: int) -> int:
