@@ -4,10 +4,12 @@ Shapes `q` (Qwen3-MoE, embeddings drawn wide so that routing is spread, random t
 recorded trace) of `stand_ins.py`. Dense weights are written once as a checkpoint folder; experts are drawn into the store by every
 process, the same ones. Each run is a process of its own, in the order old, new, new, old. It reads prompts and then decodes with
 `OffloadedModel.executor()`: steps that are queued one behind another, and steps whose tokens are waited for, as `LLM` does. The rows
-of the new tree are then run through `LLM`. All trees have to give the same logits, bit for bit.
+of the new tree are then run through `LLM`. All trees have to give the same logits, bit for bit, unless `--other-logits` says that
+the order of their sums differs; the file then says where they do. The oldest tree that this code measures is b2b3876.
 
 Usage: PYTHONPATH=src python benchmarks/engine_compare.py --old .carry/old.tar.xz --trace TEST.trace --out FILE
-       tar cJf .carry/old.tar.xz -C OLD_CHECKOUT --exclude=assets --exclude=__pycache__ src      packs the old tree
+       git archive COMMIT src | xz > .carry/old.tar.xz      packs the old tree
+       --shapes q --runs old,new,new,old,llm: which models, and which trees in which order
        --tiny: small widths and few steps, for a CPU
 """
 
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 EXCERPT = ROOT / "tests" / "data" / "gpt_oss_20b_excerpt" / "routing.trace"
-ORDER = ("old", "new", "new", "old")
+RUNS = ("old", "new", "new", "old", "llm")
 SHAPES = {"q": ("25%", 60.0), "g": ("50%", 1.0)}
 """Slots, and how wide embeddings are drawn."""
 BATCHES, STRATEGIES = (1, 8), {"q": ("next-use", "lru-global"), "g": ("next-use",)}
@@ -41,19 +43,6 @@ PROMPT, WINDOWS, LENGTH, SEED = 32, 3, 512, 11
 STEPS = {"q": {1: (30, 30), 8: (16, 12)}, "g": {1: (10, 10), 8: (4, 3)}}
 """By shape and batch: steps before the windows, and steps of a window; as many again are waited for."""
 TINY_STEPS = 3, 2
-
-
-class Names(NamedTuple):
-    """What the trees call the same things: modules, and classes in them."""
-
-    decode_input: str
-    prompt_chunk: str
-
-
-NAMES = {
-    "old": Names("expertflow.engine.rows.Fed", "expertflow.engine.runner.Piece"),
-    "new": Names("expertflow.execution.kv_rows.DecodeInput", "expertflow.execution.runner.PromptChunk"),
-}
 
 
 class Model(Protocol):
@@ -133,28 +122,10 @@ class DenseFiles:
         return store, self.identity(located)
 
 
-def open_old(folder: Path, config: Any, beside: Any) -> Any:
-    """A model of the old tree. Without pieces to read, its store stays empty until it is drawn."""
-    skeleton = find("expertflow.models.skeleton.build_skeleton")(folder, config.dtype)
-    figures = find("expertflow.models.shape.shape_of")(skeleton)
-    plan = find("expertflow.engine.plan.make_plan")(config, figures, device(), config.strategy)
-    tensors = find("expertflow.models.checkpoint.walk")(folder)
-    prepared = find("expertflow.engine.build.Prepared")(
-        skeleton=skeleton, pieces=[], plan=plan, fingerprint="", tensors=tensors
-    )
-    model = find("expertflow.engine.build.OffloadedModel")(prepared, config, None, beside)
-    if beside is None:
-        draw_experts(model.store.buffer)
-    return model
-
-
-def open_new(folder: Path, config: Any, beside: Any) -> Any:
-    """A model of the new tree."""
+def open_model(folder: Path, config: Any, beside: Any) -> Any:
+    """A model of the tree that this process sees."""
     weights = DenseFiles() if beside is None else beside.shared_weights
     return find("expertflow.engine.build.load_model")(folder, config, weights=weights)
-
-
-OPEN = {"old": open_old, "new": open_new}
 
 
 class ReplayRouter(nn.Module):
@@ -188,14 +159,14 @@ class Bench:
     """Measures one loaded model of either tree.
 
     Args:
-        tree: which one, for the names.
-        model: its model.
+        model: of the tree that this process sees.
         recorded: what is fed.
     """
 
-    def __init__(self, tree: str, model: Model, recorded: Recorded) -> None:
+    def __init__(self, model: Model, recorded: Recorded) -> None:
         """Put recorded routing in place of the router's."""
-        self._decode, self._chunk = find(NAMES[tree].decode_input), find(NAMES[tree].prompt_chunk)
+        self._decode = find("expertflow.execution.kv_rows.DecodeInput")
+        self._chunk = find("expertflow.execution.runner.PromptChunk")
         self._executor, self._recorded = model.executor(), recorded
         self._routes = self._now = torch.zeros(0)
         self._sequence = 0
@@ -267,14 +238,14 @@ def steps_of(shape: str, batch: int, *, tiny: bool) -> tuple[int, int]:
     return TINY_STEPS if tiny else STEPS[shape][batch]
 
 
-def probe_tree(tree: str, shape: str, folder: Path, *, tiny: bool) -> Iterator[dict[str, Any]]:
+def probe_tree(shape: str, folder: Path, *, tiny: bool) -> Iterator[dict[str, Any]]:
     """Every strategy and batch on one tree; the store is drawn once."""
     recorded, owner = Recorded.read(folder / "recorded.npz"), None
     for strategy in STRATEGIES[shape]:
         config = find("expertflow.config.EngineConfig")(**settings(shape, strategy))
-        model = OPEN[tree](folder, config, owner)
+        model = open_model(folder, config, owner)
         owner = owner or model
-        bench = Bench(tree, model, recorded)
+        bench = Bench(model, recorded)
         for batch in BATCHES:
             yield {"strategy": strategy, "batch": batch, **bench.measure(batch, *steps_of(shape, batch, tiny=tiny))}
 
@@ -382,7 +353,7 @@ def perform(options: argparse.Namespace) -> None:
         write_folder(options.shape, options.folder, options.trace, tiny=options.tiny)
         return
     llm = options.task == "llm"
-    rows = (probe_llm if llm else lambda *a, **k: probe_tree(options.task, *a, **k))(options.shape, options.folder, tiny=options.tiny)  # fmt: skip
+    rows = (probe_llm if llm else probe_tree)(options.shape, options.folder, tiny=options.tiny)
     options.out.write_text(json.dumps(list(rows)))
 
 
@@ -412,8 +383,9 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for tree in ("old", "new", "llm"):
                 if values := figures(tree, key):
                     line[f"{tree}_{key}"] = [statistics.median(values), min(values), max(values)]
-            line[f"new_over_old_{key}"] = line[f"new_{key}"][0] / line[f"old_{key}"][0]
-        line["llm_over_new_waited_ms"] = line["llm_waited_ms"][0] / line["new_waited_ms"][0]
+            for over, under in (("new", "old"), ("llm", "new")):
+                if {f"{over}_{key}", f"{under}_{key}"} <= line.keys():
+                    line[f"{over}_over_{under}_{key}"] = line[f"{over}_{key}"][0] / line[f"{under}_{key}"][0]
         line["same_logits"] = len({row["logits"] for row in mine}) == 1
         found.append(line)
     return found
@@ -424,23 +396,26 @@ def show(line: dict[str, Any]) -> str:
     cells = [
         f"{name} {line[key][0]:.3f} ({line[key][1]:.3f}-{line[key][2]:.3f})"
         for name, key in (("old", "old_ms"), ("new", "new_ms"), ("old waited", "old_waited_ms"), ("new waited", "new_waited_ms"), ("LLM", "llm_waited_ms"))
+        if key in line
     ]  # fmt: skip
+    ratios = [
+        f"{key.replace('_over_', '/').replace('_', ' ')} {value:.4f}" for key, value in line.items() if "_over_" in key
+    ]
     return (
-        f"{line['shape']} {line['strategy']:10s} B={line['batch']}: ms a step {', '.join(cells)}; new/old {line['new_over_old_ms']:.4f}, "
-        f"waited {line['new_over_old_waited_ms']:.4f}, LLM/new {line['llm_over_new_waited_ms']:.4f}; "
+        f"{line['shape']} {line['strategy']:10s} B={line['batch']}: ms a step {', '.join(cells)}; {', '.join(ratios)}; "
         f"{'same logits' if line['same_logits'] else 'OTHER LOGITS'}"
     )
 
 
 def drive(options: argparse.Namespace) -> None:
-    """All runs one after another; the file is written after each."""
+    """All runs one after another; what is known is written and printed after each."""
     began, rows = time.perf_counter(), []
     about = find("expertflow.bench.about.about")(device())._asdict()
 
     def write() -> list[dict[str, Any]]:
-        done = summary(rows) if {"old", "new", "llm"} <= {row["tree"] for row in rows} else []
-        result = {**about, "benchmark": "engine_compare", "seed": SEED, "order": ORDER, "summary": done, "rows": rows,
-                  "config": {"shapes": SHAPES, "prompt": PROMPT, "windows": WINDOWS, "steps": STEPS, "tiny": options.tiny, "trace": options.trace.name}}  # fmt: skip
+        done = summary(rows)
+        result = {**about, "benchmark": "engine_compare", "seed": SEED, "order": options.runs.split(","), "summary": done, "rows": rows,
+                  "config": {"shapes": SHAPES, "prompt": PROMPT, "windows": WINDOWS, "steps": STEPS, "tiny": options.tiny, "trace": options.trace.name, "old": options.old.name}}  # fmt: skip
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         return done
 
@@ -450,14 +425,12 @@ def drive(options: argparse.Namespace) -> None:
             with tempfile.TemporaryDirectory() as place:
                 folder = Path(place)
                 start("write", shape, new, options, folder)
-                for number, tree in enumerate((*ORDER, "llm")):
+                for number, tree in enumerate(options.runs.split(",")):
                     found = start(tree, shape, trees[tree], options, folder)
                     rows += [{"shape": shape, "tree": tree, "run": number, **row} for row in found]
                     print(f"{time.perf_counter() - began:4.0f} s  {shape} {tree}", flush=True)
-            done = [line for line in summary(rows) if line["shape"] == shape]
-            print("\n".join(map(show, done)), flush=True)
-            write()
-    if not all(line["same_logits"] for line in write()):
+                    print("\n".join(show(line) for line in write() if line["shape"] == shape), flush=True)
+    if not options.other_logits and not all(line["same_logits"] for line in write()):
         raise SystemExit("the trees give other logits")
 
 
@@ -469,6 +442,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--new", type=Path, default=ROOT / "src")
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--runs", default=",".join(RUNS))
+    parser.add_argument("--other-logits", action="store_true", help="the trees' logits may differ")
     parser.add_argument("--trace", type=Path, default=EXCERPT, help="recorded routing for shape g")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")) / "engine_compare.json")
     parser.add_argument("--tiny", action="store_true", help="small widths and few steps; always so without CUDA")

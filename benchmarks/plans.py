@@ -134,7 +134,7 @@ def carry_out(llm: LLM, draw: random.Random) -> dict[str, int]:
         top_p = 0.9 if temperature else 1.0
         llm.generate(prompts, SamplingParams(max_tokens=ANSWER, temperature=temperature, top_p=top_p, ignore_eos=True))
         read += sum(counts)
-    if plan.execution == "graph" and not plan.batch_invariant:  # steps whose routing is observed decode packed experts
+    if plan.execution == "graph" and not plan.batch_invariant:  # steps whose routing is observed are the host's
         with tempfile.TemporaryDirectory() as place, llm.record(Path(place) / "routing.trace"):
             llm.generate([prompt[:8] for prompt in prompts], SamplingParams(max_tokens=2, ignore_eos=True))
     return {"tokens_read": read, "longest": max(*lengths, *full)}
@@ -184,11 +184,24 @@ def read_options() -> argparse.Namespace:
     return options
 
 
+def judged(options: argparse.Namespace, rows: list[dict[str, Any]], seconds: float) -> tuple[int, int]:
+    """Write what is known; how many plans were exceeded, and how many are far from their peak."""
+    over = [row for row in rows if row["peak_bytes"] > min(row["plan_bytes"], row["budget_bytes"] or row["plan_bytes"])]
+    loose = [row for row in rows if device() == "cuda" and row["ratio_without_fixed"] > LOOSE]
+    result = {
+        **about(device())._asdict(), "benchmark": "plans", "seed": options.seed, "weights_seed": SEED, "wanted": options.plans,
+        "over": len(over), "loose": len(loose), "within": sum(row["ratio"] <= LOOSE for row in rows), "rows": rows,
+        "config": {"fixed_bytes": FIXED, "bound": LOOSE, "tiny": options.tiny}, "wall_seconds": seconds,
+    }  # fmt: skip
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return len(over), len(loose)
+
+
 def main() -> None:
-    """Draw, carry out, compare, write, print."""
+    """Draw, carry out, compare, print; a run that is cut off keeps its rows."""
     options, began, rows = read_options(), time.perf_counter(), list[dict[str, Any]]()
     models = {name: make for name, make in (TINY_MODELS if options.tiny else MODELS).items() if options.models in name}
-    draw, library = random.Random(options.seed), library_bytes(device())
+    draw, library, over, loose = random.Random(options.seed), library_bytes(device()), 0, 0
     for place, (name, make) in enumerate(models.items()):
         config = make()
         with StandIn(config, embedding=WIDE) as stand_in:
@@ -199,22 +212,15 @@ def main() -> None:
                 context = 256 if options.tiny else min(config.max_position_embeddings, CONTEXT)
                 rows.append({"model": name, **one(stand_in, draw, context, library)})
                 print(f"{time.perf_counter() - began:4.0f} s {line(rows[-1])}", flush=True)
-    over = [row for row in rows if row["peak_bytes"] > min(row["plan_bytes"], row["budget_bytes"] or row["plan_bytes"])]
-    loose = [row for row in rows if device() == "cuda" and row["ratio_without_fixed"] > LOOSE]
-    result = {
-        **about(device())._asdict(), "benchmark": "plans", "seed": options.seed, "weights_seed": SEED, "wanted": options.plans,
-        "over": len(over), "loose": len(loose), "within": sum(row["ratio"] <= LOOSE for row in rows), "rows": rows,
-        "config": {"fixed_bytes": FIXED, "bound": LOOSE, "tiny": options.tiny}, "wall_seconds": time.perf_counter() - began,
-    }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+                over, loose = judged(options, rows, time.perf_counter() - began)
     print("loosest, then tightest:")
     for row in [
         *sorted(rows, key=lambda row: -row["ratio_without_fixed"])[:5],
         *sorted(rows, key=lambda row: row["ratio"])[:3],
     ]:
         print(f"  {line(row)}")
-    print(f"{len(rows)} of {options.plans} plans: {len(over)} exceeded, {result['within']} within {LOOSE} x peak as they are, "
-          f"{len(loose)} beyond it without the {FIXED / 2**20:.0f} MiB that do not depend on the model")  # fmt: skip
+    print(f"{len(rows)} of {options.plans} plans: {over} exceeded, {sum(row['ratio'] <= LOOSE for row in rows)} within {LOOSE} x peak as they are, "
+          f"{loose} beyond it without the {FIXED / 2**20:.0f} MiB that do not depend on the model")  # fmt: skip
     if over or loose:
         raise SystemExit("a plan was exceeded, or is far from its peak")
 

@@ -17,7 +17,7 @@ from expertflow.errors import CheckpointError, ConfigError, UnreadWarning, Unsup
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.formats.format import TensorSpec
-from expertflow.formats.plain import plain
+from expertflow.formats.plain import PLAIN, plain
 from expertflow.formats.published.awq import AWQ
 from expertflow.formats.published.gptq import GPTQ
 from expertflow.formats.published.int4 import INT4
@@ -330,3 +330,33 @@ def test_codes_are_packed_alike_everywhere(name: str, cuda: torch.device) -> Non
     stored = drawn.view(kind).view(part.stored)
     want = format_.repack(spec, part.name, stored)
     assert torch.equal(format_.repack(spec, part.name, stored.to(cuda)).cpu(), want)
+
+
+@pytest.mark.parametrize("shape", ["as it is", "transposed", "interleaved"])
+@pytest.mark.parametrize("name", [name for name, one in FORMATS.items() if one is not PLAIN])
+def test_strips_are_decoded_as_the_whole(name: str, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up decoded in strips, the last one short, are the numbers of each as a whole, put together; memory is that of a strip."""
+    size, format_ = (300, 512), FORMATS[name]
+    spec = TensorSpec(
+        name="gate_up_proj", shape=(512, 600) if shape == "transposed" else (600, 512), dtype="bfloat16", format=format_,
+        transposed=shape == "transposed", joined=2, interleaved=shape == "interleaved",
+    )  # fmt: skip
+    parts = format_.draw(spec, torch.Generator().manual_seed(5), 0.02)
+    halves = [
+        {key: part.view(2, -1, *part.shape[1:])[place] for key, part in parts.items() if part.numel()}
+        for place in range(2)
+    ]
+    gate, up = (format_.numbers(spec.one, half) for half in halves)
+    assert gate.shape == up.shape == size
+    whole = torch.stack([gate, up], 1).flatten(0, 1) if spec.interleaved else torch.cat([gate, up])
+    counted, seen = format_.strip_bytes(spec), list[int]()
+    assert counted == gate.numel() * format_.decode_bytes_each
+    stock = type(format_).numbers
+    monkeypatch.setattr("expertflow.formats.format._STRIP", 100 * 512)
+    monkeypatch.setattr(type(format_), "numbers", lambda *given: seen.append(given[1].outputs) or stock(*given))
+    found = format_.decode(spec, parts)
+    assert torch.equal(found, whole.t() if spec.transposed else whole)
+    assert found.is_contiguous()
+    strips = {128: [128, 128, 44], 1: [100, 100, 100]}[format_.rows_alike(spec.one)]
+    assert seen == strips * 2
+    assert format_.strip_bytes(spec) == counted * strips[0] // 300

@@ -141,15 +141,19 @@ def test_gptq_and_awq_numbers(inputs: int, group: int, layout: str, scale: torch
         same(decoded(format_, inputs, run, stored), theirs.to(getattr(torch, run)))
 
 
-@pytest.mark.parametrize("name", ["gptq 32", "gptq 64", "awq 32", "awq 64", "modelopt-nvfp4"])
+LIBRARIES = ["gptq 32", "gptq 64", "gptq_v2 32", "gptq_v2 64", "awq 32", "awq 64", "modelopt-nvfp4"]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
 def test_numbers_of_the_publishing_libraries(name: str) -> None:
-    """What AutoGPTQ, AutoAWQ and modelopt decoded of random words once: see `write_vectors.py`."""
+    """What AutoGPTQ, GPTQModel, AutoAWQ and modelopt decoded of random words once: see `write_vectors.py`."""
     found = load_file(Path(__file__).parent / "data" / "decoded.safetensors")
-    stored = {key.removeprefix(f"{name} "): one for key, one in found.items() if key.startswith(name)}
+    stored = {key.removeprefix(f"{name} "): one for key, one in found.items() if key.startswith(f"{name} ")}
     theirs = stored.pop("decoded")
     kind, _, group = name.partition(" ")
     claims: dict[str, Callable[[], tuple[Format, ...]]] = {
         "gptq": lambda: GPTQ.claim(gptq(int(group), sym=False)),
+        "gptq_v2": lambda: GPTQ.claim(gptq(int(group), sym=False, checkpoint_format="gptq_v2")),
         "awq": lambda: AWQ.claim(awq(int(group))),
         "modelopt-nvfp4": lambda: (MODELOPT_NVFP4,),
     }

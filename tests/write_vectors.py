@@ -1,9 +1,10 @@
 """Writes `tests/data/decoded.safetensors`: random packed weights, and what the libraries that published their formats make of them.
 
-AutoGPTQ 0.7.1, AutoAWQ 0.2.9 and NVIDIA's modelopt 0.47.0 are needed once, unpacked, not installed: their decoding is plain torch.
+AutoGPTQ 0.7.1, AutoAWQ 0.2.9, NVIDIA's modelopt 0.47.0 and GPTQModel 7.7.0 are needed once, unpacked, not installed: their decoding is
+plain torch.
 
-Usage: python tests/write_vectors.py AUTO_GPTQ AUTOAWQ MODELOPT
-       each the folder that holds the package
+Usage: python tests/write_vectors.py auto-gptq=FOLDER autoawq=FOLDER modelopt=FOLDER gptqmodel=FOLDER
+       each the folder that holds the package; vectors of libraries that are not named stay as they are
 """
 
 import importlib
@@ -12,10 +13,11 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 OUT = Path(__file__).parent / "data" / "decoded.safetensors"
 INPUTS, OUTPUTS = 192, 32
@@ -87,19 +89,52 @@ def modelopt(folder: Path, generator: torch.Generator) -> dict[str, Tensor]:
     return {"codes": codes, "scales": scales, "globals": factor, "decoded": decoded}
 
 
-def main(folders: list[Path]) -> None:
-    """Decode, and write."""
+def gptq_v2(folder: Path, generator: torch.Generator, group: int) -> dict[str, Tensor]:
+    """What GPTQModel decodes of a layer in its own format, `gptq_v2`, whose zeros are stored as they are, in float16."""
+    root = "gptqmodel.nn_modules.qlinear"
+    for name in (
+        "adapter.adapter",
+        "models._const",
+        "quantization",
+        "utils.backend",
+        "utils.env",
+        "utils.logger",
+        "utils.safe",
+    ):
+        sys.modules[f"gptqmodel.{name}"] = MagicMock()  # what choosing and running kernels needs, and decoding does not
+    load(folder / "gptqmodel/utils/planar_packing.py", "gptqmodel.utils")
+    kind = load(folder / "gptqmodel/nn_modules/qlinear/__init__.py", root).PackableQuantLinear
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.bits, layer.maxq, layer.pack_dtype, layer.pack_dtype_bits, layer.pack_factor = 4, 15, torch.int32, 32, 8
+    layer.in_features, layer.out_features, layer.group_size = INPUTS, OUTPUTS, group
+    layer.planar, layer.enable_wf_unsqueeze, layer.dequant_dtype = False, True, torch.int8
+    layer._register_gptq_buffers(bias=False)  # what its constructor calls, behind checks of kernels
+    layer.qweight, layer.qzeros = words(generator, *layer.qweight.shape), words(generator, *layer.qzeros.shape)
+    layer.scales = (torch.rand(layer.scales.shape, generator=generator) * 0.1).half()
+    decoded = layer.dequantize_weight().t().contiguous()
+    parts = {"codes": layer.qweight, "zeros": layer.qzeros, "scales": layer.scales, "g_idx": layer.g_idx}
+    return {**parts, "decoded": decoded}
+
+
+def vectors(library: str, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The vectors of one library, by name."""
     generator = torch.Generator().manual_seed(0)
-    found = {
-        "gptq 32": gptq(folders[0], generator, 32),
-        "gptq 64": gptq(folders[0], generator, 64),
-        "awq 32": awq(folders[1], generator, 32),
-        "awq 64": awq(folders[1], generator, 64),
-        "modelopt-nvfp4": modelopt(folders[2], generator),
-    }
-    tensors = {f"{name} {part}": tensor.contiguous() for name, parts in found.items() for part, tensor in parts.items()}
+    makers = {"auto-gptq": ("gptq", gptq), "autoawq": ("awq", awq), "gptqmodel": ("gptq_v2", gptq_v2)}
+    if library == "modelopt":
+        return {"modelopt-nvfp4": modelopt(folder, generator)}
+    name, make = makers[library]
+    return {f"{name} {group}": make(folder, generator, group) for group in (32, 64)}
+
+
+def main(given: list[str]) -> None:
+    """Decode, and write."""
+    tensors = load_file(OUT) if OUT.exists() else {}
+    for library, _, folder in (text.partition("=") for text in given):
+        for name, parts in vectors(library, Path(folder)).items():
+            tensors |= {f"{name} {part}": tensor.contiguous() for part, tensor in parts.items()}
     save_file(tensors, OUT)
 
 
 if __name__ == "__main__":
-    main([Path(text) for text in sys.argv[1:]])
+    main(sys.argv[1:])

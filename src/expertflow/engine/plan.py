@@ -296,8 +296,11 @@ def _sized(wanted: _Wanted) -> Plan:
     if config.kv_tokens is not None:
         together = min(together, pages_of(config.kv_tokens, PAGE) * PAGE)
     if config.prefill_chunk is not None:
-        return _plan(wanted, min(config.prefill_chunk, together))
-    found = smallest = _plan(wanted, min(SMALLEST, together))
+        found = _plan(wanted, min(config.prefill_chunk, together))
+        return replace(_kept(wanted, found), least=found.least)
+    one = pages_of(length, PAGE) * PAGE if config.kv_tokens is None and None in shape.windows else SMALLEST
+    smallest = _plan(wanted, min(SMALLEST, together, one))
+    found = _grown(wanted, smallest, min(SMALLEST, together))
     if device != "cuda" or shape.unplanned or shape.encoder_decoder:  # the last two read prompts whole
         return found
     memory = None if budget is None else (budget, smallest.least)
@@ -305,14 +308,28 @@ def _sized(wanted: _Wanted) -> Plan:
         together = min(together, ALL_RESIDENT)
     limit = largest_pass(lambda chunk: _workspace(config, shape, length, chunk, graph=graph), memory, together)
     for _ in range(_ROUNDS):
-        tokens = pass_tokens(found.pass_work, pass_speeds(found), limit)
-        if tokens <= found.prefill_chunk:
+        before, tokens = found, pass_tokens(found.pass_work, pass_speeds(found), limit)
+        found = _grown(wanted, before, tokens)
+        if found is before:
             break
-        try:
-            found = _plan(wanted, tokens)
-        except BudgetError:  # pages of windows, which grow with the pass
-            break
-    return replace(found, least=smallest.least, paced=shape.in_rows and not config.batch_invariant)
+    return replace(found, paced=shape.in_rows and not config.batch_invariant)
+
+
+def _kept(wanted: _Wanted, plan: Plan) -> Plan:
+    """The plan, or one with smaller passes where fewer tokens are kept than a pass may have: a pass keeps all of its tokens."""
+    bounded = None in plan.shape.windows and plan.kv_tokens < plan.prefill_chunk
+    return _plan(wanted, plan.kv_tokens) if bounded else plan
+
+
+def _grown(wanted: _Wanted, plan: Plan, tokens: int) -> Plan:
+    """The plan with passes of more tokens, as far as they are kept; itself where that is not more, or the budget holds no such plan."""
+    if tokens <= plan.prefill_chunk:
+        return plan
+    try:
+        found = _kept(wanted, _plan(wanted, tokens))
+    except BudgetError:  # also by pages of windows, which grow with the pass
+        return plan
+    return replace(found, least=plan.least) if found.prefill_chunk > plan.prefill_chunk else plan
 
 
 def _plan(wanted: _Wanted, chunk: int) -> Plan:
@@ -371,11 +388,8 @@ def _plan(wanted: _Wanted, chunk: int) -> Plan:
 
 def _workspace(config: EngineConfig, shape: ModelShape, length: int, chunk: int, *, graph: bool) -> int:
     """Workspace of the largest of all passes and steps, without cuBLAS."""
-    linear, batch = graph and shape.prompt_kernel, config.max_batch
-    workspace = workspace_bytes(shape, batch, length, chunk, grouped=graph, linear=linear)
-    if graph and not config.batch_invariant:  # a step whose routing is observed is the host's
-        workspace = max(workspace, workspace_bytes(shape, batch, length, batch, prompts=False, linear=linear))
-    return workspace
+    linear = graph and shape.prompt_kernel
+    return workspace_bytes(shape, config.max_batch, length, chunk, grouped=graph, linear=linear)
 
 
 def slot_layout(shape: ModelShape, device: str, *, graph: bool) -> StoreLayout:

@@ -1,8 +1,8 @@
 """Which side decides the next pass, host or GPU, and how the cache's tables change sides.
 
-Passes over prompts are always decided by the host: `CacheController` decides layer by layer. If the plan is `graph`,
-kernels compute their experts (`execution.grouped`). Decode steps are decided by the GPU if the plan is `graph` and no
-observer needs the routing. Before the first captured step the controller lends its tables to the GPU
+Passes over prompts are always decided by the host: `CacheController` decides layer by layer. Decode steps are decided by the
+GPU if the plan is `graph` and no observer needs the routing. If the plan is `graph`, kernels compute the experts of what the
+host decides (`execution.grouped`). Before the first captured step the controller lends its tables to the GPU
 (`DeviceTables.borrow`); before the host decides again they come back (`DeviceTables.give_back`). Totals and residency can
 be read at any time, from the side that has them. Must not know layers, kernels and requests.
 """
@@ -307,7 +307,7 @@ class Handover:
             return decoder
 
     def prompt_experts(self) -> LayerExperts | None:
-        """What computes the experts of a pass over prompts; None: the family's own code does, as in host execution."""
+        """What computes the experts of passes and steps that the host decides; None: the family's own code, as in host execution."""
         if not self._captured:
             return None
         if self._prompts is None:

@@ -166,9 +166,11 @@ class RowExecutor:
         _, tokens, rows, positions = zip(*fed, strict=True)
         spans = [Span(row, position, position + 1) for row, position in zip(rows, positions, strict=True)]
         ids, columns, reach = torch.tensor(tokens)[:, None], np.array(positions)[:, None], self._rows.reach(rows)
+        lengths, handover = [one.position + 1 for one in fed], self._handover
+        experts, dense = handover.prompt_experts(), handover.prompt_dense()
         with (
             self._given(ids, spans, columns, reach) as given,
-            self._context.carry(lengths=[one.position + 1 for one in fed], dense=self._handover.prompt_dense()),
+            self._context.carry(lengths=lengths, experts=experts, dense=dense),
         ):
             return self._rows.forward(self._rows.model, given)
 

@@ -15,6 +15,8 @@ from expertflow.formats.dtypes import DTYPES
 
 _BLOCK = 1 << 17
 """Numbers that are quantised at once."""
+_STRIP = 1 << 21
+"""Numbers that are decoded at once, about: vocabularies have hundreds of millions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Format:
         packed_anywhere: names of those whose `repack` computes on the device of what it is given, and needs little memory there.
         tiles: the entry of `kernels/reading/readers.py` by which kernels read it, if it is not `name`.
         tile_loader: the Triton twin of `decode`, if it has no entry there.
-        decode_bytes_each: bytes that decoding takes at most for each number, the result and what it is made from.
+        decode_bytes_each: bytes that `numbers` takes at most for each number, the result and what it is made from.
     """
 
     name: str = ""
@@ -82,24 +84,46 @@ class Format:
         """
         raise NotImplementedError
 
+    def rows_alike(self, spec: "TensorSpec") -> int:
+        """Outputs of a tensor that is not joined of which a strip has a multiple, but the last one."""
+        del spec
+        return 1
+
+    def strip(self, spec: "TensorSpec", parts: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """The parts of some outputs of a tensor that is not joined, which begin at a multiple of `rows_alike`; views.
+
+        As it stands here, the first dimension of every part counts outputs.
+        """
+        del spec
+        return {name: part[rows] for name, part in parts.items()}
+
     def decode(self, spec: "TensorSpec", parts: Mapping[str, Tensor]) -> Tensor:
-        """The numbers, `spec.shape` in `spec.dtype`, contiguous, on the device of the parts.
+        """The numbers, `spec.shape` in `spec.dtype`, contiguous, on the device of the parts; made strip by strip.
 
         Where the parts are the numbers, no copy is made.
         """
         by_one = {name: part.view(spec.joined, -1, *part.shape[1:]) for name, part in parts.items() if part.numel()}
-        each = [
-            self.numbers(spec.one, {name: part[place] for name, part in by_one.items()}) for place in range(spec.joined)
-        ]
-        if spec.interleaved:
-            whole = torch.stack(each, dim=1).flatten(0, 1)
-        else:
-            whole = each[0] if len(each) == 1 else torch.cat(each)
-        return (whole.t() if spec.transposed else whole).contiguous()
+        device = next(iter(by_one.values())).device
+        whole = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+        target = whole.t() if spec.transposed else whole
+        each = target.unflatten(0, (-1, spec.joined) if spec.interleaved else (spec.joined, -1))
+        one, size = spec.one, self._strip_rows(spec.one)
+        for place, numbers in enumerate(each.unbind(1 if spec.interleaved else 0)):
+            mine = {name: part[place] for name, part in by_one.items()}
+            for begin in range(0, one.outputs, size):
+                rows = slice(begin, min(begin + size, one.outputs))
+                some = replace(one, shape=(rows.stop - begin, one.inputs))
+                numbers[rows] = self.numbers(some, self.strip(one, mine, rows))
+        return whole
 
-    def decode_bytes(self, spec: "TensorSpec") -> int:
-        """Bytes that `decode` takes at most, the result and what it is made from."""
-        return prod(spec.shape) * self.decode_bytes_each
+    def _strip_rows(self, one: "TensorSpec") -> int:
+        alike = self.rows_alike(one)
+        return max(1, _STRIP // (alike * one.inputs)) * alike
+
+    def strip_bytes(self, spec: "TensorSpec") -> int:
+        """Bytes that `decode` takes at most beside its result."""
+        one = spec.one
+        return min(self._strip_rows(one), one.outputs) * one.inputs * self.decode_bytes_each
 
     def claim(self, quantization: Mapping[str, Any]) -> "tuple[Format, ...]":
         """The formats that a checkpoint with this `quantization_config` is stored in; empty if it is of another kind.

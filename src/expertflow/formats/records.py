@@ -6,11 +6,13 @@ Must not know models, files and devices.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from expertflow.formats.dtypes import DTYPES
 from expertflow.formats.format import Part, TensorSpec
 from expertflow.formats.plain import PLAIN
 from expertflow.types import large_layers
@@ -69,9 +71,14 @@ class RecordLayout:
         return all(spec.format is PLAIN for spec in self.specs)
 
     @cached_property
+    def decoded_bytes(self) -> int:
+        """Bytes of the numbers of all tensors that are not stored as plain ones."""
+        return sum(prod(spec.shape) * DTYPES[spec.dtype].nbytes for spec in self.specs if spec.format is not PLAIN)
+
+    @cached_property
     def decode_bytes(self) -> int:
-        """Bytes that decoding a whole record takes at most."""
-        return sum(spec.format.decode_bytes(spec) for spec in self.specs)
+        """Bytes that decoding a whole record takes at most: its numbers, and what a strip of them is made from."""
+        return self.decoded_bytes + max((spec.format.strip_bytes(spec) for spec in self.specs), default=0)
 
     def part(self, record: Tensor, name: str, part: str) -> Tensor:
         """One part of one tensor of a record, uint8 `[record_bytes]`, without copying."""
@@ -167,8 +174,13 @@ class StoreLayout:
         return {id(layout): layout for layout in self.layers}
 
     @cached_property
+    def decoded_bytes(self) -> int:
+        """Bytes of the numbers that one record is decoded to, at most."""
+        return max(layout.decoded_bytes for layout in self.layers)
+
+    @cached_property
     def decode_bytes(self) -> int:
-        """Bytes that decoding one record takes at most."""
+        """Bytes that decoding one record takes at most, its numbers among them."""
         return max(layout.decode_bytes for layout in self.layers)
 
 

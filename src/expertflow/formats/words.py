@@ -274,6 +274,12 @@ class Words(Format):
             -(1 << 31), 1 << 31, shape, dtype=torch.int32, device=generator.device, generator=generator
         )
 
+    def strip(self, spec: TensorSpec, parts: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """Outputs are the first dimension of codes, and the second of what lies by steps."""
+        del spec
+        cut = {"codes": (rows,), "scales": (slice(None), rows), "zeros": (slice(None), rows)}
+        return {name: part[cut[name]] if name in cut else part for name, part in parts.items()}
+
     def codes_of(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes of a tensor that is not joined: uint8 `[N, K]`."""
         return unpack_words(parts["codes"], self.code_map)[:, : spec.inputs]

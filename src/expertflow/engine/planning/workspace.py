@@ -8,7 +8,7 @@ from expertflow.execution.sampling.scoring import POSITIONS
 from expertflow.formats.dtypes import DTYPES
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
 from expertflow.kernels.latent.reference import EXPANDED, spans_of
-from expertflow.kernels.mlp import Workspace
+from expertflow.kernels.mlp import DOWN_NAMES, Workspace
 from expertflow.kernels.residency.state import CacheState
 from expertflow.models.shape import ModelShape
 
@@ -25,9 +25,8 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
 
     The host execution's workspace is not in it: prompts run while the graphs keep their memory.
     """
-    pairs = rows * shape.top_k
+    pairs, width = rows * shape.top_k, inner_width(shape)
     state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
-    width = shape.expert_width
     buffers = Workspace.nbytes(pairs, width, 2 * width, shape.hidden, DTYPES[shape.dtype].nbytes)
     buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
@@ -39,6 +38,11 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     if shape.decode_kernel:
         captured += attention_parts(shape, rows, length)
     return state + buffers + captured + CUDA_LIBRARY_BYTES + GRAPH_POOL_BYTES
+
+
+def inner_width(shape: ModelShape) -> int:
+    """Return the elements between the projections of an expert (I)."""
+    return next((spec.inputs for spec in shape.specs if spec.name in DOWN_NAMES), shape.expert_width)
 
 
 def attention_parts(shape: ModelShape, rows: int, length: int) -> int:
@@ -85,10 +89,11 @@ def workspace_bytes(  # noqa: PLR0913 - three by keyword
         tokens = max(tokens, batch * length)  # an encoder reads its prompts whole
     columns = max(1, tokens // batch)
     state = tokens * shape.hidden
-    # residual, normed input, positions, masks and what they are made of
-    steady = state * element * 6 + state * 4 * 2 + tokens * 8 * 8
-    if not linear:
-        steady += batch * columns * length * (2 * element + 8)
+    steady = tokens * 8 * 8  # positions
+    if linear:  # embeddings, a layer's input, residual, normed input; rotary tables, in float32 too. Norms are kernels
+        steady += state * element * 4 + tokens * 2 * (shape.head_width // shape.heads) * (element + 4)
+    else:  # the same and what norms make, and masks
+        steady += state * element * 6 + state * 4 * 2 + batch * columns * length * (2 * element + 8)
     if any(layer.in_pages for layer in shape.kv):  # where a pass's keys and values lie in their pages
         steady += tokens * 8 * 8
         if not linear:
@@ -102,10 +107,11 @@ def workspace_bytes(  # noqa: PLR0913 - three by keyword
 def _attention(shape: ModelShape, batch: int, length: int, tokens: int, *, linear: bool) -> int:
     element, columns = DTYPES[shape.dtype].nbytes, max(1, tokens // batch)
     tokens = max(tokens, batch * columns)  # a pass without padding has as many as it is large
+    if linear:  # what is kept is read where it lies: queries, keys and values of the pass, while keys are rotated, in float32 perhaps
+        kept = max(layer.bytes_per_token for layer in shape.kv if layer.in_pages) // (2 * element)
+        return tokens * (shape.head_width + kept) * (2 * element + 2 * 4)
     # queries, keys, values and their rotated copies (in float32 while rotating)
     heads = tokens * shape.head_width * (6 * element + 3 * 4)
-    if linear:  # what is kept is read where it lies
-        return heads
     # a layer's KV rows of the sequences that step are gathered; keys and values are repeated over grouped heads
     cache = max((layer.read_per_token for layer in shape.kv), default=0) * batch * length
     repeated = 3 * batch * length * shape.head_width * element
@@ -126,12 +132,13 @@ def _moe(shape: ModelShape, tokens: int, *, grouped: bool) -> int:
     sorting = pairs * 8 * 6 + pairs * 4 * 2
     dense = tokens * shape.dense_width * element * 4
     if grouped:  # what each pair's expert made, and what lies between its projections; then their sum
-        between = pairs * (shape.hidden * 4 + shape.expert_width * element)
+        between = pairs * (shape.hidden * 4 + inner_width(shape) * element)
         return router + sorting + 2 * tokens * shape.hidden * element + max(between, dense)
     parts = pairs * shape.hidden * element + 3 * tokens * shape.hidden * element
     # one expert may get every token: its input (a copy where token rows are not aligned), inner states, output; weighting them
     expert = tokens * (3 * shape.hidden * element + 4 * shape.expert_width * element + shape.hidden * 4)
-    return router + sorting + parts + max(expert + shape.records.decode_bytes, dense)
+    records = shape.records  # a record is decoded before its expert is computed
+    return router + sorting + parts + max(expert + records.decoded_bytes, records.decode_bytes, dense)
 
 
 def _head(shape: ModelShape, batch: int) -> int:

@@ -158,6 +158,17 @@ class Bytes(Format):
         """The numbers of codes, in float32."""
         return e4m3_numbers(codes)
 
+    def rows_alike(self, spec: TensorSpec) -> int:
+        """Those of a block."""
+        del spec
+        return self.block[0] or 1
+
+    def strip(self, spec: TensorSpec, parts: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """Codes of the outputs, and scales of their blocks, or those of all."""
+        size, scales = self.block[0], parts["scales"].view(self.grid(spec))
+        blocks = slice(rows.start // size, -(-rows.stop // size)) if size else slice(None)
+        return {"codes": parts["codes"][rows], "scales": scales[blocks]}
+
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """Codes times scales."""
         values = self.code_numbers(_moved(parts["codes"], back=True))

@@ -24,8 +24,6 @@ METHOD = "gguf"
 """What the configs that are made for GGUF files state as `quant_method`."""
 BLOCKS = "blocks"
 _MXFP4_BYTES = 17
-_DECODED = 1 << 22
-"""Numbers that are decoded at a time."""
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
@@ -129,13 +127,9 @@ class GgufBlocks(Format):
         return (Part(name=BLOCKS, shape=shape, dtype="uint8", stored=shape),)
 
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
-        """In float32, then rounded; a part at a time, since vocabularies have hundreds of millions."""
-        blocks = parts[BLOCKS].reshape(-1, self.size)
-        found = torch.empty(len(blocks), self.per, dtype=getattr(torch, spec.dtype), device=blocks.device)
-        step = _DECODED // self.per
-        for begin in range(0, len(blocks), step):
-            found[begin : begin + step] = self.values(blocks[begin : begin + step])
-        return found.view(spec.outputs, spec.inputs)
+        """In float32, then rounded."""
+        values = self.values(parts[BLOCKS].reshape(-1, self.size))
+        return values.view(spec.outputs, spec.inputs).to(getattr(torch, spec.dtype))
 
     def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
         """Type, numbers and bytes of a block, joined tensors, whether they alternate."""
