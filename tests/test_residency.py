@@ -234,6 +234,24 @@ def test_kernels_decide_as_the_replay_over_many_experts(name: str, slots: int) -
     assert events == expected(workload, strategy, slots)
 
 
+@pytest.mark.parametrize(
+    ("name", "slots", "ends"), [("next-use", 36, 1), ("plec", 64, 0), ("lru", 20, 1), ("lru-global", 20, 1)]
+)
+def test_kernels_decide_as_the_replay_with_many_loads(name: str, slots: int, ends: int) -> None:
+    """Ten sequences of four experts among 32: most of a layer's experts are loaded at once, out of the layer itself and others."""
+    members = np.arange(30).reshape(3, 10)
+    workload = Workload(trace=make_trace(30, layers=4, experts=32, top_k=4, seed=slots), members=members, batch=10)
+    strategy = STRATEGIES[name].on_device()
+    events, schedules = run("kernels", strategy, slots, workload, forecast_of(strategy, workload))
+    again, cut = run("reference", strategy, slots, workload, forecast_of(strategy, workload))
+    assert events == again == expected(workload, strategy, slots, forecast_of(strategy, workload))
+    assert schedules == cut
+    waits = [sum(one < bounds[-1] for one in bounds[1:-1]) for _, bounds in schedules]
+    assert max(waits) >= ends
+    evicted = [event for event in events if event.kind is EventKind.EVICT]
+    assert max(sum(one.step == 2 and one.layer == layer for one in evicted) for layer in range(4)) > 4
+
+
 def test_many_slots_make_few_phases() -> None:
     """16 sequences of 10 experts a layer in one phase at half and a quarter of 48 x 512 experts; a small pool keeps waves of 16."""
     for name in ("plec", "next-use"):

@@ -16,6 +16,10 @@ from expertflow.kernels.residency.state import POLICIES, CacheState, RoutingOutp
 
 _LAYER_CELLS, _MOST_WARPS = 64, 8
 """Experts that a warp handles where a program has a layer, and such a program's warps at most."""
+_ACCESS_CELLS, _MOST_ACCESS_WARPS = 128, 4
+"""The same for the program that decides a layer."""
+_LINE_CELLS = 32
+"""Experts of a program that lines up ranks, and those it compares at a time."""
 
 
 class Residency:
@@ -27,10 +31,11 @@ class Residency:
     """
 
     def __init__(self, state: CacheState, routing: RoutingOutput | None = None) -> None:
-        """Allocate what a layer's program passes from its experts to its pairs, and the plan's copy of the tables."""
+        """Allocate orders of ranks, what a layer's program keeps between its waves, and the plan's copy of the tables."""
         self.state, self._routing = state, routing
-        self._expert_slot = state.slot_of.new_zeros(state.experts)
-        self._expert_table = state.slot_of.new_zeros(state.experts)
+        self._lines = state.slot_of.new_zeros(len(access.LINES), state.layers, state.experts)
+        self._scratch = state.slot_of.new_zeros(access.SCRATCH, state.experts)
+        self._nudged = state.rank.new_zeros(state.experts)
         self._rules = state.strategy.rules(state.layers, state.slots, len(state.large))
         planned = (state.layers, state.experts) if self._rules.prefetch else (0, 0)
         self._counts = state.slot_of.new_zeros(len(lookahead.COUNTS), planned[0])
@@ -42,6 +47,8 @@ class Residency:
             "num_warps": 1,  # one thread writes what all have read: threads of one warp do not lag
             "enable_fp_fusion": False,
         }
+        warps = max(1, min(_MOST_ACCESS_WARPS, state.experts // _ACCESS_CELLS))
+        self._access_options = {**self._options, "num_warps": warps}  # barriers part its writes from later reads
         warps = max(1, min(_MOST_WARPS, state.experts // _LAYER_CELLS))
         self._layer_options = {**self._options, "num_warps": warps}  # of programs that handle a layer each
 
@@ -75,6 +82,10 @@ class Residency:
             POLICY=POLICIES[s.strategy.policy], SOURCE=s.source, PREFETCH=self._rules.prefetch, LARGE=bool(s.large),
             UNEQUAL=s.ledger.lines is not None, **self._layer_options,
         )  # fmt: skip
+        block = min(self._options["EP"], _LINE_CELLS)
+        ranks.line_up[(s.layers, triton.cdiv(s.experts, block))](
+            s.rank, s.used, s.unused, self._lines, s.layers, s.experts, EP=self._options["EP"], BLOCK=block, num_warps=4
+        )
         if self._rules.prefetch and ahead:
             self._look_ahead(-1, plan=True)
 
@@ -92,11 +103,11 @@ class Residency:
             ids if routing is None else routing.state_rows, ids if routing is None else routing.routes,
             s.slot_of, s.owner, s.rank, s.used, s.unused, s.low, s.lowest, s.per_layer, s.share, s.newer, s.older,
             s.pinned, s.fresh, s.resident, s.needed, s.ledger.table, s.ledger.count, s.entry,
-            self._expert_slot, self._expert_table, s.tally, s.log, s.log_count,
-            layer, ids.numel(), ids.shape[1], s.layers, s.experts, s.slots, self._rules.wave, s.ledger.entries,
-            NP=triton.next_power_of_2(max(ids.numel(), phases)), LP=triton.next_power_of_2(s.layers), PHASES=phases,
+            self._lines, self._scratch, self._nudged, s.tally, s.log, s.log_count,
+            layer, layer * s.experts, ids.numel(), s.layers, s.slots, self._rules.wave, s.ledger.entries,
+            experts=s.experts, top_k=ids.shape[1], NP=triton.next_power_of_2(max(ids.numel(), phases)), LP=triton.next_power_of_2(s.layers), PHASES=phases,
             JOINT=self._rules.joint, RETAIN=self._rules.retain, PREFETCH=self._rules.prefetch, ROUTES=routing is not None,
-            LOG=len(s.log) > 0, **self._options,
+            LOG=len(s.log) > 0, **self._access_options,
         )  # fmt: skip
 
     def bind(self, layer: int) -> None:

@@ -26,7 +26,7 @@ from expertflow.cache.policy import (
     next_use,
 )
 from expertflow.kernels.ledger import DONE, SRC, TAKEN
-from expertflow.kernels.residency.access import key_of, rank_of, smallest
+from expertflow.kernels.residency.access import BY_UNUSED, BY_USED, IF_UNUSED, IF_USED, key_of, rank_of, smallest
 from expertflow.kernels.residency.state import (
     AHEAD,
     BLIND,
@@ -58,6 +58,7 @@ _LOG_DISCOUNT = tl.constexpr(math.log(DISCOUNT))
 _HIDDEN = tl.constexpr(HIDDEN)
 _GRAIN = tl.constexpr(GRAIN)
 _LEAST_RATE, _LEAST_WORTH, _LEAST_LEFT = (tl.constexpr(least) for least in (LEAST_RATE, LEAST_WORTH, LEAST_LEFT))
+_IF_USED, _IF_UNUSED, _BY_USED, _BY_UNUSED = (tl.constexpr(plane) for plane in (IF_USED, IF_UNUSED, BY_USED, BY_UNUSED))
 _SRC, _TAKEN, _DONE = tl.constexpr(SRC), tl.constexpr(TAKEN), tl.constexpr(DONE)
 _FURTHER = tl.constexpr(STEPS_KNOWN - 1)
 _STEPS_KNOWN = tl.constexpr(STEPS_KNOWN)
@@ -227,6 +228,38 @@ def open_step(  # noqa: C901, PLR0912, PLR0915 - a branch a policy, and the comp
     upper, lower, place = smallest(*key_of(ranks), column)
     tl.store(low + layer, rank_of(upper, lower))
     tl.store(lowest + layer, place)
+
+
+@triton.jit(do_not_specialize=["layers", "experts"])
+def line_up(
+    rank, used, unused, lines, layers, experts, EP: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """The planes of `access.LINES` for a layer and `BLOCK` of its experts, by counting the smaller ranks of all."""
+    layer, row, chunk = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    base, mask = layer * experts, row < experts
+    now = tl.load(rank + base + row, mask=mask, other=0.0)[:, None]
+    if_used = tl.load(used + base + row, mask=mask, other=0.0)[:, None]
+    if_unused = tl.load(unused + base + row, mask=mask, other=0.0)[:, None]
+    below = tl.zeros([BLOCK, BLOCK], tl.int32)
+    below_used, below_unused, turn_used, turn_unused = below, below, below, below
+    for begin in tl.static_range(0, EP, BLOCK):
+        other = begin + chunk
+        inside = other < experts
+        ranks = tl.load(rank + base + other, mask=inside, other=float("inf"))[None, :]
+        uses = tl.load(used + base + other, mask=inside, other=float("inf"))[None, :]
+        leaves = tl.load(unused + base + other, mask=inside, other=float("inf"))[None, :]
+        earlier, sooner, first = uses < if_used, leaves < if_unused, other[None, :] < row[:, None]
+        below += (ranks < now).to(tl.int32)
+        below_used += earlier.to(tl.int32) + (leaves < if_used).to(tl.int32)
+        below_unused += (uses < if_unused).to(tl.int32) + sooner.to(tl.int32)
+        turn_used += (earlier | ((uses == if_used) & first)).to(tl.int32)
+        turn_unused += (sooner | ((leaves == if_unused) & first)).to(tl.int32)
+    at, cells = base + row, layers * experts
+    tl.store(lines + at, tl.sum(below, 1), mask=mask)
+    tl.store(lines + _IF_USED * cells + at, tl.sum(below_used, 1), mask=mask)
+    tl.store(lines + _IF_UNUSED * cells + at, tl.sum(below_unused, 1), mask=mask)
+    tl.store(lines + _BY_USED * cells + base + tl.sum(turn_used, 1), row, mask=mask)
+    tl.store(lines + _BY_UNUSED * cells + base + tl.sum(turn_unused, 1), row, mask=mask)
 
 
 @triton.jit(do_not_specialize=["layers", "experts"])

@@ -274,8 +274,8 @@ class CacheState:
     def nbytes(layers: int, experts: int, slots: int) -> int:
         """Return the bytes `allocate` and the plan's copy take, with a log and without a recorded future, for the planner."""
         ledger = _LEDGER_FULL * 7 * 4 + 4 + (4 + 3 * _LEDGER_FULL) * 5 * 4
-        planes = 8 * 8 + _SWEEP_BYTES + STEPS_KNOWN * 8 + 3 + 4 + 3 * 4 + ledger
-        return layers * experts * planes + layers * 64 + slots * 16 + 256
+        planes = 8 * 8 + _SWEEP_BYTES + _LINE_BYTES + STEPS_KNOWN * 8 + 3 + 4 + 3 * 4 + ledger
+        return layers * experts * planes + experts * _SCRATCH_BYTES + layers * 64 + slots * 16 + 256
 
     @property
     def layers(self) -> int:
@@ -350,6 +350,10 @@ class CacheState:
 
 _SWEEP_BYTES = 2 * 8 + 4
 """Of an expert in the plan's copy of the tables: a rank before and after its layer, and a slot."""
+_LINE_BYTES = 5 * 4
+"""Of an expert in the orders of ranks: `access.LINES`."""
+_SCRATCH_BYTES = 7 * 4 + 8
+"""Of an expert of a layer, which a layer's program keeps between its waves: `access.SCRATCH` and a rank."""
 _LEDGER_FULL = 4
 """Loads of a step over experts, at most: loads that layers need, and loads ahead for this step and the next one."""
 
