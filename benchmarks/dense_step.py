@@ -350,12 +350,12 @@ def products(*, tiny: bool) -> list[dict[str, Any]]:
 
 def rows_of(product: Any, states: Tensor, norm: Norm, cut: Any, weight: Tensor) -> Tensor:
     """The product of one token."""
-    return product.launch_rows(states, weight, None, norm, None, cut)
+    return product.launch_rows(states, weight, None, norm, (None, None), cut)
 
 
 def tiles_of(product: Any, states: Tensor, cut: Any, weight: Tensor) -> Tensor:
     """The product of more tokens."""
-    return product.launch_tiles(states, weight, None, None, cut)
+    return product.launch_tiles(states, weight, None, (None, None), cut)
 
 
 def replayed(run: Callable[[Tensor], Any], weights: list[Tensor]) -> float:
