@@ -18,11 +18,14 @@ from typing import Any
 
 import packed_tables
 from matplotlib.figure import Figure
+from transformers.utils import logging
 
 from expertflow.bench.pages import figures
 from expertflow.bench.pages.report import section
 from expertflow.bench.result import BELADY, DECODE, MOVED, PEAK, RESIDENT, WARM, Result, Row, read_result
 from expertflow.cli.strategies import page as strategies_page
+from expertflow.execution.blocks.match import family_blocks
+from expertflow.models.families import FAMILIES
 from expertflow.serve.protocol.fields import TABLES, Use
 
 ROOT = Path(__file__).parents[1]
@@ -654,6 +657,17 @@ def strategies() -> str:
     return "\n".join(line for line in strategies_page().splitlines() if line.startswith("|"))
 
 
+def blocks() -> str:
+    """Which parts of a decoder layer building blocks compute, and the families whose small models' modules match them."""
+    logging.set_verbosity_error()  # about small models nothing has to be said
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, family in FAMILIES.items():
+        found.setdefault(family_blocks(family), []).append(f"`{name}`")
+    lines = ["| computed by blocks | families |", "|---|---|"]
+    lines += [f"| {', '.join(parts) or 'nothing'} | {', '.join(names)} |" for parts, names in found.items()]
+    return "\n".join(lines)
+
+
 def fields() -> str:
     """What the server does with each field of a request body, by route."""
     chat, completion, *others = TABLES
@@ -671,7 +685,7 @@ def fields() -> str:
 Tables = Mapping[str, Callable[[], str]]
 PAGES: Mapping[str, Tables] = {
     "README.md": {"front": packed_tables.front},
-    "docs/how-it-works.md": {"modules": modules, "strategies": strategies},
+    "docs/how-it-works.md": {"modules": modules, "blocks": blocks, "strategies": strategies},
     "docs/serving.md": {"fields": fields},
     "docs/benchmarks.md": {
         "engine-g": engine_g,

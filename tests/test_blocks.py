@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from expertflow.execution.blocks import join
 from expertflow.execution.blocks.join import joined
 from expertflow.kernels import reference as experts_reference
 from expertflow.kernels.blocks import reference
@@ -213,8 +214,13 @@ def test_sums_take_what_is_added_behind_them() -> None:
         assert module.find_slots(places, index, live).tolist() == [[5, 9], [7, -1], [-1, -1]]
 
 
-def test_joined_weights_take_no_memory() -> None:
-    """Parts become views, numbers stay; a second time gives the same memory; what would lie askew is left alone."""
+@pytest.mark.parametrize("large", [0, 1 << 20])
+def test_joined_weights_take_no_memory(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts become views, numbers stay; a second time gives the same memory; what would lie askew is left alone.
+
+    Large ones by way of the host, so that they are never there twice.
+    """
+    monkeypatch.setattr(join, "LARGE", large)
     parts = [torch.nn.Parameter(draw(rows, 16, seed=rows), requires_grad=False) for rows in (8, 4, 4)]
     before = [part.clone() for part in parts]
     whole = joined(parts)
