@@ -10,6 +10,7 @@ A test compares the documents with what this file makes.
 import ast
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,14 +19,11 @@ from typing import Any
 
 import packed_tables
 from matplotlib.figure import Figure
-from transformers.utils import logging
 
 from expertflow.bench.pages import figures
 from expertflow.bench.pages.report import section
 from expertflow.bench.result import BELADY, DECODE, MOVED, PEAK, RESIDENT, WARM, Result, Row, read_result
 from expertflow.cli.strategies import page as strategies_page
-from expertflow.execution.blocks.match import family_blocks
-from expertflow.models.families import FAMILIES
 from expertflow.serve.protocol.fields import TABLES, Use
 
 ROOT = Path(__file__).parents[1]
@@ -658,11 +656,12 @@ def strategies() -> str:
 
 
 def blocks() -> str:
-    """Which parts of a decoder layer building blocks compute, and the families whose small models' modules match them."""
-    logging.set_verbosity_error()  # about small models nothing has to be said
+    """Which parts of a decoder layer building blocks compute, by `expertflow models`, and in which families."""
+    command = [sys.executable, "-m", "expertflow", "models", "--json"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[tuple[str, ...], list[str]] = {}
-    for name, family in FAMILIES.items():
-        found.setdefault(family_blocks(family), []).append(f"`{name}`")
+    for family in json.loads(printed):
+        found.setdefault(tuple(family["blocks"]), []).append(f"`{family['model_type']}`")
     lines = ["| computed by blocks | families |", "|---|---|"]
     lines += [f"| {', '.join(parts) or 'nothing'} | {', '.join(names)} |" for parts, names in found.items()]
     return "\n".join(lines)
