@@ -302,6 +302,8 @@ def products(*, tiny: bool) -> list[dict[str, Any]]:
         "g out": (2880, 4096),
         "q qkv": (5120, 2048),
         "q out": (2048, 4096),
+        "d joined": (3648, 2048),
+        "d shared": (2048, 2816),
         "g head": (201088, 2880),
     }
     shapes = {"tiny": (64, 96)} if tiny else shapes
@@ -321,6 +323,7 @@ def products(*, tiny: bool) -> list[dict[str, Any]]:
             else:
                 sizes = [
                     (16, 256, 2, 4),
+                    (32, 128, 4, 6),
                     (32, 256, 4, 4),
                     (64, 64, 4, 8),
                     (64, 128, 4, 5),

@@ -77,6 +77,30 @@ def test_a_token_of_a_product_has_its_bits_anywhere(tokens: int) -> None:
     assert torch.equal(first[order[: tokens - 1]], again[: tokens - 1])
 
 
+def test_a_token_of_latents_and_gated_products_has_its_bits_anywhere() -> None:
+    """In another place, beside other tokens, behind the sixteenth: the same bits, of one captured size."""
+    count, order = 19, torch.randperm(19, generator=torch.Generator().manual_seed(8)).to(DEVICE)
+    states, weight = draw(count, 96, dtype=torch.bfloat16), draw(80, 96, dtype=torch.bfloat16, seed=1)
+    norm, rank = norm_of(96, torch.bfloat16), 40
+    assert torch.equal(
+        gated.gated(states, weight, "silu", norm)[order], gated.gated(states[order], weight, "silu", norm)
+    )
+    heads = LatentHeads(2, 16, 8, norm_of(rank, torch.bfloat16), draw(2 * 32, rank, dtype=torch.bfloat16, seed=2))
+    joined, angles = draw(count, 2 * 24 + rank + 8, dtype=torch.bfloat16), draw(count, 4, seed=4)
+    table = torch.arange(4 * count, dtype=torch.int32, device=DEVICE).view(count, 4)
+    rows, positions, found = torch.arange(count, device=DEVICE), torch.arange(count, device=DEVICE) * 13, []
+    for place in (rows, order):
+        where, here = rows[place], positions[place]
+        kept = [draw(4 * count, 1, 64, size, dtype=torch.bfloat16, seed=6) for size in (rank, 8)]
+        cells = Cells(*kept, table[where, here // 64].long(), here % 64)
+        rotary = Rotary(angles[place].cos(), angles[place].sin(), doubled=False, woven=True)
+        asked, latents = joined[place].split([2 * 24, rank + 8], dim=1)
+        seen = Seen(where, here, table, 0.3, None, None)
+        found.append((latents_kernel.attend_latents(asked, latents, heads, rotary, cells, seen), *kept))
+    assert torch.equal(found[0][0][order], found[1][0])
+    assert all(torch.equal(*pair) for pair in zip(found[0][1:], found[1][1:], strict=True))
+
+
 @pytest.mark.parametrize(
     ("turned", "doubled", "window", "kind"),
     [
