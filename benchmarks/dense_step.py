@@ -4,7 +4,7 @@ Each model is open twice, with building blocks and with the modules' own code in
 two. The bound is all bytes that a step reads, over the rate at which memory is read in this run. Kernels are those of torch's profiler;
 busy is the time in which at least one of them runs. Logits of both are compared: they differ by rounding alone.
 
-Shapes: `g` gpt-oss-20b, `q` Qwen3-MoE of 12 layers, `q30` Qwen3-30B-A3B. With `--products` single products are timed instead, for several
+Shapes: `g` gpt-oss-20b, `q` Qwen3-MoE of 12 layers, `q30` Qwen3-30B-A3B, `d` DeepSeek-V2-Lite. With `--products` single products are timed instead, for several
 ways to cut them. With `--near` the two are compared instead, in float32 and in bfloat16: `g` and `q` with narrow experts, whose modules
 differ in bfloat16 from themselves at another number of sequences; and the perplexity of the shipped model.
 
@@ -49,7 +49,7 @@ STEPS, WARM, PROFILED = 15, 6, 4
 """Steps of a window, steps before the first one, steps that the profiler sees."""
 NAMED = 16
 """Kernels that a result names."""
-ALL_FORMATS = {"g": "bf16,mxfp4", "q": "bf16,int4", "q30": "int4"}
+ALL_FORMATS = {"g": "bf16,mxfp4", "q": "bf16,int4", "q30": "int4", "d": "bf16,int4"}
 
 
 @dataclass(kw_only=True)
@@ -302,6 +302,8 @@ def products(*, tiny: bool) -> list[dict[str, Any]]:
         "g out": (2880, 4096),
         "q qkv": (5120, 2048),
         "q out": (2048, 4096),
+        "d joined": (3648, 2048),
+        "d shared": (2048, 2816),
         "g head": (201088, 2880),
     }
     shapes = {"tiny": (64, 96)} if tiny else shapes
@@ -321,6 +323,7 @@ def products(*, tiny: bool) -> list[dict[str, Any]]:
             else:
                 sizes = [
                     (16, 256, 2, 4),
+                    (32, 128, 4, 6),
                     (32, 256, 4, 4),
                     (64, 64, 4, 8),
                     (64, 128, 4, 5),
@@ -350,12 +353,12 @@ def products(*, tiny: bool) -> list[dict[str, Any]]:
 
 def rows_of(product: Any, states: Tensor, norm: Norm, cut: Any, weight: Tensor) -> Tensor:
     """The product of one token."""
-    return product.launch_rows(states, weight, None, norm, None, cut)
+    return product.launch_rows(states, weight, None, norm, (None, None), cut)
 
 
 def tiles_of(product: Any, states: Tensor, cut: Any, weight: Tensor) -> Tensor:
     """The product of more tokens."""
-    return product.launch_tiles(states, weight, None, None, cut)
+    return product.launch_tiles(states, weight, None, (None, None), cut)
 
 
 def replayed(run: Callable[[Tensor], Any], weights: list[Tensor]) -> float:
@@ -375,7 +378,7 @@ def replayed(run: Callable[[Tensor], Any], weights: list[Tensor]) -> float:
 def read_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="", help="default: g,q,q30; with --tiny q")
+    parser.add_argument("--shapes", default="", help="default: g,q,q30,d; with --tiny q,d")
     parser.add_argument("--formats", default="", help="how experts are stored; default: " + json.dumps(ALL_FORMATS))
     parser.add_argument("--batches", default="1,4,8,16")
     parser.add_argument(
@@ -383,36 +386,48 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--products", action="store_true")
     parser.add_argument("--near", action="store_true")
+    parser.add_argument(
+        "--deadline", type=float, default=1e9, help="begin no model and number of sequences then, seconds"
+    )
     parser.add_argument("--out", type=Path, default=Path("dense_step.json"))
     parser.add_argument("--tiny", action="store_true", help="small widths and few steps; always so without CUDA")
     options = parser.parse_args(argv)
     options.tiny |= device() == "cpu"
-    options.shapes = options.shapes or ("q" if options.tiny else "g,q,q30")
+    options.shapes = options.shapes or ("q,d" if options.tiny else "g,q,q30,d")
     return options
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table, write the numbers."""
-    options, rate, rows = read_options(argv), read_rate(), list[Row]()
+    """Measure, print a table, write the numbers after every model and number of sequences."""
+    began, options, rate, rows = time.perf_counter(), read_options(argv), read_rate(), list[Row]()
     print(f"memory is read at {rate / 1e12:.2f} TB/s", flush=True)
     single = products(tiny=options.tiny) if options.products else []
     apart = near(tiny=options.tiny) if options.near else []
-    for shape in () if options.products or options.near else options.shapes.split(","):
-        for packed in (options.formats or ALL_FORMATS[shape]).split(","):
-            with StandIn(make_config(shape, tiny=options.tiny, packed=packed), embedding=WIDE) as stand_in:
-                for batch in map(int, options.batches.split(",")):
-                    rows += measure(
-                        stand_in, shape, packed, batch, rate, both=options.blocks == "both", tiny=options.tiny
-                    )
     result = {
         **about(device())._asdict(), "benchmark": "dense_step", "seed": SEED, "read_bytes_per_second": rate, "products": single, "near": apart,
         "config": {name: str(value) for name, value in vars(options).items() if name != "out"},
     }  # fmt: skip
-    options.out.write_text(json.dumps({**result, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    for row in rows:
-        print(f"\n{row.line()}")
-        for name, (count, us) in row.names.items():
-            print(f"  {us:8.1f} us {count:6.1f}  {name}")
+
+    def write() -> None:
+        options.out.write_text(json.dumps({**result, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+    write()
+    for shape in () if options.products or options.near else options.shapes.split(","):
+        for packed in (options.formats or ALL_FORMATS[shape]).split(","):
+            if time.perf_counter() - began > options.deadline:
+                return
+            with StandIn(make_config(shape, tiny=options.tiny, packed=packed), embedding=WIDE) as stand_in:
+                for batch in map(int, options.batches.split(",")):
+                    if time.perf_counter() - began > options.deadline:
+                        break
+                    found = measure(
+                        stand_in, shape, packed, batch, rate, both=options.blocks == "both", tiny=options.tiny
+                    )
+                    rows += found
+                    write()
+                    for row in found:
+                        for name, (count, us) in row.names.items():
+                            print(f"  {us:8.1f} us {count:6.1f}  {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
+from transformers import DeepseekV2Config, GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from expertflow import LLM
 from expertflow.bench.shared_host import library_bytes, release
@@ -65,7 +65,8 @@ def make_config(shape: str, *, tiny: bool, packed: str = "bf16") -> PreTrainedCo
 
     Args:
         shape: `q`: Qwen3-MoE, 12 layers x 128 experts top-8; `q30`: Qwen3-30B-A3B, 48 layers of them. `g`: gpt-oss-20b, 24 layers x 32
-            experts top-4; `g120`: gpt-oss-120b, 36 layers x 128. `s`: Switch-128's, 12 MoE layers x 128 experts top-1, in the blocks
+            experts top-4; `g120`: gpt-oss-120b, 36 layers x 128. `d`: DeepSeek-V2-Lite, 27 layers of latent attention, of which 26 have
+            64 experts top-6 and two shared ones; without its rotary scaling. `s`: Switch-128's, 12 MoE layers x 128 experts top-1, in the blocks
             of a decoder-only model.
         tiny: small widths, for a CPU; layers, experts and vocabulary stay where a recording or a predictor needs them.
         packed: how experts are stored: `bf16` or a key of `PACKED`.
@@ -83,6 +84,16 @@ def _sizes(shape: str, more: dict[str, Any], *, tiny: bool) -> PreTrainedConfig:
         small = {**TINY, "moe_intermediate_size": 32, "num_experts": 16, "head_dim": 16}
         common = {"num_experts_per_tok": 8, "norm_topk_prob": True, "tie_word_embeddings": False, **more}
         return Qwen3MoeConfig(max_position_embeddings=4096, **common, **(small if tiny else sizes))
+    if shape == "d":
+        sizes = {"num_hidden_layers": 27, "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16,
+                 "intermediate_size": 10944, "moe_intermediate_size": 1408, "n_routed_experts": 64, "kv_lora_rank": 512,
+                 "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400}  # fmt: skip
+        small = {**TINY, "num_key_value_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 8,
+                 "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
+        return DeepseekV2Config(
+            n_shared_experts=2, num_experts_per_tok=6, first_k_dense_replace=1, q_lora_rank=None, topk_method="greedy", n_group=1,
+            topk_group=1, max_position_embeddings=4096, pad_token_id=0, tie_word_embeddings=False, **more, **(small if tiny else sizes),
+        )  # fmt: skip
     if shape == "s":
         sizes = {"hidden_size": 768, "moe_intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12,
                  "head_dim": 64, "vocab_size": 201088}  # fmt: skip

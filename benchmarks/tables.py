@@ -10,6 +10,7 @@ A test compares the documents with what this file makes.
 import ast
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -654,6 +655,18 @@ def strategies() -> str:
     return "\n".join(line for line in strategies_page().splitlines() if line.startswith("|"))
 
 
+def blocks() -> str:
+    """Which parts of a decoder layer building blocks compute, by `expertflow models`, and in which families."""
+    command = [sys.executable, "-m", "expertflow", "models", "--json"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[tuple[str, ...], list[str]] = {}
+    for family in json.loads(printed):
+        found.setdefault(tuple(family["blocks"]), []).append(f"`{family['model_type']}`")
+    lines = ["| computed by blocks | families |", "|---|---|"]
+    lines += [f"| {', '.join(parts) or 'nothing'} | {', '.join(names)} |" for parts, names in found.items()]
+    return "\n".join(lines)
+
+
 def fields() -> str:
     """What the server does with each field of a request body, by route."""
     chat, completion, *others = TABLES
@@ -671,7 +684,7 @@ def fields() -> str:
 Tables = Mapping[str, Callable[[], str]]
 PAGES: Mapping[str, Tables] = {
     "README.md": {"front": packed_tables.front},
-    "docs/how-it-works.md": {"modules": modules, "strategies": strategies},
+    "docs/how-it-works.md": {"modules": modules, "blocks": blocks, "strategies": strategies},
     "docs/serving.md": {"fields": fields},
     "docs/benchmarks.md": {
         "engine-g": engine_g,

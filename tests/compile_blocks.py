@@ -19,8 +19,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expertflow.kernels import experts
-from expertflow.kernels.blocks import attend, product, route, slots
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule, Seen
+from expertflow.kernels.blocks import attend, gated, latents, product, route, slots
+from expertflow.kernels.blocks.given import (
+    Cells,
+    Heads,
+    LatentHeads,
+    Norm,
+    Places,
+    Rotary,
+    Router,
+    RouterRule,
+    Seen,
+)
 
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
@@ -76,11 +86,32 @@ def cases(
     seen = Seen(cells.pages, cells.places, torch.zeros(16, 4, dtype=torch.int32), 0.125, 128, bias)
     router = Router(torch.zeros(experts_count, hidden, dtype=torch.bfloat16), None, None, rule)
     counts, index = torch.zeros(16, dtype=torch.int32), torch.zeros(16, 4, dtype=torch.int64)
+    share = Router(torch.zeros(experts_count + 1, hidden, dtype=torch.bfloat16), None, None, rule, gated=True)
+    wide = Heads(48, 8, 128)
+    of_all = Norm(torch.zeros(48 * 128), 1e-5, wide=False), Norm(torch.zeros(8 * 128), 1e-5, wide=False)
+    wide_cells = Cells(*torch.zeros(2, 4, 8, 64, 128, dtype=torch.bfloat16), cells.pages, cells.places)
+    wide_joined = torch.zeros(16, wide.all * 128, dtype=torch.bfloat16)
+    over = LatentHeads(
+        16, 128, 64, Norm(torch.zeros(512), 1e-6, wide=False), torch.zeros(16 * 256, 512, dtype=torch.bfloat16)
+    )
+    asked, kept = torch.zeros(16, 16 * 192, dtype=torch.bfloat16), torch.zeros(16, 576, dtype=torch.bfloat16)
+    latent_cells = Cells(
+        torch.zeros(4, 1, 64, 512, dtype=torch.bfloat16),
+        torch.zeros(4, 1, 64, 64, dtype=torch.bfloat16),
+        cells.pages,
+        cells.places,
+    )
+    woven, all_seen = Rotary(*torch.zeros(2, 16, 32), doubled=False, woven=True), seen._replace(window=None, sinks=None)
     return {
         "row": (product, "_row_product", lambda: product.product(states[1], weight, bias, norm, None)),
         "wide tiles": (product, "_tile_product", lambda: product.product(states[64], weight)),
         "tiles": (product, "_tile_product", lambda: product.product(states[16], weight, bias, None, joined.new_zeros(16, outputs))),
         "attend": (attend, "_attend_joined", lambda: attend.attend(joined, heads, rotary, None, cells, seen)),
+        "attend all": (attend, "_attend_joined", lambda: attend.attend(wide_joined, wide, rotary, of_all, wide_cells, all_seen)),
+        "ask": (latents, "_ask", lambda: latents.attend_latents(asked, kept, over, woven, latent_cells, all_seen)),
+        "gated row": (gated, "_gated_row", lambda: gated.gated(states[1], weight, "silu", norm)),
+        "gated tiles": (gated, "_gated_tile", lambda: gated.gated(states[64], weight, "silu")),
+        "route with share": (route, "_route", lambda: route.route(states[16], norm, share, counts)),
         "route": (route, "_route", lambda: route.route(states[16], norm, router, counts, Places(counts, counts))),
         "slots": (slots, "_find_slots", lambda: slots.find_slots(counts, index, counts)),
         "sum": (experts, "_combine_kernel", lambda: experts.combine(
@@ -111,7 +142,8 @@ def main() -> None:
     """Print architecture, case, shared memory, room, spilled bytes, and loads before and behind the wait."""
     made = []
     for arch in map(int, sys.argv[1:] or map(str, ROOM)):
-        product.room = lambda _, arch=arch: ROOM[arch]
+        product.room = gated.room = lambda _, arch=arch: ROOM[arch]
+        latents.over_latents = lambda *_: None  # launches kernels that `compile_latent.py` compiles
         for sizes in ((2880, 5120, 32, RouterRule(top_k=4)), (7168, 2048, 256, GROUPED)):
             for name, (module, kernel, launch) in cases(*sizes).items():
                 taken = Taken(getattr(module, kernel))

@@ -37,6 +37,8 @@ SUMS = {"sums"}
 
 def compiled(kernel: Any, given: dict[str, Any], dtype: torch.dtype, arch: int, warps: int, stages: int) -> Any:
     """A kernel for a compute capability, as its first launch compiles it."""
+    if "early" in kernel.arg_names:
+        given = {**given, "early": arch >= 90}
     names, number = kernel.arg_names, {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
 
     def kind(name: str) -> str:

@@ -1,13 +1,16 @@
 """Which building blocks a model gets: found by what modules compute, so that a module that computes something else gets none."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from transformers import AutoTokenizer
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 from expertflow import LLM
 from expertflow.engine.llm import shipped_model
-from expertflow.execution.blocks.forms import LayerForm
+from expertflow.execution.blocks.forms import AttentionBlock, LatentBlock, LayerForm
 from expertflow.execution.blocks.match import find_layers
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
@@ -15,11 +18,20 @@ from expertflow.models.families import FAMILIES
 from expertflow.models.skeleton import build_skeleton
 from helpers import ROOT, MakeCheckpoint
 
-HEADS = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "glm4_moe"}
-"""Families whose attention is plain: heads with norms of their own or none, halves of a head turned together."""
+LATENT = {"deepseek_v2", "deepseek_v3"}
 OWN_LAYERS = {"phimoe", "switch_transformers"}
 """Those of which not even the layer's sums are a block's: norms with a bias, and T5's layers."""
 SHARED = {"qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe"}
+
+
+class Halved(NamedTuple):
+    """A cache in which latents are kept halved."""
+
+    cache: Any
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.cache.update(keys / 2, values, layer)
+        return 2 * keys, values
 
 
 def forms(model_type: str, make_checkpoint: MakeCheckpoint, **overrides: object) -> list[LayerForm]:
@@ -32,12 +44,29 @@ def test_families_get_the_blocks_their_modules_match(model_type: str, make_check
     found = forms(model_type, make_checkpoint)
     layers = FAMILIES[model_type].tiny.get("num_hidden_layers", 0)
     assert len(found) == (0 if model_type in OWN_LAYERS else layers)
-    assert all((form.heads is not None) == (model_type in HEADS) for form in found)
+    assert all(isinstance(form.heads, LatentBlock if model_type in LATENT else AttentionBlock) for form in found)
     routed = [form.experts for form in found if form.experts is not None]
     if model_type not in OWN_LAYERS:
         plain = FAMILIES[model_type].tiny.get("first_k_dense_replace", 1 if model_type == "ernie4_5_moe" else 0)
+        assert [form.feed for form in found] == ["silu"] * plain + [None] * (layers - plain)
         assert len(routed) == layers - plain
     assert all((block.shared is not None) == (model_type in SHARED) for block in routed)
+    assert all(block.feed == ("silu" if block.shared else None) for block in routed)
+
+
+def test_attention_gets_what_its_source_says(make_checkpoint: MakeCheckpoint) -> None:
+    """Neighbours are turned together in ERNIE and DeepSeek, and put apart in V3 alone; V2's angles are complex."""
+    found = {
+        name: forms(name, make_checkpoint)[0].heads for name in ("ernie4_5_moe", "deepseek_v2", "deepseek_v3", "olmoe")
+    }
+    assert found["ernie4_5_moe"].woven
+    assert found["olmoe"].normed
+    assert not found["olmoe"].woven
+    v2, v3 = found["deepseek_v2"], found["deepseek_v3"]
+    assert (v2.paired, v2.woven, v2.parted) == (True, True, False)
+    assert (v3.paired, v3.doubled, v3.woven, v3.parted) == (False, True, True, True)
+    plain = forms("deepseek_v3", make_checkpoint, rope_interleave=False, q_lora_rank=None)[0].heads
+    assert (plain.woven, plain.parted) == (False, False)
 
 
 def test_routers_get_the_rules_of_their_papers(make_checkpoint: MakeCheckpoint) -> None:
@@ -56,7 +85,10 @@ def test_routers_get_the_rules_of_their_papers(make_checkpoint: MakeCheckpoint) 
 def test_what_computes_something_else_keeps_its_code(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sum that is scaled, a rotation the other way round, a router that doubles its weights: each costs its block and no other."""
+    """A sum that is scaled, a rotation the other way round, a router or a feed-forward block that doubles, latents kept otherwise.
+
+    Each costs its block and no other.
+    """
     assert not forms("granitemoe", make_checkpoint, residual_multiplier=0.5)
 
     def other_way(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -68,6 +100,20 @@ def test_what_computes_something_else_keeps_its_code(
         found = forms("qwen3_moe", make_checkpoint)
         assert found
         assert all(form.heads is None and form.experts is not None for form in found)
+    turn_woven = deepseek_v3.apply_rotary_pos_emb_interleave
+    with monkeypatch.context() as patched:
+        patched.setattr(deepseek_v3, "apply_rotary_pos_emb_interleave", lambda q, k, c, s: turn_woven(q, k, c, -s))
+        assert all(form.heads is None for form in forms("deepseek_v3", make_checkpoint))
+    attend, feed = deepseek_v3.DeepseekV3Attention.forward, deepseek_v3.DeepseekV3MLP.forward
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            deepseek_v3.DeepseekV3Attention, "forward",
+            lambda self, states, past_key_values=None, **more: attend(self, states, past_key_values=Halved(past_key_values), **more),
+        )  # fmt: skip
+        patched.setattr(deepseek_v3.DeepseekV3MLP, "forward", lambda self, states: 2 * feed(self, states))
+        found = forms("deepseek_v3", make_checkpoint)
+        assert all(form.heads is None and form.feed is None for form in found)
+        assert [form.experts.feed for form in found[1:]] == [None] * (len(found) - 1)
     own = qwen3_moe.Qwen3MoeTopKRouter.forward
 
     def doubled(self: torch.nn.Module, states: torch.Tensor) -> tuple[torch.Tensor, ...]:

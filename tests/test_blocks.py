@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from expertflow.execution.blocks import join
 from expertflow.execution.blocks.join import joined
 from expertflow.kernels import reference as experts_reference
 from expertflow.kernels.blocks import reference
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, RouterRule, Seen
+from expertflow.kernels.blocks.given import Cells, Heads, LatentHeads, Norm, Places, Rotary, Router, RouterRule, Seen
 from helpers import DEVICE
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts
-from expertflow.kernels.blocks import attend, product, route, slots
+from expertflow.kernels.blocks import attend, gated, product, route, slots
+from expertflow.kernels.blocks import latents as latents_kernel
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 RULES = {
@@ -38,16 +40,31 @@ def norm_of(width: int, dtype: torch.dtype, *, wide: bool = False) -> Norm:
 @pytest.mark.parametrize("tokens", [1, 4, 5, 19])
 @pytest.mark.parametrize("full", [False, True])
 def test_product_is_the_references(tokens: int, dtype: torch.dtype, *, full: bool) -> None:
-    """Inputs and outputs that no block size divides; with norm, bias and residual, and without; few tokens, and more than a tile."""
-    states, weight = draw(tokens, 88, dtype=dtype), draw(37, 88, dtype=dtype, seed=1) * 0.1
+    """Inputs and outputs that no block size divides; with norm, bias, residual and share, and without; few tokens, and more than a tile."""
+    states = draw(tokens, 99, dtype=dtype)[:, :88]  # as the first of what another product gave
+    states, weight = states if full else states.contiguous(), draw(37, 88, dtype=dtype, seed=1) * 0.1
     more = (
         draw(37, dtype=dtype, seed=2),
         norm_of(88, dtype, wide=tokens % 2 == 0),
         draw(tokens, 37, dtype=dtype, seed=3),
+        draw(tokens, 1, dtype=dtype, seed=4).sigmoid(),
     )
-    given = more if full else (None, None, None)
+    given = more if full else ()
     mine, theirs = product.product(states, weight, *given), reference.product(states, weight, *given)
     torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(
+    ("tokens", "activation"), [(1, "silu"), (5, "gelu_tanh"), (19, "silu"), (1, "relu2"), (70, "gelu")]
+)
+def test_gated_products_are_the_references(tokens: int, dtype: torch.dtype, activation: str) -> None:
+    """Both products in one launch, with a norm before them and without; one token, a tile, several, and so many that cuBLAS has them."""
+    states, weight = draw(tokens, 88, dtype=dtype), draw(74, 88, dtype=dtype, seed=1) * 0.1
+    for norm in (None, norm_of(88, dtype, wide=tokens == 5)):
+        mine, theirs = (module.gated(states, weight, activation, norm) for module in (gated, reference))
+        assert mine.shape == (tokens, 37)
+        torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
 
 
 @pytest.mark.parametrize("tokens", [3, 16])
@@ -61,15 +78,57 @@ def test_a_token_of_a_product_has_its_bits_anywhere(tokens: int) -> None:
     assert torch.equal(first[order[: tokens - 1]], again[: tokens - 1])
 
 
-@pytest.mark.parametrize(("turned", "doubled", "window"), [(16, True, None), (8, True, 90), (16, False, None)])
+def test_a_token_of_latents_and_gated_products_has_its_bits_anywhere() -> None:
+    """In another place, beside other tokens, behind the sixteenth: the same bits, of one captured size."""
+    count, order = 19, torch.randperm(19, generator=torch.Generator().manual_seed(8)).to(DEVICE)
+    states, weight = draw(count, 96, dtype=torch.bfloat16), draw(80, 96, dtype=torch.bfloat16, seed=1)
+    norm, rank = norm_of(96, torch.bfloat16), 40
+    assert torch.equal(
+        gated.gated(states, weight, "silu", norm)[order], gated.gated(states[order], weight, "silu", norm)
+    )
+    heads = LatentHeads(2, 16, 8, norm_of(rank, torch.bfloat16), draw(2 * 32, rank, dtype=torch.bfloat16, seed=2))
+    joined, angles = draw(count, 2 * 24 + rank + 8, dtype=torch.bfloat16), draw(count, 4, seed=4)
+    table = torch.arange(4 * count, dtype=torch.int32, device=DEVICE).view(count, 4)
+    rows, positions, found = torch.arange(count, device=DEVICE), torch.arange(count, device=DEVICE) * 13, []
+    for place in (rows, order):
+        where, here = rows[place], positions[place]
+        kept = [draw(4 * count, 1, 64, size, dtype=torch.bfloat16, seed=6) for size in (rank, 8)]
+        cells = Cells(*kept, table[where, here // 64].long(), here % 64)
+        rotary = Rotary(angles[place].cos(), angles[place].sin(), doubled=False, woven=True)
+        asked, latents = joined[place].split([2 * 24, rank + 8], dim=1)
+        seen = Seen(where, here, table, 0.3, None, None)
+        found.append((latents_kernel.attend_latents(asked, latents, heads, rotary, cells, seen), *kept))
+    assert torch.equal(found[0][0][order], found[1][0])
+    assert all(torch.equal(*pair) for pair in zip(found[0][1:], found[1][1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("turned", "doubled", "window", "kind"),
+    [
+        (16, True, None, "heads"),
+        (8, True, 90, "none"),
+        (16, False, None, "heads"),
+        (16, True, None, "all"),
+        (8, False, None, "woven"),
+    ],
+)
 @pytest.mark.parametrize("dtype", CLOSE)
-def test_attention_is_the_references(turned: int, dtype: torch.dtype, window: int | None, *, doubled: bool) -> None:
-    """Whole heads and parts of them, one span and several; keys and values arrive in their pages of one layer, and nowhere else."""
-    positions, heads, normed = torch.tensor([300, 0, 127], device=DEVICE), Heads(6, 2, 16), window is None
+def test_attention_is_the_references(
+    turned: int, dtype: torch.dtype, window: int | None, kind: str, *, doubled: bool
+) -> None:
+    """Whole heads and parts of them, one span and several; keys and values arrive in their pages of one layer, and nowhere else.
+
+    Norms are of each head, of all of them together, or there are none; pairs lie apart, or woven.
+    """
+    positions, heads = torch.tensor([300, 0, 127], device=DEVICE), Heads(6, 2, 16)
     angles = draw(3, turned // 2, seed=4)
     angles = torch.cat([angles, angles], dim=1) if doubled else angles
-    rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype), doubled)
-    norms = (norm_of(16, dtype), norm_of(16, dtype)._replace(weight=draw(16, dtype=dtype, seed=5))) if normed else None
+    rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype), doubled, kind == "woven")
+    widths = {"heads": (16, 16), "all": (96, 32), "woven": (16, 16)}.get(kind)
+    norms = widths and tuple(
+        norm_of(width, dtype)._replace(weight=draw(width, dtype=dtype, seed=5 + place))
+        for place, width in enumerate(widths)
+    )
     states, table = (
         draw(3, heads.all * 16, dtype=dtype),
         torch.arange(18, dtype=torch.int32, device=DEVICE).flip(0).view(3, 6),
@@ -90,23 +149,64 @@ def test_attention_is_the_references(turned: int, dtype: torch.dtype, window: in
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(
+    ("tables", "woven", "parted"), [("paired", True, False), ("doubled", True, True), ("single", False, False)]
+)
+def test_latent_attention_is_the_references(tables: str, dtype: torch.dtype, *, woven: bool, parted: bool) -> None:
+    """More tokens than a tile has; latents and rotary parts arrive in their pages of one layer, and nowhere else.
+
+    Pairs lie in every order that there is, and angles come as DeepSeek-V2 and V3 give them. Widths are no powers of two.
+    """
+    count, queries, plain, rope, width, rank = 19, 3, 24, 12, 20, 40
+    angles, positions = draw(count, rope // 2, seed=4), torch.arange(count, device=DEVICE) * 16
+    if tables == "paired":
+        cos, sin = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).unbind(2)
+    else:
+        angles = torch.cat([angles, angles], dim=1) if tables == "doubled" else angles
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    rotary = Rotary(cos, sin, tables == "doubled", woven, parted)
+    weight = draw(queries * (plain + width), rank, dtype=dtype, seed=2) * rank**-0.5
+    heads = LatentHeads(queries, plain, rope, norm_of(rank, dtype, wide=parted), weight)
+    joined = draw(count, queries * (plain + rope) + rank + rope, dtype=dtype)
+    asked, latents = joined.split([queries * (plain + rope), rank + rope], dim=1)
+    table = torch.arange(5 * count, dtype=torch.int32, device=DEVICE).flip(0).view(count, 5)
+    rows, found = torch.arange(count, device=DEVICE).flip(0), []
+    pages, places = table[rows, positions // 64].long(), positions % 64
+    for module in (latents_kernel, reference):
+        kept = [draw(3, 5 * count, 1, 64, size, dtype=dtype, seed=6) for size in (rank, rope)]
+        for part in kept:
+            part[:, pages, :, places] = torch.nan
+        cells = Cells(kept[0][1], kept[1][1], pages, places)
+        heads_gave = module.attend_latents(
+            asked, latents, heads, rotary, cells, Seen(rows, positions, table, 0.3, None, None)
+        )
+        found.append((heads_gave, *(part[1] for part in kept)))
+        assert all(part[[0, 2]][:, pages, :, places].isnan().all() for part in kept)
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_router_is_the_references(rule: RouterRule, dtype: torch.dtype) -> None:
-    """Every kind of router, with and without what it may add; counters are back at zero."""
+    """Every kind of router, with and without what it may add, and the share of a shared expert; counters are back at zero."""
     tokens, count = 5, 12
     bias, correction = draw(count, dtype=dtype, seed=6), draw(count, seed=7)
+    gated = rule is RULES["qwen"]
     router = Router(
-        draw(count, 72, dtype=dtype, seed=8) * 0.2,
+        draw(count + gated, 72, dtype=dtype, seed=8) * 0.2,
         bias if rule.over_chosen else None,
         correction if rule.wide_logits else None,
         rule,
+        gated,
     )
     states, counts = draw(tokens, 72, dtype=dtype), torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
     slots = torch.arange(20, 20 + count, dtype=torch.int32, device=DEVICE)
     places = Places(slots, torch.tensor([3], dtype=torch.int32, device=DEVICE))
     mine, theirs = (module.route(states, norm_of(72, dtype), router, counts, places) for module in (route, reference))
     assert torch.equal(mine[3][:3], 20 + mine[1][:3].int())
-    for one, other in zip(mine, theirs, strict=True):
+    assert (mine.share is None) == (not router.gated)
+    for one, other in zip(mine[: 4 + router.gated], theirs, strict=False):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, atol=CLOSE[dtype], rtol=CLOSE[dtype])
     assert not counts.any()
@@ -118,7 +218,7 @@ def test_a_router_without_numbers_still_chooses_experts() -> None:
     router = Router(draw(12, 16), None, None, RULES["mixtral"])
     counts = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     states = torch.full((1, 16), torch.nan, device=DEVICE)
-    _, index, weights, _ = route.route(states, norm_of(16, torch.float32), router, counts)
+    _, index, weights, *_ = route.route(states, norm_of(16, torch.float32), router, counts)
     assert len(set(index[0].tolist())) == 2
     assert 0 <= int(index.min()) <= int(index.max()) < 12
     assert weights.isnan().all()
@@ -139,8 +239,13 @@ def test_sums_take_what_is_added_behind_them() -> None:
         assert module.find_slots(places, index, live).tolist() == [[5, 9], [7, -1], [-1, -1]]
 
 
-def test_joined_weights_take_no_memory() -> None:
-    """Parts become views, numbers stay; a second time gives the same memory; what would lie askew is left alone."""
+@pytest.mark.parametrize("large", [0, 1 << 20])
+def test_joined_weights_take_no_memory(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts become views, numbers stay; a second time gives the same memory; what would lie askew is left alone.
+
+    Large ones by way of the host, so that they are never there twice.
+    """
+    monkeypatch.setattr(join, "LARGE", large)
     parts = [torch.nn.Parameter(draw(rows, 16, seed=rows), requires_grad=False) for rows in (8, 4, 4)]
     before = [part.clone() for part in parts]
     whole = joined(parts)

@@ -56,7 +56,7 @@ def test_blocks_ask_for_weights_before_they_wait(tmp_path: Path) -> None:
     made = {(arch, case): rest for arch, case, *rest in made_by("compile_blocks.py", tmp_path)}
     assert {arch for arch, _ in made} == {80, 86, 89, 90}
     assert all(shared <= room and not spilled for shared, room, spilled, _ in made.values())
-    for case in ("row 2880", "route 2880", "row 7168"):
+    for case in ("row 2880", "route 2880", "row 7168", "gated row 2880", "gated row 7168"):
         before, behind = made[90, case][3]
         assert before > 3 * behind > 0, case
 

@@ -135,7 +135,7 @@ def test_dense_kernels_compute_what_the_modules_do(
             assert len(parts._norms) > len(kinds)
             for one in (parts, decoder._blocks):
                 kernels = one._kernels
-                names = ("attend", "decode_attention", "latent_attention")
+                names = ("attend", "attend_latents", "decode_attention", "latent_attention")
                 one._kernels = replace(kernels, **{name: counted(getattr(kernels, name)) for name in names})
             if not dense:
                 decoder._dense = decoder._blocks = None

@@ -1,5 +1,6 @@
 """Attention over latents: right without keys and values, the same bits in any company, and no more memory than latents take."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from transformers import AutoConfig
 from expertflow import LLM, EngineConfig, SamplingParams
 from expertflow.engine.plan import make_plan
 from expertflow.engine.planning.workspace import graph_bytes
+from expertflow.execution.blocks.attempt import TRIED
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.runner import PromptChunk
 from expertflow.kernels.backend import backend
@@ -174,11 +176,21 @@ def test_graph_execution_is_near_stock_and_makes_no_key(
     stock = load_resident(folder)
     with torch.inference_mode():
         expected = [stock(torch.tensor([line])).logits[0] for line in tokens]
-    monkeypatch.setattr(type(stock.model.layers[0].self_attn), "expand_kv", lambda *_: pytest.fail("keys are made"))
+    own = type(stock.model.layers[0].self_attn).expand_kv
+
+    def expand_kv(module: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
+        tried = module.config._attn_implementation == TRIED
+        return own(module, *given) if tried else pytest.fail("keys are made")
+
+    monkeypatch.setattr(type(stock.model.layers[0].self_attn), "expand_kv", expand_kv)
+    blocks = ("product.product", "gated.gated", "latents.attend_latents", "route.route")
+    modules = [one.split(".") for one in blocks]
     chosen = replace(
-        backend(DEVICE), latent_attention=attends("kernel", "step"), latent_prompts=attends("kernel", "prompt")
-    )
-    monkeypatch.setattr("expertflow.execution.captured.dense.backend", lambda _: chosen)
+        backend(DEVICE), latent_attention=attends("kernel", "step"), latent_prompts=attends("kernel", "prompt"),
+        **{name: getattr(importlib.import_module(f"expertflow.kernels.blocks.{module}"), name) for module, name in modules},
+    )  # fmt: skip
+    for place in ("captured.dense", "blocks.layer"):
+        monkeypatch.setattr(f"expertflow.execution.{place}.backend", lambda _: chosen)
     options = {"execution": "graph", "max_length": 80, "max_batch": 2, "slots": 1000}
     with LLM(folder, device=DEVICE.type, **options) as llm:
         executor = llm._engine._executor

@@ -11,6 +11,7 @@ from torch import Tensor
 from expertflow.formats.format import Format
 from expertflow.kernels import dense_reference, reference
 from expertflow.kernels.blocks import reference as blocks_reference
+from expertflow.kernels.blocks.given import Routed
 from expertflow.kernels.latent import reference as latent_reference
 from expertflow.kernels.mlp import ExpertMlp
 from expertflow.kernels.residency import reference as residency_reference
@@ -19,7 +20,7 @@ from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
     from expertflow.kernels import dense, experts, fetch
-    from expertflow.kernels.blocks import attend, product, route, slots
+    from expertflow.kernels.blocks import attend, gated, latents, product, route, slots
     from expertflow.kernels.latent import decode, prompts
     from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
@@ -47,8 +48,10 @@ class Backend:
     latent_prompts: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     product: Callable[..., Tensor]
+    gated: Callable[..., Tensor]
     attend: Callable[..., Tensor]
-    route: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+    attend_latents: Callable[..., Tensor]
+    route: Callable[..., Routed]
     reads: Callable[[Format], bool]
     choose: Callable[..., Tensor]
 
@@ -71,7 +74,9 @@ def backend(device: torch.device) -> Backend:
             prompts.prompt_attention,
             dense.rms_norm,
             product.product,
+            gated.gated,
             attend.attend,
+            latents.attend_latents,
             route.route,
             readers.reads,
             select.choose,
@@ -90,7 +95,9 @@ def backend(device: torch.device) -> Backend:
         latent_reference.prompt_attention,
         dense_reference.rms_norm,
         blocks_reference.product,
+        blocks_reference.gated,
         blocks_reference.attend,
+        blocks_reference.attend_latents,
         blocks_reference.route,
         reference.reads,
         sampling_reference.choose_each,

@@ -264,20 +264,19 @@ def decode_attention(
 
 @triton.jit
 def _rms_norm(
-    states, weight, out, width, eps: tl.constexpr, padded: tl.constexpr, wide: tl.constexpr, early: tl.constexpr
+    states, weight, out, width, stride, eps: tl.constexpr, padded: tl.constexpr, wide: tl.constexpr, early: tl.constexpr
 ):
     """One row."""
-    cell = tl.arange(0, padded)
-    at = tl.program_id(0).to(tl.int64) * width + cell
+    cell, row = tl.arange(0, padded), tl.program_id(0).to(tl.int64)
     if early:
         gdc_launch_dependents()
         gdc_wait()
-    x = tl.load(states + at, mask=cell < width, other=0.0).to(tl.float32)
+    x = tl.load(states + row * stride + cell, mask=cell < width, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
     w = tl.load(weight + cell, mask=cell < width, other=0.0).to(tl.float32)
     if not wide:
         y = y.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + at, (y * w).to(out.dtype.element_ty), mask=cell < width)
+    tl.store(out + row * width + cell, (y * w).to(out.dtype.element_ty), mask=cell < width)
 
 
 def rms_norm(states: Tensor, weight: Tensor, eps: float, *, wide: bool) -> Tensor:
@@ -289,12 +288,13 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float, *, wide: bool) -> Tenso
         eps: added to the mean square.
         wide: multiply by the weight before rounding (GPT-OSS) instead of after (Llama and most others).
     """
-    states = states.contiguous()
     width = states.shape[-1]
-    out = torch.empty_like(states)
+    if states.ndim > 2 or states.stride(-1) != 1:
+        states = states.contiguous()
+    stride, out = width if states.ndim != 2 else states.stride(0), states.new_empty(states.shape)
     padded, early = int(triton.next_power_of_2(width)), starts_early(states)
     _rms_norm[(states.numel() // width,)](
-        states, weight, out, width, eps=eps, padded=padded, wide=wide, early=early, num_warps=max(1, min(8, padded // 256)),
+        states, weight, out, width, stride, eps=eps, padded=padded, wide=wide, early=early, num_warps=max(1, min(8, padded // 256)),
         launch_pdl=early,
     )  # fmt: skip
     return out

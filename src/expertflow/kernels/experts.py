@@ -113,7 +113,8 @@ def _all_chunks(out, sums, counts, members, outs, n: tl.constexpr, chunks: tl.co
 
 
 @triton.jit
-def _activate(x, activation: tl.constexpr):
+def activate(x, activation: tl.constexpr):
+    """The activation of that name in `ACTIVATIONS`."""
     if activation == "silu":
         x = x * tl.sigmoid(x)
     elif activation == "gelu":
@@ -165,9 +166,9 @@ def activated(
             gate = tl.minimum(gate, limit)
             inner = (tl.minimum(tl.maximum(up, -limit), limit) + 1) * (gate * tl.sigmoid(alpha * gate))
         else:
-            inner = _activate(gate, activation) * up
+            inner = activate(gate, activation) * up
     else:
-        inner = _activate(out, activation)
+        inner = activate(out, activation)
     return inner
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 _ALIGNED = {"cpu": 64, "cuda": 16}
 """Bytes at which a weight has to begin, so that products of it alone keep their bits."""
+LARGE = 64 << 20
+"""Bytes of joined weights beyond which parts go by way of the host: a plan keeps as much for graphs, none of which is there yet."""
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor | None:
@@ -30,10 +32,15 @@ def joined(parts: Sequence[Tensor]) -> Tensor | None:
     if unlike or any(size % _ALIGNED.get(first.device.type, 16) for size in sizes):
         return None
     with torch.inference_mode(mode=False), torch.no_grad():
-        whole = torch.cat([part.data for part in parts])
-        rows = list(accumulate(map(len, parts), initial=0))
-        for part, (begin, end) in zip(parts, pairwise(rows), strict=True):
-            part.data = whole[begin:end]
+        held = [part.data for part in parts]
+        if sum(counts) * first.element_size() > LARGE:
+            held = [part.cpu() for part in held]
+            for part in parts:
+                part.data = part.data.new_empty(0)
+        whole = torch.empty(shape, dtype=first.dtype, device=first.device)
+        rows = list(accumulate(map(len, held), initial=0))
+        for part, one, (begin, end) in zip(parts, held, pairwise(rows), strict=True):
+            part.data = whole[begin:end].copy_(one)
     return whole
 
 

@@ -13,11 +13,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from expertflow.execution.blocks import forms
-from expertflow.execution.blocks.forms import AttentionTensors, ExpertsTensors, LayerForm
+from expertflow.execution.blocks.forms import (
+    AttentionTensors,
+    ExpertsTensors,
+    FeedTensors,
+    LatentBlock,
+    LatentTensors,
+    LayerForm,
+)
 from expertflow.execution.blocks.join import joined
-from expertflow.execution.blocks.tensors import attention_tensors, experts_tensors, tensors_of
+from expertflow.execution.blocks.tensors import (
+    attention_tensors,
+    experts_tensors,
+    feed_tensors,
+    latent_tensors,
+    rotary_of,
+    tensors_of,
+)
 from expertflow.kernels.backend import Backend, backend
-from expertflow.kernels.blocks.given import Norm, Places, Rotary
+from expertflow.kernels.blocks.given import Norm, Places
 from expertflow.models.context import ForwardContext
 
 
@@ -31,14 +45,16 @@ class BoundLayer(NamedTuple):
         norms: before them.
         heads: weights of the attention, if it is a block.
         experts: weights of the second part, if it is one.
+        feed: weights of the second part, if it is one without experts.
     """
 
     form: LayerForm
     attention: Any
     second: Any
     norms: tuple[Norm, Norm]
-    heads: AttentionTensors | None
+    heads: AttentionTensors | LatentTensors | None
     experts: ExpertsTensors | None
+    feed: FeedTensors | None
 
 
 class LayerBlocks:
@@ -87,8 +103,13 @@ class LayerBlocks:
             return states + bound.attention(hidden_states=normed[:, None], **more)[0][:, 0]
         tensors, attention = bound.heads, bound.attention
         cells = more["past_key_values"].layers[attention.layer_idx].cells(states, tensors.heads)
-        cos, sin = (one.reshape(-1, one.shape[-1]) for one in more["position_embeddings"])
-        rotary, seen = Rotary(cos, sin, bound.form.heads.doubled), dense.seen(attention)
+        rotary, seen = rotary_of(bound.form.heads, more["position_embeddings"]), dense.seen(attention)
+        if isinstance(tensors, LatentTensors):
+
+            def over_latents(queries: Tensor, latents: Tensor) -> Tensor:
+                return self._kernels.attend_latents(queries, latents, tensors.heads, rotary, cells, seen)
+
+            return forms.over_latents(self._kernels, tensors, states, over_latents, norm)
 
         def attend(joined: Tensor) -> Tensor:
             return self._kernels.attend(joined, tensors.heads, rotary, tensors.norms, cells, seen)
@@ -97,6 +118,8 @@ class LayerBlocks:
 
     def _feed(self, bound: BoundLayer, states: Tensor) -> Tensor:
         norm, compute = bound.norms[1], self._context.now.experts
+        if bound.feed is not None:
+            return forms.feed(self._kernels, bound.feed, states, norm, residual=states)
         if bound.experts is None or compute is None:
             normed = self._kernels.rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
             out = bound.second(normed[:, None])
@@ -118,9 +141,15 @@ def _bind(layer: Any, form: LayerForm, counts: Tensor) -> BoundLayer:
     attention, second = layer.get_submodule(form.attention), layer.get_submodule(form.second)
     found = [layer.get_submodule(name) for name in form.norms]
     norms = [Norm(norm.weight.detach(), norm.variance_epsilon, form.wide) for norm in found]
-    heads = None if form.heads is None else attention_tensors(attention, form.heads, tensors_of(attention), joined)
-    experts = None if form.experts is None else experts_tensors(second, form.experts, tensors_of(second), counts)
-    return BoundLayer(form, attention, second, (norms[0], norms[1]), heads, experts)
+    own, others = tensors_of(attention), tensors_of(second)
+    heads: AttentionTensors | LatentTensors | None = None
+    if isinstance(form.heads, LatentBlock):
+        heads = latent_tensors(attention, form.heads, own, joined)
+    elif form.heads is not None:
+        heads = attention_tensors(attention, form.heads, own, joined)
+    experts = None if form.experts is None else experts_tensors(second, form.experts, others, counts, joined)
+    feed = None if form.feed is None else feed_tensors(others, form.feed, joined)
+    return BoundLayer(form, attention, second, (norms[0], norms[1]), heads, experts, feed)
 
 
 def _layer_forward(module: Any, context: ForwardContext) -> Callable[..., Any]:

@@ -38,13 +38,18 @@ def find_layers(skeleton: Skeleton) -> dict[str, LayerForm]:
 
 
 def family_blocks(family: Family) -> tuple[str, ...]:
-    """Which parts of some decoder layer of a family's small model are computed by building blocks, of `attention` and `experts`."""
+    """Which parts of some decoder layer of a family's small model are computed by building blocks.
+
+    Of `attention`, `experts`, `shared expert` and `feed-forward`, which is a second part without experts.
+    """
     with TemporaryDirectory() as folder:
         AutoConfig.for_model(family.model_type, **family.tiny).save_pretrained(folder)
         found = find_layers(build_skeleton(Path(folder), "float32")).values()
     parts: dict[str, list[Any]] = {
         "attention": [form.heads for form in found],
         "experts": [form.experts for form in found],
+        "shared expert": [form.experts and form.experts.feed for form in found],
+        "feed-forward": [form.feed for form in found],
     }
     return tuple(name for name, blocks in parts.items() if any(block is not None for block in blocks))
 

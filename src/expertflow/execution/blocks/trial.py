@@ -4,8 +4,7 @@ Float32 on the CPU, but for number types. Attention and experts themselves are r
 know loaded models.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -13,97 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AttentionInterface
 
-from expertflow.execution.blocks.forms import (
-    AttentionBlock,
-    AttentionTensors,
-    ExpertsBlock,
-    LayerForm,
-    attention,
-    experts,
-)
-from expertflow.execution.blocks.tensors import Tensors, attention_tensors, experts_tensors, tensors_of
+from expertflow.execution.blocks.attempt import attention_block
+from expertflow.execution.blocks.draws import FAILS, agree, drawn, drawn_as, in_place_of, norm_rounding, plain
+from expertflow.execution.blocks.forms import ExpertsBlock, LayerForm, experts, feed
+from expertflow.execution.blocks.tensors import Tensors, experts_tensors, feed_tensors, tensors_of
 from expertflow.kernels.backend import backend
-from expertflow.kernels.blocks.given import Cells, Norm, Rotary, RouterRule
-from expertflow.kernels.blocks.reference import rotate
+from expertflow.kernels.blocks.given import Norm, RouterRule
 from expertflow.kernels.dense_reference import rms_norm
-from expertflow.models.attention import AttentionForm, attention_form
-from expertflow.models.experts import Uncopied, is_registry_experts
+from expertflow.kernels.mlp import ACTIVATIONS
+from expertflow.models.experts import is_registry_experts
 
-TRIED = "expertflow-tried"
-"""The attention implementation that modules get while they are tried."""
 _TOKENS = 24
 """Tokens that are tried: so many that a router's groups and ranks all come to bear."""
-_FEW = 3
-"""Tokens that attention is tried with: each costs as many products as the module has weights."""
-_POOL = 1_000_003
-"""Random numbers that are drawn; larger weights repeat them, in rows that begin elsewhere."""
-_CLOSE = 1e-4
+_NARROW = 64
+"""Inner elements that a feed-forward block is tried with: it may have very many."""
 _CPU = torch.device("cpu")
-_FAILS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError, AssertionError)
-"""What a module's own forward raises that wants to be called otherwise than it is here."""
-
-
-def drawn(module: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Random numbers of the shapes of a module's tensors, on the CPU: sums of products near one, weights of norms too."""
-    pool, found = torch.randn(_POOL, generator=torch.Generator().manual_seed(0)), Tensors()
-    for place, (name, tensor) in enumerate(tensors_of(module).items()):
-        numbers = pool[place * 7919 % (_POOL // 2) :][: tensor.numel()]
-        numbers = (numbers * tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 1 + 0.3 * numbers).to(dtype)
-        found[name] = numbers.repeat(-(-tensor.numel() // len(numbers)))[: tensor.numel()].view(tensor.shape)
-    return found
-
-
-def _agree(mine: Any, theirs: Any) -> bool:
-    same = isinstance(mine, Tensor) and isinstance(theirs, Tensor) and mine.shape == theirs.shape
-    return same and torch.allclose(mine, theirs, atol=_CLOSE, rtol=_CLOSE)
-
-
-def _plain(given: Any) -> Any:
-    """What a module gives, or the first of several."""
-    return given[0] if isinstance(given, tuple) else given
-
-
-@contextmanager
-def _in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward of a module, inside."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
-class _Config(Uncopied):
-    """An attention module's config, which names the implementation under which it is tried."""
-
-    def __init__(self, own: Any) -> None:
-        self._own = own
-        self._attn_implementation = TRIED
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._own, name)
-
-
-def _mix(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **more: Any
-) -> tuple[Tensor, None]:
-    """In place of attention: something that depends on every number of queries, keys, values, and on the scale."""
-    del module, attention_mask
-    if any(more.get(name) is not None for name in ("position_bias", "softcap")):
-        raise NotImplementedError
-    groups = query.shape[1] // key.shape[1]
-    mixed = (
-        torch.tanh(query * scaling * 8) + key.repeat_interleave(groups, 1) - 0.5 * value.repeat_interleave(groups, 1)
-    )
-    return mixed.transpose(1, 2), None
-
-
-AttentionInterface.register(TRIED, _mix)
 
 
 def _use(states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -131,7 +55,9 @@ class Trial:
         if len(roundings) > 1 or wide is None or not any(self._adds(tupled=tupled) for tupled in (False, True)):
             return None
         form = LayerForm(attention=self.attention, second=self.second, norms=self.norms, wide=wide)
-        return replace(form, heads=self._heads(), experts=self._experts())
+        heads, found = attention_block(self.layer.get_submodule(self.attention), self.states), self._experts()
+        only = None if found is not None else feed_activation(self.layer.get_submodule(self.second), self.states)
+        return replace(form, heads=heads, experts=found, feed=only)
 
     def _adds(self, *, tupled: bool) -> bool:
         """Whether the layer adds attention and second part to its states, each of their norm."""
@@ -153,58 +79,20 @@ class Trial:
         parts = self.layer.get_submodule(self.attention), self.layer.get_submodule(self.second)
         given = {"attention_mask": None, "past_key_values": None, "position_embeddings": None}
         try:
-            with _in_place_of(parts[0], attend), _in_place_of(parts[1], feed):
-                return _agree(mine, functional_call(self.layer, tensors, (self.states,), given))
-        except _FAILS:
+            with in_place_of(parts[0], attend), in_place_of(parts[1], feed):
+                return agree(mine, functional_call(self.layer, tensors, (self.states,), given))
+        except FAILS:
             return False
-
-    def _heads(self) -> AttentionBlock | None:
-        """The attention's block."""
-        module = self.layer.get_submodule(self.attention)
-        if attention_form(module) not in (AttentionForm.HEADS, AttentionForm.WIDE):
-            return None
-        tensors = drawn(module)
-        normed = "q_norm.weight" in tensors
-        wide = normed and norm_rounding(module.q_norm)
-        if wide is None:
-            return None
-        block = AttentionBlock(doubled=True, normed=normed, wide=wide)
-        if (given := attention_tensors(module, block, tensors)) is None:
-            return None
-        for turned, doubled in product((module.head_dim, module.head_dim // 2, module.head_dim // 4), (True, False)):
-            if self._attends(module, tensors, given, _angles(turned, doubled=doubled)):
-                return replace(block, doubled=doubled)
-        return None
-
-    def _attends(self, module: Any, tensors: Tensors, given: AttentionTensors, rotary: Rotary) -> bool:
-        """Whether the attention does as its block."""
-        states, heads, place = self.states[:_FEW, 0], given.heads, torch.arange(_FEW)
-        kept = torch.zeros(2, _FEW, heads.keys, 1, heads.width)
-        cells = Cells(kept[0], kept[1], place, torch.zeros_like(place))
-
-        def attend(joined: Tensor) -> Tensor:
-            queries = rotate(joined, heads, rotary, given.norms, cells)
-            return _mix(module, queries[:, :, None], *cells[:2], None, module.scaling)[0][:, 0]
-
-        mine = attention(backend(_CPU), given, states, attend)[:, None]
-        own = module.config
-        angles = rotary.cos[:, None], rotary.sin[:, None]
-        more = {"position_embeddings": angles, "attention_mask": None, "past_key_values": None}
-        module.config = _Config(own)
-        try:
-            return _agree(
-                mine, _plain(functional_call(module, tensors, (), {"hidden_states": self.states[:_FEW], **more}))
-            )
-        except _FAILS:
-            return False
-        finally:
-            module.config = own
 
     def _experts(self) -> ExpertsBlock | None:
         """The second part's block."""
-        module, tensors = self.layer.get_submodule(self.second), Tensors()
-        for block in experts_blocks(module, len(self.gains[1])):
-            tensors = tensors or drawn(module)
+        module, tensors, activation = self.layer.get_submodule(self.second), Tensors(), None
+        for found in experts_blocks(module, len(self.gains[1])):
+            if not tensors:
+                tensors = drawn(module)
+                if found.shared is not None:
+                    activation = feed_activation(module.get_submodule(found.shared), self.states)
+            block = replace(found, feed=activation)
             if self._routes(module, block, tensors):
                 return _with_types(module, block, self.states)
         return None
@@ -217,36 +105,41 @@ class Trial:
         def run(normed: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...], _: Tensor | None) -> Tensor:
             return sum(added[:-1], _use(normed, index, weights))
 
-        given = experts_tensors(module, block, tensors, torch.zeros(0))
+        if (given := experts_tensors(module, block, tensors, torch.zeros(0))) is None:
+            return False
         mine = experts(backend(_CPU), given, states, norm, run)[:, None]
         try:
-            with _in_place_of(module.experts, _use):
-                return _agree(mine, _plain(functional_call(module, tensors, (self.states,))))
-        except _FAILS:
+            with in_place_of(module.experts, _use):
+                return agree(mine, plain(functional_call(module, tensors, (self.states,))))
+        except FAILS:
             return False
 
 
-def _angles(turned: int, *, doubled: bool) -> Rotary:
-    """Random angles for `turned` elements of a head."""
-    angles = 6 * torch.rand(_FEW, turned // 2, generator=torch.Generator().manual_seed(2))
-    angles = torch.cat([angles, angles], dim=1) if doubled else angles
-    return Rotary(angles.cos(), angles.sin(), doubled)
+def feed_activation(module: Any, states: Tensor) -> str | None:
+    """The activation of a gated feed-forward block, tried with few inner elements; None if the module is none.
 
-
-def norm_rounding(norm: Any) -> bool | None:
-    """How a norm rounds; None if it is none of ours."""
-    tensors = drawn(norm, torch.bfloat16)
-    states = torch.randn(8, *tensors["weight"].shape, generator=torch.Generator().manual_seed(3)).bfloat16()
-    try:
-        own = functional_call(norm, tensors, (states,))
-    except _FAILS:
-        return None
-    for wide in (False, True):
-        if own.dtype == states.dtype and torch.equal(
-            own, rms_norm(states, tensors["weight"], norm.variance_epsilon, wide=wide)
-        ):
-            return wide
-    return None
+    Args:
+        module: without weights.
+        states: `[T, 1, H]`.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors_of(module).items()}
+    inner = min(_NARROW, *(shape[0] for shape in shapes.values())) if shapes else 0
+    tensors = drawn_as({
+        name: torch.Size((shape[0], inner)) if name == "down_proj.weight" else torch.Size((inner, *shape[1:]))
+        for name, shape in shapes.items()
+    })  # fmt: skip
+    apart = dict[str, float]()
+    for activation in ACTIVATIONS:
+        if (given := feed_tensors(tensors, activation)) is None:
+            return None
+        mine = feed(backend(_CPU), given, states[:, 0])[:, None]
+        try:
+            theirs = functional_call(module, tensors, (states,))
+        except FAILS:
+            return None
+        if agree(mine, theirs):
+            apart[activation] = float((mine - theirs).abs().max())
+    return min(apart, key=apart.__getitem__, default=None)
 
 
 def experts_blocks(module: nn.Module, hidden: int) -> Iterator[ExpertsBlock]:
@@ -314,9 +207,9 @@ def _with_types(module: Any, block: ExpertsBlock, states: Tensor) -> ExpertsBloc
 
     handle = module.get_submodule(block.router).register_forward_hook(logits)
     try:
-        with _in_place_of(module.experts, note):
+        with in_place_of(module.experts, note):
             functional_call(module, drawn(module, torch.bfloat16), (states.bfloat16(),))
-    except _FAILS:
+    except FAILS:
         return None
     finally:
         handle.remove()

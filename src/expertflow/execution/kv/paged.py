@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from expertflow.execution.kv.layout import WASTE, Layout
 from expertflow.execution.kv.pages import Beginning, PageTable
-from expertflow.kernels.blocks.given import Cells, Heads
+from expertflow.kernels.blocks.given import Cells, Heads, LatentHeads
 from expertflow.models.context import ForwardContext
 
 
@@ -135,7 +135,7 @@ class PagedLayer(CacheLayerMixin):
             return self.keys, self.values
         return now.pages.seen(self._kind, self.keys), now.pages.seen(self._kind, self.values)
 
-    def cells(self, states: Tensor, heads: Heads) -> Cells:
+    def cells(self, states: Tensor, heads: Heads | LatentHeads) -> Cells:
         """Where keys and values of a pass of one token a sequence go.
 
         Args:
@@ -143,8 +143,8 @@ class PagedLayer(CacheLayerMixin):
             heads: of the layer.
         """
         if not self.is_initialized:
-            like = states.new_zeros(0, heads.keys, 0, heads.width)
-            self.lazy_initialization(like, like)
+            keys, values = (states.new_zeros(0, count, 0, width) for count, width in heads.kept)
+            self.lazy_initialization(keys, values)
         now = self._context.now
         assert now.pages is not None
         pages, places = now.pages.written(self._kind)

@@ -18,26 +18,47 @@ from expertflow.kernels.device import starts_early
 
 
 @triton.jit
+def _root(begin, count: tl.constexpr, padded: tl.constexpr, eps: tl.constexpr):
+    """One by the root mean square of `count` elements from `begin` on."""
+    cell = tl.arange(0, padded)
+    x = tl.load(begin + cell, mask=cell < count, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, 0) / count + eps)
+
+
+@triton.jit
 def _turned(
-    begin, cell, inside, cos, sin, gains, eps: tl.constexpr, width: tl.constexpr, half: tl.constexpr, doubled: tl.constexpr,
-    normed: tl.constexpr, wide: tl.constexpr,
+    begin, cell, inside, cos, sin, gains, root, eps: tl.constexpr, width: tl.constexpr, half: tl.constexpr, doubled: tl.constexpr,
+    woven: tl.constexpr, normed: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """Heads that begin at `begin` `[N, 1]`, elements `cell` `[1, width]`, normed and turned."""
+    """Heads that begin at `begin` `[N, 1]`, elements `cell` `[1, width]`, normed and turned.
+
+    `gains` begin at each head's, `[N, 1]` or one for all. `whole`: all heads together have the norm, whose `root` is given.
+    """
     dtype: tl.constexpr = begin.dtype.element_ty
-    other = tl.where(cell < half, cell + half, tl.where(cell < 2 * half, cell - half, cell))
+    leads = cell % 2 == 0 if woven else cell < half
+    away = 1 if woven else half
+    other = tl.where(cell < 2 * half, tl.where(leads, cell + away, cell - away), cell)
     x = tl.load(begin + cell, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(begin + other, mask=inside, other=0.0).to(tl.float32)
     if normed:
-        root = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+        if not whole:
+            root = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
         x, y = x * root, y * root
         if not wide:
             x, y = x.to(dtype).to(tl.float32), y.to(dtype).to(tl.float32)
-        x = (x * tl.load(gains + cell).to(tl.float32)).to(dtype).to(tl.float32)
-        y = (y * tl.load(gains + other).to(tl.float32)).to(dtype).to(tl.float32)
-    angle = cell if doubled else cell % half
+        if whole:
+            x_gains, y_gains = (
+                tl.load(gains + cell, mask=inside, other=0.0),
+                tl.load(gains + other, mask=inside, other=0.0),
+            )
+        else:
+            x_gains, y_gains = tl.load(gains + cell), tl.load(gains + other)
+        x = (x * x_gains.to(tl.float32)).to(dtype).to(tl.float32)
+        y = (y * y_gains.to(tl.float32)).to(dtype).to(tl.float32)
+    angle = cell // 2 if woven else cell if doubled else cell % half
     c = tl.load(cos + angle, mask=cell < 2 * half, other=1.0).to(tl.float32)
     s = tl.load(sin + angle, mask=cell < 2 * half, other=0.0).to(tl.float32)
-    return (x * c + tl.where(cell < half, -y, y) * s).to(dtype)
+    return (x * c + tl.where(leads, -y, y) * s).to(dtype)
 
 
 # many parameters: a launch does the work of four
@@ -45,8 +66,8 @@ def _turned(
 def _attend_joined(
     joined, cos, sin, query_gains, key_gains, keys, values, pages, places, rows, positions, table, sinks, out, part, angle_stride,
     page_stride, head_stride, table_stride, splits, page: tl.constexpr, scale: tl.constexpr, eps: tl.constexpr, groups: tl.constexpr,
-    kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, half: tl.constexpr, doubled: tl.constexpr, normed: tl.constexpr,
-    wide: tl.constexpr, span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, single: tl.constexpr, early: tl.constexpr,
+    kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, half: tl.constexpr, doubled: tl.constexpr, woven: tl.constexpr,
+    normed: tl.constexpr, whole: tl.constexpr, query_padded: tl.constexpr, key_padded: tl.constexpr, wide: tl.constexpr, span: tl.constexpr, window: tl.constexpr, sink: tl.constexpr, single: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one key head with its query heads, one span of columns: maximum, sum and weighted values."""
     if early:
@@ -65,13 +86,19 @@ def _attend_joined(
         gdc_wait()
     begin = joined + row * (groups + 2) * kv_heads * width
     cos, sin = cos + row * angle_stride, sin + row * angle_stride
+    query_root, key_root, own_gains, own_key_gains = 0.0, 0.0, query_gains, key_gains
+    if whole:  # every program norms by all heads: that is cheaper than to wait for one that does
+        query_root = _root(begin, groups * kv_heads * width, query_padded, eps)
+        key_root = _root(begin + groups * kv_heads * width, kv_heads * width, key_padded, eps)
+        own_gains = query_gains + (head * groups + lane[:, None]) * width
+        own_key_gains = key_gains + (head + one[:, None]) * width
     asked = _turned(
-        begin + (head * groups + lane[:, None]) * width, cell[None, :], (lane < groups)[:, None], cos, sin, query_gains, eps, width, half,
-        doubled, normed, wide,
+        begin + (head * groups + lane[:, None]) * width, cell[None, :], (lane < groups)[:, None], cos, sin, own_gains, query_root, eps,
+        width, half, doubled, woven, normed, whole, wide,
     )  # fmt: skip
     key = tl.sum(_turned(
-        begin + (groups * kv_heads + head + one[:, None]) * width, cell[None, :], (one < 1)[:, None], cos, sin, key_gains, eps, width, half,
-        doubled, normed, wide,
+        begin + (groups * kv_heads + head + one[:, None]) * width, cell[None, :], (one < 1)[:, None], cos, sin, own_key_gains, key_root, eps,
+        width, half, doubled, woven, normed, whole, wide,
     ), 0)  # fmt: skip
     value = tl.load(begin + ((groups + 1) * kv_heads + head) * width + cell)
     most = tl.full([padded], float("-inf"), tl.float32)
@@ -115,7 +142,11 @@ def attend(
     assert cells.keys.stride()[2:] == (width, 1)
     assert rotary.cos.stride() == rotary.sin.stride()
     assert rotary.cos.stride(1) == 1
-    assert query is None or key is None or query[1:] == key[1:], "norms of one kind"
+    assert not rotary.parted
+    whole = query is not None and len(query.weight) > width
+    if query is not None and key is not None:
+        assert query[1:] == key[1:], "norms of one kind"
+        assert len(key.weight) == (kv_heads * width if whole else width)
     groups, splits = heads.queries // kv_heads, triton.cdiv(page * seen.table.shape[1], SPAN)
     if seen.window:  # spans that one token's window reaches into
         splits = min(splits, (seen.window - 2) // SPAN + 2)
@@ -127,7 +158,8 @@ def attend(
         cells.values, cells.pages, cells.places, seen.rows, seen.positions, seen.table, joined if seen.sinks is None else seen.sinks, out,
         part, rotary.cos.stride(0), cells.keys.stride(0), cells.keys.stride(1), seen.table.stride(0), splits, page=page, scale=seen.scale,
         eps=0.0 if query is None else query.eps, groups=groups, kv_heads=kv_heads, width=width, padded=padded, half=rotary.half,
-        doubled=rotary.doubled, normed=query is not None, wide=query is not None and query.wide, span=SPAN, window=seen.window or 0,
+        doubled=rotary.doubled, woven=rotary.woven, normed=query is not None, whole=whole,
+        query_padded=int(triton.next_power_of_2(heads.queries * width)), key_padded=int(triton.next_power_of_2(kv_heads * width)), wide=query is not None and query.wide, span=SPAN, window=seen.window or 0,
         sink=seen.sinks is not None, single=splits == 1, early=early, num_warps=warps_of(width), launch_pdl=early,
     )  # fmt: skip
     if splits > 1:

@@ -38,6 +38,34 @@ class Heads(NamedTuple):
         """Heads of queries, keys and values."""
         return self.queries + 2 * self.keys
 
+    @property
+    def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and their width of what is kept of a token: of keys, and of values."""
+        return (self.keys, self.width), (self.keys, self.width)
+
+
+class LatentHeads(NamedTuple):
+    """Heads of latent attention, and what makes of a token's latent what is kept.
+
+    Attributes:
+        queries: of queries (Q); all share a token's latent.
+        plain: elements of a query without positions.
+        rope: rotary ones behind them (R).
+        norm: of latents, `[rank]`.
+        weight: `[Q * (plain + V), rank]`, contiguous: of each head what makes keys of latents, then what makes values.
+    """
+
+    queries: int
+    plain: int
+    rope: int
+    norm: Norm
+    weight: Tensor
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """As of `Heads`: latents come as keys, and the keys' rotary part as values."""
+        return (1, len(self.norm.weight)), (1, self.rope)
+
 
 class Rotary(NamedTuple):
     """Rotary tables of a pass's tokens.
@@ -46,15 +74,19 @@ class Rotary(NamedTuple):
         cos: `[T, R]`, as the model's rotary embedding gives it.
         sin: `[T, R]`.
         doubled: whether each angle is there twice, for the first and for the second of a pair: R elements are turned, else 2R.
+        woven: whether the two of a pair are neighbours; else the first ones of all pairs come before the second ones.
+        parted: whether they are put apart in that way once turned, though they were neighbours.
     """
 
     cos: Tensor
     sin: Tensor
     doubled: bool
+    woven: bool = False
+    parted: bool = False
 
     @property
     def half(self) -> int:
-        """Pairs that are turned; the two of a pair are so far apart."""
+        """Pairs that are turned."""
         return self.cos.shape[1] // 2 if self.doubled else self.cos.shape[1]
 
 
@@ -139,13 +171,38 @@ class Router(NamedTuple):
     """A router.
 
     Attributes:
-        weight: `[E, H]`.
+        weight: `[E, H]`, and one row more if it is `gated`.
         bias: `[E]`, added to logits, or None.
         correction: `[E]`, added to scores for the choice alone, or None.
         rule: how it chooses.
+        gated: whether the last row of the weight gives the share of a shared expert: the sigmoid of its product.
     """
 
     weight: Tensor
     bias: Tensor | None
     correction: Tensor | None
     rule: RouterRule
+    gated: bool = False
+
+    @property
+    def experts(self) -> int:
+        """How many there are (E)."""
+        return len(self.weight) - self.gated
+
+
+class Routed(NamedTuple):
+    """What a router gives.
+
+    Attributes:
+        normed: states `[T, H]`.
+        chosen: experts int64 `[T, K]`, from the best one on, the lower one among equals.
+        weights: of them `[T, K]`.
+        slots: of them int32 `[T, K]`, -1 where there is none; None where places are not known.
+        share: of a shared expert `[T, 1]`; None without a gate.
+    """
+
+    normed: Tensor
+    chosen: Tensor
+    weights: Tensor
+    slots: Tensor | None
+    share: Tensor | None

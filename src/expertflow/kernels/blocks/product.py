@@ -22,7 +22,7 @@ from expertflow.kernels.device import room, starts_early
 
 MOST = 64
 """Tokens beyond which cuBLAS is better."""
-_ENOUGH = 1056
+ENOUGH = 1056
 """Outputs of which four a program keep a large GPU busy."""
 
 
@@ -58,9 +58,9 @@ class TileCut:
 
 @triton.jit
 def _row_product(
-    states, weight, bias, gains, residual, out, eps: tl.constexpr, n: tl.constexpr, k: tl.constexpr, rows: tl.constexpr,
+    states, weight, bias, gains, residual, share, out, eps: tl.constexpr, n: tl.constexpr, k: tl.constexpr, rows: tl.constexpr,
     first: tl.constexpr, second: tl.constexpr, biased: tl.constexpr, normed: tl.constexpr, wide: tl.constexpr, added: tl.constexpr,
-    early: tl.constexpr,
+    shared: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of one token."""
     outs = tl.program_id(0) * rows + tl.arange(0, rows)
@@ -80,6 +80,8 @@ def _row_product(
     if biased:
         total += tl.load(bias + outs, mask=outs < n, other=0.0).to(tl.float32)
     done = total.to(dtype)
+    if shared:
+        done = (tl.load(share).to(tl.float32) * done.to(tl.float32)).to(dtype)
     if added:
         done = (tl.load(residual + outs, mask=outs < n, other=0.0).to(tl.float32) + done.to(tl.float32)).to(dtype)
     tl.store(out + outs, done, mask=outs < n)
@@ -87,8 +89,8 @@ def _row_product(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _tile_product(
-    states, weight, bias, residual, out, tokens, n: tl.constexpr, k: tl.constexpr, tile: tl.constexpr, block_n: tl.constexpr,
-    block_k: tl.constexpr, biased: tl.constexpr, added: tl.constexpr, early: tl.constexpr,
+    states, weight, bias, residual, share, out, tokens, n: tl.constexpr, k: tl.constexpr, tile: tl.constexpr, block_n: tl.constexpr,
+    block_k: tl.constexpr, biased: tl.constexpr, added: tl.constexpr, shared: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of all tokens."""
     if early:
@@ -110,6 +112,9 @@ def _tile_product(
     dtype: tl.constexpr = out.dtype.element_ty
     place = token[None, :] * n + outs[:, None]
     done = total.to(dtype)
+    if shared:
+        part = tl.load(share + token, mask=token < tokens, other=0.0).to(tl.float32)
+        done = (part[None, :] * done.to(tl.float32)).to(dtype)
     if added:
         done = (tl.load(residual + place, mask=inside, other=0.0).to(tl.float32) + done.to(tl.float32)).to(dtype)
     tl.store(out + place, done, mask=inside)
@@ -117,7 +122,7 @@ def _tile_product(
 
 def row_cut(outputs: int) -> RowCut:
     """How the product of one token with a weight of so many outputs is cut."""
-    return RowCut() if outputs >= _ENOUGH else RowCut(rows=1)
+    return RowCut() if outputs >= ENOUGH else RowCut(rows=1)
 
 
 def tile_cut(dtype: torch.dtype, tile: int, space: int) -> TileCut:
@@ -128,51 +133,66 @@ def tile_cut(dtype: torch.dtype, tile: int, space: int) -> TileCut:
 
 
 def product(
-    states: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Norm | None = None, residual: Tensor | None = None
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
-    """Multiply states, perhaps normed before, and add to the residual. As `reference.product`."""
+    """Multiply states, perhaps normed before, scale the product and add it to the residual. As `reference.product`."""
     tokens, (outputs, _) = len(states), weight.shape
     if tokens == 1:
-        return launch_rows(states, weight, bias, norm, residual, row_cut(outputs))
+        return launch_rows(states, weight, bias, norm, (residual, share), row_cut(outputs))
     if norm is not None:
         states = rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
     if tokens > MOST:
         out = functional.linear(states, weight, bias)
+        out = out if share is None else share * out
         return out if residual is None else residual + out
-    return launch_tiles(states, weight, bias, residual, tile_cut(states.dtype, _tile(tokens), room(states)))
+    return launch_tiles(states, weight, bias, (residual, share), tile_cut(states.dtype, tile_of(tokens), room(states)))
 
 
-def _tile(tokens: int) -> int:
+def tile_of(tokens: int) -> int:
     """Tokens of a tile of tensor cores."""
     return max(16, int(triton.next_power_of_2(tokens)))
 
 
 def launch_rows(
-    states: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, residual: Tensor | None, cut: RowCut
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None,
+    more: tuple[Tensor | None, Tensor | None],
+    cut: RowCut,
 ) -> Tensor:
-    """`product` of one token, cut as given."""
+    """`product` of one token, with residual and share as `more`, cut as given."""
+    residual, share = more
     (outputs, inputs), early = weight.shape, starts_early(states)
     assert states.is_contiguous()
     assert weight.is_contiguous()
     out, (first, second) = states.new_empty(len(states), outputs), halves(inputs)
     _row_product[(triton.cdiv(outputs, cut.rows),)](
         states, weight, states if bias is None else bias, states if norm is None else norm.weight,
-        states if residual is None else residual, out, 0.0 if norm is None else norm.eps, outputs, inputs, cut.rows, first, second,
-        biased=bias is not None, normed=norm is not None, wide=norm is not None and norm.wide, added=residual is not None,
-        early=early, num_warps=cut.warps, launch_pdl=early,
+        states if residual is None else residual, states if share is None else share, out, 0.0 if norm is None else norm.eps, outputs,
+        inputs, cut.rows, first, second, biased=bias is not None, normed=norm is not None, wide=norm is not None and norm.wide,
+        added=residual is not None, shared=share is not None, early=early, num_warps=cut.warps, launch_pdl=early,
     )  # fmt: skip
     return out
 
 
-def launch_tiles(states: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, cut: TileCut) -> Tensor:
-    """`product` of at most `MOST` tokens without a norm, cut as given."""
+def launch_tiles(
+    states: Tensor, weight: Tensor, bias: Tensor | None, more: tuple[Tensor | None, Tensor | None], cut: TileCut
+) -> Tensor:
+    """`product` of at most `MOST` tokens without a norm, with residual and share as `more`, cut as given."""
+    residual, share = more
     (outputs, inputs), early = weight.shape, starts_early(states)
     assert states.is_contiguous()
     assert weight.is_contiguous()
     out = states.new_empty(len(states), outputs)
     _tile_product[(triton.cdiv(outputs, cut.block_n),)](
-        states, weight, states if bias is None else bias, states if residual is None else residual, out, len(states), outputs, inputs,
-        _tile(len(states)), cut.block_n, cut.block_k, biased=bias is not None, added=residual is not None, early=early, num_warps=cut.warps,
-        num_stages=cut.stages, launch_pdl=early,
+        states, weight, states if bias is None else bias, states if residual is None else residual, states if share is None else share, out,
+        len(states), outputs, inputs, tile_of(len(states)), cut.block_n, cut.block_k, biased=bias is not None, added=residual is not None,
+        shared=share is not None, early=early, num_warps=cut.warps, num_stages=cut.stages, launch_pdl=early,
     )  # fmt: skip
     return out

@@ -1,7 +1,7 @@
 """What building blocks compute, in plain torch.
 
-`product`, `attend` and `route` each have a twin of the same name and signature in the file of that name. Read these first; they run without
-Triton, and tests compare the twins with them. Rounding is the modules' own: states are of the model's dtype wherever a module hands
+`product`, `gated`, `attend`, `attend_latents` and `route` each have a twin of the same name and signature in the file of that name, or in
+`latents`. Read these first; they run without Triton, and tests compare the twins with them. Rounding is the modules' own: states are of the model's dtype wherever a module hands
 them on. Must not know modules.
 """
 
@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertflow.kernels.blocks.given import Cells, Heads, Norm, Places, Rotary, Router, Seen
+from expertflow.kernels.blocks.given import (
+    Cells,
+    Heads,
+    LatentHeads,
+    Norm,
+    Places,
+    Rotary,
+    Routed,
+    Router,
+    Seen,
+)
 from expertflow.kernels.dense_reference import decode_attention, rms_norm
+from expertflow.kernels.latent import reference as latent_reference
+from expertflow.kernels.mlp import ACTIVATIONS
 from expertflow.kernels.reference import find_slots
 
 LEAST_SUM = 1e-20
@@ -20,23 +32,46 @@ _LOWEST = -3e38
 
 
 def product(
-    states: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Norm | None = None, residual: Tensor | None = None
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
-    """Multiply states, perhaps normed before, and add to the residual.
+    """Multiply states, perhaps normed before, scale the product and add it to the residual.
 
     Args:
-        states: `[T, H]`.
+        states: `[T, H]`, unit columns.
         weight: `[N, H]`.
         bias: `[N]`, or None.
         norm: of the states; None: they are taken as they are.
         residual: `[T, N]`, what the product is added to; None: nothing.
+        share: `[T, 1]`, what the product is multiplied by; None: nothing.
 
     Returns:
         `[T, N]`.
     """
     normed = states if norm is None else rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
     out = functional.linear(normed, weight, bias)
+    out = out if share is None else share * out
     return out if residual is None else residual + out
+
+
+def gated(states: Tensor, weight: Tensor, activation: str, norm: Norm | None = None) -> Tensor:
+    """The first half of a gated feed-forward block: the activation of one product times another.
+
+    Args:
+        states: `[T, H]`.
+        weight: `[2I, H]`, of the one product and then of the other.
+        activation: a key of `ACTIVATIONS`.
+        norm: of the states; None: they are taken as they are.
+
+    Returns:
+        `[T, I]`.
+    """
+    gate, up = product(states, weight, norm=norm).chunk(2, dim=1)
+    return ACTIVATIONS[activation](gate) * up
 
 
 def rotate(joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm] | None, cells: Cells) -> Tensor:
@@ -46,7 +81,7 @@ def rotate(joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm
         joined: `[T, (Q + 2G) D]`, queries, then keys, then values.
         heads: of them.
         rotary: how far each token is turned.
-        norms: of a query's and a key's head, `[D]` each; None: there are none.
+        norms: of a query's and a key's head, `[D]` each, or of all of them together, `[Q D]` and `[G D]`; None: there are none.
         cells: where keys and values go; overwritten there.
 
     Returns:
@@ -56,7 +91,9 @@ def rotate(joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm
     queries, keys, values = parts
     if norms is not None:
         queries, keys = (
-            rms_norm(part, norm.weight, norm.eps, wide=norm.wide)
+            rms_norm(part.reshape(len(part), -1, len(norm.weight)), norm.weight, norm.eps, wide=norm.wide).view(
+                part.shape
+            )
             for part, norm in zip((queries, keys), norms, strict=True)
         )
     cells.keys[cells.pages, :, cells.places] = _turned(keys, rotary)
@@ -86,24 +123,63 @@ def attend(
     )
 
 
+def turn_latents(queries: Tensor, latents: Tensor, heads: LatentHeads, rotary: Rotary, cells: Cells) -> Tensor:
+    """Norm latents, turn the rotary parts of queries and keys, and keep latents and the keys' part.
+
+    Args:
+        queries: `[T, Q (plain + R)]`.
+        latents: `[T, rank + R]`, latents, then what of a key has positions.
+        heads: of them.
+        rotary: how far each token is turned.
+        cells: where latents and the keys' rotary part go; overwritten there.
+
+    Returns:
+        Queries `[T, Q, plain + R]`.
+    """
+    norm = heads.norm
+    plain, asked = queries.reshape(len(queries), heads.queries, -1).split([heads.plain, heads.rope], dim=2)
+    latent, key = latents.split([len(norm.weight), heads.rope], dim=1)
+    cells.keys[cells.pages, :, cells.places] = rms_norm(latent, norm.weight, norm.eps, wide=norm.wide)[:, None]
+    cells.values[cells.pages, :, cells.places] = _turned(key[:, None], rotary)
+    return torch.cat([plain, _turned(asked, rotary)], dim=2)
+
+
+def attend_latents(
+    queries: Tensor, latents: Tensor, heads: LatentHeads, rotary: Rotary, cells: Cells, seen: Seen
+) -> Tensor:
+    """Attention of one token a sequence over latents, from the products of queries and latents on.
+
+    Args:
+        queries: as of `turn_latents`.
+        latents: as of `turn_latents`.
+        heads: as of `turn_latents`.
+        rotary: as of `turn_latents`.
+        cells: as of `turn_latents`.
+        seen: what the tokens attend to; no window and no sinks.
+
+    Returns:
+        `[T, Q, V]`.
+    """
+    asked, where = turn_latents(queries, latents, heads, rotary, cells), (seen.rows, seen.positions)
+    return latent_reference.decode_attention(asked, cells[:2], heads.weight, where, seen.scale, seen.table)
+
+
 def _turned(states: Tensor, rotary: Rotary) -> Tensor:
     """Heads `[T, N, D]`, whose first pairs are turned."""
     half = rotary.half
-    first, second, still = states.split([half, half, states.shape[2] - 2 * half], dim=2)
+    turning, still = states.float().split([2 * half, states.shape[2] - 2 * half], dim=2)
+    first, second = (turning[..., 0::2], turning[..., 1::2]) if rotary.woven else turning.chunk(2, dim=2)
     cos, sin = (table.float()[:, None] for table in (rotary.cos, rotary.sin))
-    turned = torch.cat(
-        [
-            first.float() * cos[..., :half] - second.float() * sin[..., :half],
-            second.float() * cos[..., -half:] + first.float() * sin[..., -half:],
-        ],
-        dim=2,
-    )
-    return torch.cat([turned.to(states.dtype), still], dim=2)
+    pairs = [
+        first * cos[..., :half] - second * sin[..., :half],
+        second * cos[..., -half:] + first * sin[..., -half:],
+    ]
+    together = rotary.woven and not rotary.parted
+    turned = torch.stack(pairs, dim=3).flatten(2) if together else torch.cat(pairs, dim=2)
+    return torch.cat([turned, still], dim=2).to(states.dtype)
 
 
-def route(
-    states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Places | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def route(states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Places | None = None) -> Routed:
     """Norm states and choose their experts.
 
     Args:
@@ -112,19 +188,14 @@ def route(
         router: what chooses.
         counts: int32 `[>= T]` for the twin, 0 between launches; here nothing.
         places: where the experts lie; None: that is decided later.
-
-    Returns:
-        Normed states `[T, H]`, experts int64 `[T, K]` from the best one on, the lower one among equals, their weights `[T, K]`, and
-        their slots int32 `[T, K]`, -1 where there is none, if `places` are known.
     """
     del counts
     normed, rule = rms_norm(states, norm.weight, norm.eps, wide=norm.wide), router.rule
+    weight, bias = router.weight[: router.experts], router.bias
     if rule.wide_logits:
-        logits = functional.linear(
-            normed.float(), router.weight.float(), None if router.bias is None else router.bias.float()
-        )
+        logits = functional.linear(normed.float(), weight.float(), None if bias is None else bias.float())
     else:
-        logits = functional.linear(normed, router.weight, router.bias)
+        logits = functional.linear(normed, weight, bias)
     scores = logits.float()
     if rule.scores == "softmax":
         scores = scores.softmax(dim=1)
@@ -144,4 +215,5 @@ def route(
         weights = weights / (weights.sum(dim=1, keepdim=True) + LEAST_SUM)
     weights = weights * rule.scale
     slots = None if places is None else find_slots(places.slots, index, places.live)
-    return normed, index, weights if rule.wide_weights else weights.to(states.dtype), slots
+    share = functional.linear(normed, router.weight[router.experts :]).sigmoid() if router.gated else None
+    return Routed(normed, index, weights if rule.wide_weights else weights.to(states.dtype), slots, share)

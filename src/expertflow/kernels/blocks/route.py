@@ -1,4 +1,4 @@
-"""A router in one launch: the norm before it, logits, scores, the best experts and their weights.
+"""A router in one launch: the norm before it, logits, scores, the best experts and their weights; and a shared expert's share.
 
 Twin of `reference.route`. Programs of a token compute the logits of some experts each; the last one to end chooses. Must not know modules.
 """
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow.kernels.blocks.given import Norm, Places, Router
+from expertflow.kernels.blocks.given import Norm, Places, Routed, Router
 from expertflow.kernels.blocks.reference import LEAST_SUM
 from expertflow.kernels.blocks.rows import dot_rows, halves, load_rows, load_states, scaled
 from expertflow.kernels.device import starts_early
@@ -115,8 +115,8 @@ def _choose(
 # many parameters: a launch does the work of eight
 @triton.jit(do_not_specialize_on_alignment=["counts", "places", "live"])
 def _route(
-    states, weight, bias, gains, correction, out, logits, index, weights, counts, places, live, slots, placed: tl.constexpr, eps: tl.constexpr, experts: tl.constexpr,
-    k: tl.constexpr, rows: tl.constexpr, first: tl.constexpr, second: tl.constexpr, biased: tl.constexpr, wide: tl.constexpr,
+    states, weight, bias, gains, correction, out, logits, index, weights, counts, places, live, slots, share, placed: tl.constexpr,
+    gated: tl.constexpr, eps: tl.constexpr, experts: tl.constexpr, k: tl.constexpr, rows: tl.constexpr, first: tl.constexpr, second: tl.constexpr, biased: tl.constexpr, wide: tl.constexpr,
     wide_logits: tl.constexpr, padded: tl.constexpr, top_k: tl.constexpr, ranks: tl.constexpr, kind: tl.constexpr,
     corrected: tl.constexpr, groups: tl.constexpr, kept_groups: tl.constexpr, group_top: tl.constexpr, over_chosen: tl.constexpr,
     normalised: tl.constexpr, scale: tl.constexpr, early: tl.constexpr,
@@ -127,8 +127,8 @@ def _route(
     dtype: tl.constexpr = out.dtype.element_ty
     if early:
         gdc_launch_dependents()
-    left = load_rows(weight, outs, experts, k, 0, first)
-    right = load_rows(weight, outs, experts, k, first, second)
+    left = load_rows(weight, outs, experts + gated, k, 0, first)
+    right = load_rows(weight, outs, experts + gated, k, first, second)
     left_gains, right_gains = load_states(gains, k, 0, first), load_states(gains, k, first, second)
     if early:  # a weight was there before the kernel that makes the states began
         gdc_wait()
@@ -140,6 +140,9 @@ def _route(
         tl.store(out + token * k + cell, x.to(dtype), mask=cell < k)
         tl.store(out + token * k + rest, y.to(dtype), mask=rest < k)
     total = dot_rows(left, x) + dot_rows(right, y)
+    if gated:
+        mine = tl.sigmoid(total.to(dtype).to(tl.float32)).to(dtype)
+        tl.store(share + token + outs * 0, mine, mask=outs == experts)
     if biased:
         total += tl.load(bias + outs, mask=outs < experts, other=0.0).to(tl.float32)
     if not wide_logits:
@@ -155,11 +158,9 @@ def _route(
         )  # fmt: skip
 
 
-def route(
-    states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Places | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def route(states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Places | None = None) -> Routed:
     """Norm states and choose their experts. As `reference.route`."""
-    (tokens, inputs), experts, rule = states.shape, len(router.weight), router.rule
+    (tokens, inputs), experts, rule = states.shape, router.experts, router.rule
     early, (first, second) = starts_early(states), halves(inputs)
     assert states.is_contiguous()
     assert router.weight.is_contiguous()
@@ -168,14 +169,15 @@ def route(
     weights = states.new_empty(tokens, rule.top_k, dtype=torch.float32 if rule.wide_weights else states.dtype)
     slots = None if places is None else torch.empty_like(index, dtype=torch.int32)
     known = (index, index, index) if places is None else (*places, slots)
-    _route[(triton.cdiv(experts, ROWS), tokens)](
+    share = states.new_empty(tokens, 1) if router.gated else None
+    _route[(triton.cdiv(len(router.weight), ROWS), tokens)](
         states, router.weight, states if router.bias is None else router.bias, norm.weight,
-        states if router.correction is None else router.correction, normed, logits, index, weights, counts, *known, placed=places is not None, eps=norm.eps,
-        experts=experts, k=inputs, rows=ROWS, first=first, second=second, biased=router.bias is not None, wide=norm.wide,
+        states if router.correction is None else router.correction, normed, logits, index, weights, counts, *known,
+        states if share is None else share, placed=places is not None, gated=router.gated, eps=norm.eps, experts=experts, k=inputs, rows=ROWS, first=first, second=second, biased=router.bias is not None, wide=norm.wide,
         wide_logits=rule.wide_logits, padded=int(triton.next_power_of_2(experts)), top_k=rule.top_k,
         ranks=int(triton.next_power_of_2(rule.top_k)), kind=rule.scores, corrected=router.correction is not None, groups=rule.groups,
         kept_groups=rule.kept_groups, group_top=rule.group_top, over_chosen=rule.over_chosen, normalised=rule.normalised,
         scale=rule.scale, early=early, num_warps=WARPS if inputs <= _NARROW else 2 * WARPS, launch_pdl=early,
         enable_fp_fusion=False,  # scores are computed once for each side of a comparison, and have to be the same number
     )  # fmt: skip
-    return normed, index, weights, slots
+    return Routed(normed, index, weights, slots, share)

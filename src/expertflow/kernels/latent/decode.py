@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.errors import OutOfResources
 
+from expertflow.kernels.device import starts_early
 from expertflow.kernels.latent.reference import spans_of
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -63,32 +65,48 @@ def _span(position, least: tl.constexpr, most: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(position + 1, most), GRAIN) * GRAIN, least)
 
 
-@triton.jit(do_not_specialize=["count"])
-def multiply(
-    left, weight, out, count, left_row, left_head, heads: tl.constexpr, across: tl.constexpr, along: tl.constexpr, features: tl.constexpr,
-    rank: tl.constexpr, first: tl.constexpr, depth: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
+@triton.jit
+def times(
+    mine, inside, matrix, cell, across: tl.constexpr, depth: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, early: tl.constexpr
 ):  # fmt: skip
-    """Vectors of one head, `[B, depth]`, times its part of the weight from row `first` on, to `block` elements of `[B, Q, width]`.
+    """Vectors that begin at `mine`, `[ROWS, depth]`, times columns `cell` of a matrix, where they are `inside`.
 
-    `across` and `along` are the strides of the weight by elements of the vectors and of what is made.
+    The first lines of the matrix are asked for before the kernel that makes the vectors has ended.
     """
-    head = tl.program_id(0)
-    row, cell, some = (
-        tl.program_id(2) * ROWS + tl.arange(0, ROWS),
-        tl.program_id(1) * block + tl.arange(0, block),
-        tl.arange(0, chunk),
-    )
-    inside = (row < count)[:, None]
-    mine = left + row.to(tl.int64)[:, None] * left_row + head * left_head
-    matrix = weight + (head.to(tl.int64) * features + first) * rank + cell[None, :] * along
-    acc = tl.zeros([ROWS, block], tl.float32)
-    for begin in tl.range(0, depth, chunk):
+    some = tl.arange(0, chunk)
+    ahead = tl.load(matrix + some[:, None] * across, mask=(some[:, None] < depth) & (cell[None, :] < width), other=0.0)
+    if early:
+        gdc_wait()
+    vector = tl.load(mine + some[None, :], mask=inside & (some[None, :] < depth), other=0.0)
+    acc = product(vector, ahead, tl.zeros([ROWS, cell.shape[0]], tl.float32))
+    for begin in tl.range(chunk, depth, chunk):
         lane = begin + some
         vector = tl.load(mine + lane[None, :], mask=inside & (lane[None, :] < depth), other=0.0)
         part = tl.load(
             matrix + lane[:, None] * across, mask=(lane[:, None] < depth) & (cell[None, :] < width), other=0.0
         )
         acc = product(vector, part, acc)
+    return acc
+
+
+@triton.jit(do_not_specialize=["count"])
+def multiply(
+    left, weight, out, count, left_row, left_head, heads: tl.constexpr, across: tl.constexpr, along: tl.constexpr, features: tl.constexpr,
+    rank: tl.constexpr, first: tl.constexpr, depth: tl.constexpr, width: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
+    early: tl.constexpr,
+):  # fmt: skip
+    """Vectors of one head, `[B, depth]`, times its part of the weight from row `first` on, to `block` elements of `[B, Q, width]`.
+
+    `across` and `along` are the strides of the weight by elements of the vectors and of what is made.
+    """
+    if early:
+        gdc_launch_dependents()
+    head = tl.program_id(0)
+    row, cell = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * block + tl.arange(0, block)
+    inside = (row < count)[:, None]
+    mine = left + row.to(tl.int64)[:, None] * left_row + head * left_head
+    matrix = weight + (head.to(tl.int64) * features + first) * rank + cell[None, :] * along
+    acc = times(mine, inside, matrix, cell, across, depth, width, chunk, early)
     place = out + (row.to(tl.int64)[:, None] * heads + head) * width + cell[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=inside & (cell[None, :] < width))
 
@@ -121,8 +139,12 @@ def attend(
     asked, query, latents, ropes, rows, positions, table, part, sums, splits, query_row, query_head, latent_page, rope_page, table_stride,
     heads: tl.constexpr, plain: tl.constexpr, page: tl.constexpr, scale: tl.constexpr, rank: tl.constexpr, padded: tl.constexpr,
     rope: tl.constexpr, rope_padded: tl.constexpr, least: tl.constexpr, spans: tl.constexpr, block_h: tl.constexpr, block_n: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one sequence over one span of columns: maximum, sum and weighted latents."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     blocks: tl.constexpr = (heads + block_h - 1) // block_h
     sequence, split = tl.program_id(0) // blocks, tl.program_id(1)
     lane = tl.program_id(0) % blocks * block_h + tl.arange(0, block_h)
@@ -167,8 +189,12 @@ def attend(
 @triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions"])
 def join(
     part, sums, positions, out, splits, heads: tl.constexpr, rank: tl.constexpr, least: tl.constexpr, spans: tl.constexpr, block: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """Add the spans of one sequence and head by their weights, in their order: `block` elements."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     position = tl.load(positions + sequence).to(tl.int32)
     count = position // _span(position, least, spans) + 1
@@ -211,6 +237,11 @@ def padded_to(width: int) -> int:
     return max(_NARROWEST, int(triton.next_power_of_2(width)))
 
 
+def chunk_of(depth: int) -> int:
+    """Elements of heads' vectors that `times` takes in at once."""
+    return min(_DEPTH, padded_to(depth))
+
+
 def block_of(heads: int, width: int) -> int:
     """Elements of a head's vector that a program makes: few, where there are few heads. Depends on the model alone."""
     block = min(_WIDEST, padded_to(width))
@@ -245,21 +276,54 @@ def decode_attention(
     Returns:
         `[B, Q, V]`.
     """
-    (rows, heads, asked_width), rank, features = query.shape, weight.shape[1], weight.shape[0] // query.shape[1]
-    assert query.stride(2) == table.stride(1) == 1
-    assert all(one.is_contiguous() for one in (*kept, weight))
-    cut, (least, most) = cut or _tiling_on(query, heads), spans or spans_of(heads)
-    plain, sizes = asked_width - kept[1].shape[3], {"heads": heads, "rank": rank}
-    splits = min(most, triton.cdiv(table.shape[1] * kept[0].shape[2], least))
-    asked, out = query.new_empty(rows, heads, rank), query.new_empty(rows, heads, features - plain)
-    part = query.new_empty(rows, splits, heads, rank)
-    sums = query.new_empty(rows, splits, heads, dtype=torch.float32)
+    (rows, heads, asked_width), rank = query.shape, weight.shape[1]
+    assert query.stride(2) == 1
+    plain, asked = asked_width - kept[1].shape[3], query.new_empty(rows, heads, rank)
     _multiply(query, weight, asked, (0, plain), (rank, 1))
-    spread = {**sizes, "least": least, "spans": most}
-    _attend((asked, query, *kept, *where, table, part, sums), cut, {**spread, "plain": plain, "scale": scale})
+    return over_latents((asked, query), plain, kept, weight, where, scale, table, cut=cut, spans=spans)
+
+
+def over_latents(
+    queries: tuple[Tensor, Tensor],
+    plain: int,
+    kept: tuple[Tensor, Tensor],
+    weight: Tensor,
+    where: tuple[Tensor, Tensor],
+    scale: float,
+    table: Tensor,
+    *,
+    cut: Tiling | None = None,
+    spans: tuple[int, int] | None = None,
+) -> Tensor:
+    """What follows in `decode_attention` once queries were brought to the latents.
+
+    Args:
+        queries: that, `[B, Q, rank]`, which is overwritten; and queries whose last elements are the rotary part.
+        plain: elements of a head that are made of latents for its keys.
+        kept: as of `decode_attention`, and so are all others.
+        weight: likewise.
+        where: likewise.
+        scale: likewise.
+        table: likewise.
+        cut: likewise.
+        spans: likewise.
+    """
+    (asked, query), (rows, heads, rank), features = queries, queries[0].shape, len(weight) // queries[0].shape[1]
+    assert table.stride(1) == 1
+    assert all(one.is_contiguous() for one in (asked, *kept, weight))
+    cut, (least, most) = cut or _tiling_on(query, heads), spans or spans_of(heads)
+    splits, out = (
+        min(most, triton.cdiv(table.shape[1] * kept[0].shape[2], least)),
+        query.new_empty(rows, heads, features - plain),
+    )
+    part = query.new_empty(rows, splits, heads, rank)
+    sums, early = query.new_empty(rows, splits, heads, dtype=torch.float32), starts_early(query)
+    spread = {"heads": heads, "rank": rank, "least": least, "spans": most}
+    before = query.shape[2] - kept[1].shape[3]
+    _attend((asked, query, *kept, *where, table, part, sums), cut, {**spread, "plain": before, "scale": scale})
     block = block_of(heads, rank)
     join[rows * heads, triton.cdiv(rank, block)](
-        part, sums, where[1], asked, splits, **spread, block=block, num_warps=4
+        part, sums, where[1], asked, splits, **spread, block=block, early=early, num_warps=4, launch_pdl=early
     )
     _multiply(asked, weight, out, (plain, rank), (1, rank))
     return out
@@ -268,9 +332,11 @@ def decode_attention(
 def _multiply(left: Tensor, weight: Tensor, out: Tensor, part: tuple[int, int], strides: tuple[int, int]) -> None:
     """Launch `multiply`: from which row of a head's weight on, how many elements of `left`, and the weight's strides."""
     (rows, heads, width), rank, block = out.shape, weight.shape[1], block_of(out.shape[1], out.shape[2])
+    early = starts_early(left)
     multiply[heads, triton.cdiv(width, block), triton.cdiv(rows, ROWS.value)](
         left, weight, out, rows, *left.stride()[:2], heads=heads, across=strides[0], along=strides[1], features=weight.shape[0] // heads,
-        rank=rank, first=part[0], depth=part[1], width=width, chunk=min(_DEPTH, padded_to(part[1])), block=block, num_warps=4, num_stages=3,
+        rank=rank, first=part[0], depth=part[1], width=width, chunk=chunk_of(part[1]), block=block, early=early, num_warps=4, num_stages=3,
+        launch_pdl=early,
     )  # fmt: skip
 
 
@@ -279,12 +345,12 @@ def _attend(given: tuple[Tensor, ...], cut: Tiling, options: dict[str, Any]) -> 
     _, query, latents, ropes, _, _, table, part, _ = given
     (rows, splits, heads, rank), page, rope, stages = part.shape, latents.shape[2], ropes.shape[3], cut.stages
     assert page % GRAIN.value == GRAIN.value % cut.block_n == 0
-    strides = *query.stride()[:2], latents.stride(0), ropes.stride(0), table.stride(0)
+    strides, early = (*query.stride()[:2], latents.stride(0), ropes.stride(0), table.stride(0)), starts_early(query)
     while True:
         try:
             attend[rows * triton.cdiv(heads, cut.block_h), splits](
                 *given, splits, *strides, **options, page=page, padded=padded_to(rank), rope=rope, rope_padded=padded_to(rope), block_h=cut.block_h,
-                block_n=cut.block_n, num_warps=cut.warps, num_stages=stages,
+                block_n=cut.block_n, early=early, num_warps=cut.warps, num_stages=stages, launch_pdl=early,
             )  # fmt: skip
         except OutOfResources:
             if stages == 1:

@@ -1,0 +1,188 @@
+"""Which attention block a module matches: its own forward runs beside the blocks' compositions, on random numbers.
+
+Attention itself is replaced by a function of everything it gets, and what is kept of a token is compared as well. Must not know loaded
+models and layers.
+"""
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AttentionInterface
+
+from expertflow.execution.blocks.draws import FAILS, agree, drawn, norm_rounding, plain
+from expertflow.execution.blocks.forms import (
+    AttentionBlock,
+    AttentionTensors,
+    LatentBlock,
+    LatentTensors,
+    attention,
+    over_latents,
+)
+from expertflow.execution.blocks.tensors import Tensors, attention_tensors, latent_tensors, rotary_of
+from expertflow.kernels.backend import backend
+from expertflow.kernels.blocks.given import Cells, Heads, LatentHeads
+from expertflow.kernels.blocks.reference import rotate, turn_latents
+from expertflow.models.attention import AttentionForm, attention_form
+from expertflow.models.experts import Uncopied
+
+TRIED = "expertflow-tried"
+"""The attention implementation that modules get while they are tried."""
+_FEW = 3
+"""Tokens that attention is tried with: each costs as many products as the module has weights."""
+_CPU = torch.device("cpu")
+_ORDERS = ((True, False), (True, True), (False, False))
+"""How pairs may lie before they are turned and afterwards: see `Rotary`."""
+_TABLES = ((True, False), (False, True), (False, False))
+"""How angles may come: as complex numbers; or each of them twice."""
+
+
+def attention_block(module: Any, states: Tensor) -> AttentionBlock | LatentBlock | None:
+    """The block that an attention module matches.
+
+    Args:
+        module: without weights.
+        states: `[T, 1, H]`, of which a few are used.
+    """
+    form, few = attention_form(module), states[:_FEW]
+    if form is AttentionForm.LATENT:
+        return _latent(module, few)
+    return _heads(module, few) if form in (AttentionForm.HEADS, AttentionForm.WIDE) else None
+
+
+def _heads(module: Any, states: Tensor) -> AttentionBlock | None:
+    """The block of attention over heads."""
+    tensors = drawn(module)
+    normed = "q_norm.weight" in tensors
+    wide = normed and norm_rounding(module.q_norm)
+    if wide is None:
+        return None
+    block = AttentionBlock(doubled=True, normed=normed, wide=wide)
+    if (given := attention_tensors(module, block, tensors)) is None:
+        return None
+    turned = module.head_dim, module.head_dim // 2, module.head_dim // 4
+    for woven, width, doubled in product((False, True), turned, (True, False)):
+        block = replace(block, doubled=doubled, woven=woven)
+        if _attends(module, block, tensors, given, _angles(width, block), states):
+            return block
+    return None
+
+
+def _latent(module: Any, states: Tensor) -> LatentBlock | None:
+    """The block of attention over latents."""
+    norms = [getattr(module, name, None) for name in ("kv_a_layernorm", "q_a_layernorm")]
+    roundings, tensors = {norm_rounding(norm) for norm in norms if norm is not None}, drawn(module)
+    if len(roundings) != 1 or (wide := roundings.pop()) is None:
+        return None
+    block = LatentBlock(wide=wide)
+    if (given := latent_tensors(module, block, tensors)) is None:
+        return None
+    for (paired, doubled), (woven, parted) in product(_TABLES, _ORDERS):
+        block = replace(block, paired=paired, doubled=doubled, woven=woven, parted=parted)
+        if _attends(module, block, tensors, given, _angles(given.heads.rope, block), states):
+            return block
+    return None
+
+
+def _attends(
+    module: Any,
+    block: AttentionBlock | LatentBlock,
+    tensors: Tensors,
+    given: AttentionTensors | LatentTensors,
+    angles: Any,
+    states: Tensor,
+) -> bool:
+    """Whether the attention does as its block, and keeps the same."""
+    cells, rotary, kernels = _cells(given.heads), rotary_of(block, angles), backend(_CPU)
+    if isinstance(given, LatentTensors):
+        heads = given.heads
+
+        def read(queries: Tensor, latents: Tensor) -> Tensor:
+            asked = turn_latents(queries, latents, heads, rotary, cells)
+            made = (cells.keys @ heads.weight.T).view(len(asked), heads.queries, 1, -1)
+            plainly, values = made.split([heads.plain, made.shape[3] - heads.plain], dim=3)
+            keys = torch.cat([plainly, cells.values.expand(*plainly.shape[:3], -1)], dim=3)
+            return _mix(module, asked[:, :, None], keys, values, None, module.scaling)[0][:, 0]
+
+        mine = over_latents(kernels, given, states[:, 0], read)
+    else:
+        tensors_of_heads = given
+
+        def attend(joined: Tensor) -> Tensor:
+            queries = rotate(joined, tensors_of_heads.heads, rotary, tensors_of_heads.norms, cells)
+            return _mix(module, queries[:, :, None], *cells[:2], None, module.scaling)[0][:, 0]
+
+        mine = attention(kernels, given, states[:, 0], attend)
+    own, kept = module.config, _Kept()
+    more = {"position_embeddings": angles, "attention_mask": None, "past_key_values": kept}
+    module.config = _Config(own)
+    try:
+        theirs = plain(functional_call(module, tensors, (), {"hidden_states": states, **more}))
+    except FAILS:
+        return False
+    finally:
+        module.config = own
+    return agree(mine[:, None], theirs) and all(map(agree, cells[:2], kept.given))
+
+
+def _cells(heads: Heads | LatentHeads) -> Cells:
+    """A page of one place for each token."""
+    place = torch.arange(_FEW)
+    keys, values = (torch.zeros(_FEW, count, 1, width) for count, width in heads.kept)
+    return Cells(keys, values, place, torch.zeros_like(place))
+
+
+def _angles(turned: int, block: AttentionBlock | LatentBlock) -> Any:
+    """Random angles for `turned` elements of a head, as layers are given them."""
+    angles = 6 * torch.rand(_FEW, 1, turned // 2, generator=torch.Generator().manual_seed(2))
+    if isinstance(block, LatentBlock) and block.paired:
+        return torch.polar(torch.ones_like(angles), angles)
+    angles = torch.cat([angles, angles], dim=2) if block.doubled else angles
+    return angles.cos(), angles.sin()
+
+
+class _Kept:
+    """A cache that keeps what a module gives it."""
+
+    def __init__(self) -> None:
+        """Nothing is kept yet."""
+        self.given = torch.zeros(0), torch.zeros(0)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keep a pass's keys and values, and hand them back."""
+        self.given = keys, values
+        return keys, values
+
+
+class _Config(Uncopied):
+    """An attention module's config, which names the implementation under which it is tried."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+        self._attn_implementation = TRIED
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+def _mix(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **more: Any
+) -> tuple[Tensor, None]:
+    """In place of attention: something that depends on every number of queries, keys, values, and on the scale."""
+    del module, attention_mask
+    if any(more.get(name) is not None for name in ("position_bias", "softcap")):
+        raise NotImplementedError
+    if query.shape[3] != value.shape[3]:
+        folds = torch.randn(query.shape[3], value.shape[3], generator=torch.Generator().manual_seed(4))
+        query, key = query @ folds, key @ folds
+    groups = query.shape[1] // key.shape[1]
+    mixed = (
+        torch.tanh(query * scaling * 8) + key.repeat_interleave(groups, 1) - 0.5 * value.repeat_interleave(groups, 1)
+    )
+    return mixed.transpose(1, 2), None
+
+
+AttentionInterface.register(TRIED, _mix)
