@@ -76,13 +76,13 @@ class Server:
 
     Attributes:
         stopping: whether a signal was sent, and it does not serve again yet.
-        hurried: whether a second one was.
+        hurried: processes that got a second one.
     """
 
     def __init__(self, slots: str, log: IO[str]) -> None:
         """Start it."""
         self.slots, self.log, self.port, self.exits = slots, log, 0, list[int]()
-        self.stopping = self.hurried = False
+        self.stopping, self.hurried = False, set[int]()
         self.start()
 
     def start(self) -> None:
@@ -112,12 +112,13 @@ class Server:
             await asyncio.sleep(0.1)
         found = re.search(r"http://127.0.0.1:(\d+)", self.written())
         assert found is not None
-        self.port, self.stopping, self.hurried = int(found[1]), False, False
+        self.port, self.stopping = int(found[1]), False
         return found[0]
 
     async def stop(self, *, twice: bool = False) -> None:
         """Send SIGTERM, or two of them, and wait for the end."""
-        self.stopping, self.hurried = True, twice
+        self.stopping = True
+        self.hurried |= {self.process.pid} if twice else set()
         self.process.send_signal(signal.SIGTERM)
         if twice:
             await asyncio.sleep(0.3)
@@ -226,7 +227,7 @@ class Client:
         return await self._read(0.0, self.random.randint(1, 15))
 
     async def _read(self, pause: float, most: int | None) -> str:
-        route = self.random.choice(ROUTES)
+        route, number = self.random.choice(ROUTES), self.server.process.pid
         async with self.http.stream("POST", route, json=self.body(route, stream=True)) as answer:
             if answer.status_code != 200:
                 await answer.aread()
@@ -237,14 +238,14 @@ class Client:
                 if most is not None and len(lines) >= most:
                     return "left"
                 await asyncio.sleep(pause)
-        return self.ended(route, lines)
+        return self.ended(route, lines, number)
 
-    def ended(self, route: str, lines: list[str]) -> str:
-        """Whether a stream ended as those of its route do: whole, or where a second signal came with an error in its shape."""
+    def ended(self, route: str, lines: list[str], number: int) -> str:
+        """Whether a stream of a process ended as those of its route do: whole, or by an error in its shape if it got a second signal."""
         frames = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         failed = [frame for frame in frames if "error" in frame.get("type", "") or "error" in frame]
         if failed:
-            right = self.server.hurried and (route == ANSWER or self.shaped(route, failed[0]))
+            right = number in self.server.hurried and (route == ANSWER or self.shaped(route, failed[0]))
             return "ended by a second signal" if right else f"WRONG frame {failed[0]}"
         last = lines[-1] if route in {CHAT, COMPLETION} else frames[-1]["type"]
         return (
@@ -276,7 +277,7 @@ class Client:
         """A stream of much text that is not read for seconds, by a client with little room; read to its end or left."""
         body = {"messages": [{"role": "user", "content": "It was"}], "max_tokens": 100, "n": 2, "ignore_eos": True}
         body |= {"logprobs": True, "top_logprobs": 20, "stream": True}
-        content, stays = json.dumps(body).encode(), self.random.random() < 0.5
+        content, stays, number = json.dumps(body).encode(), self.random.random() < 0.5, self.server.process.pid
         reader, writer = await self._open(CHAT, content, len(content), room=4096)
         try:
             await asyncio.sleep(self.random.randint(2, 8))
@@ -290,7 +291,7 @@ class Client:
         if status != "200":
             return status if status == "503" and b'"code":' in last else f"WRONG {status} {last[-80:]!r}"
         lines = [line for line in last.decode(errors="replace").splitlines() if line.startswith("data: ")][-2:]
-        return self.ended(CHAT, lines)
+        return self.ended(CHAT, lines, number)
 
     async def _open(
         self, route: str, content: bytes, length: int, room: int = 2**16
