@@ -51,8 +51,8 @@ newest:  ## every family with the newest transformers of today's index; by hand
 	$(TODAY)/bin/python $(SMOKE)
 
 resolve: | $(BIN)/python  ## resolve all pins against today's index, downloads half a gigabyte; by hand
-	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints.txt '.[dev,serve]'
-	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints-newest.txt '.[dev,serve]'
+	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints.txt '.[dev,serve,scale]'
+	$(BIN)/python -m pip install --dry-run --ignore-installed --constraint constraints-newest.txt '.[dev,serve,scale]'
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

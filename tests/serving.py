@@ -109,12 +109,14 @@ class Leaving:
         app: the server.
         path: of the route.
         body: of the request.
+        method: of it.
+        more: whether something is missing of the body.
     """
 
-    def __init__(self, app: Any, path: str, body: Any, method: str = "POST") -> None:
+    def __init__(self, app: Any, path: str, body: Any, method: str = "POST", *, more: bool = False) -> None:
         self.sent: list[dict[str, Any]] = []
         self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._messages.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
+        self._messages.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": more})
         scope = {
             "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": method,
             "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",

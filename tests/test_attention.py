@@ -121,14 +121,14 @@ COHORTS = {
               "head_dim": 16, "sliding_window": WINDOW, "num_dense_layers": 1, "global_attn_every_n_layers": 2},
     "flex_olmo": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32, "sliding_window": WINDOW},
 }  # fmt: skip
-_BASE = dict(FAMILIES["olmoe"].tiny)
+LIKE_OLMOE = dict(FAMILIES["olmoe"].tiny)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *RECURRENT, *COHORTS])
 def test_the_size_of_a_pass_changes_no_token(family: str, make_checkpoint: MakeCheckpoint) -> None:
     """Prompts of several lengths, read in passes of three sizes, get the stock tokens: what a layer keeps is carried."""
     folder = make_checkpoint(
-        family, spread=0.3, **({} if family in FAMILIES else {**_BASE, **(RECURRENT | COHORTS)[family]})
+        family, spread=0.3, **({} if family in FAMILIES else {**LIKE_OLMOE, **(RECURRENT | COHORTS)[family]})
     )
     prompts = [[3 + (7 * i * j + i) % 90 for j in range(3 + 7 * i)] for i in range(1, 4)]
     stock = load_resident(folder)

@@ -13,6 +13,7 @@ from expertflow.serve.app import make_app
 from expertflow.serve.guard import Rules
 from expertflow.serve.live import snapshots
 from expertflow.serve.worker import Bounds
+from helpers import GUARD
 from serving import NAMES, Leaving, frames, until
 
 if TYPE_CHECKING:
@@ -384,6 +385,19 @@ def test_a_client_that_leaves_frees_the_engine(
 
     asyncio.run(main())
     assert served.run(lambda client: client.completions.create(model=NAMES[0], prompt="x", max_tokens=1)).usage
+
+
+def test_half_a_body_is_no_fault_of_the_server(served: "Served", caplog: pytest.LogCaptureFixture) -> None:
+    """A client that leaves while it sends says nothing worth a line of the log."""
+
+    async def main() -> None:
+        client = Leaving(served.app, "/v1/completions", {"prompt": "x"}, more=True)
+        client.leave()
+        await asyncio.wait_for(client.task, GUARD)
+        assert [message["status"] for message in client.sent if "status" in message] == [499]
+
+    asyncio.run(main())
+    assert caplog.text == ""
 
 
 def test_too_many_waiting_requests_are_refused(served: "Served", monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,21 @@
 
 import asyncio
 import json
+import random
+import re
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from expertflow.serve.grammar import Task
+from expertflow.serve.grammar import Grammars, Task
+from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.forms import Form
-from expertflow.serve.reading import MARKS, shaper_of
+from expertflow.serve.protocol.tools import Function, tools_of
+from expertflow.serve.reading import MARKS, TEMPLATES, AnswerReader, marks_of, shaper_of
 from expertflow.serve.worker import Loading
 from test_serve_agents import TEMPLATE
 
@@ -46,6 +51,38 @@ WILD = {"temperature": 5, "seed": 0, "n": 3, "max_tokens": 120}
 def fits(found: Any) -> bool:
     """Whether something is of `SCHEMA`, by its meaning."""
     return set(found) == {"a", "b"} and type(found["a"]) is int and 0 <= found["a"] <= 99 and found["b"] in {"x", "yes"}
+
+
+SEVERAL = {
+    "name": "all.of-it",
+    "strict": True,
+    "parameters": {
+        "type": "object", "required": ["city", "count", "place", "code"], "additionalProperties": False,
+        "$defs": {"place": {"type": "object", "required": ["x"], "additionalProperties": False, "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 9}}}},
+        "properties": {
+            "city": {"type": "string", "minLength": 2, "maxLength": 6},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            "way": {"enum": ["on foot", "12"]},
+            "maybe": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+            "place": {"$ref": "#/$defs/place"},
+            "code": {"type": "string", "pattern": "^[A-Z]{2}/[0-9]$"},
+        },
+    },
+}  # fmt: skip
+"""Arguments of every kind; all answers are bounded."""
+
+
+def fits_several(found: dict[str, Any]) -> bool:
+    """Whether arguments are of `SEVERAL`, by its meaning."""
+    return (
+        {"city", "count", "place", "code"} <= set(found) <= set(SEVERAL["parameters"]["properties"])
+        and isinstance(found["city"], str) and 2 <= len(found["city"]) <= 6
+        and type(found["count"]) is int and 0 <= found["count"] <= 99
+        and found.get("way", "12") in ("on foot", "12")
+        and found.get("maybe") in (True, False, None)
+        and set(found["place"]) == {"x"} and found["place"]["x"] in range(10)
+        and re.fullmatch(r"[A-Z]{2}/[0-9]", found["code"]) is not None
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -138,6 +175,102 @@ def test_a_demanded_call_is_one_of_an_offered_tool(
         assert call["function"]["name"] in names
         arguments = json.loads(call["function"]["arguments"])
         assert arguments == {"at": "x"} if call["function"]["name"] == "look" else fits(arguments)
+
+
+FAMILIES = ["glm4_moe", "glm4_moe, tight", "minimax_m2"]
+"""Those whose calls have arguments one by one."""
+MARKED = [
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
+]
+
+
+def chat_of(family: str) -> str:
+    """A template that shows by its text how the family writes calls."""
+    return TEMPLATE + f"{{# </arg_key>{'' if family.endswith('tight') else chr(10)}<arg_value> #}}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_demanded_call_may_be_of_keys_and_values(
+    family: str, agent: Loading, served: "Served", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a model writes arguments one by one: texts as they are, all else as JSON."""
+    monkeypatch.setattr(served.llm.tokenizer, "chat_template", chat_of(family))
+    monkeypatch.setattr(served.llm.model.config, "model_type", family.partition(",")[0])
+    monkeypatch.setattr(agent, "shaper", shaper_of(served.llm))
+    tools = [*TOOLS, {"type": "function", "function": SEVERAL}]
+    body = {"messages": [USER], "tools": tools, "tool_choice": "required", **WILD, "n": 6, "max_tokens": 700}
+    body |= {"parallel_tool_calls": False}
+    called = set()
+    for one in served.send("/v1/chat/completions", body).json()["choices"]:
+        (call,) = one["message"]["tool_calls"]
+        assert (one["finish_reason"], one["message"]["content"]) == ("tool_calls", None)
+        called.add(call["function"]["name"])
+        check = {"look": lambda found: found == {"at": "x"}, "add": fits, "all.of-it": fits_several}
+        assert check[call["function"]["name"]](json.loads(call["function"]["arguments"])), call
+    assert len(called) > 1
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_grammar_lets_be_written_is_read_so(family: str, special: bool, served: "Served") -> None:
+    """Random walks through it, with marks that are tokens of their own and without: calls with arguments of their schemas."""
+    tokenizer = deepcopy(served.llm.tokenizer)
+    tokenizer.add_tokens(MARKED if special else [])
+    kind, draw, names = family.partition(",")[0], random.Random(0), set[str]()
+    marks = marks_of(kind, chat_of(family))
+    functions = tools_of({"tools": [{"type": "function", "function": SEVERAL}], "tool_choice": "required"}).functions
+    grammar = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id]).compile(
+        Task("x", None, functions, False, marks, "<think></think>")
+    )
+    for _ in range(12):
+        mask, tokens = grammar.mask(), list[int]()
+        while tokens[-1:] != [tokenizer.eos_token_id]:
+            row = np.zeros(-(-len(tokenizer) // 32), np.int32)
+            mask.fill(row)
+            allowed = [token for token in range(len(tokenizer)) if row[token // 32] >> token % 32 & 1]
+            tokens.append(draw.choice(allowed))
+            mask.accept(tokens[-1])
+        text = tokenizer.decode(tokens[:-1])
+        reader = AnswerReader(dict(TEMPLATES[kind]), "", [{"function": SEVERAL}])
+        calls = [part.call for part in (*reader.feed(text), *reader.finish())]
+        assert calls
+        for call in calls:
+            assert call is not None, text
+            found = json.loads(call.arguments)
+            assert fits_several(found), text
+            names |= set(found)
+    assert names == set(SEVERAL["parameters"]["properties"])
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"properties": {"a": {"type": "string", "format": "date"}}}, "format"),
+        ({"properties": {"a": {"type": "string"}}, "minProperties": 1}, "minProperties"),
+        ({"properties": {'a"': {"type": "string"}}}, "name"),
+        ({"properties": {"a": {"enum": ["x</parameter>"]}}}, "mark"),
+        ({"properties": {"a": {"type": "string", "pattern": "a^b"}}}, "anchors"),
+        ({"properties": {"a": {"type": "string", "pattern": "("}}}, "pattern"),
+        ({"properties": {"a": {"type": "string", "minLength": 4, "maxLength": 3}}}, "cannot be kept"),
+        ({"properties": []}, "object"),
+    ],
+)
+def test_an_argument_that_cannot_be_kept_is_named(schema: Any, named: str, served: "Served") -> None:
+    """In a strict function, before anything is generated; one that is not strict goes without the keyword."""
+    function = Function("f", {"type": "object", "required": ["a"], **schema}, True, "tools[0].function.parameters")
+    grammars = Grammars(served.llm.tokenizer, len(served.llm.tokenizer), [0])
+    with pytest.raises(ApiError, match=named) as found:
+        grammars.compile(Task("x", None, [function], True, MARKS["minimax_m2"], ""))
+    assert (found.value.status, found.value.param) == (400, function.param)
+    if named in {"format", "minProperties"}:
+        assert grammars.compile(Task("x", None, [function._replace(strict=False)], True, MARKS["minimax_m2"], ""))
 
 
 def test_an_answer_of_a_form_may_call_tools_too(agent: Loading, served: "Served") -> None:

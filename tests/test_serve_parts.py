@@ -123,6 +123,30 @@ def test_transformers_takes_qwen_apart_likewise(case: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(("family", "form"), [
+    (GLM, "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>%s</arg_value>\n</tool_call>"),
+    (MINI, '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">%s</parameter>\n</invoke>\n</minimax:tool_call>'),
+])  # fmt: skip
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "12", "12"), ({"type": "string"}, " x\n", " x\n"), ({"enum": ["true", "x"]}, "true", "true"),
+        ({"type": "integer"}, "12", 12), ({"type": ["string", "null"]}, "null", None), ({"type": ["string", "null"]}, '"12"', "12"),
+        ({"type": "array"}, '["12", 3]', ["12", 3]), ({}, "12", 12), ({}, "a b", "a b"), (None, '{"x": 1}', {"x": 1}),
+    ],
+)  # fmt: skip
+def test_arguments_that_are_written_one_by_one(family: str, form: str, schema: Any, text: str, value: Any) -> None:
+    """A text stays as it is written where the schema wants a text, even if it looks like a number; all else is JSON where it can be."""
+    properties = {} if schema is None else {"a": schema}
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}
+    ]
+    reader = AnswerReader(dict(TEMPLATES[family]), "", tools)
+    (part,) = [*reader.feed(form % text), *reader.finish()]
+    assert part.call is not None
+    assert json.loads(part.call.arguments) == {"a": value}
+
+
 def test_one_call_at_a_time() -> None:
     """The first one, where the client asked for that."""
     answer = read(QWEN, "", [CASES["calls"][2]], 1)

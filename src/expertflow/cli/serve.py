@@ -6,10 +6,11 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
+from starlette.types import ASGIApp
 
 from expertflow.errors import ConfigError
 from expertflow.outside import read_bytes
@@ -23,18 +24,37 @@ from expertflow.serve.worker import Bounds, Loading, Worker
 from expertflow.units import format_bytes
 
 _SHIPPED = "novella"
-_SWITCH_SECONDS = 5e-4
+SWITCH_SECONDS = 5e-4
 """How long the thread that writes answers may keep the engine's waiting: Python's own 5 ms are longer than a step on a GPU."""
 KEY_VARIABLE = "EXPERTFLOW_API_KEY"
 """Variable of the environment that holds a key."""
 
 
-def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -> None:
-    """Listen, load, serve until a signal comes."""
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    console = Console(stderr=True)
-    options = ServeConfig.from_mapping(server)
+class Assembled(NamedTuple):
+    """A server that does not run yet.
+
+    Attributes:
+        app: answers; its worker starts with it, or is started before.
+        worker: loads the model and owns the engine.
+        names: under which the model is served.
+    """
+
+    app: ASGIApp
+    worker: Worker
+    names: Names
+
+
+def assemble(model: str | None, engine: dict[str, Any], options: ServeConfig) -> Assembled:
+    """The server of a model.
+
+    Args:
+        model: checkpoint folder, GGUF file or Hugging Face id; None: the shipped model.
+        engine: fields of `EngineConfig`.
+        options: of the server.
+
+    Raises:
+        ConfigError: if a file of keys cannot be read.
+    """
     if options.length is not None:
         engine = {**engine, "max_length": options.length}
     names = Names(served=options.served_model_name or [default_name(model)], anything=options.any_model)
@@ -45,6 +65,16 @@ def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -
         Bounds(options.max_waiting, options.max_waiting_tokens),
         metrics,
     )
+    return Assembled(make_app(Service(worker, names, metrics), rules), worker, names)
+
+
+def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -> None:
+    """Listen, load, serve until a signal comes."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    console = Console(stderr=True)
+    options = ServeConfig.from_mapping(server)
+    app, worker, names = assemble(model, engine, options)
     bound = listen(options.host, options.port)
     host = f"[{options.host}]" if ":" in options.host else options.host
     where = f"http://{host}:{bound.getsockname()[1]}"
@@ -58,7 +88,7 @@ def main(*, model: str | None, engine: dict[str, Any], server: dict[str, Any]) -
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 
-    run(make_app(Service(worker, names, metrics), rules), worker, bound, options.grace, ready)
+    run(app, worker, bound, options.grace, ready)
     if worker.alive:  # a model is still being loaded: nothing can be lost, and nothing ends it but the process's end
         sys.stdout.flush()
         sys.stderr.flush()

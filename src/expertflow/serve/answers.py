@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 15.0
 """Silence after which a stream gets a comment, so that no proxy and no client gives it up."""
-_CLIENT_GONE = 499
 _STREAM_HEADERS = {
     "cache-control": "no-store",
     "x-accel-buffering": "no",
@@ -145,6 +144,7 @@ async def answer(request: Request, worker: Worker, call: Call) -> Response:
 
     Raises:
         ApiError: if it is refused, or failed before its first byte was sent.
+        GoneError: if the client left before the whole was there.
     """
     outbox = worker.submit(call.requests)
     if call.stream:
@@ -156,8 +156,6 @@ async def answer(request: Request, worker: Worker, call: Call) -> Response:
 
     try:
         await beside_client(request.receive, take_frames(outbox, call.writer, nothing))
-    except GoneError:
-        return Response(status_code=_CLIENT_GONE)
     finally:
         worker.cancel(outbox)
     took = {"x-processing-ms": f"{(time.perf_counter() - began) * 1e3:.0f}"}

@@ -8,12 +8,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from expertflow import __version__
-from expertflow.serve.answers import Json, answer, as_api_error, refusal
+from expertflow.serve.answers import GoneError, Json, answer, as_api_error, refusal
 from expertflow.serve.guard import Guard, Rules
 from expertflow.serve.live.routes import add_live
 from expertflow.serve.metrics import CONTENT_TYPE
@@ -23,6 +23,7 @@ from expertflow.serve.service import Service
 
 _BODY_SECONDS = 60.0
 """Time that a client has to send a request body."""
+_CLIENT_GONE = 499
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -157,6 +158,8 @@ def _route(
         async def handled(request: Request) -> Response:
             try:
                 return await handler(request)
+            except GoneError:
+                return Response(status_code=_CLIENT_GONE)  # nobody reads it
             except Exception as error:  # noqa: BLE001 - the client gets what is known of it, the log the rest
                 return refusal(as_api_error(error), path)
 
@@ -190,6 +193,8 @@ async def _body(request: Request) -> bytes:
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             return await request.body()
+    except ClientDisconnect as error:
+        raise GoneError from error
     except TimeoutError as error:
         raise ApiError(408, f"the body did not come within {_BODY_SECONDS:.0f} s", "Send it again.") from error
 

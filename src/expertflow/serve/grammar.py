@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from expertflow.serve.protocol.arguments import arguments_of
 from expertflow.serve.protocol.errors import ApiError, bad
 from expertflow.serve.protocol.forms import Form
 from expertflow.serve.protocol.tools import Function
@@ -29,6 +30,7 @@ _STATES = 50_000
 _BLANKS = r"([ \t]{1,2}|\r?\n[ \t]{0,32})"
 """Between two marks of JSON at most, so that a bounded schema has bounded answers: two blanks, or a line's end and an indent."""
 _LONGEST_REASON = 300
+_ANY = r"(.|\n)*"
 
 
 class Task(NamedTuple):
@@ -146,14 +148,13 @@ class Grammars:
         """
         if self._failure:
             raise bad(task.param, f"{task.param} cannot be kept: {self._failure}", code="unsupported_parameter")
-        params = [*([task.form.param] if task.form else ()), *(function.param for function in task.functions)]
-        entries = [_form_entry(task.form)] if task.form else []
-        entries += [_schema_entry(one.schema, one.param, lenient=not one.strict) for one in task.functions]
+        writer = _Rules(self._special)
+        rules = "\n".join(writer.write(task))
+        entries = [entry for entry, _ in writer.entries]
         if sum(map(len, map(orjson.dumps, entries))) > LARGEST:
             raise bad(task.param, f"the request's schemas have more than {LARGEST:,} bytes", "Make them smaller.")
-        for entry, param in zip(entries, params, strict=True):
+        for entry, param in writer.entries:
             self._matcher([entry], param)
-        rules = "\n".join(_Rules(self._special).write(task))
         return Grammar(self._matcher([{"lark_grammar": rules}, *_named(entries)], task.param))
 
     def _matcher(self, entries: Sequence[Mapping[str, Any]], param: str) -> Any:
@@ -170,7 +171,7 @@ class Grammars:
 
 
 class _Rules:
-    """Writes the rules of an answer in Lark's notation; `@g0` and so on are the forms and schemas, in order.
+    """Writes the rules of an answer in Lark's notation; `@g0` and so on are its `entries`: forms, schemas, texts.
 
     The library takes added tokens such as `<think>` for special ones: no text holds them, and marks have to be these tokens.
     """
@@ -178,6 +179,12 @@ class _Rules:
     def __init__(self, special: Mapping[str, int]) -> None:
         self._special = special
         self._marks = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self.entries: list[tuple[dict[str, Any], str]] = []
+
+    def _add(self, entry: dict[str, Any], param: str) -> str:
+        """Name an entry, which the field `param` holds."""
+        self.entries.append((entry, param))
+        return f"@g{len(self.entries) - 1}"
 
     def write(self, task: Task) -> Iterator[str]:
         """The rules' lines."""
@@ -189,27 +196,64 @@ class _Rules:
             thinks = ""
         yield f"start: {blank if thinks and not begun else ''}{thinks}{blank}answer"
         if task.form:
-            answers.append(f"{self._text(marks.says)} @g0")
+            answers.append(f"{self._text(marks.says)} {self._add(_form_entry(task.form), task.form.param)}")
         if task.functions:
             assert marks.calls is not None
             answers.append("calls")
-            yield from self._calls(task, marks.calls, 1 if task.form else 0)
+            yield from self._calls(task, marks.calls)
         yield "answer: " + " | ".join(answers)
         if blank:
             yield r"BLANK: /\n{1,2}/"
         if thinks:
             yield from self._thought(marks.closes)
 
-    def _calls(self, task: Task, marks: CallMarks, first: int) -> Iterator[str]:
+    def _calls(self, task: Task, marks: CallMarks) -> Iterator[str]:
         most = 1 if task.single else marks.most
         more = f" ({self._text(marks.between)} call){{0,{most - 1}}}" if most > 1 else ""
         yield f"calls: {self._text(marks.first)} call{more} {self._text(marks.last)}"
+        write = self._arguments if marks.argument else self._object
         ends = self._text(marks.ends)
-        named = [
-            f"{self._text(marks.begins % one.name)} @g{first + place} {ends}"
-            for place, one in enumerate(task.functions)
-        ]
-        yield "call: " + " | ".join(named)
+        yield "call: " + " | ".join(
+            f"{self._text(marks.begins % one.name)} {write(one, marks)} {ends}" for one in task.functions
+        )
+
+    def _object(self, function: Function, _: CallMarks) -> str:
+        """All arguments as one JSON object."""
+        return self._add(_schema_entry(function.schema, function.param, lenient=not function.strict), function.param)
+
+    def _arguments(self, function: Function, marks: CallMarks) -> str:
+        """Arguments one by one, in the order of the schema."""
+        found = []
+        for one in arguments_of(function):
+            if one.text:
+                value = self._add({"lark_grammar": "\n".join(self._raw(one.schema, function, marks))}, function.param)
+            else:
+                entry = _schema_entry(one.schema, function.param, lenient=not function.strict)
+                value = f"{self._add(entry, function.param)} {self._text(marks.behind)}"
+            found.append(f"({self._text(marks.argument % one.name)} {value}){'' if one.required else '?'}")
+        return " ".join(found)
+
+    def _raw(self, schema: Mapping[str, Any], function: Function, marks: CallMarks) -> Iterator[str]:
+        """A text as it is, up to what stands behind it; it holds no mark at which a reader would stop."""
+        pieces, stops = self._pieces(marks.behind), [marks.behind.strip(), marks.ends.strip()]
+        chosen = [schema["const"]] if "const" in schema else schema.get("enum")
+        if chosen is not None:
+            if found := next((one for one in chosen for stop in stops if stop in one), None):
+                raise _wrong(function.param, f"{found!r} holds a mark that ends it")
+            yield f"start: ({' | '.join(_quoted(one) for one in chosen)}) {' '.join(pieces)}"
+            return
+        least = schema.get("minLength", 0)
+        bodies, empty = [rf"(.|\n){{{least},{schema.get('maxLength', '')}}}"], least == 0
+        if "pattern" in schema:
+            bodies.append(searched := _searched(schema["pattern"], function))
+            empty = empty and re.fullmatch(searched, "") is not None
+        special = pieces[0].startswith("<[")
+        closing = "" if special else _escaped(orjson.loads(pieces[0]))
+        yield f"start: text{'?' * (special and empty)} {' '.join(pieces[not special :])}"
+        yield f"text{'' if special else '[lazy]'}: TEXT"
+        stopped = f"({'|'.join(map(_escaped, stops))})"
+        wanted = " & ".join(f"/{body}{closing}/" for body in bodies)
+        yield rf"TEXT: {wanted} & ~/{_ANY}{stopped}{_ANY}{closing}/"
 
     def _thought(self, closes: str) -> Iterator[str]:
         """Any text up to a mark: a special token, or a text, of which the first one counts."""
@@ -219,7 +263,7 @@ class _Rules:
             yield f"thought: THOUGHT? {rest}"
             yield r"THOUGHT: /(.|\n)+/"
             return
-        mark = re.escape(orjson.loads(pieces[0])).replace("/", r"\/")
+        mark = _escaped(orjson.loads(pieces[0]))
         yield f"thought: until {' '.join(pieces[1:])}"
         yield rf"until[lazy]: /(.|\n)*{mark}/"
 
@@ -237,6 +281,31 @@ class _Rules:
 
 def _quoted(text: str) -> str:
     return orjson.dumps(text).decode()
+
+
+def _escaped(text: str) -> str:
+    """A text as a regular expression between slashes."""
+    return re.escape(text).replace("/", r"\/").replace("\\\n", r"\n")
+
+
+def _searched(pattern: Any, function: Function) -> str:
+    """A pattern that a text has to hold somewhere, as an expression for the whole text.
+
+    Raises:
+        ApiError: if it is none, or holds `^` or `$` anywhere but at its ends.
+    """
+    text = str(pattern)
+    begins, ends = text.startswith("^"), text.endswith("$") and not text.endswith(r"\$")
+    inner = text[begins : len(text) - ends]
+    anchors = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", "", inner)
+    if "^" in anchors or "$" in anchors or ((begins or ends) and "|" in anchors):
+        raise _wrong(function.param, f"the pattern {text!r} has anchors in its middle")
+    try:
+        re.compile(inner)
+    except re.error as error:
+        raise _wrong(function.param, f"the pattern {text!r} is none: {error}") from error
+    inner = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", inner)
+    return f"{'' if begins else _ANY}({inner}){'' if ends else _ANY}"
 
 
 def _named(entries: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

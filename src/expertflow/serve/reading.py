@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils.chat_parsing import ResponseParser
 
+from expertflow.serve.protocol.arguments import is_text
 from expertflow.serve.writers.parts import Call, CallMarks, Marks, Part, Reader, Shaper
 
 if TYPE_CHECKING:
@@ -69,7 +70,6 @@ _GLM: Mapping[str, Any] = MappingProxyType({
             "content": "xml-inline", "transform": _NAMED,
             "content_args": {
                 "tag_pattern": r"<arg_key>\s*(?P<key>.*?)\s*</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
-                "value_parser": {"name": "json", "args": {"allow_non_json": True}},
             },
         },
         "content": {"close": ["<|user|>", "<|observation|>", "<|endoftext|>"], **_TEXT},
@@ -82,10 +82,7 @@ _MINIMAX: Mapping[str, Any] = MappingProxyType({
         "tool_calls": {
             "open_pattern": r"<invoke name=\"(?P<name>[^\"]+)\">",
             "close": "</invoke>", "repeats": True, "content": "xml-inline", "transform": _NAMED,
-            "content_args": {
-                "tag_pattern": r"<parameter name=\"(?P<key>[^\"]+)\">(?P<value>.*?)</parameter>",
-                "value_parser": {"name": "json", "args": {"allow_non_json": True}},
-            },
+            "content_args": {"tag_pattern": r"<parameter name=\"(?P<key>[^\"]+)\">(?P<value>.*?)</parameter>"},
         },
         "marks": {"open": ["<minimax:tool_call>", "</minimax:tool_call>"], **_NOTHING},
         "content": {"close": "[e~[", **_TEXT},
@@ -109,6 +106,20 @@ _FENCED = _ROUND._replace(
     begins="<｜tool▁call▁begin｜>function<｜tool▁sep｜>%s\n```json\n", ends="\n```<｜tool▁call▁end｜>", between="\n"
 )
 _BARE = _ROUND._replace(begins="<｜tool▁call▁begin｜>%s<｜tool▁sep｜>", ends="<｜tool▁call▁end｜>")
+_KEYS = CallMarks(
+    "<tool_call>%s\n",
+    "</tool_call>",
+    between="\n",
+    argument="<arg_key>%s</arg_key>\n<arg_value>",
+    behind="</arg_value>\n",
+)
+_TIGHT_KEYS = CallMarks(
+    "<tool_call>%s", "</tool_call>", argument="<arg_key>%s</arg_key><arg_value>", behind="</arg_value>"
+)
+_INVOKED = CallMarks(
+    '<invoke name="%s">\n', "</invoke>\n", first="<minimax:tool_call>\n", last="</minimax:tool_call>",
+    argument='<parameter name="%s">', behind="</parameter>\n",
+)  # fmt: skip
 _THINKS = Marks("<think>", "</think>")
 MARKS: Mapping[str, Marks] = MappingProxyType({
     "qwen2_moe": _THINKS._replace(calls=_TAGGED_CALLS),
@@ -119,10 +130,10 @@ MARKS: Mapping[str, Marks] = MappingProxyType({
     ),
     "deepseek_v2": _THINKS._replace(calls=_FENCED),
     "deepseek_v3": _THINKS._replace(calls=_FENCED),
-    "glm4_moe": _THINKS,
-    "minimax_m2": _THINKS,
+    "glm4_moe": _THINKS._replace(calls=_KEYS),
+    "minimax_m2": _THINKS._replace(calls=_INVOKED),
 })  # fmt: skip
-"""How grammars write answers of these models. Without `calls`: arguments are no JSON there."""
+"""How grammars write answers of these models."""
 _REASONING, _CALLS, _CONTENT = {"thinking", "reasoning", "reasoning_content"}, "tool_calls", "content"
 
 
@@ -137,15 +148,17 @@ def shaper_of(llm: "LLM") -> Shaper:
     )
     if template is None or not marked:
         return Shaper(None, tools=False)
-    marks = None if own is not None else _marks(llm.model.config.model_type, chat)
+    marks = None if own is not None else marks_of(llm.model.config.model_type, chat)
     return Shaper(partial(_make, template), tools="tools" in chat, marks=marks)
 
 
-def _marks(model_type: str, chat: str) -> Marks:
+def marks_of(model_type: str, chat: str) -> Marks:
     """How a model with this chat template writes what a grammar shapes."""
     marks = MARKS[model_type]
     if marks.opens == _THINKS.opens and marks.opens not in chat:
         marks = marks._replace(opens="", closes="")
+    if marks.calls is _KEYS and "</arg_key><arg_value>" in chat:  # since GLM-4.7
+        marks = marks._replace(calls=_TIGHT_KEYS)
     return marks._replace(calls=_BARE) if marks.calls is _FENCED and "```json" not in chat else marks
 
 
@@ -165,6 +178,9 @@ class AnswerReader:
     def __init__(self, template: dict[str, Any], prefix: str, tools: Sequence[Any]) -> None:
         """Read what the prompt has begun."""
         self._parser: ResponseParser | None = ResponseParser(template, prefix=prefix, tools=list(tools))
+        field = template["fields"].get(_CALLS, {})
+        one_by_one = field.get("content") == "xml-inline" and "value_parser" not in field.get("content_args", {})
+        self._properties = _properties(tools) if one_by_one else None
         self._field, self._raw, self._held = "", "", ""
         self._parted = False
         for event in self._parser.initial_events:
@@ -211,7 +227,7 @@ class AnswerReader:
             elif field in _REASONING or field == _CONTENT:
                 yield from self._text("content" if field == _CONTENT else "reasoning", event["text"])
         else:
-            found = _calls(event["value"]) if field == _CALLS else ()
+            found = _calls(event["value"], self._properties) if field == _CALLS else ()
             if found is None:
                 yield from self._text("content", self._raw)
             elif field != _CONTENT:
@@ -231,8 +247,21 @@ class AnswerReader:
             yield Part(kind, said)
 
 
-def _calls(value: Any) -> list[Part] | None:
-    """Calls of a closed region; None if it holds anything else."""
+def _properties(tools: Sequence[Any]) -> dict[str, Mapping[str, Any]]:
+    """The schemas of the arguments that each function takes."""
+    functions = [tool["function"] for tool in tools]
+    schemas = [(one["name"], one.get("parameters")) for one in functions]
+    found = {name: schema.get("properties") for name, schema in schemas if isinstance(schema, Mapping)}
+    return {name: properties for name, properties in found.items() if isinstance(properties, Mapping)}
+
+
+def _calls(value: Any, properties: Mapping[str, Mapping[str, Any]] | None) -> list[Part] | None:
+    """Calls of a closed region; None if it holds anything else.
+
+    Args:
+        value: of the region.
+        properties: schemas of arguments by function, where each argument is still as it was written; None: they are read.
+    """
     found = []
     for one in value if isinstance(value, list) else [value]:
         function = one.get("function") if isinstance(one, dict) else None
@@ -241,10 +270,21 @@ def _calls(value: Any) -> list[Part] | None:
         given = function.get("arguments", function.get("parameters", {}))
         if not isinstance(given, dict) and not _is_object(given):
             return None
+        if properties is not None and isinstance(given, dict):
+            known = properties.get(name, {})
+            given = {key: argument if is_text(known.get(key)) else _value(argument) for key, argument in given.items()}
         found.append(
             Part("call", call=Call(name, given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)))
         )
     return found
+
+
+def _value(argument: Any) -> Any:
+    """What an argument is that may be JSON."""
+    try:
+        return json.loads(argument) if isinstance(argument, str) else argument
+    except ValueError:
+        return argument
 
 
 def _is_object(text: Any) -> bool:

@@ -183,13 +183,9 @@ class Service:
             return lambda: None
         form = None if tools.demanded else form
         param, marks, grammars = form.param if form else "tool_choice", shaper.marks, self.worker.loading.grammars
-        if marks is None or (tools.functions and marks.calls is None):
-            what = (
-                "how this model writes its answers is not known"
-                if marks is None
-                else "this model's calls are not of JSON"
-            )
-            remedy = "Leave out tool_choice." if tools.demanded else "Leave out tools." if marks else ""
+        if marks is None:
+            what = "how this model writes its answers is not known"
+            remedy = "Leave out tool_choice." if tools.demanded else ""
             raise bad(param, f"{param} cannot be kept: {what}", remedy, code="unsupported_parameter")
         assert grammars is not None
         return grammars.compile(Task(param, form, tools.functions, tools.single, marks, prompt)).mask

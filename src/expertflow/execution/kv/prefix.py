@@ -254,7 +254,7 @@ class PrefixCache(NothingKept):
         self._store.use(names[:last])
 
     def evict(self) -> bool:
-        """Drop the block that was used least recently; False if there is none."""
+        """Drop the block that is worth least; False if there is none."""
         self._changes += 1
         return self._store.drop()
 

@@ -61,7 +61,7 @@ class PlainReader:
 
 
 class CallMarks(NamedTuple):
-    """How a model writes a call whose arguments are JSON.
+    """How a model writes a call.
 
     Attributes:
         begins: what stands before the arguments; `%s` is the function's name.
@@ -70,6 +70,8 @@ class CallMarks(NamedTuple):
         between: between two.
         last: behind all.
         most: calls of one answer.
+        argument: before each argument; `%s` is its name. Empty: the arguments are one JSON object.
+        behind: behind each argument.
     """
 
     begins: str
@@ -78,6 +80,8 @@ class CallMarks(NamedTuple):
     between: str = ""
     last: str = ""
     most: int = 8
+    argument: str = ""
+    behind: str = ""
 
 
 class Marks(NamedTuple):
@@ -87,7 +91,7 @@ class Marks(NamedTuple):
         opens: begins reasoning; empty: it does not reason.
         closes: ends reasoning.
         says: begins text.
-        calls: how it calls; None: not in a way that a grammar can force.
+        calls: how it calls; None: it does not.
     """
 
     opens: str = ""
