@@ -180,7 +180,7 @@ def test_a_graph_expects_what_the_host_expects(
 def test_recall_is_what_demand_and_accesses_say(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
     """Of the experts that steps with a forecast needed, those with a chance of half or more; on the GPU too, with and without a log."""
     model, params = make_checkpoint("qwen3_moe"), SamplingParams(max_tokens=12, ignore_eos=True)
-    options = {"device": "cpu", "max_length": 48, "slots": "75%", "predictor": str(make_predictor(model))}
+    options = {"device": "cpu", "max_length": 48, "slots": "95%", "predictor": str(make_predictor(model))}
     known, events = {}, []
     with LLM(model, **options, execution="host") as llm:
         predict = llm._offloaded.live_predictor.outlook
