@@ -78,7 +78,7 @@ def run(
             if outlook is not None:
                 state.demand[: len(outlook.demand)] = torch.from_numpy(outlook.demand)
         for layer, expert in np.argwhere(workload.needed[number]):
-            if outlook is not None and layer not in large:
+            if outlook is not None and layer not in large and outlook.demand[0, layer].any():
                 judged[0] += 1
                 judged[1] += bool(outlook.demand[0, layer, expert] >= 0.5)
         events.append(Event(EventKind.STEP, number))
