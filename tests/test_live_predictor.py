@@ -177,6 +177,43 @@ def test_a_graph_expects_what_the_host_expects(
         np.testing.assert_allclose(mine, theirs, atol=5e-5, err_msg=f"step {place}")
 
 
+def test_recall_is_what_demand_and_accesses_say(make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor) -> None:
+    """Of the experts that steps with a forecast needed, those with a chance of half or more; on the GPU too, with and without a log."""
+    model, params = make_checkpoint("qwen3_moe"), SamplingParams(max_tokens=12, ignore_eos=True)
+    options = {"device": "cpu", "max_length": 48, "slots": "95%", "predictor": str(make_predictor(model))}
+    known, events = {}, []
+    with LLM(model, **options, execution="host") as llm:
+        predict = llm._offloaded.live_predictor.outlook
+
+        def outlook(step: Step) -> object:
+            answer = predict(step)
+            known[step.number] = None if answer is None else answer.demand[0]
+            return answer
+
+        llm._offloaded.live_predictor.outlook = outlook
+        llm.events.subscribe(events.append)
+        llm.generate(PROMPTS, params)
+        llm._offloaded.controller.end_step()
+        found = llm.stats.cache
+    needed = [event for event in events if event.kind in (EventKind.HIT, EventKind.MISS)]
+    chances = [known[one.step][one.layer, one.expert] for one in needed if known.get(one.step) is not None]
+    assert (found.forecast, found.foreseen) == (len(chances), sum(chance >= 0.5 for chance in chances))
+    assert 0 < found.foreseen < found.forecast < found.accesses
+    assert found.late_steps == len({event.step for event in events if event.kind is EventKind.MISS})
+    counted = None
+    for listens in (False, True):
+        with LLM(model, **options, execution="graph") as llm:
+            if listens:
+                llm.events.subscribe(events.append)
+            for _ in llm.stream(PROMPTS, params):
+                pass
+            again = llm.stats.cache
+            assert (again.forecast, again.foreseen) == (found.forecast, found.foreseen)
+            assert again == (counted := counted or again), "events say what the GPU's totals say"
+            assert 0 < again.late_steps < again.steps
+            assert llm.look().result()[0].cache.recall == again.recall
+
+
 @pytest.mark.parametrize(("model_type", "passes"), [("qwen3_moe", 1), ("switch_transformers", 2)])
 @pytest.mark.parametrize("execution", ["host", "graph"])
 def test_a_pass_is_learned_when_it_is_queued(

@@ -21,8 +21,11 @@ from expertflow.kernels.residency import driver, reference
 from expertflow.kernels.residency.state import (
     AHEAD,
     EVICTIONS,
+    FORECAST,
+    FORESEEN,
     FRESH,
     HITS,
+    LATE,
     LOADS,
     WASTES,
     CacheState,
@@ -64,15 +67,20 @@ def run(
     state.copy_from(tables, Usage(layers=layers, experts=experts))
     schedule = Schedule.allocate(state, tokens, top_k)
     twin = MAKERS[maker](state)
-    events, schedules = [], []
+    own = strategy.make_forecast(setting_of(workload)) if tokens_known is None else NoForecast()
+    events, schedules, judged = [], [], [0, 0]
     for number in range(len(workload)):
-        paused = False
+        paused, outlook = False, own.outlook(workload.before(number))
         if tokens_known is not None:
             outlook = tokens_known.outlook(workload.before(number))
             paused = outlook is None
             state.known.fill_(0 if outlook is None else len(outlook.demand))
             if outlook is not None:
                 state.demand[: len(outlook.demand)] = torch.from_numpy(outlook.demand)
+        for layer, expert in np.argwhere(workload.needed[number]):
+            if outlook is not None and layer not in large and outlook.demand[0, layer].any():
+                judged[0] += 1
+                judged[1] += bool(outlook.demand[0, layer, expert] >= 0.5)
         events.append(Event(EventKind.STEP, number))
         twin.open_step(ahead=not paused)
         for layer in range(layers):
@@ -92,6 +100,8 @@ def run(
     assert [tally[place] for place in (HITS, LOADS, EVICTIONS, AHEAD, WASTES)] == [
         sum(event.kind is kind for event in events) for kind in kinds
     ]
+    assert tally[LATE] == len({event.step for event in events if event.kind is EventKind.MISS})
+    assert [tally[FORECAST], tally[FORESEEN]] == judged
     assert tally[FRESH] == sum(event.value for event in events if event.kind is EventKind.HIT)
     return events, schedules
 

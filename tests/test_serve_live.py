@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from expertflow import LLM, SamplingParams
@@ -137,7 +138,7 @@ def test_the_page_uses_every_field_that_events_have(served: "Served") -> None:
     text = routes.PAGE.read_text()
     read = set(re.findall(r"\bd\.([a-z_]\w*)", text)) | set(re.findall(r'between\(\w+,"(\w+)"\)', text))
     read |= set(re.findall(r"\bnow\.(\w+)", text)) | set(re.findall(r"[ab]\.(time)\b", text))
-    unread = {"busy", "prompt_tokens", "steps"}  # for programs
+    unread = {"busy", "prompt_tokens"}  # for programs
     assert read == set(found) - unread
 
 
@@ -229,13 +230,17 @@ def test_metrics_divide_a_requests_time_and_tell_of_the_cache(
     after = scraped(served)
     grown = {name: value - before.get(name, 0) for name, value in after.items()}
     queue, prefill, decode = (grown[f"request_{part}_time_seconds_sum"] for part in ("queue", "prefill", "decode"))
-    assert queue >= 0.1 > prefill > 0
+    assert queue >= 0.1
+    assert prefill > 0
     assert queue + prefill == pytest.approx(grown["time_to_first_token_seconds_sum"])
     assert queue + prefill + decode == pytest.approx(grown["e2e_request_latency_seconds_sum"])
     stats, plan = served.llm.stats, served.llm.plan
     cache = stats.cache
     wanted = {
         "expert_loads_total ahead": cache.prefetched, "expert_loads_ahead_used_total": cache.prefetch_hits,
+        "clean_steps_total": cache.steps - cache.late_steps, "decode_steps_total": cache.steps,
+        "expert_forecasts_total foreseen": cache.foreseen,
+        "expert_forecasts_total unforeseen": cache.forecast - cache.foreseen,
         "expert_loads_wasted_total": cache.wasted, "expert_evictions_total": cache.evictions,
         "expert_loaded_bytes_total": cache.bytes_moved, "expert_link_bytes_per_second": served.worker.loading.link,
         "experts_resident": int((served.llm._offloaded.residency() >= 0).sum()), "memory_budget_bytes": plan.budget or 0,
@@ -251,3 +256,28 @@ def test_metrics_divide_a_requests_time_and_tell_of_the_cache(
 def test_quantiles(values: list[float], median: float | None, most: float | None) -> None:
     """The smallest value that so large a share does not exceed."""
     assert (routes._quantile(values, 0.5), routes._quantile(values, 0.95)) == (median, most)
+
+
+def test_recording_rules_name_what_metrics_have(served: "Served") -> None:
+    """Every metric, label and label value of the shipped rules is in `/metrics`; no rule is made twice."""
+    text = (Path(__file__).parents[1] / "deploy" / "recording_rules.yml").read_text()
+    rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
+    served.send("/v1/completions", {"prompt": "x", "max_tokens": 2, "ignore_eos": True})
+    families = list(text_string_to_metric_families(served.send("/metrics").text))
+    samples: dict[str, list[dict[str, str]]] = {}
+    for family in families:
+        for sample in family.samples:
+            samples.setdefault(sample.name, []).append(sample.labels)
+    counters = {sample.name for family in families if family.type == "counter" for sample in family.samples}
+    for rule in rules:
+        assert re.fullmatch(r"instance:expertflow_\w+:\w+", rule["record"])
+        for name, pick in re.findall(r"(expertflow_\w+)(?:\{([^}]*)\})?", rule["expr"]):
+            assert name in samples, rule
+            for label, value in re.findall(r'(\w+)="(\w+)"', pick):
+                assert any(labels.get(label) == value for labels in samples[name]), rule
+        for label, name in re.findall(r"without \((\w+)\) \(rate\((\w+)", rule["expr"]):
+            assert all(label in labels for labels in samples[name]), rule
+        for name in re.findall(r"rate\((\w+)", rule["expr"]):
+            assert name in counters or name.endswith("_bucket"), rule
+    names = [rule["record"] for rule in rules]
+    assert len(set(names)) == len(names) > 10

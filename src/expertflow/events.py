@@ -4,9 +4,12 @@ It defines the kinds of events. Without a listener an event costs one comparison
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 
 class EventKind(StrEnum):
@@ -30,6 +33,10 @@ class EventKind(StrEnum):
     """A warning: the predictor raised an error and is switched off; `reason` is the error."""
     HOST = "host"
     """A batch's decode steps run in host execution although execution='auto' prefers a graph; `reason` is why."""
+
+
+SURE = 0.5
+"""Chance of use in a step from which on a needed expert counts as foreseen."""
 
 
 class Event(NamedTuple):
@@ -71,9 +78,26 @@ class EventStream:
 
 @dataclass(kw_only=True)
 class CacheCounters:
-    """Running totals of what the expert cache did; subscribe `CacheCounters.count`."""
+    """Running totals of what the expert cache did; subscribe `CacheCounters.count`.
+
+    Events do not carry `forecast` and `foreseen`, so they do not make totals unequal.
+
+    Attributes:
+        steps: passes and steps of the model.
+        late_steps: of these, steps in which a needed expert had to be loaded.
+        hits: needed experts that were in their slots.
+        loads: needed experts that had to be loaded.
+        prefetched: experts loaded ahead.
+        prefetch_hits: of these, experts that were needed.
+        wasted: of these, experts that were not.
+        evictions: experts that left their slots.
+        bytes_moved: by all loads.
+        forecast: experts needed in layers whose demand a forecast gave before the step; the predictor's, if there is one.
+        foreseen: of these, experts to which it gave a chance of `SURE` or more.
+    """
 
     steps: int = 0
+    late_steps: int = 0
     hits: int = 0
     loads: int = 0
     prefetched: int = 0
@@ -81,6 +105,12 @@ class CacheCounters:
     wasted: int = 0
     evictions: int = 0
     bytes_moved: int = 0
+    forecast: int = field(default=0, compare=False)
+    foreseen: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        """Start before the first step."""
+        self._late = -1  # the last step in which an expert had to be loaded
 
     def count(self, event: Event) -> None:
         """Add one event to the totals."""
@@ -91,6 +121,8 @@ class CacheCounters:
             case EventKind.MISS:
                 self.loads += 1
                 self.bytes_moved += event.value
+                self.late_steps += event.step != self._late
+                self._late = event.step
             case EventKind.PREFETCH:
                 self.prefetched += 1
                 self.bytes_moved += event.value
@@ -105,8 +137,24 @@ class CacheCounters:
 
     def add(self, more: "CacheCounters") -> None:
         """Add totals that the device counted, where single events are not emitted."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(more, field.name))
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(more, each.name))
+
+    def judge(self, demand: npt.NDArray[np.float64], needed: npt.NDArray[np.bool_]) -> None:
+        """Compare the demand of a step that is over, `[L, E]`, with the experts that it needed; no demand in a layer: no forecast."""
+        known = demand.any(axis=1)
+        self.forecast += int(needed[known].sum())
+        self.foreseen += int((needed & (demand >= SURE))[known].sum())
+
+    @property
+    def clean_steps(self) -> int:
+        """Steps that found every needed expert in its slot."""
+        return self.steps - self.late_steps
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the needed experts that the forecast foresaw; None before its first step."""
+        return self.foreseen / self.forecast if self.forecast else None
 
     @property
     def accesses(self) -> int:

@@ -28,7 +28,7 @@ from expertflow.cache.policy import Outlook, Usage, keep
 from expertflow.cache.prefetch import open_step, pass_layer
 from expertflow.cache.strategy import Setting, Strategy
 from expertflow.cache.table import SlotTable
-from expertflow.events import Event, EventKind, EventStream
+from expertflow.events import CacheCounters, Event, EventKind, EventStream
 from expertflow.types import Access, Load
 
 KINDS = (EventKind.LAYER, EventKind.HIT, EventKind.MISS, EventKind.PREFETCH, EventKind.EVICT, EventKind.WASTED)
@@ -96,6 +96,9 @@ class CacheController:
         wide: tokens of a pass over prompts from which on it is taken to need every expert; None: it never is.
         large: layers whose experts are always resident, in places behind the slots.
 
+    Attributes:
+        judged: how good the demand of steps was; nothing else is counted in it. A step is judged when the next one begins.
+
     Raises:
         ConfigError: if the strategy needs a recording and there is neither that nor a forecast.
     """
@@ -132,6 +135,7 @@ class CacheController:
         self._routes: dict[int, npt.NDArray[np.int64]] = {}
         self._loads: list[Load] = []
         self._loaded = self._ahead = self._found = 0
+        self.judged = CacheCounters()
 
     @property
     def per_token(self) -> bool:
@@ -226,6 +230,8 @@ class CacheController:
             return
         self._open = False
         counts = self._loaded, self._ahead, self._found
+        if self._rules is self._own_rules:
+            self.judged.judge(self._demand, self._needed)
         self._ranker.learn(Step(self.step, self._tokens, self._needed, self._token_routes(), *counts))
         if self._rules is not self._own_rules:  # what was loaded ahead and not used is no plan of the next step
             self._rules = self._own_rules

@@ -33,7 +33,19 @@ from expertflow.execution.kv_rows import DecodeInput, RowModel
 from expertflow.execution.observe import StepObserver, observe_all, prompt_tokens, step_tokens
 from expertflow.execution.provider import CachedExperts
 from expertflow.kernels.ledger import LINE
-from expertflow.kernels.residency.state import AHEAD, BLIND, BLOCKS, EVICTIONS, FRESH, HITS, LOADS, WASTES
+from expertflow.kernels.residency.state import (
+    AHEAD,
+    BLIND,
+    BLOCKS,
+    EVICTIONS,
+    FORECAST,
+    FORESEEN,
+    FRESH,
+    HITS,
+    LATE,
+    LOADS,
+    WASTES,
+)
 from expertflow.models.context import DenseKernels, ForwardContext, LayerExperts, Observer
 
 WATCHED = "the routing is observed, which only the host execution shows"
@@ -111,8 +123,7 @@ class DeviceTables:
         self.lent = False
         self._count_loads()
         tally = self._experts.state.take_tally()
-        if not self._experts.logs:
-            self._shared.counters.add(self._as_counters(tally, self._steps))
+        self._shared.counters.add(self._as_counters(tally, self._steps))
         if tally[BLIND] and self._shared.live_predictor is not None:
             self._shared.live_predictor.switch_off(self._shared.controller.step, "its chances are no numbers")
         self._steps = 0
@@ -122,7 +133,7 @@ class DeviceTables:
 
         Waits for the steps that are queued.
         """
-        if not self.lent or self._experts.logs:
+        if not self.lent:
             return CacheCounters()
         self._wait()
         return self._as_counters(self._experts.state.read_tally(), self._steps)
@@ -133,12 +144,11 @@ class DeviceTables:
         Args:
             counted: what the host counted so far.
         """
-        copied, steps, logs, broken = StateCopy(self._experts.state), self._steps, self._experts.logs, self.broken
+        copied, steps, broken = StateCopy(self._experts.state), self._steps, self.broken
 
         def finish() -> CacheView:
             total, slots = replace(counted), copied.slot_of
-            if not logs:
-                total.add(self._as_counters(copied.tally, steps))
+            total.add(self._as_counters(copied.tally, steps))
             return CacheView(total, np.full_like(slots, -1) if broken else slots, copied.uses)
 
         return Coming(copied.ready, finish)
@@ -159,10 +169,16 @@ class DeviceTables:
             torch.cuda.synchronize(self._experts.live.device)
 
     def _as_counters(self, tally: Sequence[int], steps: int) -> CacheCounters:
+        """What the events of these steps have not counted: all, or with a log what events do not carry."""
+        judged = {"forecast": tally[FORECAST], "foreseen": tally[FORESEEN]}
+        if self._experts.logs:
+            return CacheCounters(**judged)
         layout = self._shared.store.layout
         a_block = layout.record_bytes if layout.equal else LINE  # what was counted is blocks, or lines of them
         return CacheCounters(
+            **judged,
             steps=steps,
+            late_steps=tally[LATE],
             hits=tally[HITS],
             loads=tally[LOADS],
             prefetched=tally[AHEAD],
@@ -370,7 +386,7 @@ class Handover:
         that is being queued.
         """
         with self._lock:
-            found = replace(self._counters)
+            found = self._counted()
             if self._tables is not None:
                 found.add(self._tables.totals())
         return found
@@ -389,12 +405,18 @@ class Handover:
         they are over. Changes nothing.
         """
         with self._lock:
-            counted = replace(self._counters)
+            counted = self._counted()
             if self._tables is not None and self._tables.lent:
                 return self._tables.view(counted)
             slots = self._controller.table.slot_of.copy() if self._tables is None else self._tables.slot_of()
             found = CacheView(counted, slots, self._controller.uses)
         return Coming(lambda: True, lambda: found)
+
+    def _counted(self) -> CacheCounters:
+        """What the host counted: events, and how good the demand of its steps was."""
+        found = replace(self._counters)
+        found.add(self._controller.judged)
+        return found
 
     @property
     def pool_bytes(self) -> int:

@@ -18,28 +18,12 @@ from expertflow.serve.guard import Guard, Rules
 from expertflow.serve.live.routes import add_live
 from expertflow.serve.metrics import CONTENT_TYPE
 from expertflow.serve.protocol.errors import ApiError
-from expertflow.serve.protocol.fields import TABLES, Use
+from expertflow.serve.protocol.openapi import operation
 from expertflow.serve.service import Service
 
 _BODY_SECONDS = 60.0
 """Time that a client has to send a request body."""
 _CLIENT_GONE = 499
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
 _REFUSALS = {
     400: "a field is wrong, unknown or not supported",
     401: "the key is missing or wrong",
@@ -165,28 +149,12 @@ def _route(
 
         usual = _REFUSALS if method == "POST" else {status: _REFUSALS[status] for status in (401, 403, 503, *statuses)}
         app.add_api_route(
-            path, handled, methods=[method], name=handler.__name__, response_class=Json, include_in_schema=listed, openapi_extra=_described(path),
-            responses={
-                status: {"description": text, "content": {"application/json": {"schema": _ERROR}}}
-                for status, text in usual.items()
-            },
+            path, handled, methods=[method], name=handler.__name__, response_class=Response, include_in_schema=listed,
+            openapi_extra=operation(path.replace(":path", ""), usual) if listed else None,
         )  # fmt: skip
         return handler
 
     return add
-
-
-def _described(path: str) -> dict[str, Any]:
-    """The request body of a route for the OpenAPI document, from its table of fields."""
-    if path not in TABLES:
-        return {}
-    properties = {
-        name: {"description": f"{field.use}{field.why and f': {field.why}'}"}
-        for name, field in TABLES[path].items()
-        if field.use is not Use.REFUSED
-    }
-    schema = {"type": "object", "additionalProperties": False, "properties": properties}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 async def _body(request: Request) -> bytes:

@@ -149,6 +149,12 @@ class _Engine(Collector):
         loads.add_metric([*self._labels.values(), "correction"], stats.cache.loads)
         loads.add_metric([*self._labels.values(), "ahead"], stats.cache.prefetched)
         yield loads
+        forecasts = self._counters(
+            "expert_forecasts", "Experts needed where a forecast was given: foreseen, or not.", "result"
+        )
+        forecasts.add_metric([*self._labels.values(), "foreseen"], stats.cache.foreseen)
+        forecasts.add_metric([*self._labels.values(), "unforeseen"], stats.cache.forecast - stats.cache.foreseen)
+        yield forecasts
         for name, text, value in (
             ("prefix_cache_queries", "Tokens of prompts whose beginnings were looked up.", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Of these, tokens that were not read again.", stats.prefix_cache_hits),
@@ -157,6 +163,7 @@ class _Engine(Collector):
             ("expert_evictions", "Experts that left their slots.", stats.cache.evictions),
             ("expert_loaded_bytes", "Bytes of experts moved.", stats.cache.bytes_moved),
             ("decode_steps", "Steps and passes of the model.", stats.cache.steps),
+            ("clean_steps", "Of these, steps that found every needed expert in its slot.", stats.cache.clean_steps),
             ("busy_seconds", "Time in steps and passes.", stats.seconds),
         ):
             family = self._counters(name, text)

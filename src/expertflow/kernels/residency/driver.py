@@ -141,15 +141,6 @@ class Residency:
         """Run `Usage.learn`: count the finished step."""
         s = self.state
         ranks.close_step[(s.layers,)](
-            s.needed,
-            s.last_use,
-            s.count,
-            s.recent,
-            s.steady,
-            s.clock,
-            s.tally,
-            s.made,
-            s.layers,
-            s.experts,
+            s.needed, s.last_use, s.count, s.recent, s.steady, s.clock, s.tally, s.made, s.demand, s.known, s.layers, s.experts,
             **self._layer_options,
-        )
+        )  # fmt: skip

@@ -25,14 +25,28 @@ from expertflow.cache.policy import (
     lru,
     next_use,
 )
+from expertflow.events import SURE
 from expertflow.kernels.ledger import DONE, SRC, TAKEN
-from expertflow.kernels.residency.access import BY_UNUSED, BY_USED, IF_UNUSED, IF_USED, key_of, rank_of, smallest
+from expertflow.kernels.residency.access import (
+    BY_UNUSED,
+    BY_USED,
+    IF_UNUSED,
+    IF_USED,
+    add_to,
+    key_of,
+    rank_of,
+    smallest,
+)
 from expertflow.kernels.residency.state import (
     AHEAD,
+    BEFORE,
     BLIND,
     BLOCKS,
     CONSTANT,
+    FORECAST,
+    FORESEEN,
     FRESH,
+    LATE,
     LOADS,
     POLICIES,
     RECORDED,
@@ -63,6 +77,8 @@ _SRC, _TAKEN, _DONE = tl.constexpr(SRC), tl.constexpr(TAKEN), tl.constexpr(DONE)
 _FURTHER = tl.constexpr(STEPS_KNOWN - 1)
 _STEPS_KNOWN = tl.constexpr(STEPS_KNOWN)
 _BLIND, _BLOCKS, _LOADS, _AHEAD, _FRESH = (tl.constexpr(place) for place in (BLIND, BLOCKS, LOADS, AHEAD, FRESH))
+_LATE, _BEFORE, _FORECAST, _FORESEEN = (tl.constexpr(place) for place in (LATE, BEFORE, FORECAST, FORESEEN))
+_SURE = tl.constexpr(SURE)
 _H1, _H2, _H3, _H4 = (tl.constexpr(horizon) for horizon in HORIZONS)
 
 
@@ -264,17 +280,19 @@ def line_up(
 
 @triton.jit(do_not_specialize=["layers", "experts"])
 def close_step(
-    needed, last_use, count, recent, steady, clock, tally, made,
+    needed, last_use, count, recent, steady, clock, tally, made, demand, known,
     layers, experts,
     EP: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """`Usage.learn`; writes for the host the numbers of loads, of loads ahead, and of those that were needed."""
+    """`Usage.learn` and `CacheCounters.judge`; writes for the host the numbers of loads, of loads ahead, and of those that were needed."""
     layer = tl.program_id(0)
     step = tl.load(clock)
     if layer == 0:
         tl.store(clock + 1, step + 1)
-        ahead = tl.load(tally + _AHEAD)
-        tl.store(made, tl.load(tally + _LOADS) + ahead)
+        ahead, loads = tl.load(tally + _AHEAD), tl.load(tally + _LOADS)
+        add_to(tally + _LATE, loads > tl.load(tally + _BEFORE))
+        tl.store(tally + _BEFORE, loads)
+        tl.store(made, loads + ahead)
         tl.store(made + 1, step + 1)
         tl.store(made + 2, ahead)
         tl.store(made + 3, tl.load(tally + _FRESH))
@@ -282,6 +300,10 @@ def close_step(
     mask = column < experts
     at = layer * experts + column
     use = tl.load(needed + at, mask=mask, other=0)
+    chance = tl.load(demand + at, mask=mask & (tl.load(known) > 0), other=0.0)
+    if tl.max(chance, 0) > 0.0:
+        add_to(tally + _FORECAST, tl.sum((use != 0).to(tl.int32), 0))
+        add_to(tally + _FORESEEN, tl.sum(((use != 0) & (chance >= _SURE)).to(tl.int32), 0))
     one = use.to(tl.float64)
     now = (step * layers).to(tl.float64) + layer.to(tl.float64)
     tl.store(last_use + at, tl.zeros([EP], tl.float64) + now, mask=mask & (use != 0))

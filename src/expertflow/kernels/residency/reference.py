@@ -24,15 +24,20 @@ from expertflow.cache.core import (
 from expertflow.cache.horizon import STEPS_KNOWN, hazards, take_turns, unite
 from expertflow.cache.policy import Outlook, Usage, keep
 from expertflow.cache.prefetch import open_step, pass_layer
+from expertflow.events import CacheCounters
 from expertflow.kernels.ledger import CALLED_OFF, CARRIED, DONE, DST, PRIOR, SRC, TAKEN
 from expertflow.kernels.residency.state import (
     AHEAD,
+    BEFORE,
     BLIND,
     BLOCKS,
     CONSTANT,
     EVICTIONS,
+    FORECAST,
+    FORESEEN,
     FRESH,
     HITS,
+    LATE,
     LOADS,
     PHASES,
     RECORDED,
@@ -136,8 +141,14 @@ class Residency:
     def close_step(self) -> None:
         """Run `Usage.learn`: count the finished step."""
         self._usage.step = int(self.state.clock[0])
-        self._usage.learn(self.state.needed.numpy() != 0)
-        tally = self.state.tally
+        needed, tally = self.state.needed.numpy() != 0, self.state.tally
+        self._usage.learn(needed)
+        judged = CacheCounters()
+        judged.judge(self.state.demand[0].numpy(), needed)
+        tally[FORECAST] += judged.forecast
+        tally[FORESEEN] += judged.foreseen
+        tally[LATE] += tally[LOADS] > tally[BEFORE]
+        tally[BEFORE] = tally[LOADS]
         self.state.made.copy_(tally[[LOADS, LOADS, AHEAD, FRESH]])
         self.state.made[0] += tally[AHEAD]
         self.state.made[1] = self._usage.step

@@ -26,8 +26,11 @@ from expertflow.kernels.ledger import DONE, LINE, Ledger
 POLICIES: dict[Policy, int] = {lru: 0, lfu: 1, next_use: 2, belady: 3, discounted_use: 4, layer_order: 5}
 """Policies with a device twin, and their numbers in the kernels."""
 HITS, LOADS, EVICTIONS, PHASES, BROKEN, AHEAD, FRESH, WASTES, BLIND, BLOCKS = range(10)
+LATE, BEFORE, FORECAST, FORESEEN = range(10, 14)
 """Indexes into `CacheState.tally`. FRESH counts hits that a load ahead brought, BLIND steps whose forecast had a NaN,
-BLOCKS the blocks carried of all loads, or what `Ledger.moved` counts where records are unequal. A load that was called off is not carried whole."""
+BLOCKS the blocks carried of all loads, or what `Ledger.moved` counts where records are unequal. A load that was called off is not carried whole.
+LATE counts steps with a load that was needed, BEFORE holds LOADS at the end of the last step. FORECAST and FORESEEN are those
+of `CacheCounters`."""
 UNKNOWN, RECORDED, CONSTANT, GIVEN = range(4)
 """The source of a step's demand: none, a recording, a recording of one step for all, or a caller that writes
 `CacheState.demand`."""
@@ -173,7 +176,7 @@ class CacheState:
         entry: int32 `[S]`, this step's load ahead into the slot, or -1.
         ahead: int32 `[L + 1, 2]`, entries of the ledger that were bound after layer l - 1: the first, and one past the last.
         order: int32 `[N]`, 0, 1, 2, ...: all entries of the ledger in order.
-        tally: int64 `[10]`, totals since the last `take_tally`, and whether a layer took more phases than its bound.
+        tally: int64 `[14]`, totals since the last `take_tally`, and whether a layer took more phases than its bound.
         made: int64 `[4]`, when the last step ended: loads in `tally`, `clock`, loads ahead, and loads ahead that were
             needed. In page-locked host memory, which the host reads without waiting.
         log: int32 `[R, 5]`, log entries as `core.write_log` writes them; R = 0 keeps none.
@@ -372,7 +375,7 @@ def _shapes(layers: int, experts: int, slots: int, logged: int) -> dict[str, tup
         "newer": (i32, slots + 1), "older": (i32, slots + 1), "resident": (i32, 1),
         "clock": (i64, 2), "waits": (f64, 2, layers), "demand": (f64, STEPS_KNOWN, *plane), "known": (i32, 1),
         "pending": (i32, layers * experts, 3), "waiting": (i32, 1), "ahead": (i32, layers + 1, 2),
-        "tally": (i64, 10), "log": (i32, logged, 5), "log_count": (i32, 1),
+        "tally": (i64, 14), "log": (i32, logged, 5), "log_count": (i32, 1),
     }  # fmt: skip
 
 

@@ -75,9 +75,9 @@ def event(service: "Service", snapshot: "Snapshot | None", before: "Snapshot | N
     return {
         **found,
         "time": snapshot.taken, "busy": stats.seconds, "tokens": stats.tokens, "prompt_tokens": stats.prompt_tokens,
-        "steps": cache.steps, "hits": cache.hits, "corrections": cache.loads, "ahead": cache.prefetched,
-        "ahead_used": cache.prefetch_hits, "wasted": cache.wasted, "evictions": cache.evictions,
-        "bytes": cache.bytes_moved, "link": loading.link,
+        "steps": cache.steps, "clean": cache.clean_steps, "hits": cache.hits, "corrections": cache.loads,
+        "forecast": cache.forecast, "foreseen": cache.foreseen, "ahead": cache.prefetched, "ahead_used": cache.prefetch_hits,
+        "wasted": cache.wasted, "evictions": cache.evictions, "bytes": cache.bytes_moved, "link": loading.link,
         "slots": plan.slots, "competing": plan.competing, "kv": snapshot.kv_share,
         "memory": {"planned": plan.total, "peak": stats.peak_bytes, "budget": plan.budget},
         "predictor": snapshot.predictor, "device": plan.device, "execution": plan.execution, "strategy": plan.strategy,

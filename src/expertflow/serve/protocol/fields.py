@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from expertflow.config import nearest
 from expertflow.serve.protocol.errors import bad
 from expertflow.serve.protocol.readers import (
+    MESSAGE,
     Reader,
     anything,
     biases,
@@ -56,7 +57,7 @@ class Field(NamedTuple):
     """
 
     use: Use
-    read: Reader = anything
+    read: Reader[Any] = anything
     why: str = ""
     harmless: tuple[Any, ...] = ()
 
@@ -65,7 +66,7 @@ Table = Mapping[str, Field]
 """The fields of a route by name."""
 
 
-def _honoured(read: Reader) -> Field:
+def _honoured(read: Reader[Any]) -> Field:
     return Field(Use.HONOURED, read)
 
 
@@ -131,7 +132,7 @@ _REQUEST: Table = {
 CHAT: Table = {
     **_REQUEST,
     **_SAMPLING,
-    "messages": _honoured(several(mapping, MOST_MESSAGES)),
+    "messages": _honoured(several(MESSAGE, MOST_MESSAGES)),
     "max_completion_tokens": _honoured(integer(1, _WHOLE)),
     "add_generation_prompt": _honoured(boolean),
     "continue_final_message": _honoured(boolean),
@@ -223,7 +224,7 @@ RESPONSES: Table = {
 TOKENIZE: Table = {
     "model": _honoured(text),
     "prompt": _honoured(text),
-    "messages": _honoured(several(mapping, MOST_MESSAGES)),
+    "messages": _honoured(several(MESSAGE, MOST_MESSAGES)),
     "add_special_tokens": _honoured(boolean),
     "add_generation_prompt": _honoured(boolean),
     "continue_final_message": _honoured(boolean),

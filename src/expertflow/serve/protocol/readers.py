@@ -1,17 +1,39 @@
 """Readers of single values of a request body: each takes a field's name and value, and refuses what it cannot take."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from expertflow.serve.protocol.errors import ApiError, bad
 
-Reader = Callable[[str, Any], Any]
-"""Takes name and value; gives the value that is used.
+_T_co = TypeVar("_T_co", covariant=True)
 
-Raises:
-    ApiError: if the field does not take that.
-"""
+
+@dataclass(frozen=True)
+class Reader(Generic[_T_co]):
+    """Takes a value apart.
+
+    Args:
+        take: takes name and value; gives the value that is used, or raises `ApiError`.
+        schema: of JSON, what it takes; a value that fits may be refused all the same.
+    """
+
+    take: Callable[[str, Any], _T_co]
+    schema: Mapping[str, Any]
+
+    def __call__(self, name: str, value: Any) -> _T_co:
+        """The value that is used.
+
+        Raises:
+            ApiError: if the field does not take that.
+        """
+        return self.take(name, value)
+
+
+def _reads(**schema: Any) -> Callable[[Callable[[str, Any], _T_co]], Reader[_T_co]]:
+    """Make a reader of a function; `schema`: as of `Reader`."""
+    return lambda take: Reader(take, schema)
 
 
 def _wrong(name: str, value: Any, wanted: str) -> ApiError:
@@ -19,11 +41,13 @@ def _wrong(name: str, value: Any, wanted: str) -> ApiError:
     return bad(name, f"{name}={shown if len(shown) <= 80 else shown[:77] + '...'} is wrong", f"It takes {wanted}.")
 
 
+@_reads()
 def anything(_: str, value: Any) -> Any:
     """Any value."""
     return value
 
 
+@_reads(type="boolean")
 def boolean(name: str, value: Any) -> bool:
     """True or false."""
     if not isinstance(value, bool):
@@ -31,6 +55,7 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
+@_reads(type="string")
 def text(name: str, value: Any) -> str:
     """Text."""
     if not isinstance(value, str):
@@ -38,6 +63,7 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+@_reads(type="object")
 def mapping(name: str, value: Any) -> dict[str, Any]:
     """An object."""
     if not isinstance(value, dict):
@@ -45,6 +71,7 @@ def mapping(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
+@_reads(type=["string", "object"])
 def text_or_mapping(name: str, value: Any) -> str | dict[str, Any]:
     """Text or an object."""
     if not isinstance(value, str | dict):
@@ -52,6 +79,7 @@ def text_or_mapping(name: str, value: Any) -> str | dict[str, Any]:
     return value
 
 
+@_reads(type=["string", "array"], items={"type": "object"})
 def text_or_blocks(name: str, value: Any) -> str | list[dict[str, Any]]:
     """Text, or a list of objects."""
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
@@ -59,9 +87,24 @@ def text_or_blocks(name: str, value: Any) -> str | list[dict[str, Any]]:
     return text(name, value)
 
 
-def integer(low: int, high: int) -> Reader:
+MESSAGE = Reader(
+    mapping.take,
+    {
+        "type": "object",
+        "required": ["role"],
+        "properties": {
+            "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
+            "content": {"type": ["string", "array", "null"], "items": {"type": "object"}},
+        },
+    },
+)
+"""A message of a chat, which `messages` takes apart."""
+
+
+def integer(low: int, high: int) -> Reader[int]:
     """A whole number within bounds."""
 
+    @_reads(type="integer", minimum=low, maximum=high)
     def read(name: str, value: Any) -> int:
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not whole or not low <= value <= high:
@@ -71,9 +114,10 @@ def integer(low: int, high: int) -> Reader:
     return read
 
 
-def number(low: float, high: float) -> Reader:
+def number(low: float, high: float) -> Reader[float]:
     """A number within bounds."""
 
+    @_reads(type="number", minimum=low, maximum=high)
     def read(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise _wrong(name, value, f"a number from {low:g} to {high:g}")
@@ -84,20 +128,11 @@ def number(low: float, high: float) -> Reader:
     return read
 
 
-def one_of(*words: Any) -> Reader:
-    """One of these values."""
-
-    def read(name: str, value: Any) -> Any:
-        if value not in words:
-            raise _wrong(name, value, "one of " + ", ".join(map(repr, words)))
-        return value
-
-    return read
-
-
-def several(one: Reader, most: int, *, single: bool = False) -> Reader:
+def several(one: Reader[Any], most: int, *, single: bool = False) -> Reader[tuple[Any, ...]]:
     """A list of at most `most` values; if `single`, one value without a list too."""
+    schema = {"type": "array", "items": dict(one.schema), "maxItems": most}
 
+    @_reads(**({"anyOf": [schema, dict(one.schema)]} if single else schema))
     def read(name: str, value: Any) -> tuple[Any, ...]:
         if single and not isinstance(value, list):
             return (one(name, value),)
@@ -108,10 +143,13 @@ def several(one: Reader, most: int, *, single: bool = False) -> Reader:
     return read
 
 
-def biases(most: int) -> Reader:
+def biases(most: int) -> Reader[dict[int, float]]:
     """What `logit_bias` takes: token ids, as JSON writes keys, with numbers from -100 to 100."""
     amount, token = number(-100, 100), integer(0, 2**31 - 1)
 
+    @_reads(
+        type="object", maxProperties=most, propertyNames={"pattern": "^[0-9]{1,9}$"}, additionalProperties=amount.schema
+    )
     def read(name: str, value: Any) -> dict[int, float]:
         if len(mapping(name, value)) > most:
             raise bad(name, f"{name} names {len(value)} tokens", f"It takes at most {most}.")
@@ -125,9 +163,10 @@ def biases(most: int) -> Reader:
     return read
 
 
-def short_text(most: int) -> Reader:
+def short_text(most: int) -> Reader[str]:
     """Text of at least one and at most `most` characters."""
 
+    @_reads(type="string", minLength=1, maxLength=most)
     def read(name: str, value: Any) -> str:
         if not isinstance(value, str) or not 1 <= len(value) <= most:
             raise _wrong(name, value, f"text of 1 to {most} characters")
@@ -136,9 +175,10 @@ def short_text(most: int) -> Reader:
     return read
 
 
-def prompts(most: int) -> Reader:
+def prompts(most: int) -> Reader[Sequence[Any]]:
     """What `prompt` of a completion takes: text, token ids, or at most `most` of either; as a list of prompts."""
 
+    @_reads(type=["string", "array"], items={"type": ["string", "integer", "array"], "items": {"type": "integer"}})
     def read(name: str, value: Any) -> Sequence[Any]:
         if isinstance(value, str):
             return [value]
