@@ -13,7 +13,6 @@ from expertflow.engine.planning.pass_size import (
     ALL_RESIDENT,
     SMALLEST,
     PassWork,
-    Speeds,
     largest_pass,
     longest_pass,
     pace_of,
@@ -22,6 +21,7 @@ from expertflow.engine.planning.pass_size import (
 )
 from expertflow.engine.planning.prefix import PrefixPlan, buffer_bytes, plan_prefix
 from expertflow.engine.planning.slots import least_slots, plan_slots
+from expertflow.engine.planning.speeds import SPEEDS, pass_speeds
 from expertflow.engine.planning.workspace import CUDA_LIBRARY_BYTES, graph_bytes, workspace_bytes
 from expertflow.errors import BudgetError, ConfigError
 from expertflow.execution.kv.layout import PAGE, Layout, pages_of
@@ -34,6 +34,8 @@ from expertflow.units import format_bytes, parse_bytes
 
 DEFAULT_CONTEXT = 4096
 """Longest sequence planned for when the user states none and the model allows it."""
+_ROUNDS = 8
+"""Sizes of a pass that are tried at most."""
 _WORTH = 0.5
 """Share of the host execution's slots that must remain beside captured steps, for execution='auto' to choose them."""
 
@@ -172,7 +174,7 @@ class Plan:
     @property
     def copies_seconds(self) -> float | None:
         """What the copies of a pass over prompts take alone; None on a CPU, where nothing is known of it."""
-        return self.pass_work.copied / pass_speeds(self).link if self.device == "cuda" else None
+        return self.pass_work.copied / pass_speeds(self.shape).link if self.device == "cuda" else None
 
     @property
     def pace(self) -> Pace | None:
@@ -181,7 +183,7 @@ class Plan:
 
     @property
     def _pace(self) -> Pace:
-        return pace_of(self.shape, self.pass_work, pass_speeds(self), self.prefill_chunk)
+        return pace_of(self.shape, self.pass_work, pass_speeds(self.shape), self.prefill_chunk)
 
     @property
     def stall_seconds(self) -> float | None:
@@ -308,7 +310,7 @@ def _sized(wanted: _Wanted) -> Plan:
         together = min(together, ALL_RESIDENT)
     limit = largest_pass(lambda chunk: _workspace(config, shape, length, chunk, graph=graph), memory, together)
     for _ in range(_ROUNDS):
-        before, tokens = found, pass_tokens(found.pass_work, pass_speeds(found), limit)
+        before, tokens = found, pass_tokens(found.pass_work, pass_speeds(found.shape), limit)
         found = _grown(wanted, before, tokens)
         if found is before:
             break
@@ -399,7 +401,7 @@ def slot_layout(shape: ModelShape, device: str, *, graph: bool) -> StoreLayout:
 
 def rates(plan: Plan) -> StepPrices:
     """Return the costs of a step, by which live sequences are grouped. Only the proportions matter."""
-    link, memory, fixed, divide = _SPEEDS[plan.device]
+    link, memory, fixed, divide = SPEEDS[plan.device]
     records, large = plan.shape.records, plan.slot_layout.large
     load = tuple(size / link for size in records.layer_bytes)
     return StepPrices(
@@ -410,20 +412,6 @@ def rates(plan: Plan) -> StepPrices:
         expert=sum(records.layer_bytes) / len(records.layers) / memory,
         divide=divide,
     )
-
-
-_SPEEDS = {"cuda": (50e9, 3e12, 1e-3, 4e-3), "cpu": (10e9, 10e9, 1e-3, 4e-3)}
-"""Bytes a second over the link and in the device's memory (H100: benchmarks/results/kernels_h100.json; a CPU: a guess),
-and fixed seconds of a step and of a division into groups."""
-_COMPUTE, _COMPUTE_FLOAT32 = 300e12, 30e12
-"""Floating-point operations a second of a pass over prompts, of 16-bit numbers on an H200; of float32: a guess."""
-_ROUNDS = 8
-"""Sizes of a pass that are tried at most."""
-
-
-def pass_speeds(plan: Plan) -> Speeds:
-    """What copies and computes a pass over prompts on CUDA."""
-    return Speeds(_SPEEDS["cuda"][0], _COMPUTE_FLOAT32 if plan.shape.dtype == "float32" else _COMPUTE)
 
 
 def _max_live(config: EngineConfig, shape: ModelShape) -> int:
