@@ -2,7 +2,8 @@
 
 Models of published widths with few layers and random weights, through `LLM`. Drawn are execution, budget (also the least that
 works, and slots instead), sequences of a step and live ones, their length, tokens of keys and values, and of a pass. Each plan reads prompts of random
-lengths, decodes a few tokens, greedy and sampled, fills its largest pass, and records the routing of two steps.
+lengths, decodes a few tokens, greedy and sampled, fills its largest pass, also with tokens that all go to the same experts, and
+records the routing of two steps.
 
 What a GPU's libraries may take whatever the model is, `FIXED`, is in every plan, and rarely used in full: it is left out of the upper bound, so that
 small models are judged too. Ends in an error where a peak exceeds its plan, or a plan on a GPU exceeds that bound. On a CPU
@@ -129,8 +130,11 @@ def carry_out(llm: LLM, draw: random.Random) -> dict[str, int]:
     plan, read, most = llm.plan, 0, llm.plan.max_length - ANSWER
     limit = max(1, min(most, MOST_PASSES * plan.prefill_chunk // plan.max_batch))
     lengths, full = [int(limit ** draw.random()) for _ in range(plan.max_batch + 2)], filling(plan, most)
-    for temperature, counts in ((0.0, lengths), (0.9, full), (0.0, full)):
-        prompts = [[draw.randrange(3, plan.shape.vocabulary) for _ in range(count)] for count in counts]
+    for temperature, counts, alike in ((0.0, lengths, False), (0.9, full, False), (0.0, full, True)):
+        token = draw.randrange(3, plan.shape.vocabulary)  # the same everywhere, so that the same experts get all tokens
+        prompts = [
+            [token if alike else draw.randrange(3, plan.shape.vocabulary) for _ in range(count)] for count in counts
+        ]
         top_p = 0.9 if temperature else 1.0
         llm.generate(prompts, SamplingParams(max_tokens=ANSWER, temperature=temperature, top_p=top_p, ignore_eos=True))
         read += sum(counts)

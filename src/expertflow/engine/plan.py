@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from expertflow.config import EngineConfig
-from expertflow.engine.planning.kv import Sequences, plan_kv
+from expertflow.engine.planning.kv import Sequences, max_live, plan_kv
 from expertflow.engine.planning.pass_size import (
     ALL_RESIDENT,
     SMALLEST,
@@ -338,7 +338,7 @@ def _plan(wanted: _Wanted, chunk: int) -> Plan:
     """The plan with passes of `chunk` tokens."""
     config, shape, device, strategy, budget, graph, predictor, prefix = wanted
     max_length = sequence_length(config, shape)
-    live = _max_live(config, shape)
+    live = max_live(config, shape)
     if shape.unplanned:  # a recurrent state is not carried from pass to pass, so such a prompt runs in one pass
         chunk = max(chunk, config.max_batch * max_length)
     workspace = _workspace(config, shape, max_length, chunk, graph=graph)
@@ -412,17 +412,6 @@ def rates(plan: Plan) -> StepPrices:
         expert=sum(records.layer_bytes) / len(records.layers) / memory,
         divide=divide,
     )
-
-
-def _max_live(config: EngineConfig, shape: ModelShape) -> int:
-    live = config.max_live or config.max_batch
-    if live > config.max_batch and not shape.in_rows:
-        raise ConfigError(
-            f"max_live={live} is more than max_batch={config.max_batch}, and sequences of {shape.model_type!r} cannot take "
-            "turns: its keys and values are not kept in rows",
-            "Leave max_live out, or raise max_batch as well.",
-        )
-    return live
 
 
 def sequence_length(config: EngineConfig, shape: ModelShape) -> int:

@@ -36,6 +36,22 @@ class Sequences(NamedTuple):
     chunk: int
 
 
+def max_live(config: EngineConfig, shape: ModelShape) -> int:
+    """Return the sequences that have keys and values at once.
+
+    Raises:
+        ConfigError: if they cannot take turns, and are more than a step has.
+    """
+    live = config.max_live or config.max_batch
+    if live > config.max_batch and not shape.in_rows:
+        raise ConfigError(
+            f"max_live={live} is more than max_batch={config.max_batch}, and sequences of {shape.model_type!r} cannot take "
+            "turns: its keys and values are not kept in rows",
+            "Leave max_live out, or raise max_batch as well.",
+        )
+    return live
+
+
 def plan_kv(config: EngineConfig, shape: ModelShape, sequences: Sequences, left: int | None) -> KvPlan:
     """Decide how many tokens are kept.
 
