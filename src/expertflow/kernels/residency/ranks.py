@@ -26,7 +26,8 @@ from expertflow.cache.policy import (
     next_use,
 )
 from expertflow.kernels.ledger import DONE, SRC, TAKEN
-from expertflow.kernels.residency.access import BY_UNUSED, BY_USED, IF_UNUSED, IF_USED, key_of, rank_of, smallest
+from expertflow.kernels.residency.access import BY_UNUSED, BY_USED, IF_UNUSED, IF_USED
+from expertflow.kernels.residency.keys import key_of, rank_of, smallest
 from expertflow.kernels.residency.state import (
     AHEAD,
     BLIND,
