@@ -242,9 +242,8 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
             begin = number
             end = tl.minimum(number - number % wave + wave, loads)
             ready = 1
-            leaves = tl.full(
-                [NP], -1, tl.int32
-            )  # the flat expert that each load of the wave evicts, or -2 - an empty slot
+            # the flat expert that each load of the wave evicts, or -2 - an empty slot
+            leaves = tl.full([NP], -1, tl.int32)
             phases, befores = tl.zeros([NP], tl.int32) + phase, leaves
             while (number < end) & (ready > 0):
                 chosen = pair == number
