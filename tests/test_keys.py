@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from expertflow.kernels.residency.access import key_of, rank_of, smallest
+from expertflow.kernels.residency.keys import key_of, rank_of, smallest
 
 
 @triton.jit

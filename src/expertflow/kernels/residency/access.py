@@ -10,6 +10,7 @@ import triton.language as tl
 
 from expertflow.cache.core import EVICT, HIT, LAYER, MISS, NUDGE, WASTED
 from expertflow.kernels.ledger import CALLED_OFF, CARRIED, DST, PRIOR, SRC, TAKEN
+from expertflow.kernels.residency.keys import key_of, rank_of, smallest
 from expertflow.kernels.residency.state import BROKEN, EVICTIONS, FRESH, HITS, LOADS, PHASES, WASTES
 
 _LAYER, _HIT, _MISS, _EVICT, _WASTED = (tl.constexpr(kind) for kind in (LAYER, HIT, MISS, EVICT, WASTED))
@@ -22,6 +23,8 @@ _INFINITE = tl.constexpr(0x7FF00000)
 """The upper half of an infinite rank's key."""
 _LAST = tl.constexpr(0x7FFFFFFF)
 """Larger than any half of a rank's key, and any index."""
+_HALF = tl.constexpr(1 << 16)
+"""Parts two counts in one int32; a layer has far fewer experts."""
 LINES = NOW, IF_USED, IF_UNUSED, BY_USED, BY_UNUSED = range(5)
 """Planes of `lines`, int32 `[5, L, E]`: how many ranks of the layer are smaller than the expert's rank now, and than those it
 gets if it is used and if not; then the layer's experts in ascending order of `used`, and of `unused`."""
@@ -48,33 +51,6 @@ def write_log(log, entry, kind, layer, expert, slot, detail, mask):
 def add_to(total, amount):
     """Add to a total in `CacheState.tally`."""
     tl.atomic_add(total, amount.to(tl.int64), sem="relaxed")
-
-
-@triton.jit
-def key_of(rank):
-    """Two int32 that order float64 as they are; the second decides where the first are equal.
-
-    A GPU finds the least int32 of a warp in one instruction, and the least float64 in five rounds.
-    """
-    bits = (rank + 0.0).to(tl.int64, bitcast=True)  # both zeros are one
-    bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-    return (bits >> 32).to(tl.int32), (bits ^ 0x80000000).to(tl.int32)
-
-
-@triton.jit
-def rank_of(upper, lower):
-    """The float64 of a key."""
-    bits = (upper.to(tl.int64) << 32) | ((lower.to(tl.int64) & 0xFFFFFFFF) ^ 0x80000000)
-    bits = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-    return bits.to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def smallest(uppers, lowers, index):
-    """The smallest key, and the lowest index that has it."""
-    upper = tl.min(uppers, 0)
-    lower = tl.min(tl.where(uppers == upper, lowers, _LAST), 0)
-    return upper, lower, tl.min(tl.where((uppers == upper) & (lowers == lower), index, _LAST), 0)
 
 
 @triton.jit
@@ -107,9 +83,8 @@ def _call_off_all(ledger, entries, entry, place, mask):
     carried = tl.atomic_add(ledger + _TAKEN * entries + prior, _CALLED_OFF, mask=begun, sem="relaxed")
     tl.store(ledger + _CARRIED * entries + prior, carried, mask=begun)
     tl.debug_barrier()
-    carried = tl.load(
-        ledger + _CARRIED * entries + prior, mask=begun, other=1
-    )  # only one thread of several has the sum
+    # of several threads with the same slot only one has the sum
+    carried = tl.load(ledger + _CARRIED * entries + prior, mask=begun, other=1)
     before = tl.load(ledger + _PRIOR * entries + prior, mask=begun & (carried == 0), other=-1)
     return tl.where(begun & (carried == 0), before, prior)
 
@@ -152,6 +127,10 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
     new = tl.load(fresh + base + column, mask=mine, other=0) != 0
     sorted_at = tl.load(lines + _BY_USED * cells + base + column, mask=mine, other=0)
     sorted_away = tl.load(lines + _BY_UNUSED * cells + base + column, mask=mine, other=0)
+    rank_used = tl.load(used + base + column, mask=mine, other=0.0)
+    rank_unused = tl.load(unused + base + column, mask=mine, other=0.0)
+    line_used = tl.load(lines + _IF_USED * cells + base + column, mask=mine, other=0)
+    line_unused = tl.load(lines + _IF_UNUSED * cells + base + column, mask=mine, other=0)
     lows = tl.load(low + other, mask=other < layers, other=float("inf"))
     at_low = tl.load(lowest + other, mask=other < layers, other=0)
     holding, first, allowed = tl.load(per_layer + layer), tl.load(filled), tl.load(share + layer)
@@ -198,12 +177,13 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         # the missing experts in the order of their loads: those of high rank last, because the last ones stay
         lacks = mine & (tl.load(needed + base + sorted_at, mask=mine, other=0) != 0)
         lacks = lacks & (tl.load(slot_of + base + sorted_at, mask=mine, other=0) < 0)
-        tl.store(turn + tl.cumsum(lacks.to(tl.int32), 0) - 1, sorted_at, mask=lacks)
-        tl.store(turn_of + column, tl.where(slot >= 0, -1, 0), mask=mine)
-        # its own residents that may leave, in their order
+        # its own residents that may leave, in their order; one scan numbers both
         leaves_now = mine & (tl.load(needed + base + sorted_away, mask=mine, other=1) == 0)
         leaves_now = leaves_now & (tl.load(slot_of + base + sorted_away, mask=mine, other=-1) >= 0)
-        tl.store(leaving_at + tl.cumsum(leaves_now.to(tl.int32), 0) - 1, sorted_away, mask=leaves_now)
+        numbers = tl.cumsum(lacks.to(tl.int32) + leaves_now.to(tl.int32) * _HALF, 0)
+        tl.store(turn + numbers % _HALF - 1, sorted_at, mask=lacks)
+        tl.store(leaving_at + numbers // _HALF - 1, sorted_away, mask=leaves_now)
+        tl.store(turn_of + column, tl.where(slot >= 0, -1, 0), mask=mine)
         mine_left, mine_gone = tl.sum(leaves_now.to(tl.int32), 0), zero
         # of another layer, while it loses experts: each one's place, then its number, so that the smallest entry is the next to leave
         their_line, their_layer, their_last = tl.zeros([EP], tl.int32) + _LAST, zero - 1, zero - 1
@@ -262,9 +242,8 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
             begin = number
             end = tl.minimum(number - number % wave + wave, loads)
             ready = 1
-            leaves = tl.full(
-                [NP], -1, tl.int32
-            )  # the flat expert that each load of the wave evicts, or -2 - an empty slot
+            # the flat expert that each load of the wave evicts, or -2 - an empty slot
+            leaves = tl.full([NP], -1, tl.int32)
             phases, befores = tl.zeros([NP], tl.int32) + phase, leaves
             while (number < end) & (ready > 0):
                 chosen = pair == number
@@ -372,13 +351,16 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         tl.store(filled, first + loads)
     ends = phase + 1 + tl.arange(0, NP)
     tl.store(bounds + ends, tl.zeros([NP], tl.int32) + awaited + loads, mask=ends <= PHASES)
+    tl.debug_barrier()
+    # every pair's slot, in the table of the phase that computes it
+    place_of = tl.load(expert_slot + choice, mask=alive, other=-1)
+    table_of = tl.load(expert_table + choice, mask=alive, other=-1)
+    slot = tl.load(slot_of + base + column, mask=mine, other=-1)
+    for number in tl.static_range(PHASES + 1):
+        tl.store(pair_slots + number * pairs + pair, tl.where(table_of == number, place_of, -1), mask=pair < pairs)
     # after the layer all residents may be evicted
-    slot = tl.load(slot_of + base + column, mask=mine, other=-1)  # read anew: few registers for all of them
-    need = tl.load(needed + base + column, mask=mine, other=0) != 0
-    after = tl.load(used + base + column, mask=mine & need, other=0.0)
-    after += tl.load(unused + base + column, mask=mine & (need == 0), other=0.0)
-    line = lines + tl.where(need, _IF_USED, _IF_UNUSED) * cells + base + column
-    line = tl.load(line, mask=mine, other=0)
+    after = tl.where(need, rank_used, rank_unused)
+    line = tl.where(need, line_used, line_unused)
     if not RETAIN:
         last = tl.load(older + slots)
         leaving = tl.sum(((slot >= 0) & (allowed > 0)).to(tl.int32), 0)  # those of a large layer stay
@@ -426,9 +408,3 @@ def run_layer(  # noqa: C901, PLR0912, PLR0915 - one program's whole decision: s
         tl.store(tally + _BROKEN, 1)
     if LOG:
         tl.store(log_count, logged)
-    # every pair's slot, in the table of the phase that computes it
-    tl.debug_barrier()
-    place_of = tl.load(expert_slot + choice, mask=alive, other=-1)
-    table_of = tl.load(expert_table + choice, mask=alive, other=-1)
-    for number in tl.static_range(PHASES + 1):
-        tl.store(pair_slots + number * pairs + pair, tl.where(table_of == number, place_of, -1), mask=pair < pairs)

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from expertflow.cache.core import EVICT, PREFETCH, WASTED
 from expertflow.kernels.ledger import DST, PRIOR, SRC
-from expertflow.kernels.residency.access import add_to, call_off, key_of, rank_of, smallest, write_log
+from expertflow.kernels.residency.access import add_to, call_off, write_log
+from expertflow.kernels.residency.keys import key_of, rank_of, smallest
 from expertflow.kernels.residency.state import AHEAD, BROKEN, EVICTIONS, WASTES
 
 _PREFETCH, _EVICT, _WASTED = (tl.constexpr(kind) for kind in (PREFETCH, EVICT, WASTED))

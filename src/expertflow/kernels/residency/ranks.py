@@ -27,16 +27,8 @@ from expertflow.cache.policy import (
 )
 from expertflow.events import SURE
 from expertflow.kernels.ledger import DONE, SRC, TAKEN
-from expertflow.kernels.residency.access import (
-    BY_UNUSED,
-    BY_USED,
-    IF_UNUSED,
-    IF_USED,
-    add_to,
-    key_of,
-    rank_of,
-    smallest,
-)
+from expertflow.kernels.residency.access import BY_UNUSED, BY_USED, IF_UNUSED, IF_USED, add_to
+from expertflow.kernels.residency.keys import key_of, rank_of, smallest
 from expertflow.kernels.residency.state import (
     AHEAD,
     BEFORE,
