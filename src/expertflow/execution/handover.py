@@ -33,19 +33,7 @@ from expertflow.execution.kv_rows import DecodeInput, RowModel
 from expertflow.execution.observe import StepObserver, observe_all, prompt_tokens, step_tokens
 from expertflow.execution.provider import CachedExperts
 from expertflow.kernels.ledger import LINE
-from expertflow.kernels.residency.state import (
-    AHEAD,
-    BLIND,
-    BLOCKS,
-    EVICTIONS,
-    FORECAST,
-    FORESEEN,
-    FRESH,
-    HITS,
-    LATE,
-    LOADS,
-    WASTES,
-)
+from expertflow.kernels.residency.state import BLIND, BLOCKS, counters_of
 from expertflow.models.context import DenseKernels, ForwardContext, LayerExperts, Observer
 
 WATCHED = "the routing is observed, which only the host execution shows"
@@ -170,23 +158,10 @@ class DeviceTables:
 
     def _as_counters(self, tally: Sequence[int], steps: int) -> CacheCounters:
         """What the events of these steps have not counted: all, or with a log what events do not carry."""
-        judged = {"forecast": tally[FORECAST], "foreseen": tally[FORESEEN]}
-        if self._experts.logs:
-            return CacheCounters(**judged)
         layout = self._shared.store.layout
         a_block = layout.record_bytes if layout.equal else LINE  # what was counted is blocks, or lines of them
-        return CacheCounters(
-            **judged,
-            steps=steps,
-            late_steps=tally[LATE],
-            hits=tally[HITS],
-            loads=tally[LOADS],
-            prefetched=tally[AHEAD],
-            prefetch_hits=tally[FRESH],
-            wasted=tally[WASTES],
-            evictions=tally[EVICTIONS],
-            bytes_moved=tally[BLOCKS] * a_block // self._experts.blocks_of(layout.record_bytes),
-        )
+        total = counters_of(tally, steps, tally[BLOCKS] * a_block // self._experts.blocks_of(layout.record_bytes))
+        return CacheCounters(forecast=total.forecast, foreseen=total.foreseen) if self._experts.logs else total
 
     def _count_loads(self) -> None:
         """Give the predictor the loads of the steps that are over, and how many loads ahead were needed.

@@ -21,6 +21,7 @@ from expertflow.cache.forecast import LayerOrder, NoForecast, Recorded, Step, ne
 from expertflow.cache.horizon import STEPS_KNOWN
 from expertflow.cache.policy import DISCOUNT, Policy, Usage, belady, discounted_use, layer_order, lfu, lru, next_use
 from expertflow.cache.strategy import Setting, Strategy
+from expertflow.events import CacheCounters
 from expertflow.kernels.ledger import DONE, LINE, Ledger
 
 POLICIES: dict[Policy, int] = {lru: 0, lfu: 1, next_use: 2, belady: 3, discounted_use: 4, layer_order: 5}
@@ -349,6 +350,23 @@ class CacheState:
         self.tally.zero_()
         assert not totals[BROKEN], "a layer took more phases than `phase_bound` allows, or found no slot for a load"
         return totals
+
+
+def counters_of(tally: Sequence[int], steps: int, bytes_moved: int) -> CacheCounters:
+    """The totals that a tally holds, after `steps` steps that moved so many bytes."""
+    return CacheCounters(
+        steps=steps,
+        late_steps=tally[LATE],
+        hits=tally[HITS],
+        loads=tally[LOADS],
+        prefetched=tally[AHEAD],
+        prefetch_hits=tally[FRESH],
+        wasted=tally[WASTES],
+        evictions=tally[EVICTIONS],
+        bytes_moved=bytes_moved,
+        forecast=tally[FORECAST],
+        foreseen=tally[FORESEEN],
+    )
 
 
 _SWEEP_BYTES = 2 * 8 + 4
