@@ -6,7 +6,7 @@ models and layers.
 
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,10 +63,10 @@ def _heads(module: Any, states: Tensor) -> AttentionBlock | None:
     block = AttentionBlock(doubled=True, normed=normed, wide=wide)
     if (given := attention_tensors(module, block, tensors)) is None:
         return None
-    turned = module.head_dim, module.head_dim // 2, module.head_dim // 4
+    turned, does = (module.head_dim, module.head_dim // 2, module.head_dim // 4), _Own(module, tensors, states)
     for woven, width, doubled in product((False, True), turned, (True, False)):
         block = replace(block, doubled=doubled, woven=woven)
-        if _attends(module, block, tensors, given, _angles(width, block), states):
+        if _attends(module, block, given, does(width, block)):
             return block
     return None
 
@@ -80,23 +80,76 @@ def _latent(module: Any, states: Tensor) -> LatentBlock | None:
     block = LatentBlock(wide=wide)
     if (given := latent_tensors(module, block, tensors)) is None:
         return None
+    does = _Own(module, tensors, states)
     for (paired, doubled), (woven, parted) in product(_TABLES, _ORDERS):
         block = replace(block, paired=paired, doubled=doubled, woven=woven, parted=parted)
-        if _attends(module, block, tensors, given, _angles(given.heads.rope, block), states):
+        if _attends(module, block, given, does(given.heads.rope, block)):
             return block
     return None
+
+
+class _Does(NamedTuple):
+    """What a module's own forward does.
+
+    Attributes:
+        states: `[T, 1, H]`, what it was given.
+        angles: likewise.
+        out: what it gave.
+        kept: what it kept.
+    """
+
+    states: Tensor
+    angles: Any
+    out: Any
+    kept: tuple[Tensor, Tensor]
+
+
+class _Own:
+    """A module's own forward, run once for all blocks that are given angles alike.
+
+    Args:
+        module: it is tried.
+        tensors: random ones.
+        states: `[T, 1, H]`.
+    """
+
+    def __init__(self, module: Any, tensors: Tensors, states: Tensor) -> None:
+        """Nothing was run yet."""
+        self._module, self._tensors, self._states = module, tensors, states
+        self._done: dict[tuple[int, bool, bool], _Does | None] = {}
+
+    def __call__(self, turned: int, block: AttentionBlock | LatentBlock) -> _Does | None:
+        """What it does with angles of `turned` elements of a head; None if it does not take them."""
+        key = turned, block.doubled, isinstance(block, LatentBlock) and block.paired
+        if key not in self._done:
+            self._done[key] = self._run(_angles(turned, block))
+        return self._done[key]
+
+    def _run(self, angles: Any) -> _Does | None:
+        module, own, kept = self._module, self._module.config, _Kept()
+        given = {"hidden_states": self._states, "position_embeddings": angles}
+        module.config = _Config(own)
+        try:
+            more = {**given, "attention_mask": None, "past_key_values": kept}
+            out = plain(functional_call(module, self._tensors, (), more))
+        except FAILS:
+            return None
+        finally:
+            module.config = own
+        return _Does(self._states, angles, out, kept.given)
 
 
 def _attends(
     module: Any,
     block: AttentionBlock | LatentBlock,
-    tensors: Tensors,
     given: AttentionTensors | LatentTensors,
-    angles: Any,
-    states: Tensor,
+    does: _Does | None,
 ) -> bool:
     """Whether the attention does as its block, and keeps the same."""
-    cells, rotary, kernels = _cells(given.heads), rotary_of(block, angles), backend(_CPU)
+    if does is None:
+        return False
+    states = does.states[:, 0]
+    cells, rotary, kernels = _cells(given.heads), rotary_of(block, does.angles), backend(_CPU)
     if isinstance(given, LatentTensors):
         heads = given.heads
 
@@ -107,7 +160,7 @@ def _attends(
             keys = torch.cat([plainly, cells.values.expand(*plainly.shape[:3], -1)], dim=3)
             return _mix(module, asked[:, :, None], keys, values, None, module.scaling)[0][:, 0]
 
-        mine = over_latents(kernels, given, states[:, 0], read)
+        mine = over_latents(kernels, given, states, read)
     else:
         tensors_of_heads = given
 
@@ -115,17 +168,8 @@ def _attends(
             queries = rotate(joined, tensors_of_heads.heads, rotary, tensors_of_heads.norms, cells)
             return _mix(module, queries[:, :, None], *cells[:2], None, module.scaling)[0][:, 0]
 
-        mine = attention(kernels, given, states[:, 0], attend)
-    own, kept = module.config, _Kept()
-    more = {"position_embeddings": angles, "attention_mask": None, "past_key_values": kept}
-    module.config = _Config(own)
-    try:
-        theirs = plain(functional_call(module, tensors, (), {"hidden_states": states, **more}))
-    except FAILS:
-        return False
-    finally:
-        module.config = own
-    return agree(mine[:, None], theirs) and all(map(agree, cells[:2], kept.given))
+        mine = attention(kernels, given, states, attend)
+    return agree(mine[:, None], does.out) and all(map(agree, cells[:2], does.kept))
 
 
 def _cells(heads: Heads | LatentHeads) -> Cells:

@@ -23,7 +23,12 @@ FAILS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotIm
 
 def drawn(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensors:
     """Random numbers of the shapes of a module's tensors, on the CPU: sums of products near one, weights of norms too."""
-    return drawn_as({name: tensor.shape for name, tensor in tensors_of(module).items()}, dtype)
+    return drawn_as(shapes_of(module), dtype)
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of a module's tensors, by name."""
+    return {name: tensor.shape for name, tensor in tensors_of(module).items()}
 
 
 def drawn_as(shapes: Mapping[str, torch.Size], dtype: torch.dtype = torch.float32) -> Tensors:

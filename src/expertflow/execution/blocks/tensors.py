@@ -23,6 +23,8 @@ from expertflow.execution.blocks.forms import (
 from expertflow.kernels.blocks.given import Heads, LatentHeads, Norm, Rotary, Router
 
 Tensors = dict[str, Tensor]
+FEED = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+"""Names of the tensors of a gated feed-forward block."""
 Join = Callable[[list[Tensor]], Tensor | None]
 """Makes one weight of several by their rows; None where it cannot."""
 
@@ -121,11 +123,10 @@ def latent_tensors(module: Any, block: LatentBlock, tensors: Tensors, join: Join
 
 
 def feed_tensors(tensors: Tensors, activation: str, join: Join = torch.cat) -> FeedTensors | None:
-    """Weights of a gated feed-forward block with `gate_proj`, `up_proj` and `down_proj`; None if it has others."""
-    names = [f"{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
-    if {*names} != tensors.keys():
+    """Weights of a gated feed-forward block; None if it has other tensors than `FEED`, or of other shapes."""
+    if {*FEED} != tensors.keys():
         return None
-    gate, up, down = (tensors[name] for name in names)
+    gate, up, down = (tensors[name] for name in FEED)
     if gate.shape != up.shape or down.shape != gate.shape[::-1] or (joined := join([gate, up])) is None:
         return None
     return FeedTensors(joined, down, activation)

@@ -4,7 +4,7 @@ Float32 on the CPU, but for number types. Attention and experts themselves are r
 know loaded models.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -14,9 +14,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from expertflow.execution.blocks.attempt import attention_block
-from expertflow.execution.blocks.draws import FAILS, agree, drawn, drawn_as, in_place_of, norm_rounding, plain
+from expertflow.execution.blocks.draws import (
+    FAILS,
+    agree,
+    drawn,
+    drawn_as,
+    in_place_of,
+    norm_rounding,
+    plain,
+    shapes_of,
+)
 from expertflow.execution.blocks.forms import ExpertsBlock, LayerForm, experts, feed
-from expertflow.execution.blocks.tensors import Tensors, experts_tensors, feed_tensors, tensors_of
+from expertflow.execution.blocks.tensors import FEED, Tensors, experts_tensors, feed_tensors, tensors_of
 from expertflow.kernels.backend import backend
 from expertflow.kernels.blocks.given import Norm, RouterRule
 from expertflow.kernels.dense_reference import rms_norm
@@ -85,19 +94,31 @@ class Trial:
             return False
 
     def _experts(self) -> ExpertsBlock | None:
-        """The second part's block."""
-        module, tensors, activation = self.layer.get_submodule(self.second), Tensors(), None
+        """The second part's block. A shared expert that is a feed-forward block is tried with few inner elements here, too."""
+        module, tensors, activation, theirs = self.layer.get_submodule(self.second), Tensors(), None, None
         for found in experts_blocks(module, len(self.gains[1])):
             if not tensors:
-                tensors = drawn(module)
+                shapes = shapes_of(module)
                 if found.shared is not None:
-                    activation = feed_activation(module.get_submodule(found.shared), self.states)
+                    child = module.get_submodule(found.shared)
+                    if (activation := feed_activation(child, self.states)) is not None:
+                        shapes |= {f"{found.shared}.{name}": shape for name, shape in _narrow(shapes_of(child)).items()}
+                tensors = drawn_as(shapes)
+                theirs = self._routed(module, tensors)
             block = replace(found, feed=activation)
-            if self._routes(module, block, tensors):
+            if theirs is not None and self._routes(module, block, tensors, theirs):
                 return _with_types(module, block, self.states)
         return None
 
-    def _routes(self, module: Any, block: ExpertsBlock, tensors: Tensors) -> bool:
+    def _routed(self, module: Any, tensors: Tensors) -> Any:
+        """What the second part's own forward gives; None if it cannot be called so."""
+        try:
+            with in_place_of(module.experts, _use):
+                return plain(functional_call(module, tensors, (self.states,)))
+        except FAILS:
+            return None
+
+    def _routes(self, module: Any, block: ExpertsBlock, tensors: Tensors, theirs: Any) -> bool:
         """Whether router and sums do as the block."""
         states = self.states[:, 0]
         norm = Norm(torch.ones(states.shape[1]), 0.0, wide=True)
@@ -107,12 +128,16 @@ class Trial:
 
         if (given := experts_tensors(module, block, tensors, torch.zeros(0))) is None:
             return False
-        mine = experts(backend(_CPU), given, states, norm, run)[:, None]
-        try:
-            with in_place_of(module.experts, _use):
-                return agree(mine, plain(functional_call(module, tensors, (self.states,))))
-        except FAILS:
-            return False
+        return agree(experts(backend(_CPU), given, states, norm, run)[:, None], theirs)
+
+
+def _narrow(shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    """Shapes of a feed-forward block's tensors, with few inner elements."""
+    gate, up, down = (shapes[name] for name in FEED)
+    inner = min(_NARROW, gate[0])
+    return dict(
+        zip(FEED, (torch.Size((inner, gate[1])), torch.Size((inner, up[1])), torch.Size((down[0], inner))), strict=True)
+    )
 
 
 def feed_activation(module: Any, states: Tensor) -> str | None:
@@ -122,12 +147,10 @@ def feed_activation(module: Any, states: Tensor) -> str | None:
         module: without weights.
         states: `[T, 1, H]`.
     """
-    shapes = {name: tensor.shape for name, tensor in tensors_of(module).items()}
-    inner = min(_NARROW, *(shape[0] for shape in shapes.values())) if shapes else 0
-    tensors = drawn_as({
-        name: torch.Size((shape[0], inner)) if name == "down_proj.weight" else torch.Size((inner, *shape[1:]))
-        for name, shape in shapes.items()
-    })  # fmt: skip
+    shapes = shapes_of(module)
+    if {*FEED} != shapes.keys() or any(len(shape) != 2 for shape in shapes.values()):
+        return None
+    tensors = drawn_as(_narrow(shapes))
     apart = dict[str, float]()
     for activation in ACTIVATIONS:
         if (given := feed_tensors(tensors, activation)) is None:
