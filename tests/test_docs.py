@@ -126,7 +126,6 @@ def test_numbers_in_sentences_come_from_result_files() -> None:
             f"{beside['q', 'next-use']:.3f} and {beside['q', 'lru-global']:.3f} on shape Q; {beside['g', 'next-use']:.3f} on shape G",
         ],
         "docs/benchmarks.md": [
-            f"Before blocks, 16 sequences at 25 % made {rates[1][192, 16, 'plec']:.0f}",
             f"{first[0]:.3f} and {first[1]:.3f} s at 50 %; copies alone take {copies:.3f}",
         ],
     }

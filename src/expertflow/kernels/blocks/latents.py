@@ -44,6 +44,7 @@ def _turn(
     tl.store(target + there + beside, (y * c + x * s).to(dtype), mask=mask)
 
 
+# many parameters: a launch does the work of five
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["pages", "places"])
 def _ask(
     queries, latents, weight, gains, cos, sin, keys, ropes, pages, places, asked, turned, count, query_row, latent_row, angle_row, angle_step,
