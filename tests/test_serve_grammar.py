@@ -205,7 +205,7 @@ def test_a_demanded_call_may_be_of_keys_and_values(
     monkeypatch.setattr(served.llm.model.config, "model_type", family.partition(",")[0])
     monkeypatch.setattr(agent, "shaper", shaper_of(served.llm))
     tools = [*TOOLS, {"type": "function", "function": SEVERAL}]
-    body = {"messages": [USER], "tools": tools, "tool_choice": "required", **WILD, "n": 6, "max_tokens": 700}
+    body = {"messages": [USER], "tools": tools, "tool_choice": "required", **WILD, "n": 4, "max_tokens": 700}
     body |= {"parallel_tool_calls": False}
     called = set()
     for one in served.send("/v1/chat/completions", body).json()["choices"]:
@@ -229,7 +229,7 @@ def test_what_a_grammar_lets_be_written_is_read_so(family: str, special: bool, s
     grammar = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id]).compile(
         Task("x", None, functions, False, marks, "<think></think>")
     )
-    for _ in range(12):
+    for _ in range(8):
         mask, tokens = grammar.mask(), list[int]()
         while tokens[-1:] != [tokenizer.eos_token_id]:
             row = np.zeros(-(-len(tokenizer) // 32), np.int32)
@@ -247,6 +247,28 @@ def test_what_a_grammar_lets_be_written_is_read_so(family: str, special: bool, s
             assert fits_several(found), text
             names |= set(found)
     assert names == set(SEVERAL["parameters"]["properties"])
+
+
+@pytest.mark.parametrize("mark", ["</parameter", "</invoke"])
+def test_a_text_holds_no_mark_at_which_a_reader_stops(mark: str, served: "Served") -> None:
+    """Too short a text cannot end, and cannot look as if it did; a long one may have thousands of letters."""
+    tokenizer = served.llm.tokenizer
+    schema = {
+        "type": "object",
+        "required": ["a"],
+        "properties": {"a": {"type": "string", "minLength": 40, "maxLength": 9000}},
+    }
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    task = Task("x", None, [Function("f", schema, True, "p")], True, MARKS["minimax_m2"], "")
+    mask, row = grammars.compile(task).mask(), np.zeros(-(-len(tokenizer) // 32), np.int32)
+    begin = '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">'
+    for token in tokenizer.encode(f"{begin}less < more </p>, {mark}", add_special_tokens=False):
+        mask.fill(row)
+        mask.accept(token)
+    mask.fill(row)
+    closes, other = (tokenizer.encode(letter, add_special_tokens=False)[0] for letter in ">x")
+    assert not row[closes // 32] >> closes % 32 & 1
+    assert row[other // 32] >> other % 32 & 1
 
 
 @pytest.mark.parametrize(

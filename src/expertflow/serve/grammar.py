@@ -248,12 +248,10 @@ class _Rules:
             bodies.append(searched := _searched(schema["pattern"], function))
             empty = empty and re.fullmatch(searched, "") is not None
         special = pieces[0].startswith("<[")
-        closing = "" if special else _escaped(orjson.loads(pieces[0]))
         yield f"start: text{'?' * (special and empty)} {' '.join(pieces[not special :])}"
-        yield f"text{'' if special else '[lazy]'}: TEXT"
-        stopped = f"({'|'.join(map(_escaped, stops))})"
-        wanted = " & ".join(f"/{body}{closing}/" for body in bodies)
-        yield rf"TEXT: {wanted} & ~/{_ANY}{stopped}{_ANY}{closing}/"
+        yield f"text{'' if special else f'[suffix={pieces[0]}]'}: TEXT"
+        bodies = [f"/{body}/" for body in bodies]
+        yield " & ".join([f"TEXT: {bodies[0]}", *bodies[1:], f"~/{_ANY}({'|'.join(map(_escaped, stops))}){_ANY}/"])
 
     def _thought(self, closes: str) -> Iterator[str]:
         """Any text up to a mark: a special token, or a text, of which the first one counts."""
