@@ -174,7 +174,9 @@ class Client:
                 found = await thing()
             except (httpx2.HTTPError, OSError, asyncio.IncompleteReadError) as error:
                 late = sent_late or (thing == self.turns and number != self.server.process.pid)
-                found = "nobody there" if late else f"LOST {type(error).__name__} {error}"
+                unread = thing == self.stalled and number in self.server.ended
+                lost = "not read when the server ended" if unread else f"LOST {type(error).__name__} {error}"
+                found = "nobody there" if late else lost
                 await asyncio.sleep(0.2)
             self.seen[f"{thing.__name__}: {found}"] += 1
 
