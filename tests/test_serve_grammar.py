@@ -204,7 +204,14 @@ def test_a_demanded_call_may_be_of_keys_and_values(
     monkeypatch.setattr(served.llm.tokenizer, "chat_template", chat_of(family))
     monkeypatch.setattr(served.llm.model.config, "model_type", family.partition(",")[0])
     monkeypatch.setattr(agent, "shaper", shaper_of(served.llm))
-    body = {"messages": [USER], "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, **WILD, "n": 4}
+    body = {
+        "messages": [USER],
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        **WILD,
+        "max_tokens": 300,
+    }
     called = set()
     for one in served.send("/v1/chat/completions", body).json()["choices"]:
         (call,) = one["message"]["tool_calls"]
