@@ -204,16 +204,21 @@ def test_a_demanded_call_may_be_of_keys_and_values(
     monkeypatch.setattr(served.llm.tokenizer, "chat_template", chat_of(family))
     monkeypatch.setattr(served.llm.model.config, "model_type", family.partition(",")[0])
     monkeypatch.setattr(agent, "shaper", shaper_of(served.llm))
-    tools = [*TOOLS, {"type": "function", "function": SEVERAL}]
-    body = {"messages": [USER], "tools": tools, "tool_choice": "required", **WILD, "n": 6, "max_tokens": 700}
-    body |= {"parallel_tool_calls": False}
+    body = {
+        "messages": [USER],
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        **WILD,
+        "max_tokens": 300,
+    }
     called = set()
     for one in served.send("/v1/chat/completions", body).json()["choices"]:
         (call,) = one["message"]["tool_calls"]
         assert (one["finish_reason"], one["message"]["content"]) == ("tool_calls", None)
-        called.add(call["function"]["name"])
-        check = {"look": lambda found: found == {"at": "x"}, "add": fits, "all.of-it": fits_several}
-        assert check[call["function"]["name"]](json.loads(call["function"]["arguments"])), call
+        called.add(name := call["function"]["name"])
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments == {"at": "x"} if name == "look" else fits(arguments)
     assert len(called) > 1
 
 
@@ -229,7 +234,7 @@ def test_what_a_grammar_lets_be_written_is_read_so(family: str, special: bool, s
     grammar = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id]).compile(
         Task("x", None, functions, False, marks, "<think></think>")
     )
-    for _ in range(12):
+    for _ in range(8):
         mask, tokens = grammar.mask(), list[int]()
         while tokens[-1:] != [tokenizer.eos_token_id]:
             row = np.zeros(-(-len(tokenizer) // 32), np.int32)
@@ -247,6 +252,33 @@ def test_what_a_grammar_lets_be_written_is_read_so(family: str, special: bool, s
             assert fits_several(found), text
             names |= set(found)
     assert names == set(SEVERAL["parameters"]["properties"])
+
+
+@pytest.mark.parametrize(
+    ("text", "letter", "schema", "allowed"),
+    [
+        ("less < more </p>, </invoke", ">", {}, False), ("less < more </p>, </invoke", "x", {}, True),
+        ("less < more </p>, </parameter", ">", {}, True), ("less", "<", {"minLength": 5, "maxLength": 9000}, False),
+        ("lesser", "<", {"minLength": 5, "maxLength": 9000}, True), ("lesser</", "x", {"maxLength": 10**6}, False),
+        ("", "<", {"minLength": 1}, False), ("12", "3", {"maxLength": 2}, False), ("12", "<", {"pattern": "3"}, False),
+    ],
+)  # fmt: skip
+def test_a_text_ends_where_a_reader_ends_it(
+    text: str, letter: str, schema: dict[str, Any], allowed: bool, served: "Served"
+) -> None:
+    """It holds no mark at which the reader would stop, and its bounds hold, however large they are."""
+    tokenizer = served.llm.tokenizer
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "string", **schema}}}
+    grammars = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    task = Task("x", None, [Function("f", schema, True, "p")], True, MARKS["minimax_m2"], "")
+    mask, row = grammars.compile(task).mask(), np.zeros(-(-len(tokenizer) // 32), np.int32)
+    begin = '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">'
+    for token in tokenizer.encode(begin + text, add_special_tokens=False):
+        mask.fill(row)
+        mask.accept(token)
+    mask.fill(row)
+    (token,) = tokenizer.encode(letter, add_special_tokens=False)
+    assert bool(row[token // 32] >> token % 32 & 1) == allowed
 
 
 @pytest.mark.parametrize(

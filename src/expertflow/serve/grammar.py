@@ -31,6 +31,8 @@ _BLANKS = r"([ \t]{1,2}|\r?\n[ \t]{0,32})"
 """Between two marks of JSON at most, so that a bounded schema has bounded answers: two blanks, or a line's end and an indent."""
 _LONGEST_REASON = 300
 _ANY = r"(.|\n)*"
+_BOUNDS = {"minLength", "maxLength", "pattern"}
+"""Keywords with which a text holds no first letter of a mark: to count letters and look for marks at once takes too many states."""
 
 
 class Task(NamedTuple):
@@ -242,18 +244,19 @@ class _Rules:
                 raise _wrong(function.param, f"{found!r} holds a mark that ends it")
             yield f"start: ({' | '.join(_quoted(one) for one in chosen)}) {' '.join(pieces)}"
             return
-        least = schema.get("minLength", 0)
-        bodies, empty = [rf"(.|\n){{{least},{schema.get('maxLength', '')}}}"], least == 0
+        bodies, empty = [f"/{_ANY}/", f"~/{_ANY}({'|'.join(map(_escaped, stops))}){_ANY}/"], True
+        if schema.keys() & _BOUNDS:
+            least = schema.get("minLength", 0)
+            bodies = [f"/[^{''.join(re.escape(stop[0]) for stop in stops)}]{{{least},{schema.get('maxLength', '')}}}/"]
+            empty = least == 0
         if "pattern" in schema:
-            bodies.append(searched := _searched(schema["pattern"], function))
+            searched = _searched(schema["pattern"], function)
+            bodies.append(f"/{searched}/")
             empty = empty and re.fullmatch(searched, "") is not None
         special = pieces[0].startswith("<[")
-        closing = "" if special else _escaped(orjson.loads(pieces[0]))
         yield f"start: text{'?' * (special and empty)} {' '.join(pieces[not special :])}"
-        yield f"text{'' if special else '[lazy]'}: TEXT"
-        stopped = f"({'|'.join(map(_escaped, stops))})"
-        wanted = " & ".join(f"/{body}{closing}/" for body in bodies)
-        yield rf"TEXT: {wanted} & ~/{_ANY}{stopped}{_ANY}{closing}/"
+        yield f"text{'' if special else f'[suffix={pieces[0]}]'}: TEXT"
+        yield f"TEXT: {' & '.join(bodies)}"
 
     def _thought(self, closes: str) -> Iterator[str]:
         """Any text up to a mark: a special token, or a text, of which the first one counts."""
