@@ -28,10 +28,10 @@ from expertflow.bench.about import about
 from expertflow.formats.plain import PLAIN
 from expertflow.formats.table import FORMATS
 from expertflow.kernels import experts
-from expertflow.kernels.experts import Tiling
 from expertflow.kernels.mlp import ExpertMlp, Workspace
 from expertflow.kernels.prompts import grouped
 from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, sort_pairs
+from expertflow.kernels.tiling import Tiling
 
 TOKENS = (1, 16, 64, 256, 512, 1024, 2048)
 CALLS = 10

@@ -31,8 +31,8 @@ from expertflow.formats.plain import PLAIN, plain
 from expertflow.formats.records import RecordLayout
 from expertflow.formats.table import FORMATS
 from expertflow.kernels import experts
-from expertflow.kernels.experts import Tiling
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, SHARED_PAIRS, ExpertMlp, Workspace
+from expertflow.kernels.tiling import Tiling
 
 SEED = 7
 TOKENS = (1, 4, 16, 64)

@@ -24,8 +24,8 @@ from expertflow.formats.published.mxfp4 import MXFP4
 from expertflow.formats.published.nvfp4 import NVFP4
 from expertflow.formats.records import RecordLayout
 from expertflow.kernels import experts
-from expertflow.kernels.experts import Tiling
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
+from expertflow.kernels.tiling import Tiling, tilings
 
 POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "slots": "*i32", "parts": "*fp32",
     "sums": "*fp32", "counts": "*i32", "pairs": "i32",
@@ -53,10 +53,11 @@ CASES = {
     89: ("fp8 up", "nvfp4 down", "q6_k up"),
     90: (
         "plain up", "plain of gpt-oss up", "mxfp4 up", "mxfp4 down", "int4 up", "int4 down", "int4 with zeros up", "fp8 up",
-        "nvfp4 up", "awq down", "q4_k up",
+        "nvfp4 up", "awq down", "q4_k up", "mxfp4 up alone", "mxfp4 down alone", "int4 down alone", "fp8 down alone",
+        "nvfp4 down alone",
     ),
 }  # fmt: skip
-"""What is compiled: every format where it differs most, for Ampere and for Hopper; what needs most of the small ones' memory."""
+"""What is compiled, for four tokens or for one `alone`: every format where it differs most, for Ampere and for Hopper; what needs most of the small ones' memory."""
 
 
 def mlp_of(format_: Format, *, gpt_oss: bool) -> ExpertMlp:
@@ -86,14 +87,14 @@ class Taken:
         return lambda *_, **names: self.names.update(names)
 
 
-def launched(mlp: ExpertMlp, projection: str, cut: Tiling) -> tuple[Any, dict[str, Any]]:
+def launched(mlp: ExpertMlp, projection: str, cut: Tiling, tokens: int = TOKENS) -> tuple[Any, dict[str, Any]]:
     """A kernel, and the named arguments of its launch."""
     name = f"_{projection}_kernel"
     kernel, taken = getattr(experts, name), Taken()
-    slots = torch.zeros(TOKENS, TOP_K, dtype=torch.int32)
-    hidden = torch.zeros(TOKENS, mlp.hidden, dtype=mlp.torch_dtype)
+    slots = torch.zeros(tokens, TOP_K, dtype=torch.int32)
+    hidden = torch.zeros(tokens, mlp.hidden, dtype=mlp.torch_dtype)
     pool = torch.zeros(1, mlp.record_bytes, dtype=torch.uint8)
-    work = Workspace.allocate(mlp, TOKENS, TOP_K, hidden.device)
+    work = Workspace.allocate(mlp, tokens, TOP_K, hidden.device)
     setattr(experts, name, taken)
     try:
         if projection == "up":
@@ -107,11 +108,12 @@ def launched(mlp: ExpertMlp, projection: str, cut: Tiling) -> tuple[Any, dict[st
 
 def compiled(case: str, arch: int) -> Any:
     """The kernel of a case for a compute capability."""
-    name, _, projection = case.rpartition(" ")
+    tokens = 1 if case.endswith(" alone") else TOKENS
+    name, _, projection = case.removesuffix(" alone").rpartition(" ")
     format_, gpt_oss = FORMATS[name]
     mlp = mlp_of(format_, gpt_oss=gpt_oss)
-    cut = dict(zip(("up", "down"), experts.tilings(mlp, TOKENS * TOP_K, ROOM[arch]), strict=True))[projection]
-    kernel, given = launched(mlp, projection, cut)
+    cut = dict(zip(("up", "down"), tilings(mlp, tokens * TOP_K, ROOM[arch], early=arch >= 90), strict=True))[projection]
+    kernel, given = launched(mlp, projection, cut, tokens)
     given["early"] = arch >= 90
     names = kernel.arg_names
     source = ASTSource(
@@ -135,6 +137,13 @@ def loops(ptx: str) -> list[list[str]]:
     return [loop for loop in found if any("mma" in line for line in loop)]
 
 
+def steps(ptx: str) -> list[list[str]]:
+    """The lines of each loop that has tensor-core products; where steps are written out, those from the first product to the last one."""
+    lines = ptx.splitlines()
+    products = [number for number, line in enumerate(lines) if "mma" in line]
+    return loops(ptx) or [lines[products[0] : products[-1]]]
+
+
 def stored_bytes(line: str) -> int:
     """Bytes that an instruction of a thread writes to shared memory."""
     if "stmatrix" in line:
@@ -143,15 +152,24 @@ def stored_bytes(line: str) -> int:
     return int(found[1] or 1) * int(found[2]) // 8 if found else 0
 
 
+def requested(ptx: str) -> int:
+    """Loads of 16 bytes a thread before the kernel waits for the one before it, if it does."""
+    begin, _, _ = ptx.partition("mma")  # programs that have nothing to do wait elsewhere
+    before, _, _ = begin.rpartition("griddepcontrol.wait")
+    return before.count("ld.global.v4")
+
+
 def main() -> None:
     made = []
     for arch, cases in CASES.items():
         for case in cases:
             program = compiled(case, arch)
             ptx = program.asm["ptx"]
-            stored = max(sum(map(stored_bytes, loop)) for loop in loops(ptx))
+            stored = max(sum(map(stored_bytes, lines)) for lines in steps(ptx))
             orders = sorted(set(re.findall(r"parent = #mma, kWidth = (\d)", program.asm["ttgir"])))
-            made.append((arch, case, program.metadata.shared, ROOM[arch], "wgmma" in ptx, stored, orders))
+            made.append(
+                (arch, case, program.metadata.shared, ROOM[arch], "wgmma" in ptx, stored, orders, requested(ptx))
+            )
     sys.stdout.write(json.dumps(made))
 
 

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.xdist_group("compile")  # its fixture takes long: one w
 
 
 class Program(NamedTuple):
-    """A compiled kernel: bytes of shared memory, those that a thread writes to it in each step, and the orders of its products' inputs."""
+    """A compiled kernel: bytes of shared memory, those that a thread writes to it in each step, the orders of its products' inputs.
+
+    And how many 16 bytes a thread requests before it waits for the kernel before.
+    """
 
     arch: int
     case: str
@@ -26,6 +29,7 @@ class Program(NamedTuple):
     hopper: bool
     stored: int
     orders: list[str]
+    requested: int
 
 
 def made_by(script: str, folder: Path) -> list[list]:
@@ -90,3 +94,18 @@ def test_products_take_inputs_in_one_order(programs: list[Program]) -> None:
     found = {(program.case, program.arch): program.orders for program in programs if program.arch < 90}
     assert found["plain up", 80] == ["2"]
     assert not {key: orders for key, orders in found.items() if orders != ["2"]}
+
+
+def test_down_requests_codes_before_it_waits(programs: list[Program]) -> None:
+    """On Hopper one or two steps of 64 outputs by 128 inputs: while what they are multiplied with is still computed."""
+    found = {program.case: program.requested for program in programs if program.arch == 90}
+    assert {case: found[f"{case} down alone"] for case in ("mxfp4", "int4", "fp8", "nvfp4")} == {
+        "mxfp4": 4,
+        "int4": 4,
+        "fp8": 4,
+        "nvfp4": 2,
+    }
+    assert found["mxfp4 down"] == 4
+    assert (
+        found["mxfp4 up alone"] == found["plain of gpt-oss up"] == 0
+    )  # which slots are read is known only behind the wait

@@ -15,8 +15,8 @@ from helpers import DEVICES
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts
-from expertflow.kernels.experts import Tiling
 from expertflow.kernels.reading.readers import READERS, reads
+from expertflow.kernels.tiling import Tiling
 
 ON_GPU = DEVICES[-1] == "cuda"
 SIZES = [(96, 160), (256, 192)] if not ON_GPU else [(96, 160), (256, 192), (2880, 384), (512, 1000)]

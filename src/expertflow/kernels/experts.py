@@ -9,12 +9,12 @@ arithmetic.
 
 Each distinct expert is read once. Program (n, p) computes outputs n of the expert of pair p for all pairs that share
 its slot. It ends at once unless p is the first of these pairs (or the 17th, ...). So nothing needs to be sorted first.
-On Hopper the down projection and the sum are put on the device before their predecessor has ended, and wait there. Must
-not know layers, and which side decides.
+On Hopper each kernel is put on the device before its predecessor has ended, and waits there. Up waits before anything else, because
+it is told the slots by what ran before; so down, which begins behind that, may read slots and records before it waits for up's numbers.
+Must not know layers, and which side decides.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -22,70 +22,37 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow.formats.dtypes import DTYPES
-from expertflow.formats.format import TensorSpec
-from expertflow.kernels.device import ROOM, room, starts_early
-from expertflow.kernels.mlp import CHUNKS, MAX_PAIRS, SHARED_PAIRS, ExpertMlp, Projection, Workspace
-from expertflow.kernels.reading.bytes import by_words
+from expertflow.kernels.device import room, starts_early
+from expertflow.kernels.mlp import MAX_PAIRS, SHARED_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.readers import reader
-from expertflow.kernels.reading.tiles import INTERPRETED
-from expertflow.kernels.reading.words import STEP, by_halves
+from expertflow.kernels.tiling import TILE, Tiling, tilings
 
-TILE = tl.constexpr(16)
-"""Tokens in a tile: the narrowest a tensor core takes on the side of the tokens, fixed so that bits are."""
+_TILE = tl.constexpr(TILE)
 COMBINE_BLOCK = 256
-FEW_PAIRS = 16
-"""Pairs below which the programs of a projection do not fill a GPU."""
-_LEAST_STAGES = 3
-"""Stages below which a tiling of fewer outputs is better."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a projection is cut. Only `block_k` and `chunk` enter the arithmetic.
-
-    Attributes:
-        block_n: outputs of a program.
-        block_k: inputs of one step.
-        warps: of a program.
-        stages: steps in flight.
-        chunk: inputs that are summed by themselves, before the chunks' sums are added in their order; a multiple of 128.
-        split: whether each chunk is a program's.
-        registers: of a thread at most; None: as many as the compiler likes.
-    """
-
-    block_n: int
-    block_k: int
-    warps: int = 4
-    stages: int = 4
-    chunk: int = 1 << 20
-    split: bool = False
-    registers: int | None = None
-
-    def chunks(self, inputs: int) -> int:
-        """Chunks of a weight of so many inputs."""
-        return -(-inputs // self.chunk)
-
-    def programs(self, outputs: int, inputs: int) -> int:
-        """Programs along the outputs and inputs of a weight."""
-        return -(-outputs // self.block_n) * (self.chunks(inputs) if self.split else 1)
 
 
 @triton.jit
-def _leads(slots, first, pairs, padded: tl.constexpr):
-    """Which pairs share the slot of pair `first`, `[padded]`; how many of them are before it; whether it leads a tile."""
+def _leads(slots, first, pairs, padded: tl.constexpr, single: tl.constexpr):
+    """Which pairs share the slot of pair `first`, `[padded]`; how many of them are before it; whether it leads a tile.
+
+    `single`: the pairs are of a single token, whose experts differ, so each leads a tile of its own.
+    """
     lane = tl.arange(0, padded)
     slot = tl.load(slots + first)
+    if single:
+        return lane, first, slot >= 0
     same = (tl.load(slots + lane, mask=lane < pairs, other=-1) == slot).to(tl.int32)
     ahead = tl.sum(tl.where(lane < first, same, 0))
-    return same, ahead, (slot >= 0) & (ahead % TILE == 0)
+    return same, ahead, (slot >= 0) & (ahead % _TILE == 0)
 
 
 @triton.jit
-def _members(same, ahead, padded: tl.constexpr):
+def _members(same, ahead, first, padded: tl.constexpr, single: tl.constexpr):
     """The pairs of a tile, `[TILE]`, -1 where there is none: those of `same` from place `ahead` on."""
+    if single:
+        return tl.where(tl.arange(0, _TILE) == 0, first, -1)
     place = tl.cumsum(same, 0) - 1 - ahead
-    chosen = (same[:, None] == 1) & (place[:, None] == tl.arange(0, TILE)[None, :])
+    chosen = (same[:, None] == 1) & (place[:, None] == tl.arange(0, _TILE)[None, :])
     return tl.sum(tl.where(chosen, tl.arange(0, padded)[:, None] + 1, 0), axis=0) - 1
 
 
@@ -177,16 +144,18 @@ def _up_kernel(
     hidden, slots, pool, inner, sums, counts, pairs, padded: tl.constexpr, top_k: tl.constexpr, h: tl.constexpr, i: tl.constexpr,
     size: tl.constexpr, multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, bias: tl.constexpr, gated: tl.constexpr, interleaved: tl.constexpr,
     transposed: tl.constexpr, activation: tl.constexpr, alpha: tl.constexpr, limit: tl.constexpr,
-    block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr, early: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr, requested: tl.constexpr, single: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """`inner[p] = activation(up(hidden[p // top_k]))`, a block of inner elements of one expert a program, or a chunk of its sums."""
-    if early:
+    if early:  # down reads slots and records before it waits, so it may begin only when they are there
+        gdc_wait()
         gdc_launch_dependents()
     first = tl.program_id(1)
-    same, ahead, leads = _leads(slots, first, pairs, padded)
+    same, ahead, leads = _leads(slots, first, pairs, padded, single)
     if not leads:
         return
-    members = _members(same, ahead, padded)
+    members = _members(same, ahead, first, padded, single)
     record = pool + tl.load(slots + first).to(tl.int64) * size
     begin = tl.program_id(0) // chunks * block_n
     n: tl.constexpr = 2 * i if gated else i
@@ -195,8 +164,9 @@ def _up_kernel(
     inputs = hidden + (members // top_k) * h
     part = tl.program_id(0) % chunks
     out = multiply(
-        inputs, members >= 0, record, load, at, about, outs, n, h, transposed, exact, block_k, chunk, chunks > 1, part
-    )
+        inputs, members >= 0, record, load, at, about, outs, n, h, transposed, exact, block_k, chunk, chunks > 1, part, requested,
+        False,
+    )  # fmt: skip
     if chunks > 1:
         out, last = _all_chunks(out, sums, counts, members, outs, n, chunks)
         if not last:
@@ -212,26 +182,28 @@ def _down_kernel(
     inner, slots, pool, parts, sums, counts, pairs, padded: tl.constexpr, h: tl.constexpr, i: tl.constexpr, size: tl.constexpr,
     multiply: tl.constexpr, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, bias: tl.constexpr,
     transposed: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr,
-    early: tl.constexpr,
+    requested: tl.constexpr, single: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """`parts[p] = down(inner[p])`, a block of outputs of one expert a program, or a chunk of their sums."""
+    if early:
+        gdc_launch_dependents()
     first = tl.program_id(1)
-    same, ahead, leads = _leads(slots, first, pairs, padded)
+    same, ahead, leads = _leads(slots, first, pairs, padded, single)
     begin = tl.program_id(0) // chunks * block_n
     part = tl.program_id(0) % chunks
-    if early:  # the slots were there before the up kernel began, what it computes is there only now
-        gdc_wait()
-        gdc_launch_dependents()
     if not leads:
+        if early:  # what ends has to end behind its predecessor
+            gdc_wait()
         return
-    members = _members(same, ahead, padded)
+    members = _members(same, ahead, first, padded, single)
     record = pool + tl.load(slots + first).to(tl.int64) * size
     outs = begin + tl.arange(0, block_n)
     inputs = inner + members * i
     exact: tl.constexpr = h % block_n == 0
     out = multiply(
-        inputs, members >= 0, record, load, at, about, outs, h, i, transposed, exact, block_k, chunk, chunks > 1, part
-    )
+        inputs, members >= 0, record, load, at, about, outs, h, i, transposed, exact, block_k, chunk, chunks > 1, part, requested,
+        early,
+    )  # fmt: skip
     if chunks > 1:
         out, last = _all_chunks(out, sums, counts, members, outs, h, chunks)
         if not last:
@@ -276,88 +248,6 @@ def _combine_kernel(
     tl.store(out + token * h + cols, done, mask=cols < h)
 
 
-def tilings(mlp: ExpertMlp, pairs: int, room: int = ROOM) -> tuple[Tiling, Tiling]:
-    """How up and down projection are cut.
-
-    What a pair gives must not depend on other pairs, so only what does not enter the arithmetic may depend on their number.
-
-    Args:
-        mlp: the experts.
-        pairs: (token, rank) pairs of the call.
-        room: bytes of shared memory that a program may take.
-    """
-    if mlp.dtype == "float32":
-        up, down = Tiling(16, 32, 4, 3), Tiling(32, 32, 4, 3)
-    elif mlp.transposed:
-        up, down = Tiling(64, 64, 4, 4), Tiling(64, 64, 4, 6)
-    else:
-        up, down = Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 3)
-    if not INTERPRETED.value:  # in the interpreter `block_k` decides about bits, on a GPU it does not
-        up, down = _of_codes(mlp.up.spec, pairs, up, 2 if mlp.gated else 1), _of_codes(mlp.down.spec, pairs, down, 1)
-    up, down = replace(up, chunk=chunk_of(mlp.hidden)), replace(down, chunk=chunk_of(mlp.width))
-    return _within(room, up, mlp.up.spec, 2 if mlp.gated else 1), _within(room, down, mlp.down.spec, 1)
-
-
-def _of_codes(spec: TensorSpec, pairs: int, other: Tiling, outputs: int) -> Tiling:
-    """The tiling of a weight whose codes are decoded in registers, else the `other` one; `benchmarks/packed_kernels.py` compares them.
-
-    Programs share a product where there are too few to fill a GPU. Codes of one byte are read fastest by many small programs.
-    """
-    few = pairs < FEW_PAIRS
-    if _by_halves(spec):
-        scaled_twice = spec.format.constants(spec)[2].startswith("e4m3")  # a thread needs more registers then
-        block, most = 64 if few or outputs > 1 else 128, None if scaled_twice else 128
-        return Tiling(block, 128, split=pairs <= SHARED_PAIRS, registers=most)
-    if _by_words(spec):
-        return Tiling(64 // outputs, 128, stages=4 if outputs > 1 else 3, split=few and outputs == 1)
-    return other
-
-
-def chunk_of(inputs: int) -> int:
-    """Inputs of a chunk of a weight with so many: at most `CHUNKS` chunks, of at least four steps of 128.
-
-    It enters the arithmetic, so it is the same for every format and number of tokens.
-    """
-    steps = -(-inputs // 128)
-    return -(-steps // min(CHUNKS, max(1, steps // 4))) * 128
-
-
-def _within(room: int, cut: Tiling, spec: TensorSpec, outputs: int) -> Tiling:
-    """A tiling that `room` bytes of shared memory hold; `outputs` of the weight make one of `block_n`.
-
-    Only packed words that are not taken out two by two need so much: the tile loader fetches the word of every single number.
-    """
-    size = DTYPES[spec.dtype].nbytes
-
-    def fits(cut: Tiling) -> bool:
-        numbers = cut.block_n * outputs * cut.block_k
-        tokens = int(TILE.value) * cut.block_k * cut.stages
-        return 4 * numbers * (cut.stages - 1) + size * (numbers + tokens) <= room
-
-    in_threads = cut.block_n * outputs % 64 == 0 and cut.block_k == STEP.value
-    if spec.format.tiles != "words" or (_by_halves(spec) and in_threads):
-        return cut
-    blocks = [block for block in (cut.block_n, cut.block_n // 2, cut.block_n // 4) if block >= TILE.value]
-    smaller = [
-        replace(cut, block_n=block, stages=stages)
-        for block in blocks
-        for stages in range(cut.stages, _LEAST_STAGES - 1, -1)
-    ]
-    return next(filter(fits, smaller), smaller[-1])
-
-
-def _by_halves(spec: TensorSpec) -> bool:
-    """Whether a weight is made of four-bit codes, two at a time."""
-    return spec.format.tiles == "words" and bool(by_halves(spec.format.constants(spec), spec.dtype))
-
-
-def _by_words(spec: TensorSpec) -> bool:
-    """Whether a weight is made of codes of one byte, four at a time."""
-    if spec.format.tiles != "bytes":
-        return False
-    return bool(by_words(spec.format.constants(spec), spec.dtype, spec.inputs, 128))
-
-
 def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace) -> None:
     """Run each pair's expert on its token and keep the results apart: `work.parts[t, k]`.
 
@@ -367,14 +257,14 @@ def expert_pairs(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, wo
     assert slots.is_contiguous()
     assert hidden.dtype == mlp.torch_dtype
     assert slots.numel() <= MAX_PAIRS
-    up, down = tilings(mlp, slots.numel(), room(pool))
+    up, down = tilings(mlp, slots.numel(), room(pool), early=starts_early(pool))
     launch_up(mlp, hidden, slots, pool, work, up)
     launch_down(mlp, slots, pool, work, down)
 
 
 def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work: Workspace, cut: Tiling) -> None:
     """The first half of `expert_pairs`, cut as given."""
-    size = mlp.torch_dtype.itemsize
+    size, early = mlp.torch_dtype.itemsize, starts_early(pool)
     pairs, top_k = slots.numel(), slots.shape[1]
     assert not cut.split or pairs <= SHARED_PAIRS
     _up_kernel[(cut.programs(mlp.width, mlp.hidden), pairs)](
@@ -383,7 +273,8 @@ def launch_up(mlp: ExpertMlp, hidden: Tensor, slots: Tensor, pool: Tensor, work:
         bias=-1 if mlp.up.bias is None else mlp.up.bias // size, gated=mlp.gated, interleaved=mlp.interleaved,
         transposed=mlp.transposed, activation=mlp.activation, alpha=mlp.alpha, limit=mlp.limit,
         block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.hidden) if cut.split else 1,
-        early=starts_early(pool), num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
+        requested=cut.ahead, single=len(slots) == 1, early=early, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
+        launch_pdl=early,
     )  # fmt: skip
 
 
@@ -397,7 +288,8 @@ def launch_down(mlp: ExpertMlp, slots: Tensor, pool: Tensor, work: Workspace, cu
         h=mlp.hidden, i=mlp.width, size=mlp.record_bytes // size, **read_arguments(mlp.down),
         bias=-1 if mlp.down.bias is None else mlp.down.bias // size, transposed=mlp.transposed,
         block_n=cut.block_n, block_k=cut.block_k, chunk=cut.chunk, chunks=cut.chunks(mlp.width) if cut.split else 1,
-        early=early, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers, launch_pdl=early,
+        requested=cut.ahead, single=len(slots) == 1, early=early, num_warps=cut.warps, num_stages=cut.stages, maxnreg=cut.registers,
+        launch_pdl=early,
     )  # fmt: skip
 
 

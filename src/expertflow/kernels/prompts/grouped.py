@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from expertflow.kernels.experts import Tiling, activated, add_bias, read_arguments, tilings, up_outputs
+from expertflow.kernels.experts import activated, add_bias, read_arguments, up_outputs
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.prompts.pairs import SortedPairs
+from expertflow.kernels.tiling import Tiling, tilings
 
 TILES = (16, 64, 128)
 """Tokens of a tile; the narrowest is the decode step's, and the only one in float32, which is multiplied without tensor cores."""
@@ -60,7 +61,9 @@ def _up_kernel(
     n: tl.constexpr = 2 * i if gated else i
     exact: tl.constexpr = i % block_n == 0
     outs = up_outputs(first, block_n, i, gated, interleaved)
-    out = multiply(inputs, valid, record, load, at, about, outs, n, h, transposed, exact, block_k, chunk, False, 0)
+    out = multiply(
+        inputs, valid, record, load, at, about, outs, n, h, transposed, exact, block_k, chunk, False, 0, 0, False
+    )
     out = activated(add_bias(out, record, bias, outs, n), gated, interleaved, activation, alpha, limit, block_n)
     cols = first + tl.arange(0, block_n)
     target = inner + place.to(tl.int64)[None, :] * i + cols[:, None]
@@ -81,8 +84,8 @@ def _down_kernel(
     outs = tl.program_id(0) * block_n + tl.arange(0, block_n)
     inputs = inner + place.to(tl.int64) * i
     out = multiply(
-        inputs, valid, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k, chunk, False, 0
-    )
+        inputs, valid, record, load, at, about, outs, h, i, transposed, h % block_n == 0, block_k, chunk, False, 0, 0, False,
+    )  # fmt: skip
     out = add_bias(out, record, bias, outs, h)
     tl.store(parts + pairs[None, :] * h + outs[:, None], out, mask=valid[None, :] & (outs[:, None] < h))
 

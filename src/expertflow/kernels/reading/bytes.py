@@ -6,9 +6,10 @@ codes that a tensor core takes from it, four in a word; else tile by tile, where
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import num_warps
+from triton.language.extra.cuda import gdc_wait, num_warps
 from triton.language.target_info import cuda_capability_geq
 
+from expertflow.kernels.reading.threads import by_threads, in_record, load_four, number_type, warps_of
 from expertflow.kernels.reading.tiles import (
     INTERPRETED,
     add_product,
@@ -18,9 +19,9 @@ from expertflow.kernels.reading.tiles import (
     last_of,
     load_tokens,
     rounded,
+    tokens_of_chunk,
     with_last_chunk,
 )
-from expertflow.kernels.reading.words import by_threads, in_record, load_four, number_type, warps_of
 
 STEP = tl.constexpr(64)
 """Inputs whose codes a record has thread by thread, as in `formats.published.fp8`."""
@@ -116,13 +117,18 @@ def load_bytes(
 def multiply_bytes(
     inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,  # noqa: ARG001
     transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,  # noqa: ARG001
+    ahead: tl.constexpr, waits: tl.constexpr,
 ):  # fmt: skip
     """As `multiply_tiles` with `load_bytes`, which would look for the first input in every step: by words where that gives its bits."""
     # the interpreter's sums go by the size of a step, and a short last one is of 64 inputs in words
     fitting: tl.constexpr = outs.shape[0] % 64 == 0 and (not INTERPRETED or block_k == STEP or k % block_k == 0)
     if fitting and by_words(about, number_type(record.dtype.element_ty), k, block_k):
-        acc = _multiply_words(inputs, valid, record, at, about, outs, n, k, exact, block_k, chunk, alone, part)
+        acc = _multiply_words(
+            inputs, valid, record, at, about, outs, n, k, exact, block_k, chunk, alone, part, ahead, waits
+        )
     else:
+        if waits:
+            gdc_wait()
         acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
         total = acc
         for begin in range(first_of(part, chunk, alone), last_of(part, k, chunk, alone), block_k):
@@ -149,6 +155,18 @@ def by_words(about, dtype, k, block_k):
     fitting = dtype in ("bfloat16", "float16") and k % 16 == 0 and block_k in (64, 128)
     shared = grid_cols == 1 or (divides >= 64 and scale_dtype in ("float32", "bfloat16"))
     return fitting and shared and (not rounds or scale_dtype in ("float32", dtype))
+
+
+@triton.constexpr_function
+def ahead_fits(about, k):
+    """Whether codes that are decoded by words can be requested some steps of 128 inputs ahead: each such step's outputs have one scale.
+
+    Args:
+        about: the format's constants.
+        k: inputs of the weight.
+    """
+    grid_cols, divides = about[4], about[10]
+    return k % 64 == 0 and (grid_cols == 1 or divides >= 128)
 
 
 @triton.constexpr_function
@@ -237,9 +255,9 @@ sub.rn.f32 d, d, 0f4B000080;
 
 
 @triton.jit
-def _multiply_words(  # noqa: C901 - most branches are known when compiling
+def _multiply_words(  # noqa: C901, PLR0912 - most branches are known when compiling
     inputs, valid, record, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
-    block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,
+    block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part, ahead: tl.constexpr, waits: tl.constexpr,
 ):  # fmt: skip
     """The product by words: a tile is made in the registers of the threads that multiply it, see `kernels.reading.words`."""
     each: tl.constexpr = about[0]
@@ -260,6 +278,14 @@ def _multiply_words(  # noqa: C901 - most branches are known when compiling
         scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
         scale = widened(tl.load(scales + place, mask=inside, other=0))
     total = acc
+    if ahead > 0 and (alone or chunk >= k):
+        tl.static_assert(ahead_fits(about, k), "such steps are not requested ahead")
+        return _chunk_ahead(
+            inputs, valid, start, codes, place, scale if grid_cols == 1 else inside, inside, acc, at, about, k, exact, chunk, part, ahead,
+            waits, dtype,
+        )  # fmt: skip
+    if waits:
+        gdc_wait()
     full: tl.constexpr = k // block_k * block_k
     for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), block_k):
         if grid_cols > 1:
@@ -290,6 +316,55 @@ def _multiply_words(  # noqa: C901 - most branches are known when compiling
 
 
 @triton.jit
+def _chunk_ahead(
+    inputs, valid, start, codes, place, scale, inside, acc, at: tl.constexpr, about: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
+    chunk: tl.constexpr, part, ahead: tl.constexpr, waits: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """The sum of chunk `part`, by written out steps of 128 inputs, each one's codes requested `ahead` steps before they are decoded."""
+    length: tl.constexpr = chunk if chunk < k else (k + 127) // 128 * 128
+    steps: tl.constexpr = length // 128
+    first = part * length
+    requested = ()
+    for step in tl.static_range(min(ahead, steps)):
+        requested += (_request(start, codes, place, scale, inside, at, about, k, exact, length, first, step),)  # type: ignore[assignment]
+    if waits:
+        gdc_wait()
+    tokens = ()
+    for step in tl.static_range(steps):
+        tokens += (tokens_of_chunk(inputs, valid, first, step, k, length, 128),)  # type: ignore[assignment]
+    for step in tl.static_range(steps):
+        if step + ahead < steps:
+            requested += (  # type: ignore[assignment]
+                _request(start, codes, place, scale, inside, at, about, k, exact, length, first, step + ahead),
+            )
+        left, right, factor = requested[step]  # type: ignore[var-annotated]
+        tile = _side_by_side(_decoded(left, factor, about, dtype), _decoded(right, factor, about, dtype))
+        acc = add_product(acc, tile, tokens[step])
+    return acc
+
+
+@triton.jit
+def _request(
+    start, codes, place, scale, inside, at: tl.constexpr, about: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
+    length: tl.constexpr, first, step: tl.constexpr,
+):  # fmt: skip
+    """Codes `[R, 64]` of both halves of a step of the chunk that begins at input `first`, and their scale: 0 behind the last input."""
+    last: tl.constexpr = (k - 1) // length * length + step * 128  # where this step of the last chunk begins
+    whole: tl.constexpr = last + 128 <= k and exact
+    begin = first + step * 128
+    where = codes[:, None] + (begin + tl.arange(0, 64))[None, :]
+    here = inside & (begin < k)
+    if whole:
+        left, right = tl.load(where), tl.load(where + 64)
+    else:
+        left = tl.load(where, mask=here[:, None], other=0)
+        right = tl.load(where + 64, mask=(inside & (begin + 64 < k))[:, None], other=0)
+    if about[4] > 1:
+        scale = _scales(start, at, about, place, begin, here, whole)
+    return left, right, scale
+
+
+@triton.jit
 def _scales(start, at: tl.constexpr, about: tl.constexpr, place, first, inside, exact: tl.constexpr):
     """Scales of the step from input `first` on, for rows of scales that begin at `place` `[R]`: float32 `[R]`.
 
@@ -311,13 +386,19 @@ def _numbers(codes, scale, inside, about: tl.constexpr, exact: tl.constexpr, wid
     The step has `wide` words for each thread, and four are read; the tokens are 0 where one is missing. A row's 64 bytes are loaded by
     themselves: of more, compilers would give a thread others than it multiplies.
     """
-    rows: tl.constexpr = codes.shape[0]
     i = tl.arange(0, 64)
     if exact and wide == 4:
         code = tl.load(codes[:, None] + i[None, :])
     else:
         mask = inside[:, None] & (i % 16 < 4 * wide)[None, :]
         code = tl.load(codes[:, None] + (i // 16 * (4 * wide) + i % 16)[None, :], mask=mask, other=0)
+    return _decoded(code, scale, about, dtype)
+
+
+@triton.jit
+def _decoded(code, scale, about: tl.constexpr, dtype: tl.constexpr):
+    """The tile `[R, 64]` of codes and a scale `[R]`."""
+    rows: tl.constexpr = code.shape[0]
     scale = tl.broadcast_to(scale[:, None], code.shape)
     if INTERPRETED:
         tile = rounded(_values(code.to(tl.int32), about) * scale, dtype)

@@ -7,8 +7,8 @@ behind it: two numbers of 11 and 7 bits at most, times one of 5.
 import triton
 import triton.language as tl
 
+from expertflow.kernels.reading.threads import in_record
 from expertflow.kernels.reading.tiles import as_loaded, rounded
-from expertflow.kernels.reading.words import in_record
 
 
 @triton.jit

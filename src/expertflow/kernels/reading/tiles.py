@@ -16,6 +16,7 @@ from a tile is the same for every format, so packed weights give the bits of the
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -46,6 +47,17 @@ def load_tokens(inputs, valid, begin, k: tl.constexpr, block_k: tl.constexpr):
     else:
         tokens = tl.load(inputs[:, None] + cols[None, :], mask=valid[:, None] & (cols[None, :] < k), other=0.0)
     return tokens
+
+
+@triton.jit
+def tokens_of_chunk(
+    inputs, valid, first, step: tl.constexpr, k: tl.constexpr, length: tl.constexpr, block_k: tl.constexpr
+):
+    """`load_tokens` of a step of the chunk of `length` inputs that begins at `first`; 0 too where the last chunk has fewer steps."""
+    begin = first + step * block_k
+    if k % block_k == 0 and (k - 1) // length * length + step * block_k >= k:  # else `load_tokens` looks at each input
+        valid = valid & (begin < k)
+    return load_tokens(inputs, valid, begin, k, block_k)
 
 
 @triton.jit
@@ -91,13 +103,17 @@ def with_last_chunk(total, acc, k: tl.constexpr, chunk: tl.constexpr, alone: tl.
 def multiply_tiles(
     inputs, valid, record, load: tl.constexpr, at: tl.constexpr, about: tl.constexpr, outs, n: tl.constexpr, k: tl.constexpr,
     transposed: tl.constexpr, exact: tl.constexpr, block_k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, part,
+    ahead: tl.constexpr, waits: tl.constexpr,  # noqa: ARG001
 ):  # fmt: skip
     """Outputs `[R]` of a weight of `n` outputs and `k` inputs times tokens: `[R, TOK]` in float32, `block_k` inputs a step.
 
     `inputs` are pointers `[TOK]` to each token's first number, `valid` says where there is a token, others give 0. `exact`: no output
     lies outside. Every `chunk` inputs are summed by themselves, and then the chunks' sums in their order; or, `alone`, chunk `part` is
-    all there is. The others are as a tile loader has them.
+    all there is. `ahead` is how many steps of a chunk a reader requests at once, if it can. `waits`: the tokens are there only when the
+    kernel before has ended; a weight was there before. The others are as a tile loader has them.
     """
+    if waits:
+        gdc_wait()
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
     total = acc
     for begin in range(first_of(part, chunk, alone), last_of(part, k, chunk, alone), block_k):
