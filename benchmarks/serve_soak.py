@@ -41,8 +41,8 @@ UNREAD = "timeout graceful shutdown exceeded"
 """What uvicorn writes where a client does not read what is left for it when the server ends."""
 PREFIX_MEMORY = "64MiB"
 """Little, so that it is full early and what is kept no longer grows."""
-SHAPES = {"LRU_CACHE_CAPACITY": "64"}
-"""For the server's environment: shapes for which torch keeps compiled products in bfloat16 on a CPU. Its own 1,024 take half a GB to fill."""
+SHAPES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+"""For the server's environment: shapes for which torch, and oneDNN below it, keep compiled products in bfloat16 on a CPU. Their own 1,024 take half a GB to fill."""
 
 
 class Wrong(NamedTuple):
