@@ -26,12 +26,13 @@ from expertflow.formats.records import RecordLayout
 from expertflow.kernels import experts
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.kernels.tiling import Tiling, tilings
+from registers import overwritten
 
 POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "slots": "*i32", "parts": "*fp32",
     "sums": "*fp32", "counts": "*i32", "pairs": "i32",
 }  # fmt: skip
 ALIGNED = ("hidden", "inner", "pool", "parts", "sums", "counts")
-TOKENS, TOP_K = 4, 4
+TOKENS, MANY, TOP_K = 4, 16, 4
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
 FORMATS: dict[str, tuple[Format, bool]] = {
@@ -54,10 +55,10 @@ CASES = {
     90: (
         "plain up", "plain of gpt-oss up", "mxfp4 up", "mxfp4 down", "int4 up", "int4 down", "int4 with zeros up", "fp8 up",
         "nvfp4 up", "awq down", "q4_k up", "mxfp4 up alone", "mxfp4 down alone", "int4 down alone", "fp8 down alone",
-        "nvfp4 down alone",
+        "nvfp4 down alone", "int4 down many", "fp8 down many",
     ),
 }  # fmt: skip
-"""What is compiled, for four tokens or for one `alone`: every format where it differs most, for Ampere and for Hopper; what needs most of the small ones' memory."""
+"""What is compiled, for four tokens, for one `alone`, or for `many`: every format where it differs most, for Ampere and for Hopper; what needs most of the small ones' memory."""
 
 
 def mlp_of(format_: Format, *, gpt_oss: bool) -> ExpertMlp:
@@ -108,8 +109,8 @@ def launched(mlp: ExpertMlp, projection: str, cut: Tiling, tokens: int = TOKENS)
 
 def compiled(case: str, arch: int) -> Any:
     """The kernel of a case for a compute capability."""
-    tokens = 1 if case.endswith(" alone") else TOKENS
-    name, _, projection = case.removesuffix(" alone").rpartition(" ")
+    tokens = 1 if case.endswith(" alone") else MANY if case.endswith(" many") else TOKENS
+    name, _, projection = case.removesuffix(" alone").removesuffix(" many").rpartition(" ")
     format_, gpt_oss = FORMATS[name]
     mlp = mlp_of(format_, gpt_oss=gpt_oss)
     cut = dict(zip(("up", "down"), tilings(mlp, tokens * TOP_K, ROOM[arch], early=arch >= 90), strict=True))[projection]
@@ -167,8 +168,9 @@ def main() -> None:
             ptx = program.asm["ptx"]
             stored = max(sum(map(stored_bytes, lines)) for lines in steps(ptx))
             orders = sorted(set(re.findall(r"parent = #mma, kWidth = (\d)", program.asm["ttgir"])))
+            early = overwritten(program.asm["cubin"]) if arch >= 90 else 0
             made.append(
-                (arch, case, program.metadata.shared, ROOM[arch], "wgmma" in ptx, stored, orders, requested(ptx))
+                (arch, case, program.metadata.shared, ROOM[arch], "wgmma" in ptx, stored, orders, requested(ptx), early)
             )
     sys.stdout.write(json.dumps(made))
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("compile")  # its fixture takes long: one w
 class Program(NamedTuple):
     """A compiled kernel: bytes of shared memory, those that a thread writes to it in each step, the orders of its products' inputs.
 
-    And how many 16 bytes a thread requests before it waits for the kernel before.
+    And how many 16 bytes a thread requests before it waits for the kernel before, and what `registers.overwritten` counts.
     """
 
     arch: int
@@ -30,6 +30,7 @@ class Program(NamedTuple):
     stored: int
     orders: list[str]
     requested: int
+    overwritten: int
 
 
 def made_by(script: str, folder: Path) -> list[list]:
@@ -94,6 +95,11 @@ def test_products_take_inputs_in_one_order(programs: list[Program]) -> None:
     found = {(program.case, program.arch): program.orders for program in programs if program.arch < 90}
     assert found["plain up", 80] == ["2"]
     assert not {key: orders for key, orders in found.items() if orders != ["2"]}
+
+
+def test_no_register_is_written_that_a_product_reads(programs: list[Program]) -> None:
+    """Weights that are decoded in registers stay there until Hopper's tensor cores have read them."""
+    assert not {program.case: program.overwritten for program in programs if program.overwritten}
 
 
 def test_down_requests_codes_before_it_waits(programs: list[Program]) -> None:

@@ -135,7 +135,7 @@ def multiply_bytes(
             tokens = load_tokens(inputs, valid, begin, k, block_k)
             cols = begin + tl.arange(0, block_k)
             tile = _tile(record, at, about, outs, cols, begin, n, k, exact and k % block_k == 0)
-            total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
+            total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone, True)
             acc = add_product(acc, tile, tokens)
         acc = with_last_chunk(total, acc, k, chunk, alone)
     return acc
@@ -295,11 +295,11 @@ def _multiply_words(  # noqa: C901, PLR0912 - most branches are known when compi
             if grid_cols > 1 and about[10] < block_k:
                 scale = _scales(start, at, about, place, begin + STEP, inside, exact)
             tile = _side_by_side(tile, _numbers(codes + (begin + STEP), scale, inside, about, exact, 4, dtype))
-        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
+        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone, True)
         acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
     if full < k:  # noqa: SIM102 - known when compiling
         if not alone or part * chunk + chunk >= k:
-            total, acc = begin_of_chunk(total, acc, full, k, chunk, alone)
+            total, acc = begin_of_chunk(total, acc, full, k, chunk, alone, True)
             if k % block_k >= 64:  # a step of 64 inputs of a larger one
                 if grid_cols > 1:
                     scale = _scales(start, at, about, place, full, inside, exact)

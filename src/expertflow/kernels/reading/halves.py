@@ -173,7 +173,7 @@ def multiply_halves(
         tokens = load_tokens(inputs, valid, begin, k, STEP)
         place = row + begin // STEP * one
         tile = _tile(start, words + begin // 8, place, inside, whole, inverse, at, about, exact, 4, dtype)
-        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
+        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone, True)
         acc = add_product(acc, tile, tokens)
     if full < k:  # noqa: SIM102 - known when compiling
         if not alone or part * chunk + chunk >= k:
@@ -181,7 +181,7 @@ def multiply_halves(
             wide: tl.constexpr = k % STEP // 32
             place = row + full // STEP * one
             tile = _tile(start, words + full // 8, place, inside, whole, inverse, at, about, exact, wide, dtype)
-            total, acc = begin_of_chunk(total, acc, full, k, chunk, alone)
+            total, acc = begin_of_chunk(total, acc, full, k, chunk, alone, True)
             acc = add_product(acc, tile, tokens)
     return with_last_chunk(total, acc, k, chunk, alone)
 

@@ -81,15 +81,19 @@ def last_of(part, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
 
 
 @triton.jit
-def begin_of_chunk(total, acc, begin, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr):
+def begin_of_chunk(total, acc, begin, k: tl.constexpr, chunk: tl.constexpr, alone: tl.constexpr, decoded: tl.constexpr):
     """The chunks' sum and the sum within a chunk, before the products of the step from input `begin` on are added.
 
-    It has to come before the step's product: behind it, Triton 3.6 would read sums that Hopper's tensor cores are still at.
+    It has to come before the step's product: behind it, Triton 3.6 would read sums that Hopper's tensor cores are still at. Where the
+    tile was `decoded` in registers, the sum is touched in every step. Else Triton leaves products in flight, and the next step's
+    numbers go into registers that these still read (github.com/triton-lang/triton/issues/9433).
     """
-    if chunk < k and not alone:  # noqa: SIM102 - known when compiling
+    if chunk < k and not alone:
         if begin % chunk == 0:
             total += acc
             acc = tl.zeros_like(acc)
+    elif decoded and not INTERPRETED:
+        acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=False, pack=1)
     return total, acc
 
 
@@ -120,7 +124,7 @@ def multiply_tiles(
         tokens = load_tokens(inputs, valid, begin, k, block_k)
         cols = begin + tl.arange(0, block_k)
         tile = load(record, at, about, outs, cols, n, k, transposed, exact and k % block_k == 0)
-        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone)
+        total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone, load is not load_plain)
         acc = add_product(acc, tile, tokens)
     return with_last_chunk(total, acc, k, chunk, alone)
 
