@@ -187,6 +187,8 @@ def _down_kernel(
     """`parts[p] = down(inner[p])`, a block of outputs of one expert a program, or a chunk of their sums."""
     if early:
         gdc_launch_dependents()
+        # slots and records are read before the wait: nothing older may be left in this multiprocessor's first-level cache
+        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     first = tl.program_id(1)
     same, ahead, leads = _leads(slots, first, pairs, padded, single)
     begin = tl.program_id(0) // chunks * block_n
