@@ -16,7 +16,7 @@ from expertflow.serve.protocol.errors import ApiError
 from expertflow.serve.protocol.fields import CHAT, read_fields
 from expertflow.serve.protocol.forms import Form, form_of
 from expertflow.serve.protocol.tools import tools_of
-from expertflow.serve.reading import MARKS, TEMPLATES, AnswerReader, _marks
+from expertflow.serve.reading import MARKS, TEMPLATES, AnswerReader, marks_of
 from expertflow.serve.writers.parts import Answer, FormReader, Marks
 
 SPECIAL = [
@@ -114,10 +114,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str, str, str, list[Any]]] = {
 def test_a_family_calls_as_its_reader_reads(case: str, grammars: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
     """An answer as the family writes it passes whole, and may end at its end alone; its reader finds what was said."""
     family, chat, fields, prompt, text, said, calls = CASES[case]
-    mask = grammars.compile(task(fields, _marks(family, chat), prompt)).mask()
+    mask = grammars.compile(task(fields, marks_of(family, chat), prompt)).mask()
     tokens = tokenizer.encode(text)
     assert walk(mask, tokenizer, tokens) == text + "."
-    mask = grammars.compile(task(fields, _marks(family, chat), prompt)).mask()
+    mask = grammars.compile(task(fields, marks_of(family, chat), prompt)).mask()
     assert not walk(mask, tokenizer, tokens[:-1]).endswith(".")
     answer = Answer(AnswerReader(dict(TEMPLATES[family]), prompt, TOOLS))
     answer.feed([text], last=True)
