@@ -168,9 +168,20 @@ def main() -> None:
             ptx = program.asm["ptx"]
             stored = max(sum(map(stored_bytes, lines)) for lines in steps(ptx))
             orders = sorted(set(re.findall(r"parent = #mma, kWidth = (\d)", program.asm["ttgir"])))
-            early = overwritten(program.asm["cubin"]) if arch >= 90 else 0
+            writes, decoded = overwritten(program.asm["cubin"]) if arch >= 90 else (0, 0)
             made.append(
-                (arch, case, program.metadata.shared, ROOM[arch], "wgmma" in ptx, stored, orders, requested(ptx), early)
+                (
+                    arch,
+                    case,
+                    program.metadata.shared,
+                    ROOM[arch],
+                    "wgmma" in ptx,
+                    stored,
+                    orders,
+                    requested(ptx),
+                    writes,
+                    decoded,
+                )
             )
     sys.stdout.write(json.dumps(made))
 

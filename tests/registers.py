@@ -20,10 +20,15 @@ _WRITES_NONE = (
 """Beginnings of instructions that write no register of a thread."""
 
 
-def overwritten(cubin: bytes) -> int:
-    """How often an instruction writes a register that a product under way may still read: in order, and in a loop's next turn."""
+_PRODUCT = re.compile(r"HGMMA\S*\s+R\d+,\s*R(\d+)(?:\.reuse)?,\s*gdesc")
+"""A product whose weights are in registers, from this one on."""
+
+
+def overwritten(cubin: bytes) -> tuple[int, int]:
+    """Count writes of registers that a product under way may still read, in order and in a loop's next turn; and such products."""
     code = list(_instructions(cubin))
-    return sum(_count(lines) for lines in [code, *(loop * 2 for loop in _loops(code))])
+    writes = sum(count_writes(lines) for lines in [code, *(loop * 2 for loop in _loops(code))])
+    return writes, sum(bool(_PRODUCT.match(line)) for line in code)
 
 
 def _instructions(cubin: bytes) -> Iterator[str]:
@@ -50,12 +55,13 @@ def _loops(code: Sequence[str]) -> list[list[str]]:
     return [lines for lines in found if any(line.startswith("HGMMA") for line in lines)]
 
 
-def _count(lines: Sequence[str]) -> int:
+def count_writes(lines: Sequence[str]) -> int:
+    """How many instructions write a register that a product before them may still read."""
     groups: list[set[int]] = []
     group, count = set[int](), 0
     for line in lines:
         if line.startswith("HGMMA"):
-            if weights := re.match(r"HGMMA\S*\s+R\d+,\s*R(\d+)(?:\.reuse)?,\s*gdesc", line):
+            if weights := _PRODUCT.match(line):
                 group |= set(range(int(weights[1]), int(weights[1]) + 4))
             if "gsb0" in line:
                 groups, group = [*groups, group], set()

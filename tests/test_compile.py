@@ -13,13 +13,15 @@ import pytest
 from helpers import ROOT
 
 pytest.importorskip("triton", reason="kernels need triton")
+from registers import count_writes
+
 pytestmark = pytest.mark.xdist_group("compile")  # its fixture takes long: one worker makes it
 
 
 class Program(NamedTuple):
     """A compiled kernel: bytes of shared memory, those that a thread writes to it in each step, the orders of its products' inputs.
 
-    And how many 16 bytes a thread requests before it waits for the kernel before, and what `registers.overwritten` counts.
+    And how many 16 bytes a thread requests before it waits for the kernel before, and the two numbers of `registers.overwritten`.
     """
 
     arch: int
@@ -31,6 +33,7 @@ class Program(NamedTuple):
     orders: list[str]
     requested: int
     overwritten: int
+    decoded: int
 
 
 def made_by(script: str, folder: Path) -> list[list]:
@@ -100,6 +103,16 @@ def test_products_take_inputs_in_one_order(programs: list[Program]) -> None:
 def test_no_register_is_written_that_a_product_reads(programs: list[Program]) -> None:
     """Weights that are decoded in registers stay there until Hopper's tensor cores have read them."""
     assert not {program.case: program.overwritten for program in programs if program.overwritten}
+    hopper = {program.case: program.decoded for program in programs if program.arch == 90}
+    assert all(hopper[case] for case in ("int4 down many", "fp8 down many", "mxfp4 down alone", "awq down"))
+
+
+@pytest.mark.parametrize(("left", "writes"), [(0, 0), (1, 1)])
+def test_writes_are_counted_until_a_product_is_waited_for(left: int, writes: int) -> None:
+    """A group of products that may be under way holds four registers of weights for each product."""
+    product = "HGMMA.64x16x16.F32.BF16 R24, R92, gdesc[UR8], R24, gsb0"
+    lines = [product, f"WARPGROUP.DEPBAR.LE gsb0, 0x{left:x}", "MOV R95, 0x43004300", "MOV R96, R95", "STS [R92], R2"]
+    assert count_writes(lines) == writes
 
 
 def test_down_requests_codes_before_it_waits(programs: list[Program]) -> None:

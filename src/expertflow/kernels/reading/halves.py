@@ -145,26 +145,8 @@ def multiply_halves(
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
     if ahead > 0 and (alone or chunk >= k):
         return _chunk_ahead(
-            inputs,
-            valid,
-            start,
-            words,
-            row,
-            one,
-            inside,
-            whole,
-            inverse,
-            acc,
-            at,
-            about,
-            k,
-            exact,
-            chunk,
-            part,
-            ahead,
-            waits,
-            dtype,
-        )
+            inputs, valid, start, words, row, one, inside, whole, inverse, acc, at, about, k, exact, chunk, part, ahead, waits, dtype,
+        )  # fmt: skip
     if waits:
         gdc_wait()
     total = acc
