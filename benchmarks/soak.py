@@ -8,7 +8,7 @@ some draws of captured steps lose sequences.
 With `--models` the checkpoint and the execution are drawn, too: from a folder of folders with the checkpoints `packed` and `decoded`,
 as `tests/write_models.py` writes them. The all-resident run is then the decoded checkpoint's (`make soak` does both).
 
-Usage: python benchmarks/soak.py [--steps 10000] [--models FOLDER] [--tokens N] [--out FILE]
+Usage: python benchmarks/soak.py [--steps 10000] [--models FOLDER] [--tokens N] [--deadline SECONDS] [--out FILE]
 """
 
 import argparse
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--models", type=Path, help="a folder of folders with checkpoints packed and decoded")
     parser.add_argument("--tokens", type=int, help="steps of a draw")
+    parser.add_argument("--deadline", type=float, default=1e9, help="draw no more after so many seconds")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -203,7 +204,7 @@ def main() -> None:
     soak, executions = Soak(device, tokens), ["graph"] if options.models is None else ["graph", "graph", "host"]
     with tempfile.TemporaryDirectory() as place:
         found, turn = cases(options.models, Path(place)), []
-        while soak.done < options.steps:
+        while soak.done < options.steps and time.perf_counter() - soak.began < options.deadline:
             turn = turn or list(soak.random.permutation(len(found)))  # each has its turn before one comes again
             print(soak.draw(found[turn.pop()], str(soak.random.choice(executions))), flush=True)
     result = {
