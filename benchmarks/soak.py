@@ -108,7 +108,7 @@ def make_predictor(model: Path, folder: Path) -> None:
 
 
 def run(llm: LLM, prompts: list[list[int]], count: int, keep: int) -> tuple[list[list[int]], list[list[Tensor]]]:
-    """Tokens of each sequence, and its logits `[V]` step by step, `count` steps. The last `keep` steps lose a sequence."""
+    """Tokens of each sequence, and its logits `[V]` step by step, `count` steps. The second sequence is cancelled `keep` steps before."""
     engine, params = llm.engine, SamplingParams(max_tokens=count + 1, ignore_eos=True)
     numbers = [engine.add(llm.request(prompt, params, index=index)) for index, prompt in enumerate(prompts)]
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -122,7 +122,7 @@ def run(llm: LLM, prompts: list[list[int]], count: int, keep: int) -> tuple[list
     while engine.unfinished:
         for _, output in engine.step():
             tokens[output.index].append(output.token_id)
-        if len(tokens[0]) == count - keep + 1 and len(prompts) > 1 and engine.knows(numbers[1]):
+        if keep and len(prompts) > 1 and len(tokens[1]) == count - keep + 1 and engine.knows(numbers[1]):
             engine.cancel(numbers[1])
     engine.watch_logits(None)
     return tokens, logits
@@ -199,6 +199,8 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=1e9, help="draw no more after so many seconds")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.models is not None and (options.tokens or 0) > FEWER_TOKENS:
+        parser.error(f"--tokens {options.tokens}: with --models at most {FEWER_TOKENS}; the least budget holds all sequences of no more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = options.tokens or (TOKENS if options.models is None else FEWER_TOKENS)
     soak, executions = Soak(device, tokens), ["graph"] if options.models is None else ["graph", "graph", "host"]
