@@ -200,7 +200,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.models is not None and (options.tokens or 0) > FEWER_TOKENS:
-        parser.error(f"--tokens {options.tokens}: with --models at most {FEWER_TOKENS}; the least budget holds all sequences of no more")
+        parser.error(
+            f"--tokens {options.tokens}: with --models at most {FEWER_TOKENS}; the least budget holds all sequences of no more"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = options.tokens or (TOKENS if options.models is None else FEWER_TOKENS)
     soak, executions = Soak(device, tokens), ["graph"] if options.models is None else ["graph", "graph", "host"]
