@@ -113,6 +113,7 @@ def cases(
         "gated tiles": (gated, "_gated_tile", lambda: gated.gated(states[64], weight, "silu")),
         "route with share": (route, "_route", lambda: route.route(states[16], norm, share, counts)),
         "route": (route, "_route", lambda: route.route(states[16], norm, router, counts, Places(counts, counts))),
+        "route as recorded": (route, "_route", lambda: route.route(states[16], norm, router, counts, Places(counts, counts), index)),
         "slots": (slots, "_find_slots", lambda: slots.find_slots(counts, index, counts)),
         "sum": (experts, "_combine_kernel", lambda: experts.combine(
             torch.zeros(16, 4, hidden), index, torch.zeros(16, 4), experts_count, states[16], (states[16], states[16]))),

@@ -189,7 +189,7 @@ def test_latent_attention_is_the_references(tables: str, dtype: torch.dtype, *, 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_router_is_the_references(rule: RouterRule, dtype: torch.dtype) -> None:
-    """Every kind of router, with and without what it may add, and the share of a shared expert; counters are back at zero."""
+    """Every kind of router, with what it may add, a shared expert's share, and recorded experts in its place; counters are back at zero."""
     tokens, count = 5, 12
     bias, correction = draw(count, dtype=dtype, seed=6), draw(count, seed=7)
     gated = rule is RULES["qwen"]
@@ -210,6 +210,14 @@ def test_router_is_the_references(rule: RouterRule, dtype: torch.dtype) -> None:
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, atol=CLOSE[dtype], rtol=CLOSE[dtype])
     assert not counts.any()
+    recorded = torch.arange(tokens * rule.top_k, device=DEVICE).view(tokens, rule.top_k) % count
+    replayed = route.route(states, norm_of(72, dtype), router, counts, places, recorded)
+    assert torch.equal(replayed.chosen, recorded)
+    assert torch.equal(replayed.slots[:3], 20 + recorded[:3].int())
+    assert torch.equal(replayed.weights, mine.weights)
+    again = reference.route(states, norm_of(72, dtype), router, counts, places, recorded)
+    assert torch.equal(replayed.slots, again.slots)
+    assert torch.equal(again.chosen, recorded)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter

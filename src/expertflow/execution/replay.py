@@ -202,6 +202,7 @@ class RouteTable:
         self._context = context
         size = shape.layers, rows, length + 1, shape.top_k
         self._routes = torch.zeros(size, dtype=_dtype(shape), device=device)
+        self._step: Tensor | None = None
 
     def write(self, row: int, routes: Routes) -> None:
         """Write the experts `[n, L, K]` of a sequence that begins in a KV row; positions beyond the row are left out."""
@@ -209,11 +210,18 @@ class RouteTable:
         by_layer = torch.from_numpy(np.ascontiguousarray(routes[:known].swapaxes(0, 1)).astype(np.int64))
         self._routes[:, row, :known] = by_layer.to(self._routes.dtype).to(self._routes.device)
 
-    def choose(self, layer: int, index: Int[Tensor, "T K"]) -> Int[Tensor, "T K"]:
-        """The recorded experts of the running pass's tokens, in place of the router's `index`."""
+    def choose(self, layer: int) -> Int[Tensor, "T K"] | None:
+        """The recorded experts of the running pass's tokens, int64, in place of the router's; None: there is no recording of it.
+
+        A step of one token a sequence looks its routes up once, in its first layer: it is captured, and its kernels count.
+        """
         now = self._context.now
-        if not len(now.rows):  # a caller's own pass over the model: there is no recording of it
-            return index
+        if not len(now.rows):  # a caller's own pass over the model
+            return None
         rows = now.rows[:, None] if now.pieces is None else now.rows
-        found = self._routes[layer][rows, now.columns]
-        return found.reshape(index.shape).to(index.dtype)
+        if now.pieces is not None or now.columns.shape[1] > 1:
+            return self._routes[layer][rows, now.columns].flatten(0, -2).long()
+        if layer == 0:
+            self._step = self._routes[:, rows, now.columns].flatten(1, -2).long()
+        assert self._step is not None
+        return self._step[layer]

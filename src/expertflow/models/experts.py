@@ -38,8 +38,8 @@ class ExpertProvider(Protocol):
         """
 
 
-Chosen = Callable[[int, Tensor], Tensor]
-"""Replaces the router's choice: layer, experts `[T, K]` to experts `[T, K]`."""
+Recorded = Callable[[int], Tensor | None]
+"""What replaces the router's choice in a layer of the running pass: experts `[T, K]`; None: nothing does."""
 
 
 class Uncopied:
@@ -67,8 +67,8 @@ class Binding(Uncopied):
     """Run the family's own eager forward (the universal fallback) instead of the expert loop."""
     context: ForwardContext = field(default_factory=ForwardContext)
     """What the running pass carries; its `padding` is not for `own_forward`."""
-    replay: Chosen | None = field(default=None)
-    """Replaces the router's choice by a recorded one (`execution.replay`). Not for `own_forward`."""
+    replay: Recorded | None = field(default=None)
+    """Gives what replaces the router's choice (`execution.replay`). Not for `own_forward`."""
 
 
 Mlp = Callable[[Tensor, ExpertWeights], Tensor]
@@ -181,8 +181,9 @@ def offloaded_forward(
     binding = own.expertflow
     assert isinstance(binding, Binding)
     carried = binding.context.now
-    if binding.replay is not None:
-        top_k_index = binding.replay(binding.layer, top_k_index)
+    recorded = None if binding.replay is None else binding.replay(binding.layer)
+    if recorded is not None:
+        top_k_index = recorded.to(top_k_index.dtype)
     if carried.experts is not None:
         return carried.experts(binding.layer, hidden_states, top_k_index, top_k_weights)
     if binding.own_forward:

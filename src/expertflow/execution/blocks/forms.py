@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from expertflow.kernels.backend import Backend
-from expertflow.kernels.blocks.given import Heads, LatentHeads, Norm, Places, Router, RouterRule
+from expertflow.kernels.blocks.given import Heads, Known, LatentHeads, Norm, Router, RouterRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ def experts(
     states: Tensor,
     norm: Norm,
     run: Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None], Tensor],
-    places: Places | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """Norm, router and experts, added to the states.
 
@@ -256,9 +256,11 @@ def experts(
         states: `[T, H]`.
         norm: before the module.
         run: normed states, experts `[T, K]`, weights `[T, K]`, what else is added, and the experts' slots if known, to `[T, H]`.
-        places: where the layer's experts lie; None: that is decided later.
+        known: of the layer's experts; None: nothing.
     """
-    normed, index, weights, slots, share = kernels.route(states, norm, tensors.router, tensors.counts, places)
+    normed, index, weights, slots, share = kernels.route(
+        states, norm, tensors.router, tensors.counts, *(known or Known())
+    )
     added: tuple[Tensor, ...] = (states,)
     if isinstance(tensors.shared, FeedTensors):
         added = feed(kernels, tensors.shared, normed, share=share), states

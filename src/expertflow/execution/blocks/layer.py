@@ -31,7 +31,7 @@ from expertflow.execution.blocks.tensors import (
     tensors_of,
 )
 from expertflow.kernels.backend import Backend, backend
-from expertflow.kernels.blocks.given import Norm, Places
+from expertflow.kernels.blocks.given import Known, Norm, Places
 from expertflow.models.context import ForwardContext
 
 
@@ -129,11 +129,12 @@ class LayerBlocks:
         def run(
             normed: Tensor, index: Tensor, weights: Tensor, added: tuple[Tensor, ...], slots: Tensor | None
         ) -> Tensor:
-            chosen = index if binding.replay is None else binding.replay(binding.layer, index)
-            return compute(binding.layer, normed, chosen, weights, added, slots)
+            return compute(binding.layer, normed, index, weights, added, slots)
 
-        places = None if binding.replay is not None else self._places(binding.layer)
-        return forms.experts(self._kernels, bound.experts, states, norm, run, places)
+        recorded = None if binding.replay is None else binding.replay(binding.layer)
+        return forms.experts(
+            self._kernels, bound.experts, states, norm, run, Known(self._places(binding.layer), recorded)
+        )
 
 
 def _bind(layer: Any, form: LayerForm, counts: Tensor) -> BoundLayer:

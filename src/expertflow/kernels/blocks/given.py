@@ -138,6 +138,18 @@ class Places(NamedTuple):
     live: Tensor
 
 
+class Known(NamedTuple):
+    """What is known of a layer's experts before its router has chosen.
+
+    Attributes:
+        places: where they lie; None: that is decided later.
+        recorded: which ones the tokens get in place of the router's choice, int64 `[T, K]`; None: that choice.
+    """
+
+    places: Places | None = None
+    recorded: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterRule:
     """How a router chooses experts and weighs them.

@@ -179,7 +179,14 @@ def _turned(states: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([turned, still], dim=2).to(states.dtype)
 
 
-def route(states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Places | None = None) -> Routed:
+def route(
+    states: Tensor,
+    norm: Norm,
+    router: Router,
+    counts: Tensor,
+    places: Places | None = None,
+    recorded: Tensor | None = None,
+) -> Routed:
     """Norm states and choose their experts.
 
     Args:
@@ -188,6 +195,7 @@ def route(states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Pl
         router: what chooses.
         counts: int32 `[>= T]` for the twin, 0 between launches; here nothing.
         places: where the experts lie; None: that is decided later.
+        recorded: experts int64 `[T, K]` that the router's weights go to, rank by rank, in place of its own choice.
     """
     del counts
     normed, rule = rms_norm(states, norm.weight, norm.eps, wide=norm.wide), router.rule
@@ -214,6 +222,7 @@ def route(states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Pl
     if rule.normalised:
         weights = weights / (weights.sum(dim=1, keepdim=True) + LEAST_SUM)
     weights = weights * rule.scale
+    index = index if recorded is None else recorded
     slots = None if places is None else find_slots(places.slots, index, places.live)
     share = functional.linear(normed, router.weight[router.experts :]).sigmoid() if router.gated else None
     return Routed(normed, index, weights if rule.wide_weights else weights.to(states.dtype), slots, share)

@@ -78,7 +78,7 @@ def _first(choice, scores, lane, rank, top_k: tl.constexpr):
 
 @triton.jit
 def _choose(
-    logits, correction, index, weights, places, slots, counted, placed: tl.constexpr, experts: tl.constexpr, padded: tl.constexpr, top_k: tl.constexpr, ranks: tl.constexpr,
+    logits, correction, index, weights, recorded, places, slots, counted, replays: tl.constexpr, placed: tl.constexpr, experts: tl.constexpr, padded: tl.constexpr, top_k: tl.constexpr, ranks: tl.constexpr,
     kind: tl.constexpr, corrected: tl.constexpr, groups: tl.constexpr, kept_groups: tl.constexpr, group_top: tl.constexpr,
     over_chosen: tl.constexpr, normalised: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
@@ -105,6 +105,8 @@ def _choose(
         weight = share / tl.sum(share, 0)
     if normalised:
         weight = weight / (tl.sum(weight, 0) + _LEAST_SUM)
+    if replays:
+        chosen = tl.load(recorded + rank, mask=rank < top_k, other=0)
     tl.store(index + rank, chosen, mask=rank < top_k)
     if placed:
         slot = tl.load(places + chosen, mask=(rank < top_k) & counted, other=-1)
@@ -113,9 +115,10 @@ def _choose(
 
 
 # many parameters: a launch does the work of eight
-@triton.jit(do_not_specialize_on_alignment=["counts", "places", "live"])
+@triton.jit(do_not_specialize_on_alignment=["counts", "recorded", "places", "live"])
 def _route(
-    states, weight, bias, gains, correction, out, logits, index, weights, counts, places, live, slots, share, placed: tl.constexpr,
+    states, weight, bias, gains, correction, out, logits, index, weights, counts, recorded, places, live, slots, share,
+    replays: tl.constexpr, placed: tl.constexpr,
     gated: tl.constexpr, eps: tl.constexpr, experts: tl.constexpr, k: tl.constexpr, rows: tl.constexpr, first: tl.constexpr, second: tl.constexpr, biased: tl.constexpr, wide: tl.constexpr,
     wide_logits: tl.constexpr, padded: tl.constexpr, top_k: tl.constexpr, ranks: tl.constexpr, kind: tl.constexpr,
     corrected: tl.constexpr, groups: tl.constexpr, kept_groups: tl.constexpr, group_top: tl.constexpr, over_chosen: tl.constexpr,
@@ -152,18 +155,26 @@ def _route(
     if tl.atomic_add(counts + token, 1) == tl.num_programs(0) - 1:
         tl.store(counts + token, 0)
         _choose(
-            logits + token * experts, correction, index + token * top_k, weights + token * top_k, places, slots + token * top_k,
-            token < tl.load(live), placed, experts, padded, top_k, ranks, kind,
+            logits + token * experts, correction, index + token * top_k, weights + token * top_k, recorded + token * top_k, places,
+            slots + token * top_k, token < tl.load(live), replays, placed, experts, padded, top_k, ranks, kind,
             corrected, groups, kept_groups, group_top, over_chosen, normalised, scale,
         )  # fmt: skip
 
 
-def route(states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Places | None = None) -> Routed:
+def route(
+    states: Tensor,
+    norm: Norm,
+    router: Router,
+    counts: Tensor,
+    places: Places | None = None,
+    recorded: Tensor | None = None,
+) -> Routed:
     """Norm states and choose their experts. As `reference.route`."""
     (tokens, inputs), experts, rule = states.shape, router.experts, router.rule
     early, (first, second) = starts_early(states), halves(inputs)
     assert states.is_contiguous()
     assert router.weight.is_contiguous()
+    assert recorded is None or recorded.is_contiguous()
     normed, logits = torch.empty_like(states), states.new_empty(tokens, experts, dtype=torch.float32)
     index = states.new_empty(tokens, rule.top_k, dtype=torch.int64)
     weights = states.new_empty(tokens, rule.top_k, dtype=torch.float32 if rule.wide_weights else states.dtype)
@@ -172,8 +183,8 @@ def route(states: Tensor, norm: Norm, router: Router, counts: Tensor, places: Pl
     share = states.new_empty(tokens, 1) if router.gated else None
     _route[(triton.cdiv(len(router.weight), ROWS), tokens)](
         states, router.weight, states if router.bias is None else router.bias, norm.weight,
-        states if router.correction is None else router.correction, normed, logits, index, weights, counts, *known,
-        states if share is None else share, placed=places is not None, gated=router.gated, eps=norm.eps, experts=experts, k=inputs, rows=ROWS, first=first, second=second, biased=router.bias is not None, wide=norm.wide,
+        states if router.correction is None else router.correction, normed, logits, index, weights, counts,
+        index if recorded is None else recorded, *known, states if share is None else share, replays=recorded is not None, placed=places is not None, gated=router.gated, eps=norm.eps, experts=experts, k=inputs, rows=ROWS, first=first, second=second, biased=router.bias is not None, wide=norm.wide,
         wide_logits=rule.wide_logits, padded=int(triton.next_power_of_2(experts)), top_k=rule.top_k,
         ranks=int(triton.next_power_of_2(rule.top_k)), kind=rule.scores, corrected=router.correction is not None, groups=rule.groups,
         kept_groups=rule.kept_groups, group_top=rule.group_top, over_chosen=rule.over_chosen, normalised=rule.normalised,
