@@ -49,6 +49,8 @@ STEPS, WARM, PROFILED = 15, 6, 4
 """Steps of a window, steps before the first one, steps that the profiler sees."""
 NAMED = 16
 """Kernels that a result names."""
+LONGEST = 400
+"""Microseconds from one kernel's end to the next one's, at most: between steps more go by."""
 ALL_FORMATS = {"g": "bf16,mxfp4", "q": "bf16,int4", "q30": "int4", "d": "bf16,int4"}
 
 
@@ -67,6 +69,7 @@ class Row:
     bound_ms: float = 0.0
     near: float = 0.0
     names: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Kernels by their name and the one that ended before: how many a step, and microseconds from that one's end to theirs."""
 
     def line(self) -> str:
         """As a line of a printed table."""
@@ -162,14 +165,19 @@ class Side:
             if event.device_type == torch.autograd.DeviceType.CUDA
             and not event.name.startswith(("Mem", "ProfilerStep"))
         ]
-        counts, spent, busy, reached = Counter[str](), Counter[str](), 0.0, 0.0
-        for begin, end, name in sorted(spans):
-            counts[name] += 1
-            spent[name] += end - begin
+        busy, reached = 0.0, 0.0
+        for begin, end, _ in sorted(spans):
             busy += max(0.0, end - max(begin, reached))
             reached = max(reached, end)
         row.kernels, row.busy_ms = len(spans) / PROFILED, busy / PROFILED / 1e3
-        row.names = {name[:60]: (counts[name] / PROFILED, us / PROFILED) for name, us in spent.most_common(NAMED)}
+        counts, added = Counter[str](), Counter[str]()
+        reached, before = min((begin for begin, _, _ in spans), default=0.0), "nothing"
+        for _, end, name in sorted(spans, key=lambda span: span[1]):
+            key = f"{name[:40]} behind {before[:20]}"
+            counts[key] += 1
+            added[key] += min(end - reached, LONGEST)
+            reached, before = end, name
+        row.names = {key: (counts[key] / PROFILED, us / PROFILED) for key, us in added.most_common(NAMED)}
 
 
 def step_bytes(side: Side, batch: int) -> float:

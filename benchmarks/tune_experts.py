@@ -28,20 +28,36 @@ from torch import Tensor
 from expertflow.bench.about import about
 from expertflow.formats.plain import PLAIN
 from expertflow.kernels import experts
-from expertflow.kernels.mlp import ExpertMlp, Workspace
+from expertflow.kernels.mlp import SHARED_PAIRS, ExpertMlp, Workspace
 from expertflow.kernels.tiling import Tiling
 
 SHAPE = SHAPES["gpt-oss-20b"]
 TOKENS = (1, 4)
 REPLAYS = 15
 PROCESSES = 14
-OTHERS: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
-    "mxfp4": {"down": ((1, 80), (3, 96), (6, 128)), "up": ((1, 80), (3, 112))},
-    "fp8": {"down": ((2, 96), (2, 128)), "up": ()},
-    "nvfp4": {"down": ((1, 80), (3, 128)), "up": ()},
-    "int4": {"down": (), "up": ()},
-}
-"""Steps requested ahead and registers that are tried beside those in use, by format and projection."""
+_SPLIT: dict[str, Any] = {"split": True, "ahead": 1}
+OTHERS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
+    "mxfp4": {
+        "down": ({"ahead": 1}, {"ahead": 3, "registers": 96}, {"block_n": 32, "warps": 2}),
+        "up": ({"registers": 96}, {"block_n": 16, "warps": 2}),
+    },
+    "fp8": {
+        "down": ({"registers": 96, "ahead": 0}, {"registers": 80, "ahead": 0}, {"stages": 4, "registers": 96, "ahead": 0}),
+        "up": (
+            {"registers": 80}, {"registers": 96}, {**_SPLIT, "registers": 80}, {**_SPLIT, "registers": 96},
+            {"split": True, "registers": 96}, {**_SPLIT, "block_n": 16, "warps": 2, "registers": 96},
+        ),
+    },
+    "nvfp4": {
+        "down": ({"ahead": 2, "registers": 96},),
+        "up": ({**_SPLIT, "registers": 80}, {**_SPLIT, "registers": 128}, {"registers": 128}),
+    },
+    "int4": {
+        "down": ({"ahead": 1}, {"ahead": 3, "registers": 96}),
+        "up": ({**_SPLIT, "registers": 80}, {**_SPLIT, "registers": 96}),
+    },
+}  # fmt: skip
+"""What is changed of the tiling in use, to be tried beside it, by format and projection."""
 
 
 def cuts(name: str, projection: str, tokens: int) -> dict[str, Tiling]:
@@ -64,8 +80,9 @@ def cuts(name: str, projection: str, tokens: int) -> dict[str, Tiling]:
         block = 64 if pairs < 16 or outputs > 1 else 128
         loop = replace(used, block_n=block, split=True, registers=None if name == "nvfp4" else 128, ahead=0)
     found = {"used": used, "loop": loop}
-    for ahead, registers in OTHERS[name][projection]:
-        found[f"ahead {ahead} registers {registers}"] = replace(used, ahead=ahead, registers=registers)
+    for changes in OTHERS[name][projection]:
+        if pairs <= SHARED_PAIRS or not (changes.get("split") or used.split):
+            found[" ".join(f"{what} {value}" for what, value in changes.items())] = replace(used, **changes)
     return found
 
 
