@@ -16,8 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from stand_ins import SEED, WIDE, StandIn, device, make_config, random_tokens
@@ -88,8 +88,14 @@ def through_llm(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
     return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - began)
 
 
-async def measure(worker: Worker, service: Service, prompts: list[list[int]], options: argparse.Namespace) -> Any:
-    """Serve, and measure each way in turns; the first turn warms up and is not counted."""
+async def measure(
+    worker: Worker,
+    service: Service,
+    prompts: list[list[int]],
+    options: argparse.Namespace,
+    write: Callable[[dict[str, list[float]]], None],
+) -> None:
+    """Serve, and measure each way in turns; the first turn warms up and is not counted. `write` gets what is known after each other one."""
     bound = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     config = uvicorn.Config(make_app(service, Rules()), log_config=None, access_log=False, ws="none", lifespan="off")
@@ -113,11 +119,12 @@ async def measure(worker: Worker, service: Service, prompts: list[list[int]], op
             f"turn {turn}: " + ", ".join(f"{name} {speed:.1f}" for name, speed in zip(rows, found, strict=True)),
             flush=True,
         )
+        if turn:
+            write(rows)
     server.should_exit = True
     await serving
     await worker.close()
     service.close()
-    return rows
 
 
 def main() -> None:
@@ -154,22 +161,25 @@ def main() -> None:
 
     metrics = Metrics("q")
     worker = Worker(load, watcher=metrics)
-    rows = asyncio.run(measure(worker, Service(worker, Names(served=["q"]), metrics), prompts, options))
-    medians = {name: statistics.median(speeds) for name, speeds in rows.items()}
-    ratios = {
-        "http / generate": medians["http"] / medians["generate"],
-        "with metrics / without": medians["http and metrics"] / medians["http"],
-    }
-    result = {
-        **about()._asdict(), "benchmark": "serve_streams", "seed": SEED,
-        "config": {"streams": options.streams, "tokens": options.tokens, "slots": options.slots, "prompt": PROMPT, "tiny": options.tiny},
-        "tokens_per_second": rows, "ratios": ratios,
-    }  # fmt: skip
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name, speeds in rows.items():
-        print(f"{name:20s} {medians[name]:8.1f} tokens/s  ({min(speeds):.1f}-{max(speeds):.1f})")
-    print("  ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))
+
+    def write(rows: dict[str, list[float]]) -> None:
+        medians = {name: statistics.median(speeds) for name, speeds in rows.items()}
+        ratios = {
+            "http / generate": medians["http"] / medians["generate"],
+            "with metrics / without": medians["http and metrics"] / medians["http"],
+        }
+        result = {
+            **about(device())._asdict(), "benchmark": "serve_streams", "seed": SEED,
+            "config": {"streams": options.streams, "tokens": options.tokens, "slots": options.slots, "prompt": PROMPT, "tiny": options.tiny},
+            "tokens_per_second": rows, "ratios": ratios,
+        }  # fmt: skip
+        if options.out is not None:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        for name, speeds in rows.items():
+            print(f"{name:20s} {medians[name]:8.1f} tokens/s  ({min(speeds):.1f}-{max(speeds):.1f})")
+        print("  ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()), flush=True)
+
+    asyncio.run(measure(worker, Service(worker, Names(served=["q"]), metrics), prompts, options, write))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ CASES = {
     89: ("fp8 up", "nvfp4 down", "q6_k up"),
     90: (
         "plain up", "plain of gpt-oss up", "mxfp4 up", "mxfp4 down", "int4 up", "int4 down", "int4 with zeros up", "fp8 up",
-        "nvfp4 up", "awq down", "q4_k up", "mxfp4 up alone", "mxfp4 down alone", "int4 down alone", "fp8 down alone",
+        "nvfp4 up", "awq down", "q4_k up", "mxfp4 up alone", "mxfp4 down alone", "int4 down alone", "fp8 down alone", "int4 up alone", "int4 with zeros up alone", "fp8 up alone",
         "nvfp4 down alone", "int4 down many", "fp8 down many",
     ),
 }  # fmt: skip

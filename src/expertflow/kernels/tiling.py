@@ -83,7 +83,8 @@ def _of_codes(spec: TensorSpec, pairs: int, other: Tiling, outputs: int, *, earl
     """The tiling of a weight whose codes are decoded in registers, else the `other` one; `benchmarks/tune_experts.py` compares them.
 
     Programs share a product where there are too few to fill a GPU. On Hopper those of one output an element are small enough then to run
-    at the same time, and request their codes before anything else. Codes of one byte are read fastest by many small programs.
+    at the same time, and request their codes before anything else; at one token, those of two outputs as well. Codes of one byte are read
+    fastest by many small programs.
     """
     few, shared = pairs < FEW_PAIRS, pairs <= SHARED_PAIRS
     if _by_halves(spec):
@@ -91,14 +92,17 @@ def _of_codes(spec: TensorSpec, pairs: int, other: Tiling, outputs: int, *, earl
         scaled_twice = scaling.startswith("e4m3")  # a thread needs more registers then
         if early and outputs == 1 and (few if scaled_twice else shared):
             return Tiling(64, 128, split=True, registers=_AT_ONCE, ahead=1 if scaled_twice else 2)
-        if early and scaling == "e8m0" and pairs <= _OF_ONE_TOKEN:
+        if early and not scaled_twice and pairs <= _OF_ONE_TOKEN:
             return Tiling(64 // outputs, 128, split=True, registers=_AT_ONCE, ahead=1)
-        block, most = 64 if few or outputs > 1 else 128, None if scaled_twice else 128
+        block, most = 64 if few or outputs > 1 else 128, None if scaled_twice and outputs == 1 else 128
         return Tiling(block, 128, split=shared, registers=most)
     if _by_words(spec):
-        if early and few and outputs == 1 and ahead_fits(spec.format.constants(spec), spec.inputs):
-            return Tiling(64, 128, split=True, registers=_AT_ONCE, ahead=1)
-        return Tiling(64 // outputs, 128, stages=4 if outputs > 1 else 3, split=few and outputs == 1)
+        fits = ahead_fits(spec.format.constants(spec), spec.inputs)
+        if early and fits and (few if outputs == 1 else pairs <= _OF_ONE_TOKEN):
+            return Tiling(64 // outputs, 128, split=True, registers=_AT_ONCE, ahead=1)
+        if outputs == 1:
+            return Tiling(64, 128, stages=3, split=few, registers=96 if early and not few else None)
+        return Tiling(32, 128, stages=4)
     return other
 
 

@@ -20,6 +20,7 @@ from expertflow.kernels.reading.tiles import (
     load_tokens,
     rounded,
     tokens_of_chunk,
+    touched,
     with_last_chunk,
 )
 
@@ -300,6 +301,7 @@ def _multiply_words(  # noqa: C901, PLR0912 - most branches are known when compi
     if full < k:  # noqa: SIM102 - known when compiling
         if not alone or part * chunk + chunk >= k:
             total, acc = begin_of_chunk(total, acc, full, k, chunk, alone, True)
+            acc = touched(acc)
             if k % block_k >= 64:  # a step of 64 inputs of a larger one
                 if grid_cols > 1:
                     scale = _scales(start, at, about, place, full, inside, exact)
@@ -311,7 +313,7 @@ def _multiply_words(  # noqa: C901, PLR0912 - most branches are known when compi
                 if grid_cols > 1:
                     scale = _scales(start, at, about, place, last, inside, exact)
                 tile = _numbers(codes + last, scale, inside, about, exact, wide, dtype)
-                acc = add_product(acc, tile, load_tokens(inputs, valid, last, k, 64))
+                acc = add_product(touched(acc), tile, load_tokens(inputs, valid, last, k, 64))
     return with_last_chunk(total, acc, k, chunk, alone)
 
 

@@ -17,6 +17,7 @@ from expertflow.kernels.reading.tiles import (
     last_of,
     load_tokens,
     tokens_of_chunk,
+    touched,
     with_last_chunk,
 )
 
@@ -164,7 +165,7 @@ def multiply_halves(
             place = row + full // STEP * one
             tile = _tile(start, words + full // 8, place, inside, whole, inverse, at, about, exact, wide, dtype)
             total, acc = begin_of_chunk(total, acc, full, k, chunk, alone, True)
-            acc = add_product(acc, tile, tokens)
+            acc = add_product(touched(acc), tile, tokens)
     return with_last_chunk(total, acc, k, chunk, alone)
 
 
