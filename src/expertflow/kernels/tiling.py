@@ -86,24 +86,34 @@ def _of_codes(spec: TensorSpec, pairs: int, other: Tiling, outputs: int, *, earl
     at the same time, and request their codes before anything else; at one token, those of two outputs as well. Codes of one byte are read
     fastest by many small programs.
     """
-    few, shared = pairs < FEW_PAIRS, pairs <= SHARED_PAIRS
     if _by_halves(spec):
-        scaling = spec.format.constants(spec)[2]
-        scaled_twice = scaling.startswith("e4m3")  # a thread needs more registers then
-        if early and outputs == 1 and (few if scaled_twice else shared):
-            return Tiling(64, 128, split=True, registers=_AT_ONCE, ahead=1 if scaled_twice else 2)
-        if early and not scaled_twice and pairs <= _OF_ONE_TOKEN:
-            return Tiling(64 // outputs, 128, split=True, registers=_AT_ONCE, ahead=1)
-        block, most = 64 if few or outputs > 1 else 128, None if scaled_twice and outputs == 1 else 128
-        return Tiling(block, 128, split=shared, registers=most)
+        return _of_halves(spec.format.constants(spec)[2], pairs, outputs, early=early)
     if _by_words(spec):
-        fits = ahead_fits(spec.format.constants(spec), spec.inputs)
-        if early and fits and (few if outputs == 1 else pairs <= _OF_ONE_TOKEN):
-            return Tiling(64 // outputs, 128, split=True, registers=_AT_ONCE, ahead=1)
-        if outputs == 1:
-            return Tiling(64, 128, stages=3, split=few, registers=96 if early and not few else None)
-        return Tiling(32, 128, stages=4)
+        fits = bool(ahead_fits(spec.format.constants(spec), spec.inputs))
+        return _of_bytes(pairs, outputs, fits=fits, early=early)
     return other
+
+
+def _of_halves(scaling: str, pairs: int, outputs: int, *, early: bool) -> Tiling:
+    """Of codes of four bits."""
+    few, shared = pairs < FEW_PAIRS, pairs <= SHARED_PAIRS
+    scaled_twice = scaling.startswith("e4m3")  # a thread needs more registers then
+    if early and outputs == 1 and (few if scaled_twice else shared):
+        return Tiling(64, 128, split=True, registers=_AT_ONCE, ahead=1 if scaled_twice else 2)
+    if early and not scaled_twice and pairs <= _OF_ONE_TOKEN:
+        return Tiling(64 // outputs, 128, split=True, registers=_AT_ONCE, ahead=1)
+    block, most = 64 if few or outputs > 1 else 128, None if scaled_twice and outputs == 1 else 128
+    return Tiling(block, 128, split=shared, registers=most)
+
+
+def _of_bytes(pairs: int, outputs: int, *, fits: bool, early: bool) -> Tiling:
+    """Of codes of eight bits; `fits`: whether they can be requested ahead."""
+    few = pairs < FEW_PAIRS
+    if early and fits and (few if outputs == 1 else pairs <= _OF_ONE_TOKEN):
+        return Tiling(64 // outputs, 128, split=True, registers=_AT_ONCE, ahead=1)
+    if outputs == 1:
+        return Tiling(64, 128, stages=3, split=few, registers=96 if early and not few else None)
+    return Tiling(32, 128, stages=4)
 
 
 def chunk_of(inputs: int) -> int:
