@@ -95,7 +95,7 @@ def test_calls_share_batches_and_a_held_stream_blocks_none(llm: LLM) -> None:
     assert len(done[0].token_ids) == PARAMS[3].max_tokens
     sizes: list[int] = []
     decode = llm.engine._executor.decode
-    llm.engine._executor.decode = lambda fed: (sizes.append(len(fed)), decode(fed))[1]
+    llm.engine._executor.decode = lambda fed, *more: (sizes.append(len(fed)), decode(fed, *more))[1]
     together(lambda number: llm.generate(PROMPTS[number], PARAMS[number]))
     assert max(sizes) == 3, "the largest batch"
     held.close()
@@ -129,10 +129,10 @@ def test_a_failed_call_leaves_a_working_object(llm: LLM) -> None:
     alone = [llm.generate(prompt, one)[0].token_ids for prompt, one in zip(PROMPTS, PARAMS, strict=True)]
     decode, failures = llm.engine._executor.decode, [RuntimeError("broken"), RuntimeError("broken")]
 
-    def break_off(fed: object) -> object:
+    def break_off(*fed: object) -> object:
         if failures:
             raise failures.pop()
-        return decode(fed)
+        return decode(*fed)
 
     llm.engine._executor.decode = break_off
 

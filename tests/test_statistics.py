@@ -36,18 +36,22 @@ def up_to(count: int) -> SamplingParams:
 def test_totals_after_a_token_are_those_of_a_run_that_ends_there(
     model_type: str, execution: str, strategy: str, device: str, make_checkpoint: MakeCheckpoint
 ) -> None:
-    """Totals and residency behind token n, read in the middle of a run, are what a run of n tokens leaves."""
+    """Totals and residency behind token n, read in the middle of a run, are what a run of n tokens leaves; of n + 1, if its step has begun."""
     folder, read = make_checkpoint(model_type, spread=0.3), []
     with open_llm(folder, execution, device, strategy=strategy) as llm:
         stream = llm.stream([PROMPT], up_to(TOKENS))
-        read += [(item.token_id, llm.stats.cache, llm._offloaded.residency()) for item in stream]
+        for item in stream:
+            begun = llm.engine._begun is not None
+            read.append((item.token_id, llm.stats.cache, llm._offloaded.residency(), begun))
         decoder = llm._offloaded.handover.decoder
         assert (decoder is not None) == (execution == "graph")
     assert read[-1][1].accesses > read[1][1].accesses
-    for count, (token, totals, slots) in enumerate(read, start=1):
+    assert any(begun for *_, begun in read) == (execution == "graph")
+    for place, (token, totals, slots, begun) in enumerate(read):
+        count = place + 1 + begun
         with open_llm(folder, execution, device, strategy=strategy) as llm:
             output = llm.generate([PROMPT], up_to(count))[0]
-            assert output.token_ids[-1] == token
+            assert output.token_ids[place] == token
             assert llm.stats.cache == llm._offloaded.counters == totals
             assert totals.steps == count + (model_type == "switch_transformers")  # its encoder is a step of its own
             assert np.array_equal(llm._offloaded.controller.table.slot_of, slots)

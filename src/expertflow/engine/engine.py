@@ -15,21 +15,21 @@ not know how scheduler, executor and predictor work.
 """
 
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from expertflow.engine.ahead import UNKNOWN, Begun, inputs_behind
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.lock import FairLock
 from expertflow.engine.plan import rates
 from expertflow.engine.request import Channel, Request, StreamOutput, Totals
+from expertflow.engine.running import Running, keep, weakly
 from expertflow.engine.threads import Threads
 from expertflow.errors import ConfigError
 from expertflow.execution.kv_rows import DecodeInput
@@ -43,45 +43,6 @@ from expertflow.schedule.cost import Durations
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler, check_schedule
 from expertflow.trace.owners import NextBatch
 from expertflow.trace.recorder import Recorder
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-@dataclass(kw_only=True)
-class _Running:
-    """A request in the engine.
-
-    Attributes:
-        request: its tokens and text.
-        added: when it came, by `time.perf_counter`.
-        channel: where its outputs go.
-        first: when its first token came; 0: not yet.
-        usual: float [layers, experts], what its prompt is likely to use; None: not predicted yet.
-    """
-
-    request: Request
-    added: float
-    channel: Channel
-    first: float = 0.0
-    usual: npt.NDArray[np.float32] | None = field(default=None)
-
-
-def _keep(outbox: list[tuple[int, StreamOutput]], number: int, output: StreamOutput) -> None:
-    """The channel of requests that were added without one: keep the output until `step` returns it."""
-    outbox.append((number, output))
-
-
-def _weakly(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A method that does not keep its object alive, for what that object owns."""
-    bound = weakref.WeakMethod(method)
-
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        found = bound()
-        assert found is not None, "its owner is gone"
-        return found(*args, **kwargs)
-
-    return call
 
 
 class Engine:
@@ -107,10 +68,11 @@ class Engine:
         self._watcher: Callable[[Sequence[int], Tensor], None] | None = None
         self.threads = Threads(plan.record_bytes)
         self._begin(plan.schedule, admission)
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Running] = {}
         self._outbox: list[tuple[int, StreamOutput]] = []
         self._totals = Totals()
         self._stepping = False
+        self._begun: Begun | None = None
         self._to_cancel: deque[int] = deque()
         self.lock = FairLock()
         self._next = 0
@@ -132,8 +94,8 @@ class Engine:
             prompts=1 if plan.batch_invariant else plan.max_batch,
             top_k=plan.shape.top_k,
             rates=rates(plan),
-            expected=_weakly(self._paths) if predicts else None,
-            preview=_weakly(self._usual) if predicts else None,
+            expected=weakly(self._paths) if predicts else None,
+            preview=weakly(self._usual) if predicts else None,
             admission=make_admission(admission, self._durations.costs),
             pages=None if plan.kv_layout is None else plan.kv_layout.pages,
             page=1 if plan.kv_layout is None else plan.kv_layout.page,
@@ -216,8 +178,8 @@ class Engine:
             self._scheduler.add(number, len(request.prompt_token_ids), request.kept)
             self._prefixes.expect(number, request)
             self._next += 1
-            channel = partial(_keep, self._outbox, number) if channel is None else channel
-            self._running[number] = _Running(request=request, added=time.perf_counter(), channel=channel)
+            channel = partial(keep, self._outbox, number) if channel is None else channel
+            self._running[number] = Running(request=request, added=time.perf_counter(), channel=channel)
             self._totals.prompt_tokens += len(request.prompt_token_ids)
         return number
 
@@ -258,6 +220,7 @@ class Engine:
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])
         if not self._running:
+            self._begun = None
             self._offloaded.settle()  # without requests, totals and tables are the host's again
 
     def step(self) -> list[tuple[int, StreamOutput]]:
@@ -296,14 +259,16 @@ class Engine:
 
     def _advance(self) -> int:
         self._offloaded.check_open()
-        task = self._scheduler.next()
+        begun, self._begun = self._begun, None
+        begun = None if begun is None else begun.of(self._running)
+        task = self._scheduler.next() if begun is None else Decode((begun.numbers,))
         if task is None:
             return 0
         began = time.perf_counter()
         self._stepping = True
         try:
             with memory_reported(), self._offloaded.meter.watch(), self.threads.step():
-                count = self._prefill(task) if isinstance(task, Prefill) else self._decode(task)
+                count = self._prefill(task) if isinstance(task, Prefill) else self._decode(task, begun)
         except BaseException:
             if not self._executor.joins:  # a cohort's cache may contain half of the step
                 self._to_cancel += task.sequences
@@ -339,45 +304,75 @@ class Engine:
             logits = self._executor.prefill(chunks, partial(self._score, task))
         ended = [place for place, part in enumerate(task.parts) if part.last]
         numbers = [task.parts[place].sequence for place in ended]
-        chosen = self._choose(numbers, logits[ended]) if ended else None
+        chosen = self._choose(numbers, logits[ended], self._executor.best()) if ended else None
         self._scheduler.done(task)
         return 0 if chosen is None else self._send(numbers, chosen)
 
     def _score(self, task: Prefill, place: int, begin: int, logits: Tensor) -> None:
         self._running[task.parts[place].sequence].request.score(begin, logits)
 
-    def _decode(self, task: Decode) -> int:
-        inputs = []
-        for number in task.sequences:
-            request = self._running[number].request
-            before = len(request.prompt_token_ids) if request.continues else 1  # a decoder's own first token
-            position = before + len(request.token_ids) - 1
-            inputs.append(DecodeInput(number, request.token_ids[-1], self._scheduler.row(number), position))
-        self._announce(NextBatch(task.sequences, following=task.groups[1:], rows=[one.row for one in inputs]))
+    def _decode(self, task: Decode, begun: Begun | None) -> int:
+        numbers = task.sequences
+        requests = {number: self._running[number].request for number in numbers}
+        rows = [self._scheduler.row(number) for number in numbers]
+        if begun is None:
+            inputs = zip(requests.items(), rows, strict=True)
+            fed = [DecodeInput(number, one.token_ids[-1], row, one.fed) for (number, one), row in inputs]
+            begun = self._begin_step(task, fed)
+        behind = None
+        if self._watcher is None and self.recorder is None and len(task.groups) == 1 and not self._to_cancel:
+            behind = inputs_behind(numbers, requests, rows, self._playback, self._reread)
+        if behind is None or not (self._executor.ready(behind) and self._scheduler.repeat(numbers)):
+            return self._send(numbers, self._choose(numbers, begun.logits, begun.best))
+        return self._run_on(task, begun, behind)
+
+    def _begin_step(self, task: Decode, fed: Sequence[DecodeInput], tokens: Tensor | None = None) -> Begun:
+        self._announce(NextBatch(task.sequences, following=task.groups[1:], rows=[one.row for one in fed]))
         with self._offloaded.passes.lock:
-            logits = self._executor.decode(inputs)
-        return self._send(task.sequences, self._choose(task.sequences, logits))
+            logits = self._executor.decode(fed, tokens)
+        return Begun(task.sequences, logits, self._executor.best())
+
+    def _run_on(self, task: Decode, begun: Begun, behind: Sequence[DecodeInput]) -> int:
+        """Choose a step's tokens on the device, queue the next step with them, and send them when they are known."""
+        numbers, predictor = task.sequences, self._offloaded.live_predictor
+        unread = self._sampler.begin(
+            begun.logits, [self._running[number].request.draw() for number in numbers], begun.best
+        )
+        assert unread is not None, "requests that go on need no host"
+        try:
+            if predictor is not None:
+                predictor.sampled(numbers, [max(one.token, 0) for one in behind])
+            tokens = unread.tokens if behind[0].token == UNKNOWN else None
+            self._begun = self._begin_step(task, behind, tokens)
+        finally:
+            chosen = Chosen(unread.read(), logprobs=[None] * len(numbers))
+            taken = predictor is not None and predictor.took(numbers)
+            count = self._send(numbers, self._replayed(numbers, chosen), taken=taken)
+        return count
 
     def _announce(self, batch: NextBatch) -> None:
         for listener in (self.recorder, self._offloaded.live_predictor):
             if listener is not None:
                 listener.expect(batch)
 
-    def _choose(self, numbers: Sequence[int], logits: Tensor) -> Chosen:
+    def _choose(self, numbers: Sequence[int], logits: Tensor, best: Tensor | None) -> Chosen:
         """The next token of each request. If that fails, nothing is used up."""
         requests = [self._running[number].request for number in numbers]
         if self._watcher is not None:
             with self._offloaded.meter.aside():
                 self._watcher(numbers, logits)
-        chosen = self._sampler.choose(logits, [one.draw() for one in requests], self._executor.best())
-        if self._playback is not None:
-            places = zip(requests, chosen.tokens, strict=True)
-            tokens = [self._playback.token(one.index, one.position, token) for one, token in places]
-            chosen = chosen._replace(tokens=tokens)
+        chosen = self._replayed(numbers, self._sampler.choose(logits, [one.draw() for one in requests], best))
         return self._sampler.weighed(chosen, logits, [one.params.logprobs for one in requests])
 
-    def _send(self, numbers: Sequence[int], found: Chosen) -> int:
-        """Add tokens to their requests, and send the outputs to the channels.
+    def _replayed(self, numbers: Sequence[int], chosen: Chosen) -> Chosen:
+        """Recorded tokens in place of chosen ones."""
+        if self._playback is None:
+            return chosen
+        pairs = zip((self._running[number].request for number in numbers), chosen.tokens, strict=True)
+        return chosen._replace(tokens=[self._playback.token(one.index, one.position, token) for one, token in pairs])
+
+    def _send(self, numbers: Sequence[int], found: Chosen, *, taken: bool = False) -> int:
+        """Add tokens to their requests, and send the outputs to the channels. `taken`: the predictor has them.
 
         Returns:
             How many tokens there were.
@@ -386,7 +381,7 @@ class Engine:
             Exception: the first that a tokenizer or a channel raised, once every token is sent; its request is cancelled.
         """
         now, errors, tokens = time.perf_counter(), [], found.tokens
-        if self._offloaded.live_predictor is not None:
+        if self._offloaded.live_predictor is not None and not taken:
             real = [place for place, token in enumerate(tokens) if token >= 0]
             self._offloaded.live_predictor.sampled(
                 [numbers[place] for place in real], [tokens[place] for place in real]
@@ -414,7 +409,7 @@ class Engine:
             self._totals.tokens += 1
         if output.output is not None or output.error is not None:
             self._remove(number)
-        elif len(one.request.read_ids) == self._reread:
+        elif one.request.read_length == self._reread:
             self._read_anew(number, self._reread)
         if output.output is not None:
             self._totals.finished += 1

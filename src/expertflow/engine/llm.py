@@ -220,7 +220,7 @@ class LLM:
 
     @property
     def stats(self) -> RunStats:
-        """What generation cost so far."""
+        """What generation cost so far. A step that has begun before its tokens are known is counted."""
         return self._stats(self._offloaded.totals())
 
     def _stats(self, cache: CacheCounters) -> RunStats:

@@ -223,6 +223,22 @@ class Request:
         return (*self.prompt_token_ids, *self.token_ids) if self.continues else self.prompt_token_ids
 
     @property
+    def read_length(self) -> int:
+        """How many `read_ids` are."""
+        return self.position if self.continues else len(self.prompt_token_ids)
+
+    @property
+    def fed(self) -> int:
+        """Position of its newest token, which the next step is fed."""
+        return self.position - 1 if self.continues else len(self.token_ids)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its next token is chosen without the host, and another one follows it as far as is known."""
+        plain = self.mask is None and self._edits is None and self.params.logprobs is None
+        return plain and len(self.token_ids) + 1 < self.limit
+
+    @property
     def kept(self) -> int:
         """Tokens whose keys and values it needs at most: the last one's are never read."""
         return (len(self.prompt_token_ids) if self.continues else 1) + self.limit - 1

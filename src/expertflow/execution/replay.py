@@ -145,12 +145,17 @@ class Replay:
                 "Generate fewer tokens, or record more.",
             )
 
-    def token(self, index: int, position: int, chosen: int) -> int:
-        """The token at a position of a recording; `chosen` where none was recorded."""
+    def known(self, index: int, position: int) -> int | None:
+        """The token at a position of a recording; None where none was recorded."""
         tokens = self.recordings[index].tokens
         if tokens is None or position >= len(tokens) or tokens[position] == _UNKNOWN:
-            return chosen
+            return None
         return int(tokens[position])
+
+    def token(self, index: int, position: int, chosen: int) -> int:
+        """The token at a position of a recording; `chosen` where none was recorded."""
+        found = self.known(index, position)
+        return chosen if found is None else found
 
 
 def _dtype(shape: ModelShape) -> torch.dtype:
@@ -178,6 +183,10 @@ class Playback:
         routes = self._replay.recordings[index].routes
         if self._table is not None and routes is not None:
             self._table.write(row, routes)
+
+    def known(self, index: int, position: int) -> int | None:
+        """The token at a position of a recording; None where none was recorded."""
+        return self._replay.known(index, position)
 
     def token(self, index: int, position: int, chosen: int) -> int:
         """The token at a position of a recording; `chosen` where none was recorded, or where there is none at all."""

@@ -72,8 +72,11 @@ class Executor(Protocol):
     def prefill(self, pieces: Sequence[PromptChunk], score: Score = no_score) -> Float[Tensor, "B V"]:
         """Run parts of prompts; logits behind each part's last token. `score` gets those of the positions that are scored."""
 
-    def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
-        """Run one new token a sequence; logits of the next."""
+    def decode(self, fed: Sequence[DecodeInput], tokens: Tensor | None = None) -> Float[Tensor, "B V"]:
+        """Run one new token a sequence; logits of the next. `tokens` on the device replace those of `fed`, where `ready` says so."""
+
+    def ready(self, fed: Sequence[DecodeInput]) -> bool:
+        """Whether the next step, of the last one's sequences, can be queued before that one's tokens are known."""
 
     def leave(self, row: int) -> None:
         """Let other sequences have what a sequence that is over kept in its KV row."""
@@ -156,16 +159,17 @@ class RowExecutor:
         return padding.reshape(-1).to(self._rows.model.device) if bool(padding.any()) else None
 
     @torch.inference_mode()
-    def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
+    def decode(self, fed: Sequence[DecodeInput], tokens: Tensor | None = None) -> Float[Tensor, "B V"]:
         """Run one new token a sequence."""
-        decided = self._handover.step(fed)
+        decided = self._handover.step(fed, tokens)
         if decided is not None:
             self._best = decided.best[: len(fed)]
             return decided.logits[: len(fed)]
+        assert tokens is None, "the host decides no step ahead"
         self._best = None
-        _, tokens, rows, positions = zip(*fed, strict=True)
+        _, given, rows, positions = zip(*fed, strict=True)
         spans = [Span(row, position, position + 1) for row, position in zip(rows, positions, strict=True)]
-        ids, columns, reach = torch.tensor(tokens)[:, None], np.array(positions)[:, None], self._rows.reach(rows)
+        ids, columns, reach = torch.tensor(given)[:, None], np.array(positions)[:, None], self._rows.reach(rows)
         lengths, handover = [one.position + 1 for one in fed], self._handover
         experts, dense = handover.prompt_experts(), handover.prompt_dense()
         with (
@@ -173,6 +177,10 @@ class RowExecutor:
             self._context.carry(lengths=lengths, experts=experts, dense=dense),
         ):
             return self._rows.forward(self._rows.model, given)
+
+    def ready(self, fed: Sequence[DecodeInput]) -> bool:
+        """Whether the GPU decides the next step as well, and it is captured."""
+        return self._handover.ready(fed)
 
     def leave(self, row: int) -> None:
         """Give back what the sequence in a row kept."""
@@ -245,14 +253,19 @@ class CohortExecutor:
         wanted = any(piece.scored for piece in pieces)
         return self._batch.prefill(score_columns if wanted else None)
 
-    def decode(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
+    def decode(self, fed: Sequence[DecodeInput], tokens: Tensor | None = None) -> Float[Tensor, "B V"]:
         """Run one token of each sequence that has not ended."""
         assert self._batch is not None
+        assert tokens is None, "the host decides no step ahead"
         wanted = [one.sequence for one in fed]
         if wanted != self._members:
             self._batch.keep([self._members.index(sequence) for sequence in wanted])
             self._members = wanted
         return self._batch.decode([one.token for one in fed])
+
+    def ready(self, fed: Sequence[DecodeInput]) -> bool:  # noqa: ARG002 - what the others have
+        """Never: the host decides every step."""
+        return False
 
     def leave(self, row: int) -> None:
         """Nothing: a step drops what belongs to sequences that are not in it."""

@@ -107,6 +107,36 @@ class Chosen(NamedTuple):
     logprobs: Sequence[tuple[Logprob, ...] | None] = ()
 
 
+class Unread:
+    """Tokens that are chosen on the device, and on their way to host memory.
+
+    Args:
+        tokens: int64 `[B]` on the device.
+
+    Attributes:
+        tokens: those.
+    """
+
+    def __init__(self, tokens: Int[Tensor, " B"]) -> None:
+        """Queue their copy."""
+        self.tokens = tokens
+        self._event: torch.cuda.Event | None = None
+        if not tokens.is_cuda:
+            self._here = tokens.clone()
+            return
+        self._here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._here.copy_(tokens, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tokens.device))
+
+    def read(self) -> list[int]:
+        """The tokens; waits until they were chosen, and for nothing behind that."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[int] = self._here.tolist()
+        return found
+
+
 class Sampler:
     """Chooses the next tokens of any sequences of one model.
 
@@ -120,6 +150,19 @@ class Sampler:
         self._device = device
 
     @torch.inference_mode()
+    def begin(
+        self, logits: Float[Tensor, "B V"], draws: Sequence[Draw], best: Int[Tensor, " B"] | None = None
+    ) -> Unread | None:
+        """As `choose`, but waits for nothing; None where the choice depends on tokens that the host has to know."""
+        if all(one.plain for one in draws):
+            return Unread(most_probable(logits) if best is None else best)
+        if any(one.mask is not None or one.edits is not None for one in draws):
+            return None
+        rules = self._rules(draws, logits.shape[1])
+        counted, shared = bool(rules[:, 1].any()), bool((rules[:, 2] < 1).any())
+        return Unread(self._choose(logits, upload(rules, self._device), None, counted=counted, shared=shared))
+
+    @torch.inference_mode()
     def choose(
         self, logits: Float[Tensor, "B V"], draws: Sequence[Draw], best: Int[Tensor, " B"] | None = None
     ) -> Chosen:
@@ -130,8 +173,8 @@ class Sampler:
             draws: one a sequence.
             best: the result of `most_probable`, if it is known already.
         """
-        if all(one.plain for one in draws):
-            return Chosen((most_probable(logits) if best is None else best).tolist())
+        if (unread := self.begin(logits, draws, best)) is not None:
+            return Chosen(unread.read())
         vocabulary, faults, mask = logits.shape[1], dict[int, str](), None
         if any(one.mask is not None for one in draws):
             words, faults = fill_all([one.mask for one in draws], vocabulary)

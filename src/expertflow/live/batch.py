@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from expertflow.cache.horizon import STEPS_KNOWN
+from expertflow.memory.devices import send
 
 _TOKENS = 2
 """Place of the new tokens among the parts of `PredictorInputs`."""
@@ -70,7 +71,7 @@ class PredictorInputs:
             self._rows = state_rows, updated, groups
             self._write_rows(state_rows, updated, groups[:STEPS_KNOWN])
         self._parts[_TOKENS][: len(tokens)] = tokens
-        self._there.copy_(self._here)  # pageable memory: it may be overwritten at once
+        send(self._here, self._there)
 
     def _write_rows(self, state_rows: list[int], updated: list[int], groups: list[list[int]]) -> None:
         own, updated_rows, _, members, turns = self._parts

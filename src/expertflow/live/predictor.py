@@ -154,6 +154,14 @@ class LivePredictor:
             {number: token for number, token in zip(sequences, tokens, strict=True) if number in known}
         )
 
+    def steps_again(self, sequences: Sequence[int]) -> bool:
+        """Whether these are the last step's sequences, in its order, and all their tokens were taken in."""
+        return self._last is not None and tuple(sequences) == self._last.sequences and not self._tokens.pending
+
+    def took(self, sequences: Sequence[int]) -> bool:
+        """Whether the newest tokens of these were taken in."""
+        return not any(number in self._tokens.pending for number in sequences)
+
     def outlook(self, step: Step) -> Outlook | None:
         """Demand of the pass and of the steps behind it; None for prompts, and if its tokens or sequences are not known."""
         return self._guarded(step, lambda: self._outlook(step))

@@ -1,9 +1,10 @@
-"""Use one device of several: enter it, and read its free memory. Must not know plans and models."""
+"""Use one device of several: enter it, read its free memory, send it small tensors. Must not know plans and models."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expertflow.errors import DeviceError
 
@@ -47,3 +48,13 @@ def resolve_device(device: str) -> torch.device:
             "Use a smaller number, or list more devices in CUDA_VISIBLE_DEVICES.",
         )
     return torch.device("cuda", number)
+
+
+def send(here: Tensor, there: Tensor) -> None:
+    """Copy a small tensor of ordinary host memory behind what is queued on the device. It may be changed at once; nobody waits."""
+    if there.is_cuda:
+        locked = torch.empty(here.shape, dtype=here.dtype, pin_memory=True)  # torch keeps it until the copy is over
+        locked.numpy()[...] = here.numpy()
+        there.copy_(locked, non_blocking=True)
+    else:
+        there.copy_(here)

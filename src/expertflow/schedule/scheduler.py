@@ -266,6 +266,19 @@ class Scheduler:
         self._round, self._place = self._divide(live), 1
         return self._step_of(0)
 
+    def repeat(self, sequences: Sequence[int]) -> bool:
+        """Let the group that has just stepped step again, if nothing else would come between, whatever its tokens are.
+
+        Returns:
+            Whether it does; the caller then runs that step without asking `next`.
+        """
+        if self._place < len(self._round) or self._round != [list(sequences)] or len(self._live) > len(sequences):
+            return False
+        if (self._waiting and self._free) or not all(self._decodes(sequence) for sequence in self._live):
+            return False
+        self._read_before_round = False
+        return True
+
     def _step_of(self, place: int) -> Decode:
         """The step of a group, then the round's other groups; those that have stepped do so again in the next round."""
         order = self._round[place:] + self._round[:place]

@@ -152,6 +152,16 @@ class DeviceExperts:
         """Blocks that a record is carried in; the tally counts them."""
         return self._kernels.blocks_of(record_bytes)
 
+    def feed(self, tokens: Tensor) -> None:
+        """Give the predictor newest tokens that are on the device, in place of those that `begin` gave it."""
+        if self.updated and self._inputs is not None:
+            self._inputs.updated_tokens[: self.updated].copy_(tokens[: self.updated])
+
+    @property
+    def variants(self) -> tuple[bool, ...]:
+        """Values of `paused` that a step is captured for."""
+        return (False, True) if self.predicting and not self.fixed else (self.paused,)
+
     def capture_variants(self) -> Iterator[None]:
         """Yield once for the coming step as it is; with a predictor once more with `paused` inverted."""
         yield

@@ -11,7 +11,7 @@ not know requests, and which side decides (`execution.handover`).
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from expertflow.errors import DeviceError
@@ -25,6 +25,7 @@ from expertflow.execution.kv.layout import WASTE
 from expertflow.execution.kv_rows import DecodeInput, ForwardInput, RowModel
 from expertflow.execution.passes import stock_forward
 from expertflow.execution.sampler import most_probable
+from expertflow.memory.devices import send
 
 LEAST_COLUMNS = 128
 """Columns the shortest captured step looks at; longer ones double."""
@@ -84,26 +85,46 @@ class GraphDecoder:
         self._pool = graph_pool(device)
 
     @torch.inference_mode()
-    def step(self, fed: Sequence[DecodeInput]) -> Float[Tensor, "B V"]:
+    def step(self, fed: Sequence[DecodeInput], tokens: Int[Tensor, " B"] | None = None) -> Float[Tensor, "B V"]:
         """Feed one token a sequence; logits of the next, valid until the next step.
 
         Call `DeviceExperts.begin` for this step first.
+
+        Args:
+            fed: a token of each sequence.
+            tokens: on the device, in place of those in `fed`; 0 is fed where one is negative.
         """
         count, length = len(fed), self.rows.nowhere
-        _, tokens, rows, positions = map(list, zip(*fed, strict=True))
-        need, (least, least_columns) = max(count, self.experts.updated), self._least
-        batch = round_up(need, least, self._batch)
-        columns, reach = round_up(max(positions) + 1, least_columns, length), self.rows.reach(rows)
-        self._reach = round_up(reach, least_columns, length) if reach else 0
+        _, given, rows, positions = map(list, zip(*fed, strict=True))
+        batch, columns, self._reach = self._size(rows, positions, max(count, self.experts.updated))
         staged = self._staged.numpy()
         staged[:, count:] = 0
-        staged[TOKENS, :count], staged[ROWS, :count], staged[POSITIONS, :count] = tokens, rows, positions
+        staged[TOKENS, :count], staged[ROWS, :count], staged[POSITIONS, :count] = given, rows, positions
         staged[COLUMNS, :count], staged[COLUMNS, count:] = positions, length
         staged[CELLS:-1, count:] = WASTE
         self.rows.step_cells(rows, positions, staged[CELLS:, :count])
-        self.inputs.copy_(self._staged)  # ordinary memory: it may be used again at once
+        send(self._staged, self.inputs)
+        if tokens is not None:
+            torch.clamp(tokens, min=0, out=self.inputs[TOKENS, :count])
+            self.experts.feed(self.inputs[TOKENS, :count])
         self.launch(batch, columns)
         return self.logits[:count]
+
+    def _size(self, rows: Sequence[int], positions: Sequence[int], need: int) -> tuple[int, int, int]:
+        """Sequences, columns and encoder tokens that a step is captured for, rounded up."""
+        (least, least_columns), length, reach = self._least, self.rows.nowhere, self.rows.reach(rows)
+        columns = round_up(max(positions) + 1, least_columns, length)
+        return (
+            round_up(need, least, self._batch),
+            columns,
+            round_up(reach, least_columns, length) if reach else 0,
+        )
+
+    def ready(self, fed: Sequence[DecodeInput]) -> bool:
+        """Whether such a step only has to be queued: its size was captured, or is never."""
+        size = self._size([one.row for one in fed], [one.position for one in fed], len(fed))
+        shape = *size, self.experts.fixed, self.experts.predicting
+        return self._pool is None or all((*shape, paused) in self._graphs for paused in self.experts.variants)
 
     def launch(self, batch: int, columns: int) -> None:
         """Run a step over what the buffers hold: replay its graph, or run it and capture it for the next time."""

@@ -1,0 +1,221 @@
+"""Steps that begin before the host knows the tokens of the step before: the same tokens, and where that is not done."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from expertflow import LLM, SamplingParams
+from expertflow.engine.request import StreamOutput
+from expertflow.execution.kv_rows import DecodeInput
+from expertflow.execution.replay import Replay
+from helpers import DEVICES, MakeCheckpoint, MakePredictor
+
+PROMPTS = ["hello there", "good", "the sea was calm"]
+GREEDY = SamplingParams(max_tokens=14, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint("qwen3_moe", spread=0.3)
+
+
+def open_llm(folder: Path, device: str = "cpu", **options: object) -> LLM:
+    more = {"execution": "graph", "max_length": 64, "max_batch": 3, "slots": 6, **options}
+    return LLM(folder, device=device, **more)
+
+
+def count_steps(llm: LLM, breaks_at: int = 0) -> list[bool]:
+    """Notes for every decode step from now on whether its tokens were on the device; the given one raises once it is queued."""
+    executor, found = llm.engine._executor, list[bool]()
+    decode = executor.decode
+
+    def counted(fed: Sequence[DecodeInput], tokens: Tensor | None = None) -> Tensor:
+        found.append(tokens is not None)
+        logits = decode(fed, tokens)
+        if len(found) == breaks_at:
+            raise RuntimeError("out of luck")
+        return logits
+
+    executor.decode = counted
+    return found
+
+
+def tokens_of(llm: LLM, params: Sequence[SamplingParams], prompts: Sequence[str] = PROMPTS) -> list[list[int]]:
+    """What `generate` gives, the second time: every size of a step has been captured."""
+    for _ in range(2):
+        outputs = llm.generate(list(prompts), list(params))
+    return [list(output.token_ids) for output in outputs]
+
+
+def by_the_host(llm: LLM, params: Sequence[SamplingParams], prompts: Sequence[str] = PROMPTS) -> list[list[int]]:
+    """The same, while somebody looks at the logits of every step: then none begins ahead."""
+    llm.engine.watch_logits(lambda *_: None)
+    found = tokens_of(llm, params, prompts)
+    llm.engine.watch_logits(None)
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("predicted", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_steps_ahead_give_the_tokens_of_steps_that_wait(
+    folder: Path, device: str, predicted: bool, temperature: float, make_predictor: MakePredictor
+) -> None:
+    """Greedy and drawn, of sequences of several lengths, with a predictor and without; most steps take their tokens on the device."""
+    options = {"strategy": "plec", "predictor": str(make_predictor(folder))} if predicted else {}
+    params = [
+        SamplingParams(max_tokens=count, ignore_eos=True, temperature=temperature, top_p=0.9, seed=count)
+        for count in (14, 5, 9)
+    ]
+    with open_llm(folder, device, **options) as llm:
+        steps = count_steps(llm)
+        expected = by_the_host(llm, params)
+        assert not any(steps)
+        steps.clear()
+        assert tokens_of(llm, params) == expected
+        assert [len(tokens) for tokens in expected] == [14, 5, 9]
+        assert sum(steps) >= len(steps) / 2
+        assert llm.predictor_failure is None
+        if predicted:
+            live = llm._offloaded.live_predictor
+            assert live is not None
+            assert live.took(range(llm.engine.begun)), "each token was taken in once"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_text_may_end_by_itself(folder: Path, device: str) -> None:
+    """A sequence that met a stop token took part in one more step; the others, and who gets its row, are as without it."""
+    with open_llm(folder, device, max_live=3) as llm:
+        plain = by_the_host(llm, [GREEDY] * 3)
+        params = [GREEDY, SamplingParams(max_tokens=14, ignore_eos=True, stop_token_ids=[plain[1][5]]), GREEDY, GREEDY]
+        prompts = [*PROMPTS, "a"]
+        expected = by_the_host(llm, params, prompts)
+        steps = count_steps(llm)
+        assert tokens_of(llm, params, prompts) == expected
+        assert len(expected[1]) < 14
+        assert any(steps)
+
+
+def test_a_cancelled_request_leaves_a_step_that_has_begun(folder: Path) -> None:
+    """The others go on; the row is another's at once; when nobody is left, what has begun is forgotten."""
+    with open_llm(folder, admission="at once") as llm:
+        expected = by_the_host(llm, [GREEDY] * 3)
+        engine, found = llm.engine, dict[int, list[int]]()
+
+        def add(prompt: str) -> int:
+            def keep(output: StreamOutput) -> None:
+                found[number].append(output.token_id)
+
+            number = engine.add(llm.request(prompt, GREEDY), keep)
+            found[number] = []
+            return number
+
+        first, second = add(PROMPTS[0]), add(PROMPTS[1])
+        while len(found[second]) < 4:
+            engine.advance()
+        assert engine._begun is not None
+        engine.cancel(second)
+        third = add(PROMPTS[2])
+        while len(found[first]) < 14:
+            engine.advance()
+        assert found[first] == expected[0]
+        assert found[third]
+        while len(found[third]) < 12:
+            engine.advance()
+        assert engine._begun is not None
+        assert found[third] == expected[2][: len(found[third])]
+        engine.cancel(third)
+        assert engine._begun is None
+        assert engine.unfinished == 0
+        assert tokens_of(llm, [GREEDY] * 3) == expected
+
+
+@pytest.mark.parametrize("predicted", [False, True])
+def test_a_step_ahead_that_breaks_loses_nothing(folder: Path, predicted: bool, make_predictor: MakePredictor) -> None:
+    """The tokens of the step before it are sent, and the sequences go on from there."""
+    options = {"strategy": "plec", "predictor": str(make_predictor(folder))} if predicted else {}
+    with open_llm(folder, **options) as llm:
+        expected = by_the_host(llm, [GREEDY] * 2, PROMPTS[:2])
+        engine, found, broken = llm.engine, [list[int](), list[int]()], 0
+        steps = count_steps(llm, breaks_at=4)
+        for prompt, tokens in zip(PROMPTS, found, strict=False):
+            engine.add(llm.request(prompt, GREEDY), lambda output, tokens=tokens: tokens.append(output.token_id))
+        while engine.unfinished:
+            try:
+                engine.advance()
+            except RuntimeError:
+                broken += 1
+                assert steps == [False, True, True, True]
+                assert [len(tokens) for tokens in found] == [4, 4]
+        assert broken == 1
+        assert found == expected
+        assert llm.predictor_failure is None
+
+
+def test_recorded_tokens_are_fed_ahead(folder: Path) -> None:
+    """They are known already, so they come from the host; where only some sequences have one, steps wait."""
+    recorded = [[5, 6, 7, *range(20, 34)], [8, 9, *range(40, 55)]]
+    params = SamplingParams(max_tokens=14, ignore_eos=True)
+    for known, ahead in ((recorded, True), ([recorded[0], [8, 9, *[-1] * 15]], False)):
+        with open_llm(folder, routing=Replay(tokens=known)) as llm:
+            steps = count_steps(llm)
+            with mock.patch.object(llm.engine, "_run_on", wraps=llm.engine._run_on) as run_on:
+                outputs = llm.generate([tokens[: 3 - n] for n, tokens in enumerate(recorded)], params)
+            assert list(outputs[0].token_ids) == recorded[0][3:17]
+            assert run_on.called == ahead
+            assert not any(steps)
+            if ahead:
+                assert list(outputs[1].token_ids) == recorded[1][2:16]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprobs": 2}, {"frequency_penalty": 0.5}, {"logit_bias": {5: 1.0}}, {"min_tokens": 6}, {"repetition_penalty": 1.2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_steps_wait_where_the_host_is_needed(folder: Path, params: dict[str, object]) -> None:
+    """For log-probabilities, and for what earlier tokens change."""
+    with open_llm(folder) as llm:
+        steps = count_steps(llm)
+        llm.generate(PROMPTS, SamplingParams(max_tokens=8, **{"ignore_eos": "min_tokens" not in params, **params}))
+        assert steps
+        assert not any(steps)
+
+
+def test_a_waiting_request_is_let_in(folder: Path) -> None:
+    """While a row is free and a request waits, no step begins ahead; while none is free, steps do."""
+    with open_llm(folder, max_live=2, max_batch=2) as llm:
+        steps = count_steps(llm)
+        found = tokens_of(llm, [SamplingParams(max_tokens=6, ignore_eos=True)] * 3)
+        assert any(steps)
+        assert found == by_the_host(llm, [SamplingParams(max_tokens=6, ignore_eos=True)] * 3)
+
+
+def test_a_token_that_is_none_is_not_fed(folder: Path) -> None:
+    """Where logits are no numbers the request fails, and the step that has begun was fed 0 in its place."""
+    with open_llm(folder) as llm:
+        by_the_host(llm, [GREEDY] * 2, PROMPTS[:2])
+        decoder, outputs = llm._offloaded.handover.decoder, list[StreamOutput]()
+        assert decoder is not None
+        launch, count = decoder.launch, [0]
+
+        def spoiled(batch: int, columns: int) -> None:
+            launch(batch, columns)
+            count[0] += 1
+            if count[0] == 3:
+                decoder.logits[0].fill_(torch.nan)
+                decoder.best[0] = -1
+
+        decoder.launch = spoiled
+        for prompt in PROMPTS[:2]:
+            llm.engine.add(llm.request(prompt, GREEDY), outputs.append)
+        while llm.engine.unfinished:
+            llm.engine.advance()
+        assert sum(output.error is not None for output in outputs) == 1
+        assert sum(output.output is not None for output in outputs) == 1
