@@ -137,8 +137,8 @@ class Work:
 
     @property
     def limit(self) -> int:
-        """New tokens of a sequence: one of the prompt's pass, those of the steps, and one step to check."""
-        return self.before + WINDOWS * self.steps + 2
+        """New tokens of a sequence: one of the prompt's pass, those of the steps, one before each window and one more, and one step to check."""
+        return self.before + WINDOWS * (self.steps + 1) + 3
 
     @property
     def options(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Work:
 def make_work(shape: str, batch: int, vocabulary: int, trace: Trace | None, *, tiny: bool) -> Work:
     """Prompts and what follows them: random tokens, or parts of the trace's sequences."""
     before, steps = TINY_STEPS if tiny else STEPS[shape][batch]
-    length = BEGIN + before + WINDOWS * steps + 2
+    length = BEGIN + before + WINDOWS * (steps + 1) + 3
     if trace is None:
         tokens = random_tokens(vocabulary, batch, length)
         return Work([one[:BEGIN] for one in tokens], Replay(tokens=tokens), before, steps)
@@ -199,22 +199,23 @@ def run(opened: Opened, work: Work, row: Row) -> dict[int, Tensor]:
     while watcher.step < work.before:
         engine.step()
     engine.watch_logits(None)
-    record = llm.plan.record_bytes
+    engine.step()
+    record, counted = llm.plan.record_bytes, work.steps + 1
     for _ in range(WINDOWS):
         row.probe_gbps.append(probe(llm))
         start = llm.stats.cache
-        sync()
+        engine.step()  # not timed: it has begun already, and meanwhile it has ended
         began = time.perf_counter()
         for _ in range(work.steps):
             engine.step()
         row.ms.append((time.perf_counter() - began) / work.steps * 1e3)
         end = llm.stats.cache
-        row.corrections.append((end.loads - start.loads) / work.steps)
-        row.ahead.append((end.prefetched - start.prefetched) / work.steps)
-        row.ahead_used.append((end.prefetch_hits - start.prefetch_hits) / work.steps)
-        row.wasted.append((end.wasted - start.wasted) / work.steps)
-        row.carried.append((end.bytes_moved - start.bytes_moved) / record / work.steps)
-        row.needed.append((end.accesses - start.accesses) / work.steps)
+        row.corrections.append((end.loads - start.loads) / counted)
+        row.ahead.append((end.prefetched - start.prefetched) / counted)
+        row.ahead_used.append((end.prefetch_hits - start.prefetch_hits) / counted)
+        row.wasted.append((end.wasted - start.wasted) / counted)
+        row.carried.append((end.bytes_moved - start.bytes_moved) / record / counted)
+        row.needed.append((end.accesses - start.accesses) / counted)
     engine.watch_logits(watcher.last)
     while engine.unfinished:
         engine.step()

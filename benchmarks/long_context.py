@@ -198,7 +198,7 @@ def prompt(bench: Bench, budget: str, _: dict[str, Any]) -> Iterator[dict[str, A
 def step_windows(one: Opened, context: list[int], index: int, steps: int) -> dict[str, Any]:
     """Read a prompt, step until steps are captured and the cache is warm, then time windows of steps."""
     engine, llm, limit = one.llm.engine, one.llm, (1 + WINDOWS) * steps + (WARM if steps > TINY_STEPS else 1)
-    engine.add(llm.request(context, SamplingParams(max_tokens=limit + 2, ignore_eos=True), index=index))
+    engine.add(llm.request(context, SamplingParams(max_tokens=limit + WINDOWS + 2, ignore_eos=True), index=index))
     before, began = llm.stats.tokens, time.perf_counter()
     while llm.stats.tokens == before:
         engine.step()
@@ -207,12 +207,12 @@ def step_windows(one: Opened, context: list[int], index: int, steps: int) -> dic
         engine.step()
     for _ in range(WINDOWS):
         start = llm.stats.cache.bytes_moved
-        sync()
+        engine.step()  # not timed: it has begun already, and meanwhile it has ended
         began = time.perf_counter()
         for _ in range(steps):
             engine.step()
         ms.append((time.perf_counter() - began) / steps * 1e3)
-        moved.append((llm.stats.cache.bytes_moved - start) / steps)
+        moved.append((llm.stats.cache.bytes_moved - start) / (steps + 1))
     while engine.unfinished:
         engine.step()
     return {"ms": ms, "bytes_moved": moved, "read_seconds": seconds}
@@ -221,7 +221,7 @@ def step_windows(one: Opened, context: list[int], index: int, steps: int) -> dic
 def decode(bench: Bench, share: str, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Steps behind contexts; every context ends in the same routes."""
     steps, contexts = (TINY_STEPS, list(TINY_CONTEXTS)) if bench.tiny else (STEPS, list(CONTEXTS))
-    behind, base = (1 + WINDOWS) * steps + WARM + 3, 0.0
+    behind, base = (1 + WINDOWS) * steps + WINDOWS + WARM + 3, 0.0
     lengths = [length + behind for length in contexts]
     routing = bench.text.routing(lengths, same_end=behind + min(contexts))
     with bench.opened(max(lengths), routing, slots=share) as one:
