@@ -43,6 +43,8 @@ from expertflow.trace.format import Trace, load_trace
 from helpers import EXCERPT, MakeCheckpoint, MakePredictor, save_checkpoint
 
 if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
+
     from serving import Served
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,6 +52,14 @@ settings.load_profile("any machine")  # how long an example takes is the machine
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> "LoadScopeScheduling | None":
+    """Groups of tests go to one worker each, with `--dist loadgroup`."""
+    from sharing import Sharing  # noqa: PLC0415 - a run of one process needs no xdist
+
+    return Sharing(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.fixture(scope="session")

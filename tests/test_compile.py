@@ -15,8 +15,6 @@ from helpers import ROOT
 pytest.importorskip("triton", reason="kernels need triton")
 from registers import count_writes
 
-pytestmark = pytest.mark.xdist_group("compile")  # its fixture takes long: one worker makes it
-
 
 class Program(NamedTuple):
     """A compiled kernel: bytes of shared memory, those that a thread writes to it in each step, the orders of its products' inputs.
