@@ -1,5 +1,6 @@
 """Fixtures of several test modules; the environment of a test run; tensor shapes are checked in every test."""
 
+import gc
 import json
 import os
 import zlib
@@ -60,6 +61,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> "LoadScop
     from sharing import Sharing  # noqa: PLC0415 - a run of one process needs no xdist
 
     return Sharing(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports and tests are a million objects that stay: Python's collector would read all of them again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")
