@@ -531,7 +531,7 @@ def test_chances_that_are_no_numbers_switch_the_predictor_off(
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize("method", ["step", "update", "observe"])
 def test_a_predictor_that_raises_is_switched_off(
     make_checkpoint: MakeCheckpoint,
@@ -701,8 +701,9 @@ def test_owners_of_rows() -> None:
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
-@pytest.mark.parametrize("turns", [{"max_batch": 3}, {"max_batch": 2, "max_live": 5, "schedule": "group"}])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("turns", "seed"), [({"max_batch": 3}, 0), ({"max_batch": 2, "max_live": 5, "schedule": "group"}, 1)]
+)
 def test_every_token_is_taken_in_once(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str, turns: dict[str, object], seed: int
 ) -> None:
