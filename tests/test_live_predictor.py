@@ -379,7 +379,7 @@ def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execut
                         "step",
                         lambda *args, step=step: type(right := step(*args))(*(part.flip(-1) for part in right)),
                     )
-                output = llm.generate("The old house stood at the end of the lane, and", SamplingParams(max_tokens=64))
+                output = llm.generate("The old house stood at the end of the lane, and", SamplingParams(max_tokens=40))
                 loads[name] = llm.stats.cache.loads + llm.stats.cache.prefetched
                 assert (live_predictor.pacing.last_backoff > 0) == (name == "found out")
                 assert output[0].token_ids
