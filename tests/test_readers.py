@@ -129,8 +129,8 @@ def test_kernels_give_the_bits_of_the_decoded_weights(name: str, dtype: str, kin
             if ON_GPU:
                 experts.expert_pairs(mlp, hidden_states, slots, pool.to(device), work)
             else:  # the interpreter's sums go by the size of a step
-                experts.launch_up(mlp, hidden_states, slots, pool, work, Tiling(32, 64))
-                experts.launch_down(mlp, slots, pool, work, Tiling(32, 64))
+                experts.launch_up(mlp, hidden_states, slots, pool, work, Tiling(64, 64))
+                experts.launch_down(mlp, slots, pool, work, Tiling(64, 64))
             parts.append(work.parts)
         assert parts[0].abs().sum() > 0
         assert torch.equal(*parts), f"{hidden} x {width}"

@@ -75,7 +75,7 @@ def test_codes_requested_ahead_give_the_same_bits(name: str, width: int) -> None
     mlp, pool = make(FORMATS[name], 256, width)
     hidden = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
     slots = torch.tensor([[0], [-1], [0]], dtype=torch.int32, device=DEVICE)
-    loop = Tiling(64, 128, chunk=256)
+    loop = Tiling(64 if DEVICE.type == "cuda" else 128, 128, chunk=256)  # few programs for the interpreter
     expected = run(mlp, pool, hidden, slots, loop)[[0, 2]]
     for ahead in (1, 2, 9):
         found = run(mlp, pool, hidden, slots, replace(loop, split=True, ahead=ahead))
