@@ -8,11 +8,12 @@ A test compares the documents with what this file makes.
 """
 
 import ast
+import io
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from expertflow.bench.pages import figures
 from expertflow.bench.pages.report import section
 from expertflow.bench.result import BELADY, DECODE, MOVED, PEAK, RESIDENT, WARM, Result, Row, read_result
+from expertflow.cli.main import app
 from expertflow.cli.strategies import page as strategies_page
 from expertflow.serve.protocol.fields import TABLES, Use
 
@@ -657,10 +659,10 @@ def strategies() -> str:
 
 def blocks() -> str:
     """Which parts of a decoder layer building blocks compute, by `expertflow models`, and in which families."""
-    command = [sys.executable, "-m", "expertflow", "models", "--json"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with redirect_stdout(io.StringIO()) as printed:
+        app(["models", "--json"], standalone_mode=False)
     found: dict[tuple[str, ...], list[str]] = {}
-    for family in json.loads(printed):
+    for family in json.loads(printed.getvalue()):
         found.setdefault(tuple(family["blocks"]), []).append(f"`{family['model_type']}`")
     lines = ["| computed by blocks | families |", "|---|---|"]
     lines += [f"| {', '.join(parts) or 'nothing'} | {', '.join(names)} |" for parts, names in found.items()]

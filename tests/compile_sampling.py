@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from compile_tables import TYPES, spilled
+from compile_tables import TYPES, spilled_by
 from expertflow.kernels.sampling import select
 
 VOCABULARY = 201_088
@@ -35,7 +35,7 @@ def launches(dtype: torch.dtype, *, masked: bool) -> dict[str, tuple[Any, dict[s
 
 def main() -> None:
     taken = launches(torch.bfloat16, masked=True)
-    made = [(arch, name, spilled(*found, arch)) for arch in (80, 90) for name, found in taken.items()]
+    made = [(arch, name, spilled_by(*found, arch)) for arch in (80, 90) for name, found in taken.items()]
     sys.stdout.write(json.dumps(made))
 
 

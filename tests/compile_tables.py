@@ -4,17 +4,10 @@ A process of its own, because it takes down launches in place of every kernel's,
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -24,6 +17,7 @@ from expertflow.kernels import fetch
 from expertflow.kernels.ledger import Ledger
 from expertflow.kernels.residency import driver
 from expertflow.kernels.residency.state import CacheState, RoutingOutput, Schedule
+from registers import compiled, spilled
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 48, 512, 10, 8
 TYPES = {torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.float32: "*fp32", torch.float64: "*fp64"}
@@ -53,7 +47,7 @@ def launches() -> dict[str, tuple[Any, dict[str, Any]]]:
     return taken
 
 
-def spilled(kernel: Any, given: dict[str, Any], arch: int) -> int:
+def spilled_by(kernel: Any, given: dict[str, Any], arch: int) -> int:
     """Bytes a thread of the kernel keeps outside of its registers."""
     signature = {
         p.name: "constexpr" if p.is_constexpr else TYPES[v.dtype] if isinstance(v := given[p.name], torch.Tensor) else "i32"
@@ -61,22 +55,12 @@ def spilled(kernel: Any, given: dict[str, Any], arch: int) -> int:
     }  # fmt: skip
     constants = {(p.num,): given[p.name] for p in kernel.params if p.is_constexpr}
     options = {name: given[name] for name in ("num_warps", "enable_fp_fusion") if name in given}
-    target = GPUTarget("cuda", arch, 32)
-    program = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(program.asm["ptx"])
-        name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name", name, str(source), "-o", "/dev/null"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = re.search(r"(\d+) bytes spill stores", said)
-    assert found is not None, said
-    return int(found[1])
+    return spilled(compiled(ASTSource(kernel, signature, constants), arch, options)[1])
 
 
 def main() -> None:
     taken = launches()
-    made = [(arch, name, spilled(*found, arch)) for arch in (80, 90) for name, found in taken.items()]
+    made = [(arch, name, spilled_by(*found, arch)) for arch in (80, 90) for name, found in taken.items()]
     sys.stdout.write(json.dumps(made))
 
 

@@ -1,5 +1,6 @@
 """Fixtures of several test modules; the environment of a test run; tensor shapes are checked in every test."""
 
+import gc
 import json
 import os
 import zlib
@@ -43,6 +44,8 @@ from expertflow.trace.format import Trace, load_trace
 from helpers import EXCERPT, MakeCheckpoint, MakePredictor, save_checkpoint
 
 if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
+
     from serving import Served
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,6 +53,25 @@ settings.load_profile("any machine")  # how long an example takes is the machine
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> "LoadScopeScheduling | None":
+    """Groups of tests go to one worker each, with `--dist loadgroup`."""
+    from sharing import Sharing  # noqa: PLC0415 - a run of one process needs no xdist
+
+    return Sharing(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports and tests are a million objects that stay: Python's collector would read all of them again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,23 @@
-"""Registers that Hopper's tensor cores still read: read off the machine code of a compiled kernel.
+"""Registers of a compiled kernel: what does not fit into them, and those that Hopper's tensor cores still read.
 
-A product takes its weights from registers and goes on by itself; a program waits for all but so many groups of products. What writes
+The one is what the assembler says, the other is read off the machine code. A product takes its weights from registers and goes on by itself; a program waits for all but so many groups of products. What writes
 such a register earlier makes a sum wrong, if the product is late. Triton 3.6 and 3.7 compile such loops
 (github.com/triton-lang/triton/issues/9433).
 """
 
+import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
+import triton
 from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 _WRITES_NONE = (
     "ST", "HGMMA", "BRA", "BAR", "LDGSTS", "LDGDEP", "RED", "MEMBAR", "ISETP", "FSETP", "PLOP", "DEPBAR", "WARPGROUP", "R2UR", "UI",
@@ -22,6 +28,21 @@ _WRITES_NONE = (
 
 _PRODUCT = re.compile(r"HGMMA\S*\s+R\d+,\s*R(\d+)(?:\.reuse)?,\s*gdesc")
 """A product whose weights are in registers, from this one on."""
+
+
+def compiled(source: ASTSource, arch: int, options: dict[str, Any]) -> tuple[Any, str]:
+    """A program for a compute capability, and what the assembler says of it; that is empty if Triton's cache had it already."""
+    knobs.nvidia.dump_ptxas_log = True
+    with redirect_stdout(io.StringIO()) as said:
+        program = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return program, said.getvalue()
+
+
+def spilled(said: str) -> int:
+    """Bytes a thread keeps outside of its registers, by what the assembler says of a program."""
+    found = re.search(r"(\d+) bytes spill stores", said)
+    assert found is not None, said
+    return int(found[1])
 
 
 def overwritten(cubin: bytes) -> tuple[int, int]:

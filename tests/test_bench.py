@@ -47,7 +47,7 @@ STATES = 3
 def small(folder: Path, **options: Any) -> Settings:
     """A run of seconds."""
     given = {
-        "model": str(folder), "strategies": ("lru", "next-use"), "slots": ("50%",), "batches": (1, 2), "tokens": 4, "repeats": 2,
+        "model": str(folder), "strategies": ("lru", "next-use"), "slots": ("50%",), "batches": (1, 2), "tokens": 4, "repeats": 1,
         "device": "cpu", "long_prompt": 0, **options,
     }  # fmt: skip
     return make_settings("paper", given)
@@ -64,7 +64,7 @@ def result(make_checkpoint: MakeCheckpoint) -> Result:
     """Every kind of strategy on a small model, with a long prompt."""
     strategies = ("on-demand", "lru", "ring", "pregated", "next-use")
     return measure(
-        small(make_checkpoint("qwen3_moe"), strategies=strategies, long_prompt=12),
+        small(make_checkpoint("qwen3_moe"), strategies=strategies, long_prompt=12, repeats=2),
         "expertflow bench ...",
         quiet,
     )
@@ -175,7 +175,7 @@ def test_a_full_device_is_measured_without_the_whole_model(
         return contender(self, strategy, slots, execution)
 
     monkeypatch.setattr(SharedHost, "contender", full)
-    made = measure(small(make_checkpoint("qwen3_moe"), batches=(1,)), "", quiet)
+    made = measure(small(make_checkpoint("qwen3_moe"), batches=(1,), repeats=2), "", quiet)
     assert made.left_out == ("resident: the device is full",)
     rows = [row for row in made.rows if row.strategy != BELADY]
     assert {row.strategy for row in rows} == {"lru", "next-use"}

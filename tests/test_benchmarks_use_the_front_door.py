@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ CHANGERS = {"setattr", "delattr", "patch", "monkeypatch"}
 """Names that change attributes of objects."""
 NAMESPACES = {"options", "given"}
 """What `argparse` returns, by the names the scripts give it."""
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A script's tree."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def own_fields_of(folder: Path) -> set[str]:
+    """Attributes of classes of the scripts in a folder."""
+    return own_fields([parsed(path) for path in SCRIPTS if path.parent == folder])
 
 
 def own_fields(trees: list[ast.Module]) -> set[str]:
@@ -114,8 +127,7 @@ def faults(tree: ast.Module, fields: set[str]) -> Iterator[str]:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_script_uses_the_front_door(path: Path) -> None:
     """No private name, no assignment to attributes of anything but its own classes, no patching."""
-    siblings = [ast.parse(other.read_text(encoding="utf-8")) for other in SCRIPTS if other.parent == path.parent]
-    found = {*faults(ast.parse(path.read_text(encoding="utf-8")), own_fields(siblings))}
+    found = {*faults(parsed(path), own_fields_of(path.parent))}
     assert found == EXEMPT.get(str(path.relative_to(ROOT)), set())
 
 

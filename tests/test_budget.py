@@ -17,11 +17,11 @@ LENGTH, BATCH, CHUNK = 48, 3, 60
 MORE = {"logprobs": 3, "frequency_penalty": 0.1, "repetition_penalty": 1.1}
 
 
-def _fill_everything(llm: LLM) -> None:
+def _fill_everything(llm: LLM, temperatures: tuple[float, ...] = (0.0, 1.0)) -> None:
     """Prompts and generations that use every planned token of every planned sequence, greedy and sampled."""
     vocabulary = llm.plan.shape.vocabulary
     generator = torch.Generator().manual_seed(0)
-    for temperature in (0.0, 1.0):
+    for temperature in temperatures:
         prompt = LENGTH if llm.plan.shape.encoder_decoder else LENGTH - 8
         prompts = [torch.randint(3, vocabulary, (prompt,), generator=generator).tolist() for _ in range(BATCH)]
         params = SamplingParams(
@@ -49,7 +49,7 @@ RUNS += [
 def test_measured_peak_is_within_the_plan(
     model_type: str, dtype: str, execution: str, make_checkpoint: MakeCheckpoint
 ) -> None:
-    """Running the plan to its limits on the CPU stays within every planned byte, in all families."""
+    """Running the plan to its limits on the CPU stays within every planned byte, in all families; greedy steps, which take less, in one dtype."""
     folder = make_checkpoint(model_type, dtype)
     options = {
         "device": "cpu",
@@ -62,7 +62,7 @@ def test_measured_peak_is_within_the_plan(
     with LLM(folder, gpu_memory=least, slots=3, **options) as llm:
         assert llm.plan.kv_tokens >= BATCH * LENGTH  # stated slots leave the rest to keys and values
         assert llm.plan.total <= least
-        _fill_everything(llm)
+        _fill_everything(llm, (0.0, 1.0) if dtype == "bfloat16" else (1.0,))
         assert llm.stats.peak_bytes <= least
         # a bound that is far from the truth would waste slots: most of the plan has to be real
         assert llm.stats.peak_bytes >= 0.3 * least

@@ -19,7 +19,6 @@ from expertflow.progress import Progress
 from expertflow.trace.format import load_trace, save_trace
 from helpers import EXCERPT, Done, MakeCheckpoint, commands, run
 
-pytestmark = pytest.mark.xdist_group("commands")  # its fixtures take long: one worker makes them
 SMALL_RUN = ("--device", "cpu", "--max-tokens", 4, "--max-batch", 4, "--max-length", 32)
 
 

@@ -15,8 +15,6 @@ from helpers import ROOT
 pytest.importorskip("triton", reason="kernels need triton")
 from registers import count_writes
 
-pytestmark = pytest.mark.xdist_group("compile")  # its fixture takes long: one worker makes it
-
 
 class Program(NamedTuple):
     """A compiled kernel: bytes of shared memory, those that a thread writes to it in each step, the orders of its products' inputs.
@@ -62,7 +60,7 @@ def test_tables_of_many_experts_stay_in_registers(tmp_path: Path) -> None:
 def test_blocks_ask_for_weights_before_they_wait(tmp_path: Path) -> None:
     """Blocks fit, keep everything in registers, and on Hopper request most of what they read before the kernel before them has ended."""
     made = {(arch, case): rest for arch, case, *rest in made_by("compile_blocks.py", tmp_path)}
-    assert {arch for arch, _ in made} == {80, 86, 89, 90}
+    assert {arch for arch, _ in made} == {80, 86, 90}
     assert all(shared <= room and not spilled for shared, room, spilled, _ in made.values())
     for case in ("row 2880", "route 2880", "row 7168", "gated row 2880", "gated row 7168"):
         before, behind = made[90, case][3]

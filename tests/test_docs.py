@@ -1,11 +1,12 @@
 """Documents say what the code and the result files say."""
 
+import importlib
 import json
 import re
 import statistics
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,28 +18,26 @@ from helpers import ROOT
 DOCUMENTS = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
-def run_tables(script: str) -> None:
-    """Run lines of Python beside `benchmarks/tables.py`; they have to succeed."""
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=False, cwd=ROOT / "benchmarks", capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def tables() -> Iterator[ModuleType]:
+    """`benchmarks/tables.py`, which imports what lies beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module("tables")
 
 
 @pytest.mark.parametrize(
     "document", ["README.md", "docs/how-it-works.md", "docs/benchmarks.md", "docs/limits.md", "docs/serving.md"]
 )
-def test_tables_are_what_the_result_files_and_the_code_say(document: str) -> None:
+def test_tables_are_what_the_result_files_and_the_code_say(document: str, tables: ModuleType) -> None:
     """Every table between markers is what `benchmarks/tables.py` makes; `--write` puts it there."""
-    run_tables(
-        f"import tables; old = (tables.ROOT / {document!r}).read_text(); new = tables.fill(old, tables.PAGES[{document!r}]); "
-        "assert old == new, 'run `python benchmarks/tables.py --write`'"
-    )
+    old = (ROOT / document).read_text()
+    assert old == tables.fill(old, tables.PAGES[document]), "run `python benchmarks/tables.py --write`"
 
 
-def test_every_result_has_a_page(tmp_path: Path) -> None:
+def test_every_result_has_a_page(tmp_path: Path, tables: ModuleType) -> None:
     """Each result of `expertflow bench` that is committed has a page, and the index names all pages."""
-    run_tables(f"import tables, pathlib; tables.write_results(pathlib.Path({str(tmp_path)!r}), pictures=False)")
+    tables.write_results(tmp_path, pictures=False)
     index = (tmp_path / "README.md").read_text()
     pages = {path.stem for path in tmp_path.glob("*.md")} - {"README"}
     assert pages == set(re.findall(r"\]\(([\w-]+)\.md\)", index))

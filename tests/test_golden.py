@@ -34,7 +34,6 @@ def happened(strategy: str, batch: int, groups: int, slots: int) -> dict[str, ob
     return {"counts": dict(sorted(Counter(e.kind.value for e in events).items())), "first": lines[:8], "sha256": digest}
 
 
-@pytest.mark.xdist_group("simulator")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_takes_the_recorded_decisions(strategy: str, case: tuple[int, int, int]) -> None:

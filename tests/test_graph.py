@@ -60,7 +60,10 @@ def logits_of(llm: LLM, steps: int = 4, order: tuple[int, ...] = (2, 0, 3)) -> l
 def test_logits_do_not_depend_on_what_is_resident(
     model_type: str, dtype: str, device: str, make_checkpoint: MakeCheckpoint
 ) -> None:
-    """Law 1: with any slots and strategy the logits are the bits of the run with every expert resident."""
+    """Law 1: with any slots and strategy the logits are the bits of the run with every expert resident.
+
+    Each dtype takes half of the numbers of slots, because a graph takes its time to capture, and Triton's interpreter its own.
+    """
     folder = make_checkpoint(model_type, dtype)
     with open_llm(folder, device, slots=1000) as llm:
         resident = logits_of(llm)
@@ -70,7 +73,8 @@ def test_logits_do_not_depend_on_what_is_resident(
         assert decoder is not None
     place = GRAPHS.index(model_type)
     counts = (1, top_k, experts // 2, experts, everything - 1, everything)
-    for turn, slots in enumerate(counts if device == "cpu" else counts[1:6:3]):  # a graph takes its time to capture
+    half = range(dtype == "bfloat16", len(counts), 2) if device == "cpu" else (1, 4)
+    for turn, slots in ((turn, counts[turn]) for turn in half):
         strategy = ON_DEVICE[(place + turn) % len(ON_DEVICE)]
         with open_llm(folder, device, slots=slots, strategy=strategy) as llm:
             for _ in range(2):  # cold, and with what the first batch left

@@ -379,7 +379,7 @@ def test_a_misled_predictor_is_found_out(monkeypatch: pytest.MonkeyPatch, execut
                         "step",
                         lambda *args, step=step: type(right := step(*args))(*(part.flip(-1) for part in right)),
                     )
-                output = llm.generate("The old house stood at the end of the lane, and", SamplingParams(max_tokens=64))
+                output = llm.generate("The old house stood at the end of the lane, and", SamplingParams(max_tokens=40))
                 loads[name] = llm.stats.cache.loads + llm.stats.cache.prefetched
                 assert (live_predictor.pacing.last_backoff > 0) == (name == "found out")
                 assert output[0].token_ids
@@ -531,7 +531,7 @@ def test_chances_that_are_no_numbers_switch_the_predictor_off(
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize("method", ["step", "update", "observe"])
 def test_a_predictor_that_raises_is_switched_off(
     make_checkpoint: MakeCheckpoint,
@@ -701,8 +701,9 @@ def test_owners_of_rows() -> None:
 
 
 @pytest.mark.parametrize("execution", ["host", "graph"])
-@pytest.mark.parametrize("turns", [{"max_batch": 3}, {"max_batch": 2, "max_live": 5, "schedule": "group"}])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("turns", "seed"), [({"max_batch": 3}, 0), ({"max_batch": 2, "max_live": 5, "schedule": "group"}, 1)]
+)
 def test_every_token_is_taken_in_once(
     make_checkpoint: MakeCheckpoint, make_predictor: MakePredictor, execution: str, turns: dict[str, object], seed: int
 ) -> None:

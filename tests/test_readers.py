@@ -22,6 +22,9 @@ ON_GPU = DEVICES[-1] == "cuda"
 SIZES = [(96, 160), (256, 192)] if not ON_GPU else [(96, 160), (256, 192), (2880, 384), (512, 1000)]
 """Hidden size and expert width: whole steps and short ones."""
 
+PAIRS = [[0, 2], [1, -1]] if not ON_GPU else [[0, 2], [1, 0], [2, -1], [0, 1]]
+"""Slots of each token: every record, and a pair that has none; where they share a product, also experts of several tokens."""
+
 
 def compressed(**weights: Any) -> dict[str, Any]:
     """A `quantization_config` of compressed-tensors."""
@@ -115,19 +118,19 @@ def test_kernels_give_the_bits_of_the_decoded_weights(name: str, dtype: str, kin
         for ours, theirs in zip(packed, decoded, strict=True):
             for one, value in layouts[0].weights(ours).items():
                 layouts[1].tensor(theirs, one).copy_(value.t() if stacked and value.dim() == 2 else value)
-        hidden_states = torch.randn(4, hidden, generator=generator).to(getattr(torch, dtype)).to(device)
-        slots = torch.tensor([[0, 2], [1, 0], [2, -1], [0, 1]], dtype=torch.int32, device=device)
+        slots = torch.tensor(PAIRS, dtype=torch.int32, device=device)
+        hidden_states = torch.randn(len(slots), hidden, generator=generator).to(getattr(torch, dtype)).to(device)
         parts = []
         for layout, pool, transposed in zip(layouts, (packed, decoded), (stacked, False), strict=True):
             activation = CLAMPED_SWIGLU if stacked else "silu"
             mlp = ExpertMlp.of(layout, activation, transposed=transposed, interleaved=stacked)
-            work = Workspace.allocate(mlp, 4, 2, device)
+            work = Workspace.allocate(mlp, *slots.shape, device)
             work.parts.zero_()
             if ON_GPU:
                 experts.expert_pairs(mlp, hidden_states, slots, pool.to(device), work)
             else:  # the interpreter's sums go by the size of a step
-                experts.launch_up(mlp, hidden_states, slots, pool, work, Tiling(32, 64))
-                experts.launch_down(mlp, slots, pool, work, Tiling(32, 64))
+                experts.launch_up(mlp, hidden_states, slots, pool, work, Tiling(64, 64))
+                experts.launch_down(mlp, slots, pool, work, Tiling(64, 64))
             parts.append(work.parts)
         assert parts[0].abs().sum() > 0
         assert torch.equal(*parts), f"{hidden} x {width}"

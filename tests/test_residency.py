@@ -181,7 +181,7 @@ def random_workload(seed: int, steps: int = 6) -> Workload:
 @pytest.mark.parametrize("name", ON_DEVICE)
 def test_large_layers_are_always_hit(name: str, maker: str) -> None:
     """The twin's events are the replay's; a large layer's are hits alone, in places behind the slots."""
-    workload, slots = random_workload(seed=3, steps=4), 5
+    workload, slots = random_workload(seed=3, steps=3), 5
     for strategy, large in zip(variants(name)[1:], ((0,), (0, 2)), strict=True):
         mine = expected(workload, strategy, slots, forecast_of(strategy, workload), large)
         assert run(maker, strategy, slots, workload, forecast_of(strategy, workload), large)[0] == mine
@@ -225,7 +225,7 @@ def test_twin_decides_as_the_replay_on_real_routing(name: str, maker: str, real:
 def test_kernels_decide_as_the_replay_on_random_routing(name: str) -> None:
     """Any number of slots, any waves: same events; reference and kernels cut the same phases."""
     place = ON_DEVICE.index(name)
-    workload = random_workload(seed=place, steps=4)
+    workload = random_workload(seed=place, steps=3)
     for turn, slots in enumerate(((2, 11), (5, 16))[place % 2]):
         strategy = variants(name)[(place + turn) % 3]
         events, schedules = run("kernels", strategy, slots, workload, forecast_of(strategy, workload))
@@ -326,7 +326,7 @@ def test_nothing_is_lost_at_a_switch(maker: str) -> None:
 @pytest.mark.parametrize("name", ON_DEVICE)
 def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
     """As a decoder's steps do with the encoder's layers: the twin's events are the host's, also for what was kept of those."""
-    workload, layers, experts, slots = random_workload(seed=5, steps=5), 3, 7, 9
+    workload, layers, experts, slots = random_workload(seed=5, steps=4), 3, 7, 9
     strategy, reached = STRATEGIES[name].on_device(), (False, True, True)
     logs: list[list[Event]] = [[], []]
     knows = workload.needed & np.array(reached)[None, :, None]
@@ -368,7 +368,7 @@ def test_layers_that_a_step_leaves_alone(name: str, maker: str) -> None:
             twin.bind(layer)
         twin.close_step()
         logs[1] += [as_event(entry, number, 1) for entry in state.take_log()]
-    device.reclaim_tables(state.copy_to, steps=4)
+    device.reclaim_tables(state.copy_to, steps=3)
     assert logs[0] == logs[1]
     assert not device.tables.pinned[0].any()  # what was loaded ahead for that layer may leave
 

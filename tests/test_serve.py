@@ -19,7 +19,6 @@ from serving import NAMES, Leaving, frames, until
 if TYPE_CHECKING:
     from serving import Served
 
-pytestmark = pytest.mark.xdist_group("serve")
 CHAT = [{"role": "user", "content": "hello there"}]
 RENDERED = "[user]hello there[end][assistant]"
 GREEDY = {"temperature": 0, "max_tokens": 6, "extra_body": {"ignore_eos": True}}

@@ -19,7 +19,6 @@ from serving import NAMES, Leaving, frames, until
 if TYPE_CHECKING:
     from serving import Served
 
-pytestmark = pytest.mark.xdist_group("serve")
 TEMPLATE = (
     "{%- for t in tools or [] %}[can:{{ t.function.name }}]{% endfor -%}"
     "{%- for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}"

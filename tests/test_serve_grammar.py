@@ -27,7 +27,6 @@ from json_schemas import fits as fits_schema
 if TYPE_CHECKING:
     from serving import Served
 
-pytestmark = pytest.mark.xdist_group("serve")
 USER = {"role": "user", "content": "see"}
 SCHEMA = {
     "type": "object", "required": ["a", "b"], "additionalProperties": False,

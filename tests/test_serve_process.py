@@ -36,8 +36,6 @@ from serving import TEMPLATE
 if TYPE_CHECKING:
     from serving import Served
 
-pytestmark = pytest.mark.xdist_group("serve")
-
 
 def served_options(*words: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the command `serve` would serve."""

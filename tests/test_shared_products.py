@@ -65,16 +65,17 @@ def test_programs_that_share_a_product_give_the_same_bits(name: str) -> None:
     assert torch.equal(found[0][[0, 2]], found[1][[0, 2]])
 
 
-@pytest.mark.parametrize("width", [512, 576, 832])
+@pytest.mark.parametrize("width", [512, 576, 832] if DEVICE.type == "cuda" else [512, 640])
 @pytest.mark.parametrize("name", ["words", "words of int4", "bytes"])
 def test_codes_requested_ahead_give_the_same_bits(name: str, width: int) -> None:
-    """Whole chunks, a last one of fewer steps, and one that ends within a step; also where a single chunk is all there is."""
-    if DEVICE.type == "cpu" and width % 128:
-        width += 64  # the interpreter's sums go by the size of a step
+    """Whole chunks, a last one of fewer steps, and one that ends within a step; also where a single chunk is all there is.
+
+    None ends within a step on a CPU, because the interpreter's sums go by the size of a step.
+    """
     mlp, pool = make(FORMATS[name], 256, width)
     hidden = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
     slots = torch.tensor([[0], [-1], [0]], dtype=torch.int32, device=DEVICE)
-    loop = Tiling(64, 128, chunk=256)
+    loop = Tiling(64 if DEVICE.type == "cuda" else 128, 128, chunk=256)  # few programs for the interpreter
     expected = run(mlp, pool, hidden, slots, loop)[[0, 2]]
     for ahead in (1, 2, 9):
         found = run(mlp, pool, hidden, slots, replace(loop, split=True, ahead=ahead))

@@ -23,7 +23,6 @@ from expertflow.sim.workload import Workload, as_recorded, live_sequences
 from expertflow.trace.format import Trace, load_trace, save_trace
 from helpers import EXCERPT, ROOT, MakeCheckpoint, make_trace
 
-pytestmark = pytest.mark.xdist_group("simulator")  # its fixtures take long: one worker makes them
 DOCS = ROOT / "docs"
 
 

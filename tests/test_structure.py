@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
+from sharing import TOGETHER, group_of
 
 SOURCE = ROOT / "src" / "expertflow"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -44,3 +45,10 @@ def test_a_folder_can_be_seen_at_once(folder: Path) -> None:
     """At most twelve modules a folder; commands have a file each."""
     modules = [file for file in folder.glob("*.py") if file.name not in ("__init__.py", "__main__.py")]
     assert folder.name == "cli" or len(modules) <= MOST_MODULES
+
+
+def test_files_with_long_fixtures_stay_together() -> None:
+    """Groups of tests name modules that are there; a test of one has its group's name, any other its own."""
+    assert {f"{name}.py" for name in TOGETHER} <= {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    nodes = ["tests/test_golden.py::test_a[x::y]", "test_simulator.py::test_b", "tests/test_kv.py::test_golden"]
+    assert [group_of(node) for node in nodes] == ["simulator", "simulator", nodes[2]]

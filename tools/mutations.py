@@ -73,7 +73,7 @@ MUTATIONS = (
     Mutation("a row keeps its former owner's columns", "execution/kv_rows.py", "layer.clear(row, self._written[row])", "layer.clear(row, 0)", ("test_finite.py", "-k", "former_owner")),
     Mutation("padding is routed to experts", "execution/runner.py", "self._padding(mask == 0), [piece", "self._padding(mask < 0), [piece", ("test_scheduler.py", "-k", "padding_uses")),
     Mutation("a sequence steps at the position before", "execution/runner.py", "positions[:, None]\n", "positions[:, None] - 1\n", TOKENS),
-    Mutation("a chunk of a prompt begins at zero", "execution/runner.py", "torch.arange(piece.begin, piece.begin + len(piece.tokens))", "torch.arange(len(piece.tokens))", ("test_attention.py", "-k", "size_of_a_pass and qwen3_moe")),
+    Mutation("a chunk of a prompt begins at zero", "execution/runner.py", "np.arange(span.begin, span.end)", "np.arange(span.end - span.begin)", ("test_attention.py", "-k", "size_of_a_pass and qwen3_moe")),
     Mutation("gate and up exchanged", "models/weights/mapping.py", "for place in sorted(stored) if place[0] == expert", "for place in sorted(stored, reverse=True) if place[0] == expert", TOKENS),
     # recorded routing, rules of admission, sources of weights
     Mutation("a token uses the experts of the one before", "execution/replay.py", "now.rows[:, None], now.columns]", "now.rows[:, None], now.columns - 1]", ("test_replay.py", "-k", "what_was_recorded")),
@@ -88,7 +88,7 @@ MUTATIONS = (
     Mutation("kernels read e8m0 0 as 0", "kernels/reading/words.py", "tl.where(scale == 0, 1 << 22, scale << 23)", "(scale << 23)", ("test_mxfp4.py",)),
     Mutation("e8m0 0 is 0", "formats/published/mxfp4.py", "torch.where(scales == 0, 1 << 22, bits).view", "bits.view", ("test_mxfp4.py",)),
     Mutation("the code of zero is 7", "formats/published/int4.py", "MIDDLE = 8", "MIDDLE = 7", ("test_packed.py", "-k", "decoded_checkpoints_bits and int4 and g32 and host")),
-    Mutation("kernels take 7 for zero", "kernels/reading/words.py", "code -= 8.0", "code -= 7.0", ("test_readers.py", "-k", "int4-g32-float32-joined")),
+    Mutation("kernels take 7 for zero", "kernels/reading/words.py", "code -= 8.0", "code -= 7.0", ("test_readers.py", "-k", "int4-g32-bfloat16-joined")),
     Mutation("up has the blocks of gate", "formats/format.py", "{name: part[place] for name", "{name: part[0 if name == 'scales' else place] for name", ("test_fp8.py", "-k", "joined_tensors")),
     Mutation("kernels give up the blocks of gate", "kernels/reading/bytes.py", "rows // one * grid_rows + rows % one // block_rows if", "rows % one // block_rows if", ("test_readers.py", "-k", "fp8-float32-joined")),
     Mutation("scales rounded to the config's number type", "formats/published/int4.py", "return replace(self, scale_dtype=dtype) if dtype in RUN_DTYPES else self", "return self", ("test_packed.py", "-k", "decoded_checkpoints_bits and float16 and scales and host")),
