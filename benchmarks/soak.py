@@ -41,6 +41,8 @@ from expertflow.predict.model import OUTPUTS, PredictorConfig
 SEED, PROMPT, TOKENS, FEWER_TOKENS, LONGEST, BATCHES = 5, 12, 250, 50, 512, (1, 4)
 NAMES = [name for name, row in STRATEGIES.items() if not row.needs_future and not refusal(row, given=row.predicted)]
 LAYERS, EXPERTS, VOCABULARY = 6, 16, 512
+TOGETHER = {"admission": "at once"}
+"""All prompts are read in one pass: when a sequence is let in must not depend on the clock, because products round by their rows."""
 
 
 def make_model(folder: Path) -> None:
@@ -139,7 +141,7 @@ class Soak:
     def __init__(self, device: str, tokens: int) -> None:
         """Nothing is drawn yet."""
         self.tokens, self.random, self.began = tokens, np.random.default_rng(SEED), time.perf_counter()
-        self.settings = {"device": device, "max_batch": 4, "prefill_chunk": 32}
+        self.settings = {"device": device, "max_batch": 4, "prefill_chunk": 64}
         self.done = self.wrong = self.over = 0
         self.drawn: dict[str, Counter[str]] = {"strategy": Counter(), "model": Counter(), "execution": Counter()}
         self._truths: dict[tuple[str, str, int], Truth] = {}
@@ -148,7 +150,9 @@ class Soak:
         """Of `count` sequences; computed once."""
         key = (case.name, execution, count)
         if key not in self._truths:
-            with LLM(case.twin, predictor="none", execution=execution, **self.settings, max_length=length(case)) as llm:
+            with LLM(
+                case.twin, predictor="none", execution=execution, **TOGETHER, **self.settings, max_length=length(case)
+            ) as llm:
                 prompts = self.random.integers(3, llm.plan.shape.vocabulary, (count, PROMPT)).tolist()
                 self._truths[key] = Truth(prompts, *run(llm, prompts, self.tokens, 0))
         return self._truths[key]
@@ -165,7 +169,7 @@ class Soak:
         most = least.fixed + least.shape.total_experts * least.record_bytes
         budget = int(random.integers(least.total, most + 1)) if random.random() < 0.8 else least.total
         fed = Replay(tokens=[[*prompt, *more] for prompt, more in zip(truth.prompts, truth.tokens, strict=True)])
-        with LLM(case.folder, gpu_memory=budget, routing=fed, **chosen) as llm:
+        with LLM(case.folder, gpu_memory=budget, routing=fed, **TOGETHER, **chosen) as llm:
             # stock code's float32 products depend on how many sequences there are: only captured steps can lose one
             keep = self.tokens // 2 if random.random() < 0.5 and execution == "graph" else 0
             _, found = run(llm, truth.prompts, self.tokens, keep)

@@ -19,7 +19,7 @@ from expertflow.kernels.reading.readers import READERS, reads
 from expertflow.kernels.tiling import Tiling
 
 ON_GPU = DEVICES[-1] == "cuda"
-SIZES = [(96, 160), (256, 192)] if not ON_GPU else [(96, 160), (256, 192), (2880, 384), (512, 1000)]
+SIZES = [(96, 160), (256, 192)] if not ON_GPU else [(64, 32), (96, 160), (256, 192), (2880, 384), (512, 1000)]
 """Hidden size and expert width: whole steps and short ones."""
 
 PAIRS = [[0, 2], [1, -1]] if not ON_GPU else [[0, 2], [1, 0], [2, -1], [0, 1]]
@@ -45,6 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     "nvfp4": compressed(type="float", strategy="tensor_group", group_size=16) | {"format": "nvfp4-pack-quantized"},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "awq-g32": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
 }  # fmt: skip
 """Formats, by what a checkpoint says of itself."""
 
@@ -67,7 +68,7 @@ def cases() -> list[Any]:
     found: list[Any] = []
     for name in CONFIGS:
         small = ["bfloat16"] if name.startswith("int4-") else ["float32", "bfloat16"]
-        dtypes = ["bfloat16", "float16"] if name == "awq" else small
+        dtypes = ["bfloat16", "float16"] if name == "awq" else ["float16"] if name == "awq-g32" else small
         kinds = ["joined", "stacked"] if name == "mxfp4" else ["joined"]
         found += [(name, dtype, kind) for dtype in dtypes for kind in kinds]
     return found
@@ -99,7 +100,7 @@ def test_kernels_give_the_bits_of_the_decoded_weights(name: str, dtype: str, kin
     format_, device, stacked = of_scales(name, dtype), torch.device(DEVICES[-1]), kind == "stacked"
     generator = torch.Generator().manual_seed(3)
     for hidden, width in SIZES:
-        if any(size % 32 for size in (hidden, width)) or (format_.name == "awq" and hidden % 128):
+        if any(size % 32 for size in (hidden, width)) or (format_.name == "awq" and hidden % getattr(format_, "group", 1)):
             continue
         shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
         specs = [
