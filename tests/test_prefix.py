@@ -19,7 +19,7 @@ from expertflow.engine.prepare import prepare
 from expertflow.errors import ConfigError
 from expertflow.execution.kv import layout, prefix
 from expertflow.execution.kv.blocks import WORTH, BlockStore, names_of
-from expertflow.execution.kv.copies import PageCopies
+from expertflow.execution.kv.copies import Move, PageCopies
 from expertflow.execution.kv.paged import PagedCache, Span
 from expertflow.memory.arena import HostArena
 from expertflow.models.context import ForwardContext
@@ -431,6 +431,26 @@ def test_live_sequences_share_their_pages(make_checkpoint: MakeCheckpoint) -> No
         assert live == 3
         assert [found[number].token_ids for number in numbers] == expected
         assert [found[number].cached_tokens for number in numbers] == [0, 48, 48]
+
+
+def test_whole_pages_move_several_at_once(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kept beginning of 64 tokens comes back in one move, not page by page."""
+    taken: list[list[int]] = []
+    groups = PageCopies._groups
+
+    def noted(self: PageCopies, moves: Sequence[Move]) -> Iterator[list[Move]]:
+        found = list(groups(self, moves))
+        taken.append([len(group) for group in found])
+        yield from found
+
+    with opened(make_checkpoint("qwen3_moe"), prefix_memory="8MiB") as llm:
+        prompt, longer = text(1, 64), [*text(1, 64), *text(2, 9)]
+        expected = fresh(llm, [longer])
+        forget(llm)
+        answers(llm, [prompt])
+        monkeypatch.setattr(PageCopies, "_groups", noted)
+        assert answers(llm, [longer]) == expected
+        assert taken[0] == [64 // PAGE], "their records lie one behind the other"
 
 
 def test_cancelled_requests_leave_what_they_have_read(make_checkpoint: MakeCheckpoint) -> None:

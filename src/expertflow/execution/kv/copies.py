@@ -94,7 +94,8 @@ class PageCopies:
             size = self.record_bytes(move.kind)
             whole = bool(group) and group[-1].places is None and move.places is None
             joined = whole and group[-1].kind == move.kind and group[-1].begin + size == move.begin
-            if group and not (joined and (len(group) + 1) * size <= len(self._buffer)):
+            room = not len(self._buffer) or (len(group) + 1) * size <= len(self._buffer)
+            if group and not (joined and room):
                 yield group
                 group = []
             group.append(move)

@@ -401,5 +401,6 @@ class PrefixCache(NothingKept):
         part, page, size = block.parts[kind], self._page, self._copies.record_bytes(kind)
         entries, first = self._cache.books[kind].entries[row], part.first // page
         for number in range(span[0] // page, pages_of(span[1], page)):
-            places = slice(max(0, span[0] - number * page), min(page, span[1] - number * page))
+            begin, end = max(0, span[0] - number * page), min(page, span[1] - number * page)
+            places = None if (begin, end) == (0, page) else slice(begin, end)  # whole pages move several at once
             yield Move(kind, int(entries[number]), part.begin + (number - first) * size, places)
