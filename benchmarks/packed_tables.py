@@ -9,12 +9,12 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 SHAPES = {
-    "gpt-oss-20b": ("engine_g_packed_h200", "engine_g_quarter_h200"),
+    "gpt-oss-20b": ("engine_g_quarter_h200", "engine_g_packed_h200"),
     "gpt-oss-20b, an earlier day": ("engine_g_beside_h200",),
     "gpt-oss-120b": ("engine_g120_h200",),
-    "Qwen3-30B-A3B": ("engine_q30_h200", "engine_q30_beside_h200"),
+    "Qwen3-30B-A3B": ("engine_q30_h200", "engine_q30_beside_h200", "engine_q30_again_h200"),
 }
-"""Result files by shape. Of a configuration that is in several, the last one with as many rows counts."""
+"""Result files by shape. Of a configuration and number of sequences that are in several, the last one counts."""
 BATCHES = (1, 4, 8, 16)
 PEERS = (
     ("gpt-oss-20b", "mxfp4", "FreeToken 0.2.1, 50 % of the experts", 11183 / 1024, (179, 171, 69, 100)),
@@ -37,15 +37,11 @@ def kinds(results: Sequence[dict[str, Any]]) -> dict[Kind, dict[int, tuple[dict[
     found: dict[Kind, dict[int, tuple[dict[str, Any], dict[str, Any]]]] = {}
     for result in results:
         shares, count = result["config"]["shares"].split(","), dict[tuple[str, str, int], int]()
-        mine: dict[Kind, dict[int, tuple[dict[str, Any], dict[str, Any]]]] = {}
         for row in result["rows"]:  # rows are in order of share, then batch, strategy, format
             key = row["format"], row["strategy"], row["batch"]
             place = count[key] = count.get(key, -1) + 1
             share = shares[place] if shares[place].endswith("B") else f"{float(shares[place]):.0%}"
-            mine.setdefault((row["format"], share, row["strategy"]), {})[row["batch"]] = result, row
-        for kind, of in mine.items():
-            if len(of) >= len(found.get(kind, ())):
-                found[kind] = of
+            found.setdefault((row["format"], share, row["strategy"]), {})[row["batch"]] = result, row
     return found
 
 

@@ -46,8 +46,10 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._times: dict[Ticket, tuple[float, float]] = {}  # of the first and the last token so far
         self.first_tokens: deque[float] = deque(maxlen=_RECENT)
-        self._prompt = self._counter("prompt_tokens", "Tokens of prompts whose first token came.")
-        self._generated = self._counter("generation_tokens", "Generated tokens.")
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts whose first token came.").labels(
+            **self._labels
+        )
+        self._generated = self._counter("generation_tokens", "Generated tokens.").labels(**self._labels)
         self._success = self._counter("request_success", "Requests that ended with a result.", "finished_reason")
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST)
         self._between = self._histogram("inter_token_latency_seconds", "Between two tokens of a request.", _BETWEEN)
@@ -79,14 +81,14 @@ class Metrics:
             return
         now = time.perf_counter()
         first, before = self._times.get(ticket, (now, None))
-        self._generated.labels(**self._labels).inc()
+        self._generated.inc()
         if before is None:
             begun = ticket.request.begun or now
             self._first.observe(now - ticket.came)
             self._queue.observe(begun - ticket.came)
             self._prefill.observe(now - begun)
             self.first_tokens.append(now - ticket.came)
-            self._prompt.labels(**self._labels).inc(len(ticket.request.prompt_token_ids))
+            self._prompt.inc(len(ticket.request.prompt_token_ids))
         else:
             self._between.observe(now - before)
         self._times[ticket] = first, now

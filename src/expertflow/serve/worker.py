@@ -102,6 +102,9 @@ class Outbox:
         self.tickets: list[Ticket] = []
         self._items: deque[Item] = deque()
         self._filled = asyncio.Event()
+        self._due: float | None = None
+        """When somebody who waits wants to be told that nothing came; None: nobody waits."""
+        self._timer: asyncio.TimerHandle | None = None
 
     def put(self, item: Item) -> None:
         """Add an item."""
@@ -110,13 +113,29 @@ class Outbox:
 
     async def take(self, seconds: float | None = None) -> list[Item]:
         """Wait for an item, and take all that are there; none if that many seconds pass first."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._filled.wait()
+        if not self._items and seconds is not None:
+            self._due = self.loop.time() + seconds
+            if self._timer is None:  # it outlasts many items: one each would cost as much as what is sent
+                self._timer = self.loop.call_later(seconds, self._look)
+        try:
+            await self._filled.wait()
+        finally:
+            self._due = None
         self._filled.clear()
         items = list(self._items)
         self._items.clear()
         return items
+
+    def _look(self) -> None:
+        """The timer: wake who has waited long enough."""
+        self._timer = None
+        if self._due is None:
+            return
+        left = self._due - self.loop.time()
+        if left > 0:
+            self._timer = self.loop.call_later(left, self._look)
+        else:
+            self._filled.set()
 
 
 @dataclass(eq=False)
