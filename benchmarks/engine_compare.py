@@ -268,13 +268,14 @@ class Timed:
         return self._run(batch, before, steps)
 
     def _run(self, batch: int, before: int, steps: int) -> dict[str, Any]:
-        engine, limit = self._llm.engine, before + 2 * WINDOWS * steps + 2
+        engine, limit = self._llm.engine, before + 2 * WINDOWS * steps + 3
         params = find("expertflow.config.SamplingParams")(max_tokens=limit, ignore_eos=True)
         for index in range(batch):
             engine.add(self._llm.request(self._recorded.tokens[index, :PROMPT].tolist(), params, index=index))
         for _ in range(1 + before):
             engine.step()
         times, start = [], self._llm.stats.cache
+        engine.step()  # not timed: it may have begun already, and meanwhile it has ended
         for _ in range(2 * WINDOWS):
             began = time.perf_counter()
             for _ in range(steps):
@@ -285,7 +286,7 @@ class Timed:
         while engine.unfinished:
             engine.step()
         engine.watch_logits(None)
-        loads = (end.loads + end.prefetched - start.loads - start.prefetched) / (2 * WINDOWS * steps)
+        loads = (end.loads + end.prefetched - start.loads - start.prefetched) / (2 * WINDOWS * steps + 1)
         last = self._last.numpy().tobytes()
         return {"waited_ms": times, "loads": loads, "logits": hashlib.sha256(last).hexdigest()}
 
@@ -316,7 +317,7 @@ def write_folder(shape: str, folder: Path, trace: Path, *, tiny: bool) -> None:
     find("safetensors.torch.save_file")(
         {key: value.cpu().contiguous() for key, value in state.items()}, folder / "model.safetensors", {"format": "pt"}
     )
-    length = PROMPT + 2 + max(sum((before, 2 * WINDOWS * steps)) for before, steps in (steps_of(shape, b, tiny=tiny) for b in BATCHES))  # fmt: skip
+    length = PROMPT + 3 + max(sum((before, 2 * WINDOWS * steps)) for before, steps in (steps_of(shape, b, tiny=tiny) for b in BATCHES))  # fmt: skip
     if shape == "q":
         np.savez(
             folder / "recorded.npz", tokens=np.array(stand_ins.random_tokens(config.vocab_size, max(BATCHES), length))
