@@ -100,7 +100,9 @@ def test_kernels_give_the_bits_of_the_decoded_weights(name: str, dtype: str, kin
     format_, device, stacked = of_scales(name, dtype), torch.device(DEVICES[-1]), kind == "stacked"
     generator = torch.Generator().manual_seed(3)
     for hidden, width in SIZES:
-        if any(size % 32 for size in (hidden, width)) or (format_.name == "awq" and hidden % getattr(format_, "group", 1)):
+        if any(size % 32 for size in (hidden, width)) or (
+            format_.name == "awq" and hidden % getattr(format_, "group", 1)
+        ):
             continue
         shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
         specs = [
