@@ -12,6 +12,7 @@ from expertflow import LLM, SamplingParams
 from expertflow.engine.request import StreamOutput
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.replay import Replay
+from expertflow.execution.sampler import Unread
 from helpers import DEVICES, MakeCheckpoint, MakePredictor
 
 PROMPTS = ["hello there", "good", "the sea was calm"]
@@ -117,7 +118,7 @@ def test_a_cancelled_request_leaves_a_step_that_has_begun(folder: Path) -> None:
         first, second = add(PROMPTS[0]), add(PROMPTS[1])
         while len(found[second]) < 4:
             engine.advance()
-        assert engine._begun is not None
+        assert engine.ahead.begun is not None
         engine.cancel(second)
         third = add(PROMPTS[2])
         while len(found[first]) < 14:
@@ -126,10 +127,10 @@ def test_a_cancelled_request_leaves_a_step_that_has_begun(folder: Path) -> None:
         assert found[third]
         while len(found[third]) < 12:
             engine.advance()
-        assert engine._begun is not None
+        assert engine.ahead.begun is not None
         assert found[third] == expected[2][: len(found[third])]
         engine.cancel(third)
-        assert engine._begun is None
+        assert engine.ahead.begun is None
         assert engine.unfinished == 0
         assert tokens_of(llm, [GREEDY] * 3) == expected
 
@@ -154,6 +155,48 @@ def test_a_step_ahead_that_breaks_loses_nothing(folder: Path, predicted: bool, m
         assert broken == 1
         assert found == expected
         assert llm.predictor_failure is None
+
+
+@pytest.mark.parametrize("where", ["while the tokens are waited for", "in a channel"])
+def test_an_interrupt_loses_no_token(folder: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step behind has begun by then: requests whose token was not sent get it first, and go on with that step."""
+    with open_llm(folder) as llm:
+        expected = by_the_host(llm, [GREEDY] * 2, PROMPTS[:2])
+        engine, found, read = llm.engine, [list[int](), list[int]()], Unread.read
+
+        def interrupt(*_: object) -> list[int]:
+            monkeypatch.setattr(Unread, "read", read)
+            raise KeyboardInterrupt
+
+        def first(output: StreamOutput) -> None:
+            found[0].append(output.token_id)
+            if where == "in a channel" and len(found[0]) == 4:
+                raise KeyboardInterrupt
+
+        engine.add(llm.request(PROMPTS[0], GREEDY), first)
+        engine.add(llm.request(PROMPTS[1], GREEDY), lambda output: found[1].append(output.token_id))
+        while len(found[1]) < 3:
+            engine.advance()
+        assert engine.ahead.begun is not None
+        if where != "in a channel":
+            monkeypatch.setattr(Unread, "read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.advance()
+        assert len(found[1]) == 3
+        while engine.unfinished:
+            engine.advance()
+        assert found == expected
+
+
+def test_closing_lets_go_of_a_step_that_has_begun(folder: Path) -> None:
+    """It holds the captured steps' logits."""
+    llm = open_llm(folder)
+    llm.engine.add(llm.request(PROMPTS[0], GREEDY))
+    for _ in range(4):
+        llm.engine.step()
+    assert llm.engine.ahead.begun is not None
+    llm.close()
+    assert llm.engine.ahead.begun is None
 
 
 def test_recorded_tokens_are_fed_ahead(folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expertflow import LLM, SamplingParams
-from expertflow.engine.lock import FairLock
+from expertflow.engine.stepping.lock import FairLock
 from expertflow.errors import CancelledError, ClosedError
 from helpers import DEVICES, GUARD, MakeCheckpoint
 

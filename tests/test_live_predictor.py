@@ -774,6 +774,6 @@ def test_a_step_that_runs_again_takes_its_tokens_in_once(
         for number, row in zip(numbers, live_predictor.state_rows(numbers), strict=True):
             request = engine._running[number].request
             tokens = [*request.prompt_token_ids, *request.token_ids]
-            assert (engine._begun is not None) == (execution == "graph")
+            assert (engine.ahead.begun is not None) == (execution == "graph")
             tokens = tokens if execution == "graph" else tokens[:-1]  # the step that has begun took the newest one in
             assert state.tokens[row, : int(state.taken[row])].tolist() == tokens

@@ -283,6 +283,27 @@ def test_requests_are_let_in_when_empty_rows_have_cost_a_pass() -> None:
     assert [part.sequence for part in scheduler.next().parts] == [5]
 
 
+def test_rounds_that_repeat_count_as_those_that_are_asked_for() -> None:
+    """A request waits in vain and is cancelled; what that cost is forgotten, also where the rounds behind it only repeat."""
+    waited = []
+    for repeats in (False, True):
+        scheduler = Scheduler(rows=2, batch=2, chunk=16, admission=WhenItPays(lambda: Costs(10.0, 1.0, 1.0)))
+        scheduler.add(0, 4)
+        scheduler.done(scheduler.next())
+        scheduler.add(1, 4)
+        assert all(isinstance(scheduler.next(), Decode) for _ in range(15))
+        assert not scheduler.repeat([0]), "a row is free, and a request waits"
+        scheduler.remove(1)
+        for _ in range(50):
+            assert not repeats or scheduler.repeat([0])
+            assert repeats or isinstance(scheduler.next(), Decode)
+        scheduler.add(2, 4)
+        waited.append(0)
+        while isinstance(scheduler.next(), Decode):
+            waited[-1] += 1
+    assert waited[0] == waited[1] > 10
+
+
 def test_no_request_waits_longer_than_a_few_passes_take() -> None:
     """Seven step and lose next to nothing by an empty row: the eighth is let in all the same once it waited four passes."""
     scheduler = Scheduler(rows=8, batch=8, chunk=100, admission=WhenItPays(lambda: Costs(3.0, 0.01, 1.0)))

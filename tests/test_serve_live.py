@@ -72,7 +72,7 @@ def test_a_look_is_what_the_tables_and_the_routing_say(
         stream, found = llm.stream([PROMPT], params), []
         next(stream)
         for token in range(TOKENS - 1):
-            coming, totals, begun = llm.look(), llm.stats, llm.engine._begun is not None
+            coming, totals, begun = llm.look(), llm.stats, llm.engine.ahead.begun is not None
             next(stream)
             assert coming.ready(), "behind the next step nothing is waited for"
             stats, view = coming.result()

@@ -41,7 +41,7 @@ def test_totals_after_a_token_are_those_of_a_run_that_ends_there(
     with open_llm(folder, execution, device, strategy=strategy) as llm:
         stream = llm.stream([PROMPT], up_to(TOKENS))
         for item in stream:
-            begun = llm.engine._begun is not None
+            begun = llm.engine.ahead.begun is not None
             read.append((item.token_id, llm.stats.cache, llm._offloaded.residency(), begun))
         decoder = llm._offloaded.handover.decoder
         assert (decoder is not None) == (execution == "graph")

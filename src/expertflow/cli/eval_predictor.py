@@ -19,7 +19,7 @@ from expertflow.cli.evaluation import Test
 from expertflow.cli.outputs import check_outputs
 from expertflow.cli.record_bytes import Record, find_record
 from expertflow.cli.tables import figures_table, megabytes
-from expertflow.engine.threads import limit_threads
+from expertflow.engine.stepping.threads import limit_threads
 from expertflow.errors import ConfigError
 from expertflow.files import write_whole
 from expertflow.predict.artifact import load_artifact

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import Prepared, prepare
+from expertflow.engine.stepping.threads import limit_threads
 from expertflow.engine.text import load_tokenizer
-from expertflow.engine.threads import limit_threads
 from expertflow.errors import ConfigError, PredictorError, TraceError
 from expertflow.predict.artifact import Artifact, load_artifact, save_artifact
 from expertflow.predict.dataset import Passage, leave_out, mark, passages, shape_of, split

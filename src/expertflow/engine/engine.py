@@ -10,8 +10,8 @@ A request's life:
 7. The last `StreamOutput` carries the finished request; the KV row is free again.
 8. `cancel` ends a request earlier.
 
-A step that raises gives no token: its sequences step again later, except those of a cohort, which are cancelled. Must
-not know how scheduler, executor and predictor work.
+A step that raises gives no token: its sequences step again later, except those of a cohort, which are cancelled. The tokens of the step
+before one that was begun ahead are sent in any case. Must not know how scheduler, executor and predictor work.
 """
 
 import time
@@ -20,24 +20,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from expertflow.engine.ahead import UNKNOWN, Begun, inputs_behind
 from expertflow.engine.build import OffloadedModel
-from expertflow.engine.lock import FairLock
 from expertflow.engine.plan import rates
 from expertflow.engine.request import Channel, Request, StreamOutput, Totals
-from expertflow.engine.running import Running, keep, weakly
-from expertflow.engine.threads import Threads
+from expertflow.engine.stepping.ahead import UNKNOWN, Ahead, Begun, Unsent, inputs_behind
+from expertflow.engine.stepping.lock import FairLock
+from expertflow.engine.stepping.routes import Routes
+from expertflow.engine.stepping.running import Running, keep, weakly
+from expertflow.engine.stepping.threads import Threads
 from expertflow.errors import ConfigError
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.replay import Replay
 from expertflow.execution.runner import PromptChunk
 from expertflow.execution.sampler import Chosen, Sampler
 from expertflow.memory.store import memory_reported
-from expertflow.predict.online import PREVIEW
 from expertflow.schedule.admission import check_admission, make_admission
 from expertflow.schedule.cost import Durations
 from expertflow.schedule.scheduler import Decode, Prefill, Scheduler, check_schedule
@@ -57,6 +55,7 @@ class Engine:
         lock: taken during a step or an addition; threads get it in the order in which they came.
         threads: how many the steps use.
         recorder: gets the tokens of every step; None: no trace is recorded.
+        ahead: the step that has begun before the tokens of the one before are known.
     """
 
     def __init__(self, offloaded: OffloadedModel, admission: str = "pays", routing: Replay | None = None) -> None:
@@ -67,12 +66,13 @@ class Engine:
         self._sampler = Sampler(offloaded.device)
         self._watcher: Callable[[Sequence[int], Tensor], None] | None = None
         self.threads = Threads(plan.record_bytes)
-        self._begin(plan.schedule, admission)
         self._running: dict[int, Running] = {}
+        self._routes = Routes(offloaded, self._running)
+        self._begin(plan.schedule, admission)
         self._outbox: list[tuple[int, StreamOutput]] = []
         self._totals = Totals()
         self._stepping = False
-        self._begun: Begun | None = None
+        self.ahead = Ahead()
         self._to_cancel: deque[int] = deque()
         self.lock = FairLock()
         self._next = 0
@@ -94,8 +94,8 @@ class Engine:
             prompts=1 if plan.batch_invariant else plan.max_batch,
             top_k=plan.shape.top_k,
             rates=rates(plan),
-            expected=weakly(self._paths) if predicts else None,
-            preview=weakly(self._usual) if predicts else None,
+            expected=weakly(self._routes.paths) if predicts else None,
+            preview=weakly(self._routes.usual) if predicts else None,
             admission=make_admission(admission, self._durations.costs),
             pages=None if plan.kv_layout is None else plan.kv_layout.pages,
             page=1 if plan.kv_layout is None else plan.kv_layout.page,
@@ -184,7 +184,7 @@ class Engine:
         return number
 
     def cancel(self, number: int) -> bool:
-        """End a request, waiting or running. Waits for nothing.
+        """End a request, waiting or running. Waits for nothing but, behind the last request, for a step that has begun.
 
         While a step runs, in this thread or another, it takes effect after that step.
 
@@ -207,6 +207,7 @@ class Engine:
                 self._outbox[:] = [entry for entry in self._outbox if entry[0] != number]
                 if number in self._running:
                     self._remove(number)
+                    self._settle()
             finally:
                 self.lock.release()
 
@@ -219,9 +220,12 @@ class Engine:
         del self._running[number]
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])
+
+    def _settle(self) -> None:
+        """Without requests, totals and tables are the host's again, and nothing has begun."""
         if not self._running:
-            self._begun = None
-            self._offloaded.settle()  # without requests, totals and tables are the host's again
+            self.ahead.forget()
+            self._offloaded.settle()
 
     def step(self) -> list[tuple[int, StreamOutput]]:
         """Run the next pass or step.
@@ -259,29 +263,40 @@ class Engine:
 
     def _advance(self) -> int:
         self._offloaded.check_open()
-        begun, self._begun = self._begun, None
-        begun = None if begun is None else begun.of(self._running)
-        task = self._scheduler.next() if begun is None else Decode((begun.numbers,))
+        if (unsent := self.ahead.unsent) is not None:  # what was interrupted comes first
+            return self._stepped(partial(self._send_unsent, unsent))
+        begun, left = self.ahead.take(self._running)
+        task = Decode((left,)) if left else self._scheduler.next()
         if task is None:
             return 0
         began = time.perf_counter()
-        self._stepping = True
         try:
-            with memory_reported(), self._offloaded.meter.watch(), self.threads.step():
-                count = self._prefill(task) if isinstance(task, Prefill) else self._decode(task, begun)
+            if isinstance(task, Prefill):
+                count = self._stepped(partial(self._prefill, task))
+            else:
+                count = self._stepped(partial(self._decode, task, begun))
         except BaseException:
             if not self._executor.joins:  # a cohort's cache may contain half of the step
                 self._to_cancel += task.sequences
+                self._drop_cancelled()
             raise
-        finally:
-            self._stepping = False
-            self._drop_cancelled()
         lasted = time.perf_counter() - began
         if isinstance(task, Prefill):
             self._durations.add_pass(lasted)
         else:
             self._durations.add_step(len(task.sequences), lasted, steps_a_round=len(task.groups))
         return count
+
+    def _stepped(self, work: Callable[[], int]) -> int:
+        """Do the work of a pass or step; cancelled requests leave behind it."""
+        self._stepping = True
+        try:
+            with memory_reported(), self._offloaded.meter.watch(), self.threads.step():
+                return work()
+        finally:
+            self._stepping = False
+            self._drop_cancelled()
+            self._settle()
 
     def _prefill(self, task: Prefill) -> int:
         chunks = []
@@ -319,7 +334,7 @@ class Engine:
             inputs = zip(requests.items(), rows, strict=True)
             fed = [DecodeInput(number, one.token_ids[-1], row, one.fed) for (number, one), row in inputs]
             begun = self._begin_step(task, fed)
-        behind = None
+        begun, behind = begun.of(numbers), None
         if self._watcher is None and self.recorder is None and len(task.groups) == 1 and not self._to_cancel:
             behind = inputs_behind(numbers, requests, rows, self._playback, self._reread)
         if behind is None or not (self._executor.ready(behind) and self._scheduler.repeat(numbers)):
@@ -339,15 +354,27 @@ class Engine:
             begun.logits, [self._running[number].request.draw() for number in numbers], begun.best
         )
         assert unread is not None, "requests that go on need no host"
+        self.ahead.unsent = unsent = Unsent(numbers, [self._running[one].request.position for one in numbers], unread)
         try:
             if predictor is not None:
                 predictor.sampled(numbers, [max(one.token, 0) for one in behind])
-            tokens = unread.tokens if behind[0].token == UNKNOWN else None
-            self._begun = self._begin_step(task, behind, tokens)
+            self.ahead.begun = self._begin_step(task, behind, unread.tokens if behind[0].token == UNKNOWN else None)
         finally:
-            chosen = Chosen(unread.read(), logprobs=[None] * len(numbers))
-            taken = predictor is not None and predictor.took(numbers)
-            count = self._send(numbers, self._replayed(numbers, chosen), taken=taken)
+            count = self._send_unsent(unsent)
+        return count
+
+    def _send_unsent(self, unsent: Unsent) -> int:
+        """Send the tokens that a step has chosen on the device; again, those that nobody got before an interrupt."""
+        numbers, tokens = unsent.left({number: one.request.position for number, one in self._running.items()})
+        predictor = self._offloaded.live_predictor
+        taken = predictor is not None and predictor.took(numbers)
+        try:
+            chosen = self._replayed(numbers, Chosen(tokens, logprobs=[None] * len(tokens)))
+            count = self._send(numbers, chosen, taken=taken)
+        except Exception:
+            self.ahead.unsent = None  # each has its token
+            raise
+        self.ahead.unsent = None
         return count
 
     def _announce(self, batch: NextBatch) -> None:
@@ -421,23 +448,3 @@ class Engine:
         self._scheduler.reread(number, length)
         if self._offloaded.live_predictor is not None:
             self._offloaded.live_predictor.leave([number])
-
-    def _paths(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
-        """How likely the next token of live sequences uses each expert: float [sequences, layers, experts], or None."""
-        assert self._offloaded.live_predictor is not None
-        with self._offloaded.passes.lock:
-            self._offloaded.controller.end_step()  # the predictor is updated with the last host pass first
-        return self._offloaded.live_predictor.paths(numbers)
-
-    def _usual(self, numbers: Sequence[int]) -> npt.NDArray[np.floating] | None:
-        """What requests, live or waiting, are likely to use by their prompts: float [requests, layers, experts], or None."""
-        found = []
-        for number in numbers:
-            one = self._running[number]
-            if one.usual is None:
-                assert self._offloaded.live_predictor is not None
-                one.usual = self._offloaded.live_predictor.usual(one.request.prompt_token_ids[-PREVIEW:])
-            if one.usual is None:
-                return None
-            found.append(one.usual)
-        return np.stack(found)

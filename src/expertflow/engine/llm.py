@@ -20,8 +20,8 @@ from expertflow.engine.inputs import is_messages, split_prompts
 from expertflow.engine.plan import Plan
 from expertflow.engine.prepare import SHIPPED_MODEL, prepare
 from expertflow.engine.request import Request, RequestOutput, StreamOutput, Totals
+from expertflow.engine.stepping.threads import limit_threads
 from expertflow.engine.text import ModelText, RequestFactory, end_tokens
-from expertflow.engine.threads import limit_threads
 from expertflow.errors import CancelledError, ConfigError, PromptError, RequestError, UnsupportedModelError
 from expertflow.events import CacheCounters, EventStream
 from expertflow.execution.captured.view import CacheView, Coming
@@ -316,7 +316,7 @@ class LLM:
 
     @contextmanager
     def record(self, path: str | Path) -> Iterator[None]:
-        """Record the routing of everything generated in the block into a trace file."""
+        """Record the routing of everything generated in the block into a trace file, but for a step that began before it."""
         offloaded, shape = self._offloaded, self.plan.shape
         header = Header(
             layers=shape.layers, experts=shape.experts, top_k=offloaded.skeleton.top_k, model=self._name,
@@ -342,6 +342,7 @@ class LLM:
         """Free the memory, once the step that runs is over; other threads' requests end with `ClosedError`."""
         with self._engine.lock:
             self._offloaded.close()
+            self._engine.ahead.forget()
 
     def __enter__(self) -> Self:
         """Use as a context manager."""

@@ -149,7 +149,7 @@ class DeviceTables:
     def _count_loads(self) -> None:
         """Give the predictor the loads of the steps that are over, and how many loads ahead were needed.
 
-        The last step is over if its tokens were waited for.
+        The last step is over if its tokens were waited for; what one that still runs has not counted yet comes with the next.
         """
         counted, before = tuple(self._experts.state.made.tolist()), self._counted
         if counted[1] > before[1] and self._shared.live_predictor is not None:

@@ -277,6 +277,8 @@ class Scheduler:
         if (self._waiting and self._free) or not all(self._decodes(sequence) for sequence in self._live):
             return False
         self._read_before_round = False
+        if not self._waiting:
+            self.admission.admits(self._moment())  # it counts rounds, and forgets what earlier requests waited
         return True
 
     def _step_of(self, place: int) -> Decode:

@@ -6,6 +6,7 @@ a text that ends by itself is not foreseen: its sequence takes part in one more 
 """
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from expertflow.engine.request import Request
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.replay import Playback
+from expertflow.execution.sampler import Unread
 
 UNKNOWN = -1
 """In place of a token that is on the device."""
@@ -31,13 +33,55 @@ class Begun(NamedTuple):
     logits: Tensor
     best: Tensor | None
 
-    def of(self, running: Container[int]) -> "Begun | None":
-        """What of it belongs to requests that still run; None if none does."""
-        places = [place for place, number in enumerate(self.numbers) if number in running]
-        if len(places) in {0, len(self.numbers)}:
-            return self if places else None
-        best = None if self.best is None else self.best[places]
-        return Begun(tuple(self.numbers[place] for place in places), self.logits[places], best)
+    def of(self, numbers: Sequence[int]) -> "Begun":
+        """What of it belongs to some of its requests, in its order."""
+        if len(numbers) == len(self.numbers):
+            return self
+        places = [self.numbers.index(number) for number in numbers]
+        return Begun(tuple(numbers), self.logits[places], None if self.best is None else self.best[places])
+
+
+class Unsent(NamedTuple):
+    """Tokens that are chosen, and known to nobody yet.
+
+    Attributes:
+        numbers: of the requests that they belong to.
+        positions: of these tokens in their sequences.
+        unread: the tokens.
+    """
+
+    numbers: Sequence[int]
+    positions: Sequence[int]
+    unread: Unread
+
+    def left(self, positions: Mapping[int, int]) -> tuple[list[int], list[int]]:
+        """Requests that still want theirs, and these tokens, waiting for them; `positions` are those of next tokens by request."""
+        each = zip(self.numbers, self.positions, self.unread.read(), strict=True)
+        found = [(number, token) for number, position, token in each if positions.get(number) == position]
+        return [number for number, _ in found], [token for _, token in found]
+
+
+@dataclass
+class Ahead:
+    """What an engine has begun ahead.
+
+    Attributes:
+        begun: the step that is queued, if one is.
+        unsent: tokens of the step before it, until each request has its own.
+    """
+
+    begun: Begun | None = None
+    unsent: Unsent | None = None
+
+    def take(self, running: Container[int]) -> tuple[Begun | None, tuple[int, ...]]:
+        """The step that has begun, which is nobody's then, and those of its requests that still run; None where none does."""
+        begun, self.begun = self.begun, None
+        left = () if begun is None else tuple(number for number in begun.numbers if number in running)
+        return (begun if left else None), left
+
+    def forget(self) -> None:
+        """Let go of both."""
+        self.begun = self.unsent = None
 
 
 def inputs_behind(
