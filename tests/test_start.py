@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from expertflow import __version__, limits
-from expertflow.engine import threads
 from expertflow.engine.prepare import SHIPPED_PREDICTOR
+from expertflow.engine.stepping import threads
 from expertflow.limits import usable_cpus
 
 FOLDER = Path(__file__).parent / "data"

@@ -73,7 +73,7 @@ class LLM:
     The reference of its output is stock transformers with `experts_implementation="eager"`, which is not its default.
 
     Torch computes with no more threads than the process has processors (affinity and control groups), and with one where
-    experts are small. `OMP_NUM_THREADS` or an earlier `torch.set_num_threads` is kept, see `engine.threads`.
+    experts are small. `OMP_NUM_THREADS` or an earlier `torch.set_num_threads` is kept, see `engine.stepping.threads`.
 
     Args:
         model: checkpoint folder, GGUF file, or Hugging Face id; None: the shipped model.
