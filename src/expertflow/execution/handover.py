@@ -1,4 +1,4 @@
-"""Which side decides the next pass, host or GPU, and how the cache's tables change sides.
+"""Which side decides the next pass, host or GPU; `execution.tables` has how the cache's tables change sides.
 
 Passes over prompts are always decided by the host: `CacheController` decides layer by layer. Decode steps are decided by the
 GPU if the plan is `graph` and no observer needs the routing. If the plan is `graph`, kernels compute the experts of what the

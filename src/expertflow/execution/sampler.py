@@ -25,6 +25,7 @@ from expertflow.execution.sampling.upload import upload
 from expertflow.kernels.backend import backend
 from expertflow.kernels.sampling.reference import NO_TOKEN as NO_TOKEN  # noqa: PLC0414 - its name for the engine
 from expertflow.kernels.sampling.reference import RULES
+from expertflow.memory.devices import fetched
 
 NO_CHOICE = -2
 """In place of a token where a mask leaves no choice."""
@@ -119,15 +120,11 @@ class Unread:
 
     def __init__(self, tokens: Int[Tensor, " B"]) -> None:
         """Queue their copy."""
-        self.tokens = tokens
+        self.tokens, self._here = tokens, fetched(tokens)
         self._event: torch.cuda.Event | None = None
-        if not tokens.is_cuda:
-            self._here = tokens.clone()
-            return
-        self._here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        self._here.copy_(tokens, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(tokens.device))
+        if tokens.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tokens.device))
 
     def read(self) -> list[int]:
         """The tokens; waits until they were chosen, and for nothing behind that."""
@@ -158,9 +155,13 @@ class Sampler:
             return Unread(most_probable(logits) if best is None else best)
         if any(one.mask is not None or one.edits is not None for one in draws):
             return None
+        return Unread(self._drawn(logits, draws, None))
+
+    def _drawn(self, logits: Tensor, draws: Sequence[Draw], mask: Tensor | None) -> Tensor:
+        """Tokens `[B]` by the draws' rules, on the device."""
         rules = self._rules(draws, logits.shape[1])
         counted, shared = bool(rules[:, 1].any()), bool((rules[:, 2] < 1).any())
-        return Unread(self._choose(logits, upload(rules, self._device), None, counted=counted, shared=shared))
+        return self._choose(logits, upload(rules, self._device), mask, counted=counted, shared=shared)
 
     @torch.inference_mode()
     def choose(
@@ -179,13 +180,10 @@ class Sampler:
         if any(one.mask is not None for one in draws):
             words, faults = fill_all([one.mask for one in draws], vocabulary)
             mask = upload(words, self._device)
-        rules = self._rules(draws, vocabulary)
         changed = logits
         if any(one.edits is not None for one in draws):
             changed = edit(logits, [one.edits for one in draws], [one.generated for one in draws])
-        counted, shared = bool(rules[:, 1].any()), bool((rules[:, 2] < 1).any())
-        there = upload(rules, self._device)
-        tokens = self._choose(changed, there, mask, counted=counted, shared=shared).tolist()
+        tokens = self._drawn(changed, draws, mask).tolist()
         for place, (one, token) in enumerate(zip(draws, tokens, strict=True)):
             if token == NO_TOKEN and one.mask is not None and int(most_probable(logits[place, None])[0]) != NO_TOKEN:
                 faults[place] = "its mask allows only tokens that are forbidden"

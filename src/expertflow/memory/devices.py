@@ -50,11 +50,24 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", number)
 
 
+def locked(here: Tensor) -> Tensor:
+    """A page-locked copy of a small tensor; torch keeps it until copies from it are over."""
+    found = torch.empty(here.shape, dtype=here.dtype, pin_memory=True)
+    found.numpy()[...] = here.numpy()  # `pin_memory` wakes a pool of threads for some ten thousand numbers
+    return found
+
+
 def send(here: Tensor, there: Tensor) -> None:
     """Copy a small tensor of ordinary host memory behind what is queued on the device. It may be changed at once; nobody waits."""
     if there.is_cuda:
-        locked = torch.empty(here.shape, dtype=here.dtype, pin_memory=True)  # torch keeps it until the copy is over
-        locked.numpy()[...] = here.numpy()
-        there.copy_(locked, non_blocking=True)
+        there.copy_(locked(here), non_blocking=True)
     else:
         there.copy_(here)
+
+
+def fetched(there: Tensor) -> Tensor:
+    """Host memory that a copy of a tensor comes into, behind what is queued on its device."""
+    if not there.is_cuda:
+        return there.clone()
+    host = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+    return host.copy_(there, non_blocking=True)

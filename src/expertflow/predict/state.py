@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from expertflow.memory.devices import locked
+
 
 class StateSizes(Protocol):
     """The sizes of a state; fields as in `network.PredictorConfig`."""
@@ -75,9 +77,7 @@ def to_device(values: npt.NDArray[np.integer], device: torch.device, dtype: type
     given = torch.from_numpy(values.astype(dtype))
     if device.type != "cuda":
         return given.to(device)
-    locked = torch.empty(given.shape, dtype=given.dtype, pin_memory=True)
-    locked.numpy()[...] = given.numpy()  # `pin_memory` wakes a pool of threads for some ten thousand numbers
-    return locked.to(device, non_blocking=True)
+    return locked(given).to(device, non_blocking=True)
 
 
 class Pieces(NamedTuple):

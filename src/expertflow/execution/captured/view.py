@@ -11,11 +11,11 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from expertflow.events import CacheCounters
 from expertflow.kernels.ledger import DONE, SRC
 from expertflow.kernels.residency.state import BLOCKS, CacheState
+from expertflow.memory.devices import fetched
 
 
 class CacheView(NamedTuple):
@@ -69,7 +69,7 @@ class StateCopy:
         wanted = {"slot_of": state.slot_of, "uses": state.count, "tally": state.tally, "done": table[DONE]}
         if self._lines is not None:
             wanted |= {"src": table[SRC], "lines": self._lines}
-        self._host = {name: _queued(tensor) for name, tensor in wanted.items()}
+        self._host = {name: fetched(tensor) for name, tensor in wanted.items()}
         self._event: torch.cuda.Event | None = None
         if state.slot_of.is_cuda:
             self._event = torch.cuda.Event()
@@ -104,11 +104,3 @@ class StateCopy:
             done = done * self._read("lines")[self._read("src")].astype(np.int64)
         totals[BLOCKS] += int(done.sum())
         return totals
-
-
-def _queued(tensor: Tensor) -> Tensor:
-    """Host memory that a copy of the tensor comes into."""
-    if not tensor.is_cuda:
-        return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
