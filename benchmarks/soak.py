@@ -30,6 +30,7 @@ from expertflow.bench.about import about
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.config import EngineConfig
 from expertflow.engine.prepare import prepare
+from expertflow.execution.kv.layout import PAGE, pages_of
 from expertflow.execution.replay import Replay
 from expertflow.kernels.residency.state import refusal
 from expertflow.predict.artifact import Artifact, save_artifact
@@ -42,7 +43,7 @@ SEED, PROMPT, TOKENS, FEWER_TOKENS, LONGEST, BATCHES = 5, 12, 250, 50, 512, (1, 
 NAMES = [name for name, row in STRATEGIES.items() if not row.needs_future and not refusal(row, given=row.predicted)]
 LAYERS, EXPERTS, VOCABULARY = 6, 16, 512
 TOGETHER = {"admission": "at once"}
-"""All prompts are read in one pass: when a sequence is let in must not depend on the clock, because products round by their rows."""
+"""With this, and with keys and values for all, every prompt is read in one pass: in stock code products round by their rows."""
 
 
 def make_model(folder: Path) -> None:
@@ -146,12 +147,20 @@ class Soak:
         self.drawn: dict[str, Counter[str]] = {"strategy": Counter(), "model": Counter(), "execution": Counter()}
         self._truths: dict[tuple[str, str, int], Truth] = {}
 
+    def lengths(self, case: Case) -> dict[str, int]:
+        """Tokens that a sequence has room for, and all of them together, whatever the budget is."""
+        longest = length(case)
+        return {
+            "max_length": longest,
+            "kv_tokens": max(longest, max(BATCHES) * pages_of(PROMPT + self.tokens + 1, PAGE) * PAGE),
+        }
+
     def truth(self, case: Case, execution: str, count: int) -> Truth:
         """Of `count` sequences; computed once."""
         key = (case.name, execution, count)
         if key not in self._truths:
             with LLM(
-                case.twin, predictor="none", execution=execution, **TOGETHER, **self.settings, max_length=length(case)
+                case.twin, predictor="none", execution=execution, **TOGETHER, **self.settings, **self.lengths(case)
             ) as llm:
                 prompts = self.random.integers(3, llm.plan.shape.vocabulary, (count, PROMPT)).tolist()
                 self._truths[key] = Truth(prompts, *run(llm, prompts, self.tokens, 0))
@@ -162,7 +171,7 @@ class Soak:
         random, name, count = self.random, str(self.random.choice(NAMES)), int(self.random.choice(BATCHES))
         truth = self.truth(case, execution, count)
         chosen = {
-            **self.settings, "execution": execution, "max_length": length(case), "strategy": name,
+            **self.settings, **self.lengths(case), "execution": execution, "strategy": name,
             "predictor": str(case.predictor) if name == "plec" else "none",
         }  # fmt: skip
         least = prepare(case.folder, EngineConfig(**chosen, slots=1)).plan

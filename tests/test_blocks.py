@@ -12,7 +12,7 @@ from helpers import DEVICE
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts
-from expertflow.kernels.blocks import attend, gated, product, route, slots
+from expertflow.kernels.blocks import attend, gated, product, route, slots, turn
 from expertflow.kernels.blocks import latents as latents_kernel
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -146,6 +146,31 @@ def test_attention_is_the_references(
         torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
     values = states.view(3, heads.all, 16)[0, 8:]
     assert torch.equal(found[0][1][1, 1, pages[0], :, 300 % 64], values)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("kind", ["heads", "none", "all", "woven"])
+def test_prompts_are_turned_as_the_reference_turns_them(kind: str, dtype: torch.dtype) -> None:
+    """Tokens of more than one program; keys and values arrive in their cells, and nowhere else. Three query heads are no power of two."""
+    tokens, heads, half = 70, Heads(6, 2, 16), 4 if kind == "none" else 8
+    angles = draw(tokens, half, seed=4).repeat(1, 1 if kind == "woven" else 2)
+    tables = [
+        table.to(dtype).T.contiguous().T if kind == "none" else table.to(dtype)
+        for table in (angles.cos(), angles.sin())
+    ]
+    rotary = Rotary(*tables, kind != "woven", kind == "woven")  # some models make them transposed
+    widths, norms = {"heads": (16, 16), "all": (96, 32), "woven": (16, 16)}.get(kind), None
+    if widths:
+        query, key = (norm_of(width, dtype) for width in widths)
+        norms = query, key._replace(weight=draw(widths[1], dtype=dtype, seed=6))
+    states, found = draw(tokens, heads.all * 16, dtype=dtype), []
+    place = torch.randperm(3 * 64, generator=torch.Generator().manual_seed(1))[:tokens].to(DEVICE)
+    for module in (turn.turn, reference.rotate):
+        kept = draw(2, 4, 2, 64, 16, dtype=dtype, seed=7)
+        found.append((module(states, heads, rotary, norms, Cells(*kept, place // 64, place % 64)), kept))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=CLOSE[dtype], rtol=CLOSE[dtype])
+    assert torch.equal(found[0][1][1], found[1][1][1])
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,21 @@ def test_attention_bits_depend_on_the_sequence_alone() -> None:
     assert torch.equal(whole[2:], alone)
 
 
+def test_more_spans_than_are_joined_at_once() -> None:
+    """A long sequence beside a short one, which has the bits that it has alone; nothing behind either is read."""
+    random, length = torch.Generator().manual_seed(8), dense.AHEAD.value * dense_reference.SPAN + 300
+    query = torch.randn(2, 2, 16, generator=random).to(DEVICE)
+    keys, values = torch.randn(2, 2, 1, length, 16, generator=random).to(DEVICE)
+    where = torch.tensor([1, 0], device=DEVICE), torch.tensor([length - 7, 300], device=DEVICE)
+    expected = dense_reference.decode_attention(query, keys, values, where, 0.3)
+    for kept in (keys, values):
+        kept[1, :, length - 6 :] = kept[0, :, 301:] = torch.nan
+    found = dense.decode_attention(query, keys, values, where, 0.3)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    alone = dense.decode_attention(query[1:], keys[:, :, :512], values[:, :, :512], (where[0][1:], where[1][1:]), 0.3)
+    assert torch.equal(found[1:], alone)
+
+
 @pytest.mark.parametrize("window", [1, 2, 257, 600])
 def test_a_window_far_from_the_beginning_is_all_that_is_read(window: int) -> None:
     """Spans are counted from the window's first column; what lies before it is no number. Sinks count once."""

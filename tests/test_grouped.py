@@ -224,19 +224,20 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
 def test_a_kernel_too_large_for_the_device_gets_fewer_stages() -> None:
     """Once; and if one stage is too large as well, it is an error."""
     grouped = pytest.importorskip("expertflow.kernels.prompts.grouped", reason="kernels need triton")
+    launching = pytest.importorskip("expertflow.kernels.launching")
     launch, tried = grouped.Launch(3, {"num_stages": 4}), []
 
-    def kernel(number: int, *, num_stages: int, most: int) -> None:
-        tried.append((number, num_stages))
+    def kernel(number: torch.Tensor, *, num_stages: int, most: int) -> None:
+        tried.append((int(number), num_stages))
         if num_stages > most:
-            raise grouped.OutOfResources(num_stages, most, "shared memory")
+            raise launching.OutOfResources(num_stages, most, "shared memory")
 
     grid = {(3, 5): kernel}
     for number in range(2):
-        launch.run(grid, 5, (number,), most=2)
+        launch.run(grid, 5, (torch.tensor(number),), most=2)
     assert tried == [(0, 4), (0, 3), (0, 2), (1, 2)]
-    with pytest.raises(grouped.OutOfResources):
-        launch.run(grid, 5, (2,), most=0)
+    with pytest.raises(launching.OutOfResources):
+        launch.run(grid, 5, (torch.tensor(2),), most=0)
 
 
 class Link:
@@ -248,22 +249,22 @@ class Link:
         self.under_way: list[int] = []
         self.log: list[str] = []
 
-    def start(self, record: int, slot: int) -> None:
-        assert slot not in self.lent
-        self.inside[slot] = record
-        self.under_way.append(slot)
-        self.log.append(f"start {record}")
+    def start(self, loads: Sequence[tuple[int, int]]) -> None:
+        for record, slot in loads:
+            assert slot not in self.lent
+            self.inside[slot] = record
+            self.under_way.append(slot)
+            self.log.append(f"start {record}")
 
-    def wait(self, slot: int) -> None:
-        if slot in self.under_way:  # copies arrive in order
-            last = max(place for place, one in enumerate(self.under_way) if one == slot)
-            del self.under_way[: last + 1]
+    def wait(self, slots: Sequence[int]) -> None:
+        last = max((place for place, one in enumerate(self.under_way) if one in slots), default=-1)
+        del self.under_way[: last + 1]  # copies arrive in order
 
     def arrived(self, slot: int) -> bool:
         return slot not in self.under_way
 
-    def release(self, slot: int) -> None:
-        self.lent.discard(slot)
+    def release(self, slots: Sequence[int]) -> None:
+        self.lent.difference_update(slots)
 
     def settle(self) -> None:
         self.under_way.clear()

@@ -74,17 +74,19 @@ class RecordingTransfer:
         self.log: list[tuple[str, int]] = []
         self.users: defaultdict[int, list[int]] = defaultdict(list)
 
-    def start(self, record: int, slot: int) -> None:
-        assert self.users[slot][:1] in ([], [record]), f"record {record} into slot {slot} of {self.users[slot]}"
-        self.log.append(("start", record))
+    def start(self, loads: Sequence[tuple[int, int]]) -> None:
+        for record, slot in loads:
+            assert self.users[slot][:1] in ([], [record]), f"record {record} into slot {slot} of {self.users[slot]}"
+            self.log.append(("start", record))
 
-    def wait(self, slot: int) -> None:
-        self.log.append(("wait", slot))
+    def wait(self, slots: Sequence[int]) -> None:
+        self.log += [("wait", slot) for slot in slots]
 
-    def release(self, slot: int) -> None:
-        if self.users[slot]:
-            del self.users[slot][0]
-        self.log.append(("release", slot))
+    def release(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            if self.users[slot]:
+                del self.users[slot][0]
+            self.log.append(("release", slot))
 
     def close(self) -> None:
         pass
@@ -133,10 +135,10 @@ def test_a_layer_given_up_is_forgotten_once() -> None:
     provider = _provider(4, transfer, SlotPool(LAYOUT, 4, torch.device("cpu")))
     start, kept = transfer.start, []
 
-    def fail(record: int, slot: int) -> None:
-        if record == 3:
+    def fail(loads: Sequence[tuple[int, int]]) -> None:
+        if any(record == 3 for record, _ in loads):
             raise RuntimeError("the link is gone")
-        start(record, slot)
+        start(loads)
 
     transfer.start = fail
     list(provider.stream(0, [0, 1]))
@@ -161,8 +163,8 @@ def test_an_expert_whose_copy_cannot_be_waited_for_is_not_kept(
 
     waits = []
 
-    def interrupted(slot: int) -> None:
-        waits.append(slot)
+    def interrupted(slots: Sequence[int]) -> None:
+        waits.extend(slots)
         if len(waits) == len(needed):
             raise KeyboardInterrupt
 

@@ -626,7 +626,8 @@ def test_takers_and_choices_that_fail_harm_no_other_request(
         def refuse(_: object) -> None:
             raise ValueError("no room")
 
-        monkeypatch.setattr(engine._sampler, "choose", failing_now_and_then(engine._sampler.choose, 3))
+        for way in ("choose", "begin"):  # where steps are begun ahead, tokens are chosen by the second
+            monkeypatch.setattr(engine._sampler, way, failing_now_and_then(getattr(engine._sampler, way), 3))
         takers = [None, None, refuse]
         numbers = [engine.add(llm.request(*one), take) for *one, take in zip(PROMPTS[:3], params, takers, strict=True)]
         raised = []

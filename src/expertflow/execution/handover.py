@@ -22,6 +22,7 @@ from torch import Tensor
 from expertflow.errors import ClosedError, ConfigError
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.execution.blocks.forms import LayerForm
+from expertflow.execution.blocks.layer import LayerBlocks, of_prompts
 from expertflow.execution.captured.capturable import expert_mlps
 from expertflow.execution.captured.dense import PromptParts
 from expertflow.execution.captured.experts import DeviceExperts, SharedParts
@@ -33,7 +34,7 @@ from expertflow.execution.kv_rows import DecodeInput, RowModel
 from expertflow.execution.observe import StepObserver, observe_all, prompt_tokens, step_tokens
 from expertflow.execution.provider import CachedExperts
 from expertflow.execution.tables import DeviceTables
-from expertflow.models.context import DenseKernels, ForwardContext, LayerExperts, Observer
+from expertflow.models.context import DenseKernels, ForwardContext, LayerExperts, LayerKernels, Observer
 
 WATCHED = "the routing is observed, which only the host execution shows"
 """Why the host decides although the plan is `graph`."""
@@ -84,6 +85,7 @@ class Handover:
         self._tables: DeviceTables | None = None
         self._prompts: PromptExperts | None = None
         self._prompt_dense: PromptParts | None = None
+        self._prompt_blocks: LayerBlocks | None = None
         self._emitted = ""
         self._lock = RLock()
         """Taken while captured steps are queued and while the tables change sides, so that a reader sees whole steps."""
@@ -176,6 +178,16 @@ class Handover:
             rows = self.rows
             self._prompt_dense = PromptParts(rows.model, rows.skeleton, rows.windows, self._context)
         return self._prompt_dense
+
+    def prompt_blocks(self) -> LayerKernels | None:
+        """What computes decoder layers of a pass over prompts without padding; None: the model's own modules do."""
+        if not self._captured or not self._forms or not isinstance(self.rows, RowModel):
+            return None
+        if self._prompt_blocks is None:
+            self._prompt_blocks = LayerBlocks(
+                self.rows.model, of_prompts(self._forms), self._context, 0, lambda _: None
+            )
+        return self._prompt_blocks
 
     def next_decoder(self) -> GraphDecoder | None:
         """What runs the next decode step if the GPU decides it; else None, and one event with the reason."""
@@ -297,7 +309,6 @@ class Handover:
             self._shared.transfer.settle()
             if (device := self._shared.pool.buffer.device).type == "cuda":
                 torch.cuda.synchronize(device)
-            self._shared = self.provider = self.decoder = self._tables = self._prompts = self._prompt_dense = (
-                self.rows
-            ) = None
+            self._shared = self.provider = self.decoder = self._tables = self.rows = None
+            self._prompts = self._prompt_dense = self._prompt_blocks = None
             return True

@@ -57,37 +57,39 @@ class CachedExperts:
         assert not self.controller.table.resident, "the slots are in use"
         self._transfer.settle()
         began = time.perf_counter()
-        for place, record in enumerate(records):
-            self._transfer.start(record, place % self.controller.table.slots)
+        self._transfer.start([(record, place % self.controller.table.slots) for place, record in enumerate(records)])
         self._transfer.settle()
         return time.perf_counter() - began
 
     def _carry_out(self, layer: int, experts: list[int], *, together: bool) -> Generator[list[Access], None, None]:
         """Start copies as early as their slots allow, and yield accesses; `together`: as `groups`, else one by one in their order.
 
-        A decision is taken from the controller once its copy can start, so that it decides beside running copies.
+        A decision is taken from the controller once its copy can start, so that it decides beside running copies; and behind the last
+        one the plan for other layers, when all is under way.
         """
         transfer, first = self._transfer, layer * self.controller.table.experts
         decisions, over, decided = self._decisions(layer, experts), {_NOTHING}, 0
         resident, brought = dict[int, Access](), dict[int, Access]()  # by position in the schedule
         coming: Access | None = None
         try:
-            coming = next(decisions, None)
+            coming = next(decisions) if experts else None
             while resident or brought or coming is not None:
                 while coming is not None and coming.after in over:
                     if coming.load:
                         if resident and _loading(brought) >= _BUSY:
                             break
-                        transfer.start(first + coming.expert, coming.slot)
+                        transfer.start([(first + coming.expert, coming.slot)])
                     there = together and not (coming.load or coming.fresh)
                     (resident if there else brought)[decided] = coming
                     decided += 1
-                    coming = next(decisions, None)
+                    coming = next(decisions) if decided < len(experts) else None
                 if coming is not None and coming.after in resident and _loading(brought) < _BUSY:
                     chosen = [coming.after]
                 else:
                     chosen = list(resident) or self._arrivals(brought, together=together)
-                lent = [resident[place] if place in resident else self._wait(brought[place]) for place in chosen]
+                lent = [resident[place] if place in resident else brought[place] for place in chosen]
+                if copied := [access.slot for access in lent if access.load or access.fresh]:
+                    transfer.wait(copied)
                 for place in chosen:  # from here on they count as lent
                     resident.pop(place, None)
                     brought.pop(place, None)
@@ -95,15 +97,14 @@ class CachedExperts:
                 try:
                     yield lent
                 finally:
-                    for access in lent:
-                        transfer.release(access.slot)
+                    transfer.release([access.slot for access in lent])
         finally:
-            decisions.close()  # now, not when a traceback releases it: it forgets what was decided and not carried out
             # a consumer may close the stream at its last expert; before that, the layer was given up half-way
-            with self._or_forget():
-                if resident or brought or coming is not None:
+            with closing(decisions), self._or_forget():
+                if resident or brought or coming is not None or decided < len(experts):
                     self.controller.forget()
                 else:
+                    next(decisions, None)  # what is loaded ahead is planned while the layer computes
                     self._prefetch(self.controller.take_loads())
 
     def _arrivals(self, brought: Mapping[int, Access], *, together: bool) -> list[int]:
@@ -111,12 +112,6 @@ class CachedExperts:
         first, *others = brought
         arrived = takewhile(lambda place: together and self._transfer.arrived(brought[place].slot), others)
         return [first, *arrived]
-
-    def _wait(self, access: Access) -> Access:
-        """Order computation after the access's copy, if there is one."""
-        if access.load or access.fresh:
-            self._transfer.wait(access.slot)
-        return access
 
     def _decisions(self, layer: int, experts: list[int]) -> Generator[Access, None, None]:
         """Yield the controller's accesses; if it fails half-way, its tables are not valid."""
@@ -133,8 +128,8 @@ class CachedExperts:
             raise
 
     def _prefetch(self, loads: list[Load]) -> None:
-        for load in loads:
-            self._transfer.start(load.layer * self.controller.table.experts + load.expert, load.slot)
+        experts = self.controller.table.experts
+        self._transfer.start([(load.layer * experts + load.expert, load.slot) for load in loads])
 
 
 def _loading(brought: dict[int, Access]) -> int:

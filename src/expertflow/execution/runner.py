@@ -118,9 +118,10 @@ class RowExecutor:
         self._best = None
         lengths, handover = None if joined else [piece.length for piece in pieces], self._handover
         experts, dense = handover.prompt_experts(), handover.prompt_dense()
+        blocks, padding = handover.prompt_blocks() if joined else None, self._padding(mask == 0)
         with (
             self._given(ids, spans, columns, joined=joined) as given,
-            self._context.carry(padding=self._padding(mask == 0), lengths=lengths, experts=experts, dense=dense),
+            self._context.carry(padding=padding, lengths=lengths, experts=experts, dense=dense, blocks=blocks),
             states_kept(self._rows.model, wanted=any(piece.scored for piece in pieces)) as states,
         ):
             logits = self._rows.forward(self._rows.model, given)

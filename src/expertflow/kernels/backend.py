@@ -20,7 +20,7 @@ from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
     from expertflow.kernels import dense, experts, fetch
-    from expertflow.kernels.blocks import attend, gated, latents, product, route, slots
+    from expertflow.kernels.blocks import attend, gated, latents, product, route, slots, turn
     from expertflow.kernels.latent import decode, prompts
     from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
@@ -50,6 +50,7 @@ class Backend:
     product: Callable[..., Tensor]
     gated: Callable[..., Tensor]
     attend: Callable[..., Tensor]
+    rotate: Callable[..., Tensor]
     attend_latents: Callable[..., Tensor]
     route: Callable[..., Routed]
     reads: Callable[[Format], bool]
@@ -76,6 +77,7 @@ def backend(device: torch.device) -> Backend:
             product.product,
             gated.gated,
             attend.attend,
+            turn.turn,
             latents.attend_latents,
             route.route,
             readers.reads,
@@ -97,6 +99,7 @@ def backend(device: torch.device) -> Backend:
         blocks_reference.product,
         blocks_reference.gated,
         blocks_reference.attend,
+        blocks_reference.rotate,
         blocks_reference.attend_latents,
         blocks_reference.route,
         reference.reads,

@@ -13,9 +13,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.kernels.dense_reference import LEAST_HEADS, SPAN
 from expertflow.kernels.device import starts_early
+from expertflow.kernels.launching import launch
 
 BLOCK = tl.constexpr(64)
-AHEAD = tl.constexpr(8)
+AHEAD = tl.constexpr(64)
+"""Spans that are read at once when they are joined."""
 PIECE = 32
 """Elements of a head that a program joins."""
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -156,45 +158,43 @@ def _attend(
         keep(place, cell, most, total, acc, (lane < groups) & (behind <= position))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["positions"])
 def join_spans(
     part, positions, out, splits, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, piece: tl.constexpr,
     padded: tl.constexpr, span: tl.constexpr, window: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
-    """Add the spans of one sequence and key head, in their order; a piece of the width."""
+    """Add the spans of one query head of a sequence; a piece of the width. Every `AHEAD`-th span is summed first, then these sums.
+
+    `splits` must not choose how a sum is shared among threads, because it goes by the columns that a step is captured for.
+    """
     if early:
         gdc_launch_dependents()
         gdc_wait()
-    program = tl.program_id(0)
-    lane, cell, some = tl.arange(0, padded), tl.program_id(1) * piece + tl.arange(0, piece), tl.arange(0, AHEAD)
-    position = tl.load(positions + program // kv_heads).to(tl.int32)
+    pair, lane = tl.program_id(0) // groups, tl.program_id(0) % groups
+    some, cell = tl.arange(0, AHEAD), tl.program_id(1) * piece + tl.arange(0, piece)
+    position = tl.load(positions + pair // kv_heads).to(tl.int32)
     first = tl.maximum(position - window + 1, 0) if window > 0 else position * 0
     count = position // span - first // span + 1
-    begin = part + (program.to(tl.int64) * splits * padded + lane) * (width + 2)
-    step = padded * (width + 2)
-    most = tl.where(lane < groups, float("-inf"), 0.0)
+    begin = part + (pair.to(tl.int64) * splits * padded + lane) * (width + 2)
+    step: tl.constexpr = padded * (width + 2)
+    highest = tl.full([AHEAD], float("-inf"), tl.float32)
     split = 0
     while split < count:
         here = split + some
-        seen = (here[:, None] < count) & (lane[None, :] < groups)
-        most = tl.maximum(
-            most, tl.max(tl.load(begin[None, :] + here[:, None] * step, mask=seen, other=float("-inf")), 0)
-        )
+        highest = tl.maximum(highest, tl.load(begin + here * step, mask=here < count, other=float("-inf")))
         split += AHEAD
-    total = tl.where(lane < groups, 0.0, 1.0)
-    acc = tl.zeros([padded, piece], tl.float32)
+    most = tl.max(highest, 0)
+    total, acc = tl.zeros([AHEAD], tl.float32), tl.zeros([AHEAD, piece], tl.float32)
     split = 0
     while split < count:
-        for ahead in tl.static_range(AHEAD):  # so many loads are under way
-            seen = (lane < groups) & (split + ahead < count)
-            place = begin + (split + ahead) * step
-            fade = tl.exp(tl.load(place, mask=seen, other=float("-inf")) - most)
-            total += tl.load(place + 1, mask=seen, other=0.0) * fade
-            acc += tl.load(place[:, None] + 2 + cell[None, :], mask=seen[:, None], other=0.0) * fade[:, None]
+        seen = split + some < count
+        place = begin + (split + some) * step
+        fade = tl.exp(tl.load(place, mask=seen, other=float("-inf")) - most)
+        total += tl.load(place + 1, mask=seen, other=0.0) * fade
+        acc += tl.load(place[:, None] + 2 + cell[None, :], mask=seen[:, None], other=0.0) * fade[:, None]
         split += AHEAD
-    done = (acc / total[:, None]).to(out.dtype.element_ty)
-    mine = program * groups + lane
-    tl.store(out + mine[:, None] * width + cell[None, :], done, mask=lane[:, None] < groups)
+    done = (tl.sum(acc, 0) / tl.sum(total, 0)).to(out.dtype.element_ty)
+    tl.store(out + tl.program_id(0) * width + cell, done)
 
 
 def warps_of(width: int) -> int:
@@ -255,7 +255,7 @@ def decode_attention(
     )  # fmt: skip
     if splits > 1:
         piece = min(width, PIECE)
-        join_spans[(rows * kv_heads, width // piece)](
+        join_spans[(rows * heads, width // piece)](
             part, position, out, splits, groups=groups, kv_heads=kv_heads, width=width, piece=piece, padded=padded, span=SPAN,
             window=window or 0, early=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip
@@ -293,8 +293,8 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float, *, wide: bool) -> Tenso
         states = states.contiguous()
     stride, out = width if states.ndim != 2 else states.stride(0), states.new_empty(states.shape)
     padded, early = int(triton.next_power_of_2(width)), starts_early(states)
-    _rms_norm[(states.numel() // width,)](
-        states, weight, out, width, stride, eps=eps, padded=padded, wide=wide, early=early, num_warps=max(1, min(8, padded // 256)),
+    launch(
+        _rms_norm, (states.numel() // width,), (states, weight, out, width, stride), eps=eps, padded=padded, wide=wide, early=early, num_warps=max(1, min(8, padded // 256)),
         launch_pdl=early,
     )  # fmt: skip
     return out

@@ -23,8 +23,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow.kernels.device import room, starts_early
+from expertflow.kernels.launching import launch
 from expertflow.kernels.mlp import MAX_PAIRS, SHARED_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.reading.readers import reader
+from expertflow.kernels.reading.tiles import touched
 from expertflow.kernels.tiling import TILE, Tiling, tilings
 
 _TILE = tl.constexpr(TILE)
@@ -112,8 +114,8 @@ def up_outputs(begin, block_n: tl.constexpr, i: tl.constexpr, gated: tl.constexp
 @triton.jit
 def add_bias(out, record, bias: tl.constexpr, outs, n: tl.constexpr):
     """`out` `[R, TOK]` plus the bias of its outputs `[R]`, if there is one."""
-    if bias >= 0:
-        out += tl.load(record + bias + outs, mask=outs < n, other=0.0).to(tl.float32)[:, None]
+    if bias >= 0:  # a product of one step would begin with the bias, and have other bits than one of touched sums
+        out = touched(out) + tl.load(record + bias + outs, mask=outs < n, other=0.0).to(tl.float32)[:, None]
     return out
 
 
@@ -318,7 +320,8 @@ def combine(
     hidden, early = out.shape[1], starts_early(out)
     assert all(one.is_contiguous() for one in added)
     shared, residual = (added[0] if added else out), (added[-1] if added else out)
-    _combine_kernel[(tokens, triton.cdiv(hidden, COMBINE_BLOCK))](
-        parts, index.contiguous(), weights.contiguous(), shared, residual, out, experts, h=hidden, top_k=top_k,
+    launch(
+        _combine_kernel, (tokens, triton.cdiv(hidden, COMBINE_BLOCK)),
+        (parts, index.contiguous(), weights.contiguous(), shared, residual, out, experts), h=hidden, top_k=top_k,
         padded=triton.next_power_of_2(top_k), block=COMBINE_BLOCK, added=len(added), early=early, launch_pdl=early,
     )  # fmt: skip

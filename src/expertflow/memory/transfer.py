@@ -5,6 +5,7 @@ order the copy after the last computation that read the slot, and the next compu
 experts' copies overlap the current expert's computation. Both have the same five verbs; neither decides anything.
 """
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,17 +18,17 @@ from expertflow.memory.slots import SlotPool
 class Transfer(Protocol):
     """Copies records. A load is `start`, then `wait`; `release` ends every use of a slot."""
 
-    def start(self, record: int, slot: int) -> None:
-        """Begin to copy a record of the store into a slot, after the slot's last release."""
+    def start(self, loads: Sequence[tuple[int, int]]) -> None:
+        """Begin to copy records of the store into slots, `(record, slot)` each, after the slot's last release."""
 
-    def wait(self, slot: int) -> None:
-        """Order later computation after the slot's copy."""
+    def wait(self, slots: Sequence[int]) -> None:
+        """Order later computation after the copies into these slots."""
 
     def arrived(self, slot: int) -> bool:
         """Whether the slot's last copy is over; does not wait."""
 
-    def release(self, slot: int) -> None:
-        """State that computation queued so far is the last that reads the slot or place; a copy may follow it."""
+    def release(self, slots: Sequence[int]) -> None:
+        """State that computation queued so far is the last that reads these slots or places; copies may follow it."""
 
     def settle(self) -> None:
         """Wait for the copies under way."""
@@ -42,23 +43,24 @@ class PlainTransfer:
         self._decodes = store.layout != pool.layout
         self._experts = len(store.buffer) // len(store.layout.layers)
 
-    def start(self, record: int, slot: int) -> None:
+    def start(self, loads: Sequence[tuple[int, int]]) -> None:
         """Copy now."""
-        if self._decodes:
+        for record, slot in loads:
             layer = record // self._experts
-            self._pool.put(slot, layer, self._store.layout.layers[layer].weights(self._store.record(record)))
-        else:
-            size = self._store.layout.layer_bytes[record // self._experts]
-            self._pool.slot(slot)[:size].copy_(self._store.record(record)[:size])
+            if self._decodes:
+                self._pool.put(slot, layer, self._store.layout.layers[layer].weights(self._store.record(record)))
+            else:
+                size = self._store.layout.layer_bytes[layer]
+                self._pool.slot(slot)[:size].copy_(self._store.record(record)[:size])
 
-    def wait(self, slot: int) -> None:
-        """Do nothing: the copy is done."""
+    def wait(self, slots: Sequence[int]) -> None:
+        """Do nothing: the copies are done."""
 
     def arrived(self, slot: int) -> bool:  # noqa: ARG002 - every copy is done at once
         """Always."""
         return True
 
-    def release(self, slot: int) -> None:
+    def release(self, slots: Sequence[int]) -> None:
         """Do nothing: a copy is ordered by the stream."""
 
     def settle(self) -> None:
@@ -69,7 +71,7 @@ class StreamTransfer:
     """Copies page-locked records on a stream of their own.
 
     The host's part of a load has to be short beside the copy, or the link waits for it. So tensors of records and slots
-    are made once, and streams are set directly, without a context manager. The pool's device has to be the current one.
+    are made once, and what can be said of several slots is said once. The pool's device has to be the current one.
     """
 
     def __init__(self, store: ExpertStore, pool: SlotPool) -> None:
@@ -81,34 +83,44 @@ class StreamTransfer:
         self._device = device.index
         self._stream = torch.cuda.Stream(device)
         self._loaded = [torch.cuda.Event() for _ in pool.buffer]
-        self._released = [torch.cuda.Event() for _ in pool.buffer]
+        self._released = [torch.cuda.Event()] * len(pool.buffer)  # one for all that were released together
+        self._started, self._number = 0, [0] * len(pool.buffer)  # copies, and each slot's last one among them
         # the pool's memory may have been used by work queued before it was allocated
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def start(self, record: int, slot: int) -> None:
-        """Queue the copy after the slot's last release."""
-        self._stream.wait_event(self._released[slot])
-        computing = torch.cuda.current_stream(self._device)
+    def start(self, loads: Sequence[tuple[int, int]]) -> None:
+        """Queue the copies, each after its slot's last release."""
+        computing, waited = torch.cuda.current_stream(self._device), None
         try:
             torch.cuda.set_stream(self._stream)
-            source = self._records[record]
-            self._slots[len(source)][slot].copy_(source, non_blocking=True)
+            for record, slot in loads:
+                if (released := self._released[slot]) is not waited:
+                    self._stream.wait_event(released)
+                    waited = released
+                source = self._records[record]
+                self._slots[len(source)][slot].copy_(source, non_blocking=True)
+                self._loaded[slot].record(self._stream)
+                self._started += 1
+                self._number[slot] = self._started
         finally:
             torch.cuda.set_stream(computing)
-        self._loaded[slot].record(self._stream)
 
-    def wait(self, slot: int) -> None:
-        """Order the current stream after the slot's copy."""
-        torch.cuda.current_stream(self._device).wait_event(self._loaded[slot])
+    def wait(self, slots: Sequence[int]) -> None:
+        """Order the current stream after the last one of these copies: they are made one after the other."""
+        last = max(slots, key=self._number.__getitem__)
+        torch.cuda.current_stream(self._device).wait_event(self._loaded[last])
 
     def arrived(self, slot: int) -> bool:
         """Ask the driver; does not wait."""
         return bool(self._loaded[slot].query())
 
-    def release(self, slot: int) -> None:
-        """Mark the current stream's position as the last that reads the slot; a place behind the slots is never written again."""
-        if slot < len(self._released):
-            self._released[slot].record(torch.cuda.current_stream(self._device))
+    def release(self, slots: Sequence[int]) -> None:
+        """Mark the current stream's position as the last that reads them; a place behind the slots is never written again."""
+        released = torch.cuda.Event()
+        released.record(torch.cuda.current_stream(self._device))
+        for slot in slots:
+            if slot < len(self._released):
+                self._released[slot] = released
 
     def settle(self) -> None:
         """Wait for the copy stream."""

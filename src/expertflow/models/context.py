@@ -59,7 +59,7 @@ class LayerKernels(Protocol):
     """Whole decoder layers in place of their own forward."""
 
     def run(self, layer: Any, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:
-        """What the layer's own forward computes of `[B, 1, H]`; `more` is what it is given by name."""
+        """What the layer's own forward computes of `[B, 1, H]` or `[1, T, H]`; `more` is what it is given by name."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +137,7 @@ class Carried:
         observe: called with each layer's routing; None: not called.
         experts: computes each layer's experts, and shows the routing to `observe` if the host gets it; None: the family's own code does.
         dense: computes attention and norms; None: the modules do.
-        blocks: computes decoder layers of one token a sequence; None: the modules do.
+        blocks: computes decoder layers of one token a sequence, or of prompts without padding; None: the modules do.
     """
 
     rows: Tensor = _NONE

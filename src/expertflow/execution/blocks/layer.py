@@ -1,4 +1,4 @@
-"""Decoder layers of a captured step, run by building blocks where their modules match.
+"""Decoder layers of a captured step, and of a pass over prompts beside such steps, run by building blocks where their modules match.
 
 A layer's forward looks at the pass's context: where it carries `blocks`, the layer is composed here, and else its class's own forward
 runs. What no block matches is called as the layer itself calls it. Must not know families, requests and graphs.
@@ -6,6 +6,7 @@ runs. What no block matches is called as the layer itself calls it. Must not kno
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from expertflow.execution.blocks import forms
 from expertflow.execution.blocks.forms import (
+    AttentionBlock,
     AttentionTensors,
     ExpertsTensors,
     FeedTensors,
@@ -58,7 +60,7 @@ class BoundLayer(NamedTuple):
 
 
 class LayerBlocks:
-    """Runs a model's decoder layers; passes that carry it as `blocks` have one token a sequence.
+    """Runs a model's decoder layers in passes that carry it as `blocks`: of one token a sequence, or of prompts without padding.
 
     Args:
         model: loaded model; weights of queries, keys and values become views of joined ones.
@@ -90,40 +92,45 @@ class LayerBlocks:
             layer.forward = _layer_forward(layer, context)
 
     def run(self, layer: Any, hidden: Tensor, more: Mapping[str, Any]) -> Tensor:
-        """What the layer's own forward computes of `[B, 1, H]`; `more` is what it is given by name."""
+        """What the layer's own forward computes of `[B, 1, H]` or `[1, T, H]`; `more` is what it is given by name."""
         bound = self.layers[id(layer)]
-        states = hidden.reshape(len(hidden), -1)
-        states = self._attend(bound, states, more)
-        return self._feed(bound, states).view(hidden.shape)
+        states = self._attend(bound, hidden.reshape(-1, hidden.shape[2]), hidden.shape, more)
+        return self._feed(bound, states, hidden.shape).view(hidden.shape)
 
-    def _attend(self, bound: BoundLayer, states: Tensor, more: Mapping[str, Any]) -> Tensor:
+    def _attend(self, bound: BoundLayer, states: Tensor, shape: torch.Size, more: Mapping[str, Any]) -> Tensor:
         norm, dense = bound.norms[0], self._context.now.dense
         if bound.heads is None or bound.form.heads is None or dense is None or not dense.in_place:
-            normed = self._kernels.rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
-            return states + bound.attention(hidden_states=normed[:, None], **more)[0][:, 0]
+            normed = self._kernels.rms_norm(states, norm.weight, norm.eps, wide=norm.wide).view(shape)
+            return states + bound.attention(hidden_states=normed, **more)[0].reshape(states.shape)
         tensors, attention = bound.heads, bound.attention
         cells = more["past_key_values"].layers[attention.layer_idx].cells(states, tensors.heads)
-        rotary, seen = rotary_of(bound.form.heads, more["position_embeddings"]), dense.seen(attention)
+        rotary = rotary_of(bound.form.heads, more["position_embeddings"])
         if isinstance(tensors, LatentTensors):
 
             def over_latents(queries: Tensor, latents: Tensor) -> Tensor:
+                seen = dense.seen(attention)
                 return self._kernels.attend_latents(queries, latents, tensors.heads, rotary, cells, seen)
 
             return forms.over_latents(self._kernels, tensors, states, over_latents, norm)
+        one_each = self._context.now.pieces is None
 
         def attend(joined: Tensor) -> Tensor:
-            return self._kernels.attend(joined, tensors.heads, rotary, tensors.norms, cells, seen)
+            if one_each:
+                return self._kernels.attend(joined, tensors.heads, rotary, tensors.norms, cells, dense.seen(attention))
+            queries = self._kernels.rotate(joined, tensors.heads, rotary, tensors.norms, cells)
+            given = queries.transpose(0, 1)[None], cells.keys, cells.values
+            return dense.attend(attention, given, attention.scaling, {})[0]
 
         return forms.attention(self._kernels, tensors, states, attend, norm)
 
-    def _feed(self, bound: BoundLayer, states: Tensor) -> Tensor:
+    def _feed(self, bound: BoundLayer, states: Tensor, shape: torch.Size) -> Tensor:
         norm, compute = bound.norms[1], self._context.now.experts
         if bound.feed is not None:
             return forms.feed(self._kernels, bound.feed, states, norm, residual=states)
         if bound.experts is None or compute is None:
-            normed = self._kernels.rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
-            out = bound.second(normed[:, None])
-            return states + (out[0] if isinstance(out, tuple) else out)[:, 0]
+            normed = self._kernels.rms_norm(states, norm.weight, norm.eps, wide=norm.wide).view(shape)
+            out = bound.second(normed)
+            return states + (out[0] if isinstance(out, tuple) else out).reshape(states.shape)
         binding = bound.second.experts.expertflow
 
         def run(
@@ -135,6 +142,16 @@ class LayerBlocks:
         return forms.experts(
             self._kernels, bound.experts, states, norm, run, Known(self._places(binding.layer), recorded)
         )
+
+
+def of_prompts(matched: Mapping[str, LayerForm]) -> dict[str, LayerForm]:
+    """What of layers is run here in a pass over prompts: attention over heads. Its many small kernels wait for the host."""
+    return {
+        path: replace(
+            form, heads=form.heads if isinstance(form.heads, AttentionBlock) else None, experts=None, feed=None
+        )
+        for path, form in matched.items()
+    }
 
 
 def _bind(layer: Any, form: LayerForm, counts: Tensor) -> BoundLayer:

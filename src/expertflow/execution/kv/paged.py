@@ -136,7 +136,7 @@ class PagedLayer(CacheLayerMixin):
         return now.pages.seen(self._kind, self.keys), now.pages.seen(self._kind, self.values)
 
     def cells(self, states: Tensor, heads: Heads | LatentHeads) -> Cells:
-        """Where keys and values of a pass of one token a sequence go.
+        """Where keys and values of a pass of one token a sequence go, or of one over prompts without padding.
 
         Args:
             states: of the number type that keys have.
@@ -148,7 +148,7 @@ class PagedLayer(CacheLayerMixin):
         now = self._context.now
         assert now.pages is not None
         pages, places = now.pages.written(self._kind)
-        return Cells(self.keys, self.values, pages[:, 0], places[:, 0])
+        return Cells(self.keys, self.values, pages.flatten(), places.flatten())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002 - transformers' signature
         """Columns a pass looks at, and where they begin."""

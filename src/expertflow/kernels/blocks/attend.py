@@ -18,7 +18,7 @@ from expertflow.kernels.device import starts_early
 
 
 @triton.jit
-def _root(begin, count: tl.constexpr, padded: tl.constexpr, eps: tl.constexpr):
+def head_root(begin, count: tl.constexpr, padded: tl.constexpr, eps: tl.constexpr):
     """One by the root mean square of `count` elements from `begin` on."""
     cell = tl.arange(0, padded)
     x = tl.load(begin + cell, mask=cell < count, other=0.0).to(tl.float32)
@@ -26,11 +26,11 @@ def _root(begin, count: tl.constexpr, padded: tl.constexpr, eps: tl.constexpr):
 
 
 @triton.jit
-def _turned(
-    begin, cell, inside, cos, sin, gains, root, eps: tl.constexpr, width: tl.constexpr, half: tl.constexpr, doubled: tl.constexpr,
+def turned(
+    begin, cell, inside, cos, sin, step, gains, root, eps: tl.constexpr, width: tl.constexpr, half: tl.constexpr, doubled: tl.constexpr,
     woven: tl.constexpr, normed: tl.constexpr, whole: tl.constexpr, wide: tl.constexpr,
 ):  # fmt: skip
-    """Heads that begin at `begin` `[N, 1]`, elements `cell` `[1, width]`, normed and turned.
+    """Heads that begin at `begin` `[N, 1]`, elements `cell` `[1, width]`, normed and turned by angles that begin at `cos` and `sin`, and are `step` apart.
 
     `gains` begin at each head's, `[N, 1]` or one for all. `whole`: all heads together have the norm, whose `root` is given.
     """
@@ -56,8 +56,8 @@ def _turned(
         x = (x * x_gains.to(tl.float32)).to(dtype).to(tl.float32)
         y = (y * y_gains.to(tl.float32)).to(dtype).to(tl.float32)
     angle = cell // 2 if woven else cell if doubled else cell % half
-    c = tl.load(cos + angle, mask=cell < 2 * half, other=1.0).to(tl.float32)
-    s = tl.load(sin + angle, mask=cell < 2 * half, other=0.0).to(tl.float32)
+    c = tl.load(cos + angle * step, mask=cell < 2 * half, other=1.0).to(tl.float32)
+    s = tl.load(sin + angle * step, mask=cell < 2 * half, other=0.0).to(tl.float32)
     return (x * c + tl.where(leads, -y, y) * s).to(dtype)
 
 
@@ -88,16 +88,16 @@ def _attend_joined(
     cos, sin = cos + row * angle_stride, sin + row * angle_stride
     query_root, key_root, own_gains, own_key_gains = 0.0, 0.0, query_gains, key_gains
     if whole:  # every program norms by all heads: that is cheaper than to wait for one that does
-        query_root = _root(begin, groups * kv_heads * width, query_padded, eps)
-        key_root = _root(begin + groups * kv_heads * width, kv_heads * width, key_padded, eps)
+        query_root = head_root(begin, groups * kv_heads * width, query_padded, eps)
+        key_root = head_root(begin + groups * kv_heads * width, kv_heads * width, key_padded, eps)
         own_gains = query_gains + (head * groups + lane[:, None]) * width
         own_key_gains = key_gains + (head + one[:, None]) * width
-    asked = _turned(
-        begin + (head * groups + lane[:, None]) * width, cell[None, :], (lane < groups)[:, None], cos, sin, own_gains, query_root, eps,
+    asked = turned(
+        begin + (head * groups + lane[:, None]) * width, cell[None, :], (lane < groups)[:, None], cos, sin, 1, own_gains, query_root, eps,
         width, half, doubled, woven, normed, whole, wide,
     )  # fmt: skip
-    key = tl.sum(_turned(
-        begin + (groups * kv_heads + head + one[:, None]) * width, cell[None, :], (one < 1)[:, None], cos, sin, own_key_gains, key_root, eps,
+    key = tl.sum(turned(
+        begin + (groups * kv_heads + head + one[:, None]) * width, cell[None, :], (one < 1)[:, None], cos, sin, 1, own_key_gains, key_root, eps,
         width, half, doubled, woven, normed, whole, wide,
     ), 0)  # fmt: skip
     value = tl.load(begin + ((groups + 1) * kv_heads + head) * width + cell)
@@ -164,7 +164,7 @@ def attend(
     )  # fmt: skip
     if splits > 1:
         piece = min(width, PIECE)
-        join_spans[(tokens * kv_heads, width // piece)](
+        join_spans[(tokens * heads.queries, width // piece)](
             part, seen.positions, out, splits, groups=groups, kv_heads=kv_heads, width=width, piece=piece, padded=padded, span=SPAN,
             window=seen.window or 0, early=early, num_warps=4, launch_pdl=early,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """What building blocks compute, in plain torch.
 
 `product`, `gated`, `attend`, `attend_latents` and `route` each have a twin of the same name and signature in the file of that name, or in
-`latents`. Read these first; they run without Triton, and tests compare the twins with them. Rounding is the modules' own: states are of the model's dtype wherever a module hands
-them on. Must not know modules.
+`latents`; that of `rotate` is in `turn`. Read these first; they run without Triton, and tests compare the twins with them. Rounding is the
+modules' own: states are of the model's dtype wherever a module hands them on. Must not know modules.
 """
 
 import torch
@@ -27,6 +27,8 @@ from expertflow.kernels.reference import find_slots
 
 LEAST_SUM = 1e-20
 """Added to a sum that weights are divided by, as DeepSeek-V3 does; other sums do not notice it."""
+PART = 256
+"""Tokens that are turned at once."""
 _LOWEST = -3e38
 """Score of experts outside the best groups."""
 
@@ -87,18 +89,22 @@ def rotate(joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm
     Returns:
         Queries `[T, Q, D]`.
     """
-    parts = joined.view(len(joined), heads.all, heads.width).split([heads.queries, heads.keys, heads.keys], dim=1)
-    queries, keys, values = parts
-    if norms is not None:
-        queries, keys = (
-            rms_norm(part.reshape(len(part), -1, len(norm.weight)), norm.weight, norm.eps, wide=norm.wide).view(
-                part.shape
+    split, asked = [heads.queries, heads.keys, heads.keys], joined.new_empty(len(joined), heads.queries, heads.width)
+    for begin in range(0, len(joined), PART):  # what is made in float32 on the way is little
+        some = slice(begin, begin + PART)
+        queries, keys, values = joined[some].view(-1, heads.all, heads.width).split(split, dim=1)
+        if norms is not None:
+            queries, keys = (
+                rms_norm(part.reshape(len(part), -1, len(norm.weight)), norm.weight, norm.eps, wide=norm.wide).view(
+                    part.shape
+                )
+                for part, norm in zip((queries, keys), norms, strict=True)
             )
-            for part, norm in zip((queries, keys), norms, strict=True)
-        )
-    cells.keys[cells.pages, :, cells.places] = _turned(keys, rotary)
-    cells.values[cells.pages, :, cells.places] = values
-    return _turned(queries, rotary)
+        angles = rotary._replace(cos=rotary.cos[some], sin=rotary.sin[some])
+        cells.keys[cells.pages[some], :, cells.places[some]] = _turned(keys, angles)
+        cells.values[cells.pages[some], :, cells.places[some]] = values
+        asked[some] = _turned(queries, angles)
+    return asked
 
 
 def attend(

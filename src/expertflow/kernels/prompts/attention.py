@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+
+from expertflow.kernels.launching import launch_within
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _NARROWEST = 16
@@ -228,19 +229,13 @@ def prompt_attention(
     cut = cut or tiling(width, value_width, query.dtype, paged=table is not None)
     assert table is None or keys.shape[2] % cut.block_n == 0
     out = query.new_empty(batch, tokens, heads, value_width) if out is None else out
-    grid, stages = (kv_heads, triton.cdiv(longest * groups, cut.block_m), len(rows)), cut.stages
-    while True:
-        try:
-            attend[grid](
-                query, keys, values, rows, lasts, bounds, rows if table is None else table, query if sinks is None else sinks, out, tokens, query.stride(0), query.stride(1),
-                query.stride(2), *keys.stride()[:3], *values.stride()[:3], lasts.stride(0), 0 if table is None else table.stride(0),
-                page=0 if table is None else keys.shape[2], heads=out.stride(1) // value_width, groups=groups, scale=scale,
-                cap=softcap or 0.0, window=window or 0, sink=sinks is not None, joined=pieces is not None, block_m=cut.block_m, block_n=cut.block_n,
-                num_warps=cut.warps, num_stages=stages, **parts(width, value_width),
-            )  # fmt: skip
-        except OutOfResources:  # fewer blocks in flight change no bit
-            if stages == 1:
-                raise
-            stages -= 1
-        else:
-            return out
+    given = (
+        query, keys, values, rows, lasts, bounds, rows if table is None else table, query if sinks is None else sinks, out, tokens,
+        *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], lasts.stride(0), 0 if table is None else table.stride(0),
+    )  # fmt: skip
+    launch_within(
+        attend, (kv_heads, triton.cdiv(longest * groups, cut.block_m), len(rows)), given, cut.stages, page=0 if table is None else keys.shape[2],
+        heads=out.stride(1) // value_width, groups=groups, scale=scale, cap=softcap or 0.0, window=window or 0, sink=sinks is not None,
+        joined=pieces is not None, block_m=cut.block_m, block_n=cut.block_n, num_warps=cut.warps, **parts(width, value_width),
+    )  # fmt: skip
+    return out

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from expertflow.kernels.experts import activated, add_bias, read_arguments, up_outputs
+from expertflow.kernels.launching import launch_within
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.prompts.pairs import SortedPairs
 from expertflow.kernels.tiling import Tiling, tilings
@@ -158,15 +158,10 @@ class Launch:
 
     def run(self, kernel: Any, tiles: int, given: tuple[Any, ...], **more: Any) -> None:
         """Launch for some tiles of tokens, with fewer steps in flight from now on if the device has no room for as many."""
-        while True:
-            try:
-                kernel[self.blocks, tiles](*given, **more, **self.arguments)
-            except OutOfResources:  # what a format's loader keeps in shared memory is known to the compiler alone
-                if self.arguments["num_stages"] == 1:
-                    raise
-                self.arguments["num_stages"] -= 1
-            else:
-                return
+        same = {name: value for name, value in self.arguments.items() if name != "num_stages"}
+        self.arguments["num_stages"] = launch_within(
+            kernel, (self.blocks, tiles), given, self.arguments["num_stages"], **more, **same
+        )
 
 
 def launches(mlp: ExpertMlp, tile: int, cuts: tuple[Tiling, Tiling]) -> tuple[Launch, Launch]:
