@@ -96,7 +96,7 @@ class DeviceExperts:
         self._places = torch.full((self.state.layers, self.state.experts + 1), -1, dtype=torch.int32, device=device)
         self._find_large()
         self._prefetches = strategy.prefetch != "none"
-        self._corrections, self._plans, self._ahead = Lane(device), Lane(device), Lane(device)
+        self._corrections, self._plans, self._ahead = Lane(device, urgent=True), Lane(device), Lane(device)
 
     @property
     def _looks_ahead(self) -> bool:

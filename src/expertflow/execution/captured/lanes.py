@@ -7,12 +7,17 @@ import torch
 
 
 class Lane:
-    """A line of work beside the main one: a CUDA stream; on a CPU there is only one line, and it is kept in order."""
+    """A line of work beside the main one: a CUDA stream; on a CPU there is only one line, and it is kept in order.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where it is.
+        urgent: its programs get multiprocessors before those of other lines that wait for one as well.
+    """
+
+    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
         """Create a lane with nothing queued."""
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=-1 if urgent else 0) if device.type == "cuda" else None
         self._apart = False
 
     @contextmanager
