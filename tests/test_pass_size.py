@@ -12,7 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from expertflow import EngineConfig
 from expertflow.cli.plan import _stall
 from expertflow.engine.plan import Plan, make_plan
-from expertflow.engine.planning.pass_size import PACED, PassWork, Speeds, attention_flops, pass_tokens, token_flops
+from expertflow.engine.planning.pass_size import (
+    ATTENDED,
+    PACED,
+    PassWork,
+    Speeds,
+    attention_flops,
+    pass_tokens,
+    token_flops,
+)
 from expertflow.engine.prepare import prepare
 from expertflow.errors import BudgetError
 from expertflow.formats.format import TensorSpec
@@ -56,9 +64,9 @@ def test_a_pass_is_computed_while_its_copies_are_made(shape: ModelShape) -> None
     token = 2 * (DENSE + LAYERS * TOP_K * 3 * HIDDEN * WIDTH) / COMPUTE
     assert 0 <= plan.prefill_chunk * token - copies < 64 * token
     assert plan.copies_seconds == pytest.approx(copies)
-    attention = LAYERS * 4 * 4096 * 100_000 / COMPUTE
+    attention = LAYERS * 4 * 4096 * 100_000 / (ATTENDED * COMPUTE)
     stated = plan_of(shape, slots=LAYERS * EXPERTS - missing, prefill_chunk=plan.prefill_chunk)
-    assert stated.stall_seconds == pytest.approx(1.15 * stated.prefill_chunk * (token + attention) / PACED)
+    assert stated.stall_seconds == pytest.approx(1.15 * stated.prefill_chunk * (token / PACED + attention))
     assert stated.pace is None
 
 
@@ -79,7 +87,7 @@ def seconds_of(begin: int, end: int, windows: tuple[int | None, ...]) -> float:
     """What tokens of a prompt take beside steps, token by token and layer by layer."""
     products = 2 * (DENSE + LAYERS * TOP_K * 3 * HIDDEN * WIDTH)
     seen = sum(min(place + 1, window or place + 1) for place in range(begin, end) for window in set(windows)) / len(set(windows))  # fmt: skip
-    return ((end - begin) * products + LAYERS * 4 * 4096 * seen) / (PACED * COMPUTE)
+    return ((end - begin) * products / PACED + LAYERS * 4 * 4096 * seen / ATTENDED) / COMPUTE
 
 
 @pytest.mark.parametrize("missing", [0.5, 0.2, 0.005])
