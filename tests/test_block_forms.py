@@ -124,6 +124,15 @@ def test_what_computes_something_else_keeps_its_code(
     assert all(form.heads is not None and form.experts is None for form in forms("qwen3_moe", make_checkpoint))
 
 
+def test_what_clamps_is_no_block(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the numbers that modules are tried with stay inside: queries, keys and values of OLMoE, a plain layer."""
+    for clip, heads in ((None, True), (8.0, False), (100.0, False)):
+        assert all((form.heads is not None) == heads for form in forms("olmoe", make_checkpoint, clip_qkv=clip)), clip
+    feed = deepseek_v3.DeepseekV3MLP.forward
+    monkeypatch.setattr(deepseek_v3.DeepseekV3MLP, "forward", lambda self, states: feed(self, states).clamp(-99, 99))
+    assert all(form.feed is None for form in forms("deepseek_v3", make_checkpoint))
+
+
 @pytest.mark.parametrize("told_by", ["attribute", "config"])
 def test_layers_of_one_class_are_told_apart(
     told_by: str, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch

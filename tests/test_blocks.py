@@ -291,3 +291,20 @@ def test_joined_weights_take_no_memory(large: int, monkeypatch: pytest.MonkeyPat
     assert {part.untyped_storage().data_ptr() for part in parts} == {whole.untyped_storage().data_ptr()}
     assert joined(parts).data_ptr() == whole.data_ptr()
     assert joined([draw(1, 3), draw(1, 3)]) is None
+
+
+def test_weights_that_cannot_be_joined_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones leave the device before they are joined; without memory for the joined one they come back."""
+    parts = [torch.nn.Parameter(draw(16, 8, seed=seed)) for seed in range(3)]
+    before = [part.detach().clone() for part in parts]
+
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(join, "LARGE", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            joined(parts)
+    assert all(map(torch.equal, parts, before))
+    assert torch.equal(joined(parts), torch.cat(before))

@@ -71,41 +71,42 @@ class CachedExperts:
         decisions, over, decided = self._decisions(layer, experts), {_NOTHING}, 0
         resident, brought = dict[int, Access](), dict[int, Access]()  # by position in the schedule
         coming: Access | None = None
-        try:
-            coming = next(decisions) if experts else None
-            while resident or brought or coming is not None:
-                while coming is not None and coming.after in over:
-                    if coming.load:
-                        if resident and _loading(brought) >= _BUSY:
-                            break
-                        transfer.start([(first + coming.expert, coming.slot)])
-                    there = together and not (coming.load or coming.fresh)
-                    (resident if there else brought)[decided] = coming
-                    decided += 1
-                    coming = next(decisions) if decided < len(experts) else None
-                if coming is not None and coming.after in resident and _loading(brought) < _BUSY:
-                    chosen = [coming.after]
-                else:
-                    chosen = list(resident) or self._arrivals(brought, together=together)
-                lent = [resident[place] if place in resident else brought[place] for place in chosen]
-                if copied := [access.slot for access in lent if access.load or access.fresh]:
-                    transfer.wait(copied)
-                for place in chosen:  # from here on they count as lent
-                    resident.pop(place, None)
-                    brought.pop(place, None)
-                over.update(chosen)
-                try:
-                    yield lent
-                finally:
-                    transfer.release([access.slot for access in lent])
-        finally:
-            # a consumer may close the stream at its last expert; before that, the layer was given up half-way
-            with closing(decisions), self._or_forget():
-                if resident or brought or coming is not None or decided < len(experts):
-                    self.controller.forget()
-                else:
-                    next(decisions, None)  # what is loaded ahead is planned while the layer computes
-                    self._prefetch(self.controller.take_loads())
+        with closing(decisions):  # an interrupt leaves none of them for later, when it would forget what others decided
+            try:
+                coming = next(decisions) if experts else None
+                while resident or brought or coming is not None:
+                    while coming is not None and coming.after in over:
+                        if coming.load:
+                            if resident and _loading(brought) >= _BUSY:
+                                break
+                            transfer.start([(first + coming.expert, coming.slot)])
+                        there = together and not (coming.load or coming.fresh)
+                        (resident if there else brought)[decided] = coming
+                        decided += 1
+                        coming = next(decisions) if decided < len(experts) else None
+                    if coming is not None and coming.after in resident and _loading(brought) < _BUSY:
+                        chosen = [coming.after]
+                    else:
+                        chosen = list(resident) or self._arrivals(brought, together=together)
+                    lent = [resident[place] if place in resident else brought[place] for place in chosen]
+                    if copied := [access.slot for access in lent if access.load or access.fresh]:
+                        transfer.wait(copied)
+                    for place in chosen:  # from here on they count as lent
+                        resident.pop(place, None)
+                        brought.pop(place, None)
+                    over.update(chosen)
+                    try:
+                        yield lent
+                    finally:
+                        transfer.release([access.slot for access in lent])
+            finally:
+                # a consumer may close the stream at its last expert; before that, the layer was given up half-way
+                with self._or_forget():
+                    if resident or brought or coming is not None or decided < len(experts):
+                        self.controller.forget()
+                    else:
+                        next(decisions, None)  # what is loaded ahead is planned while the layer computes
+                        self._prefetch(self.controller.take_loads())
 
     def _arrivals(self, brought: Mapping[int, Access], *, together: bool) -> list[int]:
         """The first of these accesses, by position; `together`: and those behind it whose copies are over."""

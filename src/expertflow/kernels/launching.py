@@ -6,6 +6,7 @@ over prompts makes hundreds, one after the other, and the device waits for them.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -25,7 +26,8 @@ def launch(kernel: Any, grid: tuple[int, ...], given: tuple[Any, ...], **constan
         given: its first arguments, tensors and whole numbers.
         constants: the others, known when it is compiled, and options such as `num_warps`; hashable.
     """
-    key = (id(kernel), given[0].device, *map(_kind, given), *constants.items())
+    device = torch.cuda.current_device() if given[0].is_cuda else -1  # for which Triton compiles
+    key = (id(kernel), device, *map(_kind, given), *constants.items())
     if (known := _made.get(key)) is not None:
         compiled, rest = known
         compiled[(*grid, 1, 1)[:3]](*given, *rest)

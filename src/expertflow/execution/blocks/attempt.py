@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AttentionInterface
 
-from expertflow.execution.blocks.draws import FAILS, agree, drawn, norm_rounding, plain
+from expertflow.execution.blocks.draws import FAILS, agree, drawn, enlarged, norm_rounding, plain
 from expertflow.execution.blocks.forms import (
     AttentionBlock,
     AttentionTensors,
@@ -67,7 +67,9 @@ def _heads(module: Any, states: Tensor) -> AttentionBlock | None:
     for woven, width, doubled in product((False, True), turned, (True, False)):
         block = replace(block, doubled=doubled, woven=woven)
         if _attends(module, block, given, does(width, block)):
-            return block
+            large = enlarged(tensors)
+            own = _Own(module, large, states)(width, block)
+            return block if _attends(module, block, attention_tensors(module, block, large), own) else None
     return None
 
 
@@ -84,7 +86,9 @@ def _latent(module: Any, states: Tensor) -> LatentBlock | None:
     for (paired, doubled), (woven, parted) in product(_TABLES, _ORDERS):
         block = replace(block, paired=paired, doubled=doubled, woven=woven, parted=parted)
         if _attends(module, block, given, does(given.heads.rope, block)):
-            return block
+            large = enlarged(tensors)
+            own = _Own(module, large, states)(given.heads.rope, block)
+            return block if _attends(module, block, latent_tensors(module, block, large), own) else None
     return None
 
 
@@ -142,11 +146,11 @@ class _Own:
 def _attends(
     module: Any,
     block: AttentionBlock | LatentBlock,
-    given: AttentionTensors | LatentTensors,
+    given: AttentionTensors | LatentTensors | None,
     does: _Does | None,
 ) -> bool:
     """Whether the attention does as its block, and keeps the same."""
-    if does is None:
+    if does is None or given is None:
         return False
     states = does.states[:, 0]
     cells, rotary, kernels = _cells(given.heads), rotary_of(block, does.angles), backend(_CPU)

@@ -37,7 +37,13 @@ def joined(parts: Sequence[Tensor]) -> Tensor | None:
             held = [part.cpu() for part in held]
             for part in parts:
                 part.data = part.data.new_empty(0)
-        whole = torch.empty(shape, dtype=first.dtype, device=first.device)
+        device = first.device
+        try:
+            whole = torch.empty(shape, dtype=first.dtype, device=device)
+        except BaseException:
+            for part, one in zip(parts, held, strict=True):
+                part.data = one.to(device)
+            raise
         rows = list(accumulate(map(len, held), initial=0))
         for part, one, (begin, end) in zip(parts, held, pairwise(rows), strict=True):
             part.data = whole[begin:end].copy_(one)

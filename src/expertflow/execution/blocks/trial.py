@@ -19,6 +19,7 @@ from expertflow.execution.blocks.draws import (
     agree,
     drawn,
     drawn_as,
+    enlarged,
     in_place_of,
     norm_rounding,
     plain,
@@ -150,19 +151,24 @@ def feed_activation(module: Any, states: Tensor) -> str | None:
     shapes = shapes_of(module)
     if {*FEED} != shapes.keys() or any(len(shape) != 2 for shape in shapes.values()):
         return None
-    tensors = drawn_as(_narrow(shapes))
-    apart = dict[str, float]()
+    tensors, apart = drawn_as(_narrow(shapes)), dict[str, float]()
     for activation in ACTIVATIONS:
-        if (given := feed_tensors(tensors, activation)) is None:
-            return None
-        mine = feed(backend(_CPU), given, states[:, 0])[:, None]
-        try:
-            theirs = functional_call(module, tensors, (states,))
-        except FAILS:
-            return None
-        if agree(mine, theirs):
-            apart[activation] = float((mine - theirs).abs().max())
+        found = [_feeds(module, some, states, activation) for some in (tensors, enlarged(tensors))]
+        if None not in found:
+            apart[activation] = float(found[0] or 0.0)
     return min(apart, key=apart.__getitem__, default=None)
+
+
+def _feeds(module: Any, tensors: Tensors, states: Tensor, activation: str) -> float | None:
+    """How far the module is from a block of that activation at most; None if it does something else."""
+    if (given := feed_tensors(tensors, activation)) is None:
+        return None
+    mine = feed(backend(_CPU), given, states[:, 0])[:, None]
+    try:
+        theirs = functional_call(module, tensors, (states,))
+    except FAILS:
+        return None
+    return float((mine - theirs).abs().max()) if agree(mine, theirs) else None
 
 
 def experts_blocks(module: nn.Module, hidden: int) -> Iterator[ExpertsBlock]:

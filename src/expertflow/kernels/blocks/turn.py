@@ -1,7 +1,7 @@
 """Norms and rotation of a pass over prompts, from the product of queries, keys and values on: keys and values go into their pages.
 
-Twin of `reference.rotate`; one launch. A program has some tokens of one key head and its query heads, and gives each of them the bits that
-`attend` gives it in a step. Must not know modules.
+Twin of `reference.rotate`; one launch. A program has some tokens of one key head and its query heads. Must
+not know modules.
 """
 
 import triton
