@@ -104,7 +104,6 @@ def cases(
         "tiles": (product, "_tile_product", lambda: product.product(states[16], weight, bias, None, joined.new_zeros(16, outputs))),
         "attend": (attend, "_attend_joined", lambda: attend.attend(joined, heads, rotary, None, cells, seen)),
         "attend all": (attend, "_attend_joined", lambda: attend.attend(wide_joined, wide, rotary, of_all, wide_cells, all_seen)),
-        "turn": (turn, "_turn_joined", lambda: turn.turn(joined, heads, rotary, None, cells)),
         "turn all": (turn, "_turn_joined", lambda: turn.turn(wide_joined, wide, rotary, of_all, wide_cells)),
         "ask": (latents, "_ask", lambda: latents.attend_latents(asked, kept, over, woven, latent_cells, all_seen)),
         "gated row": (gated, "_gated_row", lambda: gated.gated(states[1], weight, "silu", norm)),

@@ -148,8 +148,10 @@ def test_attention_is_the_references(
     assert torch.equal(found[0][1][1, 1, pages[0], :, 300 % 64], values)
 
 
-@pytest.mark.parametrize("dtype", CLOSE)
-@pytest.mark.parametrize("kind", ["heads", "none", "all", "woven"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("heads", torch.bfloat16), ("none", torch.bfloat16), ("all", torch.float32), ("woven", torch.float32)],
+)
 def test_prompts_are_turned_as_the_reference_turns_them(kind: str, dtype: torch.dtype) -> None:
     """Tokens of more than one program; keys and values arrive in their cells, and nowhere else. Three query heads are no power of two."""
     tokens, heads, half = 70, Heads(6, 2, 16), 4 if kind == "none" else 8
