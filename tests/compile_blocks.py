@@ -12,7 +12,7 @@ import torch
 from triton.compiler import ASTSource
 
 from expertflow.kernels import experts
-from expertflow.kernels.blocks import attend, gated, latents, product, route, slots, turn
+from expertflow.kernels.blocks import attend, gated, latents, product, rotate, route, slots
 from expertflow.kernels.blocks.given import (
     Cells,
     Heads,
@@ -104,7 +104,7 @@ def cases(
         "tiles": (product, "_tile_product", lambda: product.product(states[16], weight, bias, None, joined.new_zeros(16, outputs))),
         "attend": (attend, "_attend_joined", lambda: attend.attend(joined, heads, rotary, None, cells, seen)),
         "attend all": (attend, "_attend_joined", lambda: attend.attend(wide_joined, wide, rotary, of_all, wide_cells, all_seen)),
-        "turn all": (turn, "_turn_joined", lambda: turn.turn(wide_joined, wide, rotary, of_all, wide_cells)),
+        "rotate all": (rotate, "_rotate_joined", lambda: rotate.rotate(wide_joined, wide, rotary, of_all, wide_cells)),
         "ask": (latents, "_ask", lambda: latents.attend_latents(asked, kept, over, woven, latent_cells, all_seen)),
         "gated row": (gated, "_gated_row", lambda: gated.gated(states[1], weight, "silu", norm)),
         "gated tiles": (gated, "_gated_tile", lambda: gated.gated(states[64], weight, "silu")),

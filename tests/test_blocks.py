@@ -12,7 +12,7 @@ from helpers import DEVICE
 
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts
-from expertflow.kernels.blocks import attend, gated, product, route, slots, turn
+from expertflow.kernels.blocks import attend, gated, product, rotate, route, slots
 from expertflow.kernels.blocks import latents as latents_kernel
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -167,7 +167,7 @@ def test_prompts_are_turned_as_the_reference_turns_them(kind: str, dtype: torch.
         norms = query, key._replace(weight=draw(widths[1], dtype=dtype, seed=6))
     states, found = draw(tokens, heads.all * 16, dtype=dtype), []
     place = torch.randperm(3 * 64, generator=torch.Generator().manual_seed(1))[:tokens].to(DEVICE)
-    for module in (turn.turn, reference.rotate):
+    for module in (rotate.rotate, reference.rotate):
         kept = draw(2, 4, 2, 64, 16, dtype=dtype, seed=7)
         found.append((module(states, heads, rotary, norms, Cells(*kept, place // 64, place % 64)), kept))
     for mine, theirs in zip(*found, strict=True):

@@ -20,7 +20,7 @@ from expertflow.triton_support import HAS_TRITON, ensure_kernel_folder
 
 if HAS_TRITON:
     from expertflow.kernels import dense, experts, fetch
-    from expertflow.kernels.blocks import attend, gated, latents, product, route, slots, turn
+    from expertflow.kernels.blocks import attend, gated, latents, product, rotate, route, slots
     from expertflow.kernels.latent import decode, prompts
     from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
@@ -77,7 +77,7 @@ def backend(device: torch.device) -> Backend:
             product.product,
             gated.gated,
             attend.attend,
-            turn.turn,
+            rotate.rotate,
             latents.attend_latents,
             route.route,
             readers.reads,

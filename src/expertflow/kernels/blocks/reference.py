@@ -1,7 +1,7 @@
 """What building blocks compute, in plain torch.
 
-`product`, `gated`, `attend`, `attend_latents` and `route` each have a twin of the same name and signature in the file of that name, or in
-`latents`; that of `rotate` is in `turn`. Read these first; they run without Triton, and tests compare the twins with them. Rounding is the
+`product`, `gated`, `rotate`, `attend`, `attend_latents` and `route` each have a twin of the same name and signature in the file of that
+name, or in `latents`. Read these first; they run without Triton, and tests compare the twins with them. Rounding is the
 modules' own: states are of the model's dtype wherever a module hands them on. Must not know modules.
 """
 

@@ -158,10 +158,9 @@ class Launch:
 
     def run(self, kernel: Any, tiles: int, given: tuple[Any, ...], **more: Any) -> None:
         """Launch for some tiles of tokens, with fewer steps in flight from now on if the device has no room for as many."""
-        same = {name: value for name, value in self.arguments.items() if name != "num_stages"}
-        self.arguments["num_stages"] = launch_within(
-            kernel, (self.blocks, tiles), given, self.arguments["num_stages"], **more, **same
-        )
+        every = {**self.arguments, **more}
+        stages = launch_within(kernel, (self.blocks, tiles), given, every.pop("num_stages"), **every)
+        self.arguments["num_stages"] = stages
 
 
 def launches(mlp: ExpertMlp, tile: int, cuts: tuple[Tiling, Tiling]) -> tuple[Launch, Launch]:

@@ -1,7 +1,6 @@
 """Norms and rotation of a pass over prompts, from the product of queries, keys and values on: keys and values go into their pages.
 
-Twin of `reference.rotate`; one launch. A program has some tokens of one key head and its query heads. Must
-not know modules.
+Twin of `reference.rotate`; one launch. A program has some tokens of one key head and its query heads. Must not know modules.
 """
 
 import triton
@@ -17,7 +16,7 @@ ELEMENTS = 4096
 
 
 @triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["pages", "places"])
-def _turn_joined(
+def _rotate_joined(
     joined, cos, sin, query_gains, key_gains, keys, values, pages, places, out, tokens, angle_stride, angle_step, page_stride, head_stride,
     eps: tl.constexpr, groups: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, some: tl.constexpr,
     half: tl.constexpr, doubled: tl.constexpr, woven: tl.constexpr, normed: tl.constexpr, whole: tl.constexpr,
@@ -54,7 +53,7 @@ def _turn_joined(
     tl.store(values + place, tl.load(begin + kv_heads * width + cell), mask=valid)
 
 
-def turn(joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm] | None, cells: Cells) -> Tensor:
+def rotate(joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm] | None, cells: Cells) -> Tensor:
     """Norm and turn queries and keys, and keep keys and values. As `reference.rotate`."""
     tokens, kv_heads, width = len(joined), heads.keys, heads.width
     query, key = norms or (None, None)
@@ -76,7 +75,7 @@ def turn(joined: Tensor, heads: Heads, rotary: Rotary, norms: tuple[Norm, Norm] 
         cells.values, cells.pages, cells.places, out, tokens, *rotary.cos.stride(), cells.keys.stride(0), cells.keys.stride(1),
     )  # fmt: skip
     launch(
-        _turn_joined, (triton.cdiv(tokens, some), kv_heads), given, eps=0.0 if query is None else query.eps, groups=groups, kv_heads=kv_heads, width=width, padded=padded, some=some, half=rotary.half,
+        _rotate_joined, (triton.cdiv(tokens, some), kv_heads), given, eps=0.0 if query is None else query.eps, groups=groups, kv_heads=kv_heads, width=width, padded=padded, some=some, half=rotary.half,
         doubled=rotary.doubled, woven=rotary.woven, normed=query is not None, whole=whole,
         query_padded=int(triton.next_power_of_2(heads.queries * width)), key_padded=int(triton.next_power_of_2(kv_heads * width)),
         wide=query is not None and query.wide,
