@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -54,6 +55,24 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 from expertflow import LLM
+from expertflow.memory.store import HostStore
+from expertflow.models.files.identity import ContentHash
+from expertflow.models.weights import sources
+
+stages = {}
+
+def timed(owner, name):  # seconds of a stage, those inside other stages included
+    work = getattr(owner, name)
+    def measured(*args, **names):
+        began = time.perf_counter()
+        try:
+            return work(*args, **names)
+        finally:
+            stages[name] = stages.get(name, 0) + time.perf_counter() - began
+    setattr(owner, name, measured)
+
+for owner, name in ((sources.FileWeights, "locate"), (sources, "load_dense"), (sources, "fill_records"), (HostStore, "lock"), (ContentHash, "read")):
+    timed(owner, name)
 
 def anonymous():  # bytes of this process's memory that are no mapped file
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -74,7 +93,7 @@ llm = LLM(sys.argv[1], max_length=128, max_batch=1, slots="25%", predictor="none
 seconds = time.perf_counter() - began
 done.set()
 watcher.join()
-print(json.dumps({"seconds": seconds, "store_bytes": llm.plan.host, "dense_bytes": llm.plan.dense, "host_bytes": peak[0] - before}))
+print(json.dumps({"seconds": seconds, "store_bytes": llm.plan.host, "dense_bytes": llm.plan.dense, "host_bytes": peak[0] - before, "stages": stages}))
 """
 
 
@@ -133,7 +152,7 @@ def _as_stored(name: str, values: torch.Tensor, *, packed: bool) -> list[tuple[s
     return [(name, values)]
 
 
-def load(tree: str, folder: Path) -> dict[str, float]:
+def load(tree: str, folder: Path) -> dict[str, Any]:
     """One load in a process of its own: seconds, and bytes of the store, the dense part and the host's memory at most."""
     environment = {**os.environ, "PYTHONPATH": tree, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", _LOAD, str(folder)]
@@ -152,14 +171,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("loading.json"))
     options = parser.parse_args()
     trees = options.trees.split(",")
-    loads: list[list[dict[str, float]]] = [[] for _ in trees]
+    loads: list[list[dict[str, Any]]] = [[] for _ in trees]
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder), options.shape)
         load(trees[0], Path(folder))  # what is compiled at the first use
         for repeat in range(options.repeats):
             for place in [*range(len(trees))][:: 1 if repeat % 2 == 0 else -1]:
                 loads[place].append(load(trees[place], Path(folder)))
-                print(f"tree {place}: {loads[place][-1]['seconds']:.2f} s", flush=True)
+                stages = ", ".join(f"{name} {spent:.2f}" for name, spent in loads[place][-1]["stages"].items())
+                print(f"tree {place}: {loads[place][-1]['seconds']:.2f} s ({stages})", flush=True)
     result = {
         **about("cuda" if torch.cuda.is_available() else "cpu")._asdict(), "benchmark": "loading", "seed": SEED,
         "config": {"shape": options.shape, "trees": len(trees), "repeats": options.repeats},

@@ -3,6 +3,9 @@
 Without a CUDA device they run in Triton's interpreter on CPU tensors.
 """
 
+import threading
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -272,6 +275,36 @@ def test_a_load_finishes_what_another_began() -> None:
     assert not pool[0, : 2 * block].any()
     assert torch.equal(pool[0, 2 * block :].cpu(), host[0, 2 * block :])
     assert int(ledger.table[DONE]) == blocks
+
+
+def test_loads_ahead_leave_the_link_to_what_a_layer_waits_for() -> None:
+    """They take no block while a program carries what is waited for, and go on when it has ended; a call that waits counts itself."""
+    host = torch.randint(1, 256, (2, 3 * BLOCK_BYTES), dtype=torch.uint8)
+    host = host.pin_memory() if DEVICE.type == "cuda" else host
+    pool = torch.zeros(2, 3 * BLOCK_BYTES, dtype=torch.uint8, device=DEVICE)
+    both = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    ledger, bounds = Ledger.of(both, both), torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    for waits in (True, False):  # a kernel that is compiled below would begin too late to be seen
+        fetch.fetch_records(host, pool, ledger, both, bounds[:2], wait=waits)
+        assert int(ledger.urgent) == 0
+    ledger.urgent.fill_(1)
+    taken: list[int] = []
+    other_line = torch.cuda.Stream() if DEVICE.type == "cuda" else None  # made here: making one waits for the device
+
+    def end_what_is_urgent() -> None:
+        time.sleep(0.2)
+        with nullcontext() if other_line is None else torch.cuda.stream(other_line):
+            taken.append(int(ledger.table[TAKEN, 1]))
+            ledger.urgent.zero_()
+
+    if other_line is not None:
+        torch.cuda.synchronize()
+    other = threading.Thread(target=end_what_is_urgent)
+    other.start()
+    fetch.fetch_records(host, pool, ledger, both, bounds[1:], wait=False)
+    other.join()
+    assert taken == [0]
+    assert torch.equal(pool.cpu(), host)
 
 
 @pytest.mark.parametrize("groups", [[[2, 0, 3]], [[1], [4, 0], [2, 3]], [[0, 3], [4]]])

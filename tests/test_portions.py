@@ -1,6 +1,7 @@
 """How many tokens of each prompt a pass reads: by room, by time, and at borders of pages."""
 
 import random
+from math import ceil
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_a_pass_lasts_no_longer_than_it_may(unequal: bool) -> None:
             turn = scheduler.next()
             if not isinstance(turn, Prefill):
                 continue
-            first = turn.parts[0]
+            first, left = turn.parts[0], sum(prompts) - sum(read)
             allowed = max(bound, seconds_of(first.begin, first.begin + 128)) if beside else 1e9
             spent = sum(seconds_of(part.begin, part.end) for part in turn.parts)
             assert spent <= allowed * (1 + 1e-9)
@@ -73,8 +74,33 @@ def test_a_pass_lasts_no_longer_than_it_may(unequal: bool) -> None:
             cut = [part for part in turn.parts if not part.last]
             if unequal and cut:  # what is left would not do for one more page of each that goes on
                 more = sum(seconds_of(part.end, part.end + PAGE) for part in cut)
-                room = chunk - sum(part.end - part.begin for part in turn.parts)
-                assert room < PAGE * len(prompts) or spent + more > 0.6 * allowed
+                missing = left / ceil(left / chunk) - sum(part.end - part.begin for part in turn.parts)
+                assert missing < PAGE * len(prompts) or spent + more > 0.6 * allowed
+
+
+def test_passes_that_follow_one_another_have_about_as_many_tokens() -> None:
+    """No more of them than with full ones, and none of them short; or full ones, where bits go by pieces of one size."""
+
+    def sizes(prompts: list[int], *, even: bool) -> list[int]:
+        scheduler, found = Scheduler(rows=4, batch=4, chunk=10 * PAGE, unequal=True, page=PAGE, even=even), list[int]()
+        for number, prompt in enumerate(prompts):
+            scheduler.add(number, prompt)
+        while scheduler.live or scheduler.waiting:
+            turn = scheduler.next()
+            assert isinstance(turn, Prefill)
+            found.append(sum(part.end - part.begin for part in turn.parts))
+            scheduler.done(turn)
+            for part in turn.parts:
+                if part.last:
+                    scheduler.remove(part.sequence)
+        return found
+
+    assert sizes([16 * PAGE], even=True) == [8 * PAGE, 8 * PAGE]
+    assert sizes([16 * PAGE], even=False) == [10 * PAGE, 6 * PAGE]
+    assert sizes([21 * PAGE + 5], even=True) == [8 * PAGE, 7 * PAGE, 6 * PAGE + 5]
+    assert sizes([12 * PAGE, 40, 3 * PAGE], even=True) == [8 * PAGE - 24, 7 * PAGE + 64]
+    assert sizes([10 * PAGE], even=True) == [10 * PAGE]
+    assert sizes([7], even=True) == [7]
 
 
 def test_short_prompts_share_a_pass_with_one_behind_a_long_context() -> None:

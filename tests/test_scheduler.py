@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +49,13 @@ def chances_of(numbers: Sequence[int]) -> npt.NDArray[np.float64]:
 
 
 def check_pass(scheduler: Scheduler, turn: Prefill) -> None:
-    """Each sequence once, no more tokens than a pass has; unequal parts leave no room while a prompt is unread."""
+    """Each sequence once, no more tokens than a pass has; unequal parts are as many as those of later passes."""
     assert len({part.sequence for part in turn.parts}) == len(turn.parts) <= max(scheduler.batch, 1)
     sizes = [part.end - part.begin for part in turn.parts]
     if scheduler.unequal:
         unread = sum(one.prompt - one.read for one in scheduler._live.values())
         assert sum(sizes) <= scheduler.chunk
-        assert sum(sizes) in (scheduler.chunk, unread) or len(sizes) == scheduler.batch
+        assert sum(sizes) == ceil(unread / ceil(unread / scheduler.chunk)) or len(sizes) == scheduler.batch
     else:
         assert not scheduler.joins or max(sizes) * len(sizes) <= max(scheduler.chunk, len(sizes))
 
@@ -432,7 +433,7 @@ def test_long_prompts_do_not_crawl_beside_short_ones() -> None:
 
 def test_unequal_parts_fill_a_pass() -> None:
     """In order of arrival; a prompt that does not end in the pass takes half of what is left, or what the others leave."""
-    scheduler = Scheduler(rows=8, batch=8, chunk=64, unequal=True)
+    scheduler = Scheduler(rows=8, batch=8, chunk=64, unequal=True, even=False)
     for number, prompt in enumerate((200, 5, 5, 40, 30)):
         scheduler.add(number, prompt)
     passes = []

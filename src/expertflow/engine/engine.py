@@ -71,8 +71,7 @@ class Engine:
         self._begin(plan.schedule, admission)
         self._outbox: list[tuple[int, StreamOutput]] = []
         self._totals = Totals()
-        self._stepping = False
-        self.ahead = Ahead()
+        self._stepping, self.ahead = False, Ahead()
         self._to_cancel: deque[int] = deque()
         self.lock = FairLock()
         self._next = 0
@@ -92,6 +91,7 @@ class Engine:
             whole=self._executor.whole,
             unequal=self._executor.unpadded,
             prompts=1 if plan.batch_invariant else plan.max_batch,
+            even=not plan.batch_invariant,
             top_k=plan.shape.top_k,
             rates=rates(plan),
             expected=weakly(self._routes.paths) if predicts else None,

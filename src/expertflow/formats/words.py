@@ -44,14 +44,24 @@ _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
 
 
 @cache
-def _table(code_map: str, second: bool) -> npt.NDArray[np.int32]:  # noqa: FBT001 - half of a word
-    """For each two bytes of two codes, 16 bits, what they are in a word: as its pairs 0 and 1, or `second` as 2 and 3."""
+def _tables(code_map: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each two bytes of two codes, 16 bits, what they are in a word: as its pairs 0 and 1, and as 2 and 3."""
+    first, second = (torch.from_numpy(_table(code_map, half)).to(device) for half in range(2))
+    return first, second
+
+
+def forget_tables() -> None:
+    """Free the memory of what `pack_words` looks up; it is made again at the next use."""
+    _tables.cache_clear()
+
+
+def _table(code_map: str, half: int) -> npt.NDArray[np.int32]:
     codes = np.arange(1 << 16, dtype=np.int64)
     word = np.zeros_like(codes)
     for nibble in range(4):
-        pair, half = nibble // 2 + 2 * second, 16 * (nibble % 2)
+        pair, shift = nibble // 2 + 2 * half, 16 * (nibble % 2)
         for bit, target in enumerate(_PLACES[code_map][pair]):
-            word |= (codes >> (4 * nibble + bit) & 1) << (half + target)
+            word |= (codes >> (4 * nibble + bit) & 1) << (shift + target)
     return word.astype(np.uint32).view(np.int32)
 
 
@@ -70,7 +80,7 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
     outputs, count = pairs.shape
     words = torch.empty(outputs, count // 4, dtype=torch.int32, device=pairs.device)
     rows = max(1, _BLOCK[pairs.device.type] // max(count, 1))
-    tables = [torch.from_numpy(_table(code_map, second)).to(pairs.device) for second in (False, True)]
+    tables = _tables(code_map, pairs.device)
     for first in range(0, outputs, rows):
         for begin, steps, wide in _steps(2 * count):
             size = steps * wide

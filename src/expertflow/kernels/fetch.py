@@ -27,16 +27,34 @@ def _until(counter, enough):
         seen = tl.atomic_add(counter, 0, sem="acquire")
 
 
+@triton.jit
+def _take(taken, urgent, busy, gives_way: tl.constexpr):
+    """The next block of a load. A call that `gives_way` first waits until no program carries what a layer waits for: they would share the link."""
+    if gives_way:
+        while busy > 0:
+            busy = tl.atomic_add(urgent, 0, sem="relaxed")
+    return tl.atomic_add(taken, 1, sem="relaxed")
+
+
+@triton.jit
+def _count_urgent(urgent, begin, end, change: tl.constexpr):
+    """Say that a program has begun or ended to carry what a layer waits for, if there is anything."""
+    if begin < end:
+        tl.atomic_add(urgent, change, sem="relaxed")
+
+
 # parts of a list start at any address; specializing on them might compile a kernel anew during a capture
-@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["todo", "bounds"])
-def _fetch_kernel(
-    host, pool, ledger, todo, bounds, lines, entries,
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["todo", "bounds", "urgent"])
+def _fetch_kernel(  # noqa: C901 - most branches are known when compiling
+    host, pool, ledger, todo, bounds, urgent, lines, entries,
     record: tl.constexpr, block: tl.constexpr, wait: tl.constexpr, unequal: tl.constexpr,
 ):  # fmt: skip
     """Take blocks of at most `block` words from the entries, one after the other; rows are `record` words, a record no more."""
     begin = tl.load(bounds)
     end = tl.load(bounds + 1)
     blocks: tl.constexpr = (record + block - 1) // block
+    if wait:
+        _count_urgent(urgent, begin, end, 1)
     place = begin
     while place < end:  # the interpreter has no `range` over values of the device
         entry = ledger + tl.load(todo + place)
@@ -50,7 +68,8 @@ def _fetch_kernel(
             step = tl.cdiv(tl.load(lines + src), blocks) * _LINE
         source = host + src.to(tl.int64) * record
         target = pool + tl.load(entry + _DST * entries).to(tl.int64) * record
-        part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
+        busy = begin * 0 + 1
+        part = _take(entry + _TAKEN * entries, urgent, busy, not wait)
         while part < blocks:
             inside = tl.arange(0, block)
             at = part * step + inside
@@ -58,12 +77,17 @@ def _fetch_kernel(
             if unequal:
                 mask = mask & (inside < step)
             moved = tl.load(source + at, mask=mask, cache_modifier=".cg")
+            if (
+                not wait
+            ):  # asked while the block moves; by an atomic, because threads that loaded it might see different numbers
+                busy = tl.atomic_add(urgent, 0, sem="relaxed")
             tl.store(target + at, moved, mask=mask)
             tl.debug_barrier()  # the whole program has written
             tl.atomic_add(entry + _DONE * entries, 1, sem="release")
-            part = tl.atomic_add(entry + _TAKEN * entries, 1, sem="relaxed")
+            part = _take(entry + _TAKEN * entries, urgent, busy, not wait)
         place += 1
-    if wait:  # noqa: SIM102 - one is known to the compiler, the other to the device
+    if wait:  # what is left are blocks under way
+        _count_urgent(urgent, begin, end, -1)
         if tl.program_id(0) == 0:
             place = begin
             while place < end:
@@ -88,7 +112,7 @@ def fetch_records(
     """Carry the loads named by list entries `bounds[0] .. bounds[1] - 1` from host memory into slots.
 
     Queued on the current stream, capturable, and no more than `programs` multiprocessors wide. Blocks that another
-    call is carrying are left to it.
+    call is carrying are left to it. A call that does not wait gives way to those that do.
 
     Args:
         host: uint8 `[records, record_bytes]`, page-locked (allocated so or registered); `record_bytes` a multiple of 256.
@@ -118,6 +142,6 @@ def launch_fetch(
     block = _block(record, block_bytes)
     ledger, todo, bounds = loads
     _fetch_kernel[(programs,)](
-        host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, todo if ledger.lines is None else ledger.lines,
+        host.view(WORD), pool.view(WORD), ledger.table, todo, bounds, ledger.urgent, todo if ledger.lines is None else ledger.lines,
         ledger.entries, record=record, block=block, wait=wait, unequal=ledger.lines is not None, num_warps=warps,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Records move in blocks, all in as many, whose size goes by the layer's record. Any idle program takes the next free block of a load: one of the copy stream of loads ahead, or
 one of a layer that needs the record now. A layer waits only for blocks that a running program carries, so it never
-waits for a kernel that has not begun. A load whose expert was evicted again is called off: no more of its blocks are
+waits for a kernel that has not begun. Loads ahead leave the link to those that a layer waits for, block by block. A load whose expert was evicted again is called off: no more of its blocks are
 taken, and the slot's next load waits for the blocks under way.
 
 `kernels.residency` writes the entries, `kernels.fetch` carries them out. Must not know experts beyond their numbers,
@@ -34,21 +34,20 @@ class Ledger:
     Attributes:
         table: int32 `[6, N]`, an entry a column.
         count: int32 `[1]`, entries written.
+        urgent: int32 `[1]`, programs that carry what a layer waits for; while there is one, loads ahead stand still.
         lines: int32 `[records]`, the lines of `LINE` bytes that a load of each record moves; None: as many as a slot has.
     """
 
     table: Tensor
     count: Tensor
+    urgent: Tensor
     lines: Tensor | None = None
 
     @classmethod
     def allocate(cls, entries: int, device: torch.device, lines: Tensor | None = None) -> Self:
         """Allocate room for `entries` loads."""
-        return cls(
-            torch.zeros(6, entries, dtype=torch.int32, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
-            lines,
-        )
+        count, urgent = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        return cls(torch.zeros(6, entries, dtype=torch.int32, device=device), count, urgent, lines)
 
     @classmethod
     def of(cls, src: Tensor, dst: Tensor) -> Self:

@@ -4,7 +4,7 @@ Must not know layers and slots, and which side decides.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Self
 
@@ -190,6 +190,10 @@ class Workspace:
             torch.zeros(counts, dtype=torch.int32, device=device),
         )
 
+    def beside(self) -> Self:
+        """Buffers for a call that runs beside those of this one, on other pairs: programs that share a product meet in its own."""
+        return replace(self, sums=torch.empty_like(self.sums), counts=torch.zeros_like(self.counts))
+
     @staticmethod
     def nbytes(pairs: int, width: int, inner: int, hidden: int, itemsize: int) -> int:
         """Bytes `allocate` takes: what a planner counts.
@@ -201,7 +205,12 @@ class Workspace:
             hidden: outputs of the down projection.
             itemsize: bytes of a weight's number.
         """
-        return pairs * (width * itemsize + hidden * 4) + 4 * sum(_shared(pairs, width, inner, hidden))
+        return pairs * (width * itemsize + hidden * 4) + Workspace.beside_nbytes(pairs, width, inner, hidden)
+
+    @staticmethod
+    def beside_nbytes(pairs: int, width: int, inner: int, hidden: int) -> int:
+        """Bytes `beside` takes, likewise."""
+        return 4 * sum(_shared(pairs, width, inner, hidden))
 
 
 def _shared(pairs: int, width: int, inner: int, hidden: int) -> tuple[int, int]:

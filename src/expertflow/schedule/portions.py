@@ -61,6 +61,21 @@ def _seen(count: int, window: int | None) -> int:
     return inside * (inside + 1) // 2 + (count - inside) * (window or 0)
 
 
+def even(unread: Sequence[Unread], room: int, grain: int = 1) -> int:
+    """Room of the next pass if all that read these prompts have about as much, and are no more than with `room` tokens each.
+
+    Every pass loads the experts that are missing, and hides that behind its own computation alone: a short last one hides nothing.
+
+    Args:
+        unread: as in `portions`.
+        room: tokens of a pass at most.
+        grain: as in `portions`.
+    """
+    left = sum(end - begin for begin, end in unread)
+    each = -(-left // -(-left // room))
+    return min(room, -(-each // grain) * grain)
+
+
 def portions(unread: Sequence[Unread], room: int, grain: int = 1, pace: Pace | None = None) -> list[int]:
     """Tokens of each prompt in a pass, in the order of the prompts, of any sizes; the first one gets some.
 

@@ -20,7 +20,7 @@ from expertflow.errors import ConfigError
 from expertflow.schedule.admission import Admission, AtOnce, Moment
 from expertflow.schedule.cluster import group, in_order
 from expertflow.schedule.cost import StepPrices, best_guesses, cheapest
-from expertflow.schedule.portions import Pace, Unread, columns, portions
+from expertflow.schedule.portions import Pace, Unread, columns, even, portions
 
 Grouping = Literal["fifo", "group", "auto"]
 Chances = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
@@ -119,6 +119,7 @@ class Scheduler:
         whole: whether a prompt has to be read in one pass, however long; so is a cohort's.
         prompts: parts of a pass at most; None: as many as a step has sequences.
         unequal: whether parts of a pass may have any sizes; if not, all have room for as many tokens.
+        even: whether passes of unequal parts that follow one another have about as many tokens; if not, all but the last have `chunk`.
         patience: how often a waiting request may be passed over by a later one.
         top_k: experts a token uses a layer.
         rates: what a step costs, for `auto`.
@@ -142,6 +143,7 @@ class Scheduler:
     whole: bool = False
     prompts: int | None = None
     unequal: bool = False
+    even: bool = True
     patience: int = 4
     top_k: int = 1
     rates: StepPrices | None = None
@@ -321,9 +323,10 @@ class Scheduler:
         reading = [sequence for sequence in self._live if not self._decodes(sequence)]
         if not reading:
             return None
-        reading = reading[: self.prompts]
         if self.unequal and self.joins and not self.whole:
-            return Prefill(tuple(self._fill(reading[: self.batch])))
+            room = even(self._unread(reading), self.chunk, self._grain) if self.even else self.chunk
+            return Prefill(tuple(self._fill(reading[: self.prompts][: self.batch], room)))
+        reading = reading[: self.prompts]
         if self.whole or not self.joins:
             reading = reading[: self.batch]
             width = max(self._live[sequence].prompt for sequence in reading)
@@ -336,10 +339,10 @@ class Scheduler:
             parts.append(Part(sequence, known.read, end, end == known.prompt))
         return Prefill(tuple(parts))
 
-    def _fill(self, reading: list[int]) -> Iterator[Part]:
+    def _fill(self, reading: list[int], room: int) -> Iterator[Part]:
         """Parts of any sizes, as their sequences came; see `portions`."""
         unread = self._unread(reading)
-        taken = portions(unread, self.chunk, self._grain, self._pace_now())
+        taken = portions(unread, room, self._grain, self._pace_now())
         for sequence, (begin, end), count in zip(reading, unread, taken, strict=True):
             if count:
                 yield Part(sequence, begin, begin + count, begin + count == end)

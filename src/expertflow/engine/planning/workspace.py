@@ -27,7 +27,8 @@ def graph_bytes(shape: ModelShape, rows: int, length: int, device: str) -> int:
     """
     pairs, width = rows * shape.top_k, inner_width(shape)
     state = CacheState.nbytes(shape.layers, shape.experts, shape.total_experts)
-    buffers = Workspace.nbytes(pairs, width, 2 * width, shape.hidden, DTYPES[shape.dtype].nbytes)
+    sizes = pairs, width, 2 * width, shape.hidden
+    buffers = Workspace.nbytes(*sizes, DTYPES[shape.dtype].nbytes) + Workspace.beside_nbytes(*sizes)
     buffers += rows * (shape.vocabulary * DTYPES[shape.dtype].nbytes + 16)
     buffers += shape.layers * (shape.experts + 1) * 4
     buffers += rows.bit_length() * 2 * (min(pairs, shape.experts) + 2) * (pairs + 3) * 4

@@ -2,7 +2,7 @@
 
 Stands in for provider and transfer while decode steps run as graphs. Before the first layer the predictor forecasts and
 the step is planned; loads ahead begin on a lane of their own. In a layer the router's choice goes to the residency
-kernel. Resident experts are computed while missing ones are fetched; these are computed next, phase by phase. Then all
+kernel. Resident experts are computed while missing ones are fetched and then computed, beside them; what is missing beyond follows phase by phase. Then all
 pairs are added in ascending order of expert. Loads whose slots the layer freed follow behind it. Must not know
 attention, requests, and when the tables change sides (`execution.handover`).
 """
@@ -86,6 +86,7 @@ class DeviceExperts:
         self._twin = self._kernels.residency(self.state, routing)
         self._work = Workspace.allocate(mlps[0], batch, top_k, device)
         self._work.parts.zero_()  # padding reads what was never written: it has to be finite
+        self._work_beside = self._work.beside()
         self.live = torch.zeros(1, dtype=torch.int32, device=device)
         self._count = 0
         self._schedules: dict[int, Schedule] = {}
@@ -249,16 +250,16 @@ class DeviceExperts:
         """Fetch and compute what `run_layer` decided; plan further loads meanwhile."""
         kernels, mlp, pool = self._kernels, self._mlps[layer], self._shared.pool.buffer
         loads = self._shared.store.buffer, pool, self.state.ledger, schedule.todo
-        with self._corrections.work():
+        with self._corrections.work():  # where nothing is missing, this is done before the residents are computed
             kernels.fetch_records(*loads, schedule.bounds[:2])
+            kernels.expert_pairs(mlp, hidden, schedule.slots[1], pool, self._work_beside)
         if self._looks_ahead:
             with self._plans.work():
                 self._twin.bind(layer)
         kernels.expert_pairs(mlp, hidden, schedule.slots[0], pool, self._work)
         self._corrections.join()
-        for phase in range(schedule.phases):
-            if phase:
-                kernels.fetch_records(*loads, schedule.bounds[phase : phase + 2])
+        for phase in range(1, schedule.phases):  # their loads may take slots of what is computed above
+            kernels.fetch_records(*loads, schedule.bounds[phase : phase + 2])
             kernels.expert_pairs(mlp, hidden, schedule.slots[1 + phase], pool, self._work)
 
     def _load_ahead(self, place: int) -> None:

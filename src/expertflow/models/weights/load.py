@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,8 @@ def _read_piece(
     _read_hashed(descriptor, read, piece, content)
     one = spec.one if piece.joined else spec
     for each in (part, *also):
-        packing.pack(one, each, source, read.view(stored).view(piece.stored), _target(records, piece, each))
+        where = partial(_target, records, piece, each)
+        packing.pack(one, each, source, read.view(stored).view(piece.stored), where)
 
 
 def _target(records: ExpertStore, piece: ExpertPiece, part: Part) -> Tensor:

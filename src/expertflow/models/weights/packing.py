@@ -1,16 +1,17 @@
 """Where what threads read from a checkpoint is packed: on the processor, or on the model's GPU where a format can.
 
-A core packs about half a GB of codes a second, and the small operations of many threads wait for one another in Python. On a GPU each
-part takes a few launches. Must not know files and records.
+A core packs about half a GB of codes a second. On a GPU each part takes some launches, which threads queue one after another. Must not know files and records.
 """
 
 import queue
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from expertflow.formats.format import Part, TensorSpec
+from expertflow.formats.words import forget_tables
 from expertflow.models.files.checkpoint import StoredTensor
 from expertflow.models.weights.dense import pack_part
 
@@ -30,6 +31,8 @@ class Packing:
     def __init__(self, device: torch.device) -> None:
         """Nothing is taken yet."""
         self._device, self._mine = device, threading.local()
+        # every operation asks for Python's lock: threads that queue theirs at the same time mostly wait for it
+        self._turn = threading.Lock()
         self._places = queue.SimpleQueue[_Place]()
         for _ in range(_PLACES if device.type == "cuda" else 0):
             self._places.put(_Place(device))
@@ -45,7 +48,9 @@ class Packing:
             self._mine.memory = memory
         return memory[:nbytes]
 
-    def pack(self, spec: TensorSpec, part: Part, source: StoredTensor, stored: Tensor, target: Tensor) -> None:
+    def pack(
+        self, spec: TensorSpec, part: Part, source: StoredTensor, stored: Tensor, target: Callable[[], Tensor]
+    ) -> None:
         """Pack a part into its record. See `pack_part`.
 
         Args:
@@ -53,20 +58,23 @@ class Packing:
             part: the part.
             source: the checkpoint tensor that its numbers come from.
             stored: as in the checkpoint.
-            target: flat, in the part's dtype.
+            target: gives where it goes, flat, in the part's dtype.
 
         Raises:
             CheckpointError: if it cannot be decoded.
         """
         far = self._device.type == "cuda" and part.name in spec.format.packed_anywhere
         if not far or stored.nbytes < _LEAST:
-            target.copy_(pack_part(spec, part, source, stored))
+            target().copy_(pack_part(spec, part, source, stored))
             return
         place = self._places.get()
         try:
-            with torch.cuda.stream(place.stream):
-                packed = pack_part(spec, part, source, place.send(stored))
-                target.copy_(place.bring(packed))
+            place.take(stored)
+            with self._turn, torch.cuda.stream(place.stream):
+                packed = place.bring(pack_part(spec, part, source, place.send(stored)))
+                where = target()
+            place.stream.synchronize()
+            where.copy_(packed)
         finally:
             self._places.put(place)
 
@@ -75,6 +83,7 @@ class Packing:
         while not self._places.empty():
             self._places.get()
         if self._device.type == "cuda":
+            forget_tables()
             torch.cuda.empty_cache()
 
 
@@ -85,21 +94,22 @@ class _Place:
         self.stream, self._device = torch.cuda.Stream(device), device
         self._out = self._back = torch.empty(0, dtype=torch.uint8)
 
+    def take(self, stored: Tensor) -> None:
+        """Copy numbers of host memory to where the GPU reads them."""
+        if len(self._out) < stored.nbytes:
+            self._out = torch.empty(stored.nbytes, dtype=torch.uint8, pin_memory=True)
+        self._out[: stored.nbytes].view(stored.dtype).view(stored.shape).copy_(stored)
+
     def send(self, stored: Tensor) -> Tensor:
-        """Numbers of host memory on the GPU; queued, and until the next call."""
-        raw = stored.contiguous().view(-1).view(torch.uint8)
-        if len(self._out) < len(raw):
-            self._out = torch.empty(len(raw), dtype=torch.uint8, pin_memory=True)
-        page_locked = self._out[: len(raw)]
-        page_locked.copy_(raw)
-        return page_locked.to(self._device, non_blocking=True).view(stored.dtype).view(stored.shape)
+        """What was taken, on the GPU; queued, and until the next call."""
+        sent = self._out[: stored.nbytes].to(self._device, non_blocking=True)
+        return sent.view(stored.dtype).view(stored.shape)
 
     def bring(self, packed: Tensor) -> Tensor:
-        """Numbers of the GPU in host memory, until the next call."""
+        """Numbers of the GPU in host memory, as soon as what is queued has ended and until the next call."""
         raw = packed.reshape(-1).view(torch.uint8)
         if len(self._back) < len(raw):
             self._back = torch.empty(len(raw), dtype=torch.uint8, pin_memory=True)
         target = self._back[: len(raw)]
         target.copy_(raw, non_blocking=True)
-        self.stream.synchronize()
         return target.view(packed.dtype)
