@@ -49,7 +49,7 @@ CONTEXTS, TINY_CONTEXTS = (1024, 8192, 32768, 130944), (12, 40)
 LONG, TINY_LONG = 100_000, 60
 STALLING, TINY_STALLING = (32768, 98304), (40,)
 """Tokens of prompts beside which another sequence decodes."""
-REPEATS, PROBES, WARM, STEPS, WINDOWS, TINY_STEPS = 2, 5, 24, 16, 4, 2
+REPEATS, PROBES, WARM, STEPS, WINDOWS, TINY_STEPS = 3, 5, 24, 16, 4, 2
 """Timed prompts; probes of the link; steps before windows, of a window, and windows; steps of any of them with small widths."""
 EXPERT_KERNELS = "_up_kernel", "_down_kernel"
 GOAL, STEP_GOAL = 1.15, 1.2

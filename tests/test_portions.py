@@ -59,6 +59,7 @@ def test_a_pass_lasts_no_longer_than_it_may(unequal: bool) -> None:
                 continue
             first, left = turn.parts[0], sum(prompts) - sum(read)
             allowed = max(bound, seconds_of(first.begin, first.begin + 128)) if beside else 1e9
+            lasts = sum(seconds_of(done, prompt) for done, prompt in zip(read, prompts, strict=True))
             spent = sum(seconds_of(part.begin, part.end) for part in turn.parts)
             assert spent <= allowed * (1 + 1e-9)
             assert sum(part.end - part.begin for part in turn.parts) <= chunk
@@ -75,7 +76,9 @@ def test_a_pass_lasts_no_longer_than_it_may(unequal: bool) -> None:
             if unequal and cut:  # what is left would not do for one more page of each that goes on
                 more = sum(seconds_of(part.end, part.end + PAGE) for part in cut)
                 missing = left / ceil(left / chunk) - sum(part.end - part.begin for part in turn.parts)
-                assert missing < PAGE * len(prompts) or spent + more > 0.6 * allowed
+                assert missing < PAGE * len(prompts) or spent + more > 0.6 * (
+                    lasts / 2 if lasts <= 2 * allowed else allowed
+                )
 
 
 def test_passes_that_follow_one_another_have_about_as_many_tokens() -> None:
@@ -143,4 +146,8 @@ def test_a_pace_changes_no_token(make_checkpoint: MakeCheckpoint, monkeypatch: p
         while llm.engine.unfinished:
             llm.engine.step()
     assert [found[len(prompt)]] == alone
-    assert sizes == [256, 128, 16]  # 128 tokens behind 256 see 41,024 in all, and a page more would be 63,264
+    assert sizes == [
+        256,
+        64,
+        80,
+    ]  # 144 tokens behind 256 see 47,304 in all, so two passes; 64 of them 18,464, 128 would see 41,024

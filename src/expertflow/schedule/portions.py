@@ -54,6 +54,11 @@ class Pace:
         """Seconds of a pass whose first piece begins there: the bound, or what the fewest tokens take."""
         return max(self.bound, self.seconds(begin, begin + self.least))
 
+    def share(self, unread: Sequence[Unread]) -> float:
+        """Seconds of the next pass: as long as it may last, or half of what is left for two, so that the last one is not short."""
+        total, allowed = sum(self.seconds(*one) for one in unread), self.allowed(unread[0].begin)
+        return total / 2 if allowed < total <= 2 * allowed else allowed
+
 
 def _seen(count: int, window: int | None) -> int:
     """How many tokens the first `count` of a sequence see in all, each itself included."""
@@ -88,7 +93,7 @@ def portions(unread: Sequence[Unread], room: int, grain: int = 1, pace: Pace | N
         grain: a piece that does not end its prompt ends at a multiple of it.
         pace: how long the pass may last; None: it does not matter.
     """
-    left, found = inf if pace is None else pace.allowed(unread[0].begin), list[int]()
+    left, found = inf if pace is None else pace.share(unread), list[int]()
     for place, (begin, end) in enumerate(unread):
         need, behind = end - begin, unread[place + 1 :]
         count = need if need <= room else max(room - sum(one.end - one.begin for one in behind), room - room // 2)

@@ -25,9 +25,8 @@ GRAIN = 64
 STALL, OVERLAP = 1.3, 1.15
 """Times its copies that a pass may last while other sequences wait for it; and times the longer of copies and computation that one
 lasts at most, because the first layer's copies and the last one's computation have nothing beside them."""
-PACED, ATTENDED = 0.7, 0.4
-"""Shares of the speed of a large pass that products, and attention to earlier tokens, reach at least in small passes beside steps: passes
-of gpt-oss-20b behind 32,768 and 98,304 tokens (long_first_h200.json)."""
+PACED = 0.7
+"""Share of the speed of a large pass that one reaches at least beside steps and behind a long context (gpt-oss-20b, long_first_h200.json)."""
 SHARE, LEFT_SHARE = 1 / 8, 1 / 4
 """Shares of the budget, and of what it leaves beside the least that works, that the workspace may take at most on top of that of a
 pass of `SMALLEST` tokens."""
@@ -104,8 +103,8 @@ def pace_of(shape: ModelShape, work: PassWork, speeds: Speeds, chunk: int) -> Pa
 
     The bound is what `STALL` times the copies leaves to computation, or the same of the fewest tokens' products, if those take longer.
     """
-    fewest = min(chunk, SMALLEST if work.copied else ALL_RESIDENT)
-    token, column = work.flops / (PACED * speeds.compute), 4 * shape.head_width / (ATTENDED * speeds.compute)
+    fewest, compute = min(chunk, SMALLEST if work.copied else ALL_RESIDENT), PACED * speeds.compute
+    token, column = work.flops / compute, 4 * shape.head_width / compute
     return Pace(
         token=token,
         columns=tuple((window, column * layers) for window, layers in Counter(shape.windows).items()),
