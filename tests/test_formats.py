@@ -19,6 +19,7 @@ from expertflow.execution.runner import PromptChunk
 from expertflow.formats.format import TensorSpec
 from expertflow.formats.plain import PLAIN, plain
 from expertflow.formats.published.awq import AWQ
+from expertflow.formats.published.gguf import GGUF
 from expertflow.formats.published.gptq import GPTQ
 from expertflow.formats.published.int4 import INT4
 from expertflow.formats.published.mxfp4 import MXFP4
@@ -309,6 +310,20 @@ def test_packed_keys_are_resolved_together(make_twins: Twins, monkeypatch: pytes
     monkeypatch.setattr(mapping, "get_model_conversion_mapping", lambda model: calls.append(1) or stock(model))
     prepare(make_twins("qwen3_moe", "float32")[0], EngineConfig(device="cpu"), formats=TABLE)
     assert len(calls) <= 3
+
+
+def test_what_a_gpu_packs_needs_no_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that are said to be packed anywhere are: NumPy, which reads host memory alone, is not asked."""
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda _: pytest.fail("read by NumPy"))
+    packed = set()
+    for name, format_ in {**FORMATS, **{one.name: one for one in GGUF.values()}}.items():
+        spec = TensorSpec(name="down_proj", shape=(40, 512), dtype="bfloat16", format=format_)
+        for part in (one for one in format_.parts(spec) if one.name in format_.packed_anywhere):
+            kind = torch.uint8 if "U8" in part.also else torch.int32
+            size = torch.Size(part.stored).numel() * kind.itemsize
+            format_.repack(spec, part.name, torch.randint(256, (size,), dtype=torch.uint8).view(kind).view(part.stored))
+            packed.add(name)
+    assert len(packed) >= len(WORDS)
 
 
 WORDS = {

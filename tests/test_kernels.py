@@ -5,6 +5,7 @@ Without a CUDA device they run in Triton's interpreter on CPU tensors.
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from expertflow.formats.plain import plain
 from expertflow.formats.records import RecordLayout, StoreLayout
 from expertflow.kernels import mlp as mlp_module
 from expertflow.kernels import reference
-from expertflow.kernels.ledger import BLOCK_BYTES, CALLED_OFF, DONE, DST, LINE, SRC, TAKEN, Ledger
+from expertflow.kernels.ledger import BLOCK_BYTES, CALLED_OFF, CARRIED, DONE, DST, LINE, PRIOR, SRC, TAKEN, Ledger
 from expertflow.kernels.mlp import ACTIVATIONS, CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.kernels.residency.state import BLIND, CacheState
 from expertflow.live.batch import PredictorBatch, PredictorInputs
@@ -277,34 +278,91 @@ def test_a_load_finishes_what_another_began() -> None:
     assert int(ledger.table[DONE]) == blocks
 
 
-def test_loads_ahead_leave_the_link_to_what_a_layer_waits_for() -> None:
-    """They take no block while a program carries what is waited for, and go on when it has ended; a call that waits counts itself."""
-    host = torch.randint(1, 256, (2, 3 * BLOCK_BYTES), dtype=torch.uint8)
+def beside(device: torch.device, work: Callable[[], None]) -> threading.Thread:
+    """Start `work` in a thread of its own, and on a GPU on a stream of its own; the stream is made here: making one waits for the device."""
+    line = torch.cuda.Stream() if device.type == "cuda" else None
+
+    def run() -> None:
+        with nullcontext() if line is None else torch.cuda.stream(line):
+            work()
+
+    if line is not None:
+        torch.cuda.synchronize()
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def records_to_fetch(blocks: int) -> tuple[Tensor, Tensor, Ledger, Tensor, Tensor]:
+    """Two records of so many blocks in host memory, slots, their loads, both in order, and the bounds of each."""
+    host = torch.randint(1, 256, (2, blocks * BLOCK_BYTES), dtype=torch.uint8)
     host = host.pin_memory() if DEVICE.type == "cuda" else host
-    pool = torch.zeros(2, 3 * BLOCK_BYTES, dtype=torch.uint8, device=DEVICE)
     both = torch.arange(2, dtype=torch.int32, device=DEVICE)
-    ledger, bounds = Ledger.of(both, both), torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    pool, bounds = torch.zeros_like(host, device=DEVICE), torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    return host, pool, Ledger.of(both, both), both, bounds
+
+
+def test_loads_ahead_take_no_block_while_something_is_urgent() -> None:
+    """They go on when it has ended."""
+    host, pool, ledger, both, bounds = records_to_fetch(3)
     for waits in (True, False):  # a kernel that is compiled below would begin too late to be seen
         fetch.fetch_records(host, pool, ledger, both, bounds[:2], wait=waits)
         assert int(ledger.urgent) == 0
     ledger.urgent.fill_(1)
     taken: list[int] = []
-    other_line = torch.cuda.Stream() if DEVICE.type == "cuda" else None  # made here: making one waits for the device
 
     def end_what_is_urgent() -> None:
         time.sleep(0.2)
-        with nullcontext() if other_line is None else torch.cuda.stream(other_line):
-            taken.append(int(ledger.table[TAKEN, 1]))
-            ledger.urgent.zero_()
+        taken.append(int(ledger.table[TAKEN, 1]))
+        ledger.urgent.zero_()
 
-    if other_line is not None:
-        torch.cuda.synchronize()
-    other = threading.Thread(target=end_what_is_urgent)
-    other.start()
+    other = beside(DEVICE, end_what_is_urgent)
     fetch.fetch_records(host, pool, ledger, both, bounds[1:], wait=False)
     other.join()
     assert taken == [0]
     assert torch.equal(pool.cpu(), host)
+
+
+def test_a_load_that_a_layer_waits_for_is_urgent() -> None:
+    """It says so while it runs: here it waits for a block of a load into its slot that was called off."""
+    host, pool, ledger, both, bounds = records_to_fetch(3)
+    fetch.fetch_records(host, pool, ledger, both, bounds[:2])
+    ledger.table[DONE, 0], ledger.table[CARRIED, 0], ledger.table[PRIOR, 1] = 0, 1, 0
+    urgent: list[int] = []
+
+    def carry_the_block() -> None:
+        time.sleep(0.2)
+        urgent.append(int(ledger.urgent))
+        ledger.table[DONE, 0] = 1
+
+    other = beside(DEVICE, carry_the_block)
+    fetch.fetch_records(host, pool, ledger, both, bounds[1:], 1)
+    other.join()
+    assert urgent == [1]
+    assert int(ledger.urgent) == 0
+    assert torch.equal(pool.cpu(), host)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has carried the record before a thread can say so")
+def test_loads_ahead_stand_still_between_two_blocks() -> None:
+    """What becomes urgent while a record is carried holds up the rest of it."""
+    host, pool, ledger, both, bounds = records_to_fetch(400)
+    taken: list[int] = []
+
+    def become_urgent() -> None:
+        while not int(ledger.table[TAKEN, 1]):
+            time.sleep(0.001)
+        ledger.urgent.fill_(1)
+        for _ in range(2):
+            time.sleep(0.1)
+            taken.append(int(ledger.table[TAKEN, 1]))
+        ledger.urgent.zero_()
+
+    other = beside(DEVICE, become_urgent)
+    fetch.fetch_records(host, pool, ledger, both, bounds[1:], wait=False)
+    other.join()
+    assert taken[0] == taken[1] < 400
+    assert torch.equal(pool[1], host[1])
 
 
 @pytest.mark.parametrize("groups", [[[2, 0, 3]], [[1], [4, 0], [2, 3]], [[0, 3], [4]]])

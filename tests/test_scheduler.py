@@ -49,13 +49,14 @@ def chances_of(numbers: Sequence[int]) -> npt.NDArray[np.float64]:
 
 
 def check_pass(scheduler: Scheduler, turn: Prefill) -> None:
-    """Each sequence once, no more tokens than a pass has; unequal parts are as many as those of later passes."""
+    """Each sequence once, no more tokens than a pass has; unequal parts leave no room, or as much as those of later passes."""
     assert len({part.sequence for part in turn.parts}) == len(turn.parts) <= max(scheduler.batch, 1)
     sizes = [part.end - part.begin for part in turn.parts]
     if scheduler.unequal:
-        unread = sum(one.prompt - one.read for one in scheduler._live.values())
-        assert sum(sizes) <= scheduler.chunk
-        assert sum(sizes) == ceil(unread / ceil(unread / scheduler.chunk)) or len(sizes) == scheduler.batch
+        left = [one.prompt - one.read for one in scheduler._live.values() if one.read < one.prompt]
+        share = ceil(sum(left) / ceil(sum(left) / scheduler.chunk))
+        wanted = share if not scheduler.waiting and len(left) <= scheduler.batch else min(scheduler.chunk, sum(left))
+        assert sum(sizes) == wanted or len(sizes) == scheduler.batch
     else:
         assert not scheduler.joins or max(sizes) * len(sizes) <= max(scheduler.chunk, len(sizes))
 

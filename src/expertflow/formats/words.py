@@ -81,6 +81,9 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
     words = torch.empty(outputs, count // 4, dtype=torch.int32, device=pairs.device)
     rows = max(1, _BLOCK[pairs.device.type] // max(count, 1))
     tables = _tables(code_map, pairs.device)
+    if pairs.is_cuda:  # they were made on another stream, and may be forgotten while this one still reads them
+        for table in tables:
+            table.record_stream(torch.cuda.current_stream(pairs.device))
     for first in range(0, outputs, rows):
         for begin, steps, wide in _steps(2 * count):
             size = steps * wide

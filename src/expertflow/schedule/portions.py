@@ -54,10 +54,14 @@ class Pace:
         """Seconds of a pass whose first piece begins there: the bound, or what the fewest tokens take."""
         return max(self.bound, self.seconds(begin, begin + self.least))
 
-    def share(self, unread: Sequence[Unread]) -> float:
-        """Seconds of the next pass: as long as it may last, or half of what is left for two, so that the last one is not short."""
+    def share(self, unread: Sequence[Unread], grain: int) -> float:
+        """Seconds of the next pass: as long as it may last, or half of what is left for two, so that the last one is not short.
+
+        And a grain of each prompt more: what borders of pages cut off must not make a third pass.
+        """
         total, allowed = sum(self.seconds(*one) for one in unread), self.allowed(unread[0].begin)
-        return total / 2 if allowed < total <= 2 * allowed else allowed
+        more = sum(self.seconds(max(begin, end - grain), end) for begin, end in unread)
+        return min(allowed, total / 2 + more) if allowed < total <= 2 * allowed else allowed
 
 
 def _seen(count: int, window: int | None) -> int:
@@ -67,7 +71,7 @@ def _seen(count: int, window: int | None) -> int:
 
 
 def even(unread: Sequence[Unread], room: int, grain: int = 1) -> int:
-    """Room of the next pass if all that read these prompts have about as much, and are no more than with `room` tokens each.
+    """Room of the next pass if all that read these prompts, and no others, have about as much, and are no more than with `room` tokens each.
 
     Every pass loads the experts that are missing, and hides that behind its own computation alone: a short last one hides nothing.
 
@@ -93,7 +97,7 @@ def portions(unread: Sequence[Unread], room: int, grain: int = 1, pace: Pace | N
         grain: a piece that does not end its prompt ends at a multiple of it.
         pace: how long the pass may last; None: it does not matter.
     """
-    left, found = inf if pace is None else pace.share(unread), list[int]()
+    left, found = inf if pace is None else pace.share(unread, grain), list[int]()
     for place, (begin, end) in enumerate(unread):
         need, behind = end - begin, unread[place + 1 :]
         count = need if need <= room else max(room - sum(one.end - one.begin for one in behind), room - room // 2)

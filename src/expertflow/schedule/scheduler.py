@@ -119,7 +119,7 @@ class Scheduler:
         whole: whether a prompt has to be read in one pass, however long; so is a cohort's.
         prompts: parts of a pass at most; None: as many as a step has sequences.
         unequal: whether parts of a pass may have any sizes; if not, all have room for as many tokens.
-        even: whether passes of unequal parts that follow one another have about as many tokens; if not, all but the last have `chunk`.
+        even: whether passes of unequal parts have about as many tokens where nobody else waits; if not, all but the last have `chunk`.
         patience: how often a waiting request may be passed over by a later one.
         top_k: experts a token uses a layer.
         rates: what a step costs, for `auto`.
@@ -324,8 +324,7 @@ class Scheduler:
         if not reading:
             return None
         if self.unequal and self.joins and not self.whole:
-            room = even(self._unread(reading), self.chunk, self._grain) if self.even else self.chunk
-            return Prefill(tuple(self._fill(reading[: self.prompts][: self.batch], room)))
+            return Prefill(tuple(self._fill(reading)))
         reading = reading[: self.prompts]
         if self.whole or not self.joins:
             reading = reading[: self.batch]
@@ -339,11 +338,16 @@ class Scheduler:
             parts.append(Part(sequence, known.read, end, end == known.prompt))
         return Prefill(tuple(parts))
 
-    def _fill(self, reading: list[int], room: int) -> Iterator[Part]:
+    def _fill(self, reading: list[int]) -> Iterator[Part]:
         """Parts of any sizes, as their sequences came; see `portions`."""
-        unread = self._unread(reading)
-        taken = portions(unread, room, self._grain, self._pace_now())
-        for sequence, (begin, end), count in zip(reading, unread, taken, strict=True):
+        first, pace = reading[: self.prompts][: self.batch], self._pace_now()
+        unread, room = self._unread(first), self.chunk
+        if (
+            self.even and pace is None and not self._waiting and len(first) == len(reading)
+        ):  # else others fill the last pass
+            room = even(unread, self.chunk, self._grain)
+        taken = portions(unread, room, self._grain, pace)
+        for sequence, (begin, end), count in zip(first, unread, taken, strict=True):
             if count:
                 yield Part(sequence, begin, begin + count, begin + count == end)
 

@@ -211,6 +211,7 @@ class GgufMxfp4(Mxfp4):
     """
 
     name = "gguf-mxfp4"
+    packed_anywhere = frozenset()  # codes are looked up with NumPy
     type = "MXFP4"
     per, size = GROUP, _MXFP4_BYTES
 

@@ -76,6 +76,7 @@ class Packing:
             place.stream.synchronize()
             where.copy_(packed)
         finally:
+            place.stream.synchronize()  # after an error: the next one's numbers go where a copy may still read
             self._places.put(place)
 
     def close(self) -> None:
