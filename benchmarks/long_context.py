@@ -242,7 +242,8 @@ def gaps(one: Opened, short: list[int], long: list[int]) -> dict[str, Any]:
     """Seconds between the tokens of a short sequence while a long prompt is read, the passes that read it, and seconds of a step before."""
     engine, llm, times, done = one.llm.engine, one.llm, list[float](), list[int]()
     params = SamplingParams(max_tokens=256, ignore_eos=True)
-    late = llm.request(long, SamplingParams(max_tokens=1, ignore_eos=True), index=1)  # here: checking 98,304 tokens takes 9 ms
+    # made before its wait: checking 98,304 tokens takes 9 ms
+    late = llm.request(long, SamplingParams(max_tokens=1, ignore_eos=True), index=1)
     number = engine.add(llm.request(short, params), lambda _: times.append(time.perf_counter()))
     while len(times) < (2 if device() == "cpu" else WARM):
         engine.step()
