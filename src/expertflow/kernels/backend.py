@@ -32,7 +32,8 @@ if HAS_TRITON:
 class Backend:
     """One set of kernels; what each does say the modules `reference` of `kernels`, and of `blocks`, `residency` and `sampling` in it.
 
-    `grouped` gives `group_pairs` of one MLP. `reads` is whether its expert kernels read a format.
+    `grouped` gives `group_pairs` of one MLP. `prompt_product` is `product` for passes over prompts. `reads` is whether its expert
+    kernels read a format.
     """
 
     expert_pairs: Callable[..., None]
@@ -48,6 +49,7 @@ class Backend:
     latent_prompts: Callable[..., Tensor]
     rms_norm: Callable[..., Tensor]
     product: Callable[..., Tensor]
+    prompt_product: Callable[..., Tensor]
     gated: Callable[..., Tensor]
     attend: Callable[..., Tensor]
     rotate: Callable[..., Tensor]
@@ -75,6 +77,7 @@ def backend(device: torch.device) -> Backend:
             prompts.prompt_attention,
             dense.rms_norm,
             product.product,
+            product.library_product,
             gated.gated,
             attend.attend,
             rotate.rotate,
@@ -96,6 +99,7 @@ def backend(device: torch.device) -> Backend:
         latent_reference.decode_attention,
         latent_reference.prompt_attention,
         dense_reference.rms_norm,
+        blocks_reference.product,
         blocks_reference.product,
         blocks_reference.gated,
         blocks_reference.attend,

@@ -29,7 +29,7 @@ def _until(counter, enough):
 
 @triton.jit
 def _take(taken, urgent, busy, gives_way: tl.constexpr):
-    """The next block of a load. A call that `gives_way` first waits until no program carries what a layer waits for: they would share the link."""
+    """The next block of a load. A call that `gives_way` first waits, if `busy`, until no program carries what a layer waits for."""
     if gives_way:
         while busy > 0:
             busy = tl.atomic_add(urgent, 0, sem="relaxed")
@@ -77,9 +77,7 @@ def _fetch_kernel(  # noqa: C901 - most branches are known when compiling
             if unequal:
                 mask = mask & (inside < step)
             moved = tl.load(source + at, mask=mask, cache_modifier=".cg")
-            if (
-                not wait
-            ):  # asked while the block moves; by an atomic, because threads that loaded it might see different numbers
+            if not wait:  # asked while the block moves; threads that loaded the number might see different ones
                 busy = tl.atomic_add(urgent, 0, sem="relaxed")
             tl.store(target + at, moved, mask=mask)
             tl.debug_barrier()  # the whole program has written

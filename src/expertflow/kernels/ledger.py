@@ -1,9 +1,10 @@
 """The loads of a step as one list: which record goes into which slot, how many blocks are taken, how many are done.
 
-Records move in blocks, all in as many, whose size goes by the layer's record. Any idle program takes the next free block of a load: one of the copy stream of loads ahead, or
-one of a layer that needs the record now. A layer waits only for blocks that a running program carries, so it never
-waits for a kernel that has not begun. Loads ahead leave the link to those that a layer waits for, block by block. A load whose expert was evicted again is called off: no more of its blocks are
-taken, and the slot's next load waits for the blocks under way.
+Records move in blocks, all in as many, whose size goes by the layer's record. Any idle program takes the next free block of
+a load: one of the copy stream of loads ahead, or one of a layer that needs the record now. A layer waits only for blocks
+that a running program carries, so it never waits for a kernel that has not begun. Loads ahead leave the link to those that
+a layer waits for, block by block. A load whose expert was evicted again is called off: no more of its blocks are taken, and
+the slot's next load waits for the blocks under way.
 
 `kernels.residency` writes the entries, `kernels.fetch` carries them out. Must not know experts beyond their numbers,
 and records beyond their blocks.

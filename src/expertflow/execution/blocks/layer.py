@@ -66,7 +66,7 @@ class LayerBlocks:
         model: loaded model; weights of queries, keys and values become views of joined ones.
         matched: forms of its layers, by module path.
         context: what the model's passes carry.
-        batch: sequences of a step at most.
+        batch: sequences of a step at most; 0: what runs is passes over prompts.
         places: where a layer's experts lie; None where that is decided once they are chosen.
 
     Attributes:
@@ -83,7 +83,8 @@ class LayerBlocks:
     ) -> None:
         """Find the blocks, join weights, make the layers look at the context."""
         self._context, self._places = context, places
-        self._kernels: Backend = backend(model.device)
+        kernels = backend(model.device)
+        self._kernels: Backend = kernels if batch else replace(kernels, product=kernels.prompt_product)
         counts = torch.zeros(batch, dtype=torch.int32, device=model.device)
         self.layers: dict[int, BoundLayer] = {}
         for path, form in matched.items():

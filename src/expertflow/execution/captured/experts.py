@@ -2,9 +2,9 @@
 
 Stands in for provider and transfer while decode steps run as graphs. Before the first layer the predictor forecasts and
 the step is planned; loads ahead begin on a lane of their own. In a layer the router's choice goes to the residency
-kernel. Resident experts are computed while missing ones are fetched and then computed, beside them; what is missing beyond follows phase by phase. Then all
-pairs are added in ascending order of expert. Loads whose slots the layer freed follow behind it. Must not know
-attention, requests, and when the tables change sides (`execution.handover`).
+kernel. Resident experts are computed on one lane, missing ones fetched and computed on another; those that need slots of
+the same layer follow phase by phase. Then all pairs are added in ascending order of expert. Loads whose slots the layer
+freed follow behind it. Must not know attention, requests, and when the tables change sides (`execution.handover`).
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,7 @@
 """Where what threads read from a checkpoint is packed: on the processor, or on the model's GPU where a format can.
 
-A core packs about half a GB of codes a second. On a GPU each part takes some launches, which threads queue one after another. Must not know files and records.
+A core packs about half a GB of codes a second. On a GPU each part takes some launches, which threads queue one after another.
+Must not know files and records.
 """
 
 import queue
