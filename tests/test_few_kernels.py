@@ -1,6 +1,7 @@
 """How many kernels a layer of a captured step takes: launches of ours are counted in place of being made, and torch's beside them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertflow import LLM, SamplingParams
+from expertflow.execution.blocks import layer
 from expertflow.execution.kv_rows import DecodeInput
-from expertflow.kernels.backend import backend
+from expertflow.kernels.backend import Backend, backend
 from expertflow.models.families import FAMILIES
 from helpers import DEVICE, MakeCheckpoint
 
@@ -78,3 +80,26 @@ def test_a_layer_takes_few_kernels(
         assert not [name for name in names if "::" in name], names
     if model_type == "deepseek_v2":
         assert len(layers[-1]) == 12 + (tokens > 1), layers[-1]
+
+
+def test_passes_over_prompts_take_products_that_need_no_compiler(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of a prompt's tokens, and no step's."""
+    products, own = list[int](), layer.backend
+
+    def counting(device: torch.device) -> Backend:
+        kernels = own(device)
+
+        def product(states: torch.Tensor, *given: Any) -> torch.Tensor:
+            products.append(len(states))
+            result: torch.Tensor = kernels.prompt_product(states, *given)
+            return result
+
+        return replace(kernels, prompt_product=product)
+
+    monkeypatch.setattr(layer, "backend", counting)
+    options = {"execution": "graph", "predictor": "none", "slots": "50%", "max_batch": 1, "max_length": 32}
+    with LLM(make_checkpoint("qwen3_moe"), device=str(DEVICE), **options) as llm:
+        llm.generate([[3, 5, 7, 9]], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert set(products) == {4}

@@ -75,10 +75,10 @@ def test_a_pass_lasts_no_longer_than_it_may(unequal: bool) -> None:
             cut = [part for part in turn.parts if not part.last]
             if unequal and cut:  # what is left would not do for one more page of each that goes on
                 more = sum(seconds_of(part.end, part.end + PAGE) for part in cut)
-                missing = left / ceil(left / chunk) - sum(part.end - part.begin for part in turn.parts)
-                assert missing < PAGE * len(prompts) or spent + more > 0.6 * (
-                    lasts / 2 if lasts <= 2 * allowed else allowed
-                )
+                size = chunk if beside else left / ceil(left / chunk)
+                room = size - sum(part.end - part.begin for part in turn.parts)
+                time = lasts / 2 if lasts <= 2 * allowed else allowed
+                assert room < PAGE * len(prompts) or spent + more > 0.6 * time
 
 
 def test_passes_that_follow_one_another_have_about_as_many_tokens() -> None:

@@ -56,6 +56,7 @@ def check_pass(scheduler: Scheduler, turn: Prefill) -> None:
         left = [one.prompt - one.read for one in scheduler._live.values() if one.read < one.prompt]
         share = ceil(sum(left) / ceil(sum(left) / scheduler.chunk))
         wanted = share if not scheduler.waiting and len(left) <= scheduler.batch else min(scheduler.chunk, sum(left))
+        assert sum(sizes) <= scheduler.chunk
         assert sum(sizes) == wanted or len(sizes) == scheduler.batch
     else:
         assert not scheduler.joins or max(sizes) * len(sizes) <= max(scheduler.chunk, len(sizes))

@@ -77,7 +77,7 @@ def backend(device: torch.device) -> Backend:
             prompts.prompt_attention,
             dense.rms_norm,
             product.product,
-            product.library_product,
+            partial(product.product, most=0),
             gated.gated,
             attend.attend,
             rotate.rotate,

@@ -68,7 +68,7 @@ def _fetch_kernel(  # noqa: C901 - most branches are known when compiling
             step = tl.cdiv(tl.load(lines + src), blocks) * _LINE
         source = host + src.to(tl.int64) * record
         target = pool + tl.load(entry + _DST * entries).to(tl.int64) * record
-        busy = begin * 0 + 1
+        busy = tl.full([], 1, tl.int32)
         part = _take(entry + _TAKEN * entries, urgent, busy, not wait)
         while part < blocks:
             inside = tl.arange(0, block)

@@ -54,14 +54,14 @@ class Pace:
         """Seconds of a pass whose first piece begins there: the bound, or what the fewest tokens take."""
         return max(self.bound, self.seconds(begin, begin + self.least))
 
-    def share(self, unread: Sequence[Unread], grain: int) -> float:
-        """Seconds of the next pass: as long as it may last, or half of what is left for two, so that the last one is not short.
+    def next_pass(self, unread: Sequence[Unread], grain: int) -> float:
+        """Seconds that the next pass may last. Where two passes are left it is half of their time, so that the last one is not short.
 
-        And a grain of each prompt more: what borders of pages cut off must not make a third pass.
+        A grain of each prompt is added to the half: borders of pages cut pieces short, and no third pass must follow.
         """
         total, allowed = sum(self.seconds(*one) for one in unread), self.allowed(unread[0].begin)
-        more = sum(self.seconds(max(begin, end - grain), end) for begin, end in unread)
-        return min(allowed, total / 2 + more) if allowed < total <= 2 * allowed else allowed
+        cut_off = sum(self.seconds(max(begin, end - grain), end) for begin, end in unread)
+        return min(allowed, total / 2 + cut_off) if allowed < total <= 2 * allowed else allowed
 
 
 def _seen(count: int, window: int | None) -> int:
@@ -70,10 +70,10 @@ def _seen(count: int, window: int | None) -> int:
     return inside * (inside + 1) // 2 + (count - inside) * (window or 0)
 
 
-def even(unread: Sequence[Unread], room: int, grain: int = 1) -> int:
-    """Room of the next pass if all that read these prompts, and no others, have about as much, and are no more than with `room` tokens each.
+def even_room(unread: Sequence[Unread], room: int, grain: int = 1) -> int:
+    """Tokens of the next pass where these prompts alone are left: passes of about one size, no more of them than with `room` tokens each.
 
-    Every pass loads the experts that are missing, and hides that behind its own computation alone: a short last one hides nothing.
+    Every pass loads the missing experts, and hides that behind its own computation. A short last pass would hide nothing.
 
     Args:
         unread: as in `portions`.
@@ -97,7 +97,7 @@ def portions(unread: Sequence[Unread], room: int, grain: int = 1, pace: Pace | N
         grain: a piece that does not end its prompt ends at a multiple of it.
         pace: how long the pass may last; None: it does not matter.
     """
-    left, found = inf if pace is None else pace.share(unread, grain), list[int]()
+    left, found = inf if pace is None else pace.next_pass(unread, grain), list[int]()
     for place, (begin, end) in enumerate(unread):
         need, behind = end - begin, unread[place + 1 :]
         count = need if need <= room else max(room - sum(one.end - one.begin for one in behind), room - room // 2)

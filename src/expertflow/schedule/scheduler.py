@@ -20,7 +20,7 @@ from expertflow.errors import ConfigError
 from expertflow.schedule.admission import Admission, AtOnce, Moment
 from expertflow.schedule.cluster import group, in_order
 from expertflow.schedule.cost import StepPrices, best_guesses, cheapest
-from expertflow.schedule.portions import Pace, Unread, columns, even, portions
+from expertflow.schedule.portions import Pace, Unread, columns, even_room, portions
 
 Grouping = Literal["fifo", "group", "auto"]
 Chances = Callable[[Sequence[int]], npt.NDArray[np.floating] | None]
@@ -342,10 +342,10 @@ class Scheduler:
         """Parts of any sizes, as their sequences came; see `portions`."""
         first, pace = reading[: self.prompts][: self.batch], self._pace_now()
         unread, room = self._unread(first), self.chunk
-        if (
-            self.even and pace is None and not self._waiting and len(first) == len(reading)
-        ):  # else others fill the last pass
-            room = even(unread, self.chunk, self._grain)
+        # whoever else reads or waits would fill the last pass
+        alone = pace is None and not self._waiting and len(first) == len(reading)
+        if self.even and alone:
+            room = even_room(unread, self.chunk, self._grain)
         taken = portions(unread, room, self._grain, pace)
         for sequence, (begin, end), count in zip(first, unread, taken, strict=True):
             if count:

@@ -139,31 +139,24 @@ def product(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     share: Tensor | None = None,
+    *,
+    most: int = MOST,
 ) -> Tensor:
-    """Multiply states, perhaps normed before, scale the product and add it to the residual. As `reference.product`."""
+    """Multiply states, perhaps normed before, scale the product and add it to the residual.
+
+    As `reference.product`. More than `most` tokens are left to cuBLAS: passes over prompts give 0, so that no kernel is compiled
+    for a size that comes once.
+    """
     tokens, (outputs, _) = len(states), weight.shape
-    if tokens == 1:
+    if tokens == 1 and most:
         return launch_rows(states, weight, bias, norm, (residual, share), row_cut(outputs))
-    if tokens > MOST:
-        return library_product(states, weight, bias, norm, residual, share)
     if norm is not None:
         states = rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
+    if tokens > most:
+        out = functional.linear(states, weight, bias)
+        out = out if share is None else share * out
+        return out if residual is None else residual + out
     return launch_tiles(states, weight, bias, (residual, share), tile_cut(states.dtype, tile_of(tokens), room(states)))
-
-
-def library_product(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm: Norm | None = None,
-    residual: Tensor | None = None,
-    share: Tensor | None = None,
-) -> Tensor:
-    """`product` by torch's library, for any number of tokens: in passes over prompts, where no kernel shall be compiled for a size that comes once."""
-    normed = states if norm is None else rms_norm(states, norm.weight, norm.eps, wide=norm.wide)
-    out = functional.linear(normed, weight, bias)
-    out = out if share is None else share * out
-    return out if residual is None else residual + out
 
 
 def tile_of(tokens: int) -> int:
