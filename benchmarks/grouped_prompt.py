@@ -30,7 +30,7 @@ from expertflow.formats.table import FORMATS
 from expertflow.kernels import experts
 from expertflow.kernels.mlp import ExpertMlp, Workspace
 from expertflow.kernels.prompts import grouped
-from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, sort_pairs
+from expertflow.kernels.prompts.pairs import sort_pairs
 from expertflow.kernels.tiling import Tiling
 
 TOKENS = (1, 16, 64, 256, 512, 1024, 2048)
@@ -64,8 +64,7 @@ class Pass:
         torch.manual_seed(SEED)
         self.mlp, self.pool = mlp, pool
         self.index = torch.rand(tokens, shape.experts, device=CUDA).topk(shape.top_k).indices
-        bounds = count_pairs(self.index.cpu().numpy(), shape.experts)
-        self.pairs = SortedPairs(order=sort_pairs(self.index), bounds=bounds, top_k=shape.top_k)
+        self.pairs = sort_pairs(self.index, shape.experts).counted(self.index.cpu().numpy())
         self.hidden = torch.randn(tokens, mlp.hidden, device=CUDA, dtype=torch.bfloat16)
         self.work = Workspace.allocate(mlp, tokens, shape.top_k, CUDA)
         self.run = grouped.GroupedMlp(mlp, CUDA)

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 from expertflow.bench.about import about
 
 SEED = 0
-DRAWN = 1 << 26
-"""Numbers that are drawn; larger tensors repeat them."""
+DRAWN, WRITERS = 1 << 26, 4
+"""Numbers that are drawn, larger tensors repeat them; shards that are written at once."""
 SIZES = {
     "q": {
         "hidden_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
@@ -115,9 +116,10 @@ def write_checkpoint(folder: Path, shape: str) -> int:
     torch.manual_seed(SEED)
     need = max(tensor.numel() for tensor in wanted.values()) + len(wanted)
     block = (torch.randn(min(need, DRAWN)) * 0.02).bfloat16().repeat(-(-need // DRAWN))
-    index: dict[str, str] = {}
+    index = dict[str, str]()
     layers = {name: f"model-{name.split('.')[2] if '.layers.' in name else 'dense'}.safetensors" for name in wanted}
-    for file in sorted(set(layers.values())):
+
+    def write(file: str) -> dict[str, str]:
         content = {
             key: part.clone()
             for place, (name, tensor) in enumerate(wanted.items())
@@ -127,7 +129,11 @@ def write_checkpoint(folder: Path, shape: str) -> int:
             )
         }
         save_file(content, folder / file, {"format": "pt"})
-        index |= dict.fromkeys(content, file)
+        return dict.fromkeys(content, file)
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for written in pool.map(write, sorted(set(layers.values()))):
+            index |= written
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
@@ -180,12 +186,14 @@ def main() -> None:
                 loads[place].append(load(trees[place], Path(folder)))
                 stages = ", ".join(f"{name} {spent:.2f}" for name, spent in loads[place][-1]["stages"].items())
                 print(f"tree {place}: {loads[place][-1]['seconds']:.2f} s ({stages})", flush=True)
-    result = {
-        **about("cuda" if torch.cuda.is_available() else "cpu")._asdict(), "benchmark": "loading", "seed": SEED,
-        "config": {"shape": options.shape, "trees": len(trees), "repeats": options.repeats},
-        "bytes": size, "seconds": [[one["seconds"] for one in found] for found in loads], "loads": loads,
-    }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+                result = {
+                    **about("cuda" if torch.cuda.is_available() else "cpu")._asdict(), "benchmark": "loading", "seed": SEED,
+                    "config": {"shape": options.shape, "trees": len(trees), "repeats": options.repeats},
+                    "bytes": size, "seconds": [[one["seconds"] for one in found] for found in loads], "loads": loads,
+                }  # fmt: skip
+                options.out.write_text(
+                    json.dumps(result, indent=1) + "\n"
+                )  # at once, because a later load may be cut off
     for place, found in enumerate(loads):
         seconds = [one["seconds"] for one in found]
         middle, last = statistics.median(seconds), found[-1]

@@ -29,7 +29,7 @@ from expertflow.formats.records import StoreLayout
 from expertflow.kernels import reference
 from expertflow.kernels.backend import backend
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
-from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, sort_pairs
+from expertflow.kernels.prompts.pairs import CountedPairs, sort_pairs
 from expertflow.memory.slots import SlotPool
 from expertflow.trace.format import load_trace
 from expertflow.types import Access
@@ -76,9 +76,8 @@ def routing(tokens: int) -> Tensor:
     return index.to(DEVICE)
 
 
-def sorted_pairs(index: Tensor) -> SortedPairs:
-    bounds = count_pairs(index.cpu().numpy(), EXPERTS)
-    return SortedPairs(order=sort_pairs(index), bounds=bounds, top_k=index.shape[1])
+def sorted_pairs(index: Tensor) -> CountedPairs:
+    return sort_pairs(index, EXPERTS).counted(index.cpu().numpy())
 
 
 def empty(mlp: ExpertMlp, tokens: int) -> Workspace:
@@ -96,6 +95,7 @@ def test_pairs_are_sorted_by_expert() -> None:
     assert found == {0: [1, 4, 7], 1: [], 2: [], 3: [0, 6], 4: [], 5: [5]}
     assert pairs.order[pairs.bounds[-1] :].tolist() == [2, 3]
     assert (pairs.needed, pairs.mean) == ([0, 3, 5], 2)
+    assert pairs.edges.tolist() == pairs.bounds
 
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
@@ -117,8 +117,8 @@ def test_a_pair_has_the_bits_of_a_decode_step(kind: str, dtype: str) -> None:
     run, pairs = grouped.GroupedMlp(mlp, DEVICE), sorted_pairs(index)
     for tile in grouped.TILES if DEVICE.type == "cuda" else (16, 64):
         found = empty(mlp, tokens)
-        for group in ([4], [0, 3, 2], [1]):
-            run.launch(hidden, pairs, [(expert, order[expert]) for expert in group], moved, found, tile=tile)
+        for known, group in ((pairs, [4]), (sort_pairs(index, EXPERTS), [0, 5, 3]), (pairs, [1, 2])):
+            run.launch(hidden, known, [(expert, order[expert]) for expert in group], moved, found, tile=tile)
         if tile == grouped.TILES[0] or DEVICE.type == "cuda":
             assert torch.equal(found.parts, expected.parts)
         torch.testing.assert_close(found.parts, expected.parts, atol=1e-3, rtol=1e-3)
@@ -270,10 +270,10 @@ class Link:
         self.under_way.clear()
 
 
-def make_provider(link: Link, slots: int, strategy: str) -> CachedExperts:
+def make_provider(link: Link, slots: int, strategy: str, wide: int | None = None) -> CachedExperts:
     controller = CacheController(
         layers=2, experts=8, slots=slots, strategy=STRATEGIES[strategy].double_buffered(), record_bytes=1,
-        events=EventStream(), future=np.random.default_rng(1).random((30, 2, 8)) < 0.4,
+        events=EventStream(), wide=wide, future=np.random.default_rng(1).random((30, 2, 8)) < 0.4,
     )  # fmt: skip
     return CachedExperts(controller, link, None)
 
@@ -345,6 +345,22 @@ def test_residents_do_not_wait_for_every_copy_to_start() -> None:
     assert link.log[5:] == ["group [4]", "group [5]", "group [6]", "group [7]"]
 
 
+def test_what_was_loaded_ahead_in_vain_is_waited_for_when_it_is_used() -> None:
+    """A pass loads all experts of layer 1 ahead and uses one. The next pass uses another, whose copy is still under way."""
+    link = Link()
+    provider = make_provider(link, 16, "next-use", wide=8)
+    provider.begin_step(prompts=8)
+    assert list(brought(provider, link, 0, list(range(8))))
+    (first,) = brought(provider, link, 1, [0])
+    late = provider.controller.table.slot_of[1, 7]
+    assert late in link.under_way
+    with provider.there(1) as there:
+        assert there == {first[0].expert: first[0].slot}
+    provider.begin_step()
+    ((access,),) = brought(provider, link, 1, [7])
+    assert (access.slot, access.load, access.fresh) == (late, False, False)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_moe", "switch_transformers"])
 def test_observers_see_the_prompts_routing(
@@ -393,13 +409,16 @@ def test_kernels_read_prompts_in_graph_execution_alone(
     own = reference.group_pairs
 
     def counted(*args: Any) -> None:
-        used.append(len(args[3]))
+        edges = args[2].edges.tolist()
+        used.extend(edges[expert + 1] - edges[expert] for expert, _ in args[3])
         own(*args)
 
     monkeypatch.setattr(reference, "group_pairs", counted)
     with LLM(make_checkpoint("mixtral"), device="cpu", execution=execution, max_length=32, max_batch=4) as llm:
         executor = llm._engine._executor
         pieces: Sequence[PromptChunk] = [PromptChunk(n, prompt, n, 0) for n, prompt in enumerate(PROMPTS)]
-        executor.prefill(pieces)
-        needed = llm.stats.cache.loads
-    assert sum(used) == (needed if execution == "graph" else 0)
+        for _ in range(2):  # without residents, and with some
+            executor.prefill(pieces)
+        shape = llm.plan.shape
+    pairs = 2 * sum(map(len, PROMPTS)) * shape.top_k * shape.layers
+    assert sum(used) == (pairs if execution == "graph" else 0)

@@ -18,7 +18,7 @@ from helpers import DEVICES
 pytest.importorskip("triton", reason="kernels need triton")
 from expertflow.kernels import experts
 from expertflow.kernels.prompts.grouped import GroupedMlp
-from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, sort_pairs
+from expertflow.kernels.prompts.pairs import sort_pairs
 from expertflow.kernels.tiling import Tiling
 
 DEVICE = torch.device(DEVICES[-1])
@@ -111,7 +111,7 @@ def test_a_token_has_the_same_bits_whatever_shares_a_product(name: str, cuda: to
         work = Workspace.allocate(mlp, tokens, 4, cuda)
         experts.expert_pairs(mlp, hidden[-tokens:], index[-tokens:].to(torch.int32), pool, work)
         found.append(work.parts)
-    pairs = SortedPairs(order=sort_pairs(index), bounds=count_pairs(index.cpu().numpy(), 8), top_k=4)
+    pairs = sort_pairs(index, 8).counted(index.cpu().numpy())
     work = Workspace.allocate(mlp, 64, 4, cuda)
     GroupedMlp(mlp, cuda)(hidden, pairs, [(expert, expert) for expert in pairs.needed], pool, work)
     found.append(work.parts)

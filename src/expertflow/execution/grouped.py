@@ -1,7 +1,7 @@
 """The experts of a pass over prompts in graph execution: the host decides, kernels compute all tokens of an expert at once.
 
-The routing goes to the host, which the pass waits for once a layer. The controller decides, copies run ahead, and experts are computed
-in the groups in which they are ready: residents together, then those that arrive. What each expert gave is kept apart for every token
+Experts that are there are computed at once, whoever needs them. The routing goes to the host, which the pass waits for once a layer: meanwhile
+the device has work. The controller decides, copies run ahead, and the other experts are computed as they arrive. What each expert gave is kept apart for every token
 and added in ascending order of expert, as in a captured step. So a token has the bits that it has in a step, and neither the size of the
 pass nor what is resident changes one. Must not know attention, requests, and when the tables change sides (`execution.handover`).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from expertflow.execution.provider import CachedExperts
 from expertflow.kernels.backend import backend
 from expertflow.kernels.mlp import ExpertMlp, Workspace
-from expertflow.kernels.prompts.pairs import SortedPairs, count_pairs, on_host, sort_pairs
+from expertflow.kernels.prompts.pairs import on_host, sort_pairs
 from expertflow.memory.slots import SlotPool
 from expertflow.models.context import ForwardContext
 
@@ -48,18 +48,27 @@ class PromptExperts:
             index = index.masked_fill(now.padding[:, None], self._experts)
         tokens, top_k = index.shape
         copy, wait = on_host(index)
-        order = sort_pairs(index)
+        pairs = sort_pairs(index, self._experts)
         work = Workspace.allocate(self._mlps[layer], tokens, top_k, hidden.device, shared=False)
+        compute, (records, first) = self._grouped[layer], self._pool.of(layer)
+        with self._provider.there(layer) as there:
+            if there:
+                compute(hidden, pairs, [(expert, slot - first) for expert, slot in there.items()], records, work)
         wait()  # the one host sync of a layer
         if now.observe is not None:
             now.observe(
                 layer, copy.clone(), weights
             )  # an observer may keep what it is given, and the copy is page-locked
-        pairs = SortedPairs(order=order, bounds=count_pairs(copy.numpy(), self._experts), top_k=top_k)
-        compute, (records, first) = self._grouped[layer], self._pool.of(layer)
-        with closing(self._provider.groups(layer, pairs.needed)) as brought:
+        counted, out = pairs.counted(copy.numpy()), torch.empty_like(hidden)
+        left = len(counted.needed)
+        with closing(self._provider.groups(layer, counted.needed)) as brought:
             for group in brought:
-                compute(hidden, pairs, [(access.expert, access.slot - first) for access in group], records, work)
-        out = torch.empty_like(hidden)
-        self._kernels.combine(work.parts, index, weights, self._experts, out)
+                rest = [(access.expert, access.slot - first) for access in group if access.expert not in there]
+                if rest:
+                    compute(hidden, counted, rest, records, work)
+                left -= len(group)
+                if not left:  # behind the last group the provider plans what is loaded ahead, and the device need not wait for that
+                    self._kernels.combine(work.parts, index, weights, self._experts, out)
+        if not counted.needed:
+            out.zero_()
         return out

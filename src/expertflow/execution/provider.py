@@ -52,6 +52,19 @@ class CachedExperts:
         """
         yield from self._carry_out(layer, experts, together=True)
 
+    @contextmanager
+    def there(self, layer: int) -> Iterator[dict[int, int]]:
+        """Lend the layer's experts that no copy has to be waited for, with their slots, before anybody knows which are needed.
+
+        `groups` has those that are needed again.
+        """
+        slots = enumerate(self.controller.table.slot_of[layer].tolist())
+        found = {expert: slot for expert, slot in slots if slot >= 0 and self._transfer.arrived(slot)}
+        try:
+            yield found
+        finally:
+            self._transfer.release(list(found.values()))
+
     def time_loads(self, records: Sequence[int]) -> float:
         """Seconds that loads of these records take with nothing beside them, for measurements; only while no expert is in a slot."""
         assert not self.controller.table.resident, "the slots are in use"
@@ -89,8 +102,7 @@ class CachedExperts:
                     else:
                         chosen = list(resident) or self._arrivals(brought, together=together)
                     lent = [resident[place] if place in resident else brought[place] for place in chosen]
-                    if copied := [access.slot for access in lent if access.load or access.fresh]:
-                        transfer.wait(copied)
+                    transfer.wait([access.slot for access in lent])
                     for place in chosen:  # from here on they count as lent
                         resident.pop(place, None)
                         brought.pop(place, None)

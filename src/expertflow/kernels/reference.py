@@ -60,8 +60,9 @@ def group_pairs(
         pool: uint8 `[S, record_bytes]`.
         work: buffers for at least T tokens of K experts.
     """
+    edges = pairs.edges.tolist()
     for expert, slot in group:
-        mine = pairs.order[pairs.bounds[expert] : pairs.bounds[expert + 1]]
+        mine = pairs.order[edges[expert] : edges[expert + 1]]
         _run_expert(mlp, hidden, pool[slot], mine.tolist(), work)
 
 

@@ -85,6 +85,7 @@ class StreamTransfer:
         self._loaded = [torch.cuda.Event() for _ in pool.buffer]
         self._released = [torch.cuda.Event()] * len(pool.buffer)  # one for all that were released together
         self._started, self._number = 0, [0] * len(pool.buffer)  # copies, and each slot's last one among them
+        self._over = 0  # copies that computation is ordered after
         # the pool's memory may have been used by work queued before it was allocated
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -107,12 +108,14 @@ class StreamTransfer:
 
     def wait(self, slots: Sequence[int]) -> None:
         """Order the current stream after the last one of these copies: they are made one after the other."""
-        last = max(slots, key=self._number.__getitem__)
-        torch.cuda.current_stream(self._device).wait_event(self._loaded[last])
+        last = max(slots, key=self._copy_of)
+        if self._copy_of(last) > self._over:
+            torch.cuda.current_stream(self._device).wait_event(self._loaded[last])
+            self._over = self._number[last]
 
     def arrived(self, slot: int) -> bool:
-        """Ask the driver; does not wait."""
-        return bool(self._loaded[slot].query())
+        """Ask the driver, if computation is not ordered after the copy; does not wait."""
+        return self._copy_of(slot) <= self._over or bool(self._loaded[slot].query())
 
     def release(self, slots: Sequence[int]) -> None:
         """Mark the current stream's position as the last that reads them; a place behind the slots is never written again."""
@@ -125,3 +128,8 @@ class StreamTransfer:
     def settle(self) -> None:
         """Wait for the copy stream."""
         self._stream.synchronize()
+        self._over = self._started
+
+    def _copy_of(self, slot: int) -> int:
+        """The last copy into a slot, by number; 0: there was none, as behind the slots."""
+        return self._number[slot] if slot < len(self._number) else 0

@@ -1,7 +1,7 @@
 """The expert MLP for all tokens of a pass: the twin of `group_pairs` in `kernels.reference`.
 
-The host knows the routing, and tokens are sorted by expert. So a program takes up to 128 tokens of one expert, and the weight that it
-reads serves all of them. The product is the one of `kernels.experts`: along H (then I) in the same steps, with the same epilogues. Only
+Tokens are sorted by expert. So a program takes up to 128 tokens of one expert, and the weight that it reads serves all of them. A kernel
+lists the tiles, so the host need not know the routing: experts that are there begin while it waits for that. The product is the one of `kernels.experts`: along H (then I) in the same steps, with the same epilogues. Only
 the number of tokens in a tile differs, and a tensor core adds up each token's column by itself. So a pair has the bits that it has in a
 decode step, whatever the size of the pass. Must not know layers, and which side decides.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertflow.kernels.experts import activated, add_bias, read_arguments, up_outputs
-from expertflow.kernels.launching import launch_within
+from expertflow.kernels.launching import launch, launch_within
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp, Projection, Workspace
 from expertflow.kernels.prompts.pairs import SortedPairs
 from expertflow.kernels.tiling import Tiling, tilings
@@ -25,6 +25,8 @@ TILES = (16, 64, 128)
 """Tokens of a tile; the narrowest is the decode step's, and the only one in float32, which is multiplied without tensor cores."""
 _OUTPUTS = 128
 """Outputs of a tile at most. Fewer than 64 stay as they are, because Hopper multiplies them by other instructions."""
+_LISTED = 8192
+"""Comparisons of tile and expert that a program makes to list tiles, at most."""
 _ROOM = 96 << 10
 """Shared memory of a program on every device from sm_80 on, bytes."""
 
@@ -33,7 +35,7 @@ _ROOM = 96 << 10
 def _place(tiles, begin, end, slot, tok: tl.constexpr):
     """Places `[tok]` in the sorted order of this program's tile, where its tokens end, and its slot.
 
-    All tiles are of the expert in `slot`; if that is negative, `tiles` lists begin, end and slot of each.
+    All tiles are of the expert in `slot`; if that is negative, `tiles` lists begin, end and slot of each. A tile of none ends at 0.
     """
     tile = tl.program_id(1)
     if slot < 0:
@@ -45,6 +47,29 @@ def _place(tiles, begin, end, slot, tok: tl.constexpr):
     return begin + tl.arange(0, tok), end, slot.to(tl.int64)
 
 
+@triton.jit(do_not_specialize=["experts", "count"])
+def _list_kernel(edges, slots, tiles, experts, count, tok: tl.constexpr, padded: tl.constexpr, block: tl.constexpr):
+    """List the tiles of experts that have a slot: first place, end of the expert's places, slot; zeros behind the last tile."""
+    expert = tl.arange(0, padded)
+    known = expert < experts
+    begin = tl.load(edges + expert, mask=known, other=0)
+    end = tl.load(edges + expert + 1, mask=known, other=0)
+    has = known & (tl.load(slots + expert, mask=known, other=-1) >= 0)
+    behind = tl.cumsum(tl.where(has, (end - begin + tok - 1) // tok, 0), 0)
+    tile = tl.program_id(0) * block + tl.arange(0, block)
+    over = behind[None, :] <= tile[:, None]
+    mine = tl.sum(over.to(tl.int32), 1)
+    within = mine < experts
+    first = tl.max(tl.where(over, behind[None, :], 0), 1)
+    begin = tl.load(edges + mine, mask=within, other=0) + (tile - first) * tok
+    end = tl.load(edges + mine + 1, mask=within, other=0)
+    slot = tl.load(slots + mine, mask=within, other=0)
+    listed = tile < count
+    tl.store(tiles + 3 * tile, tl.where(within, begin, 0), mask=listed)
+    tl.store(tiles + 3 * tile + 1, end, mask=listed)
+    tl.store(tiles + 3 * tile + 2, slot, mask=listed)
+
+
 @triton.jit(do_not_specialize=["begin", "end", "slot"])
 def _up_kernel(
     hidden, order, pool, inner, tiles, begin, end, slot, tok: tl.constexpr, top_k: tl.constexpr,
@@ -54,6 +79,8 @@ def _up_kernel(
 ):  # fmt: skip
     """`inner[place] = activation(up(hidden[order[place] // top_k]))`, a block of inner elements of a tile of tokens a program."""
     place, end, slot = _place(tiles, begin, end, slot, tok)
+    if end == 0:
+        return
     valid = place < end
     inputs = hidden + (tl.load(order + place, mask=valid, other=0) // top_k) * h
     record = pool + slot * size
@@ -78,6 +105,8 @@ def _down_kernel(
 ):  # fmt: skip
     """`parts[order[place]] = down(inner[place])`, a block of outputs of a tile of tokens a program."""
     place, end, slot = _place(tiles, begin, end, slot, tok)
+    if end == 0:
+        return
     valid = place < end
     pairs = tl.load(order + place, mask=valid, other=0)
     record = pool + slot * size
@@ -97,7 +126,8 @@ KERNELS = (_up_kernel, _down_kernel)
 class GroupedMlp:
     """Runs some experts of a layer on all their tokens, and keeps the results apart: `work.parts[t, k]`.
 
-    As `kernels.reference.group_pairs`; two launches on the current stream, and a small copy if the group has several experts.
+    As `kernels.reference.group_pairs`; two launches on the current stream, and a small copy and a third launch to list the tiles, if the
+    group has several experts or the host does not know how many pairs they have.
 
     Args:
         mlp: what a record holds.
@@ -137,13 +167,11 @@ class GroupedMlp:
             chosen = cuts or wider_tilings(self._mlp, tile, self._room)
             self._arguments[tile, cuts] = launches(self._mlp, tile, chosen)
         up, down = self._arguments[tile, cuts]
-        if len(group) == 1:
-            ((expert, slot),) = group
-            begin, end = pairs.bounds[expert], pairs.bounds[expert + 1]
-            where, count = (self._unlisted, begin, end, slot), -(-(end - begin) // tile)
+        count, span = pairs.tiles(group, tile), pairs.span(group[0][0]) if len(group) == 1 else None
+        if span is not None:
+            where: tuple[Any, ...] = (self._unlisted, *span, group[0][1])
         else:
-            table = list_tiles(pairs, group, tile)
-            where, count = (table.to(pool.device, non_blocking=True), 0, 0, -1), len(table)
+            where = (list_tiles(pairs, group, tile, count), 0, 0, -1)
         records = pool.view(self._mlp.torch_dtype)
         up.run(_up_kernel, count, (hidden, pairs.order, records, work.inner, *where), top_k=pairs.top_k)
         down.run(_down_kernel, count, (work.inner, pairs.order, records, work.parts, *where))
@@ -184,14 +212,19 @@ def launches(mlp: ExpertMlp, tile: int, cuts: tuple[Tiling, Tiling]) -> tuple[La
     )
 
 
-def list_tiles(pairs: SortedPairs, group: Sequence[tuple[int, int]], tile: int) -> Tensor:
-    """The tiles of a group, int32 `[N, 3]` on the host: first place, end of the expert's places, slot."""
-    rows = [
-        (begin, pairs.bounds[expert + 1], slot)
-        for expert, slot in group
-        for begin in range(pairs.bounds[expert], pairs.bounds[expert + 1], tile)
-    ]
-    return torch.tensor(rows, dtype=torch.int32)
+def list_tiles(pairs: SortedPairs, group: Sequence[tuple[int, int]], tile: int, count: int) -> Tensor:
+    """The tiles of a group by expert, int32 `[count, 3]` on the device: first place, end of the expert's places, slot; zeros behind them."""
+    slots = [-1] * pairs.experts
+    for expert, slot in group:
+        slots[expert] = slot
+    edges = pairs.edges
+    given = torch.tensor(slots, dtype=torch.int32).to(edges.device, non_blocking=True)
+    tiles = torch.empty((count, 3), dtype=torch.int32, device=edges.device)
+    padded = triton.next_power_of_2(pairs.experts)
+    block = max(1, min(64, _LISTED // padded))
+    arguments, options = (edges, given, tiles, pairs.experts, count), {"tok": tile, "padded": padded, "block": block}
+    launch(_list_kernel, (triton.cdiv(count, block),), arguments, **options)
+    return tiles
 
 
 def tile_for(mlp: ExpertMlp, tokens: float) -> int:
