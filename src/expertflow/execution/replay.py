@@ -162,6 +162,11 @@ def _dtype(shape: ModelShape) -> torch.dtype:
     return torch.uint8 if shape.experts <= 256 else torch.int16
 
 
+def _narrow(dtype: torch.dtype) -> type[np.integer]:
+    """The same in NumPy."""
+    return np.uint8 if dtype == torch.uint8 else np.int16
+
+
 class Playback:
     """What an engine replays: the recordings, and the table of their routes on the device.
 
@@ -216,8 +221,8 @@ class RouteTable:
     def write(self, row: int, routes: Routes) -> None:
         """Write the experts `[n, L, K]` of a sequence that begins in a KV row; positions beyond the row are left out."""
         known = min(len(routes), self._routes.shape[2] - 1)
-        by_layer = torch.from_numpy(np.ascontiguousarray(routes[:known].swapaxes(0, 1)).astype(np.int64))
-        self._routes[:, row, :known] = by_layer.to(self._routes.dtype).to(self._routes.device)
+        narrow = torch.from_numpy(routes[:known].astype(_narrow(self._routes.dtype), order="C"))
+        self._routes[:, row, :known] = narrow.to(self._routes.device).swapaxes(0, 1)  # the device turns it: the host takes 40 ms for 98,304
 
     def choose(self, layer: int) -> Int[Tensor, "T K"] | None:
         """The recorded experts of the running pass's tokens, int64, in place of the router's; None: there is no recording of it.
