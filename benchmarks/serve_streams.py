@@ -16,7 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import uvicorn
@@ -97,6 +98,25 @@ def through_llm(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
     return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - began)
 
 
+@asynccontextmanager
+async def serving(worker: Worker, service: Service) -> AsyncIterator[str]:
+    """Serve as the command `serve` does; the address of the server, once the model is loaded."""
+    bound = listen("127.0.0.1", 0)
+    config = uvicorn.Config(make_app(service, Rules()), log_config=None, access_log=False, ws="none", lifespan="off")
+    server = uvicorn.Server(config)
+    task = asyncio.ensure_future(server.serve(sockets=[bound]))
+    worker.start()
+    while worker.loading.phase not in {"ready", "failed"}:  # noqa: ASYNC110 - another thread writes it
+        await asyncio.sleep(0.05)
+    if worker.error is not None:
+        raise worker.error
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server.should_exit = True
+    await task
+    await worker.close()
+    service.close()
+
+
 async def measure(
     worker: Worker,
     service: Service,
@@ -105,35 +125,22 @@ async def measure(
     write: Callable[[dict[str, list[float]]], None],
 ) -> None:
     """Serve, and measure each way in turns; the first turn warms up and is not counted. `write` gets what is known after each other one."""
-    bound = listen("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-    config = uvicorn.Config(make_app(service, Rules()), log_config=None, access_log=False, ws="none", lifespan="off")
-    server = uvicorn.Server(config)
-    serving = asyncio.ensure_future(server.serve(sockets=[bound]))
-    worker.start()
-    while worker.loading.phase not in {"ready", "failed"}:  # noqa: ASYNC110 - another thread writes it
-        await asyncio.sleep(0.05)
-    if worker.error is not None:
-        raise worker.error
-    rows: dict[str, list[float]] = {"generate": [], "http": [], "http and metrics": []}
-    for turn in range(options.turns + 1):
-        found = [
-            await asyncio.to_thread(through_llm, worker.llm, prompts, options.tokens),
-            await through_http(url, prompts, options.tokens, scrape=False),
-            await through_http(url, prompts, options.tokens, scrape=True),
-        ]
-        for name, speed in zip(rows, found, strict=True):
-            rows[name] += [speed] if turn else []
-        print(
-            f"turn {turn}: " + ", ".join(f"{name} {speed:.1f}" for name, speed in zip(rows, found, strict=True)),
-            flush=True,
-        )
-        if turn:
-            write(rows)
-    server.should_exit = True
-    await serving
-    await worker.close()
-    service.close()
+    async with serving(worker, service) as url:
+        rows: dict[str, list[float]] = {"generate": [], "http": [], "http and metrics": []}
+        for turn in range(options.turns + 1):
+            found = [
+                await asyncio.to_thread(through_llm, worker.llm, prompts, options.tokens),
+                await through_http(url, prompts, options.tokens, scrape=False),
+                await through_http(url, prompts, options.tokens, scrape=True),
+            ]
+            for name, speed in zip(rows, found, strict=True):
+                rows[name] += [speed] if turn else []
+            print(
+                f"turn {turn}: " + ", ".join(f"{name} {speed:.1f}" for name, speed in zip(rows, found, strict=True)),
+                flush=True,
+            )
+            if turn:
+                write(rows)
 
 
 def main() -> None:
