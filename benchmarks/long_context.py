@@ -254,7 +254,7 @@ def gaps(one: Opened, short: list[int], long: list[int]) -> dict[str, Any]:
         engine.step()
         passes += len(times) == before
     behind = len(times) + 1
-    while len(times) < behind:
+    while len(times) < behind and engine.unfinished:
         engine.step()
     engine.cancel(number)
     before, during = (
@@ -269,7 +269,8 @@ def stall(bench: Bench, share: str, _: dict[str, Any]) -> Iterator[dict[str, Any
     lengths, prompts = [300, longest[-1] + 8], bench.text.prompts([32, *longest])
     with bench.opened(lengths[-1], bench.text.routing(lengths), slots=share, max_batch=2) as one:
         plan = one.llm.plan
-        gaps(one, prompts[0], prompts[1])  # compiles and captures
+        gaps(one, prompts[0], prompts[1])  # compiles
+        one.llm.generate([prompts[0]], SamplingParams(max_tokens=2 if bench.tiny else 256, ignore_eos=True))  # captures every step that the windows have
         for tokens, long in zip(longest, prompts[1:], strict=True):
             yield {
                 "tokens": tokens, **gaps(one, prompts[0], long), "prefill_chunk": plan.prefill_chunk, "stall_seconds": plan.stall_seconds,

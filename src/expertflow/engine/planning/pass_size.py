@@ -25,9 +25,9 @@ GRAIN = 64
 STALL, OVERLAP = 1.3, 1.15
 """Times its copies that a pass may last while other sequences wait for it; and times the longer of copies and computation that one
 lasts at most, because the first layer's copies and the last one's computation have nothing beside them."""
-PACED = 0.62
-"""Share of a large pass's speed that a pass beside steps is planned with. With 0.7 a prompt's first pass took all of its bound
-(gpt-oss-20b, long_first_h200.json)."""
+PACED = 0.58
+"""Share of a large pass's speed that a pass beside steps is planned with. With 0.62 the last ones of 98,304 tokens took all of their bound
+(gpt-oss-20b, long_stall_h200.json)."""
 SHARE, LEFT_SHARE = 1 / 8, 1 / 4
 """Shares of the budget, and of what it leaves beside the least that works, that the workspace may take at most on top of that of a
 pass of `SMALLEST` tokens."""
