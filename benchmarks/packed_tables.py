@@ -9,10 +9,16 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 SHAPES = {
-    "gpt-oss-20b": ("engine_g_quarter_h200", "engine_g_packed_h200"),
+    "gpt-oss-20b": ("engine_g_quarter_h200", "engine_g_packed_h200", "engine_g_lanes_h200"),
     "gpt-oss-20b, an earlier day": ("engine_g_beside_h200",),
     "gpt-oss-120b": ("engine_g120_h200",),
-    "Qwen3-30B-A3B": ("engine_q30_h200", "engine_q30_beside_h200", "engine_q30_again_h200", "engine_q30_bf16_h200"),
+    "Qwen3-30B-A3B": (
+        "engine_q30_h200",
+        "engine_q30_beside_h200",
+        "engine_q30_again_h200",
+        "engine_q30_bf16_h200",
+        "engine_q30_bf16_more_h200",
+    ),
 }
 """Result files by shape. Of a configuration and number of sequences that are in several, the last one counts."""
 BATCHES = (1, 4, 8, 16)

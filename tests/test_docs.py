@@ -100,7 +100,7 @@ def test_numbers_in_sentences_come_from_result_files() -> None:
     added = sorted(
         statistics.median(cell["llm_waited_ms"]) - statistics.median(cell["new_waited_ms"]) for cell in alone
     )
-    first = [statistics.median(row["seconds"]) for row in found("long_even_h200", "rows") if row["part"] == "first"]
+    first = [statistics.median(row["seconds"]) for row in found("long_there_h200", "rows") if row["part"] == "first"]
     steps = {(row["batch"], row["blocks"]): statistics.median(row["ms"]) for row in found("dense_step_h200", "rows")}
     rates = [
         {
