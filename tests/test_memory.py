@@ -250,6 +250,23 @@ def test_stream_transfer_brings_the_right_records(slots: int, delay: int, cuda: 
     store.close()
 
 
+@pytest.mark.cuda
+def test_a_copy_has_arrived_once_computation_follows_one_behind_it(cuda: torch.device) -> None:
+    """Copies are made one after the other. What lies behind the slots needs none."""
+    store, pool = _filled_store(pin=True), SlotPool(LAYOUT, 3, cuda)
+    transfer = StreamTransfer(store, pool)
+    torch.cuda._sleep(100_000_000)
+    transfer.release([0, 1, 2])
+    transfer.start([(record, record) for record in range(3)])
+    assert [transfer.arrived(slot) for slot in (0, 1, 2, 3)] == [False, False, False, True]
+    transfer.wait([1, 3])
+    assert [transfer.arrived(slot) for slot in (0, 1, 2)] == [True, True, False]
+    assert [pool.weights(slot, 0)["w"].mean().item() for slot in (0, 1)] == [1, 2]
+    transfer.settle()
+    assert transfer.arrived(2)
+    store.close()
+
+
 def test_the_meter_counts_what_is_alive() -> None:
     """The peak is resident tensors plus the most temporary bytes alive at once; freed and excluded ones do not count."""
     host, weights = torch.zeros(1000), torch.zeros(10, 10)

@@ -1,9 +1,9 @@
 """The experts of a pass over prompts in graph execution: the host decides, kernels compute all tokens of an expert at once.
 
-Experts that are there are computed at once, whoever needs them. The routing goes to the host, which the pass waits for once a layer: meanwhile
-the device has work. The controller decides, copies run ahead, and the other experts are computed as they arrive. What each expert gave is kept apart for every token
-and added in ascending order of expert, as in a captured step. So a token has the bits that it has in a step, and neither the size of the
-pass nor what is resident changes one. Must not know attention, requests, and when the tables change sides (`execution.handover`).
+Experts that are there are computed at once, whoever needs them. The routing goes to the host, which the pass waits for once a layer:
+meanwhile the device has work. The controller decides, copies run ahead, and the other experts are computed as they arrive. What each
+expert gave is kept apart for every token and added in ascending order of expert, as in a captured step. So a token has the bits that it
+has in a step, and neither the size of the pass nor what is resident changes one. Must not know attention, requests, and when the tables change sides (`execution.handover`).
 """
 
 from contextlib import closing

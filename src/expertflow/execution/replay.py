@@ -222,9 +222,8 @@ class RouteTable:
         """Write the experts `[n, L, K]` of a sequence that begins in a KV row; positions beyond the row are left out."""
         known = min(len(routes), self._routes.shape[2] - 1)
         narrow = torch.from_numpy(routes[:known].astype(_narrow(self._routes.dtype), order="C"))
-        self._routes[:, row, :known] = narrow.to(self._routes.device).swapaxes(
-            0, 1
-        )  # the device turns it: the host takes 40 ms for 98,304
+        # turned round on the device: the host takes 40 ms for 98,304 tokens
+        self._routes[:, row, :known] = narrow.to(self._routes.device).swapaxes(0, 1)
 
     def choose(self, layer: int) -> Int[Tensor, "T K"] | None:
         """The recorded experts of the running pass's tokens, int64, in place of the router's; None: there is no recording of it.
