@@ -56,7 +56,7 @@ async def main():
     print(json.dumps({"answers": found, "seconds": time.perf_counter() - began}))
 asyncio.run(main())
 """
-"""Every request on its own connection; the times at which pieces of its answer came."""
+"""Every request on its own connection; the times at which its tokens came, one a piece of the answer."""
 IDLE = 30.0
 """Seconds after which a server that was left is still busy."""
 
@@ -78,10 +78,10 @@ async def idle(worker: Worker) -> None:
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Percentiles of the answers, in seconds; raises if one that was waited for is not whole."""
+    """Percentiles over the answers, in seconds; raises if one that was waited for is not whole, a piece a token."""
     answers = found["answers"]
     for one in answers:
-        assert one["given_up"] or (one["whole"] and one["times"]), one
+        assert one["given_up"] or (one["whole"] and len(one["times"]) == one["tokens"]), one
     first = [one["times"][0] for one in answers]
     between = [
         later - earlier for one in answers for earlier, later in zip(one["times"], one["times"][1:], strict=False)
@@ -89,7 +89,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     shares = 0.5, 0.95
     return {
         "seconds": found["seconds"], "given_up": sum(one["given_up"] for one in answers),
-        "pieces_per_second": sum(len(one["times"]) for one in answers) / found["seconds"],
+        "tokens_per_second": sum(len(one["times"]) for one in answers) / found["seconds"],
         "first_token_seconds": [percentile(first, share) for share in shares],
         "between_tokens_seconds": [percentile(between, share) for share in shares],
     }  # fmt: skip
@@ -105,7 +105,7 @@ async def measure(worker: Worker, service: Service, requests: list[Any], turns: 
             firsts, betweens = row["first_token_seconds"], row["between_tokens_seconds"]
             print(
                 f"turn {turn}: {row['given_up']} of {len(requests)} given up, first token p50 {firsts[0]:.3f} s, p95 {firsts[1]:.3f}; "
-                f"between tokens p50 {betweens[0] * 1e3:.1f} ms, p95 {betweens[1] * 1e3:.1f}; {row['pieces_per_second']:.1f} pieces/s",
+                f"between tokens p50 {betweens[0] * 1e3:.1f} ms, p95 {betweens[1] * 1e3:.1f}; {row['tokens_per_second']:.1f} tokens/s",
                 flush=True,
             )
             if turn:
@@ -134,7 +134,7 @@ def main() -> None:
     save_words(Path(scratch.name), config.vocab_size)
     arrivals = read_arrivals(config.vocab_size, options.requests, options.shorter, options.faster)
     requests = [
-        (when, prompt, limit, draw.randint(1, limit) if draw.random() < options.cancelled else 0)
+        (when, prompt, limit, draw.randint(1, limit - 1) if draw.random() < options.cancelled else 0)
         for when, prompt, limit in arrivals
     ]
     longest = max(len(prompt) + limit for _, prompt, limit in arrivals)
