@@ -191,9 +191,8 @@ def main() -> None:
                     "config": {"shape": options.shape, "trees": len(trees), "repeats": options.repeats},
                     "bytes": size, "seconds": [[one["seconds"] for one in found] for found in loads], "loads": loads,
                 }  # fmt: skip
-                options.out.write_text(
-                    json.dumps(result, indent=1) + "\n"
-                )  # at once, because a later load may be cut off
+                # at once, because a later load may be cut off
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
     for place, found in enumerate(loads):
         seconds = [one["seconds"] for one in found]
         middle, last = statistics.median(seconds), found[-1]

@@ -270,9 +270,8 @@ def stall(bench: Bench, share: str, _: dict[str, Any]) -> Iterator[dict[str, Any
     with bench.opened(lengths[-1], bench.text.routing(lengths), slots=share, max_batch=2) as one:
         plan = one.llm.plan
         gaps(one, prompts[0], prompts[1])  # compiles
-        one.llm.generate(
-            [prompts[0]], SamplingParams(max_tokens=2 if bench.tiny else 256, ignore_eos=True)
-        )  # captures every step that the windows have
+        every = SamplingParams(max_tokens=2 if bench.tiny else 256, ignore_eos=True)
+        one.llm.generate([prompts[0]], every)  # captures the steps
         for tokens, long in zip(longest, prompts[1:], strict=True):
             yield {
                 "tokens": tokens, **gaps(one, prompts[0], long), "prefill_chunk": plan.prefill_chunk, "stall_seconds": plan.stall_seconds,

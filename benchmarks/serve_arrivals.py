@@ -3,8 +3,8 @@
 Random weights of shape Q (Qwen3-MoE, 12 layers x 128 experts top-8), prompts of random tokens. Arrivals, prompt lengths and answer
 lengths of `azure_conv_256.json`, divided by `--shorter` and sped up by `--faster`. The server listens on the loopback as `expertflow
 serve` does; its clients are a process of their own, one connection a request. A share of them, drawn with a seed, closes its connection
-after a drawn share of its answer. Times to the first token from the arrival, and between two tokens, over all requests; at the end the
-server has to be idle, and every other answer whole.
+after a drawn share of its answer. Times to the first token from the arrival, and between two tokens, over all requests; every other
+answer has to be whole, the server idle at the end, and without having computed what was given up.
 
 Usage: python benchmarks/serve_arrivals.py --out FILE [--requests 128] [--cancelled 0.2] [--slots 50%]
        --tiny: small widths and few requests, for a CPU
@@ -34,9 +34,10 @@ import asyncio, json, sys, time
 from urllib.parse import urlsplit
 where, requests = urlsplit(sys.argv[1]), json.loads(sys.stdin.read())
 async def ask(began, when, prompt, tokens, patience):
-    await asyncio.sleep(max(0.0, began + when - time.perf_counter()))
+    asked = began + when
+    await asyncio.sleep(max(0.0, asked - time.perf_counter()))
     body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    data, asked = json.dumps(body).encode(), time.perf_counter()
+    data = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection(where.hostname, where.port)
     head = f"POST /v1/completions HTTP/1.1\\r\\nHost: {where.netloc}\\r\\nContent-Type: application/json\\r\\n"
     writer.write(f"{head}Content-Length: {len(data)}\\r\\nConnection: close\\r\\n\\r\\n".encode() + data)
@@ -49,7 +50,7 @@ async def ask(began, when, prompt, tokens, patience):
             if patience and len(times) >= patience:
                 break
     writer.close()
-    return {"times": times, "whole": over, "tokens": tokens, "given_up": bool(patience)}
+    return {"times": times, "whole": over, "tokens": tokens, "given_up": bool(patience) and not over}
 async def main():
     began = time.perf_counter() + 0.1
     found = await asyncio.gather(*(ask(began, *request) for request in requests))
@@ -82,7 +83,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     answers = found["answers"]
     for one in answers:
         assert one["given_up"] or (one["whole"] and len(one["times"]) == one["tokens"]), one
-    first = [one["times"][0] for one in answers]
+    first = [one["times"][0] for one in answers if one["times"]]
     between = [
         later - earlier for one in answers for earlier, later in zip(one["times"], one["times"][1:], strict=False)
     ]
@@ -100,11 +101,14 @@ async def measure(worker: Worker, service: Service, requests: list[Any], turns: 
     rows: list[dict[str, Any]] = []
     async with serving(worker, service) as url:
         for turn in range(turns + 1):
+            before = worker.llm.stats.tokens
             row = summary(await ask(url, requests))
             await idle(worker)
+            row |= {"generated": worker.llm.stats.tokens - before, "asked": sum(limit for _, _, limit, _ in requests)}
+            assert row["generated"] < row["asked"] or not row["given_up"], row
             firsts, betweens = row["first_token_seconds"], row["between_tokens_seconds"]
             print(
-                f"turn {turn}: {row['given_up']} of {len(requests)} given up, first token p50 {firsts[0]:.3f} s, p95 {firsts[1]:.3f}; "
+                f"turn {turn}: {row['given_up']} of {len(requests)} given up ({row['generated']} of {row['asked']} tokens made), first token p50 {firsts[0]:.3f} s, p95 {firsts[1]:.3f}; "
                 f"between tokens p50 {betweens[0] * 1e3:.1f} ms, p95 {betweens[1] * 1e3:.1f}; {row['tokens_per_second']:.1f} tokens/s",
                 flush=True,
             )

@@ -18,8 +18,9 @@ from expertflow.formats.records import RecordLayout
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp
 from expertflow.kernels.prompts import grouped
 
-POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "order": "*i64", "tiles": "*i32", "parts": "*fp32"}
-NUMBERS = {"begin": "i32", "end": "i32", "slot": "i32"}
+POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "order": "*i64", "tiles": "*i32", "parts": "*fp32",
+            "edges": "*i32", "slots": "*i32"}  # fmt: skip
+NUMBERS = {"begin": "i32", "end": "i32", "slot": "i32", "experts": "i32", "count": "i32"}
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
 
@@ -53,6 +54,8 @@ def main() -> None:
             given = launch.arguments if number else {**launch.arguments, "top_k": 4}
             program = compile_kernel(grouped.KERNELS[number], given, arch)
             made.append((arch, program.metadata.shared, ROOM[arch], "wgmma" in program.asm["ptx"]))
+        listing = {"tok": tile, "padded": 512, "block": 16, "num_warps": 4, "num_stages": 1}
+        compile_kernel(grouped.LIST_KERNEL, listing, arch)
     sys.stdout.write(json.dumps(made))
 
 

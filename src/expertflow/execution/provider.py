@@ -56,10 +56,13 @@ class CachedExperts:
     def there(self, layer: int) -> Iterator[dict[int, int]]:
         """Lend the layer's experts that no copy has to be waited for, with their slots, before anybody knows which are needed.
 
-        `groups` has those that are needed again.
+        `groups` has those that are needed again. None are lent where missing experts take the slots of their own layer: their copies
+        would wait for all that is lent.
         """
-        slots = enumerate(self.controller.table.slot_of[layer].tolist())
-        found = {expert: slot for expert, slot in slots if slot >= 0 and self._transfer.arrived(slot)}
+        slots = self.controller.table.slot_of[layer].tolist()
+        if self.controller.strategy.partition == "layer" and min(slots) < 0:
+            slots = []
+        found = {expert: slot for expert, slot in enumerate(slots) if slot >= 0 and self._transfer.arrived(slot)}
         try:
             yield found
         finally:

@@ -71,7 +71,8 @@ class StreamTransfer:
     """Copies page-locked records on a stream of their own.
 
     The host's part of a load has to be short beside the copy, or the link waits for it. So tensors of records and slots
-    are made once, and what can be said of several slots is said once. The pool's device has to be the current one.
+    are made once, and what can be said of several slots is said once. The pool's device has to be the current one, and what computes
+    one stream, or streams that are ordered one after the other.
     """
 
     def __init__(self, store: ExpertStore, pool: SlotPool) -> None:

@@ -119,8 +119,8 @@ def _down_kernel(
     tl.store(parts + pairs[None, :] * h + outs[:, None], out, mask=valid[None, :] & (outs[:, None] < h))
 
 
-KERNELS = (_up_kernel, _down_kernel)
-"""What `launches` gives arguments for."""
+KERNELS, LIST_KERNEL = (_up_kernel, _down_kernel), _list_kernel
+"""What `launches` gives arguments for, and what lists their tiles."""
 
 
 class GroupedMlp:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class SortedPairs:
-    """Pair `token * K + rank` of T tokens with K experts each, sorted by expert and then by its number. The host does not know how many.
+    """Pair `token * K + rank` of T tokens with K experts each, sorted by expert and then by its number.
+
+    The host need not know how many an expert has.
 
     Attributes:
         order: int64 `[T * K]` on the device, the pairs; behind those of the last expert come pairs without one.
