@@ -3,8 +3,8 @@
 Random weights of shape Q (Qwen3-MoE, 12 layers x 128 experts top-8), prompts of random tokens. Arrivals, prompt lengths and answer
 lengths of `azure_conv_256.json`, divided by `--shorter` and sped up by `--faster`. The server listens on the loopback as `expertflow
 serve` does; its clients are a process of their own, one connection a request. A share of them, drawn with a seed, closes its connection
-after a drawn share of its answer. Times to the first token from the arrival, and between two tokens, over all requests; every other
-answer has to be whole, the server idle at the end, and without having computed what was given up.
+within the first half of its answer. Times to the first token from the arrival, and between two tokens, over all requests; every other
+answer has to be whole, the server idle at the end, and without having computed all of what was given up.
 
 Usage: python benchmarks/serve_arrivals.py --out FILE [--requests 128] [--cancelled 0.2] [--slots 50%]
        --tiny: small widths and few requests, for a CPU
@@ -131,14 +131,14 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
-        options.requests, options.shorter, options.batch, options.turns = 8, 40, 4, 1
+        options.requests, options.shorter, options.batch, options.turns = 8, 4, 4, 1
     sys.setswitchinterval(5e-4)  # as the command `serve` does
     config, draw = make_config("q", tiny=options.tiny), random.Random(SEED)
     stand, scratch = StandIn(config, embedding=WIDE), tempfile.TemporaryDirectory()
     save_words(Path(scratch.name), config.vocab_size)
     arrivals = read_arrivals(config.vocab_size, options.requests, options.shorter, options.faster)
     requests = [
-        (when, prompt, limit, draw.randint(1, limit - 1) if draw.random() < options.cancelled else 0)
+        (when, prompt, limit, draw.randint(1, limit // 2) if draw.random() < options.cancelled else 0)
         for when, prompt, limit in arrivals
     ]
     longest = max(len(prompt) + limit for _, prompt, limit in arrivals)
