@@ -189,7 +189,7 @@ def main() -> None:
                 result = {
                     **about("cuda" if torch.cuda.is_available() else "cpu")._asdict(), "benchmark": "loading", "seed": SEED,
                     "config": {"shape": options.shape, "trees": len(trees), "repeats": options.repeats},
-                    "bytes": size, "seconds": [[one["seconds"] for one in found] for found in loads], "loads": loads,
+                    "complete": sum(map(len, loads)) == options.repeats * len(trees), "bytes": size, "seconds": [[one["seconds"] for one in found] for found in loads], "loads": loads,
                 }  # fmt: skip
                 # at once, because a later load may be cut off
                 options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -16,18 +16,18 @@ import json
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from arrivals_h100 import percentile, read_arrivals
-from serve_streams import save_words, serving
+from serve_streams import make_worker, save_words, serving
 from stand_ins import SEED, WIDE, StandIn, device, make_config
 
-from expertflow import LLM
 from expertflow.bench.about import about
 from expertflow.serve.metrics import Metrics
 from expertflow.serve.service import Names, Service
-from expertflow.serve.worker import Loading, Worker
+from expertflow.serve.worker import Worker
 
 CLIENT = """
 import asyncio, json, sys, time
@@ -62,8 +62,12 @@ IDLE = 30.0
 """Seconds after which a server that was left is still busy."""
 
 
-async def ask(url: str, requests: list[tuple[float, list[int], int, int]]) -> dict[str, Any]:
-    """Let a process of clients make the requests: when, prompt, tokens, and after how many the client leaves, or 0."""
+Asked = tuple[float, list[int], int, int]
+"""When a request comes, its prompt, tokens of its answer, and after how many the client leaves; 0: it stays."""
+
+
+async def ask(url: str, requests: list[Asked]) -> dict[str, Any]:
+    """Let a process of clients make the requests."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, url, stdin=pipe, stdout=pipe)
     out, _ = await process.communicate(json.dumps(requests).encode())
@@ -96,7 +100,9 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def measure(worker: Worker, service: Service, requests: list[Any], turns: int, write: Any) -> None:
+async def measure(
+    worker: Worker, service: Service, requests: list[Asked], turns: int, write: Callable[[list[dict[str, Any]]], None]
+) -> None:
     """Serve the arrivals several times; the first time warms up and is not counted."""
     rows: list[dict[str, Any]] = []
     async with serving(worker, service) as url:
@@ -143,12 +149,6 @@ def main() -> None:
     ]
     longest = max(len(prompt) + limit for _, prompt, limit in arrivals)
 
-    def load(_: Loading) -> LLM:
-        size = {"max_batch": options.batch, "max_length": longest, "slots": options.slots}
-        return LLM(
-            stand.folder, beside=stand.owner, dtype="bfloat16", device=device(), predictor="none", tokenizer=scratch.name, **size
-        )  # fmt: skip
-
     def write(rows: list[dict[str, Any]]) -> None:
         names = "requests", "shorter", "faster", "cancelled", "slots", "batch", "tiny"
         result = {
@@ -159,7 +159,8 @@ def main() -> None:
             options.out.write_text(json.dumps(result, indent=1) + "\n")
 
     metrics = Metrics("q")
-    worker = Worker(load, watcher=metrics)
+    size = {"max_batch": options.batch, "max_length": longest, "slots": options.slots}
+    worker = make_worker(stand, scratch.name, metrics, **size)
     asyncio.run(measure(worker, Service(worker, Names(served=["q"]), metrics), requests, options.turns, write))
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from stand_ins import SEED, WIDE, StandIn, device, make_config, random_tokens
@@ -98,6 +99,16 @@ def through_llm(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
     return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - began)
 
 
+def make_worker(stand: StandIn, tokenizer: str, metrics: Metrics, **options: Any) -> Worker:
+    """What loads stand-in weights as a server does; `options` of `LLM`."""
+
+    def load(_: Loading) -> LLM:
+        given = {"dtype": "bfloat16", "device": device(), "predictor": "none", "tokenizer": tokenizer, **options}
+        return LLM(stand.folder, beside=stand.owner, **given)
+
+    return Worker(load, watcher=metrics)
+
+
 @asynccontextmanager
 async def serving(worker: Worker, service: Service) -> AsyncIterator[str]:
     """Serve as the command `serve` does; the address of the server, once the model is loaded."""
@@ -163,20 +174,9 @@ def main() -> None:
     tokens = random_tokens(config.vocab_size, options.streams * PROMPT)
     prompts = [tokens[begin : begin + PROMPT] for begin in range(0, len(tokens), PROMPT)]
 
-    def load(_: Loading) -> LLM:
-        size = {"max_batch": options.streams, "max_length": PROMPT + options.tokens, "slots": options.slots}
-        return LLM(
-            stand.folder,
-            beside=stand.owner,
-            dtype="bfloat16",
-            device=device(),
-            predictor="none",
-            tokenizer=scratch.name,
-            **size,
-        )
-
     metrics = Metrics("q")
-    worker = Worker(load, watcher=metrics)
+    size = {"max_batch": options.streams, "max_length": PROMPT + options.tokens, "slots": options.slots}
+    worker = make_worker(stand, scratch.name, metrics, **size)
 
     def write(rows: dict[str, list[float]]) -> None:
         medians = {name: statistics.median(speeds) for name, speeds in rows.items()}

@@ -153,12 +153,10 @@ def _passes(device: Device, provider: CachedExperts, rng: np.random.Generator) -
     for _ in range(8):
         provider.begin_step(prompts=int(rng.choice([0, EXPERTS])))
         for layer in range(LAYERS):
-            needed, gives_up = (
-                sorted(rng.permutation(EXPERTS)[: rng.integers(EXPERTS + 1)].tolist()),
-                rng.random() < 0.03,
-            )
-            with provider.there(layer) as there:
-                for expert, slot in there.items():
+            needed = sorted(rng.permutation(EXPERTS)[: rng.integers(EXPERTS + 1)].tolist())
+            gives_up = rng.random() < 0.03
+            with provider.lend_residents(layer) as early:
+                for expert, slot in early.items():
                     device.read(slot, EXPERTS * layer + expert)
             device.run(int(rng.choice([0, 0, 3, 20])))
             seen = set[int]()
@@ -166,8 +164,8 @@ def _passes(device: Device, provider: CachedExperts, rng: np.random.Generator) -
                 for group in brought:
                     for access in group:
                         seen.add(access.expert)
-                        if access.expert in there:
-                            assert (access.slot, access.load) == (there[access.expert], False)
+                        if access.expert in early:
+                            assert (access.slot, access.load) == (early[access.expert], False)
                         else:
                             device.read(access.slot, EXPERTS * layer + access.expert)
                     device.run(int(rng.choice([0, 0, 1, 5])))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from expertflow import LLM, SamplingParams
 from expertflow.cache.controller import CacheController
 from expertflow.cache.strategy import STRATEGIES
 from expertflow.events import EventStream
+from expertflow.execution.grouped import PromptExperts
 from expertflow.execution.provider import CachedExperts
 from expertflow.execution.runner import PromptChunk
 from expertflow.formats.dtypes import RUN_DTYPES
@@ -96,6 +98,9 @@ def test_pairs_are_sorted_by_expert() -> None:
     assert pairs.order[pairs.bounds[-1] :].tolist() == [2, 3]
     assert (pairs.needed, pairs.mean) == ([0, 3, 5], 2)
     assert pairs.edges.tolist() == pairs.bounds
+    everyone = [(expert, expert) for expert in range(EXPERTS)]
+    for tile, count in ((1, 6), (2, 4), (16, 3)):  # what the host knows, and what it expects at most while it does not
+        assert pairs.tiles(everyone, tile) == count <= sort_pairs(index, EXPERTS).tiles(everyone, tile) <= 8
 
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
@@ -354,11 +359,32 @@ def test_what_was_loaded_ahead_in_vain_is_waited_for_when_it_is_used() -> None:
     (first,) = brought(provider, link, 1, [0])
     late = provider.controller.table.slot_of[1, 7]
     assert late in link.under_way
-    with provider.there(1) as there:
-        assert there == {first[0].expert: first[0].slot}
+    with provider.lend_residents(1) as early:
+        assert early == {first[0].expert: first[0].slot}
     provider.begin_step()
     ((access,),) = brought(provider, link, 1, [7])
     assert (access.slot, access.load, access.fresh) == (late, False, False)
+
+
+@pytest.mark.parametrize(("strategy", "needed", "lent"), [("lru", 3, 0), ("lru", 8, 8), ("lru-global", 3, 3)])
+def test_nothing_is_lent_that_copies_would_wait_for(strategy: str, needed: int, lent: int) -> None:
+    """With a share of the slots for each layer a missing expert takes the slot of one that would be lent."""
+    link = Link()
+    provider = make_provider(link, 16, strategy)
+    assert list(brought(provider, link, 1, list(range(needed))))
+    with provider.lend_residents(1) as early:
+        assert len(early) == lent
+
+
+def test_a_pass_of_padding_alone_gives_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No expert is needed, so nothing is added up, whatever memory the result lies in."""
+    mlp, buffer = make("gated", "bfloat16")
+    pool = SimpleNamespace(buffer=buffer, of=lambda _: (buffer, 0))
+    context = SimpleNamespace(now=SimpleNamespace(padding=torch.ones(3, dtype=torch.bool, device=DEVICE), observe=None))
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
+    hidden, weights = torch.randn(3, HIDDEN).to(DEVICE, mlp.torch_dtype), torch.ones(3, TOP_K, device=DEVICE)
+    experts = PromptExperts((mlp, mlp), make_provider(Link(), EXPERTS, "lru"), pool, context)
+    assert not experts.run(0, hidden, routing(3), weights).any()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,9 +1,10 @@
 """The experts of a pass over prompts in graph execution: the host decides, kernels compute all tokens of an expert at once.
 
-Experts that are there are computed at once, whoever needs them. The routing goes to the host, which the pass waits for once a layer:
-meanwhile the device has work. The controller decides, copies run ahead, and the other experts are computed as they arrive. What each
-expert gave is kept apart for every token and added in ascending order of expert, as in a captured step. So a token has the bits that it
-has in a step, and neither the size of the pass nor what is resident changes one. Must not know attention, requests, and when the tables change sides (`execution.handover`).
+Experts that are in slots are computed at once, whichever of them are needed. The routing goes to the host, which the pass waits for
+once a layer: meanwhile the device has work. The controller decides, copies run ahead, and the other experts are computed as they
+arrive. What each expert gave is kept apart for every token and added in ascending order of expert, as in a captured step. So a token
+has the bits that it has in a step, and neither the size of the pass nor what is resident changes one. Must not know attention,
+requests, and when the tables change sides (`execution.handover`).
 """
 
 from contextlib import closing
@@ -51,9 +52,9 @@ class PromptExperts:
         pairs = sort_pairs(index, self._experts)
         work = Workspace.allocate(self._mlps[layer], tokens, top_k, hidden.device, shared=False)
         compute, (records, first) = self._grouped[layer], self._pool.of(layer)
-        with self._provider.there(layer) as there:
-            if there:
-                compute(hidden, pairs, [(expert, slot - first) for expert, slot in there.items()], records, work)
+        with self._provider.lend_residents(layer) as residents:
+            if residents:
+                compute(hidden, pairs, [(expert, slot - first) for expert, slot in residents.items()], records, work)
         wait()  # the one host sync of a layer
         if now.observe is not None:
             now.observe(
@@ -63,7 +64,7 @@ class PromptExperts:
         left = len(counted.needed)
         with closing(self._provider.groups(layer, counted.needed)) as brought:
             for group in brought:
-                rest = [(access.expert, access.slot - first) for access in group if access.expert not in there]
+                rest = [(access.expert, access.slot - first) for access in group if access.expert not in residents]
                 if rest:
                     compute(hidden, counted, rest, records, work)
                 left -= len(group)

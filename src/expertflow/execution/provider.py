@@ -53,11 +53,11 @@ class CachedExperts:
         yield from self._carry_out(layer, experts, together=True)
 
     @contextmanager
-    def there(self, layer: int) -> Iterator[dict[int, int]]:
-        """Lend the layer's experts that no copy has to be waited for, with their slots, before anybody knows which are needed.
+    def lend_residents(self, layer: int) -> Iterator[dict[int, int]]:
+        """Lend the layer's experts that are in their slots already, before anybody knows which are needed: expert to slot.
 
-        `groups` has those that are needed again. None are lent where missing experts take the slots of their own layer: their copies
-        would wait for all that is lent.
+        `groups` yields those that are needed again. None are lent where a missing expert takes a slot of its own layer: its copy
+        would wait until all of them are computed.
         """
         slots = self.controller.table.slot_of[layer].tolist()
         if self.controller.strategy.partition == "layer" and min(slots) < 0:

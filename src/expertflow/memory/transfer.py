@@ -86,7 +86,7 @@ class StreamTransfer:
         self._loaded = [torch.cuda.Event() for _ in pool.buffer]
         self._released = [torch.cuda.Event()] * len(pool.buffer)  # one for all that were released together
         self._started, self._number = 0, [0] * len(pool.buffer)  # copies, and each slot's last one among them
-        self._over = 0  # copies that computation is ordered after
+        self._ordered = 0  # copies that computation is ordered after
         # the pool's memory may have been used by work queued before it was allocated
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
@@ -110,13 +110,13 @@ class StreamTransfer:
     def wait(self, slots: Sequence[int]) -> None:
         """Order the current stream after the last one of these copies: they are made one after the other."""
         last = max(slots, key=self._copy_of)
-        if self._copy_of(last) > self._over:
+        if self._copy_of(last) > self._ordered:
             torch.cuda.current_stream(self._device).wait_event(self._loaded[last])
-            self._over = self._number[last]
+            self._ordered = self._number[last]
 
     def arrived(self, slot: int) -> bool:
         """Ask the driver, if computation is not ordered after the copy; does not wait."""
-        return self._copy_of(slot) <= self._over or bool(self._loaded[slot].query())
+        return self._copy_of(slot) <= self._ordered or bool(self._loaded[slot].query())
 
     def release(self, slots: Sequence[int]) -> None:
         """Mark the current stream's position as the last that reads them; a place behind the slots is never written again."""
@@ -129,7 +129,7 @@ class StreamTransfer:
     def settle(self) -> None:
         """Wait for the copy stream."""
         self._stream.synchronize()
-        self._over = self._started
+        self._ordered = self._started
 
     def _copy_of(self, slot: int) -> int:
         """The last copy into a slot, by number; 0: there was none, as behind the slots."""

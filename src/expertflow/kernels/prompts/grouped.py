@@ -1,7 +1,7 @@
 """The expert MLP for all tokens of a pass: the twin of `group_pairs` in `kernels.reference`.
 
 Tokens are sorted by expert. So a program takes up to 128 tokens of one expert, and the weight that it reads serves all of them. A kernel
-lists the tiles, so the host need not know the routing: experts that are there begin while it waits for that. The product is the one of
+lists the tiles, so the host need not know the routing: experts that are in slots begin while it waits for that. The product is the one of
 `kernels.experts`: along H (then I) in the same steps, with the same epilogues. Only the number of tokens in a tile differs, and a tensor
 core adds up each token's column by itself. So a pair has the bits that it has in a decode step, whatever the size of the pass. Must not know layers, and which side decides.
 """

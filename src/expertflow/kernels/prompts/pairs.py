@@ -33,7 +33,7 @@ class SortedPairs:
 
     @property
     def mean(self) -> float:
-        """Pairs of a needed expert on average, as far as is known."""
+        """Pairs of an expert on average, if as many experts are needed as can be."""
         return len(self.order) / max(1, min(self.experts, len(self.order)))
 
     def span(self, expert: int) -> tuple[int, int] | None:  # noqa: ARG002 - known once counted
@@ -42,7 +42,7 @@ class SortedPairs:
 
     def tiles(self, group: Sequence[tuple[int, int]], tile: int) -> int:
         """Tiles of so many pairs that these experts, with their slots, have at most."""
-        return len(self.order) // tile + len(group)
+        return min(len(self.order), len(self.order) // tile + len(group))
 
     def counted(self, routes: npt.NDArray[np.integer]) -> "CountedPairs":
         """The same with what the host knows, once the experts `[T, K]` are there."""
@@ -80,7 +80,7 @@ class CountedPairs(SortedPairs):
         return self.bounds[expert], self.bounds[expert + 1]
 
     def tiles(self, group: Sequence[tuple[int, int]], tile: int) -> int:
-        """So many."""
+        """Tiles of so many pairs that these experts have."""
         return sum(-(-self.count(expert) // tile) for expert, _ in group)
 
 
