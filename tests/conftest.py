@@ -13,6 +13,7 @@ import pytest
 # before anything of torch or expertflow is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"  # Haswell's products give a row other bits by its place in a tile
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: spinning threads would starve each other
 if os.environ.get("EXPERTFLOW_CHECK_SHAPES", "1") == "1":
     from jaxtyping import install_import_hook
