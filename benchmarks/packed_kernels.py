@@ -93,6 +93,8 @@ def filled(mlp: ExpertMlp, count: int) -> Tensor:
         for spec in mlp.layout.specs:
             for name, part in spec.format.draw(spec, random, 0.02).items():
                 mlp.layout.part(record, spec.name, name).copy_(part)
+            if spec.format is not PLAIN:
+                assert spec.format.in_range(spec, mlp.layout.parts(record.cpu(), spec.name))
     pool[4:] = pool[:4].repeat(count // 4, 1)[: count - 4]
     return pool
 
@@ -299,8 +301,10 @@ def compile_some(name: str, columns: list[str], splits: list[int], which: str) -
 
 
 def format_of(column: str) -> Format:
-    """The format of a column of the results."""
-    return PLAIN if column == "bf16" else next(f[0] for one in FORMATS.values() if (f := one.claim(PACKED[column])))
+    """The format of a column of the results, with scales as `filled` draws them: in range."""
+    if column == "bf16":
+        return PLAIN
+    return next(f[0] for one in FORMATS.values() if (f := one.claim(PACKED[column]))).quickened()
 
 
 def measure(name: str, column: str, rate: float, *, search: bool) -> list[dict[str, Any]]:

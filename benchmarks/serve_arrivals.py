@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--shorter", type=int, default=4)
-    parser.add_argument("--faster", type=float, default=2.0)
+    parser.add_argument("--faster", type=float, default=0.7)
     parser.add_argument("--cancelled", type=float, default=0.2, help="share of the requests that are given up")
     parser.add_argument("--slots", default="50%")
     parser.add_argument("--batch", type=int, default=16)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expertflow.kernels.prompts import attention
+from registers import gpu
 
 ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Shared memory of a program, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
@@ -58,7 +58,7 @@ def compile_case(case: str, dtype: torch.dtype, arch: int, stages: int | None = 
     }
     source = ASTSource(kernel, {name: kinds.get(name, "i32") for name in names}, constants, aligned)
     options = {"num_warps": cut.warps, "num_stages": cut.stages if stages is None else stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=gpu(arch), options=options)
 
 
 def main() -> None:

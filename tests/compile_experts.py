@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expertflow.formats.format import Format, TensorSpec
@@ -26,7 +25,7 @@ from expertflow.formats.records import RecordLayout
 from expertflow.kernels import experts
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp, Workspace
 from expertflow.kernels.tiling import Tiling, tilings
-from registers import overwritten
+from registers import gpu, overwritten
 
 POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "slots": "*i32", "parts": "*fp32",
     "sums": "*fp32", "counts": "*i32", "pairs": "i32",
@@ -38,24 +37,29 @@ ROOM = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 FORMATS: dict[str, tuple[Format, bool]] = {
     "plain": (PLAIN, False),
     "plain of gpt-oss": (PLAIN, True),
-    "mxfp4": (MXFP4, True),
-    "int4": (INT4, False),
+    "mxfp4": (MXFP4.quickened(), True),
+    "mxfp4 of any scale": (MXFP4, True),
+    "int4": (INT4.quickened(), False),
+    "int4 of any scale": (INT4, False),
     "int4 with zeros": (PackedInt4(zeros=True), False),
-    "fp8": (FP8, False),
-    "nvfp4": (NVFP4, False),
+    "fp8": (FP8.quickened(), False),
+    "fp8 of any scale": (FP8, False),
+    "nvfp4": (NVFP4.quickened(), False),
+    "nvfp4 of any scale": (NVFP4, False),
     "awq": (AWQ, False),
     "q4_k": (GGUF["Q4_K"], False),
     "q6_k": (GGUF["Q6_K"], False),
 }
 """Formats, and whether in the shape of gpt-oss-20b, or of Qwen3-30B-A3B."""
 CASES = {
-    80: ("plain up", "plain of gpt-oss up", "mxfp4 up", "int4 up", "int4 with zeros up", "fp8 up", "nvfp4 up"),
+    80: ("plain up", "plain of gpt-oss up", "mxfp4 up", "int4 up", "int4 with zeros up", "fp8 up", "nvfp4 up", "nvfp4 of any scale up"),
     86: ("mxfp4 down", "fp8 down", "nvfp4 up", "awq down", "q4_k down"),
     89: ("fp8 up", "nvfp4 down", "q6_k up"),
     90: (
         "plain up", "plain of gpt-oss up", "mxfp4 up", "mxfp4 down", "int4 up", "int4 down", "int4 with zeros up", "fp8 up",
         "nvfp4 up", "awq down", "q4_k up", "mxfp4 up alone", "mxfp4 down alone", "int4 down alone", "fp8 down alone", "int4 up alone", "int4 with zeros up alone", "fp8 up alone",
-        "nvfp4 down alone", "int4 down many", "fp8 down many",
+        "nvfp4 down alone", "int4 down many", "fp8 down many", "fp8 of any scale down many", "nvfp4 of any scale down alone",
+        "mxfp4 of any scale down alone", "int4 of any scale up",
     ),
 }  # fmt: skip
 """What is compiled, for four tokens, for one `alone`, or for `many`: every format where it differs most, for Ampere and for Hopper; what needs most of the small ones' memory."""
@@ -124,7 +128,7 @@ def compiled(case: str, arch: int) -> Any:
         {(place,): [["tt.divisibility", 16]] for place, one in enumerate(names) if one in ALIGNED},
     )
     options = {one: given[one] for one in ("num_warps", "num_stages", "maxnreg")}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=gpu(arch), options=options)
 
 
 def loops(ptx: str) -> list[list[str]]:

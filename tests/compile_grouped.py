@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from expertflow.formats.format import Format, TensorSpec
@@ -17,6 +16,7 @@ from expertflow.formats.published.mxfp4 import MXFP4
 from expertflow.formats.records import RecordLayout
 from expertflow.kernels.mlp import CLAMPED_SWIGLU, ExpertMlp
 from expertflow.kernels.prompts import grouped
+from registers import gpu
 
 POINTERS = {"hidden": "*bf16", "inner": "*bf16", "pool": "*bf16", "order": "*i64", "tiles": "*i32", "parts": "*fp32",
             "edges": "*i32", "slots": "*i32"}  # fmt: skip
@@ -42,7 +42,7 @@ def compile_kernel(kernel: Any, given: dict[str, Any], arch: int) -> Any:
     source = ASTSource(
         kernel, {name: (POINTERS | NUMBERS).get(name, "constexpr") for name in names}, constants, aligned
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=gpu(arch), options=options)
 
 
 def main() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compile_attention import ROOM
 from expertflow.kernels.latent import decode, prompts
 from expertflow.kernels.latent.reference import spans_of
+from registers import gpu
 
 HEADS = {"DeepSeek-V2-Lite": 16, "DeepSeek-V3": 128}
 PLAIN, ROPE, WIDTH, RANK, PAGE = 128, 64, 128, 512, 64
@@ -56,7 +56,7 @@ def compiled(kernel: Any, given: dict[str, Any], dtype: torch.dtype, arch: int, 
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )  # fmt: skip
     options = {"num_warps": warps, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=gpu(arch), options=options)
 
 
 def cases(heads: int, dtype: torch.dtype, arch: int) -> dict[str, tuple[Any, dict[str, Any], int, int]]:

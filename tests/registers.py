@@ -18,6 +18,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 _WRITES_NONE = (
     "ST", "HGMMA", "BRA", "BAR", "LDGSTS", "LDGDEP", "RED", "MEMBAR", "ISETP", "FSETP", "PLOP", "DEPBAR", "WARPGROUP", "R2UR", "UI",
@@ -30,11 +31,28 @@ _PRODUCT = re.compile(r"HGMMA\S*\s+R\d+,\s*R(\d+)(?:\.reuse)?,\s*gdesc")
 """A product whose weights are in registers, from this one on."""
 
 
+class _Absent:
+    """Stands in for a GPU that is not here, of which kernels ask the compute capability while they are compiled."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+
+def gpu(arch: int) -> GPUTarget:
+    """A GPU of a compute capability, for which kernels are compiled from now on."""
+    target = GPUTarget("cuda", arch, 32)
+    driver.set_active(_Absent(target))
+    return target
+
+
 def compiled(source: ASTSource, arch: int, options: dict[str, Any]) -> tuple[Any, str]:
     """A program for a compute capability, and what the assembler says of it; that is empty if Triton's cache had it already."""
     knobs.nvidia.dump_ptxas_log = True
     with redirect_stdout(io.StringIO()) as said:
-        program = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        program = triton.compile(source, target=gpu(arch), options=options)
     return program, said.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def decode(format_: Format, stored: list[dict[str, Tensor]], dtype: str, **how: 
     spec = TensorSpec(name="w", shape=shape, dtype=dtype, format=format_, joined=len(stored), **how)
     parts = {}
     for part in spec.parts:
-        packed = [format_.repack(spec.one, part.name, one[part.name]).reshape(-1) for one in stored]
+        packed = [format_.repack(spec.one, part.name, one[part.source or part.name]).reshape(-1) for one in stored]
         dtype_ = getattr(torch, part.dtype)
         packed = [one.view(dtype_) if one.dtype.itemsize == 1 else one.to(dtype_) for one in packed]
         parts[part.name] = torch.cat(packed).view(part.shape)
@@ -182,17 +183,17 @@ def test_codes_and_scales_that_are_no_numbers_are_refused(code: int) -> None:
 @pytest.mark.parametrize("format_", [FP8, INT_QUANTIZED], ids=["fp8", "int8"])
 def test_a_record_has_codes_as_tensor_cores_take_them(format_: Bytes, inputs: int) -> None:
     """Of 16 inputs thread q of four takes the pairs from 2 q and from 2 q + 8; steps of 64 lie thread by thread. Odd rows stay."""
-    order = []
+    steps = []
     for step in range(0, inputs, 64):
         runs = range(step, min(step + 64, inputs), 16)
-        order += [run + 2 * q + up + n for q in range(4) for run in runs for up in (0, 8) for n in (0, 1)]
-    order = order if inputs % 16 == 0 else list(range(inputs))
+        steps.append([run + 2 * q + up + n for q in range(4) for run in runs for up in (0, 8) for n in (0, 1)])
+    steps = steps if inputs % 16 == 0 else [list(range(inputs))]
     codes = torch.randint(0, 127, (6, inputs), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     stored = codes.view(torch.float8_e4m3fn if format_ is FP8 else torch.int8)
     spec = TensorSpec(name="w", shape=(6, inputs), dtype="float32", format=format_)
     found = format_.repack(spec, "codes", stored)
-    assert torch.equal(found.view(torch.uint8), codes[:, order])
-    (_, part) = spec.parts
+    assert torch.equal(found.view(torch.uint8).flatten(), torch.cat([codes[:, step].flatten() for step in steps]))
+    (_, part, _) = spec.parts
     ones = torch.ones(part.shape, dtype=getattr(torch, part.dtype))
     assert torch.equal(format_.numbers(spec, {"codes": found, "scales": ones}), stored.float())
 
@@ -295,17 +296,21 @@ def test_kernels_read_what_a_format_decodes(format_: Bytes, dtype: str, sizes: t
     records = [torch.zeros(2, layout.record_bytes, dtype=torch.uint8) for layout in layouts]
     for number, (ours, theirs) in enumerate(zip(*records, strict=True)):
         for spec in packed:
-            codes, scales = (layouts[0].part(ours, spec.name, part.name) for part in spec.parts)
+            codes, scales, pairs = layouts[0].parts(ours, spec.name).values()
             codes.copy_(random_codes(*codes.shape, seed=number).view(codes.dtype))
             scales.copy_(random_scales(*scales.shape, seed=number))
+            pairs.copy_(format_.pairs_of(scales))
         for name, value in layouts[0].weights(ours).items():
             layouts[1].tensor(theirs, name).copy_(value)
     x = torch.randn(2, hidden, generator=torch.Generator().manual_seed(2)).to(device, getattr(torch, dtype))
     slots = torch.tensor([[0, 1], [1, -1]], dtype=torch.int32, device=device)
-    for block_k in (64, 128):
+    mlps = [ExpertMlp.of(layout, "silu") for layout in layouts]
+    quick = mlps[0].for_records(records[0])
+    assert quick.up.spec.format.quick == (format_.code_dtype != "int8" and format_.scale_dtype != "float16")
+    for block_k, fast in product((64, 128), (False, True)):
         found = []
-        for layout, pool in zip(layouts, records, strict=True):
-            mlp, on_device = ExpertMlp.of(layout, "silu"), pool.to(device)
+        for mlp, pool in zip((quick if fast else mlps[0], mlps[1]), records, strict=True):
+            on_device = pool.to(device)
             work = Workspace.allocate(mlp, 2, 2, device)
             work.parts.zero_()
             experts.launch_up(mlp, x, slots, on_device, work, experts.Tiling(32, block_k))

@@ -23,7 +23,7 @@ from expertflow.errors import ClosedError, ConfigError
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.execution.blocks.forms import LayerForm
 from expertflow.execution.blocks.layer import LayerBlocks, of_prompts
-from expertflow.execution.captured.capturable import expert_mlps
+from expertflow.execution.captured.capturable import stored_mlps
 from expertflow.execution.captured.dense import PromptParts
 from expertflow.execution.captured.experts import DeviceExperts, SharedParts
 from expertflow.execution.captured.graph import GraphDecoder
@@ -34,6 +34,7 @@ from expertflow.execution.kv_rows import DecodeInput, RowModel
 from expertflow.execution.observe import StepObserver, observe_all, prompt_tokens, step_tokens
 from expertflow.execution.provider import CachedExperts
 from expertflow.execution.tables import DeviceTables
+from expertflow.kernels.mlp import ExpertMlp
 from expertflow.models.context import DenseKernels, ForwardContext, LayerExperts, LayerKernels, Observer
 
 WATCHED = "the routing is observed, which only the host execution shows"
@@ -83,6 +84,7 @@ class Handover:
         self.rows: RowModel | EncoderDecoderRows | None = None
         self.decoder: GraphDecoder | None = None
         self._tables: DeviceTables | None = None
+        self._mlps: tuple[ExpertMlp, ...] | None = None
         self._prompts: PromptExperts | None = None
         self._prompt_dense: PromptParts | None = None
         self._prompt_blocks: LayerBlocks | None = None
@@ -163,12 +165,18 @@ class Handover:
         if not self._captured:
             return None
         if self._prompts is None:
-            provider, rows, shared = self.check_open(), self.rows, self._shared
-            assert rows is not None
+            provider, shared = self.check_open(), self._shared
             assert shared is not None
-            mlps = expert_mlps(rows.skeleton, shared.store.layout)
-            self._prompts = PromptExperts(mlps, provider, shared.pool, self._context)
+            self._prompts = PromptExperts(self._expert_mlps(), provider, shared.pool, self._context)
         return self._prompts.run
+
+    def _expert_mlps(self) -> tuple[ExpertMlp, ...]:
+        """What the experts are for the kernels; records are looked through once."""
+        if self._mlps is None:
+            assert self.rows is not None
+            assert self._shared is not None
+            self._mlps = stored_mlps(self.rows.skeleton, self._shared.store)
+        return self._mlps
 
     def prompt_dense(self) -> DenseKernels | None:
         """What computes attention and norms of a pass over prompts; None: the model's own modules do, as in host execution."""
@@ -213,8 +221,7 @@ class Handover:
             self.decoder = self._tables = None
             skeleton = rows.skeleton
             with torch.inference_mode(), self._measured():
-                mlps = expert_mlps(skeleton, shared.store.layout)
-                experts = DeviceExperts(mlps, shared, batch, skeleton.top_k, log=log)
+                experts = DeviceExperts(self._expert_mlps(), shared, batch, skeleton.top_k, log=log)
                 self._tables = DeviceTables(shared, experts)
                 self.decoder = GraphDecoder(rows, experts, batch, self._forms, one_size=self._one_size)
         return self.decoder

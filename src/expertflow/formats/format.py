@@ -62,6 +62,7 @@ class Format:
         packed_anywhere: names of those whose `repack` computes on the device of what it is given, and needs little memory there.
         tiles: the entry of `kernels/reading/readers.py` by which kernels read it, if it is not `name`.
         tile_loader: the Triton twin of `decode`, if it has no entry there.
+        quick: whether kernels may decode records by their shortest way, see `in_range`.
         decode_bytes_each: bytes that `numbers` takes at most for each number, the result and what it is made from.
     """
 
@@ -71,6 +72,7 @@ class Format:
     repacked: frozenset[str] = frozenset()
     packed_anywhere: frozenset[str] = frozenset()
     tile_loader: Any = None
+    quick: bool = False
     decode_bytes_each: int = 0
 
     def parts(self, spec: "TensorSpec") -> tuple[Part, ...]:
@@ -161,6 +163,18 @@ class Format:
             KeyError: if the part that says so is missing.
         """
         raise NotImplementedError
+
+    def in_range(self, spec: "TensorSpec", parts: Mapping[str, Tensor]) -> bool:
+        """Whether a record's parts of a tensor, in host memory, are such that kernels may decode them by their shortest way.
+
+        Some scales forbid it. A format that ever says so has the field `quick`; where that is false, kernels take another way.
+        """
+        del spec, parts
+        return False
+
+    def quickened(self) -> "Format":
+        """This format for records that are in range."""
+        return replace(self, quick=True)  # type: ignore[type-var]  # one that has the field is a dataclass
 
     def constants(self, spec: "TensorSpec") -> tuple[Any, ...]:
         """What a tile loader has to know when it is compiled, such as the size of a group."""

@@ -82,10 +82,12 @@ class RecordLayout:
 
     def part(self, record: Tensor, name: str, part: str) -> Tensor:
         """One part of one tensor of a record, uint8 `[record_bytes]`, without copying."""
-        number = next(number for number, spec in enumerate(self.specs) if spec.name == name)
-        parts = self.specs[number].parts
-        place = next(place for place, one in enumerate(parts) if one.name == part)
-        return _view(record, parts[place], self.offsets[number][place])
+        return self.parts(record, name)[part]
+
+    def parts(self, record: Tensor, name: str) -> dict[str, Tensor]:
+        """All of them by name."""
+        found = next((spec, at) for spec, at in zip(self.specs, self.offsets, strict=True) if spec.name == name)
+        return self._parts(record, *found)
 
     def weights(self, record: Tensor) -> dict[str, Tensor]:
         """A record's tensors by name, in numbers; without copying where they are plain.
@@ -102,8 +104,11 @@ class RecordLayout:
 
     @staticmethod
     def _tensor(record: Tensor, spec: TensorSpec, offsets: tuple[int, ...]) -> Tensor:
-        views = {part.name: _view(record, part, at) for part, at in zip(spec.parts, offsets, strict=True)}
-        return spec.format.decode(spec, views)
+        return spec.format.decode(spec, RecordLayout._parts(record, spec, offsets))
+
+    @staticmethod
+    def _parts(record: Tensor, spec: TensorSpec, offsets: tuple[int, ...]) -> dict[str, Tensor]:
+        return {part.name: _view(record, part, at) for part, at in zip(spec.parts, offsets, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What all formats of four bits have in common: records of 32-bit words, scales by step, and the numbers of both.
 
-A word holds eight codes of one output, arranged so that a kernel takes two out with few instructions. Scales lie by steps of 128
+A word holds eight codes of one output, arranged so that a kernel takes two out with few instructions. Words and scales lie by steps of 128
 inputs: what a kernel needs for a step is contiguous. Must not know how checkpoints store any of this: a subclass gives codes and
 scales in plain order.
 """
@@ -34,10 +34,11 @@ _BLOCK: Mapping[str, int] = MappingProxyType({"cpu": 1 << 21, "cuda": 1 << 24})
 """Bytes of codes that are packed at a time: near the caches of a core; on a GPU few launches, with memory for some times as much."""
 _PLACES: Mapping[str, tuple[tuple[int, ...], ...]] = MappingProxyType(
     {
-        # where the four bits of a pair's first code go in the lower half of a word, lowest bit first; of its second: in the upper half
+        # where the four bits of a pair's first code go in a word, lowest bit first; those of its second: 16 further, in a circle
         "int4": tuple(tuple(range(4 * pair, 4 * pair + 4)) for pair in range(4)),
-        # shifted left by 0, 3 and 6, a code has its sign at 15 and its other bits at 6 to 8, where bfloat16 has them
-        "e2m1": ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14)),
+        # shifted left by 0, by 4, and in a circle by 10, a code has its sign at 15 and its other bits at 6 to 8, where bfloat16 has
+        # them; of the last pair, shifts by 6 and by -2 bring them there
+        "e2m1": ((6, 7, 8, 15), (2, 3, 4, 11), (28, 29, 30, 5), (0, 1, 10, 9)),
     }
 )
 """Arrangements of codes in a word, by code map."""
@@ -61,19 +62,19 @@ def _table(code_map: str, half: int) -> npt.NDArray[np.int32]:
     for nibble in range(4):
         pair, shift = nibble // 2 + 2 * half, 16 * (nibble % 2)
         for bit, target in enumerate(_PLACES[code_map][pair]):
-            word |= (codes >> (4 * nibble + bit) & 1) << (shift + target)
+            word |= (codes >> (4 * nibble + bit) & 1) << (shift + target) % 32
     return word.astype(np.uint32).view(np.int32)
 
 
 def pack_words(pairs: Tensor, code_map: str) -> Tensor:
-    """Words of codes, ordered as tensor cores take them: see `_steps`.
+    """Words of codes, step by step, ordered as tensor cores take them: see `_steps`.
 
     Args:
         pairs: uint8 `[N, K / 2]`, two codes a byte, the earlier input in the lower half.
         code_map: a key of the arrangements: `int4` or `e2m1`.
 
     Returns:
-        int32 `[N, K / 8]`, K rounded up to a multiple of 32, codes behind the last one being 0.
+        int32 `[N, K / 8]`, K rounded up to a multiple of 32, codes behind the last one being 0. In memory it is the views of `_by_step`.
     """
     if missing := -pairs.shape[1] % (RUN // 2):
         pairs = functional.pad(pairs, (0, missing))
@@ -85,13 +86,30 @@ def pack_words(pairs: Tensor, code_map: str) -> Tensor:
         for table in tables:
             table.record_stream(torch.cuda.current_stream(pairs.device))
     for first in range(0, outputs, rows):
-        for begin, steps, wide in _steps(2 * count):
-            size = steps * wide
-            part = pairs[first : first + rows, begin // 2 : begin // 2 + 16 * size]
+        for (begin, steps, wide), target in zip(_steps(2 * count), _by_step(words), strict=True):
+            part = pairs[first : first + rows, begin // 2 : begin // 2 + 16 * steps * wide]
             ordered = part.reshape(len(part), steps, wide, 2, 2, 4).permute(0, 1, 5, 2, 3, 4).contiguous()
             halves = ordered.view(torch.int16).view(len(part), -1, 2)  # two bytes of four codes each
-            words[first : first + rows, begin // 8 : begin // 8 + 4 * size] = _look_up(halves, tables)
+            found = _look_up(halves, tables).view(len(part), steps, 4 * wide)
+            target[:, first : first + rows] = found.transpose(0, 1)
     return words
+
+
+def _by_step(words: Tensor) -> list[Tensor]:
+    """Words of a tensor `[N, W]` as a record has them: of each step, those of all outputs; `[steps, N, words of a step]`.
+
+    What a program reads for a step is one run of memory, so that requests are whole lines and few pages are open.
+    """
+    outputs, flat, views = words.shape[0], words.view(-1), []
+    for begin, steps, wide in _steps(words.shape[1] * PER_WORD):
+        first = begin // PER_WORD * outputs
+        views.append(flat[first : first + steps * outputs * 4 * wide].view(steps, outputs, 4 * wide))
+    return views
+
+
+def _some_outputs(words: Tensor, rows: slice) -> Tensor:
+    """Words of some outputs, as those of a tensor of its own."""
+    return torch.cat([view[:, rows].reshape(-1) for view in _by_step(words)]).view(-1, words.shape[1])
 
 
 def _look_up(halves: Tensor, tables: Sequence[Tensor]) -> Tensor:
@@ -115,12 +133,12 @@ def unpack_words(words: Tensor, code_map: str) -> Tensor:
     """Codes of words: int32 `[N, K / 8]` to uint8 `[N, K]`, on the device of the words."""
     outputs, count = words.shape
     codes = torch.empty(outputs, count * PER_WORD, dtype=torch.uint8, device=words.device)
-    for begin, steps, wide in _steps(count * PER_WORD):
-        mine = words[:, begin // 8 : begin // 8 + 4 * steps * wide].reshape(outputs, steps, 4, wide)
+    for (begin, steps, wide), view in zip(_steps(count * PER_WORD), _by_step(words), strict=True):
+        mine = view.transpose(0, 1).reshape(outputs, steps, 4, wide)
         target = codes[:, begin : begin + 32 * steps * wide].view(outputs, steps, wide, 4, 4, 2)
         for place in range(PER_WORD):
             pair, half = place // 2, 16 * (place % 2)
-            bits = [(mine >> (half + source) & mask) << bit for bit, source, mask in _runs(code_map, pair)]
+            bits = [(mine >> (half + source) % 32 & mask) << bit for bit, source, mask in _runs(code_map, pair)]
             target[..., pair, :, place % 2] = reduce(torch.bitwise_or, bits).transpose(2, 3)
     return codes
 
@@ -180,6 +198,7 @@ class Words(Format):
         scaling: how a scale is meant: `e8m0`, a power of two; `number`, the number itself; `e4m3*` or `e4m3/`, an FP8 number that is
             multiplied with the tensor's part `globals`, float32 `[joined]`, or divided by it.
         zeros: whether codes have a zero point for each group: uint8, by steps as the scales.
+        quick: as of `Format.in_range`.
         codes_also: number types besides I32 that a checkpoint may hold codes in, as safetensors names them.
         scales_also: further ones that it may hold scales in.
     """
@@ -191,9 +210,12 @@ class Words(Format):
     scales_also: tuple[str, ...] = ()
     scaling: str = "e8m0"
     zeros: bool = False
+    quick: bool = False
     tiles = "words"
     packed_anywhere = frozenset({"codes"})
-    decode_bytes_each = 20  # codes as int32 while they are taken out, uint8, and two copies in float32
+    decode_bytes_each = (
+        21  # words of a strip, codes as int32 while they are taken out, uint8, and two copies in float32
+    )
 
     def scales_shape(self, spec: TensorSpec) -> tuple[int, ...]:
         """Shape of the scales in a record: `[joined * steps, N of one, groups of a step]`."""
@@ -237,7 +259,7 @@ class Words(Format):
         return by_steps(each, self.group, -(-spec.inputs // STEP))
 
     def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
-        """Code map, group, scaling, number type of scales, whether there are zeros, joined tensors, whether they alternate.
+        """Code map, group, scaling, number type of scales, whether there are zeros, joined tensors, whether they alternate, `quick`.
 
         Raises:
             UnsupportedModelError: if a row's last words are not whole.
@@ -255,6 +277,7 @@ class Words(Format):
             self.zeros,
             spec.joined,
             spec.interleaved,
+            self.quick,
         )
 
     def encode(self, spec: TensorSpec, numbers: Tensor) -> dict[str, Tensor]:
@@ -288,10 +311,10 @@ class Words(Format):
         )
 
     def strip(self, spec: TensorSpec, parts: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-        """Outputs are the first dimension of codes, and the second of what lies by steps."""
+        """Everything but factors lies by steps; a copy of the codes."""
         del spec
-        cut = {"codes": (rows,), "scales": (slice(None), rows), "zeros": (slice(None), rows)}
-        return {name: part[cut[name]] if name in cut else part for name, part in parts.items()}
+        cut = {name: part[:, rows] if name in {"scales", "zeros"} else part for name, part in parts.items()}
+        return {**cut, "codes": _some_outputs(parts["codes"], rows)}
 
     def codes_of(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """The codes of a tensor that is not joined: uint8 `[N, K]`."""

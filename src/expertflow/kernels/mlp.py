@@ -3,7 +3,7 @@
 Must not know layers and slots, and which side decides.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Self
@@ -121,6 +121,17 @@ class ExpertMlp:
             transposed=transposed,
             activation=activation,
         )
+
+    def for_records(self, records: Sequence[Tensor]) -> Self:
+        """The same, to be decoded by the shortest way that is right for all of the records, uint8 `[record_bytes]` in host memory."""
+
+        def quickened(projection: Projection) -> Projection:
+            spec = projection.spec
+            if not all(spec.format.in_range(spec, self.layout.parts(record, spec.name)) for record in records):
+                return projection
+            return replace(projection, spec=replace(spec, format=spec.format.quickened()))
+
+        return replace(self, up=quickened(self.up), down=quickened(self.down))
 
     @property
     def dtype(self) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from expertflow.formats.dtypes import DTYPES
-from expertflow.formats.format import TensorSpec
+from expertflow.formats.format import Format, TensorSpec
 from expertflow.kernels.device import ROOM
 from expertflow.kernels.mlp import CHUNKS, SHARED_PAIRS, ExpertMlp
 from expertflow.kernels.reading.bytes import ahead_fits, by_words
@@ -87,19 +87,20 @@ def _of_codes(spec: TensorSpec, pairs: int, other: Tiling, outputs: int, *, earl
     fastest by many small programs.
     """
     if _by_halves(spec):
-        return _of_halves(spec.format.constants(spec)[2], pairs, outputs, early=early)
+        return _of_halves(spec.format, pairs, outputs, early=early)
     if _by_words(spec):
         fits = bool(ahead_fits(spec.format.constants(spec), spec.inputs))
         return _of_bytes(pairs, outputs, fits=fits, early=early)
     return other
 
 
-def _of_halves(scaling: str, pairs: int, outputs: int, *, early: bool) -> Tiling:
+def _of_halves(format_: Format, pairs: int, outputs: int, *, early: bool) -> Tiling:
     """Of codes of four bits."""
     few, shared = pairs < FEW_PAIRS, pairs <= SHARED_PAIRS
-    scaled_twice = scaling.startswith("e4m3")  # a thread needs more registers then
+    small_groups = getattr(format_, "group", 0) < 32
+    scaled_twice = small_groups and not format_.quick  # a thread needs more registers then
     if early and outputs == 1 and (few if scaled_twice else shared):
-        return Tiling(64, 128, split=True, registers=_AT_ONCE, ahead=1 if scaled_twice else 2)
+        return Tiling(64, 128, split=True, registers=_AT_ONCE, ahead=1 if small_groups else 2)
     if early and not scaled_twice and pairs <= _OF_ONE_TOKEN:
         return Tiling(64 // outputs, 128, split=True, registers=_AT_ONCE, ahead=1)
     block, most = 64 if few or outputs > 1 else 128, None if scaled_twice and outputs == 1 else 128

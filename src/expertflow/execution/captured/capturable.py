@@ -3,13 +3,15 @@
 Must not know slots, steps and streams.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import Strategy
 from expertflow.errors import UnsupportedModelError
 from expertflow.execution.rope import by_length
-from expertflow.formats.records import StoreLayout
+from expertflow.formats.records import ExpertStore, StoreLayout
 from expertflow.kernels.backend import backend
 from expertflow.kernels.mlp import MAX_PAIRS, ExpertMlp
 from expertflow.kernels.residency.state import refusal
@@ -38,6 +40,17 @@ def expert_mlps(skeleton: Skeleton, records: StoreLayout) -> tuple[ExpertMlp, ..
         for key, layout in records.distinct.items()
     }
     return tuple(made[id(layout)] for layout in records.layers)
+
+
+def stored_mlps(skeleton: Skeleton, store: ExpertStore) -> tuple[ExpertMlp, ...]:
+    """The same for records that are filled: kernels decode a layer's by the shortest way that is right for all of them."""
+    experts = skeleton.experts
+
+    def of_layer(layer: int, mlp: ExpertMlp) -> ExpertMlp:
+        return mlp.for_records([store.record(layer * experts + expert) for expert in range(experts)])
+
+    with ThreadPoolExecutor() as pool:
+        return tuple(pool.map(of_layer, *zip(*enumerate(expert_mlps(skeleton, store.layout)), strict=True)))
 
 
 def graph_refusal(  # noqa: PLR0913 - the last ones by keyword

@@ -20,6 +20,7 @@ from torch.nn import functional
 from expertflow.errors import UnsupportedModelError
 from expertflow.formats.dtypes import BY_STORED_NAME
 from expertflow.formats.format import Format, Part, TensorSpec, check_finite
+from expertflow.formats.pairs import MISSING, OCTAVES, find_pairs
 from expertflow.formats.published.described import ELSEWHERE, algorithms, require, weight_groups
 from expertflow.formats.published.mxfp4 import power_of_two
 
@@ -70,6 +71,18 @@ def _steps(inputs: int) -> list[tuple[int, int, int]]:
     return [(begin, count, wide) for begin, count, wide in steps if count and wide]
 
 
+def _by_step(codes: Tensor) -> list[Tensor]:
+    """Pairs of codes of a tensor `[N, K / 2]` as a record has them: of each step, those of all outputs; `[steps, N, pairs of a step]`.
+
+    What a program reads for a step is one run of memory, so that requests are whole lines and few pages are open.
+    """
+    outputs, flat, views = codes.shape[0], codes.view(-1), []
+    for begin, steps, wide in _steps(2 * codes.shape[1]):
+        first, pairs = begin // 2 * outputs, wide * (RUN // 2)
+        views.append(flat[first : first + steps * outputs * pairs].view(steps, outputs, pairs))
+    return views
+
+
 def _moved(codes: Tensor, *, back: bool) -> Tensor:
     """Codes `[N, K]` put into a record's order, or `back`: as a copy, on the device of the codes; themselves if rows stay as they are."""
     outputs, inputs = codes.shape
@@ -79,13 +92,12 @@ def _moved(codes: Tensor, *, back: bool) -> Tensor:
         codes = codes.clone()
     pairs = codes.contiguous().view(torch.int16)  # two codes that always lie together
     moved = torch.empty_like(pairs)
-    for begin, count, wide in _steps(inputs):
-        mine = slice(begin // 2, begin // 2 + count * wide * (RUN // 2))
-        plain, threads = (outputs, count, wide, 2, 4), (outputs, count, 4, wide, 2)
-        if back:
-            source, target = pairs[:, mine].view(threads).permute(0, 1, 3, 4, 2), moved[:, mine].view(plain)
-        else:
-            source, target = pairs[:, mine].view(plain).permute(0, 1, 4, 2, 3), moved[:, mine].view(threads)
+    record = pairs if back else moved
+    for (begin, count, wide), view in zip(_steps(inputs), _by_step(record), strict=True):
+        plain = (moved if back else pairs)[:, begin // 2 : begin // 2 + count * wide * (RUN // 2)]
+        plain = plain.view(outputs, count, wide, 2, 4).permute(1, 0, 4, 2, 3)
+        threads = view.view(count, outputs, 4, wide, 2)
+        source, target = (threads, plain) if back else (plain, threads)
         if codes.device.type == "cpu":  # three times as fast as torch
             np.copyto(target.numpy(), source.numpy())
         else:
@@ -93,19 +105,28 @@ def _moved(codes: Tensor, *, back: bool) -> Tensor:
     return moved.view(codes.dtype)
 
 
+def _some_outputs(codes: Tensor, rows: slice) -> Tensor:
+    """Codes of some outputs, as those of a tensor of its own."""
+    if codes.shape[1] % RUN:
+        return codes[rows]
+    views = _by_step(codes.view(torch.int16))
+    return torch.cat([view[:, rows].reshape(-1) for view in views]).view(codes.dtype).view(-1, codes.shape[1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bytes(Format):
-    """A format of one byte a weight. Its parts: `codes` `[N, K]`, each row in steps, and `scales`, a grid for each joined tensor.
+    """A format of one byte a weight. Its parts: `codes` `[N, K]`, by steps; `scales`, a grid for each joined tensor, and their `pairs`.
 
     Attributes:
         block: outputs and inputs that share a scale; `ALL`: as many as the tensor has.
         scale_dtype: number type of the scales in a record, a key of `DTYPES`.
         scales_also: further number types that a checkpoint may hold them in, as safetensors names them.
         rounds: whether a number is rounded to the scale's number type first.
+        quick: as of `Format.in_range`.
     """
 
-    repacked = frozenset({"codes", "scales"})
-    decode_bytes_each = 13
+    repacked = frozenset({"codes", "scales", "pairs"})
+    decode_bytes_each = 14
     ignored = (
         ".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale", ".kv_scale", ".activation_scale", ".input_zero_point",
         ".k_zero_point", ".v_zero_point",
@@ -117,6 +138,7 @@ class Bytes(Format):
     scale_dtype: str = "float32"
     scales_also: tuple[str, ...] = ()
     rounds: bool = False
+    quick: bool = False
 
     def grid(self, spec: TensorSpec) -> tuple[int, int]:
         """Rows and columns of the scales of one of the joined tensors."""
@@ -124,7 +146,10 @@ class Bytes(Format):
         return (1 if rows == ALL else -(-one[0] // rows), 1 if cols == ALL else -(-one[1] // cols))
 
     def parts(self, spec: TensorSpec) -> tuple[Part, ...]:
-        """Codes as they are stored, and scales; where a tensor has a single one, its shape in a checkpoint is `[1]` or `[]`."""
+        """Codes as they are stored, and scales; where a tensor has a single one, its shape in a checkpoint is `[1]` or `[]`.
+
+        And scales as `formats.pairs` has them.
+        """
         rows, cols = self.grid(spec)
         whole = (spec.outputs, spec.inputs)
         scales = (spec.joined * rows, cols)
@@ -132,18 +157,32 @@ class Bytes(Format):
         return (
             Part(name="codes", shape=whole, dtype=self.code_dtype, stored=whole, also=self.stored_codes),
             Part(name="scales", shape=scales, dtype=self.scale_dtype, stored=stored, also=self.scales_also),
+            Part(name="pairs", shape=scales, dtype="int32", stored=stored, source="scales"),
         )
+
+    def in_range(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> bool:
+        """Whether each scale has a pair."""
+        del spec
+        return not bool((parts["pairs"] == MISSING).any())
+
+    def pairs_of(self, scales: Tensor) -> Tensor:
+        """Pairs of scales, int32 in their shape; where another rounding lies between, or for integers, there are none."""
+        if self.code_dtype == "int8" or (self.rounds and scales.dtype == torch.float16):
+            return torch.full(scales.shape, MISSING, dtype=torch.int32)
+        flat = scales.flatten().float()
+        wanted = (torch.from_numpy(OCTAVES).float()[:, None] * flat).to(torch.bfloat16)
+        return find_pairs(flat.double().numpy(), list(OCTAVES), wanted).view(scales.shape)
 
     def constants(self, spec: TensorSpec) -> tuple[Any, ...]:
         """For the tile loader: outputs of one tensor, outputs and inputs of a block, rows and columns of its scales.
 
         Behind them: whether codes are int8, the scales' number type, and whether numbers are rounded to it; joined tensors,
-        whether their outputs alternate; and the largest power of two that divides a block's inputs.
+        whether their outputs alternate; the largest power of two that divides a block's inputs; and whether all scales have pairs.
         """
         one, (rows, cols) = spec.outputs // spec.joined, self.block
         return (
             one, rows or one, cols or spec.inputs, *self.grid(spec), self.code_dtype == "int8", self.scale_dtype,
-            self.rounds, spec.joined, spec.interleaved, cols & -cols,
+            self.rounds, spec.joined, spec.interleaved, cols & -cols, self.quick,
         )  # fmt: skip
 
     def check_codes(self, codes: Tensor) -> None:
@@ -164,10 +203,10 @@ class Bytes(Format):
         return self.block[0] or 1
 
     def strip(self, spec: TensorSpec, parts: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-        """Codes of the outputs, and scales of their blocks, or those of all."""
+        """A copy of the outputs' codes, and scales of their blocks, or those of all."""
         size, scales = self.block[0], parts["scales"].view(self.grid(spec))
         blocks = slice(rows.start // size, -(-rows.stop // size)) if size else slice(None)
-        return {"codes": parts["codes"][rows], "scales": scales[blocks]}
+        return {"codes": _some_outputs(parts["codes"], rows), "scales": scales[blocks]}
 
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """Codes times scales."""
@@ -199,7 +238,7 @@ class Bytes(Format):
         return stored["codes"][0], stored["codes"][1]
 
     def repack(self, spec: TensorSpec, part: str, stored: Tensor) -> Tensor:
-        """Codes in a record's order and scales as they are, after a check.
+        """Codes in a record's order and scales as they are, after a check; and scales' pairs.
 
         Raises:
             ValueError: if one is not a number, or a scale is not finite.
@@ -208,14 +247,8 @@ class Bytes(Format):
         if part == "codes":
             self.check_codes(stored)
             return _moved(stored.view(getattr(torch, self.code_dtype)), back=False)
-        if stored.dtype == torch.float8_e8m0fnu:
-            bits = stored.view(torch.uint8)
-            if bool((bits == _E8M0_NAN).any()):
-                raise ValueError("a scale is not a number (E8M0 255)")
-            return power_of_two(bits)
-        if not bool(stored.isfinite().all()):
-            raise ValueError("a scale is not finite")
-        return stored
+        scales = _checked_scales(stored)
+        return self.pairs_of(scales) if part == "pairs" else scales
 
     def draw_codes(self, values: Tensor) -> tuple[Tensor, float]:
         """Codes of numbers of standard deviation 1, none beyond `_SPREAD`; and what to divide their numbers by."""
@@ -224,12 +257,28 @@ class Bytes(Format):
 
     def draw(self, spec: TensorSpec, generator: torch.Generator, std: float) -> dict[str, Tensor]:
         """Normally distributed numbers, and one scale."""
-        codes, scales = self.parts(spec)
+        codes, scales, _ = self.parts(spec)
         device = generator.device
         values = torch.randn(codes.shape, device=device, generator=generator).clamp_(-_SPREAD, _SPREAD)
         drawn, unit = self.draw_codes(values)
-        dtype = getattr(torch, self.scale_dtype)
-        return {"codes": drawn, "scales": torch.full(scales.shape, std / unit, dtype=dtype, device=device)}
+        one = torch.full(scales.shape, std / unit, dtype=getattr(torch, self.scale_dtype))
+        return {"codes": drawn, "scales": one.to(device), "pairs": self.pairs_of(one).to(device)}
+
+
+def _checked_scales(stored: Tensor) -> Tensor:
+    """Scales as they are stored; powers of two in float32.
+
+    Raises:
+        ValueError: if one is not finite.
+    """
+    if stored.dtype == torch.float8_e8m0fnu:
+        bits = stored.view(torch.uint8)
+        if bool((bits == _E8M0_NAN).any()):
+            raise ValueError("a scale is not a number (E8M0 255)")
+        return power_of_two(bits)
+    if not bool(stored.isfinite().all()):
+        raise ValueError("a scale is not finite")
+    return stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +301,7 @@ class Fp8(Bytes):
             scales[place] = largest / _LARGEST
             values = padded / torch.where(scales[place] == 0, 1.0, scales[place])[:, None]
             codes[place * rows : place * rows + len(strip)] = values.clamp_(-_LARGEST, _LARGEST).flatten(1)[:, :inputs]
-        return {"codes": _moved(codes, back=False).view(torch.uint8), "scales": scales}
+        return {"codes": _moved(codes, back=False).view(torch.uint8), "scales": scales, "pairs": self.pairs_of(scales)}
 
     def claim(self, quantization: Mapping[str, Any]) -> tuple[Format, ...]:
         """Of the method `fp8`, with `weight_block_size` or a scale a tensor; of modelopt's, with the algorithm `FP8`.

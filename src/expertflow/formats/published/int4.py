@@ -20,6 +20,8 @@ from expertflow.formats.words import PER_WORD, ROW, STEP, Words, as_bytes, nibbl
 
 MIDDLE = 8
 """The code of zero where all groups have the same."""
+_MOST = 0x3F00
+"""The bits of 1/2 in bfloat16: scales below it leave a product with 2 ** 129 below infinity."""
 _LEVELS = 7.5
 """Half the distance between the largest and the smallest code."""
 _SPREAD = 4.6
@@ -64,6 +66,14 @@ class Int4(Words):
         """With scales of the type they are stored in: the numbers are rounded to it."""
         dtype = BY_STORED_NAME.get(stored.get("scales", ""))
         return replace(self, scale_dtype=dtype) if dtype in RUN_DTYPES else self
+
+    def in_range(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> bool:
+        """Whether scales, times the 2 ** 129 that codes lack in a kernel, are numbers of bfloat16."""
+        del spec
+        if self.scale_dtype != "bfloat16" or self.zeros:
+            return False
+        sizes = parts["scales"].view(torch.int16).numpy() & 0x7FFF
+        return int(sizes.max()) < _MOST
 
     def numbers(self, spec: TensorSpec, parts: Mapping[str, Tensor]) -> Tensor:
         """`(code - zero) * scale` in the scale's number type, then in `spec.dtype`."""

@@ -7,9 +7,9 @@ codes that a tensor core takes from it, four in a word; else tile by tile, where
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait, num_warps
-from triton.language.target_info import cuda_capability_geq
 
-from expertflow.kernels.reading.threads import by_threads, in_record, load_four, number_type, warps_of
+from expertflow.kernels.reading.assembly import E4M3, E4M3_BY_PAIR, INT8
+from expertflow.kernels.reading.threads import both_halves, by_threads, in_record, load_four, number_type, warps_of
 from expertflow.kernels.reading.tiles import (
     INTERPRETED,
     add_product,
@@ -48,13 +48,16 @@ def _values(codes, about: tl.constexpr):
 
 
 @triton.jit
-def _places(cols, k: tl.constexpr):
-    """Where the codes of inputs `[C]` are in a row of a record, see `formats.published.fp8`."""
+def _places(rows, cols, each: tl.constexpr, k: tl.constexpr):
+    """Where the codes of rows `[R]` and inputs `[C]` are in a record, `[R, C]`; `each` rows are a tensor's. See `formats.published.fp8`."""
     if k % 16 == 0:
         step, place = cols // STEP, cols % STEP
         wide = tl.minimum(4, k // 16 - step * 4)
-        cols = step * STEP + place % 8 // 2 * (4 * wide) + place // 16 * 4 + place // 8 % 2 * 2 + place % 2
-    return cols
+        cols = step * (STEP * each) + place % 8 // 2 * (4 * wide) + place // 16 * 4 + place // 8 % 2 * 2 + place % 2
+        where = (rows // each * (each * k))[:, None] + rows[:, None] % each * (16 * wide)[None, :] + cols[None, :]
+    else:
+        where = rows[:, None] * k + cols[None, :]
+    return where
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def _tile(
     start = record.to(tl.pointer_type(tl.int8), bitcast=True)
     inside = (outs < n)[:, None] & (cols < k)[None, :]
     rows = in_record(outs, n, joined, about[9])
-    where = start + at[0] + rows[:, None] * k + _places(cols, k)[None, :]
+    where = start + at[0] + _places(rows, cols, one, k)
     codes = (tl.load(where) if whole else tl.load(where, mask=inside, other=0)).to(tl.int32)
     values = _values(codes, about)
     scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
@@ -171,88 +174,21 @@ def ahead_fits(about, k):
 
 
 @triton.constexpr_function
-def _program(int8, converts, dtype):
-    """What makes four numbers of a word of codes, on a device that converts E4M3 codes or does not."""
-    text = _INT8 if int8 else _E4M3 if converts else _E4M3_BITS
+def _program(int8, dtype):
+    """What makes four numbers of a word of codes."""
+    text = INT8 if int8 else E4M3
     return text if dtype == "bfloat16" else text.replace("cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32")
 
 
-_SCALED = """mul.rn.f32 a, a, $3;
-mul.rn.f32 b, b, $4;
-mul.rn.f32 c, c, $5;
-mul.rn.f32 d, d, $6;
-cvt.rn.bf16x2.f32 $0, b, a;
-cvt.rn.bf16x2.f32 $1, d, c;
-}"""
-"""Four float32 numbers times a scale each, rounded to bfloat16."""
+@triton.constexpr_function
+def by_pairs(about, dtype):
+    """Whether numbers are made with pairs of bfloat16 numbers in place of scales, see `formats.pairs`.
 
-_E4M3 = (
-    """{
-.reg .b16 l, h, p, q, r, s;
-.reg .b32 t, u;
-.reg .f32 a, b, c, d;
-mov.b32 {l, h}, $2;
-cvt.rn.f16x2.e4m3x2 t, l;
-cvt.rn.f16x2.e4m3x2 u, h;
-mov.b32 {p, q}, t;
-mov.b32 {r, s}, u;
-cvt.f32.f16 a, p;
-cvt.f32.f16 b, q;
-cvt.f32.f16 c, r;
-cvt.f32.f16 d, s;
-"""
-    + _SCALED
-)
-"""Four E4M3 codes of a word times a float32 scale each, rounded to bfloat16, on devices that convert such codes."""
-
-_E4M3_BITS = (
-    """{
-.reg .b16 p, q, r, s;
-.reg .b32 t, u, k;
-.reg .f32 a, b, c, d;
-mov.b32 k, 0x5C005C00;
-shl.b32 t, $2, 8;
-and.b32 t, t, 0x80008000;
-shl.b32 u, $2, 7;
-lop3.b32 t, u, 0x3F803F80, t, 0xEA;
-mul.rn.f16x2 t, t, k;
-mov.b32 {p, r}, t;
-and.b32 t, $2, 0x80008000;
-shr.b32 u, $2, 1;
-lop3.b32 t, u, 0x3F803F80, t, 0xEA;
-mul.rn.f16x2 t, t, k;
-mov.b32 {q, s}, t;
-cvt.f32.f16 a, p;
-cvt.f32.f16 b, q;
-cvt.f32.f16 c, r;
-cvt.f32.f16 d, s;
-"""
-    + _SCALED
-)
-"""The same on other devices: sign and magnitude go where float16 has them, and are the number times 2 ** -8 there."""
-
-_INT8 = (
-    """{
-.reg .b32 t, k, p, q, r, s;
-.reg .f32 a, b, c, d;
-mov.b32 k, 0x4B000000;
-xor.b32 t, $2, 0x80808080;
-prmt.b32 p, t, k, 0x7440;
-prmt.b32 q, t, k, 0x7441;
-prmt.b32 r, t, k, 0x7442;
-prmt.b32 s, t, k, 0x7443;
-mov.b32 a, p;
-mov.b32 b, q;
-mov.b32 c, r;
-mov.b32 d, s;
-sub.rn.f32 a, a, 0f4B000080;
-sub.rn.f32 b, b, 0f4B000080;
-sub.rn.f32 c, c, 0f4B000080;
-sub.rn.f32 d, d, 0f4B000080;
-"""
-    + _SCALED
-)
-"""The same for int8 codes: `0x4B000000 | q + 128` is 2 ** 23 + 128 + q in float32, and the difference is exact."""
+    Args:
+        about: the format's constants.
+        dtype: of the model, as torch names it.
+    """
+    return about[11] and dtype == "bfloat16" and not INTERPRETED.value
 
 
 @triton.jit
@@ -271,13 +207,12 @@ def _multiply_words(  # noqa: C901, PLR0912 - most branches are known when compi
     inside = mine < n
     rows = in_record(mine, n, joined, about[9])
     start = record.to(tl.pointer_type(tl.int8), bitcast=True)
-    codes = start + at[0] + rows * k
+    codes = start + at[0] + rows // each * (each * k) + rows % each * STEP
     of_row = rows // each * grid_rows + rows % each // block_rows if joined > 1 else rows // block_rows
     place = of_row * grid_cols
     acc = tl.zeros([outs.shape[0], inputs.shape[0]], tl.float32)
     if grid_cols == 1:
-        scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
-        scale = widened(tl.load(scales + place, mask=inside, other=0))
+        scale = _scale_of_all(start, at, about, place, inside, dtype)
     total = acc
     if ahead > 0 and (alone or chunk >= k):
         tl.static_assert(ahead_fits(about, k), "such steps are not requested ahead")
@@ -290,12 +225,12 @@ def _multiply_words(  # noqa: C901, PLR0912 - most branches are known when compi
     full: tl.constexpr = k // block_k * block_k
     for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), block_k):
         if grid_cols > 1:
-            scale = _scales(start, at, about, place, begin, inside, exact)
-        tile = _numbers(codes + begin, scale, inside, about, exact, 4, dtype)
+            scale = _scales(start, at, about, place, begin, inside, exact, dtype)
+        tile = _numbers(codes + begin * each, scale, inside, about, exact, 4, dtype)
         if block_k > STEP:
             if grid_cols > 1 and about[10] < block_k:
-                scale = _scales(start, at, about, place, begin + STEP, inside, exact)
-            tile = _side_by_side(tile, _numbers(codes + (begin + STEP), scale, inside, about, exact, 4, dtype))
+                scale = _scales(start, at, about, place, begin + STEP, inside, exact, dtype)
+            tile = _side_by_side(tile, _numbers(codes + (begin + STEP) * each, scale, inside, about, exact, 4, dtype))
         total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone, True)
         acc = add_product(acc, tile, load_tokens(inputs, valid, begin, k, block_k))
     if full < k:  # noqa: SIM102 - known when compiling
@@ -304,15 +239,17 @@ def _multiply_words(  # noqa: C901, PLR0912 - most branches are known when compi
             acc = touched(acc)
             if k % block_k >= 64:  # a step of 64 inputs of a larger one
                 if grid_cols > 1:
-                    scale = _scales(start, at, about, place, full, inside, exact)
-                tile = _numbers(codes + full, scale, inside, about, exact, 4, dtype)
+                    scale = _scales(start, at, about, place, full, inside, exact, dtype)
+                tile = _numbers(codes + full * each, scale, inside, about, exact, 4, dtype)
                 acc = add_product(acc, tile, load_tokens(inputs, valid, full, k, 64))
             if k % 64 != 0:
                 last: tl.constexpr = k // 64 * 64
                 wide: tl.constexpr = k % 64 // 16
                 if grid_cols > 1:
-                    scale = _scales(start, at, about, place, last, inside, exact)
-                tile = _numbers(codes + last, scale, inside, about, exact, wide, dtype)
+                    scale = _scales(start, at, about, place, last, inside, exact, dtype)
+                tile = _numbers(
+                    codes + last * each - rows % each * (STEP - 16 * wide), scale, inside, about, exact, wide, dtype
+                )
                 acc = add_product(touched(acc), tile, load_tokens(inputs, valid, last, k, 64))
     return with_last_chunk(total, acc, k, chunk, alone)
 
@@ -326,9 +263,10 @@ def _chunk_ahead(
     length: tl.constexpr = chunk if chunk < k else (k + 127) // 128 * 128
     steps: tl.constexpr = length // 128
     first = part * length
+    codes += first * about[0]
     requested = ()
     for step in tl.static_range(min(ahead, steps)):
-        requested += (_request(start, codes, place, scale, inside, at, about, k, exact, length, first, step),)  # type: ignore[assignment]
+        requested += (_request(start, codes, place, scale, inside, at, about, k, exact, length, first, step, dtype),)  # type: ignore[assignment]
     if waits:
         gdc_wait()
     tokens = ()
@@ -337,7 +275,7 @@ def _chunk_ahead(
     for step in tl.static_range(steps):
         if step + ahead < steps:
             requested += (  # type: ignore[assignment]
-                _request(start, codes, place, scale, inside, at, about, k, exact, length, first, step + ahead),
+                _request(start, codes, place, scale, inside, at, about, k, exact, length, first, step + ahead, dtype),
             )
         left, right, factor = requested[step]  # type: ignore[var-annotated]
         tile = _side_by_side(_decoded(left, factor, about, dtype), _decoded(right, factor, about, dtype))
@@ -348,37 +286,57 @@ def _chunk_ahead(
 @triton.jit
 def _request(
     start, codes, place, scale, inside, at: tl.constexpr, about: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
-    length: tl.constexpr, first, step: tl.constexpr,
+    length: tl.constexpr, first, step: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Codes `[R, 64]` of both halves of a step of the chunk that begins at input `first`, and their scale: 0 behind the last input."""
+    """Codes `[R, 64]` of both halves of a step of the chunk that begins at input `first`, where `codes` point to, and their scale.
+
+    They are 0 behind the last input.
+    """
     last: tl.constexpr = (k - 1) // length * length + step * 128  # where this step of the last chunk begins
     whole: tl.constexpr = last + 128 <= k and exact
     begin = first + step * 128
-    where = codes[:, None] + (begin + tl.arange(0, 64))[None, :]
+    each: tl.constexpr = about[0]
+    where = codes[:, None] + (step * 128 * each + tl.arange(0, 64))[None, :]  # offsets that are known when compiling
     here = inside & (begin < k)
     if whole:
-        left, right = tl.load(where), tl.load(where + 64)
+        left, right = tl.load(where), tl.load(where + 64 * each)
     else:
         left = tl.load(where, mask=here[:, None], other=0)
-        right = tl.load(where + 64, mask=(inside & (begin + 64 < k))[:, None], other=0)
+        right = tl.load(where + 64 * each, mask=(inside & (begin + 64 < k))[:, None], other=0)
     if about[4] > 1:
-        scale = _scales(start, at, about, place, begin, here, whole)
+        scale = _scales(start, at, about, place, begin, here, whole, dtype)
     return left, right, scale
 
 
 @triton.jit
-def _scales(start, at: tl.constexpr, about: tl.constexpr, place, first, inside, exact: tl.constexpr):
-    """Scales of the step from input `first` on, for rows of scales that begin at `place` `[R]`: float32 `[R]`.
+def _scale_of_all(start, at: tl.constexpr, about: tl.constexpr, place, inside, dtype: tl.constexpr):
+    """The scale of all inputs of an output, for rows of scales that begin at `place` `[R]`: float32 `[R]`; or its pair, int32."""
+    if by_pairs(about, number_type(dtype)):
+        scale = tl.load((start + at[2]).to(tl.pointer_type(tl.int32), bitcast=True) + place, mask=inside, other=0)
+    else:
+        scales = (start + at[1]).to(tl.pointer_type(_dtype(about[6])), bitcast=True)
+        scale = widened(tl.load(scales + place, mask=inside, other=0))
+    return scale
+
+
+@triton.jit
+def _scales(
+    start, at: tl.constexpr, about: tl.constexpr, place, first, inside, exact: tl.constexpr, dtype: tl.constexpr
+):
+    """Scales of the step from input `first` on, for rows of scales that begin at `place` `[R]`: float32 `[R]`; or their pairs, int32.
 
     They are read four bytes at a time, because copies of fewer cannot be in flight while others are computed with.
     """
-    words = (start + at[1]).to(tl.pointer_type(tl.int32), bitcast=True)
     place += first // about[2]
-    if about[6] == "float32":
-        bits = load_four(words + place, inside, exact)
+    words = (start + at[1]).to(tl.pointer_type(tl.int32), bitcast=True)
+    if by_pairs(about, number_type(dtype)):
+        found = load_four((start + at[2]).to(tl.pointer_type(tl.int32), bitcast=True) + place, inside, exact)
+    elif about[6] == "float32":
+        found = load_four(words + place, inside, exact).to(tl.float32, bitcast=True)
     else:  # two bfloat16 in four bytes; that part of a record ends with whole ones
         bits = (load_four(words + place // 2, inside, exact) >> (place % 2 * 16)) << 16
-    return bits.to(tl.float32, bitcast=True)
+        found = bits.to(tl.float32, bitcast=True)
+    return found
 
 
 @triton.jit
@@ -399,15 +357,21 @@ def _numbers(codes, scale, inside, about: tl.constexpr, exact: tl.constexpr, wid
 
 @triton.jit
 def _decoded(code, scale, about: tl.constexpr, dtype: tl.constexpr):
-    """The tile `[R, 64]` of codes and a scale `[R]`."""
+    """The tile `[R, 64]` of codes and a scale, or its pair, `[R]`."""
     rows: tl.constexpr = code.shape[0]
-    scale = tl.broadcast_to(scale[:, None], code.shape)
-    if INTERPRETED:
-        tile = rounded(_values(code.to(tl.int32), about) * scale, dtype)
+    if by_pairs(about, number_type(dtype)):
+        high, low = both_halves(scale)
+        high, low = tl.broadcast_to(high[:, None], code.shape), tl.broadcast_to(low[:, None], code.shape)
+        tile = tl.inline_asm_elementwise(
+            E4M3_BY_PAIR, "=&r,=&r,r,r,r,r,r,r,r,r,r", [code, high, low], dtype=tl.int16, is_pure=False, pack=4
+        ).to(dtype, bitcast=True)
+    elif INTERPRETED:
+        tile = rounded(_values(code.to(tl.int32), about) * tl.broadcast_to(scale[:, None], code.shape), dtype)
     else:
+        scale = tl.broadcast_to(scale[:, None], code.shape)
         # not pure: a pure one would move behind the tile's rearrangement, and words would be taken apart for it
         tile = tl.inline_asm_elementwise(
-            _program(about[5], cuda_capability_geq(8, 9), number_type(dtype)), "=&r,=&r,r,f,f,f,f", [code, scale],
+            _program(about[5], number_type(dtype)), "=&r,=&r,r,f,f,f,f", [code, scale],
             dtype=tl.int16, is_pure=False, pack=4,
         ).to(dtype, bitcast=True)  # fmt: skip
     warps: tl.constexpr = 1 if INTERPRETED else warps_of(rows, num_warps())

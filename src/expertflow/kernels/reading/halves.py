@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait, num_warps
 
-from expertflow.kernels.reading.threads import by_threads, in_record, load_four, warps_of
+from expertflow.kernels.reading.assembly import (
+    E2M1,
+    E2M1_BY_PAIR,
+    E2M1_F32,
+    E2M1_ONCE,
+    INT4,
+    INT4_F16,
+    INT4_FACTORS,
+    INT4_ONCE,
+)
+from expertflow.kernels.reading.threads import both_halves, by_threads, in_record, load_four, warps_of
 from expertflow.kernels.reading.tiles import (
     add_product,
     as_loaded,
@@ -23,61 +33,6 @@ from expertflow.kernels.reading.tiles import (
 
 STEP = tl.constexpr(128)
 """Inputs whose scales lie side by side, as in `formats.words`."""
-_E2M1_PAIRS = (
-    "and.b32 t, $4, 0x81C081C0;",
-    "shl.b32 t, $4, 3;\nand.b32 t, t, 0x81C081C0;",
-    "shl.b32 t, $4, 6;\nand.b32 t, t, 0x81C081C0;",
-    (
-        "shr.b32 t, $4, 4;\nand.b32 t, t, 0x00C000C0;\nshr.b32 u, $4, 5;\nlop3.b32 t, u, 0x01000100, t, 0xEA;\n"
-        "shl.b32 u, $4, 1;\nlop3.b32 t, u, z, t, 0xEA;"
-    ),
-)
-"""Each pair of E2M1 codes of a word, as two bfloat16 numbers of 2 ** -126."""
-_INT4_PAIRS = (
-    "lop3.b32 t, $4, m, b, 0xEA;",
-    *(f"shr.b32 t, $4, {shift};\nlop3.b32 t, t, m, b, 0xEA;" for shift in (4, 8, 12)),
-)
-"""Each pair of codes of 0 to 15, with the bits of `b` above them."""
-
-
-def _program(head: str, pairs: tuple[str, ...], makes: tuple[str, ...]) -> tl.constexpr:
-    """Assembly that takes each pair out of a word and makes a result of it, `$0` to `$3`."""
-    body = [f"{pair}\n{make.format(place)}" for place, (pair, make) in enumerate(zip(pairs, makes, strict=True))]
-    return tl.constexpr("\n".join(["{", head, *body, "}"]))
-
-
-_POWER = ".reg .b32 t, u, k, z;\nmov.b32 k, 0x7E807E80;\nmov.b32 z, 0x80008000;"
-_E2M1 = _program(_POWER, _E2M1_PAIRS, ("fma.rn.bf16x2 t, t, k, z;\nfma.rn.bf16x2 ${}, t, $5, z;",) * 4)
-"""Eight E2M1 codes of a word times a scale: four times two bfloat16 numbers. Adding -0 makes a product of a fused multiply-add, which
-devices before sm_90 have too."""
-
-_TIMES_F32 = """fma.rn.bf16x2 t, t, k, z;
-shl.b32 u, t, 16;
-and.b32 t, t, 0xFFFF0000;
-mov.b32 a, u;
-mov.b32 b, t;
-mul.rn.f32 a, a, SCALE;
-mul.rn.f32 b, b, SCALE;
-cvt.rn.bf16x2.f32 ${}, b, a;"""
-_E2M1_F32 = _program(
-    _POWER.replace("\nmov.b32 k", "\n.reg .f32 a, b;\nmov.b32 k"),
-    _E2M1_PAIRS,
-    tuple(_TIMES_F32.replace("SCALE", scale) for scale in ("$5", "$5", "$6", "$6")),
-)
-"""The same times two scales in float32, one for the first and one for the second 16 inputs, rounded to bfloat16."""
-
-_INT4 = _program(
-    ".reg .b32 t, u, m, b, z;\nmov.b32 z, 0x80008000;\nmov.b32 m, 0x000F000F;\nmov.b32 b, 0x43004300;\nmov.b32 u, 0xBF80BF80;",
-    _INT4_PAIRS,
-    ("fma.rn.bf16x2 t, $6, u, t;\nfma.rn.bf16x2 ${}, t, $5, z;",) * 4,
-)
-"""Eight codes of a word less 128 plus a zero point (`$6`), times a scale: `0x4300 | q` is 128 + q in bfloat16, and the difference is exact."""
-_INT4_F16 = _program(
-    ".reg .b32 t, m, b;\nmov.b32 m, 0x000F000F;\nmov.b32 b, 0x64006400;",
-    _INT4_PAIRS,
-    ("sub.rn.f16x2 t, t, $6;\nmul.rn.f16x2 ${}, t, $5;",) * 4,
-)
-"""The same in float16, where `0x6400 | q` is 1024 + q."""
 
 
 @triton.constexpr_function
@@ -135,11 +90,17 @@ def multiply_halves(
     inside = mine < n
     mine = in_record(mine, n, joined, about[6])
     start = record.to(tl.pointer_type(tl.uint8), bitcast=True)
-    words = (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True) + mine * (k // 8)
+    words = (
+        (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True) + mine // one * (one * (k // 8)) + mine % one * 16
+    )
     row = (mine // one) * (steps * one) + mine % one if joined > 1 else mine
     whole = inside
     inverse = inside
-    if about[2] != "e8m0" and about[2] != "number":
+    if about[0] == "e2m1" and about[2] != "e8m0" and about[7]:
+        pairs = (start + at[3]).to(tl.pointer_type(tl.int32), bitcast=True)
+        pair = tl.load(pairs + mine // one, mask=inside, other=0)
+        whole, inverse = both_halves(pair)
+    elif about[2] != "e8m0" and about[2] != "number":
         globals_at = (start + at[2]).to(tl.pointer_type(tl.float32), bitcast=True)
         whole = tl.load(globals_at + mine // one, mask=inside, other=1.0)
         inverse = tl.div_rn(tl.full(whole.shape, 1.0, tl.float32), whole)
@@ -155,7 +116,9 @@ def multiply_halves(
     for begin in range(first_of(part, chunk, alone), last_of(part, full, chunk, alone), STEP):
         tokens = load_tokens(inputs, valid, begin, k, STEP)
         place = row + begin // STEP * one
-        tile = _tile(start, words + begin // 8, place, inside, whole, inverse, at, about, exact, 4, dtype)
+        tile = _tile(
+            start, words + begin // STEP * (one * 16), place, inside, whole, inverse, at, about, exact, 4, dtype
+        )
         total, acc = begin_of_chunk(total, acc, begin, k, chunk, alone, True)
         acc = add_product(acc, tile, tokens)
     if full < k:  # noqa: SIM102 - known when compiling
@@ -163,7 +126,8 @@ def multiply_halves(
             tokens = load_tokens(inputs, valid, full, k, STEP)
             wide: tl.constexpr = k % STEP // 32
             place = row + full // STEP * one
-            tile = _tile(start, words + full // 8, place, inside, whole, inverse, at, about, exact, wide, dtype)
+            words += full // STEP * (one * 16) - mine % one * (16 - 4 * wide)
+            tile = _tile(start, words, place, inside, whole, inverse, at, about, exact, wide, dtype)
             total, acc = begin_of_chunk(total, acc, full, k, chunk, alone, True)
             acc = add_product(touched(acc), tile, tokens)
     return with_last_chunk(total, acc, k, chunk, alone)
@@ -178,6 +142,7 @@ def _chunk_ahead(
     length: tl.constexpr = chunk if chunk < k else (k + STEP - 1) // STEP * STEP
     steps: tl.constexpr = length // STEP
     first = part * length
+    words += first // STEP * (one * 16)
     requested = ()
     for step in tl.static_range(min(ahead, steps)):
         requested += (_request(start, words, row, one, inside, at, about, k, exact, length, first, step),)  # type: ignore[assignment]
@@ -200,13 +165,14 @@ def _request(
     start, words, row, one: tl.constexpr, inside, at: tl.constexpr, about: tl.constexpr, k: tl.constexpr, exact: tl.constexpr,
     length: tl.constexpr, first, step: tl.constexpr,
 ):  # fmt: skip
-    """Words `[R, 16]`, scales and zeros of a step of the chunk that begins at input `first`: 0 behind the last input."""
+    """Words `[R, 16]`, scales and zeros of a step of the chunk that begins at input `first`, where `words` point to: 0 behind the last input."""
     full: tl.constexpr = k // STEP * STEP
     last: tl.constexpr = (k - 1) // length * length + step * STEP  # where this step of the last chunk begins
     begin = first + step * STEP
     place = row + begin // STEP * one
     i = tl.arange(0, 16)
-    where = words[:, None] + (begin // 8 + i)[None, :]
+    at_step: tl.constexpr = step * one * 16
+    where = words[:, None] + (at_step + i)[None, :]
     if last + STEP <= k and exact:
         word = tl.load(where)
         scales, zeros = _scales(start, at, about, place, inside, True)
@@ -215,7 +181,8 @@ def _request(
         if last == full and full < k:  # noqa: SIM102 - known when compiling
             if begin == full:  # a step of fewer words lies by threads, too
                 wide: tl.constexpr = k % STEP // 32
-                fewer = words[:, None] + (begin // 8 + i // 4 * wide + i % 4)[None, :]
+                narrow = words - row % one * (16 - 4 * wide)
+                fewer = narrow[:, None] + (at_step + i // 4 * wide + i % 4)[None, :]
                 word = tl.load(fewer, mask=inside[:, None] & (i % 4 < wide)[None, :], other=0)
         scales, zeros = _scales(start, at, about, place, inside & (begin < k), False)
     return word, scales, zeros
@@ -293,37 +260,63 @@ def _field(around, place, which, size: tl.constexpr, per: tl.constexpr):
 def _decoded(word, scales, zeros, place, whole, inverse, about: tl.constexpr, dtype: tl.constexpr):
     """The tile `[R, 128]` of a step's words, scales and zeros."""
     i = tl.arange(0, 16)
-    if about[2] == "e8m0":
+    if about[2] == "e8m0" and about[7]:
+        selected = (i % 4 * 0x0101 + 0x4040)[None, :]
+        a, b, c, d = tl.inline_asm_elementwise(
+            E2M1_ONCE, "=&r,=&r,=&r,=&r,r,r,r", [word, scales[0][:, None], selected], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+        )  # fmt: skip
+    elif about[2] == "e8m0":
         scale = tl.maximum(
             _field(scales, place, i % 4, 1, 4) * 0x00800080, 0x00400040
         )  # 0 is 2 ** -127, a subnormal number
         a, b, c, d = tl.inline_asm_elementwise(
-            _E2M1, "=&r,=&r,=&r,=&r,r,r", [word, scale], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+            E2M1, "=&r,=&r,=&r,=&r,r,r", [word, scale], dtype=(tl.int32,) * 4, is_pure=True, pack=1
         )
+    elif about[0] == "e2m1" and about[7]:
+        around = tl.where((i % 4 < 2)[None, :], scales[0][:, None], scales[1][:, None])
+        selected = (i % 2 * 0x0202 + 0x4040)[None, :]
+        a, b, c, d = tl.inline_asm_elementwise(
+            E2M1_BY_PAIR, "=&r,=&r,=&r,=&r,r,r,r,r,r", [word, around, selected, whole[:, None], inverse[:, None]],
+            dtype=(tl.int32,) * 4, is_pure=True, pack=1,
+        )  # fmt: skip
     elif about[0] == "e2m1":
         times: tl.constexpr = about[2] == "e4m3*"
         first = _nvfp4_scale(scales, i % 4 * 2, whole, inverse, times)
         second = _nvfp4_scale(scales, i % 4 * 2 + 1, whole, inverse, times)
         a, b, c, d = tl.inline_asm_elementwise(
-            _E2M1_F32, "=&r,=&r,=&r,=&r,r,f,f", [word, first, second], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+            E2M1_F32, "=&r,=&r,=&r,=&r,r,f,f", [word, first, second], dtype=(tl.int32,) * 4, is_pure=True, pack=1
         )
     else:
         per: tl.constexpr = STEP // about[1] if about[1] < STEP else 1
         scale = _field(scales, place, i % 4 * per // 4, 2, per)
         scale = scale | (scale << 16)
-        eight = tl.full([place.shape[0], 1], 8, tl.int32)
-        zero = _field(zeros, place, i % 4 * per // 4, 1, per) if about[4] else eight
-        if dtype == tl.bfloat16:
-            zero = (zero | 0x4300) | ((zero | 0x4300) << 16)  # 128 + zero
+        if dtype == tl.bfloat16 and about[7]:
+            factor, less = tl.inline_asm_elementwise(
+                INT4_FACTORS, "=&r,=&r,r", [scale], dtype=(tl.int32,) * 2, is_pure=True, pack=1
+            )
             a, b, c, d = tl.inline_asm_elementwise(
-                _INT4, "=&r,=&r,=&r,=&r,r,r,r", [word, scale, zero], dtype=(tl.int32,) * 4, is_pure=True, pack=1
+                INT4_ONCE, "=&r,=&r,=&r,=&r,r,r,r", [word, factor, less], dtype=(tl.int32,) * 4, is_pure=True, pack=1
             )
         else:
-            zero = (zero | 0x6400) | ((zero | 0x6400) << 16)  # 1024 + zero
-            a, b, c, d = tl.inline_asm_elementwise(
-                _INT4_F16, "=&r,=&r,=&r,=&r,r,r,r", [word, scale, zero], dtype=(tl.int32,) * 4, is_pure=True, pack=1
-            )
+            eight = tl.full([place.shape[0], 1], 8, tl.int32)
+            zero = _field(zeros, place, i % 4 * per // 4, 1, per) if about[4] else eight
+            a, b, c, d = _less_zero(word, scale, zero, dtype)
     return as_loaded(_unfold(a, b, c, d, dtype))
+
+
+@triton.jit
+def _less_zero(word, scale, zero, dtype: tl.constexpr):
+    """Codes of words less a zero point, times a scale twice in 32 bits: four times two numbers."""
+    above: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400  # 128, or 1024
+    zero = (zero | above) | ((zero | above) << 16)
+    return tl.inline_asm_elementwise(
+        INT4 if dtype == tl.bfloat16 else INT4_F16,
+        "=&r,=&r,=&r,=&r,r,r,r",
+        [word, scale, zero],
+        dtype=(tl.int32,) * 4,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -40,3 +40,10 @@ def by_threads(outs):
 def load_four(pointers, inside, exact: tl.constexpr):
     """Four bytes each, `[R]`; 0 outside."""
     return tl.load(pointers) if exact else tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def both_halves(pairs):
+    """The upper halves of int32 numbers, each twice in 32 bits, and the lower halves likewise."""
+    upper, lower = pairs & -65536, pairs & 0xFFFF
+    return upper | ((upper >> 16) & 0xFFFF), lower | (lower << 16)

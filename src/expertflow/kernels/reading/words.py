@@ -17,13 +17,14 @@ def _code(word, pair, upper, e2m1: tl.constexpr):
     """The code of a word's pair 0 to 3, in its lower or upper half: for `e2m1` its number, else 0 to 15; float32."""
     half = upper * 16
     if e2m1:
-        last = pair == 3
+        # where the word's half goes in a circle, its bits are in the other half
+        turned = tl.where(pair == 2, (word >> 16) & 0xFFFF | (word << 16), word)
         low = tl.where(
-            last,
-            ((word >> (half + 10)) & 3) | ((word >> (half + 13)) & 1) << 2,
-            (word >> (half + tl.maximum(6 - 3 * pair, 0))) & 7,
+            pair == 3,
+            ((word >> half) & 3) | ((word >> (half + 10)) & 1) << 2,
+            (turned >> (half + tl.where(pair == 2, 12, 6 - 4 * tl.minimum(pair, 1)))) & 7,
         )
-        sign = (word >> (half + tl.where(last, 14, 15 - 3 * pair))) & 1
+        sign = (word >> (half + tl.where(pair == 3, 9, tl.where(pair == 2, 5, 15 - 4 * pair)))) & 1
         exponent, mantissa = low >> 1, low & 1
         doubled = tl.where(exponent == 0, mantissa, (2 + mantissa) << tl.maximum(exponent - 1, 0))
         size = doubled.to(tl.float32) * 0.5
@@ -74,8 +75,10 @@ def load_words(
     words = (start + at[0]).to(tl.pointer_type(tl.int32), bitcast=True)
     step, place = cols // STEP, cols % STEP
     wide = tl.minimum(4, (k - step * STEP) // 32)  # words of a step for each of its four threads
-    where = step * (STEP // 8) + place // 2 % 4 * wide + place // 32
-    word = tl.load(words + outs[:, None] * (k // 8) + where[None, :], mask=inside, other=0)
+    one: tl.constexpr = n // joined
+    row = (outs // one * (one * (k // 8)))[:, None] + (outs % one)[:, None] * (4 * wide)[None, :]
+    where = step * (STEP // 8 * one) + place // 2 % 4 * wide + place // 32
+    word = tl.load(words + row + where[None, :], mask=inside, other=0)
     code = _code(word, (place // 8 % 4)[None, :], (place % 2)[None, :], code_map == "e2m1")
     if zeros:
         zero = tl.load(_by_group(start + at[2], outs, cols, n, k, group, joined), mask=inside, other=0)
