@@ -24,7 +24,8 @@ SHIFT = 120
 """The exponent that a pair has more than its factor: E4M3 codes, shifted to where bfloat16 has them, have it less."""
 _CUT = 45
 """Bits of a float64 below the last one of bfloat16."""
-_NEIGHBOURS = (0, -1, 1, -2, 2)
+_NEIGHBOURS = np.array([-1, 1, -2, 2])[:, None] << _CUT
+"""What is added to the bits of a number to get its neighbours of bfloat16, the nearest ones first."""
 
 
 def _rounded(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -53,23 +54,29 @@ def find_pairs(
     signs, sizes = np.signbit(factors), np.abs(factors)
     numbers = np.array(significands, np.float64)[:, None]
     right = np.abs(wanted.to(torch.float64).numpy())
-    highs, lows = np.zeros_like(sizes), np.zeros_like(sizes)
-    open_ = np.flatnonzero((sizes >= _LEAST) & (sizes < _MOST))
-    found = sizes == 0
-    for step in _NEIGHBOURS:
-        if not open_.size:
-            break
-        high = (sizes[open_].view(np.int64) >> _CUT << _CUT).view(np.float64)
-        low = _rounded(sizes[open_] - high)
-        if step:
-            low = np.where(low > 0, (low.view(np.int64) + (step << _CUT)).view(np.float64), 0)
-        good = (_rounded(numbers * high + _rounded(numbers * low)) == right[:, open_]).all(0)
-        mine = open_[good]
-        highs[mine], lows[mine], found[mine] = high[good], low[good], True
-        open_ = open_[~good]
-    halves = [_half(np.where(signs, -one, one) * 2.0**shift) for one in (highs, lows)]
+    high = (sizes.view(np.int64) >> _CUT << _CUT).view(np.float64)
+    low = _rounded(sizes - high)
+    found = _gives(numbers, high, low, right)
+    if not found.all():
+        rest = np.flatnonzero(~found)
+        near = np.where(low[rest] > 0, (low[rest].view(np.int64) + _NEIGHBOURS).view(np.float64), 0)
+        good = _gives(numbers, high[rest], near[:, None], right[:, rest])
+        found[rest], low[rest] = good.any(0), np.take_along_axis(near, good.argmax(0)[None], 0)[0]
+    found = np.where(sizes == 0, True, found & (sizes >= _LEAST) & (sizes < _MOST))
+    halves = [_half(np.where(found, np.where(signs, -one, one), 0) * 2.0**shift) for one in (high, low)]
     pairs = np.where(found, halves[0] << 16 | halves[1], 0xFFFF_FFFF).astype(np.uint32)
     return torch.from_numpy(pairs.view(np.int32))
+
+
+def _gives(
+    numbers: npt.NDArray[np.float64],
+    high: npt.NDArray[np.float64],
+    low: npt.NDArray[np.float64],
+    right: npt.NDArray[np.float64],
+) -> npt.NDArray[np.bool_]:
+    """Whether pairs `[..., N]` give the products `[M, N]` of all numbers `[M, 1]` as they are to be: `[..., N]`."""
+    good: npt.NDArray[np.bool_] = (_rounded(numbers * high + _rounded(numbers * low)) == right).all(-2)
+    return good
 
 
 def _half(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
