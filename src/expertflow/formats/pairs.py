@@ -4,7 +4,7 @@ A kernel wants `bfloat16(t * factor)`, computed in float32. For two numbers at a
 third conversion. With a pair it takes two fused multiply-adds of bfloat16: `rn(t * high + rn(t * low))`, where `high` is the factor
 cut off and `low` is what that leaves. Codes have few significands, so whether the result is right can be tried for all of them, and
 where it is not, a neighbour of `low` gives it. Tried for all 2 ** 23 mantissas of a factor: for numbers of E4M3 codes there is always
-such a pair; for their products with E2M1 codes there is none for 68 of them, and for 129 where scales are divided.
+such a pair; for their products with E2M1 codes there is none for 68 of them, and for 155 where scales are divided.
 """
 
 from collections.abc import Sequence
