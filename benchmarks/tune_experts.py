@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,8 @@ from expertflow.kernels.tiling import Tiling
 
 SHAPE = SHAPES["gpt-oss-20b"]
 TOKENS = (1, 4, 16, 64)
-_TUNED = 4
-"""Tokens up to which tilings are compared; of more, the one in use is timed."""
+_FEW = 4
+"""Tokens up to which `OTHERS` are tried; of more, `OF_MANY`."""
 REPLAYS = 15
 PROCESSES = 14
 _SPLIT: dict[str, Any] = {"split": True, "ahead": 1}
@@ -51,6 +51,12 @@ OTHERS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
     "int4": {"down": ({"ahead": 1},), "up": ({"block_n": 32, "registers": 80},)},
 }  # fmt: skip
 """What is changed of the tiling in use, to be tried beside it, by format and projection."""
+OF_MANY: dict[str, dict[int, dict[str, tuple[dict[str, Any], ...]]]] = {
+    "nvfp4": {
+        16: {"down": ({"block_n": 64}, {"block_n": 64, "registers": 96}, {"registers": None}, {"stages": 3}), "up": ()}
+    },
+}
+"""Likewise for many tokens, by their number."""
 
 
 def cuts(name: str, projection: str, tokens: int) -> dict[str, Tiling]:
@@ -58,8 +64,10 @@ def cuts(name: str, projection: str, tokens: int) -> dict[str, Tiling]:
     mlp = SHAPE.build(format_of(name))
     pairs, outputs = tokens * SHAPE.top_k, 2 if projection == "up" else 1
     used = experts.tilings(mlp, pairs)[0 if projection == "up" else 1]
-    if name == "bf16" or tokens > _TUNED:
+    if name == "bf16":
         return {"used": used}
+    if tokens > _FEW:
+        return {"used": used} | _changed(used, OF_MANY.get(name, {}).get(tokens, {}).get(projection, ()))
     if name == "fp8":
         loop = replace(
             used,
@@ -72,11 +80,13 @@ def cuts(name: str, projection: str, tokens: int) -> dict[str, Tiling]:
     else:
         block = 64 if pairs < 16 or outputs > 1 else 128
         loop = replace(used, block_n=block, split=True, registers=None if name == "nvfp4" else 128, ahead=0)
-    found = {"used": used, "loop": loop}
-    for changes in OTHERS[name][projection]:
-        if pairs <= SHARED_PAIRS or not (changes.get("split") or used.split):
-            found[" ".join(f"{what} {value}" for what, value in changes.items())] = replace(used, **changes)
-    return found
+    fitting = [one for one in OTHERS[name][projection] if pairs <= SHARED_PAIRS or not (one.get("split") or used.split)]
+    return {"used": used, "loop": loop} | _changed(used, fitting)
+
+
+def _changed(used: Tiling, others: Sequence[dict[str, Any]]) -> dict[str, Tiling]:
+    """Tilings that differ from the one in use, by what differs."""
+    return {" ".join(f"{what} {value}" for what, value in one.items()): replace(used, **one) for one in others}
 
 
 def launched(mlp: ExpertMlp, tokens: int, projection: str, cut: Tiling) -> None:

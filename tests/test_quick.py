@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from expertflow import LLM
+from expertflow.execution.captured.capturable import stored_mlps
 from expertflow.formats.format import Format, TensorSpec
 from expertflow.formats.pairs import MISSING, OCTAVES, find_pairs
 from expertflow.formats.plain import plain
@@ -18,7 +21,9 @@ from expertflow.formats.published.nvfp4 import MODELOPT_NVFP4, NVFP4
 from expertflow.formats.records import RecordLayout
 from expertflow.formats.words import E2M1, pack_words
 from expertflow.kernels.mlp import ExpertMlp, Workspace
-from helpers import DEVICES
+from helpers import DEVICES, MakeCheckpoint
+from layout import write_twins
+from layouts import LAYOUTS
 from ptx import halves, run
 
 pytest.importorskip("triton", reason="the programs are constants of Triton")
@@ -220,3 +225,20 @@ def drawn(spec: TensorSpec, generator: torch.Generator) -> dict[str, Tensor]:
     if "pairs" in parts and spec.format not in {NVFP4, MODELOPT_NVFP4}:
         parts["pairs"] = spec.format.repack(spec, "pairs", parts["scales"])
     return parts
+
+
+def test_one_scale_out_of_range_sends_its_layer_the_other_way(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The records that were filled decide, layer by layer; layers that are read alike share what the kernels are told."""
+    layout = replace(LAYOUTS["mxfp4"], plain_layers=())
+    folder, _ = write_twins(make_checkpoint(layout.family, layout.dtype, spread=0.3, **layout.sizes), tmp_path, layout)
+    with LLM(folder, device="cpu", slots="50%", execution="graph") as llm:
+        skeleton, store = llm._offloaded.skeleton, llm._offloaded.store
+        first, *others = stored_mlps(skeleton, store)
+        assert others
+        assert all(one is first for one in others)
+        assert first.up.spec.format == first.down.spec.format == replace(MXFP4, quick=True)
+        record = store.record(skeleton.experts + 2)
+        store.layout.layers[1].part(record, "down_proj", "scales").view(-1)[-1] = 129
+        found = stored_mlps(skeleton, store)
+        assert all(one.up.spec.format.quick for one in found)
+        assert [one.down.spec.format.quick for one in found] == [layer != 1 for layer in range(len(found))]

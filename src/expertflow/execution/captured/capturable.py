@@ -43,14 +43,19 @@ def expert_mlps(skeleton: Skeleton, records: StoreLayout) -> tuple[ExpertMlp, ..
 
 
 def stored_mlps(skeleton: Skeleton, store: ExpertStore) -> tuple[ExpertMlp, ...]:
-    """The same for records that are filled: kernels decode a layer's by the shortest way that is right for all of them."""
+    """The same for records that are filled: kernels decode a layer's by the shortest way that is right for all of them.
+
+    Layers that are read alike share one.
+    """
     experts = skeleton.experts
 
     def of_layer(layer: int, mlp: ExpertMlp) -> ExpertMlp:
         return mlp.for_records([store.record(layer * experts + expert) for expert in range(experts)])
 
     with ThreadPoolExecutor() as pool:
-        return tuple(pool.map(of_layer, *zip(*enumerate(expert_mlps(skeleton, store.layout)), strict=True)))
+        made = list(pool.map(of_layer, *zip(*enumerate(expert_mlps(skeleton, store.layout)), strict=True)))
+    shared = {mlp: mlp for mlp in made}
+    return tuple(shared[mlp] for mlp in made)
 
 
 def graph_refusal(  # noqa: PLR0913 - the last ones by keyword
