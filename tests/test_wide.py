@@ -3,8 +3,9 @@
 import pytest
 
 from expertflow import LLM, SamplingParams
+from expertflow.cache.controller import CacheController
 from expertflow.cache.strategy import STRATEGIES
-from expertflow.events import Event, EventKind
+from expertflow.events import Event, EventKind, EventStream
 from helpers import MakeCheckpoint, MakePredictor
 
 LONG = [list(range(5, 90))]
@@ -43,6 +44,30 @@ def test_a_wide_pass_loads_ahead(strategy: str, make_checkpoint: MakeCheckpoint,
         else:
             assert not missed
     assert found["50%"] == found["100%"]
+
+
+@pytest.mark.parametrize("strategy", [name for name, entry in STRATEGIES.items() if entry.reads_ahead])
+@pytest.mark.parametrize("slots", [24, 30, 36])
+def test_prompts_behind_one_another_leave_each_layer_its_share(strategy: str, slots: int) -> None:
+    """From an empty cache, too: else early layers would keep all of their experts, and nothing would be loaded while they run.
+
+    Two layers do not have theirs: the last one, whose experts are the newest, and the one that made room for them.
+    """
+    layers, experts = 6, 8
+    controller = CacheController(
+        layers=layers, experts=experts, slots=slots, strategy=STRATEGIES[strategy].double_buffered(), record_bytes=1,
+        events=EventStream(), wide=experts,
+    )  # fmt: skip
+    for _ in range(5):
+        controller.begin_step(prompts=experts)
+        loads = len(controller.take_loads())
+        for layer in range(layers):
+            loads += sum(access.load for access in controller.access(layer, range(experts)))
+            loads += len(controller.take_loads())
+    held = (controller.table.slot_of >= 0).sum(1).tolist()
+    assert held[-1] == experts
+    assert sorted(held)[1:-1] == [slots // layers] * (layers - 2)
+    assert loads <= layers * experts - slots + experts
 
 
 def test_a_narrow_pass_loads_what_it_needs(make_checkpoint: MakeCheckpoint) -> None:

@@ -24,7 +24,7 @@ from expertflow.cache.core import (
     take_hits,
 )
 from expertflow.cache.forecast import Forecast, Step
-from expertflow.cache.policy import Outlook, Usage, keep
+from expertflow.cache.policy import Outlook, Usage, keep, spread
 from expertflow.cache.prefetch import open_step, pass_layer
 from expertflow.cache.strategy import Setting, Strategy
 from expertflow.cache.table import SlotTable
@@ -68,10 +68,10 @@ class Ranker:
             demand[self._large] = 0
         return demand
 
-    def rank_wide(self) -> Planes:
-        """Return the ranks of a pass that needs every expert."""
+    def rank_wide(self, slots: int) -> Planes:
+        """Return the ranks of a pass that needs every expert, with so many slots."""
         planes = keep(self.strategy.policy(self.usage, Outlook(np.ones_like(self._none)[None])), self._large)
-        return planes._replace(limit=planes.before)
+        return spread(planes._replace(limit=planes.before), slots // (len(self._none) - len(self._large)))
 
     def learn(self, step: Step) -> None:
         """Count a finished step in usage and forecast."""
@@ -159,7 +159,7 @@ class CacheController:
         self._loaded = self._ahead = self._found = 0
         if self._wide is not None and prompts >= self._wide:
             self._rules = self._wide_rules
-            self._planes, self._demand = self._ranker.rank_wide(), np.zeros_like(self._demand)
+            self._planes, self._demand = self._ranker.rank_wide(self.table.slots), np.zeros_like(self._demand)
             self._demand[0] = 1
             self._demand = self._ranker.without_large(self._demand)
         else:

@@ -93,6 +93,20 @@ def keep(planes: Planes, large: Sequence[int]) -> Planes:
     return Planes(*(np.where(rows, np.inf, plane) for plane in planes))
 
 
+def spread(planes: Planes, share: int) -> Planes:
+    """Let what a layer has beyond an equal share of the slots go a step earlier once the layer has run, its latest uses first.
+
+    In a pass that needs every expert, experts that are expected alike would go by their layers, the last one first. So early layers would
+    keep all of theirs and late ones none, pass after pass, and nothing would be loaded while the early ones run.
+
+    Args:
+        planes: ranks of such a pass.
+        share: slots of a layer, if all have equally many.
+    """
+    places = np.argsort(np.argsort(-planes.used, axis=1, kind="stable"), axis=1)
+    return planes._replace(used=planes.used - len(planes.used) * (places >= share))
+
+
 def lru(usage: Usage, outlook: Outlook | None) -> Planes:
     """Evict the least recently used expert; all experts of a layer are used at the same time.
 
