@@ -38,7 +38,7 @@ _FEW = 4
 REPLAYS = 15
 PROCESSES = 14
 _SPLIT: dict[str, Any] = {"split": True, "ahead": 1}
-_SMALL = {"down": ({"block_n": 64, "registers": 96},), "up": ({"block_n": 32, "registers": 96},)}
+_SMALL = {"down": ({"block_n": 128, "registers": 128},), "up": ({"block_n": 32, "registers": 96},)}
 OTHERS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
     "mxfp4": {"down": ({"ahead": 1},), "up": ({"registers": 96}, *_SMALL["up"])},
     "fp8": {
@@ -53,7 +53,7 @@ OTHERS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
 }  # fmt: skip
 """What is changed of the tiling in use, to be tried beside it, by format and projection."""
 OF_MANY: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {"mxfp4": _SMALL, "nvfp4": _SMALL, "int4": _SMALL}
-"""Likewise for more tokens. What is in use there keeps 100 to 144 bytes a thread outside of its registers; these keep none."""
+"""Likewise for more tokens. Tilings with 128 registers keep 100 to 144 bytes a thread outside of them, those with 96 none."""
 
 
 def cuts(name: str, projection: str, tokens: int) -> dict[str, Tiling]:

@@ -43,9 +43,9 @@ def make(
     forecast: Forecast | None = None,
 ) -> tuple[CacheController, EventList, CacheCounters]:
     events: list[Event] = []
-    stream, counters = EventStream(), CacheCounters()
+    counters = CacheCounters()
+    stream = EventStream(counters)
     stream.subscribe(events.append)
-    stream.subscribe(counters.count)
     controller = CacheController(
         layers=layers, experts=EXPERTS, slots=slots, strategy=STRATEGIES[strategy], record_bytes=ROW, events=stream,
         future=None if steps is None else as_needed(steps), forecast=forecast,

@@ -92,7 +92,9 @@ class RecordingTransfer:
         pass
 
 
-def _provider(slots: int, transfer: Transfer, pool: SlotPool, strategy: str = "lru-global") -> CachedExperts:
+def _provider(
+    slots: int, transfer: Transfer, pool: SlotPool, strategy: str = "lru-global", wide: int | None = None
+) -> CachedExperts:
     controller = CacheController(
         layers=2,
         experts=8,
@@ -101,6 +103,7 @@ def _provider(slots: int, transfer: Transfer, pool: SlotPool, strategy: str = "l
         record_bytes=LAYOUT.record_bytes,
         events=EventStream(),
         future=np.random.default_rng(1).random((30, 2, 8)) < 0.4,
+        wide=wide,
     )
     return CachedExperts(controller, transfer, pool)
 
@@ -127,6 +130,22 @@ def test_a_copy_is_under_way_while_the_next_load_is_decided(monkeypatch: pytest.
     monkeypatch.setattr(provider.controller, "accesses", logged)
     next(provider.stream(1, [2, 5, 6]))
     assert transfer.log[:5] == [("decided", 10), ("start", 10), ("decided", 13), ("start", 13), ("decided", 14)]
+
+
+def test_what_is_loaded_ahead_waits_for_no_computation_but_that_of_its_slot() -> None:
+    """In a pass that needs every expert: before anything of a layer is lent, the next one's copies begin where slots are free."""
+    transfer = RecordingTransfer()
+    provider = _provider(12, transfer, SlotPool(LAYOUT, 12, torch.device("cpu")), "next-use", wide=8)
+    provider.begin_step(prompts=8)
+    lent = provider.stream(0, list(range(8)))
+    next(lent)
+    copies = [number for what, number in transfer.log if what == "start"]
+    assert copies[:8] == list(range(8))
+    assert len(copies[8:]) == 4
+    assert min(copies[8:]) >= 8
+    list(lent)
+    copies = [number for what, number in transfer.log if what == "start"]
+    assert sorted(copies[8:]) == list(range(8, 16))
 
 
 def test_a_layer_given_up_is_forgotten_once() -> None:

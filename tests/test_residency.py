@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertflow.cache.controller import CacheController, as_event
+from expertflow.cache.controller import CacheController
 from expertflow.cache.core import make_tables
 from expertflow.cache.forecast import Forecast, NextGate, NoForecast, Recorded, Step
 from expertflow.cache.policy import Outlook, Usage, layer_order
 from expertflow.cache.strategy import STRATEGIES, Strategy
-from expertflow.events import Event, EventKind, EventStream
+from expertflow.events import Event, EventKind, EventStream, as_event
 from expertflow.kernels.ledger import DST
 from expertflow.kernels.residency import driver, reference
 from expertflow.kernels.residency.state import (

@@ -13,8 +13,8 @@ export PYTHONPATH=$PWD/src:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBU
 declare -A LIMIT COMMAND
 row() { LIMIT[$1]=$2 COMMAND[$1]=$3; }
 recorded='--trace $DATA/test.trace'
-row first-g 60 "long_context.py --parts first --rows g/mxfp4/50% $recorded"
-row first-g-25 45 "long_context.py --parts first --rows g/mxfp4/25% $recorded"
+row first-g 90 "long_context.py --parts first --rows g/mxfp4/50% $recorded"
+row first-g-25 60 "long_context.py --parts first --rows g/mxfp4/25% $recorded"
 row first-g-bf16 110 "long_context.py --parts first --rows g/bf16 $recorded"
 row first-q 110 "long_context.py --parts first --rows q/bf16 $recorded"
 row stall 80 "long_context.py --parts stall --rows g/mxfp4/50% $recorded"

@@ -3,7 +3,7 @@
 It defines the kinds of events. Without a listener an event costs one comparison. Must not know its listeners.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import NamedTuple
@@ -54,31 +54,64 @@ class Event(NamedTuple):
 Listener = Callable[[Event], None]
 
 
-class EventStream:
-    """Passes events to listeners, in the order they happened."""
+KINDS = (EventKind.LAYER, EventKind.HIT, EventKind.MISS, EventKind.PREFETCH, EventKind.EVICT, EventKind.WASTED)
+"""Event kinds, by the kind number of a log entry (`cache.core.write_log`)."""
+_HIT, _MISS, _PREFETCH, _EVICT, _WASTED = range(1, len(KINDS))
+Entry = Sequence[int]
+"""An entry of a log: kind, layer, expert, slot, and a detail of the kind."""
 
-    def __init__(self) -> None:
+
+def as_event(entry: Entry, step: int, record_bytes: int | Sequence[int]) -> Event:
+    """Turn a log entry into the event of a step; `record_bytes` are those of an expert, of all layers or of each."""
+    kind = KINDS[entry[0]]
+    value = entry[4] if kind in (EventKind.LAYER, EventKind.HIT) else 0
+    if kind in (EventKind.MISS, EventKind.PREFETCH):
+        value = record_bytes if isinstance(record_bytes, int) else record_bytes[entry[1]]
+    return Event(kind, step, entry[1], entry[2], entry[3], value)
+
+
+class EventStream:
+    """Adds events to totals, and passes them to listeners, in the order they happened.
+
+    Args:
+        totals: what they are added to, if to anything. For that alone no event is made of a log's entries, which would take longer than
+            the decisions.
+    """
+
+    def __init__(self, totals: "CacheCounters | None" = None) -> None:
         """Start without listeners."""
-        self._listeners: list[Listener] = []
+        self._totals, self._listeners = totals, list[Listener]()
 
     def subscribe(self, listener: Listener) -> None:
         """Call `listener` with every later event."""
         self._listeners.append(listener)
 
     def emit(self, event: Event) -> None:
-        """Call every listener with `event`."""
+        """Count `event`, and call every listener with it."""
+        if self._totals is not None:
+            self._totals.count(event)
         for listener in self._listeners:
             listener(event)
 
+    def emit_log(self, entries: Sequence[Entry], step: int, record_bytes: int | Sequence[int]) -> None:
+        """Do what `emit` does, for each of a log's entries; bytes as in `as_event`."""
+        if self._totals is not None:
+            self._totals.count_log(entries, step, record_bytes)
+        if self._listeners:
+            for entry in entries:
+                event = as_event(entry, step, record_bytes)
+                for listener in self._listeners:
+                    listener(event)
+
     @property
-    def listeners(self) -> int:
-        """Number of listeners."""
-        return len(self._listeners)
+    def watched(self) -> bool:
+        """Whether there is a listener."""
+        return bool(self._listeners)
 
 
 @dataclass(kw_only=True)
 class CacheCounters:
-    """Running totals of what the expert cache did; subscribe `CacheCounters.count`.
+    """Running totals of what the expert cache did, for an `EventStream`.
 
     Events do not carry `forecast` and `foreseen`, so they do not make totals unequal.
 
@@ -134,6 +167,24 @@ class CacheCounters:
                 self.steps += 1
             case EventKind.LAYER | EventKind.HOST | EventKind.PREDICTOR_OFF:
                 pass
+
+    def count_log(self, entries: Sequence[Entry], step: int, record_bytes: int | Sequence[int]) -> None:
+        """Add a log's entries, as `count` adds the events that they are."""
+        kinds = [entry[0] for entry in entries]
+        loads, prefetched = kinds.count(_MISS), kinds.count(_PREFETCH)
+        self.hits += kinds.count(_HIT)
+        self.prefetch_hits += sum(entry[4] for entry in entries if entry[0] == _HIT)
+        self.loads += loads
+        self.prefetched += prefetched
+        self.evictions += kinds.count(_EVICT)
+        self.wasted += kinds.count(_WASTED)
+        if isinstance(record_bytes, int):
+            self.bytes_moved += (loads + prefetched) * record_bytes
+        else:
+            self.bytes_moved += sum(record_bytes[entry[1]] for entry in entries if entry[0] in {_MISS, _PREFETCH})
+        if loads:
+            self.late_steps += step != self._late
+            self._late = step
 
     def add(self, more: "CacheCounters") -> None:
         """Add totals that the device counted, where single events are not emitted."""

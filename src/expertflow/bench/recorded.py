@@ -108,8 +108,8 @@ def fewest_loads(needed: Needs, slots: int, large: tuple[int, ...] = ()) -> int:
         large: layers whose experts are always resident, outside the slots.
     """
     _, layers, experts = needed.shape
-    events, counters = EventStream(), CacheCounters()
-    events.subscribe(counters.count)
+    counters = CacheCounters()
+    events = EventStream(counters)
     controller = CacheController(
         layers=layers,
         experts=experts,

@@ -1,7 +1,7 @@
 """Decide for the engine which slots are used: routing in, accesses and loads out, events emitted.
 
 The controller makes a step's ranks from policy and forecast, calls the functions that the simulator compiles (`core`,
-`prefetch`), and turns their log entries into events and commands. Must not know torch, clocks and copies.
+`prefetch`; see `decisions`), and turns their log entries into events and commands. Must not know torch, clocks and copies.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,28 +11,25 @@ import numpy.typing as npt
 
 from expertflow.cache.core import (
     EMPTY,
+    HIT,
     LOG,
+    MISS,
     PENDING,
+    PREFETCH,
     Planes,
     Rules,
     Tables,
     close,
     evict,
-    finish_layer,
     make_tables,
-    place_miss,
-    take_hits,
 )
+from expertflow.cache.decisions import Deciding
 from expertflow.cache.forecast import Forecast, Step
 from expertflow.cache.policy import Outlook, Usage, keep, spread
-from expertflow.cache.prefetch import open_step, pass_layer
 from expertflow.cache.strategy import Setting, Strategy
 from expertflow.cache.table import SlotTable
 from expertflow.events import CacheCounters, Event, EventKind, EventStream
 from expertflow.types import Access, Load
-
-KINDS = (EventKind.LAYER, EventKind.HIT, EventKind.MISS, EventKind.PREFETCH, EventKind.EVICT, EventKind.WASTED)
-"""Event kinds, by the kind number of a log entry."""
 
 
 class Ranker:
@@ -95,6 +92,7 @@ class CacheController:
         reached: for each layer, whether a decode step runs it (an encoder's are not run); None: all.
         wide: tokens of a pass over prompts from which on it is taken to need every expert; None: it never is.
         large: layers whose experts are always resident, in places behind the slots.
+        deciding: the functions that decide; None: as Python.
 
     Attributes:
         judged: how good the demand of steps was; nothing else is counted in it. A step is judged when the next one begins.
@@ -117,8 +115,10 @@ class CacheController:
         reached: Sequence[bool] | None = None,
         wide: int | None = None,
         large: Sequence[int] = (),
+        deciding: Deciding | None = None,
     ) -> None:
         """Start with every slot empty."""
+        self._deciding = deciding or Deciding()
         self.strategy, self.events, self.future, self.reached = strategy, events, future, reached
         self.step = -1
         self._tables: Tables = make_tables(layers, experts, slots, divided=strategy.partition == "layer", large=large)
@@ -165,7 +165,7 @@ class CacheController:
         else:
             self._planes, self._demand = self._ranker.rank(Step(self.step, tokens))
         self.events.emit(Event(EventKind.STEP, self.step))
-        open_step(self._tables, self._planes, self._demand, self._rules)
+        self._deciding.now.open_step(self._tables, self._planes, self._demand, self._rules)
         self._drain()
 
     def observe(self, layer: int, routes: npt.NDArray[np.int64], weights: object) -> None:  # noqa: ARG002 - an observer's signature
@@ -194,18 +194,18 @@ class CacheController:
         mask = np.zeros(self.table.experts, dtype=np.bool_)
         mask[list(needed)] = True
         self._needed[layer] |= mask
-        tables, planes, rules = self._tables, self._planes, self._rules
-        misses, kept = take_hits(tables, planes, rules, layer, mask)
+        tables, planes, rules, decide = self._tables, self._planes, self._rules, self._deciding.now
+        misses, kept = decide.take_hits(tables, planes, rules, layer, mask)
         yield from self._drain()
         for number in range(misses.size):
-            place_miss(tables, planes, rules, layer, mask, misses, kept, number)
+            decide.place_miss(tables, planes, rules, layer, mask, misses, kept, number)
             yield from self._drain()
-        finish_layer(tables, planes, rules, layer, mask)
+        decide.finish_layer(tables, planes, rules, layer, mask)
         if rules is self._wide_rules:  # residents of farther layers are not pinned, but make room, the farthest first
             self._demand[layer] = 0
             self._demand[layer + 1 : layer + 2] = 1
             self._demand = self._ranker.without_large(self._demand)
-        pass_layer(tables, planes, self._demand, rules, layer)
+        decide.pass_layer(tables, planes, self._demand, rules, layer)
         self._drain()
 
     def take_loads(self) -> list[Load]:
@@ -284,27 +284,17 @@ class CacheController:
         """Turn log entries into events, accesses and loads."""
         entries = self._tables.log[: self._tables.cursor[LOG]].tolist()
         self._tables.cursor[LOG] = 0
+        self.events.emit_log(entries, self.step, self._record_bytes)
         accesses = []
-        for entry in entries:
-            event, detail = as_event(entry, self.step, self._record_bytes), entry[4]
-            self.events.emit(event)
-            if event.kind is EventKind.HIT:
+        for kind, layer, expert, slot, detail in entries:
+            if kind == HIT:
                 self._found += detail
-                accesses.append(Access(event.expert, event.slot, load=False, fresh=bool(detail), after=-1))
-            elif event.kind is EventKind.MISS:
+                accesses.append(Access(expert, slot, load=False, fresh=bool(detail), after=-1))
+            elif kind == MISS:
                 self._loaded += 1
-                accesses.append(Access(event.expert, event.slot, load=True, fresh=False, after=detail))
-            elif event.kind is EventKind.PREFETCH:
+                accesses.append(Access(expert, slot, load=True, fresh=False, after=detail))
+            elif kind == PREFETCH:
                 self._loaded += 1
                 self._ahead += 1
-                self._loads.append(Load(event.layer, event.expert, event.slot))
+                self._loads.append(Load(layer, expert, slot))
         return accesses
-
-
-def as_event(entry: Sequence[int], step: int, record_bytes: int | Sequence[int]) -> Event:
-    """Turn a log entry (kind, layer, expert, slot, detail) into the event of a step; bytes as in `CacheController`."""
-    kind = KINDS[entry[0]]
-    value = entry[4] if kind in (EventKind.LAYER, EventKind.HIT) else 0
-    if kind in (EventKind.MISS, EventKind.PREFETCH):
-        value = record_bytes if isinstance(record_bytes, int) else record_bytes[entry[1]]
-    return Event(kind, step, entry[1], entry[2], entry[3], value)

@@ -20,7 +20,7 @@ EMPTY = -1
 LOG, PENDING, RESIDENT = 0, 1, 2
 """Places in `Tables.cursor`."""
 LAYER, HIT, MISS, PREFETCH, EVICT, WASTED = 0, 1, 2, 3, 4, 5
-"""Kinds of log entries, in the order of `controller.KINDS`."""
+"""Kinds of log entries, in the order of `events.KINDS`."""
 NUDGE = 1e-6
 """Orders equal ranks inside a wave; it is smaller than any difference between two ranks."""
 

@@ -1,4 +1,4 @@
-"""Run one function in two ways: as plain Python in the engine, compiled in the simulator (design law 2).
+"""Run one function in two ways: as plain Python, and compiled (design law 2).
 
 A function marked `shared` stays an ordinary Python function over NumPy arrays. A function marked `compiled` may call
 it; both are compiled together at the first call. So the simulator decides with the source that the engine runs. Numba
@@ -29,6 +29,11 @@ def compiled(function: Function) -> Function:
     return cast("Function", _Compiled(function))
 
 
+def on_disk(function: object) -> bool:
+    """Whether the next process finds on disk what `compiled` made here: a folder is writable."""
+    return isinstance(function, _Compiled) and function.on_disk
+
+
 class _Compiled:
     """A function that numba compiles when it is first called."""
 
@@ -38,6 +43,10 @@ class _Compiled:
 
     def __call__(self, *arguments: Any) -> Any:
         return self._dispatcher(*arguments)
+
+    @property
+    def on_disk(self) -> bool:
+        return self._dispatcher._cache.cache_path is not None  # noqa: SLF001 - numba has no public way
 
     @cached_property
     def _dispatcher(self) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from expertflow.cache.controller import CacheController
+from expertflow.cache.decisions import ON_GPU
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.strategy import Strategy
 from expertflow.config import EngineConfig
@@ -121,6 +122,9 @@ class OffloadedModel(Uncopied):
         planned = replace(plan, host=0) if self._weights.shared else plan
         _check_memory(planned, config, located.mapped, self.device)
         measured = CudaMeter(self.device) if self.device.type == "cuda" else None  # before anything is loaded
+        deciding = ON_GPU if self.device.type == "cuda" else None
+        if deciding is not None:
+            deciding.compile()
         if changed := self.skeleton.changed:
             warnings.warn(changed, QuantisedWarning, stacklevel=2)
         self.stamps = self._weights.stamps(located)
@@ -136,8 +140,8 @@ class OffloadedModel(Uncopied):
         pool.fill_large(self.store)
         resident: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), *pool.memory]
         self.meter: Meter = measured or CpuMeter(resident, exclude=self.store.memory)
-        self.events, self.counters = EventStream(), CacheCounters()
-        self.events.subscribe(self.counters.count)
+        self.counters = CacheCounters()
+        self.events = EventStream(self.counters)
         self.live_predictor = self._make_predictor(prepared, config)
         self.controller = CacheController(
             layers=plan.shape.layers,
@@ -150,6 +154,7 @@ class OffloadedModel(Uncopied):
             reached=prepared.skeleton.reached,
             wide=_wide(plan),
             large=plan.slot_layout.large,
+            deciding=deciding,
         )
         self.prefixes = NothingKept()
         self._generated = config.prefix_generated

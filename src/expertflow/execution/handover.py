@@ -212,7 +212,7 @@ class Handover:
 
     def make_decoder(self) -> GraphDecoder:
         """The captured steps: made when first needed, and again once single events have a listener."""
-        log = self._controller.events.listeners > 1  # the counters alone need only totals
+        log = self._controller.events.watched
         if self.decoder is None or self.decoder.experts.logs != log:
             rows, shared, batch = self.rows, self._shared, self._batch
             assert rows is not None

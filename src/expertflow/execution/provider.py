@@ -36,7 +36,7 @@ class CachedExperts:
         """Start a forward pass, over so many tokens of prompts, and the first copies of its plan."""
         with self._or_forget():
             self.controller.begin_step(tokens, prompts=prompts)
-            self._prefetch(self.controller.take_loads())
+            self._start(self.controller.take_loads())
 
     def stream(self, layer: int, experts: list[int]) -> Generator[tuple[int, ExpertWeights], None, None]:
         """Yield every needed expert once; its tensors are valid until the generator is resumed."""
@@ -81,12 +81,14 @@ class CachedExperts:
         """Start copies as early as their slots allow, and yield accesses; `together`: as `groups`, else one by one in their order.
 
         A decision is taken from the controller once its copy can start, so that it decides beside running copies; and behind the last
-        one the plan for other layers, when all is under way.
+        one the plan for other layers. What that loads ahead starts at once, before this layer's computation is queued: if a slot is
+        still to be read, once it is released.
         """
         transfer, first = self._transfer, layer * self.controller.table.experts
         decisions, over, decided = self._decisions(layer, experts), {_NOTHING}, 0
         resident, brought = dict[int, Access](), dict[int, Access]()  # by position in the schedule
         coming: Access | None = None
+        ahead: list[Load] = []
         with closing(decisions):  # an interrupt leaves none of them for later, when it would forget what others decided
             try:
                 coming = next(decisions) if experts else None
@@ -100,6 +102,8 @@ class CachedExperts:
                         (resident if there else brought)[decided] = coming
                         decided += 1
                         coming = next(decisions) if decided < len(experts) else None
+                    if coming is None:
+                        ahead = self._prefetch(decisions, ahead, (*resident.values(), *brought.values()))
                     if coming is not None and coming.after in resident and _loading(brought) < _BUSY:
                         chosen = [coming.after]
                     else:
@@ -120,8 +124,7 @@ class CachedExperts:
                     if resident or brought or coming is not None or decided < len(experts):
                         self.controller.forget()
                     else:
-                        next(decisions, None)  # what is loaded ahead is planned while the layer computes
-                        self._prefetch(self.controller.take_loads())
+                        self._prefetch(decisions, ahead)
 
     def _arrivals(self, brought: Mapping[int, Access], *, together: bool) -> list[int]:
         """The first of these accesses, by position; `together`: and those behind it whose copies are over."""
@@ -143,9 +146,17 @@ class CachedExperts:
             self.controller.forget()
             raise
 
-    def _prefetch(self, loads: list[Load]) -> None:
-        experts = self.controller.table.experts
-        self._transfer.start([(load.layer * experts + load.expert, load.slot) for load in loads])
+    def _prefetch(self, decisions: Iterator[Access], ahead: list[Load], unread: Sequence[Access] = ()) -> list[Load]:
+        """Plan behind the last of the layer's `decisions`, once; start what that loads ahead, and return what waits for a slot in `unread`."""
+        next(decisions, None)
+        ahead, slots = ahead + self.controller.take_loads(), {access.slot for access in unread}
+        self._start([load for load in ahead if load.slot not in slots])
+        return [load for load in ahead if load.slot in slots]
+
+    def _start(self, loads: list[Load]) -> None:
+        if loads:
+            experts = self.controller.table.experts
+            self._transfer.start([(load.layer * experts + load.expert, load.slot) for load in loads])
 
 
 def _loading(brought: dict[int, Access]) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from expertflow.cache.controller import as_event
 from expertflow.events import CacheCounters, Event, EventKind
 from expertflow.execution.captured.experts import DeviceExperts, SharedParts
 from expertflow.execution.captured.view import CacheView, Coming, StateCopy
@@ -64,8 +63,7 @@ class DeviceTables:
         controller, layer_bytes = self._shared.controller, self._shared.store.layout.layer_bytes
         number = controller.step + self._steps
         controller.events.emit(Event(EventKind.STEP, number))
-        for entry in self._experts.state.take_log():
-            controller.events.emit(as_event(entry, number, layer_bytes))
+        controller.events.emit_log(self._experts.state.take_log(), number, layer_bytes)
 
     def borrow(self) -> None:
         """Copy the controller's tables to the GPU, once no host copy is under way."""

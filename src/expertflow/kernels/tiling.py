@@ -18,6 +18,8 @@ _OF_ONE_TOKEN = 8
 """Pairs up to which a projection of two outputs an element gains from written out steps; at sixteen it loses."""
 _AT_ONCE = 80
 """Registers of a thread with which six programs of four warps share a multiprocessor of Hopper."""
+_FIVE = 96
+"""Registers of a thread with which five do."""
 _LEAST_STAGES = 3
 """Stages below which a tiling of fewer outputs is better."""
 
@@ -103,6 +105,8 @@ def _of_halves(format_: Format, pairs: int, outputs: int, *, early: bool) -> Til
         return Tiling(64, 128, split=True, registers=_AT_ONCE, ahead=1 if small_groups else 2)
     if early and not scaled_twice and pairs <= _OF_ONE_TOKEN:
         return Tiling(64 // outputs, 128, split=True, registers=_AT_ONCE, ahead=1)
+    if early and not scaled_twice and outputs == 1:
+        return Tiling(64, 128, registers=_FIVE)
     block, most = 64 if few or outputs > 1 else 128, None if scaled_twice and outputs == 1 else 128
     return Tiling(block, 128, split=shared, registers=most)
 
@@ -113,7 +117,7 @@ def _of_bytes(pairs: int, outputs: int, *, fits: bool, early: bool) -> Tiling:
     if early and fits and (few if outputs == 1 else pairs <= _OF_ONE_TOKEN):
         return Tiling(64 // outputs, 128, split=True, registers=_AT_ONCE, ahead=1)
     if outputs == 1:
-        return Tiling(64, 128, stages=3, split=few, registers=96 if early and not few else None)
+        return Tiling(64, 128, stages=3, split=few, registers=_FIVE if early and not few else None)
     return Tiling(32, 128, stages=4)
 
 

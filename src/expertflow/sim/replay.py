@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertflow.cache.controller import Ranker, as_event
+from expertflow.cache.controller import Ranker
 from expertflow.cache.core import LOG, Planes, Rules, Tables, close, make_tables
 from expertflow.cache.forecast import Forecast
 from expertflow.cache.prefetch import open_step, run_layer
 from expertflow.cache.shared import compiled
 from expertflow.cache.strategy import GATE_RECALL, Setting, Strategy
 from expertflow.errors import ConfigError
-from expertflow.events import Event, EventKind
+from expertflow.events import Event, EventKind, as_event
 from expertflow.sim.clock import (
     BUSY,
     CLEAN,
