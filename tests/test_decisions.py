@@ -43,9 +43,9 @@ def decided(strategy: str, slots: int, how: Decisions) -> tuple[list[list[Access
 def compiled() -> Decisions:
     """The functions, once a process of its own has compiled them."""
     deciding = Deciding()
-    deciding.compile()
-    deciding.compile()  # does nothing: it has begun
-    (thread,) = (one for one in sys.modules["threading"].enumerate() if one.name == "compile decisions")
+    thread = deciding.compile()
+    assert thread is not None
+    assert deciding.compile() is None, "it has begun"
     thread.join()
     assert deciding.now is COMPILED
     return deciding.now

@@ -61,7 +61,7 @@ def test_a_look_is_what_the_tables_and_the_routing_say(
 ) -> None:
     """Begun behind token n and taken behind token n + 1, it shows token n's step, or the next if that has begun; no other result follows."""
     folder, params = make_checkpoint("mixtral", spread=0.3), SamplingParams(max_tokens=TOKENS, ignore_eos=True)
-    with opened(folder, "host") as llm:  # the routing of each step, and what a run of n tokens leaves in the slots
+    with opened(folder, "host", device) as llm:  # the routing of each step, and what n tokens leave in the slots
         uses, wanted, evicted = Uses(), [], [0]
         llm._offloaded.watch(uses)
         llm.events.subscribe(lambda event: evicted.append(event.kind is EventKind.EVICT))

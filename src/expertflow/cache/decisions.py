@@ -57,12 +57,19 @@ class Deciding:
         self.now = now
         self._begun, self._lock = False, Lock()
 
-    def compile(self) -> None:
-        """Begin to compile beside everything else, once; where nothing can be left on disk, `now` stays as it is."""
+    def compile(self) -> Thread | None:
+        """Begin to compile beside everything else, once; where nothing can be left on disk, `now` stays as it is.
+
+        Returns:
+            A thread that ends with it; None if it has begun already.
+        """
         with self._lock:
-            if not self._begun and sys.executable:
-                self._begun = True
-                Thread(target=self._compile, name="compile decisions", daemon=True).start()
+            if self._begun or not sys.executable:
+                return None
+            self._begun = True
+        thread = Thread(target=self._compile, name="compile decisions", daemon=True)
+        thread.start()
+        return thread
 
     def _compile(self) -> None:
         """Wait for the other process, load what it left, and use it from then on."""
