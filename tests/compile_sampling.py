@@ -35,7 +35,10 @@ def launches(dtype: torch.dtype, *, masked: bool) -> dict[str, tuple[Any, dict[s
 
 def main() -> None:
     taken = launches(torch.bfloat16, masked=True)
-    made = [(arch, name, spilled_by(*found, arch)) for arch in (80, 90) for name, found in taken.items()]
+    made = [
+        (arch, name, spilled_by(kernel, given | {"early": arch >= 90}, arch))
+        for arch in (80, 90) for name, (kernel, given) in taken.items()
+    ]  # fmt: skip
     sys.stdout.write(json.dumps(made))
 
 

@@ -2,17 +2,20 @@
 
 The last token that is kept is found from its bits, four at a time, from the highest on. Each pass counts or weighs, for
 16 digits, the tokens that agree with the bits found so far; programs take a piece of the vocabulary each, and each adds up the
-pieces of the pass before. All sums are of whole numbers. Must not know requests and options.
+pieces of the pass before. All sums are of whole numbers. On Hopper a kernel starts while the one before it ends. Must not know requests
+and options.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from expertflow.kernels.device import starts_early
 from expertflow.kernels.sampling.reference import FRACTION_BITS, LOWEST, NO_TOKEN, POWERS, RULES, WEIGHT_BITS
 
 PIECE, FEW_PROGRAMS = 4096, 64
@@ -30,6 +33,14 @@ _NO_TOKEN = tl.constexpr(NO_TOKEN)
 _INFINITY = tl.constexpr(float("inf"))
 _SPARE_BITS = {torch.bfloat16: 16, torch.float16: 12, torch.float32: 0}
 """Low bits of a logit as float32 that are always 0, in whole digits."""
+
+
+@triton.jit
+def _take_over(early: tl.constexpr):
+    """Wait for the kernel before, if this one was started early, and let the next one start."""
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -119,9 +130,20 @@ def _after_count(counts, count_state, row, steps, pieces, count, padded: tl.cons
 
 @triton.jit(do_not_specialize=["pieces"])
 def _peaks(
-    logits, mask, peaks, size, stride, words, pieces, masked: tl.constexpr, spare: tl.constexpr, width: tl.constexpr
+    logits,
+    mask,
+    peaks,
+    size,
+    stride,
+    words,
+    pieces,
+    masked: tl.constexpr,
+    spare: tl.constexpr,
+    width: tl.constexpr,
+    early: tl.constexpr,
 ):
     """The largest key of a piece."""
+    _take_over(early)
     piece, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     _, key = _read(logits, mask, row, piece * width + tl.arange(0, width), size, stride, words, masked, spare)
     tl.store(peaks + row * pieces + piece, tl.max(key.to(tl.int64), 0))
@@ -131,8 +153,10 @@ def _peaks(
 def _count(
     logits, mask, rules, peaks, counts, out, state, size, stride, words, pieces, step, shift, masked: tl.constexpr,
     spare: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """A pass of the search for top-k: tokens a digit."""
+    _take_over(early)
     piece, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     count = tl.load(rules + row * _RULES + 1).to(tl.int64)
     if count > 0:
@@ -171,8 +195,10 @@ def _enough(sums, target, row, step, pieces, share, tied, padded: tl.constexpr):
 def _sum(
     logits, mask, rules, peaks, counts, sums, out, count_state, state, cuts, target, size, stride, words, pieces, steps, step,
     shift, masked: tl.constexpr, spare: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """A pass of the search for top-p: chances a digit, of tokens that top-k keeps."""
+    _take_over(early)
     piece, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     share = tl.load(rules + row * _RULES + 2)
     if share < 1:
@@ -211,8 +237,10 @@ def _sum(
 def _share(
     logits, mask, rules, peaks, counts, sums, count_state, state, cuts, target, shares, ties, size, stride, words, pieces, steps,
     masked: tl.constexpr, spare: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """A piece's part of what is kept: chances of tokens above the last key, and tokens with that key."""
+    _take_over(early)
     piece, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     count, share = tl.load(rules + row * _RULES + 1).to(tl.int64), tl.load(rules + row * _RULES + 2)
     factor, least = tl.load(rules + row * _RULES + 3).to(tl.float32), tl.load(rules + row * _RULES + 4).to(tl.float32)
@@ -243,8 +271,10 @@ def _share(
 def _pick(
     logits, mask, rules, peaks, cuts, shares, ties, out, size, stride, words, pieces, masked: tl.constexpr, spare: tl.constexpr,
     width: tl.constexpr, padded: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """Draw one sequence's token: first the piece, then the token in it."""
+    _take_over(early)
     row, piece = tl.program_id(0).to(tl.int64), tl.arange(0, padded)
     uniform, factor = tl.load(rules + row * _RULES), tl.load(rules + row * _RULES + 3).to(tl.float32)
     least = tl.load(rules + row * _RULES + 4).to(tl.float32)
@@ -333,7 +363,8 @@ def choose(
     made, out = _scratch(batch, pieces, logits.device), torch.empty(batch, dtype=torch.int64, device=logits.device)
     whole = logits, rules if mask is None else mask
     sizes = size, logits.stride(0), 0 if mask is None else mask.shape[1], pieces
-    alike = {"masked": mask is not None, "spare": spare, "width": piece, "enable_fp_fusion": False}
+    alike: dict[str, Any] = {"masked": mask is not None, "spare": spare, "width": piece, "enable_fp_fusion": False}
+    alike["early"] = alike["launch_pdl"] = starts_early(logits)
     _peaks[pieces, batch](*whole, made.peaks, *sizes, **alike, num_warps=_MANY.value)
     given, alike["padded"] = (*whole, rules, made.peaks), int(triton.next_power_of_2(pieces))
     if counted:
