@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +86,29 @@ def test_steps_ahead_give_the_tokens_of_steps_that_wait(
             live = llm._offloaded.live_predictor
             assert live is not None
             assert live.took(range(llm.engine.begun)), "each token was taken in once"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_penalties_and_bias_need_no_wait(folder: Path, device: str) -> None:
+    """Changes of logits depend on tokens that the host has by then: those before the step that runs. Beside them is a request without any."""
+    params = [
+        SamplingParams(max_tokens=14, ignore_eos=True, repetition_penalty=1.8, presence_penalty=0.4),
+        SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.9, top_p=0.9, frequency_penalty=1.5, seed=5),
+        SamplingParams(max_tokens=9, min_tokens=6, stop_token_ids=[11], logit_bias={11: 100.0, 12: 60.0}),
+        GREEDY,
+    ]
+    prompts = [*PROMPTS, "a"]
+    with open_llm(folder, device, max_batch=4) as llm:
+        plain = by_the_host(llm, [GREEDY] * 4, prompts)
+        steps = count_steps(llm)
+        expected = by_the_host(llm, params, prompts)
+        assert not any(steps)
+        steps.clear()
+        assert tokens_of(llm, params, prompts) == expected
+        assert sum(steps) >= len(steps) / 2
+        assert expected[0] != plain[0]
+        assert expected[2] == [12] * 6 + [11], "no ending before six tokens, then at once"
+        assert expected[3] == plain[3]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -215,18 +239,26 @@ def test_recorded_tokens_are_fed_ahead(folder: Path) -> None:
                 assert list(outputs[1].token_ids) == recorded[1][2:16]
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"logprobs": 2}, {"frequency_penalty": 0.5}, {"logit_bias": {5: 1.0}}, {"min_tokens": 6}, {"repetition_penalty": 1.2},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_steps_wait_where_the_host_is_needed(folder: Path, params: dict[str, object]) -> None:
-    """For log-probabilities, and for what earlier tokens change."""
+class Everything:
+    """A mask that allows every token."""
+
+    def fill(self, row: np.ndarray) -> None:
+        row[:] = -1
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("where", ["logprobs", "mask"])
+def test_steps_wait_where_the_host_is_needed(folder: Path, where: str) -> None:
+    """For log-probabilities; and for masks, since the host has to know whether there was a choice."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=2 if where == "logprobs" else None)
     with open_llm(folder) as llm:
         steps = count_steps(llm)
-        llm.generate(PROMPTS, SamplingParams(max_tokens=8, **{"ignore_eos": "min_tokens" not in params, **params}))
+        for prompt in PROMPTS:
+            llm.engine.add(llm.request(prompt, params, mask=Everything() if where == "mask" else None))
+        while llm.engine.unfinished:
+            llm.engine.step()
         assert steps
         assert not any(steps)
 

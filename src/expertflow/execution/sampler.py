@@ -150,15 +150,17 @@ class Sampler:
     def begin(
         self, logits: Float[Tensor, "B V"], draws: Sequence[Draw], best: Int[Tensor, " B"] | None = None
     ) -> Unread | None:
-        """As `choose`, but waits for nothing; None where the choice depends on tokens that the host has to know."""
+        """As `choose`, but waits for nothing; None where the host has to know whether there was a choice."""
         if all(one.plain for one in draws):
             return Unread(most_probable(logits) if best is None else best)
-        if any(one.mask is not None or one.edits is not None for one in draws):
+        if any(one.mask is not None for one in draws):
             return None
         return Unread(self._drawn(logits, draws, None))
 
     def _drawn(self, logits: Tensor, draws: Sequence[Draw], mask: Tensor | None) -> Tensor:
         """Tokens `[B]` by the draws' rules, on the device."""
+        if any(one.edits is not None for one in draws):
+            logits = edit(logits, [one.edits for one in draws], [one.generated for one in draws])
         rules = self._rules(draws, logits.shape[1])
         counted, shared = bool(rules[:, 1].any()), bool((rules[:, 2] < 1).any())
         return self._choose(logits, upload(rules, self._device), mask, counted=counted, shared=shared)
@@ -176,14 +178,8 @@ class Sampler:
         """
         if (unread := self.begin(logits, draws, best)) is not None:
             return Chosen(unread.read())
-        vocabulary, faults, mask = logits.shape[1], dict[int, str](), None
-        if any(one.mask is not None for one in draws):
-            words, faults = fill_all([one.mask for one in draws], vocabulary)
-            mask = upload(words, self._device)
-        changed = logits
-        if any(one.edits is not None for one in draws):
-            changed = edit(logits, [one.edits for one in draws], [one.generated for one in draws])
-        tokens = self._drawn(changed, draws, mask).tolist()
+        words, faults = fill_all([one.mask for one in draws], logits.shape[1])
+        tokens = self._drawn(logits, draws, upload(words, self._device)).tolist()
         for place, (one, token) in enumerate(zip(draws, tokens, strict=True)):
             if token == NO_TOKEN and one.mask is not None and int(most_probable(logits[place, None])[0]) != NO_TOKEN:
                 faults[place] = "its mask allows only tokens that are forbidden"
