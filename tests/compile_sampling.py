@@ -11,7 +11,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from compile_tables import TYPES, spilled_by
-from expertflow.kernels.sampling import select
+from expertflow.kernels.sampling import likely, select
 
 VOCABULARY = 201_088
 TYPES[torch.bfloat16] = "*bf16"
@@ -30,6 +30,7 @@ def launches(dtype: torch.dtype, *, masked: bool) -> dict[str, tuple[Any, dict[s
     logits, rules = torch.empty(2, VOCABULARY, dtype=dtype), torch.zeros(2, 5, dtype=torch.float64)
     mask = torch.zeros(2, VOCABULARY // 32, dtype=torch.int32) if masked else None
     select.choose(logits, rules, mask)
+    likely.likely(logits, torch.tensor([1]), torch.tensor([5]), 5)
     return taken
 
 

@@ -112,6 +112,27 @@ def test_penalties_and_bias_need_no_wait(folder: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_log_probabilities_need_no_wait(folder: Path, device: str) -> None:
+    """They are of the step that the token was chosen from, though the next one has begun; requests may want several, one or none."""
+    params = [
+        SamplingParams(max_tokens=count, ignore_eos=True, temperature=0.8, seed=count, logprobs=most)
+        for count, most in ((14, 5), (11, 0), (9, None))
+    ]
+    with open_llm(folder, device) as llm:
+        steps = count_steps(llm)
+        llm.engine.watch_logits(lambda *_: None)
+        expected = llm.generate(PROMPTS, params)
+        llm.engine.watch_logits(None)
+        assert not any(steps)
+        steps.clear()
+        found = llm.generate(PROMPTS, params)
+        assert sum(steps) >= len(steps) / 2
+        for one, other in zip(found, expected, strict=True):
+            assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
+        assert [[len(line) for line in one.logprobs or ()] for one in found] == [[6] * 14, [1] * 11, []]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_text_may_end_by_itself(folder: Path, device: str) -> None:
     """A sequence that met a stop token took part in one more step; the others, and who gets its row, are as without it."""
     with open_llm(folder, device, max_live=3) as llm:
@@ -249,14 +270,12 @@ class Everything:
         pass
 
 
-@pytest.mark.parametrize("where", ["logprobs", "mask"])
-def test_steps_wait_where_the_host_is_needed(folder: Path, where: str) -> None:
-    """For log-probabilities; and for masks, since the host has to know whether there was a choice."""
-    params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=2 if where == "logprobs" else None)
+def test_steps_wait_for_masks(folder: Path) -> None:
+    """The host has to know whether there was a choice."""
     with open_llm(folder) as llm:
         steps = count_steps(llm)
         for prompt in PROMPTS:
-            llm.engine.add(llm.request(prompt, params, mask=Everything() if where == "mask" else None))
+            llm.engine.add(llm.request(prompt, GREEDY, mask=Everything()))
         while llm.engine.unfinished:
             llm.engine.step()
         assert steps

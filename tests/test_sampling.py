@@ -27,7 +27,7 @@ from expertflow.triton_support import HAS_TRITON
 from helpers import MakeCheckpoint, load_resident
 
 if HAS_TRITON:
-    from expertflow.kernels.sampling import select
+    from expertflow.kernels.sampling import likely, select
 GENERATOR = np.random.default_rng
 
 
@@ -129,6 +129,33 @@ def test_the_most_probable_tokens_are_those_of_a_sort(vocabulary: int) -> None:
     for line, row in zip(found, ordered.tolist(), strict=True):
         assert [one.token_id for one in line[1:]] == row[:7]
         assert line[0].rank == row.index(line[0].token_id) + 1
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("vocabulary", "count"), [(300, 7), (300, 300), (4096, 5), (9001, 20), (9001, 0)])
+def test_one_reading_of_the_logits_finds_the_likely_tokens(dtype: str, vocabulary: int, count: int) -> None:
+    """Ids and ranks are those of a sort, with ties within and across blocks, at ends and where tokens are forbidden; chances are float64's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drawn = np.round(GENERATOR(vocabulary).normal(size=(9, vocabulary + 8)) * 4) / 2
+    drawn[1], drawn[2, 40:], drawn[3, vocabulary - 1] = 0.0, -np.inf, 30.0
+    drawn[4] = np.where(drawn[4] > 0, 0.0, -0.0)
+    logits = torch.from_numpy(drawn).to(device, getattr(torch, dtype))[:, :vocabulary]
+    rows, tokens = [0, 1, 2, 3, 4, 6, 8], [0, vocabulary - 1, 7, vocabulary - 1, 255, 256, -1]
+    given = logits, torch.tensor(rows, device=device), torch.tensor(tokens, device=device), count
+    found, expected = likely.likely(*given).cpu(), reference.likely(*given).cpu()
+    exact = logits.cpu().double()
+    order, logarithms = exact.sort(dim=-1, descending=True, stable=True).indices, exact.log_softmax(-1)
+    for line, other, row, token in zip(found, expected, rows, tokens, strict=True):
+        chosen = order[row].tolist()
+        ids = line[2 : 2 + count].long().tolist()
+        assert ids == chosen[:count]
+        assert torch.allclose(line[2 + count :], logarithms[row, ids], atol=1e-5)
+        assert torch.equal(line[1 : 2 + count], other[1 : 2 + count])
+        assert torch.allclose(line, other, atol=1e-5)
+        if token >= 0:
+            assert line[1] == chosen.index(token) + 1
+            assert line[0] == pytest.approx(float(logarithms[row, token]), abs=1e-5)
 
 
 def test_edits_are_bias_and_penalties_in_order() -> None:

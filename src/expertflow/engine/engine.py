@@ -350,9 +350,9 @@ class Engine:
     def _run_on(self, task: Decode, begun: Begun, behind: Sequence[DecodeInput]) -> int:
         """Choose a step's tokens on the device, queue the next step with them, and send them when they are known."""
         numbers, predictor = task.sequences, self._offloaded.live_predictor
-        unread = self._sampler.begin(
-            begun.logits, [self._running[number].request.draw() for number in numbers], begun.best
-        )
+        requests = [self._running[number].request for number in numbers]
+        most = [one.params.logprobs for one in requests]
+        unread = self._sampler.begin(begun.logits, [one.draw() for one in requests], begun.best, most)
         assert unread is not None, "requests that go on need no host"
         self.ahead.unsent = unsent = Unsent(numbers, [self._running[one].request.position for one in numbers], unread)
         try:
@@ -365,12 +365,11 @@ class Engine:
 
     def _send_unsent(self, unsent: Unsent) -> int:
         """Send the tokens that a step has chosen on the device; again, those that nobody got before an interrupt."""
-        numbers, tokens = unsent.left({number: one.request.position for number, one in self._running.items()})
+        numbers, chosen = unsent.left({number: one.request.position for number, one in self._running.items()})
         predictor = self._offloaded.live_predictor
         taken = predictor is not None and predictor.took(numbers)
         try:
-            chosen = self._replayed(numbers, Chosen(tokens, logprobs=[None] * len(tokens)))
-            count = self._send(numbers, chosen, taken=taken)
+            count = self._send(numbers, self._replayed(numbers, chosen), taken=taken)
         except Exception:
             self.ahead.unsent = None  # each has its token
             raise

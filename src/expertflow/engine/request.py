@@ -235,7 +235,7 @@ class Request:
     @property
     def goes_on(self) -> bool:
         """Whether its next token is chosen without the host, and another one follows it as far as is known."""
-        return self.mask is None and self.params.logprobs is None and len(self.token_ids) + 1 < self.limit
+        return self.mask is None and len(self.token_ids) + 1 < self.limit
 
     @property
     def kept(self) -> int:

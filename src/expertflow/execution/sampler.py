@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from expertflow.config import SamplingParams
+from expertflow.execution.sampling import logprobs
 from expertflow.execution.sampling.edits import TokenEdits, edit
-from expertflow.execution.sampling.logprobs import Logprob, log_probabilities
+from expertflow.execution.sampling.logprobs import Logprob, Logprobs
 from expertflow.execution.sampling.masks import TokenMask, fill_all
 from expertflow.execution.sampling.upload import upload
 from expertflow.kernels.backend import backend
@@ -113,25 +114,27 @@ class Unread:
 
     Args:
         tokens: int64 `[B]` on the device.
+        logprobs: theirs, there; None: none are wanted.
 
     Attributes:
         tokens: those.
     """
 
-    def __init__(self, tokens: Int[Tensor, " B"]) -> None:
+    def __init__(self, tokens: Int[Tensor, " B"], logprobs: Logprobs | None = None) -> None:
         """Queue their copy."""
         self.tokens, self._here = tokens, fetched(tokens)
+        self._logprobs = None if logprobs is None else logprobs._replace(lines=fetched(logprobs.lines))
         self._event: torch.cuda.Event | None = None
         if tokens.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tokens.device))
 
-    def read(self) -> list[int]:
-        """The tokens; waits until they were chosen, and for nothing behind that."""
+    def read(self) -> Chosen:
+        """The tokens, and their log-probabilities; waits until they were chosen, and for nothing behind that."""
         if self._event is not None:
             self._event.synchronize()
-        found: list[int] = self._here.tolist()
-        return found
+        tokens: list[int] = self._here.tolist()
+        return Chosen(tokens, logprobs=[None] * len(tokens) if self._logprobs is None else self._logprobs.read(tokens))
 
 
 class Sampler:
@@ -148,14 +151,28 @@ class Sampler:
 
     @torch.inference_mode()
     def begin(
-        self, logits: Float[Tensor, "B V"], draws: Sequence[Draw], best: Int[Tensor, " B"] | None = None
+        self,
+        logits: Float[Tensor, "B V"],
+        draws: Sequence[Draw],
+        best: Int[Tensor, " B"] | None = None,
+        most: Sequence[int | None] = (),
     ) -> Unread | None:
-        """As `choose`, but waits for nothing; None where the host has to know whether there was a choice."""
+        """As `choose`, but waits for nothing; None where the host has to know whether there was a choice.
+
+        Args:
+            logits: as there.
+            draws: as there.
+            best: as there.
+            most: how many most probable tokens each one's log-probabilities have; None: it wants none.
+        """
         if all(one.plain for one in draws):
-            return Unread(most_probable(logits) if best is None else best)
-        if any(one.mask is not None for one in draws):
+            tokens = most_probable(logits) if best is None else best
+        elif any(one.mask is not None for one in draws):
             return None
-        return Unread(self._drawn(logits, draws, None))
+        else:
+            tokens = self._drawn(logits, draws, None)
+        wanted = any(one is not None for one in most)
+        return Unread(tokens, logprobs.begin(logits, tokens, most) if wanted else None)
 
     def _drawn(self, logits: Tensor, draws: Sequence[Draw], mask: Tensor | None) -> Tensor:
         """Tokens `[B]` by the draws' rules, on the device."""
@@ -177,7 +194,7 @@ class Sampler:
             best: the result of `most_probable`, if it is known already.
         """
         if (unread := self.begin(logits, draws, best)) is not None:
-            return Chosen(unread.read())
+            return unread.read()
         words, faults = fill_all([one.mask for one in draws], logits.shape[1])
         tokens = self._drawn(logits, draws, upload(words, self._device)).tolist()
         for place, (one, token) in enumerate(zip(draws, tokens, strict=True)):
@@ -188,9 +205,7 @@ class Sampler:
     @torch.inference_mode()
     def weighed(self, chosen: Chosen, logits: Float[Tensor, "B V"], most: Sequence[int | None]) -> Chosen:
         """Add log-probabilities: of each token and so many most probable ones; None: of none. Waits for the device if there are any."""
-        if all(one is None for one in most):
-            return chosen._replace(logprobs=[None] * len(most))
-        return chosen._replace(logprobs=log_probabilities(logits, chosen.tokens, most))
+        return chosen._replace(logprobs=logprobs.log_probabilities(logits, chosen.tokens, most))
 
     def _rules(self, draws: Sequence[Draw], vocabulary: int) -> npt.NDArray[np.float64]:
         rules = np.empty((len(draws), RULES))

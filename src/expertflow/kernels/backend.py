@@ -25,7 +25,7 @@ if HAS_TRITON:
     from expertflow.kernels.prompts import attention, grouped
     from expertflow.kernels.reading import readers
     from expertflow.kernels.residency import driver
-    from expertflow.kernels.sampling import select
+    from expertflow.kernels.sampling import likely, select
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Backend:
     route: Callable[..., Routed]
     reads: Callable[[Format], bool]
     choose: Callable[..., Tensor]
+    likely: Callable[..., Tensor]
 
 
 def backend(device: torch.device) -> Backend:
@@ -85,6 +86,7 @@ def backend(device: torch.device) -> Backend:
             route.route,
             readers.reads,
             select.choose,
+            likely.likely,
         )
     return Backend(
         reference.expert_pairs,
@@ -108,6 +110,7 @@ def backend(device: torch.device) -> Backend:
         blocks_reference.route,
         reference.reads,
         sampling_reference.choose_each,
+        sampling_reference.likely,
     )
 
 

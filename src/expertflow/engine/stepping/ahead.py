@@ -14,7 +14,7 @@ from torch import Tensor
 from expertflow.engine.request import Request
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.replay import Playback
-from expertflow.execution.sampler import Unread
+from expertflow.execution.sampler import Chosen, Unread
 
 UNKNOWN = -1
 """In place of a token that is on the device."""
@@ -54,11 +54,12 @@ class Unsent(NamedTuple):
     positions: Sequence[int]
     unread: Unread
 
-    def left(self, positions: Mapping[int, int]) -> tuple[list[int], list[int]]:
+    def left(self, positions: Mapping[int, int]) -> tuple[list[int], Chosen]:
         """Requests that still want theirs, and these tokens, waiting for them; `positions` are those of next tokens by request."""
-        each = zip(self.numbers, self.positions, self.unread.read(), strict=True)
-        found = [(number, token) for number, position, token in each if positions.get(number) == position]
-        return [number for number, _ in found], [token for _, token in found]
+        chosen, each = self.unread.read(), zip(self.numbers, self.positions, strict=True)
+        places = [place for place, (number, position) in enumerate(each) if positions.get(number) == position]
+        tokens, found = [chosen.tokens[place] for place in places], [chosen.logprobs[place] for place in places]
+        return [self.numbers[place] for place in places], Chosen(tokens, logprobs=found)
 
 
 @dataclass
@@ -102,12 +103,14 @@ def inputs_behind(
 
     Returns:
         A token each, all `UNKNOWN` where the model chooses them; None where a request ends with its next token, where its next token
-        depends on ones that the host has to know, or where only some tokens are recorded.
+        depends on ones that the host has to know, where only some tokens are recorded, or where log-probabilities of such are wanted.
     """
     found = []
     for number, row in zip(numbers, rows, strict=True):
         request = requests[number]
         if not request.goes_on or request.read_length + 1 == reread:
+            return None
+        if playback is not None and request.params.logprobs is not None:  # they are of what is recorded
             return None
         token = None if playback is None else playback.known(request.index, request.position)
         found.append(DecodeInput(number, UNKNOWN if token is None else token, row, request.fed + 1))
