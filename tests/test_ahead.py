@@ -132,6 +132,68 @@ def test_log_probabilities_need_no_wait(folder: Path, device: str) -> None:
         assert [[len(line) for line in one.logprobs or ()] for one in found] == [[6] * 14, [1] * 11, []]
 
 
+class Script:
+    """A mask that allows what the script says, by position: some tokens, or an error."""
+
+    def __init__(self, script: Sequence[Sequence[int] | Exception]) -> None:
+        self._script, self.seen = script, list[int]()
+
+    def fill(self, row: np.ndarray) -> None:
+        allowed = self._script[len(self.seen)]
+        if isinstance(allowed, Exception):
+            raise allowed
+        for token in allowed:
+            row[token // 32] |= np.array(1 << (token % 32), np.uint32).view(np.int32)
+
+    def accept(self, token: int) -> None:
+        self.seen.append(token)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_masks_need_no_wait(folder: Path, device: str) -> None:
+    """A mask is filled in behind the token before. One that fails, allows nothing or nothing possible ends its request, and no other one."""
+    several = [(n + 5, 90 - n, n + 20) for n in range(14)]
+    late = SamplingParams(max_tokens=14, min_tokens=10, stop_token_ids=[7])
+    cases: list[tuple[list[object], SamplingParams, str | None]] = [
+        (several, SamplingParams(max_tokens=14, ignore_eos=True, temperature=1.0, seed=3, logprobs=1), None),
+        ([*several[:5], ValueError("odd")], GREEDY, "its mask failed"),
+        ([*several[:3], ()], GREEDY, "its mask allows no token"),
+        ([*several[:4], (7,)], late, "only tokens that are forbidden"),
+    ]
+    with open_llm(folder, device, max_batch=5) as llm:
+
+        def outputs() -> list[list[StreamOutput]]:
+            found = list[list[StreamOutput]]()
+            for script, params, _ in [*cases, (None, GREEDY, None)]:
+                found.append([])
+                mask = None if script is None else Script(script)  # type: ignore[arg-type]
+                llm.engine.add(llm.request("good", params, mask=mask), found[-1].append)
+            while llm.engine.unfinished:
+                llm.engine.advance()
+            return found
+
+        steps = count_steps(llm)
+        llm.engine.watch_logits(lambda *_: None)
+        expected = outputs()
+        llm.engine.watch_logits(None)
+        assert not any(steps)
+        steps.clear()
+        outputs()
+        found = outputs()
+        assert sum(steps) >= len(steps) / 3
+        for one, other in zip(found, expected, strict=True):
+            assert [out.token_id for out in one] == [out.token_id for out in other]
+            assert str(one[-1].error) == str(other[-1].error)
+        for mine, waited in zip(found[0], expected[0], strict=True):  # others leave a step later
+            assert mine.logprobs[0].token_id == waited.logprobs[0].token_id == mine.token_id
+            assert mine.logprobs[0].logprob == pytest.approx(waited.logprobs[0].logprob, abs=1e-4)
+        for (script, _, fault), one in zip(cases, found, strict=False):
+            assert len(one) == len(script)
+            assert all(out.token_id in allowed for out, allowed in zip(one, several, strict=False) if out.error is None)
+            assert (fault or "None") in str(one[-1].error)
+        assert len(found[-1]) == 14
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_text_may_end_by_itself(folder: Path, device: str) -> None:
     """A sequence that met a stop token took part in one more step; the others, and who gets its row, are as without it."""
@@ -258,28 +320,6 @@ def test_recorded_tokens_are_fed_ahead(folder: Path) -> None:
             assert not any(steps)
             if ahead:
                 assert list(outputs[1].token_ids) == recorded[1][2:16]
-
-
-class Everything:
-    """A mask that allows every token."""
-
-    def fill(self, row: np.ndarray) -> None:
-        row[:] = -1
-
-    def accept(self, token: int) -> None:
-        pass
-
-
-def test_steps_wait_for_masks(folder: Path) -> None:
-    """The host has to know whether there was a choice."""
-    with open_llm(folder) as llm:
-        steps = count_steps(llm)
-        for prompt in PROMPTS:
-            llm.engine.add(llm.request(prompt, GREEDY, mask=Everything()))
-        while llm.engine.unfinished:
-            llm.engine.step()
-        assert steps
-        assert not any(steps)
 
 
 def test_a_waiting_request_is_let_in(folder: Path) -> None:

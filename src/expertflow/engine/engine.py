@@ -353,7 +353,6 @@ class Engine:
         requests = [self._running[number].request for number in numbers]
         most = [one.params.logprobs for one in requests]
         unread = self._sampler.begin(begun.logits, [one.draw() for one in requests], begun.best, most)
-        assert unread is not None, "requests that go on need no host"
         self.ahead.unsent = unsent = Unsent(numbers, [self._running[one].request.position for one in numbers], unread)
         try:
             if predictor is not None:

@@ -234,8 +234,8 @@ class Request:
 
     @property
     def goes_on(self) -> bool:
-        """Whether its next token is chosen without the host, and another one follows it as far as is known."""
-        return self.mask is None and len(self.token_ids) + 1 < self.limit
+        """Whether another token follows its next one, as far as is known."""
+        return len(self.token_ids) + 1 < self.limit
 
     @property
     def kept(self) -> int:

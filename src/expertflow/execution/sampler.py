@@ -108,6 +108,11 @@ class Chosen(NamedTuple):
     faults: Mapping[int, str] = MappingProxyType({})
     logprobs: Sequence[tuple[Logprob, ...] | None] = ()
 
+    def of(self, places: Sequence[int]) -> "Chosen":
+        """Those of some places, in that order."""
+        faults = {new: self.faults[place] for new, place in enumerate(places) if place in self.faults}
+        return Chosen([self.tokens[place] for place in places], faults, [self.logprobs[place] for place in places])
+
 
 class Unread:
     """Tokens that are chosen on the device, and on their way to host memory.
@@ -115,15 +120,24 @@ class Unread:
     Args:
         tokens: int64 `[B]` on the device.
         logprobs: theirs, there; None: none are wanted.
+        faults: what is wrong with masks, by place.
+        masked: where masks are, and int64 `[B]` on the device, the most probable token without them; None: there are none.
 
     Attributes:
         tokens: those.
     """
 
-    def __init__(self, tokens: Int[Tensor, " B"], logprobs: Logprobs | None = None) -> None:
+    def __init__(
+        self,
+        tokens: Int[Tensor, " B"],
+        logprobs: Logprobs | None = None,
+        faults: Mapping[int, str] = MappingProxyType({}),
+        masked: tuple[Sequence[int], Tensor] | None = None,
+    ) -> None:
         """Queue their copy."""
-        self.tokens, self._here = tokens, fetched(tokens)
+        self.tokens, self._here, self._faults = tokens, fetched(tokens), faults
         self._logprobs = None if logprobs is None else logprobs._replace(lines=fetched(logprobs.lines))
+        self._masked = None if masked is None else (masked[0], fetched(masked[1]))
         self._event: torch.cuda.Event | None = None
         if tokens.is_cuda:
             self._event = torch.cuda.Event()
@@ -134,7 +148,15 @@ class Unread:
         if self._event is not None:
             self._event.synchronize()
         tokens: list[int] = self._here.tolist()
-        return Chosen(tokens, logprobs=[None] * len(tokens) if self._logprobs is None else self._logprobs.read(tokens))
+        found = [None] * len(tokens) if self._logprobs is None else self._logprobs.read(tokens)
+        faults = dict(self._faults)
+        if self._masked is not None:
+            places, best = self._masked
+            for place in places:
+                if tokens[place] == NO_TOKEN and int(best[place]) != NO_TOKEN:
+                    faults[place] = "its mask allows only tokens that are forbidden"
+        tokens = [NO_CHOICE if place in faults else token for place, token in enumerate(tokens)]
+        return Chosen(tokens, faults, found)
 
 
 class Sampler:
@@ -156,23 +178,24 @@ class Sampler:
         draws: Sequence[Draw],
         best: Int[Tensor, " B"] | None = None,
         most: Sequence[int | None] = (),
-    ) -> Unread | None:
-        """As `choose`, but waits for nothing; None where the host has to know whether there was a choice.
+    ) -> Unread:
+        """Choose a token of every sequence. Waits for nothing.
 
         Args:
-            logits: as there.
-            draws: as there.
-            best: as there.
+            logits: of all sequences; they stay as they are.
+            draws: one a sequence.
+            best: the result of `most_probable`, if it is known already.
             most: how many most probable tokens each one's log-probabilities have; None: it wants none.
         """
-        if all(one.plain for one in draws):
-            tokens = most_probable(logits) if best is None else best
-        elif any(one.mask is not None for one in draws):
-            return None
-        else:
-            tokens = self._drawn(logits, draws, None)
+        plain, places = all(one.plain for one in draws), [n for n, one in enumerate(draws) if one.mask is not None]
+        if best is None and (plain or places):
+            best = most_probable(logits)
+        words, faults = fill_all([one.mask for one in draws], logits.shape[1]) if places else (None, {})
+        mask = None if words is None else upload(words, self._device)
+        tokens = best if plain and best is not None else self._drawn(logits, draws, mask)
         wanted = any(one is not None for one in most)
-        return Unread(tokens, logprobs.begin(logits, tokens, most) if wanted else None)
+        masked = (places, best) if places and best is not None else None
+        return Unread(tokens, logprobs.begin(logits, tokens, most) if wanted else None, faults, masked)
 
     def _drawn(self, logits: Tensor, draws: Sequence[Draw], mask: Tensor | None) -> Tensor:
         """Tokens `[B]` by the draws' rules, on the device."""
@@ -182,25 +205,11 @@ class Sampler:
         counted, shared = bool(rules[:, 1].any()), bool((rules[:, 2] < 1).any())
         return self._choose(logits, upload(rules, self._device), mask, counted=counted, shared=shared)
 
-    @torch.inference_mode()
     def choose(
         self, logits: Float[Tensor, "B V"], draws: Sequence[Draw], best: Int[Tensor, " B"] | None = None
     ) -> Chosen:
-        """Choose a token of every sequence; the device is waited for once.
-
-        Args:
-            logits: of all sequences; they stay as they are.
-            draws: one a sequence.
-            best: the result of `most_probable`, if it is known already.
-        """
-        if (unread := self.begin(logits, draws, best)) is not None:
-            return unread.read()
-        words, faults = fill_all([one.mask for one in draws], logits.shape[1])
-        tokens = self._drawn(logits, draws, upload(words, self._device)).tolist()
-        for place, (one, token) in enumerate(zip(draws, tokens, strict=True)):
-            if token == NO_TOKEN and one.mask is not None and int(most_probable(logits[place, None])[0]) != NO_TOKEN:
-                faults[place] = "its mask allows only tokens that are forbidden"
-        return Chosen([NO_CHOICE if place in faults else token for place, token in enumerate(tokens)], faults)
+        """As `begin`; waits for the device once."""
+        return self.begin(logits, draws, best).read()
 
     @torch.inference_mode()
     def weighed(self, chosen: Chosen, logits: Float[Tensor, "B V"], most: Sequence[int | None]) -> Chosen:

@@ -1,8 +1,9 @@
 """A decode step that begins before the host knows the tokens of the step before it.
 
 While a step runs, the next one of the same sequences is queued behind it, and gets their tokens on the device: so the device does not wait
-for the host between the two. That is done where nothing may come between, and where the host is not needed to choose a token. Only
-a text that ends by itself is not foreseen: its sequence takes part in one more step, for nothing. Must not know channels.
+for the host between the two. That is done where nothing may come between: penalties, masks and log-probabilities depend on tokens that the
+host knows by then. Only a text that ends by itself, or a mask without a choice, is not foreseen: its sequence takes part in one more step,
+for nothing. Must not know channels.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -58,8 +59,7 @@ class Unsent(NamedTuple):
         """Requests that still want theirs, and these tokens, waiting for them; `positions` are those of next tokens by request."""
         chosen, each = self.unread.read(), zip(self.numbers, self.positions, strict=True)
         places = [place for place, (number, position) in enumerate(each) if positions.get(number) == position]
-        tokens, found = [chosen.tokens[place] for place in places], [chosen.logprobs[place] for place in places]
-        return [self.numbers[place] for place in places], Chosen(tokens, logprobs=found)
+        return [self.numbers[place] for place in places], chosen.of(places)
 
 
 @dataclass
@@ -102,8 +102,8 @@ def inputs_behind(
         reread: length at which a sequence is read anew; None: none is.
 
     Returns:
-        A token each, all `UNKNOWN` where the model chooses them; None where a request ends with its next token, where its next token
-        depends on ones that the host has to know, where only some tokens are recorded, or where log-probabilities of such are wanted.
+        A token each, all `UNKNOWN` where the model chooses them; None where a request ends with its next token or is read anew behind it,
+        where only some tokens are recorded, or where log-probabilities of such are wanted.
     """
     found = []
     for number, row in zip(numbers, rows, strict=True):
