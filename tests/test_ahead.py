@@ -1,6 +1,7 @@
 """Steps that begin before the host knows the tokens of the step before: the same tokens, and where that is not done."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +14,8 @@ from expertflow import LLM, SamplingParams
 from expertflow.engine.request import StreamOutput
 from expertflow.execution.kv_rows import DecodeInput
 from expertflow.execution.replay import Replay
-from expertflow.execution.sampler import Unread
+from expertflow.execution.sampler import Chosen, Unread
+from expertflow.execution.sampling.logprobs import Logprob
 from helpers import DEVICES, MakeCheckpoint, MakePredictor
 
 PROMPTS = ["hello there", "good", "the sea was calm"]
@@ -116,7 +118,7 @@ def test_log_probabilities_need_no_wait(folder: Path, device: str) -> None:
     """They are of the step that the token was chosen from, though the next one has begun; requests may want several, one or none."""
     params = [
         SamplingParams(max_tokens=count, ignore_eos=True, temperature=0.8, seed=count, logprobs=most)
-        for count, most in ((14, 5), (11, 0), (9, None))
+        for count, most in ((9, None), (14, 5), (11, 0))
     ]
     with open_llm(folder, device) as llm:
         steps = count_steps(llm)
@@ -129,7 +131,15 @@ def test_log_probabilities_need_no_wait(folder: Path, device: str) -> None:
         assert sum(steps) >= len(steps) / 2
         for one, other in zip(found, expected, strict=True):
             assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
-        assert [[len(line) for line in one.logprobs or ()] for one in found] == [[6] * 14, [1] * 11, []]
+        assert [[len(line) for line in one.logprobs or ()] for one in found] == [[], [6] * 14, [1] * 11]
+
+
+def test_what_is_left_keeps_its_places() -> None:
+    """Tokens, faults and log-probabilities of some sequences, in another order."""
+    first, second = (Logprob(4, -1.0, 1),), (Logprob(6, -2.0, 3),)
+    chosen = Chosen([4, 5, 6], {1: "odd"}, [first, None, second])
+    assert chosen.of([2, 1]) == Chosen([6, 5], {1: "odd"}, [second, None])
+    assert chosen.of([1, 0]) == Chosen([5, 4], {0: "odd"}, [None, first])
 
 
 class Script:
@@ -271,7 +281,7 @@ def test_an_interrupt_loses_no_token(folder: Path, where: str, monkeypatch: pyte
         expected = by_the_host(llm, [GREEDY] * 2, PROMPTS[:2])
         engine, found, read = llm.engine, [list[int](), list[int]()], Unread.read
 
-        def interrupt(*_: object) -> list[int]:
+        def interrupt(*_: object) -> Chosen:
             monkeypatch.setattr(Unread, "read", read)
             raise KeyboardInterrupt
 
@@ -295,6 +305,27 @@ def test_an_interrupt_loses_no_token(folder: Path, where: str, monkeypatch: pyte
         assert found == expected
 
 
+def test_an_interrupt_behind_a_prompt_loses_no_token(folder: Path) -> None:
+    """Prompts that were read together and have no token yet get theirs first."""
+    with open_llm(folder) as llm:
+        expected = by_the_host(llm, [GREEDY] * 2, PROMPTS[:2])
+        found = [list[int](), list[int]()]
+
+        def first(output: StreamOutput) -> None:
+            found[0].append(output.token_id)
+            if len(found[0]) == 1:
+                raise KeyboardInterrupt
+
+        llm.engine.add(llm.request(PROMPTS[0], GREEDY), first)
+        llm.engine.add(llm.request(PROMPTS[1], GREEDY), lambda output: found[1].append(output.token_id))
+        with pytest.raises(KeyboardInterrupt):
+            llm.engine.advance()
+        assert [len(tokens) for tokens in found] == [1, 0]
+        while llm.engine.unfinished:
+            llm.engine.advance()
+        assert found == expected
+
+
 def test_closing_lets_go_of_a_step_that_has_begun(folder: Path) -> None:
     """It holds the captured steps' logits."""
     llm = open_llm(folder)
@@ -309,8 +340,13 @@ def test_closing_lets_go_of_a_step_that_has_begun(folder: Path) -> None:
 def test_recorded_tokens_are_fed_ahead(folder: Path) -> None:
     """They are known already, so they come from the host; where only some sequences have one, steps wait."""
     recorded = [[5, 6, 7, *range(20, 34)], [8, 9, *range(40, 55)]]
-    params = SamplingParams(max_tokens=14, ignore_eos=True)
-    for known, ahead in ((recorded, True), ([recorded[0], [8, 9, *[-1] * 15]], False)):
+    plain = SamplingParams(max_tokens=14, ignore_eos=True)
+    some = [recorded[0], [8, 9, *[-1] * 15]]
+    for known, ahead, params in (
+        (recorded, True, plain),
+        (some, False, plain),
+        (recorded, False, replace(plain, logprobs=2)),
+    ):
         with open_llm(folder, routing=Replay(tokens=known)) as llm:
             steps = count_steps(llm)
             with mock.patch.object(llm.engine, "_run_on", wraps=llm.engine._run_on) as run_on:
@@ -318,8 +354,10 @@ def test_recorded_tokens_are_fed_ahead(folder: Path) -> None:
             assert list(outputs[0].token_ids) == recorded[0][3:17]
             assert run_on.called == ahead
             assert not any(steps)
-            if ahead:
+            if known is recorded:
                 assert list(outputs[1].token_ids) == recorded[1][2:16]
+            if params.logprobs is not None:  # of what is recorded
+                assert [line[0].token_id for line in outputs[1].logprobs] == recorded[1][2:16]
 
 
 def test_a_waiting_request_is_let_in(folder: Path) -> None:

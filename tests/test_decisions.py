@@ -1,7 +1,6 @@
 """Compiled decisions are the plain ones, and compiling waits for nobody."""
 
 import sys
-from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -72,12 +71,18 @@ def test_totals_are_those_of_single_events() -> None:
 def test_where_nothing_was_compiled_decisions_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     given = list[list[str]]()
 
-    def failed(command: list[str], **_: object) -> CompletedProcess[bytes]:
-        given.append(command)
-        return CompletedProcess(command, 1)
+    class Failed:
+        def __init__(self, command: list[str], **_: object) -> None:
+            given.append(command)
 
-    monkeypatch.setattr(decisions.subprocess, "run", failed)
+        def wait(self) -> int:
+            return 1
+
+        def terminate(self) -> None:
+            pass
+
+    monkeypatch.setattr(decisions.subprocess, "Popen", Failed)
     deciding = Deciding()
     deciding._compile()
-    assert given == [[sys.executable, "-m", "expertflow.cache.decisions"]]
+    assert given == [[sys.executable, "-P", "-m", "expertflow.cache.decisions"]]
     assert deciding.now is PLAIN

@@ -175,7 +175,7 @@ class CacheController:
     def access(self, layer: int, needed: Sequence[int]) -> list[Access]:
         """Decide a layer: which slot each needed expert uses, in which order, and what is loaded when.
 
-        `take_loads` then has the copies for later layers, to be started after this layer.
+        `take_loads` then has the copies for later layers, each to be started once nothing reads its slot any more.
 
         Args:
             layer: MoE layer.

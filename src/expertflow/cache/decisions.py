@@ -6,6 +6,7 @@ Python's until it is there. Both are the same functions (`cache.shared`), so not
 decides, and when.
 """
 
+import atexit
 import os
 import subprocess
 import sys
@@ -64,7 +65,7 @@ class Deciding:
             A thread that ends with it; None if it has begun already.
         """
         with self._lock:
-            if self._begun or not sys.executable:
+            if self._begun or not sys.executable or hasattr(sys, "frozen"):  # a frozen program would start itself
                 return None
             self._begun = True
         thread = Thread(target=self._compile, name="compile decisions", daemon=True)
@@ -72,13 +73,18 @@ class Deciding:
         return thread
 
     def _compile(self) -> None:
-        """Wait for the other process, load what it left, and use it from then on."""
+        """Wait for the other process, which takes some 300 MB meanwhile, load what it left, and use it from then on."""
         paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
         quiet = subprocess.DEVNULL
-        over = subprocess.run(  # noqa: S603 - this module
-            [sys.executable, "-m", __name__], env={**os.environ, "PYTHONPATH": paths}, stdin=quiet, stdout=quiet, stderr=quiet, check=False
+        process = subprocess.Popen(  # noqa: S603 - this module, of this folder
+            [sys.executable, "-P", "-m", __name__], env={**os.environ, "PYTHONPATH": paths}, stdin=quiet, stdout=quiet, stderr=quiet
         )  # fmt: skip
-        if over.returncode == 0:
+        atexit.register(process.terminate)  # it is of use to nobody then
+        try:
+            over = process.wait()
+        finally:
+            atexit.unregister(process.terminate)
+        if over == 0:
             call_all(COMPILED)
             self.now = COMPILED
 

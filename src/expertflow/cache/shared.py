@@ -30,8 +30,8 @@ def compiled(function: Function) -> Function:
 
 
 def on_disk(function: object) -> bool:
-    """Whether the next process finds on disk what `compiled` made here: a folder is writable."""
-    return isinstance(function, _Compiled) and function.on_disk
+    """Whether the next process finds on disk what `compiled` made here: a folder is writable, and no reading or writing has failed."""
+    return isinstance(function, _Compiled) and function.on_disk and not _failed
 
 
 class _Compiled:
@@ -67,13 +67,18 @@ class _Compiled:
         return dispatcher
 
 
+_failed: list[str] = []
+"""Steps of the disk cache that failed in this process."""
+
+
 def _optional(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a step of the disk cache to return None where it fails: damaged or unreadable files, a full disk."""
 
     def attempt(*arguments: Any) -> Any:
         try:
             return step(*arguments)
-        except Exception:  # noqa: BLE001 - a damaged pickle may raise anything; the function is compiled anew
+        except Exception as error:  # noqa: BLE001 - a damaged pickle may raise anything; the function is compiled anew
+            _failed.append(repr(error))
             return None
 
     return attempt

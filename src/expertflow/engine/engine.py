@@ -25,7 +25,7 @@ from torch import Tensor
 from expertflow.engine.build import OffloadedModel
 from expertflow.engine.plan import rates
 from expertflow.engine.request import Channel, Request, StreamOutput, Totals
-from expertflow.engine.stepping.ahead import UNKNOWN, Ahead, Begun, Unsent, inputs_behind
+from expertflow.engine.stepping.ahead import UNKNOWN, Ahead, Begun, Read, Unsent, inputs_behind
 from expertflow.engine.stepping.lock import FairLock
 from expertflow.engine.stepping.routes import Routes
 from expertflow.engine.stepping.running import Running, keep, weakly
@@ -321,7 +321,9 @@ class Engine:
         numbers = [task.parts[place].sequence for place in ended]
         chosen = self._choose(numbers, logits[ended], self._executor.best()) if ended else None
         self._scheduler.done(task)
-        return 0 if chosen is None else self._send(numbers, chosen)
+        if chosen is not None:
+            self.ahead.unsent = Unsent(numbers, [self._running[one].request.position for one in numbers], Read(chosen))
+        return 0 if self.ahead.unsent is None else self._send_unsent(self.ahead.unsent)
 
     def _score(self, task: Prefill, place: int, begin: int, logits: Tensor) -> None:
         self._running[task.parts[place].sequence].request.score(begin, logits)
@@ -366,7 +368,7 @@ class Engine:
         """Send the tokens that a step has chosen on the device; again, those that nobody got before an interrupt."""
         numbers, chosen = unsent.left({number: one.request.position for number, one in self._running.items()})
         predictor = self._offloaded.live_predictor
-        taken = predictor is not None and predictor.took(numbers)
+        taken = predictor is not None and not isinstance(unsent.unread, Read) and predictor.took(numbers)
         try:
             count = self._send(numbers, self._replayed(numbers, chosen), taken=taken)
         except Exception:

@@ -68,7 +68,9 @@ class PromptExperts:
                 if rest:
                     compute(hidden, counted, rest, records, work)
                 left -= len(group)
-                if not left:  # behind the last group the provider plans what is loaded ahead, and the device need not wait for that
+                if (
+                    not left
+                ):  # behind the last group the provider may start more copies, and the device need not wait for that
                     self._kernels.combine(work.parts, index, weights, self._experts, out)
         if not counted.needed:
             out.zero_()

@@ -147,7 +147,7 @@ class CachedExperts:
             raise
 
     def _prefetch(self, decisions: Iterator[Access], ahead: list[Load], unread: Sequence[Access] = ()) -> list[Load]:
-        """Plan behind the last of the layer's `decisions`, once; start what that loads ahead, and return what waits for a slot in `unread`."""
+        """Plan behind the last of the layer's `decisions`, which a second call finds done; start loads ahead, return those into a slot in `unread`."""
         next(decisions, None)
         ahead, slots = ahead + self.controller.take_loads(), {access.slot for access in unread}
         self._start([load for load in ahead if load.slot not in slots])

@@ -42,6 +42,16 @@ class Begun(NamedTuple):
         return Begun(tuple(numbers), self.logits[places], None if self.best is None else self.best[places])
 
 
+class Read(NamedTuple):
+    """Tokens that the host knows, in place of `Unread`."""
+
+    chosen: Chosen
+
+    def read(self) -> Chosen:
+        """Those."""
+        return self.chosen
+
+
 class Unsent(NamedTuple):
     """Tokens that are chosen, and known to nobody yet.
 
@@ -53,7 +63,7 @@ class Unsent(NamedTuple):
 
     numbers: Sequence[int]
     positions: Sequence[int]
-    unread: Unread
+    unread: Unread | Read
 
     def left(self, positions: Mapping[int, int]) -> tuple[list[int], Chosen]:
         """Requests that still want theirs, and these tokens, waiting for them; `positions` are those of next tokens by request."""

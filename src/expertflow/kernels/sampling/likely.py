@@ -14,7 +14,7 @@ from expertflow.kernels.sampling.reference import BLOCK, in_order, token_of
 
 _WIDTH = 16
 """Blocks that a program reads."""
-_ROOM, _TAKEN = 40, 26
+_ROOM, _TAKEN = 40, 32
 """Bytes of memory for each token of the vocabulary, which a plan has, and what a logit takes that is read again."""
 _NONE = tl.constexpr(-(2**63) + 1)
 """Below every token's key."""

@@ -148,7 +148,7 @@ def likely(
     """How likely a token is, and which are most likely. Waits for nothing.
 
     Args:
-        logits: of all sequences.
+        logits: of all sequences; a line of logits with NaN or infinity means nothing.
         rows: the sequences concerned.
         tokens: one of each; what is found of one below 0 means nothing.
         count: how many of the most probable ones, at most V.
