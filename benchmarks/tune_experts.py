@@ -38,21 +38,25 @@ _FEW = 4
 REPLAYS = 15
 PROCESSES = 14
 _SPLIT: dict[str, Any] = {"split": True, "ahead": 1}
-_SMALL = {"down": ({"block_n": 128, "registers": 128},), "up": ({"block_n": 32, "registers": 96},)}
+_OTHER_BLOCKS = {"down": ({"block_n": 128, "registers": 128},), "up": ({"block_n": 32, "registers": 96},)}
 OTHERS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
-    "mxfp4": {"down": ({"ahead": 1},), "up": ({"registers": 96}, *_SMALL["up"])},
+    "mxfp4": {"down": ({"ahead": 1},), "up": ({"registers": 96}, *_OTHER_BLOCKS["up"])},
     "fp8": {
         "down": ({"stages": 4}, {**_SPLIT, "registers": 80}),
         "up": ({"stages": 5},),
     },
     "nvfp4": {
         "down": ({"ahead": 2}, {"block_n": 128, "split": True, "ahead": 0, "registers": 128}),
-        "up": ({"block_n": 32, "split": True, "ahead": 1, "registers": 80}, *_SMALL["up"]),
+        "up": ({"block_n": 32, "split": True, "ahead": 1, "registers": 80}, *_OTHER_BLOCKS["up"]),
     },
-    "int4": {"down": ({"ahead": 1},), "up": ({"block_n": 32, "registers": 80}, *_SMALL["up"])},
+    "int4": {"down": ({"ahead": 1},), "up": ({"block_n": 32, "registers": 80}, *_OTHER_BLOCKS["up"])},
 }  # fmt: skip
 """What is changed of the tiling in use, to be tried beside it, by format and projection."""
-OF_MANY: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {"mxfp4": _SMALL, "nvfp4": _SMALL, "int4": _SMALL}
+OF_MANY: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
+    "mxfp4": _OTHER_BLOCKS,
+    "nvfp4": _OTHER_BLOCKS,
+    "int4": _OTHER_BLOCKS,
+}
 """Likewise for more tokens. Tilings with 128 registers keep 100 to 144 bytes a thread outside of them, those with 96 none."""
 
 

@@ -19,7 +19,7 @@ _OF_ONE_TOKEN = 8
 _AT_ONCE = 80
 """Registers of a thread with which six programs of four warps share a multiprocessor of Hopper."""
 _FIVE = 96
-"""Registers of a thread with which five do."""
+"""Registers of a thread with which five programs do."""
 _LEAST_STAGES = 3
 """Stages below which a tiling of fewer outputs is better."""
 

@@ -130,18 +130,9 @@ def _after_count(counts, count_state, row, steps, pieces, count, padded: tl.cons
 
 @triton.jit(do_not_specialize=["pieces"])
 def _peaks(
-    logits,
-    mask,
-    peaks,
-    size,
-    stride,
-    words,
-    pieces,
-    masked: tl.constexpr,
-    spare: tl.constexpr,
-    width: tl.constexpr,
+    logits, mask, peaks, size, stride, words, pieces, masked: tl.constexpr, spare: tl.constexpr, width: tl.constexpr,
     early: tl.constexpr,
-):
+):  # fmt: skip
     """The largest key of a piece."""
     _take_over(early)
     piece, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -152,8 +143,7 @@ def _peaks(
 @triton.jit(do_not_specialize=["pieces", "step", "shift"])
 def _count(
     logits, mask, rules, peaks, counts, out, state, size, stride, words, pieces, step, shift, masked: tl.constexpr,
-    spare: tl.constexpr, width: tl.constexpr, padded: tl.constexpr,
-    early: tl.constexpr,
+    spare: tl.constexpr, width: tl.constexpr, padded: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """A pass of the search for top-k: tokens a digit."""
     _take_over(early)
@@ -270,8 +260,7 @@ def _share(
 @triton.jit(do_not_specialize=["pieces"])
 def _pick(
     logits, mask, rules, peaks, cuts, shares, ties, out, size, stride, words, pieces, masked: tl.constexpr, spare: tl.constexpr,
-    width: tl.constexpr, padded: tl.constexpr,
-    early: tl.constexpr,
+    width: tl.constexpr, padded: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Draw one sequence's token: first the piece, then the token in it."""
     _take_over(early)
