@@ -73,7 +73,7 @@ class Deciding:
         return thread
 
     def _compile(self) -> None:
-        """Wait for the other process, which takes some 300 MB meanwhile, load what it left, and use it from then on."""
+        """Wait for the other process, which takes some 380 MB meanwhile, load what it left, and use it from then on."""
         paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
         quiet = subprocess.DEVNULL
         process = subprocess.Popen(  # noqa: S603 - this module, of this folder
